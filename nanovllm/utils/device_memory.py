@@ -1,0 +1,56 @@
+"""How much memory a GPU, or this process, uses: as a phrase for a log line and as exact numbers.
+
+Needs no torch: without it, or without a GPU, it speaks of the process.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+__all__ = ["cuda_index", "describe_memory"]
+
+GB = 10**9
+
+
+def describe_memory(device: object) -> tuple[str, dict[str, Any]]:
+    """The memory of `device` if that is a GPU that torch can use here, else the resident memory of this process."""
+    torch = sys.modules.get("torch")
+    index = cuda_index(device) if torch is not None and torch.cuda.is_available() else None
+    return _process_memory() if index is None else _gpu_memory(index)
+
+
+def cuda_index(device: object) -> int | None:
+    """The index of a CUDA device given as an index, a name or a `torch.device`; None for any other device."""
+    if isinstance(device, int):
+        return device
+    kind, _, index = str(device).partition(":")
+    if kind != "cuda":
+        return None
+    return int(index) if index else int(sys.modules["torch"].cuda.current_device())
+
+
+def _gpu_memory(index: int) -> tuple[str, dict[str, Any]]:
+    cuda = sys.modules["torch"].cuda
+    free, total = cuda.mem_get_info(index)  # of the whole device; the others are what torch holds in this process
+    allocated, reserved = cuda.memory_allocated(index), cuda.memory_reserved(index)
+    peak = cuda.max_memory_allocated(index)
+    phrase = (
+        f"GPU Memory [Device {index}]: Allocated={allocated / GB:.2f}GB, Reserved={reserved / GB:.2f}GB, "
+        f"Peak={peak / GB:.2f}GB, Free={free / GB:.2f}GB/{total / GB:.2f}GB"
+    )
+    fields = {"device": index, "allocated_bytes": allocated, "reserved_bytes": reserved, "peak_bytes": peak}
+    return phrase, {**fields, "free_bytes": free, "total_bytes": total}
+
+
+def _process_memory() -> tuple[str, dict[str, Any]]:
+    if sys.platform != "linux":
+        import resource  # absent on Windows: there the caller says that the memory is not known
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+        return f"CPU Memory [this process]: Peak={peak / GB:.2f}GB", {"device": "cpu", "peak_bytes": peak}
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        entries = dict(line.split(":", 1) for line in status)
+    resident, peak = (int(entries[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
+    phrase = f"CPU Memory [this process]: Resident={resident / GB:.2f}GB, Peak={peak / GB:.2f}GB"
+    return phrase, {"device": "cpu", "resident_bytes": resident, "peak_bytes": peak}

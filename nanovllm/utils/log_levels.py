@@ -1,0 +1,95 @@
+"""Reads level specifications: `DEBUG`, or with parts of the package apart, `INFO,scheduler=DEBUG,engine=WARNING`.
+
+Pure functions over text and names; `logger.py` applies what they return.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["LEVELS", "LevelSpec", "levels_by_logger", "parse_level", "parse_level_spec"]
+
+LEVELS: Mapping[str, int] = {
+    "DEBUG": logging.DEBUG,
+    "INFO": logging.INFO,
+    "WARNING": logging.WARNING,
+    "ERROR": logging.ERROR,
+    "CRITICAL": logging.CRITICAL,
+}
+
+
+@dataclass(frozen=True)
+class LevelSpec:
+    """What a specification asks for; `problems` says what could not be read and was taken as INFO or left out."""
+
+    default: int
+    parts: Mapping[str, int]  # module name ("scheduler") or path below the package ("engine.scheduler") -> level
+    problems: tuple[str, ...] = ()
+
+    def unknown_parts(self, logger_names: Iterable[str]) -> tuple[str, ...]:
+        """A problem for each part that is neither a module of the package nor a component of a logger's name."""
+        if not self.parts:
+            return ()
+        package = Path(__file__).parents[1]
+        known = (
+            {package.name}
+            | {file.stem for file in package.rglob("*.py")}
+            | {p.parent.name for p in package.rglob("*.py")}
+        )
+        known.update(component for name in logger_names for component in name.split("."))
+        problems = []
+        for part in self.parts:
+            for component in part.split("."):
+                if component not in known:
+                    nearest = difflib.get_close_matches(component, known, n=1)
+                    hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
+                    problems.append(f"no part of {package.name} is called {component!r}{hint}")
+        return tuple(problems)
+
+
+def parse_level(level: int | str) -> tuple[int, str]:
+    """A level's number and, where it is unknown, what is wrong with it; the number is INFO then."""
+    if isinstance(level, int):
+        return level, ""
+    number = LEVELS.get(level.strip().upper())
+    if number is None:
+        return logging.INFO, f"unknown level {level.strip()!r}, using INFO"
+    return number, ""
+
+
+def parse_level_spec(text: str) -> LevelSpec:
+    """Read `LEVEL`, `PART=LEVEL` or several of them with commas between, in any order, at most one without a part."""
+    default: int | None = None
+    parts: dict[str, int] = {}
+    problems: list[str] = []
+    for item in filter(None, (item.strip() for item in text.split(","))):
+        part, equals, level = item.rpartition("=")
+        part = part.strip().removeprefix("nanovllm.")
+        number, problem = parse_level(level)
+        if problem:
+            problems.append(f"{problem} for {part!r}" if part else problem)
+        if not equals and default is None:
+            default = number
+        elif part:
+            parts[part] = number
+        else:
+            problems.append(f"{item!r} is neither the one default level nor PART=LEVEL, ignored")
+    return LevelSpec(logging.INFO if default is None else default, parts, tuple(problems))
+
+
+def levels_by_logger(spec: LevelSpec, package: str, logger_names: Iterable[str]) -> dict[str, int]:
+    """The level of each logger that `spec` names, of the package's own, and of packages between (`nanovllm.engine`)."""
+    levels = {package: spec.default}
+    for name in logger_names if spec.parts else ():
+        components = name.split(".")
+        for depth in range(1, len(components) + 1):
+            path = ".".join(components[:depth])
+            for part in (path.removeprefix(package + "."), components[depth - 1]):  # a path beats a bare name
+                if part in spec.parts:
+                    levels[path] = spec.parts[part]
+                    break
+    return levels

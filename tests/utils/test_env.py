@@ -1,0 +1,72 @@
+"""Environment variables: defaults, values, and errors that name variable, value and what is allowed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nanovllm.errors import InvalidArgumentError
+from nanovllm.utils import env
+
+DEFAULTS = [
+    ("NANOVLLM_LOG_LEVEL", env.log_level, "INFO"),
+    ("NANOVLLM_CONFIGURE_LOGGING", env.configure_logging, True),
+    ("NANOVLLM_LOG_DECODE_INTERVAL", env.log_decode_interval, 10),
+    ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, None),
+]
+
+VALUES = [
+    ("NANOVLLM_LOG_LEVEL", env.log_level, "INFO,scheduler=DEBUG", "INFO,scheduler=DEBUG"),
+    ("NANOVLLM_CONFIGURE_LOGGING", env.configure_logging, "0", False),
+    ("NANOVLLM_CONFIGURE_LOGGING", env.configure_logging, "1", True),
+    ("NANOVLLM_LOG_DECODE_INTERVAL", env.log_decode_interval, " 25 ", 25),
+    ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "0.5", 0.5),
+    ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "2", 2.0),
+]
+
+BAD_VALUES = [
+    ("NANOVLLM_CONFIGURE_LOGGING", env.configure_logging, "maybe"),
+    ("NANOVLLM_LOG_DECODE_INTERVAL", env.log_decode_interval, "0"),
+    ("NANOVLLM_LOG_DECODE_INTERVAL", env.log_decode_interval, "-3"),
+    ("NANOVLLM_LOG_DECODE_INTERVAL", env.log_decode_interval, "2.5"),
+    ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "0"),
+    ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "-1"),
+    ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "nan"),
+    ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "inf"),
+    ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "4GB"),
+]
+
+
+@pytest.mark.parametrize(("variable", "read", "default"), DEFAULTS)
+def test_unset_and_empty_give_the_default(monkeypatch, variable, read, default):
+    monkeypatch.delenv(variable, raising=False)
+    assert read() == default
+    monkeypatch.setenv(variable, "  ")
+    assert read() == default
+
+
+@pytest.mark.parametrize(("variable", "read", "text", "value"), VALUES)
+def test_values_are_typed_and_read_at_the_call(monkeypatch, variable, read, text, value):
+    monkeypatch.setenv(variable, text)
+    result = read()
+    assert result == value
+    assert type(result) is type(value)
+
+
+@pytest.mark.parametrize(("variable", "read", "text"), BAD_VALUES)
+def test_a_bad_value_names_variable_value_and_what_is_allowed(monkeypatch, variable, read, text):
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(InvalidArgumentError) as caught:
+        read()
+    assert caught.value.field == variable
+    assert caught.value.value == text
+    assert repr(text) in str(caught.value)
+    assert caught.value.allowed in str(caught.value)
+
+
+def test_no_other_file_of_the_package_reads_the_environment():
+    package = Path(env.__file__).parents[1]
+    readers = {file.name for file in package.rglob("*.py") if "os.environ" in file.read_text("utf-8")}
+    readers |= {file.name for file in package.rglob("*.py") if "getenv(" in file.read_text("utf-8")}
+    assert readers == {"env.py"}
