@@ -1,0 +1,149 @@
+"""What a user asks of the engine (`EngineConfig`) and what the engine decided (`ResolvedConfig`).
+
+Both are frozen: a value is checked where it is made and never changes after.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nanovllm.errors import InvalidArgumentError, UnknownArgumentError
+
+# vLLM's spelling → ours.
+_ALIASES = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_kvcache_blocks"}
+
+_DTYPES = ("auto", "bfloat16", "float16", "float32")
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+_LOAD_FORMATS = ("auto", "safetensors", "dummy")
+_ATTENTION_BACKENDS = ("auto", "flash_attn", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Arguments of `LLM`, under the names that nano-vllm and vLLM use.
+
+    model: a folder, a Hugging Face id, or "tiny", the checkpoint that ships with the package; with
+        load_format="dummy" also a built-in shape ("qwen3-0.6b", "qwen3-8b", "qwen3-32b").
+    tokenizer: a folder or an id when it is not the model's own.
+    dtype: "auto" takes the checkpoint's, except on a CPU, which computes in float32.
+    max_model_len: the most tokens of prompt and output together; None takes the model's, at most what
+        the KV cache holds.
+    max_num_seqs: sequences that run at a time.
+    max_num_batched_tokens: tokens computed in one step; longer prompts run in chunks.
+    gpu_memory_utilization: share of the GPU's memory the engine may use, everything included.
+    kvcache_block_size: tokens a page of the KV cache; None lets the attention backend choose.
+    num_kvcache_blocks: pages of the KV cache; None measures what fits.
+    enforce_eager: no CUDA graphs.
+    attention_backend: "auto", "flash_attn", "triton" or "torch".
+    load_format: "dummy" fills the model with random weights of `seed`.
+    pipeline_depth: steps in flight at a time: 1 reads each step's tokens before the next is launched.
+
+    Raises InvalidArgumentError that names the field, for a value that is not allowed.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 512
+    max_num_batched_tokens: int = 16384
+    gpu_memory_utilization: float = 0.9
+    kvcache_block_size: int | None = None
+    num_kvcache_blocks: int | None = None
+    enable_prefix_caching: bool = True
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    device: str = "auto"
+    attention_backend: str = "auto"
+    kv_cache_dtype: str = "auto"
+    load_format: str = "auto"
+    skip_tokenizer_init: bool = False
+    seed: int = 0
+    trust_remote_code: bool = False
+    revision: str | None = None
+    hf_overrides: Mapping[str, Any] | None = None
+    pipeline_depth: int = 1
+
+    @classmethod
+    def from_arguments(cls, model: str, arguments: Mapping[str, Any]) -> EngineConfig:
+        """From `LLM`'s keyword arguments, vLLM's spellings included.
+
+        Raises UnknownArgumentError (a TypeError) for a name that does not exist.
+        """
+        known = {field.name for field in fields(cls)} - {"model"}
+        values: dict[str, Any] = {}
+        for given, value in arguments.items():
+            name = _ALIASES.get(given, given)
+            if name not in known:
+                raise UnknownArgumentError("LLM", given, sorted(known | _ALIASES.keys()))
+            if name in values:
+                raise InvalidArgumentError(given, value, f"given once: it is another name of {name}")
+            values[name] = value
+        dtype = str(values.get("dtype", "auto")).removeprefix("torch.")  # torch.bfloat16 is as good as "bfloat16"
+        return cls(model=str(model), **{**values, "dtype": _DTYPE_ALIASES.get(dtype, dtype)})
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "pipeline_depth"):
+            _check_count(name, getattr(self, name))
+        for name in ("max_model_len", "num_kvcache_blocks", "kvcache_block_size"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init", "trust_remote_code"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgumentError(name, getattr(self, name), "True or False")
+        _check_choice("dtype", self.dtype, _DTYPES)
+        _check_choice("load_format", self.load_format, _LOAD_FORMATS)
+        _check_choice("attention_backend", self.attention_backend, _ATTENTION_BACKENDS)
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto",), "The cache has the model's dtype.")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, (int, float)) or not math.isfinite(share) or not 0 < share <= 1:
+            raise InvalidArgumentError("gpu_memory_utilization", share, "a number above 0, at most 1")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise InvalidArgumentError("seed", self.seed, "an integer from 0 to 2**63 - 1")
+        if self.tensor_parallel_size != 1:
+            raise InvalidArgumentError(
+                "tensor_parallel_size", self.tensor_parallel_size, "1", "One device a model for now."
+            )
+        if self.device not in ("auto", "cpu") and self.device.partition(":")[0] != "cuda":
+            raise InvalidArgumentError("device", self.device, "'auto', 'cpu', 'cuda' or 'cuda:N'")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InvalidArgumentError(
+                "max_num_batched_tokens",
+                self.max_num_batched_tokens,
+                f"at least max_num_seqs={self.max_num_seqs}",
+                "A decode step computes one token of each running sequence: raise it, or lower max_num_seqs.",
+            )
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """What the engine runs with, decided once when it starts."""
+
+    model: str  # the folder, or a built-in shape's name
+    device: str
+    dtype: str
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    num_blocks: int
+    enable_prefix_caching: bool
+    use_cuda_graphs: bool
+    prefill_backend: str
+    decode_backend: str
+    pipeline_depth: int
+
+
+def _check_count(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InvalidArgumentError(name, value, "an integer ≥ 1")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...], hint: str = "") -> None:
+    if value not in choices:
+        raise InvalidArgumentError(name, value, "one of " + ", ".join(map(repr, choices)), hint)

@@ -1,0 +1,174 @@
+"""The two values that cross between deciding and computing.
+
+A `ScheduledBatch` is one int32 buffer made of changes. The same bytes go to the device in one copy
+and, with several ranks, through shared memory; each section is a view of them.
+
+    header         version, step, number of final chunks, then the item count of each section
+    closed         row                                    rows that are free again
+    opened         row, num_tokens, temperature's bits, seed's low and high word
+    opened_tokens  token id                               the opened rows' tokens, one after another
+    blocks         row, index in its block table, block
+    chunks         row, start, length                     prompt tokens to compute in this step
+    decode_rows    row                                    rows that compute their last token
+
+The changes apply in this order. Chunks that reach the end of their row's tokens come first (they are
+the final ones, and sample a token); a step samples for every decode row, then for every final chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
+
+VERSION = 1
+# Name and width (int32 words an item) of each section, in order.
+_SECTIONS = (("closed", 1), ("opened", 5), ("opened_tokens", 1), ("blocks", 3), ("chunks", 3), ("decode_rows", 1))
+_HEADER_FIELDS = 3
+_HEADER_SIZE = _HEADER_FIELDS + len(_SECTIONS)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Where a section lies in the buffer: `width` words for each of `count` items, from `offset` on."""
+
+    offset: int
+    count: int
+    width: int
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.count * self.width
+
+
+@dataclass(frozen=True)
+class OpenedRow:
+    """A sequence takes a row: all its tokens known so far, and how it samples."""
+
+    row: int
+    token_ids: IntArray  # [num_tokens]
+    temperature: float
+    seed: int  # 64 bits
+
+
+@dataclass(frozen=True)
+class ScheduledBatch:
+    """One step's work. Build it with `ScheduledBatch.build`, or from received bytes with `from_buffer`."""
+
+    buffer: IntArray
+    sections: dict[str, Section]
+
+    @classmethod
+    def build(
+        cls,
+        step: int,
+        *,
+        closed: Seq[int] = (),
+        opened: Seq[OpenedRow] = (),
+        blocks: Seq[tuple[int, int, int]] = (),
+        chunks: Seq[tuple[int, int, int]] = (),
+        num_final_chunks: int = 0,
+        decode_rows: Seq[int] | npt.NDArray[np.integer[Any]] = (),
+    ) -> ScheduledBatch:
+        """Packs the changes; see the module for what each tuple holds."""
+        num_opened_tokens = sum(len(item.token_ids) for item in opened)
+        counts = (len(closed), len(opened), num_opened_tokens, len(blocks), len(chunks), len(decode_rows))
+        sections = _layout(counts)
+        buffer: IntArray = np.empty(sections["decode_rows"].end, dtype=np.int32)
+        buffer[:_HEADER_SIZE] = (VERSION, step, num_final_chunks, *counts)
+        batch = cls(buffer, sections)
+        batch.closed[:] = closed
+        batch.decode_rows[:] = decode_rows
+        if blocks:
+            batch.blocks[:] = blocks
+        if chunks:
+            batch.chunks[:] = chunks
+        if opened:
+            items = batch.opened
+            items[:, 0] = [item.row for item in opened]
+            items[:, 1] = [len(item.token_ids) for item in opened]
+            items[:, 2] = np.array([item.temperature for item in opened], dtype=np.float32).view(np.int32)
+            items[:, 3:5] = np.array([item.seed for item in opened], dtype=np.int64).view(np.int32).reshape(-1, 2)
+            np.concatenate([item.token_ids for item in opened], out=batch.opened_tokens)
+        return batch
+
+    @classmethod
+    def from_buffer(cls, buffer: IntArray) -> ScheduledBatch:
+        """Reads a batch from its bytes without copying. Raises ValueError for a buffer of another version or size."""
+        if len(buffer) < _HEADER_SIZE or buffer[0] != VERSION:
+            raise ValueError(f"not a scheduled batch of version {VERSION}: {buffer[:_HEADER_SIZE].tolist()}")
+        sections = _layout(tuple(buffer[_HEADER_FIELDS:_HEADER_SIZE].tolist()))
+        if len(buffer) != sections["decode_rows"].end:
+            raise ValueError(f"a scheduled batch of {sections['decode_rows'].end} words came as {len(buffer)}")
+        return cls(buffer, sections)
+
+    def _view(self, name: str) -> IntArray:
+        section = self.sections[name]
+        view = self.buffer[section.offset : section.end]
+        return view if section.width == 1 else view.reshape(section.count, section.width)
+
+    @property
+    def step(self) -> int:
+        return int(self.buffer[1])
+
+    @property
+    def num_final_chunks(self) -> int:
+        return int(self.buffer[2])
+
+    @cached_property
+    def closed(self) -> IntArray:  # [num_closed]
+        return self._view("closed")
+
+    @cached_property
+    def opened(self) -> IntArray:  # [num_opened, 5]
+        return self._view("opened")
+
+    @cached_property
+    def opened_tokens(self) -> IntArray:  # [num_opened_tokens]
+        return self._view("opened_tokens")
+
+    @cached_property
+    def blocks(self) -> IntArray:  # [num_blocks, 3]
+        return self._view("blocks")
+
+    @cached_property
+    def chunks(self) -> IntArray:  # [num_chunks, 3]
+        return self._view("chunks")
+
+    @cached_property
+    def decode_rows(self) -> IntArray:  # [num_decode_rows]
+        return self._view("decode_rows")
+
+    @cached_property
+    def sampled_rows(self) -> IntArray:
+        """The rows that get a token in this step, in the order of `StepResult.token_ids`."""
+        if not self.num_final_chunks:
+            return self.decode_rows
+        return np.concatenate([self.decode_rows, self.chunks[: self.num_final_chunks, 0]])
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return len(self.decode_rows) + int(self.chunks[:, 2].sum())
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gave: one token for each of the batch's `sampled_rows`."""
+
+    token_ids: IntArray  # [num_sampled_rows]
+
+
+def _layout(counts: Seq[int]) -> dict[str, Section]:
+    sections = {}
+    offset = _HEADER_SIZE
+    for (name, width), count in zip(_SECTIONS, counts, strict=True):
+        sections[name] = Section(offset, count, width)
+        offset = sections[name].end
+    return sections

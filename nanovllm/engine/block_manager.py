@@ -1,0 +1,230 @@
+"""BlockManager: who owns which page of the KV cache, and which pages hold a prefix worth sharing.
+
+A block is in exactly one of three states:
+
+    owned      reference count ≥ 1: in the block table of that many sequences
+    evictable  reference count 0, still registered under its prefix; the least recently released is taken first
+    free       reference count 0, nothing of worth in it
+
+A full block is registered under a hash chained over its whole prefix, so equal tokens after different
+prefixes differ. A hash alone is never trusted: a hit must have the same tokens and the same parent
+block, which makes prefix equality certain by induction.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import xxhash
+
+from nanovllm.engine.batch import IntArray
+from nanovllm.utils.logger import log_event, setup_logger
+
+logger = setup_logger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class CachedBlock:
+    """A registered block's identity: compared by object, since a parent may be replaced by an equal one."""
+
+    block: int
+    prefix_hash: int
+    tokens: bytes
+    parent: CachedBlock | None
+
+
+@dataclass(eq=False)
+class BlockTable:
+    """A sequence's blocks in order. The first `num_registered` are registered or equal to a registered one."""
+
+    blocks: list[int] = field(default_factory=list)
+    num_registered: int = 0
+    last_registered: CachedBlock | None = None
+
+
+class BlockManager:
+    """Hands out blocks of `block_size` tokens, counts references, shares prefixes.
+
+    salt: what else must agree for keys and values to be equal (model, dtype …).
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True, salt: str = "") -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self._root_hash = xxhash.xxh3_64_intdigest(salt.encode())
+        self._reference_counts = [0] * num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: low numbers first
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._by_hash: dict[int, CachedBlock] = {}
+        self._by_block: dict[int, CachedBlock] = {}
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that can be handed out now, evictable ones included."""
+        return len(self._free) + len(self._evictable)
+
+    @property
+    def num_used_blocks(self) -> int:
+        return self.num_blocks - self.num_free_blocks
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold `num_tokens` tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, seq_id: int, token_ids: IntArray) -> BlockTable | None:
+        """Blocks for all of `token_ids`, the longest registered prefix shared; None when too few are free.
+
+        At least the last token is left to compute, for a step must have a query to give logits.
+        The table's `num_registered` blocks are the shared ones.
+        """
+        shared = self._match(token_ids)
+        num_blocks = self.blocks_for(len(token_ids))
+        num_new = num_blocks - len(shared)
+        revived = sum(cached.block in self._evictable for cached in shared)
+        if num_new > self.num_free_blocks - revived:
+            return None
+        log_event(
+            logger,
+            logging.DEBUG,
+            "blocks.allocating",
+            "Allocating blocks for seq_id={seq_id}, num_blocks={num_blocks}",
+            seq_id=seq_id,
+            num_blocks=num_blocks,
+        )
+        table = BlockTable([cached.block for cached in shared], len(shared), shared[-1] if shared else None)
+        for cached in shared:
+            self._evictable.pop(cached.block, None)
+            self._reference_counts[cached.block] += 1
+        for _ in range(num_new):
+            self.append_block(table)
+        log_event(
+            logger,
+            logging.DEBUG,
+            "blocks.allocated",
+            "Allocated blocks for seq_id={seq_id}: new={new}, cache_hits={cache_hits}, "
+            "free_blocks={free_blocks}, used_blocks={used_blocks}",
+            seq_id=seq_id,
+            new=num_new,
+            cache_hits=len(shared),
+            free_blocks=self.num_free_blocks,
+            used_blocks=self.num_used_blocks,
+        )
+        return table
+
+    def append_block(self, table: BlockTable) -> int:
+        """Gives `table` one more block and returns it. The caller has checked `num_free_blocks`."""
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._evictable.popitem(last=False)
+            self._forget(self._by_block[block])
+        self._reference_counts[block] = 1
+        table.blocks.append(block)
+        return block
+
+    def register(self, table: BlockTable, token_ids: IntArray) -> None:
+        """Makes the full blocks of `token_ids` shareable.
+
+        Call it once the step that writes them is scheduled: steps run in order, and within a step each
+        layer stores all keys and values before it attends, so whoever shares a block finds it written.
+        """
+        if not self.enable_prefix_caching:
+            return
+        for index in range(table.num_registered, len(token_ids) // self.block_size):
+            parent = table.last_registered
+            prefix_hash, tokens = self._hash(parent, token_ids, index)
+            known = self._by_hash.get(prefix_hash)
+            if known is None or known.tokens != tokens or known.parent is not parent:
+                if known is not None:  # a collision, or a block whose parent was evicted: nobody can reach it
+                    self._forget(known)
+                    if known.block in self._evictable:
+                        del self._evictable[known.block]
+                        self._free.append(known.block)
+                known = CachedBlock(table.blocks[index], prefix_hash, tokens, parent)
+                self._by_hash[prefix_hash] = known
+                self._by_block[known.block] = known
+            table.last_registered = known
+            table.num_registered = index + 1
+
+    def release(self, seq_id: int, table: BlockTable) -> int:
+        """Takes the blocks back and returns how many nobody else holds.
+
+        The last block goes first, so that a prefix outlives its continuations in the eviction order.
+        """
+        freed = 0
+        for block in reversed(table.blocks):
+            self._reference_counts[block] -= 1
+            if self._reference_counts[block] == 0:
+                freed += 1
+                if block in self._by_block:
+                    self._evictable[block] = None
+                else:
+                    self._free.append(block)
+        log_event(
+            logger,
+            logging.DEBUG,
+            "blocks.freed",
+            "Deallocated blocks for seq_id={seq_id}: freed={freed}/{total}, free_blocks={free_blocks}",
+            seq_id=seq_id,
+            freed=freed,
+            total=len(table.blocks),
+            free_blocks=self.num_free_blocks,
+        )
+        return freed
+
+    def num_releasable(self, table: BlockTable) -> int:
+        """How many blocks `release` would make free."""
+        return sum(self._reference_counts[block] == 1 for block in table.blocks)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every prefix. Blocks in use stay with their owners and are not shared any further."""
+        self._by_hash.clear()
+        self._by_block.clear()
+        self._free.extend(self._evictable)
+        self._evictable.clear()
+
+    def check_integrity(self, tables: Iterable[BlockTable]) -> None:
+        """Raises AssertionError unless every block is in exactly one state and counted by its owners."""
+        counts = [0] * self.num_blocks
+        for table in tables:
+            assert len(set(table.blocks)) == len(table.blocks), f"a block twice in one table: {table.blocks}"
+            for block in table.blocks:
+                counts[block] += 1
+        assert counts == self._reference_counts, "reference counts differ from the block tables"
+        free, evictable = set(self._free), set(self._evictable)
+        assert len(free) == len(self._free), "a block is free twice"
+        assert not free & evictable, "a block is free and evictable"
+        owned = {block for block, count in enumerate(counts) if count}
+        assert free | evictable | owned == set(range(self.num_blocks)), "a block is leaked"
+        assert not owned & (free | evictable), "a block is owned and free"
+        assert evictable <= set(self._by_block), "an evictable block is not registered"
+        assert not free & set(self._by_block), "a free block is registered"
+        by_block = {cached.block: cached for cached in self._by_hash.values()}
+        assert by_block == self._by_block, "the two indices of registered blocks differ"
+
+    def _match(self, token_ids: IntArray) -> list[CachedBlock]:
+        if not self.enable_prefix_caching:
+            return []
+        shared: list[CachedBlock] = []
+        parent: CachedBlock | None = None
+        for index in range((len(token_ids) - 1) // self.block_size):
+            prefix_hash, tokens = self._hash(parent, token_ids, index)
+            cached = self._by_hash.get(prefix_hash)
+            if cached is None or cached.tokens != tokens or cached.parent is not parent:
+                break
+            shared.append(cached)
+            parent = cached
+        return shared
+
+    def _hash(self, parent: CachedBlock | None, token_ids: IntArray, index: int) -> tuple[int, bytes]:
+        tokens = token_ids[index * self.block_size : (index + 1) * self.block_size].tobytes()
+        previous = self._root_hash if parent is None else parent.prefix_hash
+        return xxhash.xxh3_64_intdigest(tokens, seed=previous), tokens
+
+    def _forget(self, cached: CachedBlock) -> None:
+        del self._by_hash[cached.prefix_hash]
+        del self._by_block[cached.block]

@@ -1,0 +1,61 @@
+"""Where the model runs. The engine submits steps and collects their results in the same order."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.engine.batch import ScheduledBatch, StepResult
+
+
+class StepHandle(Protocol):
+    """A step in flight."""
+
+    def wait(self) -> StepResult:
+        """Blocks until the step's tokens are on the host."""
+        ...
+
+
+class Executor(Protocol):
+    """Runs batches in the order of submission. `submit` does not wait for the device."""
+
+    resolved: ResolvedConfig
+
+    def submit(self, batch: ScheduledBatch) -> StepHandle: ...
+
+    def collect(self, handle: StepHandle) -> StepResult: ...
+
+    def synchronize(self) -> None:
+        """Waits until nothing is in flight, whatever became of it. Raises if the device can not go on."""
+        ...
+
+    def shutdown(self) -> None:
+        """Gives the device's memory back. Calling it again does nothing."""
+        ...
+
+
+class InProcessExecutor:
+    """One rank, in this process."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        # Imported here: torch begins with the runner, and deciding does not need it.
+        from nanovllm.engine.model_runner import ModelRunner
+
+        self._runner: ModelRunner | None = ModelRunner(config)
+        self.resolved = self._runner.resolved
+
+    def submit(self, batch: ScheduledBatch) -> StepHandle:
+        assert self._runner is not None, "the executor was shut down"
+        return self._runner.submit(batch)
+
+    def collect(self, handle: StepHandle) -> StepResult:
+        return handle.wait()
+
+    def synchronize(self) -> None:
+        if self._runner is not None:
+            self._runner.synchronize()
+
+    def shutdown(self) -> None:
+        if self._runner is not None:
+            self._runner.shutdown()
+            self._runner = None

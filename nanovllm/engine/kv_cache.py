@@ -1,0 +1,103 @@
+"""How many blocks the KV cache gets. docs/kv-cache.md works an example through."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.attention.interface import LayerKVCache
+from nanovllm.errors import OutOfMemoryError
+from nanovllm.models.model_config import ModelConfig
+from nanovllm.utils import env
+
+GB = 10**9
+_CPU_SHARE = 0.25  # of the free memory, when NANOVLLM_CPU_KVCACHE_GB is not set
+
+
+@dataclass(frozen=True)
+class KVCacheShape:
+    """One rank's pages."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: ModelConfig, block_size: int, dtype: torch.dtype) -> KVCacheShape:
+        return cls(model.num_layers, model.num_kv_heads, model.head_dim, block_size, dtype)
+
+    @property
+    def block_bytes(self) -> int:
+        """Keys and values of one block in all layers."""
+        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+        return self.block_size * per_token
+
+    def allocate(self, num_blocks: int, device: torch.device) -> list[LayerKVCache]:
+        """`num_blocks` blocks and the null block after them, one cache a layer.
+
+        Zeroed, since attention multiplies what lies beyond a sequence's end by zero, and NaN survives that.
+        """
+        size = (self.num_layers, 2, num_blocks + 1, self.block_size, self.num_kv_heads, self.head_dim)
+        pages = torch.zeros(size, dtype=self.dtype, device=device)
+        return [LayerKVCache(layer[0], layer[1]) for layer in pages]
+
+
+@dataclass(frozen=True)
+class GPUMemory:
+    """What a GPU offers the cache, in bytes."""
+
+    total: int  # of the device
+    utilization: float
+    own_peak: int  # weights and the activations of the largest steps
+    free: int  # now: other processes' memory, our weights and our CUDA context are gone from it
+    activations: int  # part of own_peak, not in use now
+
+    def available(self) -> int:
+        """What we may use: our share less our own needs, and never more than is really free."""
+        return min(int(self.total * self.utilization) - self.own_peak, self.free - self.activations)
+
+    def num_blocks(self, shape: KVCacheShape) -> int:
+        """Raises OutOfMemoryError, with the numbers, when not even one block fits."""
+        num_blocks = self.available() // shape.block_bytes - 1  # the null block
+        if num_blocks < 1:
+            raise OutOfMemoryError(
+                f"No memory is left for the KV cache: the GPU has {self.total / GB:.2f} GB, of which "
+                f"gpu_memory_utilization={self.utilization} allows {self.total * self.utilization / GB:.2f} GB; "
+                f"weights and activations need {self.own_peak / GB:.2f} GB, {self.free / GB:.2f} GB are free now, and "
+                f"a block needs {shape.block_bytes / GB:.4f} GB. Raise gpu_memory_utilization, lower max_num_batched_tokens or "
+                "max_num_seqs, or end the other processes on this GPU."
+            )
+        return num_blocks
+
+
+def num_cpu_blocks(shape: KVCacheShape, max_num_seqs: int, max_model_len: int) -> int:
+    """Blocks on a CPU: NANOVLLM_CPU_KVCACHE_GB, else a quarter of the free memory, at most what all rows can use."""
+    asked = env.cpu_kvcache_gb()
+    if asked is None:
+        blocks_of_all_rows = max_num_seqs * -(-max_model_len // shape.block_size)
+        num_blocks = min(int(_free_cpu_memory() * _CPU_SHARE) // shape.block_bytes, blocks_of_all_rows)
+    else:
+        num_blocks = int(asked * GB) // shape.block_bytes
+    if num_blocks < 1:
+        raise OutOfMemoryError(
+            f"The KV cache needs at least one block of {shape.block_bytes / GB:.4f} GB, and there is "
+            f"{_free_cpu_memory() * _CPU_SHARE / GB if asked is None else asked:.4f} GB for it. "
+            "Raise NANOVLLM_CPU_KVCACHE_GB or lower kvcache_block_size."
+        )
+    return num_blocks
+
+
+def _free_cpu_memory() -> int:
+    if sys.platform == "linux":
+        with open("/proc/meminfo", encoding="ascii") as meminfo:
+            for line in meminfo:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # how much of it is free is not known
+    return 4 * GB

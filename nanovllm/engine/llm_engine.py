@@ -1,0 +1,336 @@
+"""LLMEngine: the loop. Requests come in, steps run, results come out.
+
+add_request → Sequence → Scheduler.schedule → ScheduledBatch → Executor.submit … collect → StepResult
+→ Scheduler.update → RequestOutput
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import xxhash
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.executor import Executor, InProcessExecutor, StepHandle
+from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import EngineDeadError, InvalidArgumentError, RequestTooLargeError
+from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.logger import configure_logging, log_event, log_rule, setup_logger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = setup_logger(__name__)
+
+# A text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}.
+Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
+
+
+@dataclass
+class EngineStatistics:
+    """Totals since the engine started. Times are wall time in seconds, each step's under what it ran."""
+
+    num_steps: int = 0
+    num_prompt_tokens: int = 0  # computed in prefill, those computed again after a preemption included
+    num_output_tokens: int = 0
+    prefill_seconds: float = 0.0  # steps with at least one prefill chunk
+    decode_seconds: float = 0.0  # all others
+
+    def since(self, earlier: EngineStatistics) -> EngineStatistics:
+        return EngineStatistics(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
+
+
+class LLMEngine:
+    """Owns the scheduler and the executor, and keeps up to `pipeline_depth` steps in flight.
+
+    Use as a context manager, or call `exit`, to give the device's memory back.
+    """
+
+    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
+        configure_logging()
+        log_rule(logger)
+        log_event(logger, logging.INFO, "engine.init", "Initializing LLMEngine")
+        log_event(logger, logging.INFO, "engine.model", "Model: {model}", model=config.model)
+        names = ["tensor_parallel_size", "max_model_len", *(f.name for f in fields(config) if f.name != "model")]
+        settings = {name: getattr(config, name) for name in names}
+        log_event(
+            logger,
+            logging.INFO,
+            "engine.config",
+            "Configuration: " + ", ".join(f"{name}={{{name}}}" for name in settings),
+            **settings,
+        )
+        log_rule(logger)
+        self.config = config
+        self.executor: Executor = executor or InProcessExecutor(config)
+        self.resolved = self.executor.resolved
+        log_event(
+            logger,
+            logging.INFO,
+            "engine.resolved",
+            "Resolved: " + ", ".join(f"{f.name}={{{f.name}}}" for f in fields(self.resolved)),
+            **{f.name: getattr(self.resolved, f.name) for f in fields(self.resolved)},
+        )
+        self.tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, self.resolved.model)
+        self.scheduler = Scheduler(self.resolved)
+        self.statistics = EngineStatistics()
+        self._requests: dict[str, Sequence] = {}
+        self._prompts: dict[str, str | None] = {}
+        self._aborted: list[Sequence] = []  # not reported yet
+        self._in_flight: deque[tuple[ScheduledBatch, StepHandle]] = deque()
+        self._num_arrivals = 0
+        self._last_collected = 0.0
+        self._dead: BaseException | None = None
+
+    # Requests
+
+    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None) -> str:
+        """Queues a request and returns its id.
+
+        prompt: a text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
+        Raises InvalidArgumentError for a prompt that is empty or has ids outside the vocabulary, and
+        RequestTooLargeError for one that could never run; the engine and its other requests go on.
+        """
+        self._check_alive()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise InvalidArgumentError("sampling_params", params, "a SamplingParams")
+        if request_id in self._requests:
+            raise InvalidArgumentError("request_id", request_id, "unique among the unfinished requests")
+        text, token_ids = self._parse_prompt(prompt)
+        self._check_length(len(token_ids))
+        sequence = Sequence.from_prompt(
+            self._num_arrivals,
+            request_id,
+            token_ids,
+            params,
+            max_model_len=self.resolved.max_model_len,
+            seed=self._next_seed(),
+        )
+        self._num_arrivals += 1
+        self._requests[request_id] = sequence
+        self._prompts[request_id] = text
+        self.scheduler.add(sequence)
+        return request_id
+
+    def abort_request(self, request_id: str) -> None:
+        """Ends a request; the next `step` returns what it has so far. An unknown or finished id does nothing."""
+        sequence = self._requests.get(request_id)
+        if sequence is not None and sequence not in self._aborted:
+            self.scheduler.abort(sequence)
+            self._aborted.append(sequence)
+
+    def discard_requests(self, request_ids: Iterable[str]) -> None:
+        """Ends requests without an output; unknown and finished ids do nothing."""
+        for request_id in request_ids:
+            sequence = self._requests.pop(request_id, None)
+            if sequence is not None:
+                del self._prompts[request_id]
+                self.scheduler.abort(sequence)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._requests or self._in_flight)
+
+    @property
+    def has_steps_in_flight(self) -> bool:
+        """With several steps in flight, whether one is left that computed a token too many."""
+        return bool(self._in_flight)
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Tokens of the requests that are not running yet."""
+        return sum(len(sequence.token_ids) for sequence in self.scheduler.waiting)
+
+    # The loop
+
+    def step(self) -> list[RequestOutput]:
+        """Fills the pipeline, collects the oldest step in flight, and returns the requests that ended.
+
+        An error, or Ctrl-C, in a step aborts every unfinished request, whose tokens are lost, and is raised;
+        the engine then goes on with an empty queue, unless the device itself is out of order.
+        """
+        self._check_alive()
+        try:
+            ended = self._aborted + self._step()
+            self._aborted = []
+            return [self._finish(sequence) for sequence in ended]
+        except BaseException as error:
+            self._recover(error)
+            raise
+
+    def _step(self) -> list[Sequence]:
+        if not self._in_flight:
+            self._last_collected = time.perf_counter()  # nothing was running: idle time belongs to no step
+        while len(self._in_flight) < self.resolved.pipeline_depth:
+            batch = self.scheduler.schedule()
+            if batch is None:
+                break
+            self._in_flight.append((batch, self.executor.submit(batch)))
+        if not self._in_flight:
+            return []
+        batch, handle = self._in_flight[0]
+        result = self.executor.collect(handle)
+        self._in_flight.popleft()
+        ended = self.scheduler.update(batch, result)
+        self._count(batch)
+        return ended
+
+    def _count(self, batch: ScheduledBatch) -> None:
+        now = time.perf_counter()
+        elapsed, self._last_collected = now - self._last_collected, now
+        statistics = self.statistics
+        statistics.num_steps += 1
+        statistics.num_prompt_tokens += int(batch.chunks[:, 2].sum())
+        statistics.num_output_tokens += len(batch.sampled_rows)
+        if len(batch.chunks):
+            statistics.prefill_seconds += elapsed
+        else:
+            statistics.decode_seconds += elapsed
+
+    def _finish(self, sequence: Sequence) -> RequestOutput:
+        del self._requests[sequence.request_id]
+        prompt = self._prompts.pop(sequence.request_id)
+        assert sequence.finish_reason is not None, "only ended sequences give an output"
+        token_ids = sequence.output_token_ids.tolist()
+        completion = CompletionOutput(
+            index=0,
+            text=self._decode(token_ids, ended_by_eos=sequence.finish_reason == "stop"),
+            token_ids=token_ids,
+            finish_reason=sequence.finish_reason,
+        )
+        return RequestOutput(
+            request_id=sequence.request_id,
+            prompt=prompt,
+            prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens].tolist(),
+            outputs=[completion],
+            finished=True,
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+        )
+
+    def _recover(self, error: BaseException) -> None:
+        """Starts over with an empty scheduler: a step that stopped half-way leaves nothing that can be trusted."""
+        self._requests.clear()
+        self._prompts.clear()
+        self._aborted.clear()
+        self._in_flight.clear()
+        self.scheduler = Scheduler(self.resolved)
+        try:
+            self.executor.synchronize()
+        except Exception as device_error:
+            self._dead = device_error
+        log_event(
+            logger,
+            logging.ERROR,
+            "engine.error",
+            "A step failed ({error}); its requests are aborted, and the engine {state}",
+            error=repr(error),
+            state="goes on" if self._dead is None else "can not go on",
+        )
+
+    # The rest of the face
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached prefix; running requests go on."""
+        self.scheduler.block_manager.reset_prefix_cache()
+
+    def exit(self) -> None:
+        """Gives the device's memory back. Calling it again does nothing; any other call raises after it."""
+        if self._dead is None:
+            self._dead = EngineDeadError("exit() was called")
+        self._requests.clear()
+        self._in_flight.clear()
+        self.executor.shutdown()
+
+    def __enter__(self) -> LLMEngine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.exit()
+
+    # Helpers
+
+    def _check_alive(self) -> None:
+        if self._dead is not None:
+            raise EngineDeadError(f"This engine has ended ({self._dead}): make a new one.") from self._dead
+
+    def _parse_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            known = [key for key in ("prompt_token_ids", "prompt") if key in prompt]
+            if not known:
+                raise InvalidArgumentError("prompt", prompt, "a dictionary with 'prompt' or 'prompt_token_ids'")
+            text = prompt.get("prompt")
+            prompt = prompt[known[0]]
+        else:
+            text = prompt if isinstance(prompt, str) else None
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidArgumentError(
+                    "prompt", prompt, "token ids, since there is no tokenizer", "Leave skip_tokenizer_init out."
+                )
+            token_ids: list[int] = self.tokenizer.encode(prompt)
+        else:
+            token_ids = self._check_token_ids(prompt)
+        if not token_ids:
+            raise InvalidArgumentError("prompt", prompt, "at least one token long")
+        return text, token_ids
+
+    def _check_token_ids(self, prompt: Any) -> list[int]:
+        allowed = f"a text or a list of token ids from 0 to {self.resolved.vocab_size - 1}"
+        try:
+            token_ids = np.asarray(prompt)
+        except ValueError:
+            raise InvalidArgumentError("prompt", prompt, allowed) from None
+        if token_ids.size == 0 and token_ids.ndim == 1:
+            return []
+        if token_ids.ndim != 1 or token_ids.dtype.kind not in "iu":
+            raise InvalidArgumentError("prompt", prompt, allowed)
+        outside = token_ids[(token_ids < 0) | (token_ids >= self.resolved.vocab_size)]
+        if len(outside):
+            raise InvalidArgumentError("prompt_token_ids", int(outside[0]), allowed)
+        converted: list[int] = token_ids.tolist()
+        return converted
+
+    def _check_length(self, num_tokens: int) -> None:
+        resolved = self.resolved
+        if num_tokens >= resolved.max_model_len:
+            raise RequestTooLargeError(
+                "prompt",
+                f"{num_tokens} tokens",
+                f"at most {resolved.max_model_len - 1} tokens long, so that one more fits into "
+                f"max_model_len={resolved.max_model_len}",
+                f"The KV cache has {resolved.num_blocks} blocks of {resolved.block_size} tokens: raise max_model_len, "
+                "and num_kvcache_blocks (or the memory for the cache) if it is the limit, or shorten the prompt.",
+            )
+
+    def _next_seed(self) -> int:
+        """What a request without a seed samples with: a function of the engine's seed and the order of arrival."""
+        word = self._num_arrivals.to_bytes(8, "little")
+        return xxhash.xxh3_64_intdigest(word, seed=self.config.seed) >> 1
+
+    def _decode(self, token_ids: list[int], ended_by_eos: bool) -> str:
+        if self.tokenizer is None:
+            return ""
+        shown = token_ids[:-1] if ended_by_eos else token_ids
+        text: str = self.tokenizer.decode(shown, skip_special_tokens=True)
+        return text
+
+
+def _load_tokenizer(config: EngineConfig, folder: str) -> PreTrainedTokenizerBase | None:
+    from transformers import AutoTokenizer
+
+    from nanovllm.utils.checkpoint import resolve_model_folder
+
+    source = resolve_model_folder(config.tokenizer, config.revision) if config.tokenizer else folder
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        source, trust_remote_code=config.trust_remote_code
+    )
+    return tokenizer

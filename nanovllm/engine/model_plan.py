@@ -1,0 +1,117 @@
+"""ModelPlan: which model, on which device, in which dtype, up to which length. Decided before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanovllm.config import EngineConfig
+from nanovllm.errors import InvalidArgumentError, ModelLoadError, OutOfMemoryError
+from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+from nanovllm.utils.checkpoint import resolve_model_folder
+from nanovllm.utils.logger import log_event, setup_logger
+
+logger = setup_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """folder: None for a built-in shape, which has no files."""
+
+    folder: Path | None
+    model_config: ModelConfig
+    device: torch.device
+    dtype: torch.dtype
+    max_model_len: int
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> ModelPlan:
+        """Raises a NanoVLLMError for a model that can not be had, or a device or length that it can not have."""
+        folder: Path | None = None
+        if config.model in BUILTIN_SHAPES:
+            if config.load_format != "dummy":
+                raise ModelLoadError(
+                    f"model={config.model!r} is a shape without weights: give load_format='dummy' for random ones, "
+                    f"or a folder or Hugging Face id such as 'Qwen/{config.model.replace('qwen', 'Qwen').upper()}'."
+                )
+            model_config = BUILTIN_SHAPES[config.model]
+        else:
+            folder = resolve_model_folder(config.model, config.revision)
+            model_config = ModelConfig.from_folder(folder, config.hf_overrides)
+        device = _resolve_device(config.device)
+        return cls(
+            folder=folder,
+            model_config=model_config,
+            device=device,
+            dtype=_resolve_dtype(config.dtype, model_config.dtype, device),
+            max_model_len=_resolve_max_model_len(config.max_model_len, model_config),
+        )
+
+    def fit_max_model_len(self, config: EngineConfig, num_slots: int) -> int:
+        """The length that a request may have when the cache holds `num_slots` tokens: each must fit alone."""
+        if self.max_model_len <= num_slots:
+            return self.max_model_len
+        if num_slots < 2:
+            raise OutOfMemoryError(
+                f"The KV cache holds {num_slots} token: raise num_kvcache_blocks={config.num_kvcache_blocks}."
+            )
+        log_event(
+            logger,
+            logging.INFO if config.max_model_len is None else logging.WARNING,
+            "engine.max_model_len",
+            "max_model_len lowered from {wanted} to {max_model_len}: the KV cache holds no more tokens. "
+            "Raise num_kvcache_blocks or the memory for the cache for longer requests.",
+            wanted=self.max_model_len,
+            max_model_len=num_slots,
+        )
+        return num_slots
+
+
+def _resolve_device(wanted: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if wanted == "auto":
+        wanted = "cuda" if available else "cpu"
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not available:
+        raise InvalidArgumentError("device", wanted, "'cpu' or 'auto' here", "torch finds no CUDA device.")
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        device = torch.device("cuda", torch.cuda.device_count())
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise InvalidArgumentError("device", wanted, f"'cuda:N' with N below {torch.cuda.device_count()}")
+    return torch.device("cuda", index)
+
+
+def _resolve_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.dtype:
+    # On a CPU float32 is exact for every checkpoint and faster than half precision on most.
+    name = wanted if wanted != "auto" else "float32" if device.type == "cpu" else checkpoint
+    dtype: torch.dtype = getattr(torch, name)
+    if dtype is torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
+        raise InvalidArgumentError(
+            "dtype", wanted, "'float16' or 'float32' on this GPU", "It has no bfloat16 arithmetic."
+        )
+    return dtype
+
+
+def _resolve_max_model_len(wanted: int | None, model_config: ModelConfig) -> int:
+    longest = model_config.max_context_len
+    if wanted is None:
+        return longest
+    if wanted < 2 or wanted > longest:
+        raise InvalidArgumentError(
+            "max_model_len",
+            wanted,
+            f"an integer from 2 to {longest}, the longest context of this model",
+            "A longer context needs rope scaling: hf_overrides={'rope_scaling': …}.",
+        )
+    return wanted

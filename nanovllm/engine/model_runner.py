@@ -1,0 +1,317 @@
+"""ModelRunner: one rank's device work. It turns a `ScheduledBatch` into sampled tokens.
+
+Everything a step needs is in the batch and in the device's rows, so `submit` only launches: the tokens
+come back through pinned memory, and whoever wants them waits on the handle.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanovllm.attention.selection import select_attention
+from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepResult
+from nanovllm.engine.cuda_graph import DecodeGraphs
+from nanovllm.engine.device_rows import DeviceRows, ModelInputs
+from nanovllm.engine.kv_cache import GB, GPUMemory, KVCacheShape, num_cpu_blocks
+from nanovllm.engine.model_plan import ModelPlan
+from nanovllm.errors import OutOfMemoryError
+from nanovllm.layers.attention import AttentionBackends
+from nanovllm.layers.parallel import TensorParallel
+from nanovllm.layers.sampler import sample_tokens
+from nanovllm.models.causal_lm import CausalLM
+from nanovllm.models.registry import get_model_class
+from nanovllm.utils.loader import load_dummy_weights, load_weights
+from nanovllm.utils.logger import log_event, log_gpu_memory, log_tensor_shapes, setup_logger, timed_section
+
+logger = setup_logger(__name__)
+
+
+@dataclass(frozen=True)
+class InFlightStep:
+    """A launched step: its tokens are in `token_ids` once `done` has passed (None: they are there)."""
+
+    token_ids: torch.Tensor  # [num_sampled] int32, on the host
+    done: torch.cuda.Event | None
+
+    def wait(self) -> StepResult:
+        if self.done is not None:
+            self.done.synchronize()
+        return StepResult(self.token_ids.numpy())
+
+
+class ModelRunner:
+    """Loads the model, sizes the KV cache from what is measured, and runs steps.
+
+    `resolved` says what was decided. Raises a NanoVLLMError with the way out when the model or the cache
+    do not fit, or when device, dtype or backend are not to be had.
+    """
+
+    def __init__(self, config: EngineConfig, parallel: TensorParallel | None = None) -> None:
+        self.parallel = parallel or TensorParallel()
+        self._prefix = f"[Rank {self.parallel.rank}]"
+        log_event(
+            logger, logging.INFO, "runner.init", "Initializing ModelRunner (rank {rank})", rank=self.parallel.rank
+        )
+        plan = ModelPlan.of(config)
+        self.device = plan.device
+        attention = select_attention(
+            config.attention_backend, plan.device, plan.dtype, plan.model_config.head_dim, config.kvcache_block_size
+        )
+        shape = KVCacheShape.of(plan.model_config, attention.block_size, plan.dtype)
+        self._graphs: DecodeGraphs | None = None
+        use_graphs = self.device.type == "cuda" and not config.enforce_eager
+        with torch.inference_mode():
+            self.model = self._load(plan, config, attention)
+            num_blocks = self._num_blocks(config, shape, plan.max_model_len)
+            max_model_len = plan.fit_max_model_len(config, num_blocks * attention.block_size)
+            self._log_cache(shape, num_blocks)
+            self._allocate(shape, num_blocks, config.max_num_seqs, max_model_len)
+            if use_graphs:
+                self._graphs = DecodeGraphs(self._decode, config.max_num_seqs, self.rows.null_row, self.device)
+                self._graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
+        log_gpu_memory(logger, "After KV cache allocation", self.device, event="kv_cache.memory")
+        self.resolved = ResolvedConfig(
+            model=str(plan.folder or config.model),
+            device=str(self.device),
+            dtype=plan.dtype_name,
+            vocab_size=plan.model_config.vocab_size,
+            eos_token_ids=plan.model_config.eos_token_ids,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            block_size=attention.block_size,
+            num_blocks=num_blocks,
+            enable_prefix_caching=config.enable_prefix_caching,
+            use_cuda_graphs=use_graphs,
+            prefill_backend=attention.prefill.name,
+            decode_backend=attention.decode.name,
+            pipeline_depth=config.pipeline_depth,
+        )
+
+    # Steps
+
+    @torch.inference_mode()
+    def submit(self, batch: ScheduledBatch) -> InFlightStep:
+        """Launches a step and returns without waiting for the device."""
+        words = self._upload(batch.buffer)
+        self.rows.apply(batch, words)
+        num_chunks, num_decode = len(batch.chunks), len(batch.decode_rows)
+        self._log_preparing(num_chunks, num_decode)
+        kind = "+".join(name for name, count in (("PREFILL", num_chunks), ("DECODE", num_decode)) if count)
+        with timed_section(logger, f"{self._prefix} Model forward {kind}", device=self.device):
+            if num_chunks:
+                token_ids = self._forward(self.rows.mixed_inputs(batch, words))
+            else:
+                rows = words[batch.sections["decode_rows"].offset :]
+                token_ids = self._graphs.replay(rows) if self._graphs else self._decode(rows)
+        return self._download(token_ids)
+
+    def synchronize(self) -> None:
+        """Waits for the device. Raises what a step in flight raised there."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def shutdown(self) -> None:
+        """Gives the memory back; the runner can not be used after."""
+        self.synchronize()
+        del self.model, self.rows, self.kv_caches, self._graphs
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _decode(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [num_rows] int32 → tokens [num_rows] int32. What a CUDA graph records."""
+        return self._forward(self.rows.decode_inputs(rows))
+
+    def _forward(self, inputs: ModelInputs) -> torch.Tensor:
+        """Computes, samples, and writes the tokens into their rows → [num_sampled] int32."""
+        self._log_inputs(inputs)
+        hidden = self.model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
+        if inputs.sampled_tokens is not None:
+            hidden = hidden[inputs.sampled_tokens]
+        logits = self.model.compute_logits(hidden)  # [num_sampled, vocab_size]
+        rank = self.parallel.rank
+        log_event(
+            logger,
+            logging.DEBUG,
+            "runner.output",
+            "[Rank {rank}] Output: logits={logits}",
+            rank=rank,
+            logits=list(logits.shape),
+        )
+        rows = inputs.sampled_rows
+        token_ids = sample_tokens(logits, self.rows.temperatures[rows], self.rows.seeds[rows], self.rows.lengths[rows])
+        self.rows.append(rows, token_ids)
+        return token_ids
+
+    def _upload(self, buffer: IntArray) -> torch.Tensor:
+        words = torch.from_numpy(buffer)
+        if self.device.type == "cpu":
+            return words
+        # The caching host allocator keeps pinned memory until the copy that reads it has passed.
+        return words.pin_memory().to(self.device, non_blocking=True)
+
+    def _download(self, token_ids: torch.Tensor) -> InFlightStep:
+        if self.device.type == "cpu":
+            return InFlightStep(token_ids, None)
+        host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
+        host.copy_(token_ids, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self.device))
+        return InFlightStep(host, done)
+
+    # Start-up
+
+    def _load(self, plan: ModelPlan, config: EngineConfig, backends: AttentionBackends) -> CausalLM:
+        name = plan.folder or config.model
+        rank = self.parallel.rank
+        log_event(
+            logger, logging.INFO, "model.loading", "[Rank {rank}] Loading model: {model}", rank=rank, model=str(name)
+        )
+        shape = plan.model_config
+        log_event(
+            logger,
+            logging.INFO,
+            "model.config",
+            "Model config: num_layers={num_layers}, hidden_size={hidden_size}, num_heads={num_heads}, "
+            "num_kv_heads={num_kv_heads}, head_dim={head_dim}, vocab_size={vocab_size}, dtype={dtype}, device={device}",
+            num_layers=shape.num_layers,
+            hidden_size=shape.hidden_size,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            vocab_size=shape.vocab_size,
+            dtype=plan.dtype_name,
+            device=str(self.device),
+        )
+        model = get_model_class(shape.architecture)(shape, backends, self.parallel, plan.dtype, self.device)
+        try:
+            if plan.folder is None or config.load_format == "dummy":
+                load_dummy_weights(model, self.device, config.seed)
+            else:
+                load_weights(model, plan.folder, self.device, model.redundant_weights)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"The weights of {name} do not fit on {self.device}: {error} Choose a smaller model or dtype, or end "
+                "the other processes on this device."
+            ) from error
+        log_gpu_memory(logger, "After model loading", self.device, event="model.loaded")
+        return model
+
+    def _num_blocks(self, config: EngineConfig, shape: KVCacheShape, max_model_len: int) -> int:
+        if config.num_kvcache_blocks is not None:
+            return config.num_kvcache_blocks
+        if self.device.type == "cpu":
+            return num_cpu_blocks(shape, config.max_num_seqs, max_model_len)
+        try:
+            memory = self._measure_memory(config, shape, max_model_len)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"A step of max_num_batched_tokens={config.max_num_batched_tokens} tokens and "
+                f"max_num_seqs={config.max_num_seqs} sequences does not fit on {self.device}: {error} Lower them."
+            ) from error
+        return memory.num_blocks(shape)
+
+    def _measure_memory(self, config: EngineConfig, shape: KVCacheShape, max_model_len: int) -> GPUMemory:
+        """Runs the largest steps there can be, on a cache of the null block alone, and reads what they took."""
+        num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+        length = min(config.max_num_batched_tokens // num_seqs, max_model_len - 1)
+        tokens = np.zeros(length, dtype=np.int32)
+        prefill = ScheduledBatch.build(
+            0,
+            opened=[OpenedRow(row, tokens, temperature=1.0, seed=0) for row in range(num_seqs)],
+            chunks=[(row, 0, length) for row in range(num_seqs)],
+            num_final_chunks=num_seqs,
+        )
+        decode = ScheduledBatch.build(0, decode_rows=range(num_seqs))
+        self._allocate(shape, 0, config.max_num_seqs, max_model_len)
+        weights = torch.cuda.memory_allocated(self.device)
+        activations = 0
+        for batch in (prefill, decode):  # a decode step's memory stays with its graph, beside that of prefill
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.submit(batch).wait()
+            activations += torch.cuda.max_memory_allocated(self.device) - weights
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return GPUMemory(
+            total=total,
+            utilization=config.gpu_memory_utilization,
+            own_peak=weights + activations,
+            free=free,
+            activations=activations,
+        )
+
+    def _allocate(self, shape: KVCacheShape, num_blocks: int, max_num_seqs: int, max_model_len: int) -> None:
+        try:
+            self.rows = DeviceRows(max_num_seqs, max_model_len, shape.block_size, num_blocks, self.device)
+            self.kv_caches = shape.allocate(num_blocks, self.device)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"num_kvcache_blocks={num_blocks} blocks of {shape.block_bytes / GB:.4f} GB do not fit on "
+                f"{self.device}: {error} Lower num_kvcache_blocks, or leave it out to have it measured."
+            ) from error
+
+    def _log_cache(self, shape: KVCacheShape, num_blocks: int) -> None:
+        log_event(
+            logger,
+            logging.INFO,
+            "kv_cache.config",
+            "KV cache configuration: num_kv_heads={num_kv_heads}, head_dim={head_dim}, block_size={block_size}",
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            block_size=shape.block_size,
+        )
+        log_event(
+            logger,
+            logging.INFO,
+            "kv_cache.allocated",
+            "Allocating {num_blocks} KV cache blocks, total_size={total_gb:.2f}GB",
+            num_blocks=num_blocks,
+            total_gb=num_blocks * shape.block_bytes / GB,
+        )
+
+    # Lines at DEBUG
+
+    def _log_preparing(self, num_chunks: int, num_decode: int) -> None:
+        for kind, count in (("PREFILL", num_chunks), ("DECODE", num_decode)):
+            if count:
+                log_event(
+                    logger,
+                    logging.DEBUG,
+                    f"runner.prepare_{kind.lower()}",
+                    "[Rank {rank}] Preparing {kind} batch: {num_seqs} sequences",
+                    rank=self.parallel.rank,
+                    kind=kind,
+                    num_seqs=count,
+                )
+
+    def _log_inputs(self, inputs: ModelInputs) -> None:
+        if not logger.isEnabledFor(logging.DEBUG):
+            return
+        rank, attention = self.parallel.rank, inputs.attention
+        prefill, decode = attention.prefill, attention.decode
+        tensors = {"input_ids": inputs.input_ids, "positions": inputs.positions}
+        if prefill is not None:
+            tensors["slot_mapping"] = attention.slot_mapping
+            log_tensor_shapes(logger, tensors, f"{self._prefix} PREFILL", event="runner.prefill_tensors", rank=rank)
+            log_event(
+                logger,
+                logging.DEBUG,
+                "runner.prefill_shape",
+                "[Rank {rank}] PREFILL: max_seqlen_q={max_seqlen_q}, max_seqlen_k={max_seqlen_k}, "
+                "total_tokens={total_tokens}",
+                rank=rank,
+                max_seqlen_q=prefill.max_seqlen_q,
+                max_seqlen_k=prefill.max_seqlen_k,
+                total_tokens=len(inputs.input_ids),
+            )
+        elif decode is not None:
+            tensors |= {"context_lens": decode.context_lens, "block_tables": decode.block_tables}
+            log_tensor_shapes(logger, tensors, f"{self._prefix} DECODE", event="runner.decode_tensors", rank=rank)

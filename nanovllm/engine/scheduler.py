@@ -1,0 +1,331 @@
+"""Scheduler: which tokens of which sequences run in the next step.
+
+Continuous batching: every decoding row gets one token, then prompts fill what is left of the token
+budget, in chunks where they must, first come first served. When the cache is full the youngest
+sequence gives its blocks back and is computed again later; the oldest never does, so each request ends.
+
+`schedule` may be called again before the last step's tokens are known: it plans from counts. A row
+and its blocks are released only when no step in flight touches them.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections import deque
+
+import numpy as np
+import numpy.typing as npt
+
+from nanovllm.config import ResolvedConfig
+from nanovllm.engine.batch import OpenedRow, ScheduledBatch, StepResult
+from nanovllm.engine.block_manager import BlockManager, BlockTable
+from nanovllm.engine.row_table import RowTable
+from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.outputs import FinishReason
+from nanovllm.utils.decode_log import DecodeLogPolicy
+from nanovllm.utils.logger import first_items, log_event, setup_logger
+
+logger = setup_logger(__name__)
+
+RowArray = npt.NDArray[np.intp]
+
+# What the log calls the reasons for which a sequence ends.
+_LOGGED_REASON: dict[FinishReason, str] = {"stop": "eos", "length": "max_tokens", "abort": "abort"}
+
+
+class Scheduler:
+    """Owns the waiting queue, the rows and the blocks."""
+
+    def __init__(self, config: ResolvedConfig) -> None:
+        self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.eos_token_ids = np.array(config.eos_token_ids, dtype=np.int32)
+        self.block_manager = BlockManager(
+            config.num_blocks,
+            config.block_size,
+            enable_prefix_caching=config.enable_prefix_caching,
+            salt=f"{config.model}|{config.dtype}",
+        )
+        self.rows = RowTable(config.max_num_seqs, config.max_model_len)
+        self.waiting: deque[Sequence] = deque()  # in order of arrival
+        self.num_preemptions = 0
+        self._prefilling: Sequence | None = None  # holds a row and has prompt tokens left; the next waits for its end
+        self._leaving: list[int] = []  # rows to release as soon as no step in flight touches them
+        self._closed: list[int] = []  # rows released since the last step was planned
+        self._step = 0
+        self._decode_step = 0
+        self._preempted_since_log = 0
+        self._decode_log = DecodeLogPolicy()
+
+    def add(self, sequence: Sequence) -> None:
+        if not self.has_unfinished:
+            self._decode_log.reset()  # a new generation shows its first decode step
+        self.waiting.append(sequence)
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self.waiting) or not self.rows.is_empty
+
+    # Planning
+
+    def schedule(self) -> ScheduledBatch | None:
+        """The next step, or None when nothing can run before a step in flight is collected."""
+        blocks: list[tuple[int, int, int]] = []
+        decode_rows = self._schedule_decode(blocks)
+        opened: list[OpenedRow] = []
+        chunks = self._schedule_prefill(self.max_num_batched_tokens - len(decode_rows), opened, blocks)
+        if not chunks and not len(decode_rows):
+            return None
+        # Only the last chunk can run out of budget, so the chunks that end their prompt come first.
+        num_final = len(chunks) - (self._prefilling is not None) if chunks else 0
+        self._step += 1
+        batch = ScheduledBatch.build(
+            self._step,
+            closed=self._closed,
+            opened=opened,
+            blocks=blocks,
+            chunks=chunks,
+            num_final_chunks=num_final,
+            decode_rows=decode_rows,
+        )
+        self._closed = []
+        self.rows.steps_in_flight[decode_rows] += 1
+        self.rows.steps_in_flight[batch.chunks[:, 0]] += 1
+        self.rows.num_pending[batch.sampled_rows] += 1
+        self._log_batch(batch)
+        return batch
+
+    def _schedule_decode(self, blocks: list[tuple[int, int, int]]) -> RowArray:
+        rows = self._make_room()
+        needy = self._rows_without_room(rows)
+        if len(needy):
+            by_arrival = needy[np.argsort(self.rows.arrival[needy])]
+            granted = by_arrival[: self.block_manager.num_free_blocks]
+            for row in granted.tolist():
+                block = self.block_manager.append_block(self.rows.sequence(row).block_table)
+                blocks.append((row, int(self.rows.num_blocks[row]), block))
+                self.rows.num_blocks[row] += 1
+            rows = np.setdiff1d(rows, by_arrival[len(granted) :])
+        self.rows.num_computed[rows] += 1
+        return rows
+
+    def _rows_without_room(self, rows: RowArray) -> RowArray:
+        """Of `rows`, those whose next position lies past their last block."""
+        needy: RowArray = rows[
+            self.rows.num_computed[rows] // self.block_manager.block_size >= self.rows.num_blocks[rows]
+        ]
+        return needy
+
+    def _make_room(self) -> RowArray:
+        """Preempts the youngest sequences until the decoding rows have the blocks they need; returns those rows.
+
+        Blocks of a sequence that a step in flight still writes come free later: they are counted as
+        coming, and the rows that wait for them sit this step out.
+        """
+        coming = sum(self.block_manager.num_releasable(self.rows.sequence(row).block_table) for row in self._leaving)
+        while True:
+            rows = self.rows.schedulable_decode_rows()
+            missing = len(self._rows_without_room(rows)) - self.block_manager.num_free_blocks - coming
+            if missing <= 0:
+                return rows
+            candidates = [
+                s for s in self.rows.running() if s.status in (SequenceStatus.PREFILLING, SequenceStatus.DECODING)
+            ]
+            if len(candidates) < 2:
+                return rows
+            victim = max(candidates, key=lambda sequence: sequence.seq_id)
+            coming += self._preempt(victim)
+
+    def _preempt(self, sequence: Sequence) -> int:
+        """Sends `sequence` back to the queue. Returns how many blocks will come free later rather than now."""
+        releasable = self.block_manager.num_releasable(sequence.block_table)
+        self.num_preemptions += 1
+        self._preempted_since_log += 1
+        log_event(
+            logger,
+            logging.INFO,
+            "sequence.preempted",
+            "Preempted seq_id={seq_id}: freed={freed} blocks, {num_tokens} tokens to compute again, "
+            "free_blocks={free_blocks}",
+            seq_id=sequence.seq_id,
+            request_id=sequence.request_id,
+            freed=releasable,
+            num_tokens=int(self.rows.num_tokens[sequence.row]),
+            free_blocks=self.block_manager.num_free_blocks,
+        )
+        return 0 if self._leave(sequence, SequenceStatus.PREEMPTED) else releasable
+
+    def _schedule_prefill(
+        self, budget: int, opened: list[OpenedRow], blocks: list[tuple[int, int, int]]
+    ) -> list[tuple[int, int, int]]:
+        chunks: list[tuple[int, int, int]] = []
+        while budget > 0:
+            sequence = self._prefilling or self._admit(opened, blocks)
+            if sequence is None:
+                break
+            row = self._row(sequence)
+            start, num_tokens = int(self.rows.num_computed[row]), int(self.rows.num_tokens[row])
+            end = min(num_tokens, start + budget)
+            budget -= end - start
+            chunks.append((row, start, end - start))
+            self.rows.num_computed[row] = end
+            self.block_manager.register(sequence.block_table, self.rows.token_ids[row, :end])
+            self._prefilling = sequence if end < num_tokens else None
+            if end == num_tokens:
+                sequence.status = SequenceStatus.DECODING
+                self.rows.decoding[row] = True
+        return chunks
+
+    def _admit(self, opened: list[OpenedRow], blocks: list[tuple[int, int, int]]) -> Sequence | None:
+        """Gives the first waiting sequence a row and blocks for all its tokens, if both are there."""
+        if not self.waiting or not self.rows.has_free_row:
+            return None
+        sequence = self.waiting[0]
+        table = self.block_manager.allocate(sequence.seq_id, sequence.token_ids)
+        if table is None:
+            return None
+        self.waiting.popleft()
+        sequence.status = SequenceStatus.PREFILLING
+        sequence.block_table = table
+        num_cached = table.num_registered * self.block_manager.block_size
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = num_cached
+        row = self.rows.open(sequence, num_cached)
+        opened.append(OpenedRow(row, sequence.token_ids, sequence.params.temperature, sequence.seed))
+        blocks.extend((row, index, block) for index, block in enumerate(table.blocks))
+        return sequence
+
+    def _log_batch(self, batch: ScheduledBatch) -> None:
+        if len(batch.chunks) and logger.isEnabledFor(logging.INFO):
+            log_event(
+                logger,
+                logging.INFO,
+                "batch.prefill",
+                "Scheduled PREFILL batch: size={size}, batched_tokens={batched_tokens}, seqs={seqs}",
+                step=batch.step,
+                size=len(batch.chunks),
+                batched_tokens=int(batch.chunks[:, 2].sum()),
+                seqs=first_items(batch.chunks.tolist(), lambda chunk: self._describe(chunk[0], cached=chunk[1])),
+            )
+        if not len(batch.decode_rows):
+            return
+        self._decode_step += 1
+        size = len(batch.decode_rows)
+        level = self._decode_log.level_for(self._decode_step, size, self._preempted_since_log)
+        if logger.isEnabledFor(level):
+            log_event(
+                logger,
+                level,
+                "batch.decode",
+                "Scheduled DECODE batch (step {decode_step}): size={size}, preempted={preempted}, seqs={seqs}",
+                step=batch.step,
+                decode_step=self._decode_step,
+                size=size,
+                preempted=self._preempted_since_log,
+                seqs=first_items(batch.decode_rows.tolist(), self._describe),
+            )
+        self._preempted_since_log = 0
+
+    def _describe(self, row: int, cached: int | None = None) -> str:
+        length = self.rows.num_tokens[row]
+        prefilled = "" if cached is None else f",cached={cached}"
+        return f"seq_{self.rows.sequence(row).seq_id}(len={length}{prefilled})"
+
+    # Learning
+
+    def update(self, batch: ScheduledBatch, result: StepResult) -> list[Sequence]:
+        """Takes a collected step's tokens; returns the sequences that it ended.
+
+        Steps are collected in the order in which they were scheduled.
+        """
+        rows = self.rows
+        rows.steps_in_flight[batch.decode_rows] -= 1
+        rows.steps_in_flight[batch.chunks[:, 0]] -= 1
+        sampled = batch.sampled_rows
+        rows.num_pending[sampled] -= 1
+        live = ~rows.stopped[sampled]
+        sampled, token_ids = sampled[live], result.token_ids[live]
+        rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids
+        rows.num_tokens[sampled] += 1
+
+        # The new token's own key and value are not written yet: a block is full one token later.
+        filled = sampled[(rows.num_tokens[sampled] - 1) % self.block_manager.block_size == 0]
+        for row in filled.tolist():
+            self.block_manager.register(rows.sequence(row).block_table, rows.known_tokens(row)[:-1])
+
+        at_eos = np.isin(token_ids, self.eos_token_ids) & ~rows.ignore_eos[sampled]
+        at_limit = rows.num_tokens[sampled] >= rows.max_num_tokens[sampled]
+        ended = [self.rows.sequence(row) for row in sampled[at_eos | at_limit].tolist()]
+        for sequence, eos in zip(ended, at_eos[at_eos | at_limit].tolist(), strict=True):
+            self._finish(sequence, "stop" if eos else "length")
+        self._release_leaving()
+        log_event(
+            logger,
+            logging.DEBUG,
+            "batch.postprocess",
+            "Postprocess: {num_finished}/{num_seqs} sequences finished",
+            step=batch.step,
+            num_finished=len(ended),
+            num_seqs=len(batch.sampled_rows),
+        )
+        return ended
+
+    def abort(self, sequence: Sequence) -> None:
+        """Ends `sequence` wherever it stands, with the tokens it has. A finished one stays as it is."""
+        if sequence.status is not SequenceStatus.FINISHED:
+            self._finish(sequence, "abort")
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.finish_reason = reason
+        if sequence.status is SequenceStatus.WAITING:
+            self.waiting.remove(sequence)
+            sequence.status = SequenceStatus.FINISHED
+        else:
+            sequence.token_ids = self.rows.known_tokens(self._row(sequence)).copy()
+            self.rows.stopped[sequence.row] = True
+            self._leave(sequence, SequenceStatus.FINISHED)
+        log_event(
+            logger,
+            logging.DEBUG,
+            "sequence.finished",
+            "Sequence finished: seq_id={seq_id}, output_len={output_len}, reason={reason}",
+            seq_id=sequence.seq_id,
+            request_id=sequence.request_id,
+            output_len=len(sequence.output_token_ids),
+            reason=_LOGGED_REASON[reason],
+        )
+
+    def _leave(self, sequence: Sequence, status: SequenceStatus) -> bool:
+        """Plans no more steps for a running sequence; True when its row and blocks are already released."""
+        row = self._row(sequence)
+        if sequence is self._prefilling:
+            self._prefilling = None
+        already_leaving = sequence.status is SequenceStatus.PREEMPTED
+        sequence.status = status
+        self.rows.decoding[row] = False
+        if not already_leaving:
+            self._leaving.append(row)
+        self._release_leaving()
+        return sequence.row is None
+
+    def _release_leaving(self) -> None:
+        still_in_flight = []
+        for row in self._leaving:
+            if self.rows.steps_in_flight[row]:
+                still_in_flight.append(row)
+                continue
+            sequence = self.rows.sequence(row)
+            if sequence.status is SequenceStatus.PREEMPTED:
+                sequence.token_ids = self.rows.known_tokens(row).copy()
+                sequence.status = SequenceStatus.WAITING
+                bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.seq_id)
+            self.block_manager.release(sequence.seq_id, sequence.block_table)
+            sequence.block_table = BlockTable()
+            self.rows.close(row)
+            self._closed.append(row)
+        self._leaving = still_in_flight
+
+    @staticmethod
+    def _row(sequence: Sequence) -> int:
+        assert sequence.row is not None, f"seq_id={sequence.seq_id} holds no row"
+        return sequence.row

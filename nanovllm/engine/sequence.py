@@ -1,0 +1,73 @@
+"""One request's tokens and where it stands."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanovllm.engine.batch import IntArray
+from nanovllm.engine.block_manager import BlockTable
+from nanovllm.outputs import FinishReason
+from nanovllm.sampling_params import SamplingParams
+
+
+class SequenceStatus(enum.Enum):
+    """WAITING → PREFILLING → DECODING → FINISHED, with PREEMPTED on the way back to WAITING."""
+
+    WAITING = enum.auto()
+    PREFILLING = enum.auto()
+    DECODING = enum.auto()
+    PREEMPTED = enum.auto()  # gives up its blocks as soon as no step in flight can write them
+    FINISHED = enum.auto()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A request inside the engine.
+
+    While it holds a row, its tokens live in the scheduler's `RowTable`; `token_ids` is what was known
+    when it last entered or left one.
+    """
+
+    seq_id: int  # order of arrival: a lower one goes first
+    request_id: str
+    params: SamplingParams
+    token_ids: IntArray  # prompt, then what was generated
+    num_prompt_tokens: int
+    max_num_tokens: int  # prompt and output together, never above the model's length
+    seed: int
+    status: SequenceStatus = SequenceStatus.WAITING
+    row: int | None = None
+    block_table: BlockTable = field(default_factory=BlockTable)
+    num_cached_tokens: int | None = None  # prefix-cache hits when first scheduled
+    finish_reason: FinishReason | None = None
+
+    @property
+    def output_token_ids(self) -> IntArray:
+        return self.token_ids[self.num_prompt_tokens :]
+
+    @classmethod
+    def from_prompt(
+        cls,
+        seq_id: int,
+        request_id: str,
+        prompt_token_ids: list[int] | IntArray,
+        params: SamplingParams,
+        *,
+        max_model_len: int,
+        seed: int,
+    ) -> Sequence:
+        """A waiting sequence. `seed` is what it samples with when `params` has none."""
+        token_ids = np.asarray(prompt_token_ids, dtype=np.int32)
+        limit = max_model_len if params.max_tokens is None else len(token_ids) + params.max_tokens
+        return cls(
+            seq_id=seq_id,
+            request_id=request_id,
+            params=params,
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+            max_num_tokens=min(limit, max_model_len),
+            seed=seed if params.seed is None else params.seed,
+        )

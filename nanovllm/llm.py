@@ -1,0 +1,177 @@
+"""LLM: prompts in, results out, in order."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.llm_engine import EngineStatistics, LLMEngine, Prompt
+from nanovllm.errors import InvalidArgumentError
+from nanovllm.outputs import RequestOutput
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.logger import flush_timed_sections, log_event, log_gpu_memory, log_rule, setup_logger
+
+logger = setup_logger(__name__)
+
+
+class LLM:
+    """Offline inference on one model.
+
+        llm = LLM("tiny")
+        outputs = llm.generate(["Hello", "1 + 1 ="], SamplingParams(temperature=0))
+
+    model: a folder, a Hugging Face id, or "tiny"; the other arguments are the fields of
+    `nanovllm.config.EngineConfig`, and vLLM's `block_size` and `num_gpu_blocks_override`.
+    Raises a NanoVLLMError that says what is wrong and what to do about it.
+    """
+
+    def __init__(self, model: str, **arguments: Any) -> None:
+        self.llm_engine = LLMEngine(EngineConfig.from_arguments(model, arguments))
+        self._counter = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes each prompt; results come in the order of the prompts.
+
+        prompts: a text, token ids, {"prompt": …}, {"prompt_token_ids": …}, or a list that mixes these.
+        sampling_params: one for all, one for each, or None for the defaults.
+        Raises InvalidArgumentError, before anything runs, if any prompt is not allowed.
+        """
+        batch = _as_list(prompts)
+        if not batch:
+            return []
+        params = _params_for_each(sampling_params, len(batch))
+        request_ids: list[str] = []
+        try:
+            for prompt, param in zip(batch, params, strict=True):
+                request_ids.append(self.llm_engine.add_request(f"generate-{next(self._counter)}", prompt, param))
+            return self._run(request_ids, use_tqdm)
+        except BaseException:  # Ctrl-C included: nothing of this call stays behind
+            self.llm_engine.discard_requests(request_ids)
+            raise
+
+    def chat(
+        self,
+        messages: Seq[Mapping[str, Any]] | Seq[Seq[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes one conversation, or each of a list of them, through the checkpoint's chat template.
+
+        A message is {"role": "user", "content": "…"}; `chat_template_kwargs` go to the template
+        (Qwen3 reads `enable_thinking`).
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        template = self.get_tokenizer().apply_chat_template
+        prompts: list[Prompt] = [
+            template(list(chat), tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {}))
+            for chat in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
+        if self.llm_engine.tokenizer is None:
+            raise InvalidArgumentError("skip_tokenizer_init", True, "False to have a tokenizer")
+        return self.llm_engine.tokenizer
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached prefix."""
+        self.llm_engine.reset_prefix_cache()
+
+    def exit(self) -> None:
+        """Gives the device's memory back; calling it again does nothing."""
+        self.llm_engine.exit()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.exit()
+
+    def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+        engine = self.llm_engine
+        before = replace(engine.statistics)
+        log_rule(logger, "-")
+        log_event(
+            logger,
+            logging.INFO,
+            "generation.start",
+            "Starting generation for {num_prompts} prompts",
+            num_prompts=len(request_ids),
+        )
+        log_event(
+            logger,
+            logging.INFO,
+            "generation.prompt_tokens",
+            "Total prompt tokens: {num_prompt_tokens}",
+            num_prompt_tokens=engine.num_waiting_tokens,
+        )
+        outputs: dict[str, RequestOutput] = {}
+        wanted = set(request_ids)
+        with tqdm(total=len(request_ids), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
+            while wanted or engine.has_steps_in_flight:
+                for output in engine.step():
+                    if output.request_id in wanted:
+                        wanted.remove(output.request_id)
+                        outputs[output.request_id] = output
+                        bar.update()
+                if use_tqdm:
+                    bar.set_postfix_str(_speeds(engine.statistics.since(before)), refresh=False)
+        done = engine.statistics.since(before)
+        flush_timed_sections()
+        log_event(
+            logger,
+            logging.INFO,
+            "generation.complete",
+            "Generation complete: {num_steps} steps, total_output_tokens={total_output_tokens}, "
+            "prefill_time={prefill_time:.2f}s, decode_time={decode_time:.2f}s",
+            num_steps=done.num_steps,
+            total_output_tokens=sum(len(output.outputs[0].token_ids) for output in outputs.values()),
+            prefill_time=done.prefill_seconds,
+            decode_time=done.decode_seconds,
+        )
+        log_gpu_memory(logger, "After generation", engine.resolved.device, event="generation.memory")
+        return [outputs[request_id] for request_id in request_ids]
+
+
+def _speeds(done: EngineStatistics) -> str:
+    """What the progress bar shows beside the count of finished requests."""
+    seconds = max(done.prefill_seconds + done.decode_seconds, 1e-9)
+    return f"in {done.num_prompt_tokens / seconds:.0f} tok/s, out {done.num_output_tokens / seconds:.0f} tok/s"
+
+
+def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    """A single prompt (text, dictionary, token ids) as a list of one."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    batch: list[Any] = list(prompts)
+    return [batch] if batch and all(isinstance(item, (int, np.integer)) for item in batch) else batch
+
+
+def _params_for_each(
+    sampling_params: SamplingParams | Seq[SamplingParams] | None, num_prompts: int
+) -> list[SamplingParams]:
+    if sampling_params is None or isinstance(sampling_params, SamplingParams):
+        return [sampling_params or SamplingParams()] * num_prompts
+    params = list(sampling_params)
+    if len(params) != num_prompts:
+        raise InvalidArgumentError(
+            "sampling_params", f"a list of {len(params)}", f"one for all, or one for each of the {num_prompts} prompts"
+        )
+    return params

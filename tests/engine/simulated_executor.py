@@ -1,0 +1,141 @@
+"""An executor without a model: it checks the memory that attention would read.
+
+Each slot of the simulated cache holds a digest of the prefix that was current when it was written. A
+step recomputes, for every token it computes, the digests of the whole context through the block table,
+and fails on the first that is not there: a block freed too early, shared too early, or owned twice.
+The next token is a function of the digest, so equal prefixes give equal tokens under any schedule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nanovllm.config import ResolvedConfig
+from nanovllm.engine.batch import ScheduledBatch, StepResult
+
+VOCAB_SIZE = 50
+EOS = 7
+_ROOT = 12345
+
+
+def make_config(**changes: object) -> ResolvedConfig:
+    values: dict[str, object] = {
+        "model": "simulated",
+        "device": "cpu",
+        "dtype": "float32",
+        "vocab_size": VOCAB_SIZE,
+        "eos_token_ids": (EOS,),
+        "max_model_len": 64,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 16,
+        "block_size": 4,
+        "num_blocks": 32,
+        "enable_prefix_caching": True,
+        "use_cuda_graphs": False,
+        "prefill_backend": "simulated",
+        "decode_backend": "simulated",
+        "pipeline_depth": 1,
+    }
+    return ResolvedConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def extend(digest: int, token: int) -> int:
+    return (digest * 1_000_003 + token + 1) % (2**61 - 1)
+
+
+def next_token(digest: int) -> int:
+    return (digest >> 7) % VOCAB_SIZE
+
+
+def expected_output(prompt: list[int], max_tokens: int, max_model_len: int, ignore_eos: bool = False) -> list[int]:
+    """What a request must give, computed without any scheduling."""
+    digest = _ROOT
+    for token in prompt:
+        digest = extend(digest, token)
+    output: list[int] = []
+    while len(output) < max_tokens and len(prompt) + len(output) < max_model_len:
+        output.append(next_token(digest))
+        digest = extend(digest, output[-1])
+        if output[-1] == EOS and not ignore_eos:
+            break
+    return output
+
+
+@dataclass
+class Handle:
+    token_ids: np.ndarray
+
+    def wait(self) -> StepResult:
+        return StepResult(self.token_ids)
+
+
+class SimulatedExecutor:
+    def __init__(self, config: ResolvedConfig) -> None:
+        self.resolved = config
+        self.slots: dict[int, int] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.tables: dict[int, dict[int, int]] = {}
+        self.num_tokens_computed = 0
+        self.fail_at_step: int | None = None
+        self.is_shut_down = False
+
+    def submit(self, batch: ScheduledBatch) -> Handle:
+        if batch.step == self.fail_at_step:
+            raise RuntimeError("the device failed")
+        batch = ScheduledBatch.from_buffer(batch.buffer.copy())  # what another rank would read
+        for row in batch.closed.tolist():
+            del self.tokens[row], self.tables[row]
+        offset = 0
+        for row, length, *_ in batch.opened.tolist():
+            assert row not in self.tokens, "a row was opened twice"
+            self.tokens[row] = batch.opened_tokens[offset : offset + length].tolist()
+            self.tables[row] = {}
+            offset += length
+        for row, index, block in batch.blocks.tolist():
+            assert index not in self.tables[row], "an entry of a block table was written twice"
+            assert 0 <= block < self.resolved.num_blocks
+            self.tables[row][index] = block
+        work = [(row, len(self.tokens[row]) - 1, 1) for row in batch.decode_rows.tolist()]
+        work += [tuple(chunk) for chunk in batch.chunks.tolist()]
+        digests = {row: self._digests(row) for row, _, _ in work}
+        assert len(digests) == len(work), "a row is in a step twice"
+        assert all(length >= 1 for _, _, length in work), "an empty chunk has no query to sample from"
+        for row, start, length in work:  # every layer stores all tokens before it attends
+            for position in range(start, start + length):
+                self.slots[self._slot(row, position)] = digests[row][position]
+                self.num_tokens_computed += 1
+        for row, start, length in work:
+            for position in range(start + length):
+                assert self.slots.get(self._slot(row, position)) == digests[row][position], (
+                    f"row {row}, position {position}: the cache does not hold this prefix"
+                )
+        sampled = []
+        for row in batch.sampled_rows.tolist():
+            sampled.append(next_token(digests[row][-1]))
+            self.tokens[row].append(sampled[-1])
+        assert batch.num_tokens <= self.resolved.max_num_batched_tokens
+        for row, start, length in batch.chunks.tolist():
+            final = start + length == len(digests[row])
+            assert final == (row in batch.sampled_rows), "exactly the chunks that end their tokens sample"
+        return Handle(np.array(sampled, dtype=np.int32))
+
+    def collect(self, handle: Handle) -> StepResult:
+        return handle.wait()
+
+    def synchronize(self) -> None: ...
+
+    def shutdown(self) -> None:
+        self.is_shut_down = True
+
+    def _digests(self, row: int) -> list[int]:
+        digest, digests = _ROOT, []
+        for token in self.tokens[row]:
+            digest = extend(digest, token)
+            digests.append(digest)
+        return digests
+
+    def _slot(self, row: int, position: int) -> int:
+        block_size = self.resolved.block_size
+        return self.tables[row][position // block_size] * block_size + position % block_size
