@@ -7,6 +7,9 @@ import os
 import pytest
 import torch
 
+# The models here are small: more threads only wait for one another, above all beside other processes.
+torch.set_num_threads(1)
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"

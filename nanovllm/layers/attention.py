@@ -1,0 +1,99 @@
+"""Attention over the paged KV cache: store the step's keys and values, then let the backends read the cache."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+import torch
+
+from nanovllm.attention.interface import AttentionMetadata, DecodeBackend, LayerKVCache, PrefillBackend
+from nanovllm.kernels.kv_cache_store import store_kv_cache
+from nanovllm.utils.logger import log_event, setup_logger
+
+logger = setup_logger(__name__)
+
+
+class AttentionBackends(Protocol):
+    """The two backends that were chosen for this engine."""
+
+    @property
+    def prefill(self) -> PrefillBackend: ...
+
+    @property
+    def decode(self) -> DecodeBackend: ...
+
+
+class Attention:
+    """Causal attention with grouped queries. It has no weights; the cache and the step's metadata are handed in."""
+
+    def __init__(self, head_dim: int, backends: AttentionBackends) -> None:
+        self.scale = head_dim**-0.5
+        self.backends = backends
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        metadata: AttentionMetadata,
+        kv_cache: LayerKVCache,
+    ) -> torch.Tensor:
+        """query [num_tokens, num_heads, head_dim], key and value [num_tokens, num_kv_heads, head_dim] → as query."""
+        debug = logger.isEnabledFor(logging.DEBUG)
+        if debug:
+            _log_inputs(query, key, value, metadata, kv_cache)
+        store_kv_cache(key, value, kv_cache.key, kv_cache.value, metadata.slot_mapping)
+        output = self._attend(query, metadata, kv_cache)
+        if debug:
+            log_event(
+                logger, logging.DEBUG, "attention.output", "Attention output: {output}", output=list(output.shape)
+            )
+        return output
+
+    def _attend(self, query: torch.Tensor, metadata: AttentionMetadata, kv_cache: LayerKVCache) -> torch.Tensor:
+        if metadata.decode is None:
+            assert metadata.prefill is not None, "a step has tokens of some kind"
+            return self.backends.prefill.prefill(query, kv_cache, metadata.prefill, self.scale)
+        if metadata.prefill is None:
+            return self.backends.decode.decode(query, kv_cache, metadata.decode, self.scale)
+        output = torch.empty_like(query)  # [num_tokens, num_heads, head_dim]
+        split = metadata.num_decode_tokens
+        output[:split] = self.backends.decode.decode(query[:split], kv_cache, metadata.decode, self.scale)
+        output[split:] = self.backends.prefill.prefill(query[split:], kv_cache, metadata.prefill, self.scale)
+        return output
+
+
+def _log_inputs(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, metadata: AttentionMetadata, kv_cache: LayerKVCache
+) -> None:
+    log_event(
+        logger,
+        logging.DEBUG,
+        "attention.forward",
+        "Attention forward: is_prefill={is_prefill}, q={q}, k={k}, v={v}",
+        is_prefill=metadata.prefill is not None,
+        q=list(query.shape),
+        k=list(key.shape),
+        v=list(value.shape),
+        num_decode_tokens=metadata.num_decode_tokens,
+    )
+    log_event(
+        logger,
+        logging.DEBUG,
+        "attention.store",
+        "Storing KV cache: N={num_tokens}, num_heads={num_heads}, head_dim={head_dim}, num_slots={num_slots}",
+        num_tokens=key.shape[0],
+        num_heads=key.shape[1],
+        head_dim=key.shape[2],
+        num_slots=metadata.slot_mapping.numel(),
+    )
+    if metadata.decode is not None:
+        log_event(
+            logger,
+            logging.DEBUG,
+            "attention.decode",
+            "Decode attention: k_cache={k_cache}, v_cache={v_cache}",
+            k_cache=list(kv_cache.key.shape),
+            v_cache=list(kv_cache.value.shape),
+        )

@@ -1,0 +1,49 @@
+"""The vocabulary's table, cut by rows over the ranks: from token ids to vectors, and from vectors to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanovllm.layers.linear import empty_parameter
+from nanovllm.layers.parallel import TensorParallel
+from nanovllm.utils.loader import WeightPart
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Rank r holds rows r · share … of the table; behind the last token the last ranks' rows are zero padding.
+
+    One class for the embedding and the LM head, as tied models use one table for both.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, tensor_parallel: TensorParallel, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.tensor_parallel = tensor_parallel
+        self.share = -(-vocab_size // tensor_parallel.size)  # rows on each rank, padding included
+        self.first = tensor_parallel.rank * self.share
+        self.weight = empty_parameter(self.share, hidden_size, dtype=dtype)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [num_tokens] → their vectors [num_tokens, hidden_size]."""
+        if self.tensor_parallel.size == 1:
+            return F.embedding(input_ids, self.weight)
+        rows = input_ids - self.first
+        mine = (rows >= 0) & (rows < self.share)  # [num_tokens]: the others' tokens give 0 here
+        vectors = F.embedding(rows.where(mine, torch.zeros_like(rows)), self.weight) * mine.unsqueeze(-1)
+        return self.tensor_parallel.all_reduce(vectors)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_rows, hidden_size] → [num_rows, vocab_size], the same on every rank."""
+        logits = self.tensor_parallel.all_gather_last_dim(F.linear(hidden, self.weight))
+        return logits[:, : self.vocab_size]
+
+    def weight_parts(self, prefix: str) -> Mapping[str, Sequence[WeightPart]]:
+        hidden_size = self.weight.shape[1]
+        start, stop = (min(self.first + rows, self.vocab_size) for rows in (0, self.share))
+        table = WeightPart(f"{prefix}.weight", (self.vocab_size, hidden_size), 0, start, stop)
+        padding = WeightPart(None, (self.share - table.num_rows, hidden_size), row=table.num_rows)
+        return {f"{prefix}.weight": [table, padding]}

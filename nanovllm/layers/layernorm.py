@@ -1,0 +1,33 @@
+"""Root-mean-square norm (Zhang & Sennrich, 2019, arXiv:1910.07467), with the residual stream carried along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
+from nanovllm.layers.linear import empty_parameter
+from nanovllm.utils.loader import WeightPart
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + eps) · weight, over the last dimension; computed in float32."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = empty_parameter(size, dtype=dtype)
+
+    def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add `hidden` to the residual stream and norm the sum: (normed, new residual), both [num_tokens, size].
+
+        One kernel for both saves reading the stream twice. Where the stream begins (None), `hidden` is it.
+        """
+        if residual is None:
+            return rms_norm(hidden, self.weight, self.eps), hidden
+        return add_rms_norm(hidden, residual, self.weight, self.eps)
+
+    def weight_parts(self, prefix: str) -> Mapping[str, Sequence[WeightPart]]:
+        return {f"{prefix}.weight": [WeightPart(f"{prefix}.weight", tuple(self.weight.shape))]}

@@ -1,0 +1,52 @@
+"""What a model must offer the engine: the contract that a new file in this folder fulfils."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from nanovllm.attention.interface import AttentionMetadata, LayerKVCache
+from nanovllm.layers.attention import AttentionBackends
+from nanovllm.layers.parallel import TensorParallel
+from nanovllm.models.model_config import ModelConfig
+
+
+class CausalLM(nn.Module, ABC):
+    """A decoder-only language model on one rank.
+
+    Built on the meta device (buffers apart, which are computed on `device`); `utils.loader` fills the parameters.
+    Modules are named as in the checkpoint, and those with parameters have `weight_parts` (see `utils.loader`).
+    """
+
+    redundant_weights: frozenset[str]  # checkpoint tensors that may be there and are not needed
+
+    @abstractmethod
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention: AttentionBackends,
+        tensor_parallel: TensorParallel,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        super().__init__()
+
+    @abstractmethod
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        metadata: AttentionMetadata,
+        kv_caches: Sequence[LayerKVCache],
+    ) -> torch.Tensor:
+        """Run the layers over a step's tokens and store their keys and values, one cache a layer.
+
+        input_ids [num_tokens] int32 or int64, positions [num_tokens] int64 → [num_tokens, hidden_size].
+        """
+
+    @abstractmethod
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The LM head on the rows that are to be sampled: [num_rows, hidden_size] → [num_rows, vocab_size]."""

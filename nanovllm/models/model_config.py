@@ -1,0 +1,251 @@
+"""What a checkpoint's config.json says about the model, read without transformers and without torch.
+
+`ModelConfig.from_folder(folder)` for a checkpoint; `BUILTIN_SHAPES["qwen3-8b"]` for benchmarks with dummy weights,
+which need no folder.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanovllm.errors import ModelLoadError, UnknownArgumentError
+from nanovllm.layers.rope_parameters import RopeParameters
+from nanovllm.models.registry import check_architecture
+
+DTYPES = ("bfloat16", "float16", "float32")
+_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
+_ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+# Every field of config.json that is read below: what hf_overrides may name.
+_KNOWN_FIELDS = (
+    *("architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "hidden_act"),
+    *("max_position_embeddings", "eos_token_id", "dtype", "torch_dtype", "quantization_config"),
+    *("use_sliding_window", "sliding_window", "max_window_layers", "layer_types", *_EXPERT_FIELDS, *_ROPE_FIELDS),
+)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder-only transformer and what the engine must know of its checkpoint."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: RopeParameters
+    tie_word_embeddings: bool
+    attention_bias: bool
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str  # the checkpoint's: one of DTYPES
+
+    @property
+    def max_context_len(self) -> int:
+        """Tokens a context may have, rope scaling included: the upper bound of max_model_len."""
+        return self.rope.max_context_len(self.max_position_embeddings)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
+        """Read config.json and, where there is one, generation_config.json.
+
+        `overrides` (the user's hf_overrides) replaces fields of config.json under the names they have there.
+        Raises ModelLoadError for a file that is missing or broken and for a model that is not supported,
+        UnknownArgumentError for an override that names no field.
+        """
+        folder = Path(folder)
+        generation = folder / "generation_config.json"
+        try:
+            return cls.from_dict(
+                _read_json(folder / "config.json"), _read_json(generation) if generation.is_file() else {}, overrides
+            )
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{folder}: {error}") from error
+
+    @classmethod
+    def from_dict(
+        cls,
+        config: Mapping[str, Any],
+        generation_config: Mapping[str, Any] | None = None,
+        overrides: Mapping[str, Any] | None = None,
+    ) -> ModelConfig:
+        """The same from dictionaries that hold what the two files would."""
+        overrides = overrides or {}
+        for name in overrides:
+            if name not in _KNOWN_FIELDS:
+                raise UnknownArgumentError("hf_overrides", name, _KNOWN_FIELDS)
+        fields = _Fields({**config, **overrides})
+        architecture = fields.architecture()
+        check_architecture(architecture)
+        num_layers = fields.count("num_hidden_layers")
+        fields.refuse_unsupported(num_layers)
+        hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+        num_kv_heads = fields.count("num_key_value_heads", num_heads)
+        head_dim = fields.count("head_dim", hidden_size // num_heads)
+        if num_heads % num_kv_heads:
+            raise fields.unsupported("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}")
+        if head_dim % 2:
+            raise fields.unsupported("head_dim", "an even number (rotary embedding turns pairs)")
+        max_position_embeddings = fields.count("max_position_embeddings")
+        stop_sources = [overrides] if "eos_token_id" in overrides else [generation_config or {}, config]
+        return cls(
+            architecture=architecture,
+            vocab_size=fields.count("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=fields.count("intermediate_size"),
+            num_layers=num_layers,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=fields.positive("rms_norm_eps", 1e-6),
+            rope=RopeParameters.from_fields(_rope_fields(config, overrides), max_position_embeddings),
+            tie_word_embeddings=fields.flag("tie_word_embeddings"),
+            attention_bias=fields.flag("attention_bias"),
+            max_position_embeddings=max_position_embeddings,
+            eos_token_ids=_eos_token_ids(stop_sources),
+            dtype=fields.dtype(),
+        )
+
+
+class _Fields:
+    """config.json with checks: each accessor raises ModelLoadError that names field, value and what is supported."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.values = values
+
+    def unsupported(self, name: str, supported: str) -> ModelLoadError:
+        state = f"{name}={self.values[name]!r} is not supported" if name in self.values else f"{name} is missing"
+        return ModelLoadError(f"config.json: {state}: it must be {supported}.")
+
+    def count(self, name: str, default: int | None = None) -> int:
+        value = self.values.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise self.unsupported(name, "an integer ≥ 1")
+        return value
+
+    def positive(self, name: str, default: float) -> float:
+        value = self.values.get(name, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+            raise self.unsupported(name, "a number > 0")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise self.unsupported(name, "true or false")
+        return bool(value)
+
+    def architecture(self) -> str:
+        names = self.values.get("architectures")
+        if not isinstance(names, (list, tuple)) or len(names) != 1 or not isinstance(names[0], str):
+            raise self.unsupported("architectures", "a list of one name")
+        return names[0]
+
+    def dtype(self) -> str:
+        """transformers 5 writes `dtype`, before it was `torch_dtype`; neither means float32."""
+        field = "dtype" if self.values.get("dtype") is not None else "torch_dtype"
+        value = str(self.values.get(field) or "float32").removeprefix("torch.")
+        if value not in DTYPES:
+            raise self.unsupported(field, f"one of {', '.join(DTYPES)}")
+        return value
+
+    def refuse_unsupported(self, num_layers: int) -> None:
+        if self.values.get("quantization_config") is not None:
+            raise self.unsupported("quantization_config", "absent (weights in bfloat16, float16 or float32)")
+        for name in _EXPERT_FIELDS:
+            if self.values.get(name):
+                raise self.unsupported(name, "absent (dense models; no mixture of experts)")
+        if self.values.get("hidden_act", "silu") != "silu":
+            raise self.unsupported("hidden_act", "'silu'")
+        if self.values.get("layer_types") is not None:
+            if set(self.values["layer_types"]) != {"full_attention"}:
+                raise self.unsupported("layer_types", "'full_attention' for every layer (no sliding window)")
+            return
+        windowed_from = self.values.get("max_window_layers", 0)
+        if self.flag("use_sliding_window") and self.values.get("sliding_window") and windowed_from < num_layers:
+            raise self.unsupported("use_sliding_window", "false (full attention in every layer)")
+
+
+def _rope_fields(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """One dictionary from either form: `rope_theta` beside `rope_scaling`, or transformers 5's `rope_parameters`.
+
+    An override of the scaling replaces the file's scaling, and keeps its theta unless it brings its own.
+    """
+    merged: dict[str, Any] = {}
+    for source in (config, overrides):
+        scaling = source.get("rope_scaling") or source.get("rope_parameters")
+        if scaling is not None:
+            if not isinstance(scaling, Mapping) or any(isinstance(value, Mapping) for value in scaling.values()):
+                raise ModelLoadError(
+                    f"config.json: rope parameters {scaling!r} are not supported: they must be one flat object, "
+                    "the same for every layer."
+                )
+            merged = {name: merged[name] for name in ("rope_theta",) if name in merged} | dict(scaling)
+        for name in ("rope_theta", "partial_rotary_factor"):
+            # Inside the scaling's object is where transformers looks first, within one source.
+            if source.get(name) is not None and not (scaling and scaling.get(name) is not None):
+                merged[name] = source[name]
+    return merged
+
+
+def _eos_token_ids(sources: Iterable[Mapping[str, Any]]) -> tuple[int, ...]:
+    """All of them, in order, each once: any of them ends a sequence."""
+    found: dict[int, None] = {}
+    for source in sources:
+        value = source.get("eos_token_id")
+        for token_id in value if isinstance(value, (list, tuple)) else () if value is None else (value,):
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
+                raise ModelLoadError(f"eos_token_id={value!r} is not supported: it must be token ids ≥ 0.")
+            found[token_id] = None
+    return tuple(found)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelLoadError(f"{path.name} is missing; a model folder has config.json and *.safetensors.") from None
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path.name} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise ModelLoadError(f"{path.name} must hold a JSON object, it holds {type(content).__name__}.")
+    return content
+
+
+def _qwen3(
+    hidden_size: int, intermediate_size: int, num_layers: int, heads: tuple[int, int], tied: bool
+) -> ModelConfig:
+    return ModelConfig(
+        architecture="Qwen3ForCausalLM",
+        vocab_size=151_936,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_layers=num_layers,
+        num_heads=heads[0],
+        num_kv_heads=heads[1],
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope=RopeParameters(theta=1_000_000.0),
+        tie_word_embeddings=tied,
+        attention_bias=False,
+        max_position_embeddings=40_960,
+        eos_token_ids=(151_645, 151_643),
+        dtype="bfloat16",
+    )
+
+
+# The published shapes, for dummy weights.
+BUILTIN_SHAPES: Mapping[str, ModelConfig] = {
+    "qwen3-0.6b": _qwen3(1024, 3072, num_layers=28, heads=(16, 8), tied=True),
+    "qwen3-8b": _qwen3(4096, 12_288, num_layers=36, heads=(32, 8), tied=False),
+    "qwen3-32b": _qwen3(5120, 25_600, num_layers=64, heads=(64, 8), tied=False),
+}

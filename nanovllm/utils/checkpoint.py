@@ -1,0 +1,40 @@
+"""Where a model's files are: the user's `model` argument → a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nanovllm.errors import ModelLoadError
+
+TINY_MODEL = "tiny"
+TINY_MODEL_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen3"
+_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # config, weights, chat template, tokenizer
+_WAYS = (
+    "model must be a folder with config.json and *.safetensors, a Hugging Face id such as 'Qwen/Qwen3-0.6B', or "
+    "'tiny', the checkpoint that ships with nanovllm"
+)
+
+
+def resolve_model_folder(model: str, revision: str | None = None) -> Path:
+    """The folder of a model that is named by its path, by a Hugging Face id, or as "tiny".
+
+    An id is downloaded (or found in the local cache) by huggingface_hub, which honours HF_ENDPOINT, HF_HUB_OFFLINE
+    and HF_HOME; `revision` is its branch, tag or commit. Raises ModelLoadError when there is no such model.
+    """
+    if model == TINY_MODEL:
+        return TINY_MODEL_FOLDER
+    path = Path(model).expanduser()
+    if model and path.is_dir():
+        return path
+    looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1 or path.exists()
+    if looks_like_path:
+        raise ModelLoadError(f"model={model!r}: there is no such folder. {_WAYS}.")
+    # Imported here: nothing else needs it, and a start from a folder should not pay for it.
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS))
+    except Exception as error:  # network, hub, cache and file errors come from several libraries
+        raise ModelLoadError(
+            f"model={model!r}: there is no such folder here, and the download failed: {error} {_WAYS}."
+        ) from error
