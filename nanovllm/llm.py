@@ -124,6 +124,7 @@ class LLM:
         )
         outputs: dict[str, RequestOutput] = {}
         wanted = set(request_ids)
+        use_tqdm = use_tqdm and logger.isEnabledFor(logging.INFO)  # who asks the log for silence means the bar, too
         with tqdm(total=len(request_ids), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
             while wanted or engine.has_steps_in_flight:
                 for output in engine.step():

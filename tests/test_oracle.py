@@ -22,20 +22,20 @@ def random_prompts(vocab_size: int, seed: int = 0, num_prompts: int = NUM_PROMPT
     return [[generator.randrange(vocab_size) for _ in range(generator.randint(1, 40))] for _ in range(num_prompts)]
 
 
-def reference_tokens(folder: Path, prompts: list[list[int]], num_tokens: int = NUM_TOKENS) -> list[list[int]]:
+def reference_tokens(
+    folder: Path, prompts: list[list[int]], num_tokens: int = NUM_TOKENS, device: str = "cpu"
+) -> list[list[int]]:
     """Greedy continuations by transformers in fp32, EOS or not, all prompts in one left-padded batch."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
     longest = max(map(len, prompts))
-    input_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    input_ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = None
     tokens = []
     with torch.inference_mode():
         for _ in range(num_tokens):
-            out = model(
-                input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
+            out = model(input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             input_ids = out.logits[:, -1].argmax(-1, keepdim=True)
             tokens.append(input_ids)

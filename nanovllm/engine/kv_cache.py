@@ -6,6 +6,7 @@ import os
 import sys
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from nanovllm.attention.interface import LayerKVCache
@@ -43,7 +44,11 @@ class KVCacheShape:
         Zeroed, since attention multiplies what lies beyond a sequence's end by zero, and NaN survives that.
         """
         size = (self.num_layers, 2, num_blocks + 1, self.block_size, self.num_kv_heads, self.head_dim)
-        pages = torch.zeros(size, dtype=self.dtype, device=device)
+        if device.type == "cpu":  # numpy's zeros, unlike torch's, take no memory before they are written to
+            zeros = np.zeros((num_blocks + 1) * self.block_bytes, dtype=np.uint8)
+            pages = torch.from_numpy(zeros).view(self.dtype).view(size)
+        else:
+            pages = torch.zeros(size, dtype=self.dtype, device=device)
         return [LayerKVCache(layer[0], layer[1]) for layer in pages]
 
 
@@ -69,8 +74,8 @@ class GPUMemory:
                 f"No memory is left for the KV cache: the GPU has {self.total / GB:.2f} GB, of which "
                 f"gpu_memory_utilization={self.utilization} allows {self.total * self.utilization / GB:.2f} GB; "
                 f"weights and activations need {self.own_peak / GB:.2f} GB, {self.free / GB:.2f} GB are free now, and "
-                f"a block needs {shape.block_bytes / GB:.4f} GB. Raise gpu_memory_utilization, lower max_num_batched_tokens or "
-                "max_num_seqs, or end the other processes on this GPU."
+                f"a block needs {shape.block_bytes / GB:.4f} GB. Raise gpu_memory_utilization, lower "
+                "max_num_batched_tokens or max_num_seqs, or end the other processes on this GPU."
             )
         return num_blocks
 

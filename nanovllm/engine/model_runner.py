@@ -65,7 +65,7 @@ class ModelRunner:
         )
         shape = KVCacheShape.of(plan.model_config, attention.block_size, plan.dtype)
         self._graphs: DecodeGraphs | None = None
-        use_graphs = self.device.type == "cuda" and not config.enforce_eager
+        use_graphs = self.device.type == "cuda" and not config.enforce_eager and attention.decode.supports_cuda_graphs
         with torch.inference_mode():
             self.model = self._load(plan, config, attention)
             num_blocks = self._num_blocks(config, shape, plan.max_model_len)

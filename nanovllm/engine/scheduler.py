@@ -59,7 +59,8 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         if not self.has_unfinished:
-            self._decode_log.reset()  # a new generation shows its first decode step
+            self._decode_step = 0  # the log counts each generation's decode steps, and shows the first
+            self._decode_log.reset()
         self.waiting.append(sequence)
 
     @property
