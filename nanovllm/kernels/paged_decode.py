@@ -1,0 +1,248 @@
+"""Decode attention over the paged cache: one query a sequence, its context split over several programs.
+
+A decode step reads every key and value once and computes little, so the kernel exists to keep memory busy: all query
+heads that share a KV head are one tile, and a sequence's context is split so that small batches fill the device too.
+Sources: Dao et al., "Flash-Decoding for long-context inference", 2023, https://pytorch.org/blog/flash-decoding/;
+Kwon et al., "PagedAttention", 2023, https://arxiv.org/abs/2309.06180.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nanovllm.kernels.triton_support import jit, multiprocessor_count, next_power_of_2, runs_triton, tl
+
+_BLOCK_KEYS = 64  # keys a program reads at a time
+_NUM_WARPS = 4
+_PROGRAMS_PER_MULTIPROCESSOR = 4
+_LOG2_E = 1.4426950408889634
+
+
+@jit
+def _paged_decode_kernel(
+    query_ptr: tl.tensor,
+    key_ptr: tl.tensor,
+    value_ptr: tl.tensor,
+    block_tables_ptr: tl.tensor,
+    context_lens_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    partial_out_ptr: tl.tensor,
+    partial_lse_ptr: tl.tensor,
+    scale_log2: tl.tensor,
+    query_seq_stride: tl.tensor,
+    query_head_stride: tl.tensor,
+    page_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    kv_head_stride: tl.tensor,
+    block_table_stride: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> None:
+    """Program (kv head, split, sequence). Scores are kept in base 2: exp2 is what the hardware has."""
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    seq = tl.program_id(2).to(tl.int64)
+    num_heads = tl.num_programs(0) * GROUP
+    num_splits = tl.num_programs(1)
+    context_len = tl.load(context_lens_ptr + seq)
+    split_len = tl.cdiv(tl.cdiv(context_len, num_splits), BLOCK_KEYS) * BLOCK_KEYS
+    start = split * split_len
+    end = tl.minimum(start + split_len, context_len)
+    if start >= end:
+        return
+
+    group = tl.arange(0, BLOCK_GROUP)
+    dim = tl.arange(0, BLOCK_DIM)
+    head = kv_head * GROUP + group
+    group_mask = group < GROUP
+    dim_mask = dim < HEAD_DIM
+    query = tl.load(
+        query_ptr + seq * query_seq_stride + head[:, None] * query_head_stride + dim[None, :],
+        mask=group_mask[:, None] & dim_mask[None, :],
+        other=0.0,
+    )  # [BLOCK_GROUP, BLOCK_DIM]
+    key_base = key_ptr + kv_head * kv_head_stride
+    value_base = value_ptr + kv_head * kv_head_stride
+    table_ptr = block_tables_ptr + seq * block_table_stride
+
+    best = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_GROUP], tl.float32)
+    out = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+    for first in range(start, end, BLOCK_KEYS):
+        position = first + tl.arange(0, BLOCK_KEYS)
+        valid = position < end
+        page = tl.load(table_ptr + position // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
+        slot = page * page_stride + (position % BLOCK_SIZE) * slot_stride
+        # Rows past the context are read as zeros: what lies there may be NaN.
+        kv_mask = valid[:, None] & dim_mask[None, :]
+        key = tl.load(key_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)  # [BLOCK_KEYS, BLOCK_DIM]
+        value = tl.load(value_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BLOCK_GROUP, BLOCK_KEYS]
+        scores = tl.where(valid[None, :], scores, -float("inf"))
+        new_best = tl.maximum(best, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_best[:, None])
+        shrink = tl.exp2(best - new_best)
+        total = total * shrink + tl.sum(weights, axis=1)
+        out = out * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+        best = new_best
+
+    out = out / total[:, None]
+    target = (seq * num_heads + head)[:, None] * HEAD_DIM + dim[None, :]
+    mask = group_mask[:, None] & dim_mask[None, :]
+    if IS_SPLIT:
+        partial = (seq * num_heads + head) * num_splits + split
+        tl.store(partial_out_ptr + partial[:, None] * HEAD_DIM + dim[None, :], out, mask=mask)
+        tl.store(partial_lse_ptr + partial, best + tl.log2(total), mask=group_mask)
+    else:
+        tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _merge_splits_kernel(
+    partial_out_ptr: tl.tensor,
+    partial_lse_ptr: tl.tensor,
+    context_lens_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_splits: tl.tensor,
+    BLOCK_SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+) -> None:
+    """Program (head, sequence): the splits' outputs, weighed by their shares of the softmax's denominator."""
+    head = tl.program_id(0)
+    seq = tl.program_id(1).to(tl.int64)
+    row = seq * tl.num_programs(0) + head
+    context_len = tl.load(context_lens_ptr + seq)
+    split_len = tl.cdiv(tl.cdiv(context_len, num_splits), BLOCK_KEYS) * BLOCK_KEYS
+    split = tl.arange(0, BLOCK_SPLITS)
+    dim = tl.arange(0, BLOCK_DIM)
+    used = split * split_len < context_len  # what the other splits' scratch holds was never written
+    partial = row * num_splits + split
+    lse = tl.load(partial_lse_ptr + partial, mask=used, other=-float("inf"))
+    share = tl.exp2(lse - tl.max(lse, axis=0))
+    mask = used[:, None] & (dim < HEAD_DIM)[None, :]
+    outs = tl.load(partial_out_ptr + partial[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
+    out = tl.sum(outs * share[:, None], axis=0) / tl.sum(share, axis=0)
+    tl.store(out_ptr + row * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
+
+
+def paged_decode_reference(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """What `paged_decode` must equal, sequence by sequence in plain torch (slow: for tests)."""
+    num_heads, num_kv_heads = query.shape[1], key_cache.shape[2]
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)  # [num_seqs, num_heads, head_dim]
+    for seq, context_len in enumerate(context_lens.tolist()):
+        pages = block_tables[seq, : -(-context_len // key_cache.shape[1])].long()
+        keys = key_cache[pages].flatten(0, 1)[:context_len].float()  # [context_len, num_kv_heads, head_dim]
+        values = value_cache[pages].flatten(0, 1)[:context_len].float()
+        grouped = query[seq].float().unflatten(0, (num_kv_heads, num_heads // num_kv_heads))
+        weights = torch.einsum("hgd,khd->hgk", grouped, keys).mul(scale).softmax(dim=-1)
+        out[seq] = torch.einsum("hgk,khd->hgd", weights, values).flatten(0, 1).to(query.dtype)
+    return out
+
+
+def choose_num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int, num_multiprocessors: int) -> int:
+    """Into how many parts each context is split: enough programs to fill the device, none without a block of keys.
+
+    Depends on shapes and the bound alone, so that it is a constant of a captured CUDA graph.
+    """
+    programs = num_seqs * num_kv_heads
+    wanted = num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR // programs
+    return max(1, min(wanted, -(-max_context_len // _BLOCK_KEYS), 128))
+
+
+def _num_stages(dtype: torch.dtype, block_dim: int) -> int:
+    """Blocks of keys in flight: as many as two programs a multiprocessor can hold in shared memory."""
+    return 3 if dtype.itemsize * block_dim <= 256 else 2
+
+
+def paged_decode(
+    query: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    context_lens: torch.Tensor,
+    max_context_len: int,
+    scale: float,
+    *,
+    num_splits: int | None = None,
+    use_triton: bool | None = None,
+) -> torch.Tensor:
+    """softmax(scale · query · keysᵀ) · values for one query a sequence, keys and values read through block tables.
+
+    query [num_seqs, num_heads, head_dim]; key_cache, value_cache [num_blocks, block_size, num_kv_heads, head_dim],
+    alike in strides; block_tables [num_seqs, max_blocks] int32; context_lens [num_seqs] int32, ≥ 1 and
+    ≤ max_context_len; num_splits overrides the choice. → [num_seqs, num_heads, head_dim] of query's dtype.
+    No synchronisation: may be captured in a CUDA graph.
+    """
+    if not runs_triton(query, use_triton):
+        return paged_decode_reference(query, key_cache, value_cache, block_tables, context_lens, scale)
+    num_seqs, num_heads, head_dim = query.shape
+    _, block_size, num_kv_heads, _ = key_cache.shape
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_seqs, num_heads, head_dim]
+    if num_seqs == 0:
+        return out
+    if num_splits is None:
+        processors = multiprocessor_count(query.device)
+        num_splits = choose_num_splits(num_seqs, num_kv_heads, max_context_len, processors)
+    partial_out, partial_lse = out, out  # not touched where there is one split
+    if num_splits > 1:
+        shape = (num_seqs, num_heads, num_splits)
+        partial_out = torch.empty((*shape, head_dim), dtype=torch.float32, device=query.device)  # [*shape, head_dim]
+        partial_lse = torch.empty(shape, dtype=torch.float32, device=query.device)  # [*shape], in base 2
+    group = num_heads // num_kv_heads
+    block_dim = max(next_power_of_2(head_dim), 16)
+    _paged_decode_kernel[(num_kv_heads, num_splits, num_seqs)](
+        query,
+        key_cache,
+        value_cache,
+        block_tables,
+        context_lens,
+        out,
+        partial_out,
+        partial_lse,
+        scale * _LOG2_E,
+        query.stride(0),
+        query.stride(1),
+        key_cache.stride(0),
+        key_cache.stride(1),
+        key_cache.stride(2),
+        block_tables.stride(0),
+        BLOCK_SIZE=block_size,
+        IS_SPLIT=num_splits > 1,
+        GROUP=group,
+        BLOCK_GROUP=max(next_power_of_2(group), 16),  # 16 is the smallest tile of a matrix product
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=block_dim,
+        BLOCK_KEYS=_BLOCK_KEYS,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=_NUM_WARPS,
+        num_stages=_num_stages(query.dtype, block_dim),
+    )
+    if num_splits > 1:
+        _merge_splits_kernel[(num_heads, num_seqs)](
+            partial_out,
+            partial_lse,
+            context_lens,
+            out,
+            num_splits,
+            BLOCK_SPLITS=next_power_of_2(num_splits),
+            HEAD_DIM=head_dim,
+            BLOCK_DIM=block_dim,
+            BLOCK_KEYS=_BLOCK_KEYS,
+            num_warps=4,
+        )
+    return out

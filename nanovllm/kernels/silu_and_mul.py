@@ -1,0 +1,52 @@
+"""The gated activation of a SwiGLU feed-forward layer.
+
+Source: Shazeer, "GLU Variants Improve Transformer", 2020, https://arxiv.org/abs/2002.05202.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nanovllm.kernels.triton_support import jit, runs_triton, tl
+
+_BLOCK_SIZE = 1024
+
+
+@jit
+def _silu_and_mul_kernel(
+    gate_up_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    gate_up_stride: tl.tensor,
+    intermediate_size: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+) -> None:
+    """One program computes BLOCK_SIZE columns of one token."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    mask = column < intermediate_size
+    row_ptr = gate_up_ptr + token * gate_up_stride
+    gate = tl.load(row_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(row_ptr + intermediate_size + column, mask=mask, other=0.0).to(tl.float32)
+    out = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + token * intermediate_size + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def silu_and_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """What `silu_and_mul` must equal, in plain torch; also what runs on a CPU."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+
+
+def silu_and_mul(gate_up: torch.Tensor, *, use_triton: bool | None = None) -> torch.Tensor:
+    """silu(gate) · up, computed in fp32 and rounded once.
+
+    gate_up [num_tokens, 2 · intermediate_size], gate in the first half → [num_tokens, intermediate_size].
+    """
+    if not runs_triton(gate_up, use_triton):
+        return silu_and_mul_reference(gate_up)
+    num_tokens, intermediate_size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(num_tokens, intermediate_size)  # [num_tokens, intermediate_size]
+    if num_tokens > 0:
+        grid = (num_tokens, -(-intermediate_size // _BLOCK_SIZE))
+        _silu_and_mul_kernel[grid](gate_up, out, gate_up.stride(0), intermediate_size, BLOCK_SIZE=_BLOCK_SIZE)
+    return out

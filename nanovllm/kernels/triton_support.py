@@ -1,0 +1,64 @@
+"""Triton where there is one: every kernel file takes `tl`, `triton` and `jit` from here.
+
+Triton is missing on Windows and macOS. The kernel files must be importable there too (their torch
+references then do the work), so the import and the decorator are guarded in this one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+
+from nanovllm.errors import BackendUnavailableError
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+    # Fixed when the kernels are defined, as Triton itself fixes it: TRITON_INTERPRET=1 before the first import.
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+except ImportError:
+    tl = None
+    HAS_TRITON = False
+    INTERPRETED = False
+
+__all__ = ["HAS_TRITON", "INTERPRETED", "jit", "multiprocessor_count", "next_power_of_2", "runs_triton", "tl"]
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`triton.jit`, or the bare function where there is no Triton (nothing launches it there)."""
+    return triton.jit(function) if HAS_TRITON else function
+
+
+def runs_triton(tensor: torch.Tensor, use_triton: bool | None) -> bool:
+    """Whether a dispatching function launches its kernel (True) or runs its torch reference (False).
+
+    `use_triton` None means: the kernel on CUDA tensors where Triton is installed, else the reference.
+    True on a CPU tensor runs the kernel in Triton's interpreter, for tests.
+
+    Raises BackendUnavailableError when True is asked for and the kernel cannot run.
+    """
+    if use_triton is None:
+        return HAS_TRITON and tensor.is_cuda
+    if use_triton and not HAS_TRITON:
+        raise BackendUnavailableError("Triton is not installed: install triton, or leave use_triton at None.")
+    if use_triton and not tensor.is_cuda and not INTERPRETED:
+        raise BackendUnavailableError(
+            "A Triton kernel runs on a CPU in the interpreter only: set TRITON_INTERPRET=1 before Python starts."
+        )
+    return use_triton
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two ≥ number (number ≥ 1)."""
+    return 1 << (number - 1).bit_length()
+
+
+@cache
+def multiprocessor_count(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device; 1 for a CPU, where the interpreter runs one program at a time."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

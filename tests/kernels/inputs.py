@@ -1,0 +1,97 @@
+"""Random inputs for kernel tests, and how close a kernel must come to its reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Triton's interpreter neither rounds bf16 to nearest nor multiplies bf16 matrices: that type is for the GPU.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+
+# Largest error against a float32 reference, relative to the reference's norm: rounding of the output alone.
+TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+
+
+def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """‖got - expected‖ / ‖expected‖ in float64; NaN counts as infinitely far."""
+    difference = (got.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30)
+    return float("inf") if bool(difference.isnan()) else float(difference)
+
+
+def check_close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert got.shape == expected.shape
+    assert got.dtype == dtype
+    assert relative_error(got, expected) <= TOLERANCES[dtype]
+
+
+@dataclass(frozen=True)
+class PagedSequences:
+    """Sequences in a paged cache. Slots that belong to no token, and table entries behind the last page, are poison."""
+
+    key_cache: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
+    value_cache: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
+    block_tables: torch.Tensor  # [num_seqs, max_blocks] int32
+    context_lens: torch.Tensor  # [num_seqs] int32
+    keys: list[torch.Tensor]  # of each sequence [context_len, num_kv_heads, head_dim]
+    values: list[torch.Tensor]
+
+
+def paged_sequences(
+    context_lens: list[int],
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+    unused_page: int = 2**30,
+) -> PagedSequences:
+    """Sequences of the given lengths over shuffled pages."""
+    pages = [-(-length // block_size) for length in context_lens]
+    num_blocks = sum(pages) + 3
+    shape = (num_blocks, block_size, num_kv_heads, head_dim)
+    key_cache = torch.full(shape, torch.nan, dtype=dtype)
+    value_cache = torch.full(shape, torch.nan, dtype=dtype)
+    block_tables = torch.full((len(context_lens), max(pages) + 2), unused_page, dtype=torch.int32)
+    order = torch.randperm(num_blocks, generator=generator)
+    keys, values, used = [], [], 0
+    for seq, length in enumerate(context_lens):
+        table = order[used : used + pages[seq]]
+        used += pages[seq]
+        block_tables[seq, : pages[seq]] = table.int()
+        position = torch.arange(length)
+        block, offset = table[position // block_size], position % block_size
+        keys.append(torch.randn(length, num_kv_heads, head_dim, generator=generator).to(dtype))
+        values.append(torch.randn(length, num_kv_heads, head_dim, generator=generator).to(dtype))
+        key_cache[block, offset] = keys[-1]
+        value_cache[block, offset] = values[-1]
+    return PagedSequences(
+        key_cache.to(device),
+        value_cache.to(device),
+        block_tables.to(device),
+        torch.tensor(context_lens, dtype=torch.int32, device=device),
+        keys,
+        values,
+    )
+
+
+def attention_oracle(
+    queries: list[torch.Tensor], keys: list[torch.Tensor], values: list[torch.Tensor], scale: float
+) -> torch.Tensor:
+    """Causal attention in float64, one sequence, head and query after another: [num_tokens, num_heads, head_dim].
+
+    Each sequence's queries [query_len, num_heads, head_dim] are the last ones of its context.
+    """
+    rows = []
+    for query, key, value in zip(queries, keys, values, strict=True):
+        group = query.shape[1] // key.shape[1]
+        for index in range(query.shape[0]):
+            visible = key.shape[0] - query.shape[0] + index + 1
+            heads = []
+            for head in range(query.shape[1]):
+                seen = key[:visible, head // group].double()
+                weights = (seen @ query[index, head].double() * scale).softmax(dim=0)
+                heads.append(weights @ value[:visible, head // group].double())
+            rows.append(torch.stack(heads))
+    return torch.stack(rows)

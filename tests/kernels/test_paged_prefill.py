@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanovllm.kernels.paged_prefill import paged_prefill, paged_prefill_reference
+from tests.kernels.inputs import DTYPES, attention_oracle, check_close, paged_sequences
+
+# (queries, context): whole prompts, chunks behind a cached prefix, single tokens, page borders.
+SHAPES = [(1, 1), (1, 33), (17, 17), (16, 48), (5, 70), (70, 70)]
+
+
+def prefill_case(device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes=SHAPES):
+    """(arguments of paged_prefill, what float64 says)."""
+    query_lens = [query_len for query_len, _ in shapes]
+    contexts = [context_len for _, context_len in shapes]
+    cache = paged_sequences(contexts, block_size, num_kv_heads, head_dim, dtype, device, generator)
+    fused = torch.randn(sum(query_lens), num_heads + 3, head_dim, generator=generator).to(dtype)
+    scale = head_dim**-0.5
+    queries = list(fused[:, :num_heads].split(query_lens))
+    oracle = attention_oracle(queries, cache.keys, cache.values, scale)
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
+    query = fused.to(device)[:, :num_heads]
+    lens = cache.context_lens
+    arguments = (query, cache.key_cache, cache.value_cache, cache.block_tables, starts, lens, max(query_lens), scale)
+    return arguments, oracle.to(device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [1, 4, 16, 256])
+def test_page_sizes(device, generator, dtype, block_size):
+    arguments, oracle = prefill_case(device, generator, dtype, block_size, 4, 2, 64)
+    check_close(paged_prefill(*arguments, use_triton=True), oracle, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(2, 2), (2, 1), (4, 1), (8, 1), (5, 1)])
+def test_group_sizes(device, generator, dtype, num_heads, num_kv_heads):
+    arguments, oracle = prefill_case(device, generator, dtype, 16, num_heads, num_kv_heads, 32)
+    check_close(paged_prefill(*arguments, use_triton=True), oracle, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [16, 40, 128, 256])
+def test_head_dims(device, generator, dtype, head_dim):
+    arguments, oracle = prefill_case(device, generator, dtype, 8, 2, 1, head_dim, [(1, 1), (20, 41), (3, 90)])
+    check_close(paged_prefill(*arguments, use_triton=True), oracle, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_longer_than_a_tile_behind_a_prefix(device, generator, dtype):
+    arguments, oracle = prefill_case(device, generator, dtype, 16, 2, 1, 16, [(150, 150), (131, 200)])
+    check_close(paged_prefill(*arguments, use_triton=True), oracle, dtype)
+
+
+def test_chunks_give_what_the_whole_prompt_gives(device, generator):
+    arguments, _ = prefill_case(device, generator, torch.float32, 8, 4, 2, 16, [(90, 90)])
+    query, key_cache, value_cache, block_tables, _, _, _, scale = arguments
+    whole = paged_prefill(*arguments, use_triton=True)
+    start = 0
+    for end in (1, 32, 41, 90):
+        starts = torch.tensor([0, end - start], dtype=torch.int32, device=device)
+        lens = torch.tensor([end], dtype=torch.int32, device=device)
+        caches = (key_cache, value_cache, block_tables)
+        chunk = paged_prefill(query[start:end], *caches, starts, lens, end - start, scale, use_triton=True)
+        check_close(chunk, whole[start:end], torch.float32)
+        start = end
+
+
+def test_reference_equals_the_oracle(device, generator):
+    arguments, oracle = prefill_case(device, generator, torch.float32, 4, 6, 2, 20)
+    check_close(paged_prefill_reference(*arguments[:6], arguments[7]), oracle, torch.float32)

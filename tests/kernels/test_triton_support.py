@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from nanovllm.errors import BackendUnavailableError
+from nanovllm.kernels.triton_support import next_power_of_2, runs_triton
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # what an import of a missing package looks like
+import torch
+from nanovllm.kernels import kv_cache_store, paged_decode, paged_prefill, qk_norm_rope, rms_norm, sample, silu_and_mul
+print(rms_norm.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0).tolist())
+try:
+    rms_norm.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0, use_triton=True)
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+def test_kernels_import_and_run_without_triton():
+    result = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == ["[[1.0, 1.0, 1.0, 1.0]]", "BackendUnavailableError"]
+
+
+def test_cpu_tensors_take_the_reference_unless_asked():
+    assert not runs_triton(torch.ones(1), None)
+    assert not runs_triton(torch.ones(1), False)
+
+
+def test_a_kernel_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr("nanovllm.kernels.triton_support.INTERPRETED", False)
+    with pytest.raises(BackendUnavailableError, match="TRITON_INTERPRET=1"):
+        runs_triton(torch.ones(1), True)
+
+
+@pytest.mark.parametrize(("number", "power"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
+def test_next_power_of_2(number, power):
+    assert next_power_of_2(number) == power
