@@ -58,23 +58,26 @@ class GPUMemory:
 
     total: int  # of the device
     utilization: float
-    own_peak: int  # weights and the activations of the largest steps
+    weights: int
+    activations: int  # of the largest steps; not in use now
     free: int  # now: other processes' memory, our weights and our CUDA context are gone from it
-    activations: int  # part of own_peak, not in use now
 
+    @property
     def available(self) -> int:
         """What we may use: our share less our own needs, and never more than is really free."""
-        return min(int(self.total * self.utilization) - self.own_peak, self.free - self.activations)
+        share = int(self.total * self.utilization) - self.weights
+        return min(share, self.free) - self.activations
 
     def num_blocks(self, shape: KVCacheShape) -> int:
         """Raises OutOfMemoryError, with the numbers, when not even one block fits."""
-        num_blocks = self.available() // shape.block_bytes - 1  # the null block
+        num_blocks = self.available // shape.block_bytes - 1  # the null block
         if num_blocks < 1:
             raise OutOfMemoryError(
                 f"No memory is left for the KV cache: the GPU has {self.total / GB:.2f} GB, of which "
                 f"gpu_memory_utilization={self.utilization} allows {self.total * self.utilization / GB:.2f} GB; "
-                f"weights and activations need {self.own_peak / GB:.2f} GB, {self.free / GB:.2f} GB are free now, and "
-                f"a block needs {shape.block_bytes / GB:.4f} GB. Raise gpu_memory_utilization, lower "
+                f"weights take {self.weights / GB:.2f} GB, activations {self.activations / GB:.2f} GB, "
+                f"{self.free / GB:.2f} GB are free now, and a block "
+                f"needs {shape.block_bytes / GB:.4f} GB. Raise gpu_memory_utilization, lower "
                 "max_num_batched_tokens or max_num_seqs, or end the other processes on this GPU."
             )
         return num_blocks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +56,11 @@ class ModelRunner:
     def __init__(self, config: EngineConfig, parallel: TensorParallel | None = None) -> None:
         self.parallel = parallel or TensorParallel()
         self._prefix = f"[Rank {self.parallel.rank}]"
+        self._sections = {  # (has chunks, has decode rows) → what the log calls such a step
+            (True, False): f"{self._prefix} Model forward PREFILL",
+            (False, True): f"{self._prefix} Model forward DECODE",
+            (True, True): f"{self._prefix} Model forward PREFILL+DECODE",
+        }
         log_event(
             logger, logging.INFO, "runner.init", "Initializing ModelRunner (rank {rank})", rank=self.parallel.rank
         )
@@ -66,7 +72,7 @@ class ModelRunner:
         shape = KVCacheShape.of(plan.model_config, attention.block_size, plan.dtype)
         self._graphs: DecodeGraphs | None = None
         use_graphs = self.device.type == "cuda" and not config.enforce_eager and attention.decode.supports_cuda_graphs
-        with torch.inference_mode():
+        with torch.inference_mode(), self._on_device():
             self.model = self._load(plan, config, attention)
             num_blocks = self._num_blocks(config, shape, plan.max_model_len)
             max_model_len = plan.fit_max_model_len(config, num_blocks * attention.block_size)
@@ -96,21 +102,25 @@ class ModelRunner:
 
     # Steps
 
-    @torch.inference_mode()
     def submit(self, batch: ScheduledBatch) -> InFlightStep:
         """Launches a step and returns without waiting for the device."""
-        words = self._upload(batch.buffer)
-        self.rows.apply(batch, words)
-        num_chunks, num_decode = len(batch.chunks), len(batch.decode_rows)
-        self._log_preparing(num_chunks, num_decode)
-        kind = "+".join(name for name, count in (("PREFILL", num_chunks), ("DECODE", num_decode)) if count)
-        with timed_section(logger, f"{self._prefix} Model forward {kind}", device=self.device):
-            if num_chunks:
-                token_ids = self._forward(self.rows.mixed_inputs(batch, words))
-            else:
-                rows = words[batch.sections["decode_rows"].offset :]
-                token_ids = self._graphs.replay(rows) if self._graphs else self._decode(rows)
-        return self._download(token_ids)
+        has_chunks, has_decode = len(batch.chunks) > 0, len(batch.decode_rows) > 0
+        section = self._sections[has_chunks, has_decode]
+        with torch.inference_mode(), self._on_device():
+            words = self._upload(batch.buffer)
+            self.rows.apply(batch, words)
+            self._log_preparing(batch)
+            with timed_section(logger, section, device=self.device):
+                if has_chunks:
+                    token_ids = self._forward(self.rows.mixed_inputs(batch, words))
+                else:
+                    rows = words[batch.sections["decode_rows"].offset :]
+                    token_ids = self._graphs.replay(rows) if self._graphs else self._decode(rows)
+            return self._download(token_ids)
+
+    def _on_device(self) -> AbstractContextManager[object]:
+        """Triton launches on torch's current device, which need not be ours."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def synchronize(self) -> None:
         """Waits for the device. Raises what a step in flight raised there."""
@@ -133,19 +143,20 @@ class ModelRunner:
         """Computes, samples, and writes the tokens into their rows → [num_sampled] int32."""
         self._log_inputs(inputs)
         hidden = self.model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
+        rows = inputs.sampled_rows
+        if not len(rows):  # a chunk that ends before its prompt does
+            return rows
         if inputs.sampled_tokens is not None:
             hidden = hidden[inputs.sampled_tokens]
         logits = self.model.compute_logits(hidden)  # [num_sampled, vocab_size]
-        rank = self.parallel.rank
         log_event(
             logger,
             logging.DEBUG,
             "runner.output",
             "[Rank {rank}] Output: logits={logits}",
-            rank=rank,
+            rank=self.parallel.rank,
             logits=list(logits.shape),
         )
-        rows = inputs.sampled_rows
         token_ids = sample_tokens(logits, self.rows.temperatures[rows], self.rows.seeds[rows], self.rows.lengths[rows])
         self.rows.append(rows, token_ids)
         return token_ids
@@ -216,6 +227,20 @@ class ModelRunner:
                 f"A step of max_num_batched_tokens={config.max_num_batched_tokens} tokens and "
                 f"max_num_seqs={config.max_num_seqs} sequences does not fit on {self.device}: {error} Lower them."
             ) from error
+        log_event(
+            logger,
+            logging.INFO,
+            "kv_cache.sizing",
+            "KV cache sizing: total={total_gb:.2f}GB, gpu_memory_utilization={utilization}, "
+            "weights={weights_gb:.2f}GB, activations={activations_gb:.2f}GB, "
+            "free={free_gb:.2f}GB, so available={available_gb:.2f}GB",
+            total_gb=memory.total / GB,
+            utilization=memory.utilization,
+            weights_gb=memory.weights / GB,
+            activations_gb=memory.activations / GB,
+            free_gb=memory.free / GB,
+            available_gb=memory.available / GB,
+        )
         return memory.num_blocks(shape)
 
     def _measure_memory(self, config: EngineConfig, shape: KVCacheShape, max_model_len: int) -> GPUMemory:
@@ -243,9 +268,9 @@ class ModelRunner:
         return GPUMemory(
             total=total,
             utilization=config.gpu_memory_utilization,
-            own_peak=weights + activations,
-            free=free,
+            weights=weights,
             activations=activations,
+            free=free,
         )
 
     def _allocate(self, shape: KVCacheShape, num_blocks: int, max_num_seqs: int, max_model_len: int) -> None:
@@ -279,9 +304,9 @@ class ModelRunner:
 
     # Lines at DEBUG
 
-    def _log_preparing(self, num_chunks: int, num_decode: int) -> None:
-        for kind, count in (("PREFILL", num_chunks), ("DECODE", num_decode)):
-            if count:
+    def _log_preparing(self, batch: ScheduledBatch) -> None:
+        for kind, num_seqs in (("PREFILL", len(batch.chunks)), ("DECODE", len(batch.decode_rows))):
+            if num_seqs and logger.isEnabledFor(logging.DEBUG):
                 log_event(
                     logger,
                     logging.DEBUG,
@@ -289,7 +314,7 @@ class ModelRunner:
                     "[Rank {rank}] Preparing {kind} batch: {num_seqs} sequences",
                     rank=self.parallel.rank,
                     kind=kind,
-                    num_seqs=count,
+                    num_seqs=num_seqs,
                 )
 
     def _log_inputs(self, inputs: ModelInputs) -> None:
