@@ -13,7 +13,6 @@ import torch
 from nanovllm.attention.interface import DecodeMetadata, LayerKVCache, PrefillMetadata
 
 PAGE_MULTIPLE = 256  # FlashAttention 2 reads pages of this many tokens, or multiples
-FA4_TILE = 128  # FlashAttention 4 reads its key tiles by the bulk copy engine where a page holds exactly one
 
 
 class FlashAttentionBackend:
@@ -64,7 +63,11 @@ class FlashAttentionBackend:
 
 
 class FlashAttention4Prefill:
-    """FlashAttention 4: prefill on Hopper and Blackwell; bf16 and fp16. Compiles at the first call, 2 to 3 s."""
+    """FlashAttention 4: prefill on Hopper and Blackwell; bf16 and fp16. Compiles at the first call, 2 to 3 s.
+
+    Pages of exactly one of its key tiles (128 tokens) are fastest, but are read to their end: all of the last page
+    must then be finite numbers. Of other pages it reads what belongs to the sequence.
+    """
 
     name = "flash_attn_4"
 

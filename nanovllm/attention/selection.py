@@ -1,7 +1,7 @@
 """Which attention backend serves prefill and which decode, and why.
 
-`decide` is a pure table over what can run; `select_attention` finds out what can, builds the backends and logs the
-choice in one line.
+`decide` is a pure table; what can run here is handed in as a function, which is asked only as far down the list as
+needed: importing a package that will not be used costs start-up time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.attention.flash_attn_backend import (
-    FA4_TILE,
     PAGE_MULTIPLE,
     FlashAttention4Prefill,
     FlashAttentionBackend,
@@ -29,19 +28,30 @@ from nanovllm.utils.logger import log_event, setup_logger
 
 REQUESTS = ("auto", "flash_attn", "triton", "torch")
 
-# Best first, with what speaks for each where it is the first that can run.
+# Best first, each with what speaks for it. The order is measured: H200, bf16, 16 query and 8 KV heads of 128.
 _PREFILL_ORDER = {
-    "flash_attn_4": "the fastest prefill measured on Hopper",
-    "flash_attn": "FlashAttention 2 of the package flash-attn",
-    "triton": "our own kernel, which needs no further package",
+    "flash_attn_4": "the fastest on an H200: 287 µs a layer for 8 x 2048 tokens, our own kernel 416 µs",
+    "triton": "our own kernel, on an H200 ahead of flash_attn: 416 µs a layer for 8 x 2048 tokens against 506 µs",
+    "flash_attn": "FlashAttention 2",
     "torch": "runs everywhere",
 }
 _DECODE_ORDER = {
-    "flash_attn": "FlashAttention 2 of the package flash-attn",
-    "triton": "our own kernel, which needs no further package",
+    "triton": "our own kernel, on an H200 ahead of flash_attn: 203 µs a layer for 256 x 850 tokens against 225 µs",
+    "flash_attn": "FlashAttention 2",
     "torch": "runs everywhere",
 }
-_DEFAULT_BLOCK_SIZE = {"flash_attn_4": FA4_TILE, "flash_attn": PAGE_MULTIPLE, "triton": 16, "torch": 16}
+_PREFILL_BACKENDS: Mapping[str, Callable[[], PrefillBackend]] = {
+    "flash_attn_4": FlashAttention4Prefill,
+    "flash_attn": FlashAttentionBackend,
+    "triton": TritonBackend,
+    "torch": TorchBackend,
+}
+_DECODE_BACKENDS: Mapping[str, Callable[[], DecodeBackend]] = {
+    "flash_attn": FlashAttentionBackend,
+    "triton": TritonBackend,
+    "torch": TorchBackend,
+}
+_DEFAULT_BLOCK_SIZE = 16  # fine-grained prefix sharing; all but FlashAttention 2 read it
 
 _logger = setup_logger(__name__)
 
@@ -76,8 +86,14 @@ def select_attention(
     `requested` is one of "auto", "flash_attn", "triton", "torch"; block_size None leaves the page size to the choice.
     Raises BackendUnavailableError when what was asked for by name cannot run, InvalidArgumentError for another name.
     """
-    problems = find_problems(requested, device, dtype, head_dim, block_size)
-    decision = decide(requested, block_size, problems)
+    problems: dict[str, str | None] = {}
+
+    def problem_of(name: str) -> str | None:
+        if name not in problems:
+            problems[name] = find_problem(name, requested, device, dtype, head_dim, block_size)
+        return problems[name]
+
+    decision = decide(requested, block_size, problem_of)
     log_event(
         _logger,
         logging.INFO,
@@ -90,83 +106,65 @@ def select_attention(
         decode_reason=decision.decode_reason,
         block_size=decision.block_size,
     )
-    prefill_backends: dict[str, Callable[[], PrefillBackend]] = {
-        "flash_attn_4": FlashAttention4Prefill,
-        "flash_attn": FlashAttentionBackend,
-        "triton": TritonBackend,
-        "torch": TorchBackend,
-    }
-    decode_backends: dict[str, Callable[[], DecodeBackend]] = {
-        "flash_attn": FlashAttentionBackend,
-        "triton": TritonBackend,
-        "torch": TorchBackend,
-    }
     return AttentionSelection(
-        prefill=prefill_backends[decision.prefill](),
-        decode=decode_backends[decision.decode](),
+        prefill=_PREFILL_BACKENDS[decision.prefill](),
+        decode=_DECODE_BACKENDS[decision.decode](),
         block_size=decision.block_size,
         prefill_reason=decision.prefill_reason,
         decode_reason=decision.decode_reason,
     )
 
 
-def find_problems(
-    requested: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int | None
-) -> dict[str, str]:
-    """Why a backend cannot run here, by name; a backend without an entry can. Imports only what may be chosen."""
-    problems: dict[str, str] = {}
-    if device.type == "cuda":
+def decide(requested: str, block_size: int | None, problem_of: Callable[[str], str | None]) -> Decision:
+    """The decision table. `problem_of(name)` says why a backend cannot run here, or None where it can."""
+    if requested not in REQUESTS:
+        raise InvalidArgumentError("attention_backend", requested, "one of " + ", ".join(REQUESTS))
+    prefill, prefill_reason = _first_that_runs(requested, _PREFILL_ORDER, problem_of)
+    decode, decode_reason = _first_that_runs(requested, _DECODE_ORDER, problem_of)
+    if block_size is None:
+        block_size = PAGE_MULTIPLE if "flash_attn" in (prefill, decode) else _DEFAULT_BLOCK_SIZE
+    return Decision(prefill, decode, block_size, prefill_reason, decode_reason)
+
+
+def _first_that_runs(
+    requested: str, order: Mapping[str, str], problem_of: Callable[[str], str | None]
+) -> tuple[str, str]:
+    passed_over: list[str] = []
+    problem: str | None = None
+    for name, merit in order.items():
+        if requested not in ("auto", name.removesuffix("_4")):
+            continue
+        problem = problem_of(name)
+        if problem is None:
+            return name, "; ".join([merit if requested == "auto" else f"attention_backend={requested}", *passed_over])
+        passed_over.append(f"{name} passed over: {problem}")
+    raise BackendUnavailableError(
+        f"attention_backend={requested!r} cannot run here: {problem}. "
+        "Change that, or leave attention_backend at 'auto', which takes the best backend that can run."
+    )
+
+
+def find_problem(
+    name: str, requested: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int | None
+) -> str | None:
+    """Why the backend `name` cannot run here, or None. What needs no import is checked first."""
+    if name == "torch":
+        return None
+    if name == "triton":
         if not HAS_TRITON:
-            problems["triton"] = "package triton is not installed"
-    elif requested == "auto":
-        problems["triton"] = "no CUDA device"
-    elif not INTERPRETED:
-        problems["triton"] = "no CUDA device, and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)"
-    flash = static_flash_attn_problem(device.type, dtype, head_dim)
-    pages = None
-    if block_size is not None and block_size % PAGE_MULTIPLE != 0:
-        pages = f"block_size={block_size} is not a multiple of {PAGE_MULTIPLE}"
-    if requested in ("auto", "flash_attn"):
-        flash_2 = flash or pages or flash_attn_problem(device, dtype, head_dim)
-        flash_4 = flash or flash_attn_4_problem(device)
-        if flash_2:
-            problems["flash_attn"] = flash_2
-        if flash_4:
-            problems["flash_attn_4"] = flash_4
-    return problems
-
-
-def static_flash_attn_problem(device_type: str, dtype: torch.dtype, head_dim: int) -> str | None:
-    """What rules out both FlashAttention packages without a look at them, or None."""
-    if device_type != "cuda":
+            return "package triton is not installed"
+        if device.type == "cuda" or (requested == "triton" and INTERPRETED):
+            return None
+        hint = ", and Triton's interpreter is off (TRITON_INTERPRET=1 turns it on)" if requested == "triton" else ""
+        return "no CUDA device" + hint
+    if device.type != "cuda":
         return "no CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"dtype {str(dtype).removeprefix('torch.')} (it takes bfloat16 and float16)"
     if head_dim > 256 or head_dim % 8 != 0:
         return f"head_dim {head_dim} (it takes multiples of 8 up to 256)"
-    return None
-
-
-def decide(requested: str, block_size: int | None, problems: Mapping[str, str]) -> Decision:
-    """The decision table: `problems` says, by backend, why it cannot run; what is not in it can."""
-    if requested not in REQUESTS:
-        raise InvalidArgumentError("attention_backend", requested, "one of " + ", ".join(REQUESTS))
-    prefill, prefill_reason = _first_that_runs(requested, _PREFILL_ORDER, problems)
-    decode, decode_reason = _first_that_runs(requested, _DECODE_ORDER, problems)
-    if block_size is None:
-        block_size = max(_DEFAULT_BLOCK_SIZE[prefill], _DEFAULT_BLOCK_SIZE[decode])
-    return Decision(prefill, decode, block_size, prefill_reason, decode_reason)
-
-
-def _first_that_runs(requested: str, order: Mapping[str, str], problems: Mapping[str, str]) -> tuple[str, str]:
-    candidates = [name for name in order if requested == "auto" or name.removesuffix("_4") == requested]
-    passed_over: list[str] = []
-    for name in candidates:
-        if name not in problems:
-            reason = order[name] if requested == "auto" else f"attention_backend={requested}"
-            return name, "; ".join([reason, *passed_over])
-        passed_over.append(f"{name} passed over: {problems[name]}")
-    raise BackendUnavailableError(
-        f"attention_backend={requested!r} cannot run here: {problems[requested]}. "
-        "Change that, or leave attention_backend at 'auto', which takes the best backend that can run."
-    )
+    if name == "flash_attn_4":
+        return flash_attn_4_problem(device)
+    if block_size is not None and block_size % PAGE_MULTIPLE != 0:
+        return f"block_size={block_size} is not a multiple of {PAGE_MULTIPLE}"
+    return flash_attn_problem(device, dtype, head_dim)

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import torch
 
+from nanovllm.kernels.page_slots import page_slots
 from nanovllm.kernels.triton_support import jit, multiprocessor_count, next_power_of_2, runs_triton, tl
 
-_BLOCK_KEYS = 64  # keys a program reads at a time
-_NUM_WARPS = 4
-_PROGRAMS_PER_MULTIPROCESSOR = 4
+_BLOCK_KEYS = 32  # keys a program reads at a time
+_MAX_SPLITS = 64
 _LOG2_E = 1.4426950408889634
 
 
@@ -77,16 +77,15 @@ def _paged_decode_kernel(
     for first in range(start, end, BLOCK_KEYS):
         position = first + tl.arange(0, BLOCK_KEYS)
         valid = position < end
-        page = tl.load(table_ptr + position // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
-        slot = page * page_stride + (position % BLOCK_SIZE) * slot_stride
+        slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
         # Rows past the context are read as zeros: what lies there may be NaN.
         kv_mask = valid[:, None] & dim_mask[None, :]
         key = tl.load(key_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)  # [BLOCK_KEYS, BLOCK_DIM]
         value = tl.load(value_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BLOCK_GROUP, BLOCK_KEYS]
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_GROUP, BLOCK_KEYS]
         scores = tl.where(valid[None, :], scores, -float("inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_best[:, None])
+        new_best = tl.maximum(best, tl.max(scores, axis=1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - new_best[:, None])
         shrink = tl.exp2(best - new_best)
         total = total * shrink + tl.sum(weights, axis=1)
         out = out * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
@@ -155,18 +154,20 @@ def paged_decode_reference(
 
 
 def choose_num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int, num_multiprocessors: int) -> int:
-    """Into how many parts each context is split: enough programs to fill the device, none without a block of keys.
+    """Into how many parts each context is split; a constant of a captured graph, for it depends on no tensor's values.
 
-    Depends on shapes and the bound alone, so that it is a constant of a captured CUDA graph.
+    Four programs a multiprocessor fill the device. Contexts differ in length, though, and the longest would be left
+    alone at the end: up to eight parts are worth their merging while there are no more than 16 programs to each.
     """
     programs = num_seqs * num_kv_heads
-    wanted = num_multiprocessors * _PROGRAMS_PER_MULTIPROCESSOR // programs
-    return max(1, min(wanted, -(-max_context_len // _BLOCK_KEYS), 128))
+    filling = 4 * num_multiprocessors // programs
+    balancing = min(8, 16 * num_multiprocessors // programs)
+    return max(1, min(max(filling, balancing), -(-max_context_len // _BLOCK_KEYS), _MAX_SPLITS))
 
 
 def _num_stages(dtype: torch.dtype, block_dim: int) -> int:
-    """Blocks of keys in flight: as many as two programs a multiprocessor can hold in shared memory."""
-    return 3 if dtype.itemsize * block_dim <= 256 else 2
+    """Blocks of keys in flight, so that several programs share a multiprocessor's shared memory."""
+    return max(2, min(5, 1280 // (dtype.itemsize * block_dim)))
 
 
 def paged_decode(
@@ -229,7 +230,7 @@ def paged_decode(
         BLOCK_DIM=block_dim,
         BLOCK_KEYS=_BLOCK_KEYS,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=_NUM_WARPS,
+        num_warps=2,
         num_stages=_num_stages(query.dtype, block_dim),
     )
     if num_splits > 1:

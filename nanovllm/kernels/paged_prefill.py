@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from nanovllm.kernels.page_slots import page_slots
 from nanovllm.kernels.triton_support import jit, next_power_of_2, runs_triton, tl
 
 _LOG2_E = 1.4426950408889634
@@ -45,20 +46,18 @@ def _attend(
         position = first + tl.arange(0, BLOCK_KEYS)
         if MASKED:
             valid = position < end
-            page = tl.load(table_ptr + position // BLOCK_SIZE, mask=valid, other=0).to(tl.int64)
             kv_mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
         else:
-            page = tl.load(table_ptr + position // BLOCK_SIZE).to(tl.int64)
             kv_mask = (dim < HEAD_DIM)[None, :]
-        slot = page * page_stride + (position % BLOCK_SIZE) * slot_stride
+        slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
         # Rows past the context are read as zeros: what lies there may be NaN.
         key = tl.load(key_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)  # [BLOCK_KEYS, BLOCK_DIM]
         value = tl.load(value_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale_log2  # [BLOCK_ROWS, BLOCK_KEYS]
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_ROWS, BLOCK_KEYS]
         if MASKED:
             scores = tl.where(position[None, :] <= query_position[:, None], scores, -float("inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_best[:, None])
+        new_best = tl.maximum(best, tl.max(scores, axis=1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - new_best[:, None])
         shrink = tl.exp2(best - new_best)
         total = total * shrink + tl.sum(weights, axis=1)
         out = out * shrink[:, None]
@@ -216,7 +215,7 @@ def _choose_tile(dtype: torch.dtype, block_dim: int) -> _Tile:
     """What fits a multiprocessor's registers and shared memory."""
     if dtype == torch.float32 or block_dim > 128:
         return _Tile(rows=32, keys=32, num_warps=4, num_stages=2)
-    return _Tile(rows=128, keys=64, num_warps=8, num_stages=3)
+    return _Tile(rows=128, keys=128, num_warps=8, num_stages=3)
 
 
 def paged_prefill(

@@ -11,6 +11,8 @@ import torch
 
 from nanovllm.kernels.triton_support import jit, next_power_of_2, runs_triton, tl
 
+_BLOCK_HEADS = 8  # heads a program handles, at most
+
 
 @jit
 def _norm_and_rotate(
@@ -151,7 +153,7 @@ def qk_norm_rope(
     key_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)  # [num_tokens, num_kv_heads, head_dim]
     if num_tokens == 0:
         return query_out, key_out
-    block_heads = min(next_power_of_2(max(num_heads, num_kv_heads)), 8)
+    block_heads = min(next_power_of_2(max(num_heads, num_kv_heads)), _BLOCK_HEADS)
     tiles = -(-num_heads // block_heads) + -(-num_kv_heads // block_heads)
     _qk_norm_rope_kernel[(num_tokens, tiles)](
         query,
@@ -172,6 +174,6 @@ def qk_norm_rope(
         HALF_DIM=head_dim // 2,
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=next_power_of_2(head_dim // 2),
-        num_warps=2,
+        num_warps=4,
     )
     return query_out, key_out

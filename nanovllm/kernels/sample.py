@@ -1,24 +1,23 @@
 """Draws one token a row in one pass over the logits: greedy, or by the Gumbel-max trick.
 
 argmax(logits / T + g) with independent Gumbel noise g is a draw from softmax(logits / T), without the softmax:
-Gumbel, "Statistical Theory of Extreme Values", 1954. With g = -log(E), E exponential, the same token is
-argmin(E · exp((m - logits) / T)) for any m; that form costs one logarithm less and loses no digits at small T.
+Gumbel, "Statistical Theory of Extreme Values", 1954. Here g = -log(E) with E exponential.
 
 The noise is a pure function of (seed, position, token id), so a seeded request draws the same token whatever row
-or batch it is in. It is made by the "lowbias32" mixer (Wellons, https://nullprogram.com/blog/2018/07/31/), keyed by
-the SplitMix64 mixer (Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014).
+or batch it is in. It is made by the "lowbias32" mixer (Wellons, https://nullprogram.com/blog/2018/07/31/), keyed at
+two places by the SplitMix64 mixer (Steele et al., "Fast Splittable Pseudorandom Number Generators", 2014).
 """
 
 from __future__ import annotations
 
 import torch
 
-from nanovllm.kernels.triton_support import jit, next_power_of_2, runs_triton, tl
+from nanovllm.kernels.triton_support import INTERPRETED, jit, libdevice, next_power_of_2, runs_triton, tl
 
-_BLOCK_SIZE = 4096  # logits a program reads
+_BLOCK_SIZE = 2048  # logits a program reads
 _REFERENCE_PART = 1 << 18  # logits the reference works on at a time
-_MAX_INVERSE_TEMPERATURE = 1e30  # keeps 0 · (1 / T) from becoming NaN for denormal temperatures
-_MAX_LOGIT = 3.0e38  # infinities and NaN are drawn back to finite numbers, so that a row of them still gives an id
+_MAX_SCALE = 1e6  # the largest 1 / T: beyond it noise no longer matters, and products would overflow
+_MAX_LOGIT = 1e30  # infinities and NaN are drawn back to finite numbers, so that a row of them still gives an id
 
 
 @jit
@@ -30,28 +29,28 @@ def _mix64(x: tl.tensor) -> tl.tensor:
 
 
 @jit
-def _mix32(x: tl.tensor) -> tl.tensor:
-    """lowbias32."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
+def _noise_bits(seed: tl.tensor, position: tl.tensor, token_id: tl.tensor) -> tl.tensor:
+    """32 random bits for each token id: lowbias32, half of the row's 64-bit key before it, half within."""
+    key = _mix64(_mix64(seed.to(tl.uint64) + 0x9E3779B97F4A7C15) ^ position.to(tl.uint64))
+    x = token_id.to(tl.uint32) ^ (key & 0xFFFFFFFF).to(tl.uint32)
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) ^ (key >> 32).to(tl.uint32)
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
 
 
 @jit
-def _noise_bits(seed: tl.tensor, position: tl.tensor, token_id: tl.tensor) -> tl.tensor:
-    """32 random bits for each token id: two keyed rounds, the keys from one 64-bit mix a row."""
-    row_key = _mix64(_mix64(seed.to(tl.uint64) + 0x9E3779B97F4A7C15) ^ position.to(tl.uint64))
-    low_key = (row_key & 0xFFFFFFFF).to(tl.uint32)
-    high_key = (row_key >> 32).to(tl.uint32)
-    return _mix32(_mix32(token_id.to(tl.uint32) ^ low_key) ^ high_key)
+def _log(x: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """The hardware's logarithm, absolute error 2⁻²² around 1: a few instructions where the exact one takes many."""
+    return tl.log(x) if INTERPRETED else libdevice.fast_logf(x)
 
 
 @jit
-def _exponential(bits: tl.tensor) -> tl.tensor:
-    """-log(1 - w) for the uniform w = (bits + 0.5) / 2³². The winner has a small w: there the series is exact."""
+def _gumbel(bits: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
+    """-log(-log(1 - w)) for the uniform w = (bits + 0.5) / 2³². A winner's w is small: there a series is exact."""
     w = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10
-    series = w * (1.0 + w * (0.5 + w * (0.33333334 + w * 0.25)))
-    return tl.where(w < 0.015625, series, -tl.log(tl.maximum(1.0 - w, 2.9802322e-8)))
+    series = w + w * w * (0.5 + w * 0.33333334)
+    exponential = tl.where(w < 0.00390625, series, -_log(tl.maximum(1.0 - w, 5.9604645e-8), INTERPRETED))
+    return -_log(exponential, INTERPRETED)
 
 
 @jit
@@ -60,70 +59,50 @@ def _sample_block_kernel(
     temperatures_ptr: tl.tensor,
     seeds_ptr: tl.tensor,
     positions_ptr: tl.tensor,
-    block_max_ptr: tl.tensor,
-    block_weight_ptr: tl.tensor,
+    block_score_ptr: tl.tensor,
     block_token_ptr: tl.tensor,
     logits_stride: tl.tensor,
     vocab_size: tl.tensor,
     num_blocks: tl.tensor,
-    MAX_INVERSE_TEMPERATURE: tl.constexpr,
+    MAX_SCALE: tl.constexpr,
     MAX_LOGIT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ) -> None:
-    """Program (block, row): the block's largest logit, its winner, and the winner's weight against that logit."""
+    """Program (block, row): the block's best score, and the lowest token id that has it."""
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     token_id = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    mask = token_id < vocab_size
-    logits = tl.load(logits_ptr + row * logits_stride + token_id, mask=mask, other=-MAX_LOGIT).to(tl.float32)
-    logits = tl.where(logits == logits, tl.minimum(tl.maximum(logits, -MAX_LOGIT), MAX_LOGIT), -MAX_LOGIT)
-    block_max = tl.max(logits, axis=0)
+    row_ptr = logits_ptr + row * logits_stride
+    logits = tl.load(row_ptr + token_id, mask=token_id < vocab_size, other=-float("inf")).to(tl.float32)
+    scores = tl.where(logits >= -MAX_LOGIT, tl.minimum(logits, MAX_LOGIT), -MAX_LOGIT)  # NaN compares false
     temperature = tl.load(temperatures_ptr + row)
     if temperature > 0.0:
         bits = _noise_bits(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), token_id)
-        inverse_temperature = tl.minimum(1.0 / temperature, MAX_INVERSE_TEMPERATURE)
-        weight = _exponential(bits) * tl.exp((block_max - logits) * inverse_temperature)
-    else:
-        weight = tl.where(logits == block_max, 1.0, float("inf"))
-    weight = tl.where(mask, weight, float("inf"))
-    best = tl.min(weight, axis=0)
-    # The lowest id among equals, and never a masked one.
-    token = tl.min(tl.where((weight == best) & mask, token_id, 0x7FFFFFFF), axis=0)
-    partial = row * num_blocks + block
-    tl.store(block_max_ptr + partial, block_max)
-    tl.store(block_weight_ptr + partial, best)
-    tl.store(block_token_ptr + partial, token)
+        scale = tl.minimum(1.0 / temperature, MAX_SCALE)
+        scores = scores * scale + _gumbel(bits, INTERPRETED)
+    best = tl.max(scores, axis=0)
+    token = tl.min(tl.where(scores == best, token_id, 0x7FFFFFFF), axis=0)
+    tl.store(block_score_ptr + row * num_blocks + block, best)
+    # In a row of nothing but -inf and NaN the masked ids behind the vocabulary may win.
+    tl.store(block_token_ptr + row * num_blocks + block, tl.minimum(token, vocab_size - 1))
 
 
 @jit
 def _merge_blocks_kernel(
-    temperatures_ptr: tl.tensor,
-    block_max_ptr: tl.tensor,
-    block_weight_ptr: tl.tensor,
+    block_score_ptr: tl.tensor,
     block_token_ptr: tl.tensor,
     out_ptr: tl.tensor,
     num_blocks: tl.tensor,
-    MAX_INVERSE_TEMPERATURE: tl.constexpr,
-    MAX_LOGIT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ) -> None:
-    """One program a row: the blocks' winners, weighed against the row's largest logit."""
+    """One program a row: the best of the blocks' winners."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_SIZE)
     mask = block < num_blocks
-    partial = row * num_blocks + block
-    block_max = tl.load(block_max_ptr + partial, mask=mask, other=-MAX_LOGIT)
-    weight = tl.load(block_weight_ptr + partial, mask=mask, other=float("inf"))
-    token = tl.load(block_token_ptr + partial, mask=mask, other=0x7FFFFFFF)
-    row_max = tl.max(block_max, axis=0)
-    temperature = tl.load(temperatures_ptr + row)
-    if temperature > 0.0:
-        inverse_temperature = tl.minimum(1.0 / temperature, MAX_INVERSE_TEMPERATURE)
-        weight = weight * tl.exp((row_max - block_max) * inverse_temperature)
-    else:
-        weight = tl.where(block_max == row_max, weight, float("inf"))
-    best = tl.min(weight, axis=0)
-    tl.store(out_ptr + row, tl.min(tl.where(weight == best, token, 0x7FFFFFFF), axis=0))
+    scores = tl.load(block_score_ptr + row * num_blocks + block, mask=mask, other=-float("inf"))
+    tokens = tl.load(block_token_ptr + row * num_blocks + block, mask=mask, other=0x7FFFFFFF)
+    tl.store(out_ptr + row, tl.min(tl.where(scores == tl.max(scores, axis=0), tokens, 0x7FFFFFFF), axis=0))
 
 
 def _unsigned_shift(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -137,18 +116,14 @@ def _mix64_reference(x: torch.Tensor) -> torch.Tensor:
     return x ^ _unsigned_shift(x, 31)
 
 
-def _mix32_reference(x: torch.Tensor) -> torch.Tensor:
-    x = (x ^ _unsigned_shift(x, 16)) * 0x7FEB352D
-    x = (x ^ _unsigned_shift(x, 15)) * (0x846CA68B - (1 << 32))
-    return x ^ _unsigned_shift(x, 16)
-
-
 def noise_bits_reference(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
     """The kernel's 32 random bits for every row and token id: [num_rows, vocab_size] int32."""
-    row_key = _mix64_reference(_mix64_reference(seeds.long() + (0x9E3779B97F4A7C15 - (1 << 64))) ^ positions.long())
-    low_key, high_key = row_key.to(torch.int32).unsqueeze(1), (row_key >> 32).to(torch.int32).unsqueeze(1)
-    token_id = torch.arange(vocab_size, dtype=torch.int32, device=seeds.device)
-    return _mix32_reference(_mix32_reference(token_id ^ low_key) ^ high_key)
+    key = _mix64_reference(_mix64_reference(seeds.long() + (0x9E3779B97F4A7C15 - (1 << 64))) ^ positions.long())
+    low_key, high_key = key.to(torch.int32).unsqueeze(1), (key >> 32).to(torch.int32).unsqueeze(1)
+    x = torch.arange(vocab_size, dtype=torch.int32, device=seeds.device) ^ low_key
+    x = ((x ^ _unsigned_shift(x, 16)) * 0x7FEB352D) ^ high_key
+    x = (x ^ _unsigned_shift(x, 15)) * (0x846CA68B - (1 << 32))
+    return x ^ _unsigned_shift(x, 16)
 
 
 def sample_reference(
@@ -164,17 +139,16 @@ def sample_reference(
 def _sample_part(
     logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    logits = torch.nan_to_num(logits.float(), nan=-_MAX_LOGIT).clamp(-_MAX_LOGIT, _MAX_LOGIT)
-    row_max = logits.amax(dim=-1, keepdim=True)  # [num_rows, 1]
-    tokens = (logits == row_max).byte().argmax(dim=-1)  # [num_rows], the lowest id among equals
+    scores = torch.nan_to_num(logits.float(), nan=-_MAX_LOGIT).clamp(-_MAX_LOGIT, _MAX_LOGIT)  # [num_rows, vocab_size]
     drawn = (temperatures > 0).nonzero().squeeze(1)  # greedy rows need no noise
     if drawn.numel() > 0:
         bits = noise_bits_reference(seeds[drawn], positions[drawn], logits.shape[1])
         uniform = (bits.float() + (bits < 0) * 2.0**32 + 0.5) * 2.0**-32  # [num_drawn, vocab_size]
-        inverse_temperature = (1.0 / temperatures[drawn]).clamp(max=_MAX_INVERSE_TEMPERATURE).unsqueeze(1)
-        growth = torch.exp((row_max[drawn] - logits[drawn]) * inverse_temperature)
-        tokens[drawn] = (-torch.log1p(-uniform) * growth).argmin(dim=-1)
-    return tokens.to(torch.int32)
+        gumbel = -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
+        scale = (1.0 / temperatures[drawn]).clamp(max=_MAX_SCALE).unsqueeze(1)
+        scores[drawn] = scores[drawn] * scale + gumbel
+    # As bytes: argmax gives the lowest id among equals.
+    return (scores == scores.amax(dim=-1, keepdim=True)).byte().argmax(dim=-1).to(torch.int32)
 
 
 def sample(
@@ -198,35 +172,25 @@ def sample(
     tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)  # [num_rows]
     if num_rows == 0:
         return tokens
-    block_max = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits.device)  # [num_rows, num_blocks]
-    block_weight = torch.empty_like(block_max)  # [num_rows, num_blocks]
-    block_token = torch.empty_like(block_max, dtype=torch.int32)  # [num_rows, num_blocks]
+    block_score = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits.device)  # [num_rows, num_blocks]
+    block_token = torch.empty_like(block_score, dtype=torch.int32)  # [num_rows, num_blocks]
     _sample_block_kernel[(num_blocks, num_rows)](
         logits,
         temperatures,
         seeds,
         positions,
-        block_max,
-        block_weight,
+        block_score,
         block_token,
         logits.stride(0),
         vocab_size,
         num_blocks,
-        MAX_INVERSE_TEMPERATURE=_MAX_INVERSE_TEMPERATURE,
+        MAX_SCALE=_MAX_SCALE,
         MAX_LOGIT=_MAX_LOGIT,
         BLOCK_SIZE=_BLOCK_SIZE,
-        num_warps=8,
+        INTERPRETED=INTERPRETED,
+        num_warps=2,
     )
     _merge_blocks_kernel[(num_rows,)](
-        temperatures,
-        block_max,
-        block_weight,
-        block_token,
-        tokens,
-        num_blocks,
-        MAX_INVERSE_TEMPERATURE=_MAX_INVERSE_TEMPERATURE,
-        MAX_LOGIT=_MAX_LOGIT,
-        BLOCK_SIZE=next_power_of_2(num_blocks),
-        num_warps=1,
+        block_score, block_token, tokens, num_blocks, BLOCK_SIZE=next_power_of_2(num_blocks), num_warps=1
     )
     return tokens

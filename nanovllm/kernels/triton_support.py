@@ -17,16 +17,26 @@ from nanovllm.errors import BackendUnavailableError
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra import libdevice
 
     HAS_TRITON = True
     # Fixed when the kernels are defined, as Triton itself fixes it: TRITON_INTERPRET=1 before the first import.
     INTERPRETED = bool(triton.knobs.runtime.interpret)
 except ImportError:
-    tl = None
+    tl = libdevice = None
     HAS_TRITON = False
     INTERPRETED = False
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "jit", "multiprocessor_count", "next_power_of_2", "runs_triton", "tl"]
+__all__ = [
+    "HAS_TRITON",
+    "INTERPRETED",
+    "jit",
+    "libdevice",
+    "multiprocessor_count",
+    "next_power_of_2",
+    "runs_triton",
+    "tl",
+]
 
 
 def jit(function: Callable[..., Any]) -> Any:

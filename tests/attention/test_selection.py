@@ -1,97 +1,120 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 import pytest
 import torch
 
-from nanovllm.attention.selection import REQUESTS, decide, find_problems, select_attention, static_flash_attn_problem
+from nanovllm.attention.selection import REQUESTS, decide, find_problem, select_attention
 from nanovllm.errors import BackendUnavailableError, InvalidArgumentError
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
+NO_PACKAGES = {"flash_attn_4": "it is missing", "flash_attn": "too old"}
 
 
-def test_everything_runs():
-    decision = decide("auto", None, {})
-    assert decision.prefill == "flash_attn_4"
+def no_problem(name: str) -> None:
+    return None
+
+
+def names(decision) -> tuple[str, str]:
+    return decision.prefill, decision.decode
+
+
+def test_where_everything_runs_the_fastest_are_taken():
+    decision = decide("auto", None, no_problem)
+    assert names(decision) == ("flash_attn_4", "triton")
+    assert decision.block_size == 16
     assert "passed over" not in decision.prefill_reason + decision.decode_reason
+    assert "H200" in decision.prefill_reason
+    assert "H200" in decision.decode_reason
 
 
 def test_each_better_candidate_that_was_passed_over_is_named_with_its_reason():
-    problems = {"flash_attn_4": "it is missing", "flash_attn": "too old", "triton": "no compiler"}
-    decision = decide("auto", None, problems)
-    assert (decision.prefill, decision.decode, decision.block_size) == ("torch", "torch", 16)
+    problems = {**NO_PACKAGES, "triton": "no compiler"}
+    decision = decide("auto", None, problems.get)
+    assert names(decision) == ("torch", "torch")
     for name, why in problems.items():
         assert f"{name} passed over: {why}" in decision.prefill_reason
     assert "triton passed over: no compiler" in decision.decode_reason
 
 
-def test_triton_alone():
-    decision = decide("auto", None, {"flash_attn_4": "missing", "flash_attn": "missing"})
-    assert (decision.prefill, decision.decode, decision.block_size) == ("triton", "triton", 16)
+def test_without_packages_triton_serves_both():
+    decision = decide("auto", None, NO_PACKAGES.get)
+    assert names(decision) == ("triton", "triton")
+    assert "flash_attn_4 passed over: it is missing" in decision.prefill_reason
 
 
-def test_flash_attention_asks_for_pages_of_256():
-    decision = decide("flash_attn", None, {"flash_attn_4": "missing"})
-    assert (decision.prefill, decision.decode, decision.block_size) == ("flash_attn", "flash_attn", 256)
+def test_nothing_is_looked_for_behind_the_first_that_runs():
+    asked = []
+    decide("auto", None, lambda name: asked.append(name))
+    assert "flash_attn" not in asked
+    assert "torch" not in asked
+
+
+def test_without_triton_a_gpu_takes_flash_attention_2_and_its_pages():
+    decision = decide("auto", None, {"flash_attn_4": "missing", "triton": "missing"}.get)
+    assert names(decision) == ("flash_attn", "flash_attn")
+    assert decision.block_size == 256
+
+
+@pytest.mark.parametrize(("problems", "prefill"), [({}, "flash_attn_4"), ({"flash_attn_4": "missing"}, "flash_attn")])
+def test_flash_attention_by_name(problems, prefill):
+    decision = decide("flash_attn", None, problems.get)
+    assert names(decision) == (prefill, "flash_attn")
+    assert decision.block_size == 256
 
 
 def test_a_requested_page_size_stays():
-    assert decide("flash_attn", 512, {}).block_size == 512
-    assert decide("torch", 4, {}).block_size == 4
+    assert decide("flash_attn", 512, no_problem).block_size == 512
+    assert decide("torch", 4, no_problem).block_size == 4
 
 
 @pytest.mark.parametrize("name", ["triton", "torch"])
 def test_a_request_by_name_is_kept_to(name):
-    decision = decide(name, None, {})
-    assert (decision.prefill, decision.decode) == (name, name)
-    assert decision.prefill_reason == f"attention_backend={name}"
+    decision = decide(name, None, no_problem)
+    assert names(decision) == (name, name)
+    assert decision.prefill_reason == decision.decode_reason == f"attention_backend={name}"
 
 
 @pytest.mark.parametrize("name", ["triton", "flash_attn"])
 def test_asking_by_name_for_what_cannot_run_says_why_and_what_to_do(name):
     with pytest.raises(BackendUnavailableError, match=f"{name}.*no such thing.*'auto'"):
-        decide(name, None, {name: "no such thing", "flash_attn_4": "missing"})
+        decide(name, None, {name: "no such thing", "flash_attn_4": "missing"}.get)
 
 
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(InvalidArgumentError, match=", ".join(REQUESTS)):
-        decide("fa3", None, {})
+        decide("fa3", None, no_problem)
 
 
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn_4"])
 @pytest.mark.parametrize(
-    ("device_type", "dtype", "head_dim", "why"),
+    ("device", "dtype", "head_dim", "why"),
     [
-        ("cpu", torch.bfloat16, 64, "no CUDA device"),
-        ("cuda", torch.float32, 64, "dtype float32"),
-        ("cuda", torch.bfloat16, 512, "head_dim 512"),
-        ("cuda", torch.bfloat16, 20, "head_dim 20"),
+        (CPU, torch.bfloat16, 64, "no CUDA device"),
+        (CUDA, torch.float32, 64, "dtype float32"),
+        (CUDA, torch.bfloat16, 512, "head_dim 512"),
+        (CUDA, torch.bfloat16, 20, "head_dim 20"),
     ],
 )
-def test_what_rules_flash_attention_out(device_type, dtype, head_dim, why):
-    assert why in (static_flash_attn_problem(device_type, dtype, head_dim) or "")
+def test_what_rules_flash_attention_out_before_it_is_imported(name, device, dtype, head_dim, why):
+    assert why in (find_problem(name, "auto", device, dtype, head_dim, None) or "")
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-def test_what_does_not_rule_flash_attention_out(head_dim):
-    assert static_flash_attn_problem("cuda", torch.float16, head_dim) is None
-
-
-def test_a_page_size_that_flash_attention_cannot_read_is_its_problem(monkeypatch):
-    monkeypatch.setattr("nanovllm.attention.selection.flash_attn_4_problem", lambda device: None)
+@pytest.mark.parametrize(("block_size", "readable"), [(None, True), (256, True), (512, True), (16, False)])
+def test_page_sizes_that_flash_attention_2_reads(monkeypatch, block_size, readable):
     monkeypatch.setattr("nanovllm.attention.selection.flash_attn_problem", lambda device, dtype, head_dim: None)
-    problems = find_problems("flash_attn", CUDA, torch.bfloat16, 128, 16)
-    assert problems["flash_attn"] == "block_size=16 is not a multiple of 256"
-    assert "flash_attn" not in find_problems("flash_attn", CUDA, torch.bfloat16, 128, 512)
+    problem = find_problem("flash_attn", "flash_attn", CUDA, torch.bfloat16, 128, block_size)
+    assert problem == (None if readable else "block_size=16 is not a multiple of 256")
 
 
-def test_without_the_packages_the_problem_says_so(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "flash_attn", None)
-    monkeypatch.setattr("nanovllm.attention.selection.flash_attn_4_problem", lambda device: "not installed")
-    problems = find_problems("auto", CUDA, torch.bfloat16, 128, None)
-    assert "flash-attn is not importable" in problems["flash_attn"]
-    assert problems["flash_attn_4"] == "not installed"
+def test_a_package_that_is_missing_is_the_problem(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # what an import of a missing package looks like
+    problem = find_problem("flash_attn", "auto", CUDA, torch.bfloat16, 128, None)
+    assert problem is not None
+    assert problem.startswith("package flash-attn is not importable (ModuleNotFoundError")
 
 
 def test_a_cpu_takes_torch_and_the_log_says_why(caplog):
