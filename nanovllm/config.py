@@ -8,17 +8,46 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from numbers import Integral
+from typing import Any, TypedDict
 
 from nanovllm.errors import InvalidArgumentError, UnknownArgumentError
 
 # vLLM's spelling → ours.
 _ALIASES = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_kvcache_blocks"}
 
-_DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float16", "float32")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _LOAD_FORMATS = ("auto", "safetensors", "dummy")
-_ATTENTION_BACKENDS = ("auto", "flash_attn", "triton", "torch")
+ATTENTION_BACKENDS = ("auto", "flash_attn", "triton", "torch")
+
+
+class EngineArguments(TypedDict, total=False):
+    """Keyword arguments of `LLM`, for type checkers and editors; `EngineConfig` says what they mean."""
+
+    tokenizer: str | None
+    dtype: Any  # a name, or a torch.dtype
+    max_model_len: int | None
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    gpu_memory_utilization: float
+    kvcache_block_size: int | None
+    num_kvcache_blocks: int | None
+    enable_prefix_caching: bool
+    tensor_parallel_size: int
+    enforce_eager: bool
+    device: Any  # a name, an index, or a torch.device
+    attention_backend: str
+    kv_cache_dtype: str
+    load_format: str
+    skip_tokenizer_init: bool
+    seed: int
+    trust_remote_code: bool
+    revision: str | None
+    hf_overrides: Mapping[str, Any] | None
+    pipeline_depth: int
+    block_size: int | None
+    num_gpu_blocks_override: int | None
 
 
 @dataclass(frozen=True)
@@ -82,10 +111,13 @@ class EngineConfig:
             if name in values:
                 raise InvalidArgumentError(given, value, f"given once: it is another name of {name}")
             values[name] = value
-        dtype = str(values.get("dtype", "auto")).removeprefix("torch.")  # torch.bfloat16 is as good as "bfloat16"
-        return cls(model=str(model), **{**values, "dtype": _DTYPE_ALIASES.get(dtype, dtype)})
+        return cls(model=str(model), **values)
 
     def __post_init__(self) -> None:
+        # torch.bfloat16, torch.device("cpu") and 0 are as good as "bfloat16", "cpu" and "cuda:0".
+        dtype = str(self.dtype).removeprefix("torch.")
+        object.__setattr__(self, "dtype", _DTYPE_ALIASES.get(dtype, dtype))
+        object.__setattr__(self, "device", f"cuda:{self.device}" if _is_integer(self.device) else str(self.device))
         for name in ("max_num_seqs", "max_num_batched_tokens", "pipeline_depth"):
             _check_count(name, getattr(self, name))
         for name in ("max_model_len", "num_kvcache_blocks", "kvcache_block_size"):
@@ -94,16 +126,16 @@ class EngineConfig:
         for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgumentError(name, getattr(self, name), "True or False")
-        _check_choice("dtype", self.dtype, _DTYPES)
+        _check_choice("dtype", self.dtype, ("auto", *DTYPES))
         _check_choice("load_format", self.load_format, _LOAD_FORMATS)
-        _check_choice("attention_backend", self.attention_backend, _ATTENTION_BACKENDS)
+        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto",), "The cache has the model's dtype.")
         share = self.gpu_memory_utilization
         if not isinstance(share, (int, float)) or not math.isfinite(share) or not 0 < share <= 1:
             raise InvalidArgumentError("gpu_memory_utilization", share, "a number above 0, at most 1")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if not _is_integer(self.seed) or not 0 <= self.seed < 2**63:
             raise InvalidArgumentError("seed", self.seed, "an integer from 0 to 2**63 - 1")
-        if self.tensor_parallel_size != 1:
+        if not _is_integer(self.tensor_parallel_size) or self.tensor_parallel_size != 1:
             raise InvalidArgumentError(
                 "tensor_parallel_size", self.tensor_parallel_size, "1", "One device a model for now."
             )
@@ -139,11 +171,15 @@ class ResolvedConfig:
     pipeline_depth: int
 
 
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def _check_count(name: str, value: Any) -> None:
+    if not _is_integer(value) or value < 1:
         raise InvalidArgumentError(name, value, "an integer ≥ 1")
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...], hint: str = "") -> None:
     if value not in choices:
         raise InvalidArgumentError(name, value, "one of " + ", ".join(map(repr, choices)), hint)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -7,17 +7,20 @@ import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from nanovllm.config import EngineConfig
+from nanovllm.config import EngineArguments, EngineConfig
 from nanovllm.engine.llm_engine import EngineStatistics, LLMEngine, Prompt
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.logger import flush_timed_sections, log_event, log_gpu_memory, log_rule, setup_logger
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = setup_logger(__name__)
 
@@ -33,7 +36,7 @@ class LLM:
     Raises a NanoVLLMError that says what is wrong and what to do about it.
     """
 
-    def __init__(self, model: str, **arguments: Any) -> None:
+    def __init__(self, model: str, **arguments: Unpack[EngineArguments]) -> None:
         self.llm_engine = LLMEngine(EngineConfig.from_arguments(model, arguments))
         self._counter = itertools.count()
 
@@ -57,7 +60,8 @@ class LLM:
         request_ids: list[str] = []
         try:
             for prompt, param in zip(batch, params, strict=True):
-                request_ids.append(self.llm_engine.add_request(f"generate-{next(self._counter)}", prompt, param))
+                request_ids.append(f"generate-{next(self._counter)}")  # first: Ctrl-C may come in between
+                self.llm_engine.add_request(request_ids[-1], prompt, param)
             return self._run(request_ids, use_tqdm)
         except BaseException:  # Ctrl-C included: nothing of this call stays behind
             self.llm_engine.discard_requests(request_ids)
@@ -76,10 +80,19 @@ class LLM:
         A message is {"role": "user", "content": "…"}; `chat_template_kwargs` go to the template
         (Qwen3 reads `enable_thinking`).
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        template = self.get_tokenizer().apply_chat_template
+        tokenizer = self.get_tokenizer()
+        if not tokenizer.chat_template:
+            raise InvalidArgumentError("tokenizer", tokenizer.name_or_path, "one with a chat template", "Use generate.")
+        conversations = list(messages) if isinstance(messages, (list, tuple)) else [messages]
+        if conversations and isinstance(conversations[0], Mapping):
+            conversations = [conversations]
+        for chat in conversations:
+            if not isinstance(chat, (list, tuple)) or not all(isinstance(message, Mapping) for message in chat):
+                raise InvalidArgumentError("messages", chat, "a list of messages, each {'role': …, 'content': …}")
         prompts: list[Prompt] = [
-            template(list(chat), tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {}))
+            tokenizer.apply_chat_template(
+                list(chat), tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
+            )
             for chat in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
@@ -123,17 +136,21 @@ class LLM:
             num_prompt_tokens=engine.num_waiting_tokens,
         )
         outputs: dict[str, RequestOutput] = {}
+        foreign: list[RequestOutput] = []  # of requests that someone queued before with add_request
         wanted = set(request_ids)
         use_tqdm = use_tqdm and logger.isEnabledFor(logging.INFO)  # who asks the log for silence means the bar, too
         with tqdm(total=len(request_ids), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
-            while wanted or engine.has_steps_in_flight:
+            while wanted or engine.is_draining:
                 for output in engine.step():
-                    if output.request_id in wanted:
-                        wanted.remove(output.request_id)
-                        outputs[output.request_id] = output
-                        bar.update()
+                    if output.request_id not in wanted:
+                        foreign.append(output)
+                        continue
+                    wanted.remove(output.request_id)
+                    outputs[output.request_id] = output
+                    bar.update()
                 if use_tqdm:
                     bar.set_postfix_str(_speeds(engine.statistics.since(before)), refresh=False)
+        engine.hand_back(foreign)
         done = engine.statistics.since(before)
         flush_timed_sections()
         log_event(
@@ -161,7 +178,10 @@ def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """A single prompt (text, dictionary, token ids) as a list of one."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
-    batch: list[Any] = list(prompts)
+    try:
+        batch: list[Any] = list(prompts)
+    except TypeError:
+        raise InvalidArgumentError("prompts", prompts, "a text, token ids, a dictionary, or a list of these") from None
     return [batch] if batch and all(isinstance(item, (int, np.integer)) for item in batch) else batch
 
 
@@ -170,7 +190,10 @@ def _params_for_each(
 ) -> list[SamplingParams]:
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return [sampling_params or SamplingParams()] * num_prompts
-    params = list(sampling_params)
+    try:
+        params = list(sampling_params)
+    except TypeError:
+        raise InvalidArgumentError("sampling_params", sampling_params, "a SamplingParams or a list of them") from None
     if len(params) != num_prompts:
         raise InvalidArgumentError(
             "sampling_params", f"a list of {len(params)}", f"one for all, or one for each of the {num_prompts} prompts"

@@ -1,9 +1,10 @@
-"""Imports point downward only, the face costs nothing to import, and nothing is ambient."""
+"""The house's walls: imports point downward, deciding needs no torch, and nothing keeps state in a corner."""
 
 from __future__ import annotations
 
 import ast
-import re
+import graphlib
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,92 +14,214 @@ import pytest
 
 import nanovllm
 
-PACKAGE = Path(nanovllm.__file__).parent
-FILES = sorted(PACKAGE.rglob("*.py"))
-# Higher up may import what is further down, and its own floor.
-FLOORS = [
-    {"__init__", "llm"},
-    {"engine"},
-    {"models"},
-    {"layers"},
-    {"attention"},
-    {"kernels"},
-    {"config", "sampling_params", "outputs"},
-    {"utils"},
-    {"errors"},
+ROOT = Path(nanovllm.__file__).resolve().parents[1]
+FILES = sorted((ROOT / "nanovllm").rglob("*.py"))
+
+# From the face down: a module may import from its own level and from those after it.
+LEVELS = [
+    ("nanovllm", "nanovllm.llm"),
+    ("nanovllm.engine",),
+    ("nanovllm.models",),
+    ("nanovllm.layers",),
+    ("nanovllm.attention",),
+    ("nanovllm.kernels",),
+    ("nanovllm.config", "nanovllm.sampling_params", "nanovllm.outputs"),
+    ("nanovllm.utils",),
+    ("nanovllm.errors",),
 ]
-TORCH_FREE = ["batch", "block_manager", "executor", "llm_engine", "row_table", "scheduler", "sequence"]
+# Where decisions are made: plain Python and numpy.
+WITHOUT_TORCH = ["batch", "block_manager", "executor", "llm_engine", "row_table", "scheduler", "sequence"]
 
 
-def floor_of(room: str) -> int:
-    return next(index for index, rooms in enumerate(FLOORS) if room in rooms)
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def room_of(path: Path) -> str:
-    relative = path.relative_to(PACKAGE)
-    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+MODULES = {module_name(path): path for path in FILES}
 
 
-def imported_rooms(tree: ast.AST) -> Iterator[str]:
-    """Rooms of the package that a file imports, wherever in it: at the top, in a function, for types alone."""
-    for node in ast.walk(tree):
-        names = []
+def level_of(module: str) -> int:
+    """The level that the module, or the package nearest above it, is listed at. `nanovllm` itself is only the face."""
+    name = module
+    while name:
+        for level, names in enumerate(LEVELS):
+            if name in names and (name != "nanovllm" or module == "nanovllm"):
+                return level
+        name = name.rpartition(".")[0]
+    raise AssertionError(f"{module} has no level: add it to LEVELS")
+
+
+def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[str, ast.stmt | ast.expr]]:
+    """Every module of nanovllm that `source` imports, wherever the statement stands and whatever form it has."""
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        found: list[str] = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute here"
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            if name.startswith("nanovllm."):
-                yield name.split(".")[1]
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, *filter(None, [base])])
+            # A name is a module where there is one, else something that the base defines.
+            found = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in MODULES:
+            found = [node.value]  # what importlib is given
+        for name in found:
+            if name.split(".")[0] == "nanovllm" and isinstance(node, (ast.stmt, ast.expr)):
+                yield name, node
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_arrow_points_up(path: Path) -> None:
-    room = room_of(path)
-    for imported in imported_rooms(ast.parse(path.read_text(encoding="utf-8"))):
-        assert floor_of(imported) >= floor_of(room), f"{room} imports {imported}, which lies above it"
+def arrows_up(source: str, module: str, is_package: bool = False) -> list[str]:
+    return [
+        f"{module}:{node.lineno} imports {name}"
+        for name, node in imports(source, module, is_package)
+        if level_of(name) < level_of(module) and not (isinstance(node, ast.Constant) and name == "nanovllm")
+    ]
 
 
-def test_the_walk_sees_an_arrow() -> None:
-    source = "def f():\n    from nanovllm.engine.scheduler import Scheduler"
-    assert list(imported_rooms(ast.parse(source))) == ["engine"]
-    assert floor_of("engine") < floor_of("utils")
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downward(module: str) -> None:
+    path = MODULES[module]
+    assert arrows_up(path.read_text(encoding="utf-8"), module, path.name == "__init__.py") == []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nothing_is_ambient(path: Path) -> None:
-    source = path.read_text(encoding="utf-8")
-    assert not re.search(r"set_default_d(evice|type)|^\s*global ", source, re.MULTILINE)
-    if path.name not in ("env.py", "triton_support.py"):
-        assert not re.search(r"os\.environ|getenv\(", source), "the environment is read in utils/env.py"
-    if path.name != "__init__.py":
-        assert ast.get_docstring(ast.parse(source)), "a module says what it is for"
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("nanovllm.utils.logger", "from nanovllm.config import EngineConfig"),
+        ("nanovllm.utils.logger", "import nanovllm"),
+        ("nanovllm.utils.logger", "from nanovllm import __version__"),
+        ("nanovllm.utils.logger", "from .. import config"),
+        ("nanovllm.utils.logger", "from ..engine.batch import ScheduledBatch"),
+        ("nanovllm.errors", "from nanovllm.utils import env"),
+        ("nanovllm.layers.linear", "def f():\n    import nanovllm.models.qwen3 as q"),
+        ("nanovllm.kernels.sample", "if TYPE_CHECKING:\n    from nanovllm.attention.interface import LayerKVCache"),
+        ("nanovllm.models.registry", "importlib.import_module('nanovllm.engine.batch')"),
+        ("nanovllm.engine.batch", "from nanovllm.llm import LLM"),
+    ],
+)
+def test_an_arrow_up_is_seen_in_every_form(module: str, source: str) -> None:
+    assert len(arrows_up(source, module)) == 1
 
 
-def python(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        (
+            "nanovllm.engine.batch",
+            "from nanovllm import errors\nfrom nanovllm.utils import env\nimport nanovllm.config",
+        ),
+        ("nanovllm.engine.batch", "from .sequence import Sequence\nfrom ..outputs import FinishReason"),
+        ("nanovllm.utils.logger", "PACKAGE = 'nanovllm'\nimport numpy, torch"),
+        ("nanovllm", "from nanovllm.llm import LLM"),
+    ],
+)
+def test_an_arrow_down_or_beside_is_fine(module: str, source: str) -> None:
+    assert arrows_up(source, module, is_package=module == "nanovllm") == []
 
 
-def test_the_face_imports_fast_and_without_torch() -> None:
-    code = (
-        "import time; t = time.perf_counter(); import nanovllm, sys; seconds = time.perf_counter() - t; "
-        "nanovllm.SamplingParams(); nanovllm.InvalidArgumentError; "
-        "print(seconds, 'torch' in sys.modules or 'transformers' in sys.modules)"
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    graph = {}
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        found = imports(ast.unparse(tree), module, path.name == "__init__.py")
+        graph[module] = {name for name, _ in found} - {module}
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which shows the circle
+
+
+# ---- what an import costs
+
+
+def run_python(script: str) -> str:
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+def test_import_of_the_face_is_fast_and_brings_no_torch() -> None:
+    script = (
+        "import sys, time; start = time.perf_counter(); import nanovllm; elapsed = time.perf_counter() - start;"
+        "nanovllm.SamplingParams; nanovllm.RequestOutput; nanovllm.NanoVLLMError; dir(nanovllm);"
+        "assert not {'torch', 'numpy', 'transformers', 'triton'} & set(sys.modules);"
+        "print(elapsed)"
     )
-    seconds, heavy = min(python(code).split() for _ in range(3))
-    assert float(seconds) < 0.3
-    assert heavy == "False"
+    assert min(float(run_python(script)) for _ in range(3)) < 0.3
 
 
-@pytest.mark.parametrize("module", TORCH_FREE)
-def test_deciding_needs_no_torch(module: str) -> None:
-    assert python(f"import nanovllm.engine.{module}, sys; print('torch' in sys.modules)") == "False"
+def test_deciding_needs_no_torch() -> None:
+    names = ", ".join(f"nanovllm.engine.{name}" for name in WITHOUT_TORCH)
+    run_python(f"import sys; import {names}; assert not {{'torch', 'transformers', 'triton'}} & set(sys.modules)")
 
 
-def test_the_public_names_are_there() -> None:
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_no_decision_imports_torch_not_even_in_a_function(name: str) -> None:
+    tree = ast.parse(MODULES[f"nanovllm.engine.{name}"].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {imported.split(".")[0] for imported in names} & {"torch", "triton"}
+
+
+@pytest.mark.parametrize("name", nanovllm.__all__)
+def test_every_public_name_is_there(name: str) -> None:
+    value = getattr(nanovllm, name)
+    assert value.__name__ == name
+    assert getattr(importlib.import_module(value.__module__), name) is value
+    assert value.__doc__
+
+
+def test_what_is_not_public_is_not_there() -> None:
+    assert sorted(nanovllm.__all__) == sorted(set(nanovllm.__all__))
     assert set(nanovllm.__all__) <= set(dir(nanovllm))
-    for name in nanovllm.__all__:
-        assert getattr(nanovllm, name).__name__ == name
-    with pytest.raises(AttributeError, match="Schedular"):
-        nanovllm.Schedular  # noqa: B018 - the access is what is tested
+    missing = "Sequence"
+    with pytest.raises(AttributeError, match="'nanovllm' has no attribute 'Sequence'"):
+        getattr(nanovllm, missing)
+
+
+# ---- habits
+
+
+def trespasses(source: str) -> list[str]:
+    """Ambient state: process-wide torch defaults, `global`, and the environment."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Global):
+            found.append("global")
+        if isinstance(node, ast.Attribute) and (
+            node.attr.startswith("set_default_") or node.attr in ("environ", "getenv", "putenv")
+        ):
+            found.append(node.attr)
+        if isinstance(node, ast.ImportFrom) and node.module in ("os", "torch"):
+            found += [
+                a.name for a in node.names if a.name in ("environ", "getenv") or a.name.startswith("set_default_")
+            ]
+    return found
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_ambient_state(module: str) -> None:
+    allowed = ["environ"] if module == "nanovllm.utils.env" else []
+    assert trespasses(MODULES[module].read_text(encoding="utf-8")) == allowed
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "torch.set_default_dtype(x)",
+        "def f():\n    global x",
+        "import os\nos.environ['A']",
+        "os.getenv('A')",
+        "from os import environ",
+        "from torch import set_default_device",
+    ],
+)
+def test_ambient_state_is_seen(source: str) -> None:
+    assert len(trespasses(source)) == 1
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_says_what_it_is_for(module: str) -> None:
+    source = MODULES[module].read_text(encoding="utf-8")
+    assert not source.strip() or ast.get_docstring(ast.parse(source)), "an empty __init__.py alone needs no docstring"

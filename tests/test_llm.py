@@ -1,250 +1,325 @@
-"""The public face, as a script uses it."""
+"""LLM: every form of input, results in order, and nothing left behind by a call that fails."""
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from nanovllm import LLM, EngineDeadError, InvalidArgumentError, NanoVLLMError, SamplingParams
-from nanovllm.engine.executor import InProcessExecutor
+from nanovllm import (
+    LLM,
+    EngineDeadError,
+    InvalidArgumentError,
+    RequestOutput,
+    RequestTooLargeError,
+    SamplingParams,
+    UnknownArgumentError,
+)
+from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
 
-GREEDY = SamplingParams(temperature=0, max_tokens=8)
+GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[LLM]:
-    with LLM("tiny", device="cpu", num_kvcache_blocks=64) as llm:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3: no tokenizer, and its tokens wander."""
+    return make_qwen3_checkpoint(tmp_path_factory.mktemp("qwen3"))
+
+
+def load(folder: Path, **settings: Any) -> LLM:
+    arguments = {"device": "cpu", "skip_tokenizer_init": True, "max_num_seqs": 8, "num_kvcache_blocks": 64}
+    return LLM(str(folder), **{**arguments, **settings})
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[LLM]:
+    with LLM("tiny", device="cpu", max_num_seqs=8) as llm:
         yield llm
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left_behind(llm: LLM) -> Iterator[None]:
-    yield
+def generate(llm: LLM, prompts: Any, params: Any = GREEDY) -> list[RequestOutput]:
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def token_ids(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def assert_empty(llm: LLM) -> None:
     engine = llm.llm_engine
-    assert not engine.has_unfinished_requests()
     assert engine.scheduler.block_manager.num_used_blocks == 0
     assert engine.scheduler.rows.is_empty
+    assert not engine.scheduler.waiting
+    assert not engine.has_unfinished_requests()
 
 
-def ids(llm: LLM, text: str) -> list[int]:
-    return llm.get_tokenizer().encode(text)
+# ---- prompts and parameters
 
 
-def tokens(outputs: list) -> list[list[int]]:
-    return [output["token_ids"] for output in outputs]
+def test_every_form_of_prompt_and_lists_that_mix_them(tiny: LLM) -> None:
+    text = "introduce yourself"
+    ids = tiny.get_tokenizer().encode(text)
+    forms: list[Any] = [text, ids, tuple(ids), np.array(ids), {"prompt": text}, {"prompt_token_ids": ids}]
+    expected = generate(tiny, [text])[0]
+    assert expected.prompt_token_ids == ids
+    for output, form in zip(generate(tiny, forms), forms, strict=True):
+        assert output.outputs == expected.outputs
+        assert output.prompt_token_ids == ids
+        assert output.prompt == (
+            text if isinstance(form, str) or (isinstance(form, dict) and "prompt" in form) else None
+        )
+    for form in forms:  # alone, each is one prompt
+        (output,) = generate(tiny, form)
+        assert output.outputs == expected.outputs
 
 
-def test_every_form_of_prompt_means_the_same(llm: LLM) -> None:
-    text = "27 + 58 ="
-    forms = [text, ids(llm, text), np.array(ids(llm, text)), {"prompt": text}, {"prompt_token_ids": ids(llm, text)}]
-    mixed = llm.generate(forms, GREEDY, use_tqdm=False)
-    alone = [llm.generate(form, GREEDY, use_tqdm=False)[0] for form in forms]
-    assert len({tuple(t) for t in tokens(mixed + alone)}) == 1
-    assert [output.prompt for output in mixed] == [text, None, None, text, None]
-    assert {tuple(output.prompt_token_ids) for output in mixed} == {tuple(ids(llm, text))}
-
-
-def test_results_come_in_the_order_of_the_prompts(llm: LLM) -> None:
-    prompts = [[i, i + 1] for i in range(1, 21)]
-    lengths = [1 + (7 * i) % 13 for i in range(20)]
-    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in lengths]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
-    assert [output.prompt_token_ids for output in outputs] == prompts
-    assert [len(t) for t in tokens(outputs)] == lengths
-    assert {output.outputs[0].finish_reason for output in outputs} == {"length"}
-
-
-def test_both_forms_of_a_result(llm: LLM) -> None:
-    (output,) = llm.chat([{"role": "user", "content": "What is 27 + 58?"}], GREEDY.__class__(temperature=0))
-    completion = output.outputs[0]
-    assert output["text"] == completion.text == "27 + 58 = 85"
-    assert output["token_ids"] == completion.token_ids
-    assert completion.token_ids[-1] in llm.llm_engine.resolved.eos_token_ids, "EOS stays in token_ids, not in text"
-    assert output.finished
-    assert completion.finish_reason == "stop"
-    with pytest.raises(KeyError, match="token_ids"):
+def test_nano_vllm_s_form_of_output(tiny: LLM) -> None:
+    (output,) = generate(tiny, "introduce yourself")
+    assert output["text"] == output.outputs[0].text != ""
+    assert output["token_ids"] == output.outputs[0].token_ids
+    with pytest.raises(KeyError, match="'text' and 'token_ids', not 'tokens'"):
         output["tokens"]
 
 
-def test_no_prompts_give_no_results(llm: LLM) -> None:
-    assert llm.generate([]) == []
+def test_results_come_in_the_order_of_the_prompts(folder: Path) -> None:
+    with load(folder, max_num_seqs=3) as llm:
+        prompts = [[10 + i] * (1 + 5 * (i % 3)) for i in range(10)]
+        params = [SamplingParams(temperature=0, max_tokens=30 - 3 * i, ignore_eos=True) for i in range(10)]
+        outputs = generate(llm, prompts, params)
+        assert [output.prompt_token_ids for output in outputs] == prompts
+        assert [len(tokens) for tokens in token_ids(outputs)] == [30 - 3 * i for i in range(10)]
+        assert token_ids(outputs) == [token_ids(generate(llm, p, q))[0] for p, q in zip(prompts, params, strict=True)]
 
 
-def test_the_defaults(llm: LLM) -> None:
-    (output,) = llm.generate("abc", use_tqdm=False)
-    assert 1 <= len(output["token_ids"]) <= 64
+def test_parameters_for_all_for_each_or_none(folder: Path) -> None:
+    with load(folder) as llm:
+        assert [len(t) for t in token_ids(generate(llm, [[1], [2]], GREEDY))] == [6, 6]
+        each = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (2, 5)]
+        assert [len(t) for t in token_ids(generate(llm, [[1], [2]], each))] == [2, 5]
+        assert [len(t) for t in token_ids(generate(llm, [[1], [2]], tuple(each)))] == [2, 5]
+        (output,) = generate(llm, [[1]], None)
+        assert len(output["token_ids"]) == SamplingParams().max_tokens or output.outputs[0].finish_reason == "stop"
+        assert generate(llm, []) == []
+        for wrong in (each, [], [GREEDY] * 4):
+            with pytest.raises(InvalidArgumentError, match=f"a list of {len(wrong)}.*each of the 3 prompts"):
+                generate(llm, [[1], [2], [3]], wrong)
+        with pytest.raises(InvalidArgumentError, match="a SamplingParams"):
+            generate(llm, [[1], [2]], [GREEDY, {"temperature": 0}])
+        assert_empty(llm)
 
 
-def test_lists_of_different_lengths_are_refused(llm: LLM) -> None:
-    with pytest.raises(InvalidArgumentError, match="sampling_params.*each of the 3 prompts"):
-        llm.generate(["a", "b", "c"], [GREEDY, GREEDY], use_tqdm=False)
+def test_unknown_arguments_are_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(UnknownArgumentError, match="LLM has no argument 'max_modle_len'. Did you mean 'max_model_len'"):
+        LLM("no such model", max_modle_len=64)
+
+
+def test_vllm_s_spellings_reach_the_engine(folder: Path) -> None:
+    with LLM(str(folder), device="cpu", skip_tokenizer_init=True, block_size=8, num_gpu_blocks_override=11) as llm:
+        assert (llm.llm_engine.resolved.block_size, llm.llm_engine.resolved.num_blocks) == (8, 11)
+
+
+# ---- chat and text
+
+
+def test_chat_is_generate_on_the_template(tiny: LLM) -> None:
+    chats = [[{"role": "user", "content": text}] for text in ("introduce yourself", "12 + 30 =")]
+    template = tiny.get_tokenizer().apply_chat_template
+    prompts = [template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    expected = generate(tiny, prompts)
+    outputs = tiny.chat(chats, GREEDY, use_tqdm=False)
+    assert [output.prompt for output in outputs] == prompts
+    assert [output.outputs for output in outputs] == [output.outputs for output in expected]
+    (single,) = tiny.chat(chats[1], GREEDY, use_tqdm=False)
+    assert single.outputs == expected[1].outputs
+    (quiet,) = tiny.chat(chats[1], GREEDY, use_tqdm=False, chat_template_kwargs={"enable_thinking": False})
+    assert quiet.prompt == template(chats[1], tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    assert quiet.prompt != single.prompt
+
+
+def test_the_end_of_sequence_is_in_the_tokens_and_not_in_the_text(tiny: LLM) -> None:
+    chat = [{"role": "user", "content": "introduce yourself"}]
+    (output,) = tiny.chat(chat, SamplingParams(temperature=0, max_tokens=200), use_tqdm=False)
+    completion = output.outputs[0]
+    assert completion.finish_reason == "stop"
+    assert completion.token_ids[-1] in tiny.llm_engine.resolved.eos_token_ids
+    assert completion.text == tiny.get_tokenizer().decode(completion.token_ids[:-1])
+
+
+def test_without_a_tokenizer(folder: Path) -> None:
+    with load(folder) as llm:
+        (output,) = generate(llm, [1, 2, 3])
+        assert output["text"] == ""
+        with pytest.raises(InvalidArgumentError, match="since there is no tokenizer"):
+            generate(llm, "text")
+        with pytest.raises(InvalidArgumentError, match="skip_tokenizer_init=True"):
+            llm.get_tokenizer()
+        assert_empty(llm)
+
+
+# ---- ends
+
+
+def test_all_end_of_sequence_tokens_of_both_files_count(folder: Path, tmp_path: Path) -> None:
+    with load(folder) as llm:
+        whole = token_ids(generate(llm, [[5, 6]], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)))[0]
+    for source, (in_config, in_generation) in enumerate(
+        [([whole[9]], [319]), (319, [318, whole[9]]), ([319], whole[9])]
+    ):
+        copy = tmp_path / str(source)
+        shutil.copytree(folder, copy)
+        for name, value in [("config.json", in_config), ("generation_config.json", in_generation)]:
+            content = json.loads((copy / name).read_text())
+            (copy / name).write_text(json.dumps({**content, "eos_token_id": value}))
+        with load(copy) as llm:
+            (output,) = generate(llm, [[5, 6]], SamplingParams(temperature=0, max_tokens=40))
+            assert output["token_ids"] == whole[: whole.index(whole[9]) + 1]
+            assert output.outputs[0].finish_reason == "stop"
+
+
+def test_without_max_tokens_it_goes_on_to_the_model_s_length(folder: Path) -> None:
+    with load(folder, max_model_len=50) as llm:
+        outputs = generate(llm, [[5], [6] * 49], SamplingParams(max_tokens=None, ignore_eos=True))
+        assert [len(tokens) for tokens in token_ids(outputs)] == [49, 1]
+        assert {output.outputs[0].finish_reason for output in outputs} == {"length"}
+
+
+# ---- the same tokens whatever runs beside
+
+
+def test_a_temperature_draws_the_same_under_any_schedule(folder: Path) -> None:
+    """Seeded and unseeded requests, alone and together, all at once and squeezed."""
+    prompts = [[7 + i] * (1 + 7 * i % 23) for i in range(12)]
+    params = [
+        SamplingParams(temperature=0.5 + i / 10, max_tokens=20, ignore_eos=True, seed=100 + i if i % 2 else None)
+        for i in range(12)
+    ]
+    with load(folder, max_num_seqs=16) as llm:
+        expected = token_ids(generate(llm, prompts, params))
+    squeezed = {"max_num_seqs": 5, "max_num_batched_tokens": 9, "kvcache_block_size": 4, "num_kvcache_blocks": 18}
+    for depth in (1, 2):
+        with load(folder, **squeezed, pipeline_depth=depth) as llm:
+            assert token_ids(generate(llm, prompts, params)) == expected
+            assert llm.llm_engine.scheduler.num_preemptions > 0
+    with load(folder, max_num_seqs=1) as llm:  # one after another, each call a batch of its own
+        assert [token_ids(generate(llm, p, q))[0] for p, q in zip(prompts, params, strict=True)] == expected
+    with load(folder) as llm:  # a seed does not care for the order, nor for the engine's own seed
+        backwards = token_ids(generate(llm, prompts[::-1], params[::-1]))[::-1]
+        assert backwards[1::2] == expected[1::2]
+        assert backwards[0::2] != expected[0::2]
+    with load(folder, seed=1) as llm:
+        reseeded = token_ids(generate(llm, prompts, params))
+        assert reseeded[1::2] == expected[1::2]
+        assert all(ours != theirs for ours, theirs in zip(reseeded[0::2], expected[0::2], strict=True))
+
+
+def test_a_prefix_is_found_again_and_forgotten_when_asked(folder: Path) -> None:
+    with load(folder, kvcache_block_size=4) as llm:
+        prompt = list(range(30))
+        first, second = (generate(llm, prompt)[0] for _ in range(2))
+        llm.reset_prefix_cache()
+        third = generate(llm, prompt)[0]
+        assert [output.num_cached_tokens for output in (first, second, third)] == [0, 28, 0]
+        assert first.outputs == second.outputs == third.outputs
+
+
+# ---- failures
 
 
 @pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ([1, 2, 99_999], "prompt_token_ids=99999.*0 to 511"),
-        ([1, -1], "prompt_token_ids=-1"),
-        ([[1, 2], [3]], "list of token ids"),
-        ([1.5, 2.5], "list of token ids"),
-        (None, "list of token ids"),
-        ({"text": "a"}, "'prompt' or 'prompt_token_ids'"),
-        ([1] * 5000, "prompt='5000 tokens'.*max_model_len=1024"),
-    ],
+    ("bad", "error"),
+    [([], InvalidArgumentError), ([320], InvalidArgumentError), ([1] * 5000, RequestTooLargeError)],
 )
-def test_a_bad_prompt_is_refused_before_anything_runs(llm: LLM, prompt: object, message: str) -> None:
-    steps = llm.llm_engine.statistics.num_steps
-    with pytest.raises(InvalidArgumentError, match=message):
-        llm.generate(["good", prompt, "good"], GREEDY, use_tqdm=False)
-    assert llm.llm_engine.statistics.num_steps == steps
+def test_a_bad_request_raises_before_anything_runs(folder: Path, bad: list[int], error: type[Exception]) -> None:
+    with load(folder) as llm:
+        with pytest.raises(error):
+            generate(llm, [[1], [2], bad, [3]])
+        assert llm.llm_engine.statistics.num_steps == 0
+        assert_empty(llm)
+        assert len(generate(llm, [[1], [2], [3]])) == 3
 
 
-def test_other_than_sampling_params_is_refused(llm: LLM) -> None:
-    with pytest.raises(InvalidArgumentError, match="sampling_params"):
-        llm.generate(["a"], [{"temperature": 0}], use_tqdm=False)
-
-
-def test_max_tokens_none_goes_to_the_model_length() -> None:
-    with LLM("tiny", device="cpu", max_model_len=40) as llm:
-        params = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-        assert len(llm.generate([[1, 2, 3]], params, use_tqdm=False)[0]["token_ids"]) == 37
-
-
-def test_a_second_run_hits_the_prefix_cache_and_a_reset_empties_it(llm: LLM) -> None:
-    prompt = list(range(40, 140))
-    llm.reset_prefix_cache()
-    first, second = (llm.generate(prompt, GREEDY, use_tqdm=False)[0] for _ in range(2))
-    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 96)
-    assert first["token_ids"] == second["token_ids"]
-    llm.reset_prefix_cache()
-    assert llm.generate(prompt, GREEDY, use_tqdm=False)[0].num_cached_tokens == 0
-
-
-def test_sampled_tokens_depend_on_seed_and_order_alone(llm: LLM) -> None:
-    """A seeded request draws the same alone and in a crowd; without a seed an equal engine draws the same again."""
-    prompts = [[3, 4, i] for i in range(12)]
-    params = [SamplingParams(temperature=1.0, max_tokens=20, seed=i, ignore_eos=True) for i in range(12)]
-    crowd = tokens(llm.generate(prompts, params, use_tqdm=False))
-    alone = [tokens(llm.generate([p], [q], use_tqdm=False))[0] for p, q in zip(prompts, params, strict=True)]
-    assert crowd == alone
-    assert len({tuple(t) for t in crowd}) == 12
-    unseeded = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)
-    runs = []
-    for seed, depth in ((5, 1), (5, 2), (6, 1)):
-        with LLM("tiny", device="cpu", seed=seed, pipeline_depth=depth, num_kvcache_blocks=64) as other:
-            runs.append(tokens(other.generate(prompts, unseeded, use_tqdm=False)))
-    assert runs[0] == runs[1]
-    assert runs[0] != runs[2]
-
-
-def test_ctrl_c_in_a_run_leaves_a_working_engine(llm: LLM) -> None:
-    expected = tokens(llm.generate(["27 + 58 ="], GREEDY, use_tqdm=False))
-    endless = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
-    timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate([[1, 2, 3], [4, 5, 6]] * 500, endless, use_tqdm=False)
-    assert tokens(llm.generate(["27 + 58 ="], GREEDY, use_tqdm=False)) == expected
-
-
-@pytest.mark.parametrize("error", [RuntimeError("a kernel failed"), KeyboardInterrupt()])
-@pytest.mark.parametrize("where", ["submit", "collect"])
-def test_an_error_in_a_step_is_raised_and_the_engine_goes_on(
-    llm: LLM, monkeypatch: pytest.MonkeyPatch, error: BaseException, where: str
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("where", ["submit", "collect", "between steps"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_interrupts_a_generation_leaves_the_engine_as_it_was(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], where: str, depth: int
 ) -> None:
-    calls = []
-    original = getattr(InProcessExecutor, where)
+    prompts = [[10 + i] * 9 for i in range(12)]
+    with load(folder, pipeline_depth=depth) as llm:
+        expected = token_ids(generate(llm, prompts))
+        calls = 0
 
-    def failing(self: InProcessExecutor, argument: object) -> object:
-        calls.append(argument)
-        if len(calls) == 3:
-            raise error
-        return original(self, argument)
+        def failing(original: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapper(*args: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                result = original(*args)
+                if calls == 4:
+                    raise error
+                return result
 
-    monkeypatch.setattr(InProcessExecutor, where, failing)
-    with pytest.raises(type(error)):
-        llm.generate([[1, 2, 3]] * 5, GREEDY, use_tqdm=False)
-    assert not llm.llm_engine.has_unfinished_requests()
-    assert len(llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)) == 1
+            return wrapper
+
+        with monkeypatch.context() as patched:
+            target: Any = llm.llm_engine if where == "between steps" else llm.llm_engine.executor
+            name = "step" if where == "between steps" else where
+            patched.setattr(target, name, failing(getattr(target, name)))
+            with pytest.raises(error):
+                generate(llm, prompts)
+        assert calls == 4
+        assert not llm.llm_engine.scheduler.waiting
+        llm.reset_prefix_cache()  # so that the same work is done again
+        assert token_ids(generate(llm, prompts)) == expected
+        assert_empty(llm)
 
 
-def test_after_exit_every_call_says_so() -> None:
-    with LLM("tiny", device="cpu", num_kvcache_blocks=8) as llm:
-        llm.generate("a", GREEDY, use_tqdm=False)
+def test_use_after_exit(folder: Path) -> None:
+    llm = load(folder)
+    generate(llm, [1])
     llm.exit()
     llm.exit()
-    with pytest.raises(EngineDeadError, match="ended.*make a new one"):
-        llm.generate("a", GREEDY, use_tqdm=False)
+    with pytest.raises(EngineDeadError, match="make a new one"):
+        generate(llm, [1])
+    with load(folder) as llm:
+        pass
+    with pytest.raises(EngineDeadError):
+        generate(llm, [1])
 
 
-def test_an_engine_that_was_never_used_ends_well() -> None:
-    LLM("tiny", device="cpu", num_kvcache_blocks=8).exit()
+# ---- statistics
 
 
-def test_without_a_tokenizer_there_is_no_text_in_or_out() -> None:
-    with LLM("tiny", device="cpu", num_kvcache_blocks=8, skip_tokenizer_init=True) as llm:
-        assert llm.generate([1, 2], GREEDY, use_tqdm=False)[0]["text"] == ""
-        with pytest.raises(InvalidArgumentError, match="skip_tokenizer_init"):
-            llm.generate("a", GREEDY, use_tqdm=False)
-        with pytest.raises(InvalidArgumentError, match="skip_tokenizer_init"):
-            llm.get_tokenizer()
-
-
-def test_chat_takes_one_conversation_or_many_and_template_arguments(llm: LLM) -> None:
-    question = [{"role": "user", "content": "What is 2 + 3?"}]
-    params = SamplingParams(temperature=0)
-    one = llm.chat(question, params, use_tqdm=False)
-    many = llm.chat([question, question], params, use_tqdm=False)
-    assert [o["text"] for o in one + many] == ["2 + 3 = 5"] * 3
-    quiet = llm.chat(question, params, use_tqdm=False, chat_template_kwargs={"enable_thinking": False})
-    assert len(quiet[0].prompt_token_ids) > len(one[0].prompt_token_ids)
-    assert quiet[0]["text"] == "2 + 3 = 5"
-
-
-def test_the_engine_under_it(llm: LLM) -> None:
-    """Requests that come and go by themselves, as in vLLM's engine scripts."""
-    engine = llm.llm_engine
-    endless = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
-    for name in ("a", "b", "waiting"):
-        engine.add_request(name, "27 + 58 =", endless)
-    with pytest.raises(InvalidArgumentError, match="request_id='a'.*unique"):
-        engine.add_request("a", "27 + 58 =", GREEDY)
-    engine.abort_request("waiting")
-    (waiting,) = engine.step()
-    assert (waiting.request_id, waiting["token_ids"]) == ("waiting", [])
-    engine.step()
-    engine.add_request("late", "27 + 58 =", GREEDY)
-    engine.abort_request("a")
-    engine.abort_request("a")
-    engine.abort_request("never there")
-    outputs = {output.request_id: output for output in engine.step()}
-    assert outputs["a"].outputs[0].finish_reason == "abort"
-    assert len(outputs["a"]["token_ids"]) == 2
-    while "late" not in outputs:
-        outputs |= {output.request_id: output for output in engine.step()}
-    assert outputs["late"]["token_ids"] == tokens(llm_run_alone(engine, "27 + 58 ="))[0]
-    engine.discard_requests(["b", "never there"])
-    while engine.has_unfinished_requests():
-        assert engine.step() == []
-
-
-def llm_run_alone(engine: object, prompt: str) -> list:
-    engine.add_request("alone", prompt, GREEDY)
-    outputs = []
-    while not outputs:
-        outputs = engine.step()
-    return outputs
-
-
-def test_every_error_of_ours_has_one_root() -> None:
-    for bad in ({"dtype": "int8"}, {"max_num_seqs": 0}, {"device": "tpu"}, {"blok_size": 4}):
-        with pytest.raises(NanoVLLMError):
-            LLM("tiny", **bad)
-    with pytest.raises(NanoVLLMError, match="there is no such folder"):
-        LLM("/no/such/folder")
-    with pytest.raises(NanoVLLMError, match="load_format='dummy'"):
-        LLM("qwen3-0.6b")
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("use_tqdm", [False, True])
+def test_the_last_line_is_right_with_and_without_a_progress_bar(
+    folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], use_tqdm: bool, depth: int
+) -> None:
+    caplog.set_level(logging.INFO, logger="nanovllm.llm")
+    with load(folder, pipeline_depth=depth) as llm:
+        for _ in range(2):  # totals are of one generation, not of the engine
+            llm.reset_prefix_cache()
+            caplog.clear()
+            outputs = llm.generate([[5, 6, 7], [8]], [GREEDY, SamplingParams(max_tokens=3)], use_tqdm=use_tqdm)
+            records = [record for record in caplog.records if record.name == "nanovllm.llm"]
+            assert [record.getMessage() for record in records[:3]] == [
+                "-" * 80,
+                "Starting generation for 2 prompts",
+                "Total prompt tokens: 4",
+            ]
+            assert [record.event for record in records[3:]] == ["generation.complete", "generation.memory"]
+            fields = records[3].fields
+            assert fields["num_steps"] == 6
+            assert fields["total_output_tokens"] == sum(map(len, token_ids(outputs)))
+            assert fields["prefill_time"] > 0
+            assert fields["decode_time"] > 0
+            assert records[3].getMessage() == (
+                f"Generation complete: 6 steps, total_output_tokens={fields['total_output_tokens']}, "
+                f"prefill_time={fields['prefill_time']:.2f}s, decode_time={fields['decode_time']:.2f}s"
+            )
+    assert ("Generating: 100%" in capsys.readouterr().err) == use_tqdm

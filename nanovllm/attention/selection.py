@@ -22,11 +22,10 @@ from nanovllm.attention.flash_attn_backend import (
 from nanovllm.attention.interface import DecodeBackend, PrefillBackend
 from nanovllm.attention.torch_backend import TorchBackend
 from nanovllm.attention.triton_backend import TritonBackend
+from nanovllm.config import ATTENTION_BACKENDS
 from nanovllm.errors import BackendUnavailableError, InvalidArgumentError
 from nanovllm.kernels.triton_support import HAS_TRITON, INTERPRETED
 from nanovllm.utils.logger import log_event, setup_logger
-
-REQUESTS = ("auto", "flash_attn", "triton", "torch")
 
 # Best first, each with what speaks for it. The order is measured: H200, bf16, 16 query and 8 KV heads of 128.
 _PREFILL_ORDER = {
@@ -58,18 +57,16 @@ _logger = setup_logger(__name__)
 
 @dataclass(frozen=True)
 class AttentionSelection:
-    """The two backends, the page size both can read, and a sentence for each choice."""
+    """The two backends and the page size that both can read."""
 
     prefill: PrefillBackend
     decode: DecodeBackend
     block_size: int
-    prefill_reason: str
-    decode_reason: str
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The same by name: what `decide` returns."""
+    """The same by name, with a sentence for each choice."""
 
     prefill: str
     decode: str
@@ -110,15 +107,13 @@ def select_attention(
         prefill=_PREFILL_BACKENDS[decision.prefill](),
         decode=_DECODE_BACKENDS[decision.decode](),
         block_size=decision.block_size,
-        prefill_reason=decision.prefill_reason,
-        decode_reason=decision.decode_reason,
     )
 
 
 def decide(requested: str, block_size: int | None, problem_of: Callable[[str], str | None]) -> Decision:
     """The decision table. `problem_of(name)` says why a backend cannot run here, or None where it can."""
-    if requested not in REQUESTS:
-        raise InvalidArgumentError("attention_backend", requested, "one of " + ", ".join(REQUESTS))
+    if requested not in ATTENTION_BACKENDS:
+        raise InvalidArgumentError("attention_backend", requested, "one of " + ", ".join(ATTENTION_BACKENDS))
     prefill, prefill_reason = _first_that_runs(requested, _PREFILL_ORDER, problem_of)
     decode, decode_reason = _first_that_runs(requested, _DECODE_ORDER, problem_of)
     if block_size is None:

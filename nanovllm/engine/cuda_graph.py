@@ -23,7 +23,7 @@ DecodeStep = Callable[[torch.Tensor], torch.Tensor]  # rows [size] int32 → tok
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes that get a graph: 1, 2, 4, 8, then steps of 8 to 32 and of an eighth above, up to `max_num_seqs`."""
+    """Batch sizes that get a graph: 1, 2, 4, 8, then steps of 8 to 128 and of an eighth above, up to `max_num_seqs`."""
     sizes = {1, 2, 4, max_num_seqs}
     size = 8
     while size < max_num_seqs:

@@ -56,6 +56,6 @@ class InProcessExecutor:
             self._runner.synchronize()
 
     def shutdown(self) -> None:
-        if self._runner is not None:
-            self._runner.shutdown()
-            self._runner = None
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.shutdown()

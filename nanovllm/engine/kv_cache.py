@@ -13,8 +13,8 @@ from nanovllm.attention.interface import LayerKVCache
 from nanovllm.errors import OutOfMemoryError
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.utils import env
+from nanovllm.utils.device_memory import GB
 
-GB = 10**9
 _CPU_SHARE = 0.25  # of the free memory, when NANOVLLM_CPU_KVCACHE_GB is not set
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -21,7 +23,7 @@ from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.executor import Executor, InProcessExecutor, StepHandle
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import EngineDeadError, InvalidArgumentError, RequestTooLargeError
+from nanovllm.errors import EngineDeadError, InvalidArgumentError, ModelLoadError, RequestTooLargeError
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.logger import configure_logging, log_event, log_rule, setup_logger
@@ -72,6 +74,8 @@ class LLMEngine:
         log_rule(logger)
         self.config = config
         self.executor: Executor = executor or InProcessExecutor(config)
+        # Also when the engine is collected, and when Python ends: the device's memory is not left to chance.
+        self._shut_down = weakref.finalize(self, self.executor.shutdown)
         self.resolved = self.executor.resolved
         log_event(
             logger,
@@ -80,12 +84,16 @@ class LLMEngine:
             "Resolved: " + ", ".join(f"{f.name}={{{f.name}}}" for f in fields(self.resolved)),
             **{f.name: getattr(self.resolved, f.name) for f in fields(self.resolved)},
         )
-        self.tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, self.resolved.model)
-        self.scheduler = Scheduler(self.resolved)
+        try:
+            self.tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, self.resolved.model)
+            self.scheduler = Scheduler(self.resolved)
+        except BaseException:
+            self._shut_down()
+            raise
         self.statistics = EngineStatistics()
         self._requests: dict[str, Sequence] = {}
-        self._prompts: dict[str, str | None] = {}
-        self._aborted: list[Sequence] = []  # not reported yet
+        self._aborted: dict[str, Sequence] = {}  # not reported yet
+        self._unclaimed: list[RequestOutput] = []  # handed back, reported by the next step
         self._in_flight: deque[tuple[ScheduledBatch, StepHandle]] = deque()
         self._num_arrivals = 0
         self._last_collected = 0.0
@@ -115,35 +123,41 @@ class LLMEngine:
             params,
             max_model_len=self.resolved.max_model_len,
             seed=self._next_seed(),
+            prompt=text,
         )
         self._num_arrivals += 1
         self._requests[request_id] = sequence
-        self._prompts[request_id] = text
         self.scheduler.add(sequence)
         return request_id
 
     def abort_request(self, request_id: str) -> None:
         """Ends a request; the next `step` returns what it has so far. An unknown or finished id does nothing."""
+        self._check_alive()
         sequence = self._requests.get(request_id)
-        if sequence is not None and sequence not in self._aborted:
+        if sequence is not None and request_id not in self._aborted:
             self.scheduler.abort(sequence)
-            self._aborted.append(sequence)
+            self._aborted[request_id] = sequence
 
     def discard_requests(self, request_ids: Iterable[str]) -> None:
         """Ends requests without an output; unknown and finished ids do nothing."""
         for request_id in request_ids:
             sequence = self._requests.pop(request_id, None)
             if sequence is not None:
-                del self._prompts[request_id]
                 self.scheduler.abort(sequence)
+                self._aborted.pop(request_id, None)
+
+    def hand_back(self, outputs: Iterable[RequestOutput]) -> None:
+        """Outputs of requests that the caller did not make: the next `step` returns them again."""
+        self._unclaimed += outputs
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._requests or self._in_flight)
+        """Whether `step` has something to compute, to collect or to report."""
+        return bool(self._requests or self._in_flight or self._unclaimed)
 
     @property
-    def has_steps_in_flight(self) -> bool:
-        """With several steps in flight, whether one is left that computed a token too many."""
-        return bool(self._in_flight)
+    def is_draining(self) -> bool:
+        """No request is left, only steps in flight that computed a token too many."""
+        return bool(self._in_flight) and not self._requests
 
     @property
     def num_waiting_tokens(self) -> int:
@@ -160,9 +174,10 @@ class LLMEngine:
         """
         self._check_alive()
         try:
-            ended = self._aborted + self._step()
-            self._aborted = []
-            return [self._finish(sequence) for sequence in ended]
+            ended = [*self._aborted.values(), *self._step()]
+            self._aborted.clear()
+            unclaimed, self._unclaimed = self._unclaimed, []
+            return unclaimed + [self._finish(sequence) for sequence in ended]
         except BaseException as error:
             self._recover(error)
             raise
@@ -198,7 +213,6 @@ class LLMEngine:
 
     def _finish(self, sequence: Sequence) -> RequestOutput:
         del self._requests[sequence.request_id]
-        prompt = self._prompts.pop(sequence.request_id)
         assert sequence.finish_reason is not None, "only ended sequences give an output"
         token_ids = sequence.output_token_ids.tolist()
         completion = CompletionOutput(
@@ -209,7 +223,7 @@ class LLMEngine:
         )
         return RequestOutput(
             request_id=sequence.request_id,
-            prompt=prompt,
+            prompt=sequence.prompt,
             prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens].tolist(),
             outputs=[completion],
             finished=True,
@@ -219,36 +233,38 @@ class LLMEngine:
     def _recover(self, error: BaseException) -> None:
         """Starts over with an empty scheduler: a step that stopped half-way leaves nothing that can be trusted."""
         self._requests.clear()
-        self._prompts.clear()
         self._aborted.clear()
         self._in_flight.clear()
-        self.scheduler = Scheduler(self.resolved)
         try:
             self.executor.synchronize()
-        except Exception as device_error:
-            self._dead = device_error
+        except Exception:
+            self._dead = error
+        interrupted = not isinstance(error, Exception)
         log_event(
             logger,
-            logging.ERROR,
-            "engine.error",
-            "A step failed ({error}); its requests are aborted, and the engine {state}",
+            logging.INFO if interrupted else logging.ERROR,
+            "engine.interrupted" if interrupted else "engine.error",
+            "A step {what} ({error}); its requests are aborted, and the engine {state}",
+            what="was interrupted" if interrupted else "failed",
             error=repr(error),
             state="goes on" if self._dead is None else "can not go on",
         )
+        self.scheduler = Scheduler(self.resolved)
 
     # The rest of the face
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix; running requests go on."""
+        self._check_alive()
         self.scheduler.block_manager.reset_prefix_cache()
 
     def exit(self) -> None:
         """Gives the device's memory back. Calling it again does nothing; any other call raises after it."""
         if self._dead is None:
             self._dead = EngineDeadError("exit() was called")
-        self._requests.clear()
-        self._in_flight.clear()
-        self.executor.shutdown()
+        for pending in (self._requests, self._aborted, self._unclaimed, self._in_flight):
+            pending.clear()
+        self._shut_down()
 
     def __enter__(self) -> LLMEngine:
         return self
@@ -263,25 +279,32 @@ class LLMEngine:
             raise EngineDeadError(f"This engine has ended ({self._dead}): make a new one.") from self._dead
 
     def _parse_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """The text, where there is one, and the token ids."""
+        text: str | None = prompt if isinstance(prompt, str) else None
+        token_ids: Any = prompt
         if isinstance(prompt, Mapping):
-            known = [key for key in ("prompt_token_ids", "prompt") if key in prompt]
-            if not known:
-                raise InvalidArgumentError("prompt", prompt, "a dictionary with 'prompt' or 'prompt_token_ids'")
-            text = prompt.get("prompt")
-            prompt = prompt[known[0]]
-        else:
-            text = prompt if isinstance(prompt, str) else None
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
+            unknown = sorted(prompt.keys() - {"prompt", "prompt_token_ids"})
+            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+            if unknown or not (text is None or isinstance(text, str)) or (text is None and token_ids is None):
                 raise InvalidArgumentError(
-                    "prompt", prompt, "token ids, since there is no tokenizer", "Leave skip_tokenizer_init out."
+                    "prompt", prompt, "a dictionary with 'prompt' (a text) or 'prompt_token_ids' (a list), no other key"
                 )
-            token_ids: list[int] = self.tokenizer.encode(prompt)
-        else:
-            token_ids = self._check_token_ids(prompt)
+        if text is not None and (token_ids is None or token_ids is prompt):
+            token_ids = self._encode(text)
+        token_ids = self._check_token_ids(token_ids)
         if not token_ids:
             raise InvalidArgumentError("prompt", prompt, "at least one token long")
         return text, token_ids
+
+    def _encode(self, text: str) -> Any:
+        if self.tokenizer is None:
+            raise InvalidArgumentError(
+                "prompt", text, "token ids, since there is no tokenizer", "Leave skip_tokenizer_init out."
+            )
+        try:
+            return self.tokenizer.encode(text)
+        except (TypeError, UnicodeError) as error:  # lone surrogates, which no UTF-8 has
+            raise InvalidArgumentError("prompt", text, f"a text that can be encoded ({error})") from None
 
     def _check_token_ids(self, prompt: Any) -> list[int]:
         allowed = f"a text or a list of token ids from 0 to {self.resolved.vocab_size - 1}"
@@ -295,7 +318,8 @@ class LLMEngine:
             raise InvalidArgumentError("prompt", prompt, allowed)
         outside = token_ids[(token_ids < 0) | (token_ids >= self.resolved.vocab_size)]
         if len(outside):
-            raise InvalidArgumentError("prompt_token_ids", int(outside[0]), allowed)
+            hint = "If it came from a text, the tokenizer is not this model's."
+            raise InvalidArgumentError("prompt_token_ids", int(outside[0]), allowed, hint)
         converted: list[int] = token_ids.tolist()
         return converted
 
@@ -324,13 +348,23 @@ class LLMEngine:
         return text
 
 
-def _load_tokenizer(config: EngineConfig, folder: str) -> PreTrainedTokenizerBase | None:
+def _load_tokenizer(config: EngineConfig, folder: str) -> PreTrainedTokenizerBase:
+    """Raises ModelLoadError when there is none: a model without one needs `tokenizer` or `skip_tokenizer_init`."""
     from transformers import AutoTokenizer
 
     from nanovllm.utils.checkpoint import resolve_model_folder
 
-    source = resolve_model_folder(config.tokenizer, config.revision) if config.tokenizer else folder
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        source, trust_remote_code=config.trust_remote_code
+    source = resolve_model_folder(config.tokenizer, with_weights=False) if config.tokenizer else Path(folder)
+    problem: object = "it has no tokenizer files"
+    if any(source.glob("tokenizer*")) or any(source.glob("vocab.*")):
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source, trust_remote_code=config.trust_remote_code
+            )
+            return tokenizer
+        except Exception as error:  # transformers raises many kinds
+            problem = error
+    raise ModelLoadError(
+        f"{source} gives no tokenizer: {problem}. Name one with tokenizer=…, or give skip_tokenizer_init=True and "
+        "prompts as token ids."
     )
-    return tokenizer

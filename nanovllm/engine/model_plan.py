@@ -39,11 +39,12 @@ class ModelPlan:
             if config.load_format != "dummy":
                 raise ModelLoadError(
                     f"model={config.model!r} is a shape without weights: give load_format='dummy' for random ones, "
-                    f"or a folder or Hugging Face id such as 'Qwen/{config.model.replace('qwen', 'Qwen').upper()}'."
+                    "or a folder or a Hugging Face id such as 'Qwen/Qwen3-0.6B'."
                 )
             model_config = BUILTIN_SHAPES[config.model]
         else:
-            folder = resolve_model_folder(config.model, config.revision)
+            with_weights = config.load_format != "dummy"
+            folder = resolve_model_folder(config.model, config.revision, with_weights=with_weights)
             model_config = ModelConfig.from_folder(folder, config.hf_overrides)
         device = _resolve_device(config.device)
         return cls(

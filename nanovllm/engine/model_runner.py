@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,14 +19,15 @@ from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepResult
 from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.device_rows import DeviceRows, ModelInputs
-from nanovllm.engine.kv_cache import GB, GPUMemory, KVCacheShape, num_cpu_blocks
+from nanovllm.engine.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
 from nanovllm.engine.model_plan import ModelPlan
 from nanovllm.errors import OutOfMemoryError
+from nanovllm.kernels.sample import sample
 from nanovllm.layers.attention import AttentionBackends
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.layers.sampler import sample_tokens
 from nanovllm.models.causal_lm import CausalLM
 from nanovllm.models.registry import get_model_class
+from nanovllm.utils.device_memory import GB
 from nanovllm.utils.loader import load_dummy_weights, load_weights
 from nanovllm.utils.logger import log_event, log_gpu_memory, log_tensor_shapes, setup_logger, timed_section
 
@@ -129,7 +130,8 @@ class ModelRunner:
 
     def shutdown(self) -> None:
         """Gives the memory back; the runner can not be used after."""
-        self.synchronize()
+        with suppress(RuntimeError):  # a device out of order: whoever waited for it has heard of it
+            self.synchronize()
         del self.model, self.rows, self.kv_caches, self._graphs
         gc.collect()
         if self.device.type == "cuda":
@@ -157,7 +159,7 @@ class ModelRunner:
             rank=self.parallel.rank,
             logits=list(logits.shape),
         )
-        token_ids = sample_tokens(logits, self.rows.temperatures[rows], self.rows.seeds[rows], self.rows.lengths[rows])
+        token_ids = sample(logits, self.rows.temperatures[rows], self.rows.seeds[rows], self.rows.lengths[rows])
         self.rows.append(rows, token_ids)
         return token_ids
 
@@ -204,14 +206,25 @@ class ModelRunner:
         model = get_model_class(shape.architecture)(shape, backends, self.parallel, plan.dtype, self.device)
         try:
             if plan.folder is None or config.load_format == "dummy":
-                load_dummy_weights(model, self.device, config.seed)
+                report = load_dummy_weights(model, self.device, config.seed)
             else:
-                load_weights(model, plan.folder, self.device, model.redundant_weights)
+                report = load_weights(model, plan.folder, self.device, model.redundant_weights)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"The weights of {name} do not fit on {self.device}: {error} Choose a smaller model or dtype, or end "
                 "the other processes on this device."
             ) from error
+        log_event(
+            logger,
+            logging.INFO,
+            "model.weights",
+            "[Rank {rank}] Loaded {num_tensors} tensors, {gigabytes:.2f}GB from {num_files} files in {seconds:.2f}s",
+            rank=rank,
+            num_tensors=report.num_tensors,
+            gigabytes=report.num_bytes / GB,
+            num_files=report.num_files,
+            seconds=report.seconds,
+        )
         log_gpu_memory(logger, "After model loading", self.device, event="model.loaded")
         return model
 
@@ -246,12 +259,13 @@ class ModelRunner:
     def _measure_memory(self, config: EngineConfig, shape: KVCacheShape, max_model_len: int) -> GPUMemory:
         """Runs the largest steps there can be, on a cache of the null block alone, and reads what they took."""
         num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-        length = min(config.max_num_batched_tokens // num_seqs, max_model_len - 1)
-        tokens = np.zeros(length, dtype=np.int32)
+        each, rest = divmod(config.max_num_batched_tokens, num_seqs)
+        lengths = [min(each + (row < rest), max_model_len - 1) for row in range(num_seqs)]
+        tokens = np.zeros(max(lengths), dtype=np.int32)
         prefill = ScheduledBatch.build(
             0,
-            opened=[OpenedRow(row, tokens, temperature=1.0, seed=0) for row in range(num_seqs)],
-            chunks=[(row, 0, length) for row in range(num_seqs)],
+            opened=[OpenedRow(row, tokens[:length], temperature=1.0, seed=0) for row, length in enumerate(lengths)],
+            chunks=[(row, 0, length) for row, length in enumerate(lengths)],
             num_final_chunks=num_seqs,
         )
         decode = ScheduledBatch.build(0, decode_rows=range(num_seqs))
@@ -277,10 +291,12 @@ class ModelRunner:
         try:
             self.rows = DeviceRows(max_num_seqs, max_model_len, shape.block_size, num_blocks, self.device)
             self.kv_caches = shape.allocate(num_blocks, self.device)
-        except torch.OutOfMemoryError as error:
+        except (MemoryError, RuntimeError, ValueError) as error:  # by size and device, numpy's, torch's or CUDA's
             raise OutOfMemoryError(
-                f"num_kvcache_blocks={num_blocks} blocks of {shape.block_bytes / GB:.4f} GB do not fit on "
-                f"{self.device}: {error} Lower num_kvcache_blocks, or leave it out to have it measured."
+                f"{num_blocks} blocks of {shape.block_bytes / GB:.4f} GB for the KV cache, and rows for "
+                f"max_num_seqs={max_num_seqs} sequences of max_model_len={max_model_len} tokens, do not fit on "
+                f"{self.device}: {error} Lower num_kvcache_blocks (left out, it is measured), max_num_seqs or "
+                "max_model_len."
             ) from error
 
     def _log_cache(self, shape: KVCacheShape, num_blocks: int) -> None:

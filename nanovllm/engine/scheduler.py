@@ -140,21 +140,25 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> int:
         """Sends `sequence` back to the queue. Returns how many blocks will come free later rather than now."""
         releasable = self.block_manager.num_releasable(sequence.block_table)
+        num_tokens = int(self.rows.num_tokens[self._row(sequence)])
+        released = self._leave(sequence, SequenceStatus.PREEMPTED)
+        coming = 0 if released else releasable
         self.num_preemptions += 1
         self._preempted_since_log += 1
         log_event(
             logger,
             logging.INFO,
             "sequence.preempted",
-            "Preempted seq_id={seq_id}: freed={freed} blocks, {num_tokens} tokens to compute again, "
-            "free_blocks={free_blocks}",
+            "Preempted seq_id={seq_id}: freed={freed} blocks, {coming} more when its steps in flight end, "
+            "{num_tokens} tokens to compute again, free_blocks={free_blocks}",
             seq_id=sequence.seq_id,
             request_id=sequence.request_id,
-            freed=releasable,
-            num_tokens=int(self.rows.num_tokens[sequence.row]),
+            freed=releasable - coming,
+            coming=coming,
+            num_tokens=num_tokens,
             free_blocks=self.block_manager.num_free_blocks,
         )
-        return 0 if self._leave(sequence, SequenceStatus.PREEMPTED) else releasable
+        return coming
 
     def _schedule_prefill(
         self, budget: int, opened: list[OpenedRow], blocks: list[tuple[int, int, int]]
@@ -279,7 +283,8 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
         if sequence.status is SequenceStatus.WAITING:
-            self.waiting.remove(sequence)
+            if sequence in self.waiting:  # not yet, if Ctrl-C came while it was being added
+                self.waiting.remove(sequence)
             sequence.status = SequenceStatus.FINISHED
         else:
             sequence.token_ids = self.rows.known_tokens(self._row(sequence)).copy()

@@ -33,6 +33,7 @@ class Sequence:
 
     seq_id: int  # order of arrival: a lower one goes first
     request_id: str
+    prompt: str | None  # as it was given; None when it was token ids
     params: SamplingParams
     token_ids: IntArray  # prompt, then what was generated
     num_prompt_tokens: int
@@ -58,6 +59,7 @@ class Sequence:
         *,
         max_model_len: int,
         seed: int,
+        prompt: str | None = None,
     ) -> Sequence:
         """A waiting sequence. `seed` is what it samples with when `params` has none."""
         token_ids = np.asarray(prompt_token_ids, dtype=np.int32)
@@ -65,6 +67,7 @@ class Sequence:
         return cls(
             seq_id=seq_id,
             request_id=request_id,
+            prompt=prompt,
             params=params,
             token_ids=token_ids,
             num_prompt_tokens=len(token_ids),

@@ -29,8 +29,6 @@ def _store_kv_cache_kernel(
     """One program copies one token: its row is all KV heads, one after another."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping_ptr + token)
-    if slot < 0:
-        return
     column = tl.arange(0, BLOCK_SIZE)
     mask = column < row_size
     head = column // head_dim
@@ -50,9 +48,6 @@ def store_kv_cache_reference(
     slot_mapping: torch.Tensor,
 ) -> None:
     """What `store_kv_cache` must equal, in plain torch; also what runs on a CPU."""
-    real = slot_mapping >= 0
-    if not bool(real.all()):
-        key, value, slot_mapping = key[real], value[real], slot_mapping[real]
     block_size = key_cache.shape[1]
     block, offset = slot_mapping // block_size, slot_mapping % block_size
     key_cache[block, offset] = key
@@ -72,7 +67,7 @@ def store_kv_cache(
 
     key, value [num_tokens, num_kv_heads, head_dim], may be strided views of a fused projection;
     key_cache, value_cache [num_blocks, block_size, num_kv_heads, head_dim], written in place, alike in strides;
-    slot_mapping [num_tokens] int64, no slot twice; a negative slot marks a padding token, which is not stored.
+    slot_mapping [num_tokens] int64, ≥ 0; of tokens with the same slot (padding's) any one is stored.
     """
     if not runs_triton(key, use_triton):
         store_kv_cache_reference(key, value, key_cache, value_cache, slot_mapping)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanovllm.config import DTYPES
 from nanovllm.errors import ModelLoadError, UnknownArgumentError
 from nanovllm.layers.rope_parameters import RopeParameters
 from nanovllm.models.registry import check_architecture
 
-DTYPES = ("bfloat16", "float16", "float32")
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 _ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
 # Every field of config.json that is read below: what hf_overrides may name.
@@ -110,7 +110,7 @@ class ModelConfig:
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             attention_bias=fields.flag("attention_bias"),
             max_position_embeddings=max_position_embeddings,
-            eos_token_ids=_eos_token_ids(stop_sources),
+            eos_token_ids=_eos_token_ids(stop_sources, fields.count("vocab_size")),
             dtype=fields.dtype(),
         )
 
@@ -197,14 +197,16 @@ def _rope_fields(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
     return merged
 
 
-def _eos_token_ids(sources: Iterable[Mapping[str, Any]]) -> tuple[int, ...]:
+def _eos_token_ids(sources: Iterable[Mapping[str, Any]], vocab_size: int) -> tuple[int, ...]:
     """All of them, in order, each once: any of them ends a sequence."""
     found: dict[int, None] = {}
     for source in sources:
         value = source.get("eos_token_id")
         for token_id in value if isinstance(value, (list, tuple)) else () if value is None else (value,):
-            if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-                raise ModelLoadError(f"eos_token_id={value!r} is not supported: it must be token ids ≥ 0.")
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
+                raise ModelLoadError(
+                    f"eos_token_id={value!r} is not supported: it must be token ids from 0 to {vocab_size - 1}."
+                )
             found[token_id] = None
     return tuple(found)
 

@@ -8,18 +8,20 @@ from nanovllm.errors import ModelLoadError
 
 TINY_MODEL = "tiny"
 TINY_MODEL_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen3"
-_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # config, weights, chat template, tokenizer
+_PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model"]  # config, chat template, tokenizer
+_WEIGHTS = ["*.safetensors"]
 _WAYS = (
     "model must be a folder with config.json and *.safetensors, a Hugging Face id such as 'Qwen/Qwen3-0.6B', or "
     "'tiny', the checkpoint that ships with nanovllm"
 )
 
 
-def resolve_model_folder(model: str, revision: str | None = None) -> Path:
+def resolve_model_folder(model: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
     """The folder of a model that is named by its path, by a Hugging Face id, or as "tiny".
 
     An id is downloaded (or found in the local cache) by huggingface_hub, which honours HF_ENDPOINT, HF_HUB_OFFLINE
-    and HF_HOME; `revision` is its branch, tag or commit. Raises ModelLoadError when there is no such model.
+    and HF_HOME, weights only if asked for; `revision` is its branch, tag or commit.
+    Raises ModelLoadError when there is no such model.
     """
     if model == TINY_MODEL:
         return TINY_MODEL_FOLDER
@@ -33,7 +35,7 @@ def resolve_model_folder(model: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS + _WEIGHTS * with_weights))
     except Exception as error:  # network, hub, cache and file errors come from several libraries
         raise ModelLoadError(
             f"model={model!r}: there is no such folder here, and the download failed: {error} {_WAYS}."

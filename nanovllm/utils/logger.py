@@ -67,7 +67,8 @@ class ConsoleHandler(logging.Handler):
             return
         try:
             # sys.stderr is looked up now and not kept: it may have been replaced since (pytest, notebooks).
-            print(self.format(record), file=sys.stderr, flush=True)
+            with _progress_bars_cleared():
+                print(self.format(record), file=sys.stderr, flush=True)
         except Exception:
             self.handleError(record)
 
@@ -78,6 +79,12 @@ class ConsoleHandler(logging.Handler):
                 return True
             logger = logger.parent if logger.propagate else None
         return False
+
+
+def _progress_bars_cleared() -> AbstractContextManager[object]:
+    """Takes tqdm's bars off the terminal for a line, and draws them again below it."""
+    tqdm = sys.modules.get("tqdm")
+    return tqdm.tqdm.external_write_mode(file=sys.stderr) if tqdm is not None else nullcontext()
 
 
 # Process-wide as all of `logging` is: the counterpart of its own `lastResort`.
@@ -134,8 +141,9 @@ def _apply_levels(wanted: Mapping[str, int]) -> None:
     ours = _CONSOLE.levels_set
     for name in wanted.keys() | ours.keys():
         logger = logging.getLogger(name)
-        if logger.level != ours.pop(name, logging.NOTSET):
-            continue  # the user's own setLevel
+        if logger.level not in (logging.NOTSET, ours.get(name)):
+            continue  # the user's own setLevel, or for a while a test's
+        ours.pop(name, None)
         logger.setLevel(wanted.get(name, logging.NOTSET))
         if name in wanted:
             ours[name] = wanted[name]

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from nanovllm.attention.selection import REQUESTS, decide, find_problem, select_attention
+from nanovllm.attention.selection import decide, find_problem, select_attention
+from nanovllm.config import ATTENTION_BACKENDS
 from nanovllm.errors import BackendUnavailableError, InvalidArgumentError
 
 CPU = torch.device("cpu")
@@ -85,7 +86,7 @@ def test_asking_by_name_for_what_cannot_run_says_why_and_what_to_do(name):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(InvalidArgumentError, match=", ".join(REQUESTS)):
+    with pytest.raises(InvalidArgumentError, match=", ".join(ATTENTION_BACKENDS)):
         decide("fa3", None, no_problem)
 
 

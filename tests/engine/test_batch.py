@@ -1,0 +1,119 @@
+"""The batch's one buffer: what goes in comes out, in the order in which it applies; nothing else is taken for one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanovllm.engine.batch import VERSION, OpenedRow, ScheduledBatch
+
+SECTIONS = ["closed", "opened", "opened_tokens", "blocks", "chunks", "decode_rows"]
+HEADER_SIZE = 3 + len(SECTIONS)
+
+int32 = st.integers(-(2**31), 2**31 - 1)
+opened_rows = st.builds(
+    OpenedRow,
+    row=st.integers(0, 1000),
+    token_ids=st.lists(int32, min_size=1, max_size=8).map(lambda ids: np.array(ids, dtype=np.int32)),
+    temperature=st.floats(0, 2, width=32),
+    seed=st.integers(-(2**63), 2**63 - 1),
+)
+triples = st.lists(st.tuples(int32, int32, int32), max_size=4)
+changes = st.fixed_dictionaries(
+    {
+        "closed": st.lists(int32, max_size=4),
+        "opened": st.lists(opened_rows, max_size=4),
+        "blocks": triples,
+        "chunks": triples,
+        "decode_rows": st.lists(int32, max_size=4),
+    }
+)
+
+
+def example() -> ScheduledBatch:
+    """Something in every section."""
+    return ScheduledBatch.build(
+        7,
+        closed=[4],
+        opened=[OpenedRow(2, np.array([10, 11, 12], dtype=np.int32), 0.5, 2**40 + 3)],
+        blocks=[(2, 0, 5), (0, 1, 6)],
+        chunks=[(2, 0, 3), (1, 4, 2)],
+        num_final_chunks=1,
+        decode_rows=[0, 3],
+    )
+
+
+@given(step=st.integers(0, 2**31 - 1), values=changes, num_final=st.integers(0, 4))
+def test_what_is_built_is_read_back(step: int, values: dict[str, Any], num_final: int) -> None:
+    num_final = min(num_final, len(values["chunks"]))
+    built = ScheduledBatch.build(step, num_final_chunks=num_final, **values)
+    read = ScheduledBatch.from_buffer(np.frombuffer(built.buffer.tobytes(), dtype=np.int32))
+    for batch in (built, read):
+        assert (batch.step, batch.num_final_chunks) == (step, num_final)
+        assert batch.closed.tolist() == values["closed"]
+        assert list(map(tuple, batch.blocks.tolist())) == values["blocks"]
+        assert list(map(tuple, batch.chunks.tolist())) == values["chunks"]
+        assert batch.decode_rows.tolist() == values["decode_rows"]
+        opened = values["opened"]
+        assert batch.opened[:, 0].tolist() == [item.row for item in opened]
+        assert batch.opened[:, 1].tolist() == [len(item.token_ids) for item in opened]
+        words = np.ascontiguousarray(batch.opened)
+        assert words[:, 2].copy().view(np.float32).tolist() == [item.temperature for item in opened]
+        assert words[:, 3:].copy().view(np.int64).ravel().tolist() == [item.seed for item in opened]
+        assert batch.opened_tokens.tolist() == [token for item in opened for token in item.token_ids.tolist()]
+        assert batch.sampled_rows.tolist() == values["decode_rows"] + [c[0] for c in values["chunks"][:num_final]]
+
+
+def test_sections_follow_the_header_in_the_order_in_which_they_apply() -> None:
+    batch = example()
+    assert list(batch.sections) == SECTIONS
+    offset = HEADER_SIZE
+    for name in SECTIONS:
+        assert batch.sections[name].offset == offset
+        offset = batch.sections[name].end
+    assert offset == len(batch.buffer)
+    assert batch.buffer[:HEADER_SIZE].tolist() == [VERSION, 7, 1, 1, 1, 3, 2, 2, 2]
+    assert batch.buffer[batch.sections["opened_tokens"].offset :].tolist() == [
+        *[10, 11, 12],
+        *[2, 0, 5, 0, 1, 6],
+        *[2, 0, 3, 1, 4, 2],
+        *[0, 3],
+    ]
+    assert batch.buffer.dtype == np.int32
+
+
+def test_counts_of_tokens_and_samples() -> None:
+    batch = example()
+    assert batch.num_tokens == 2 + 3 + 2
+    assert batch.sampled_rows.tolist() == [0, 3, 2]  # decode rows, then the chunks that end their prompt
+
+
+def test_reading_copies_nothing() -> None:
+    buffer = example().buffer
+    read = ScheduledBatch.from_buffer(buffer)
+    assert all(np.shares_memory(getattr(read, name), buffer) for name in SECTIONS)
+
+
+@pytest.mark.parametrize("version", [0, VERSION + 1, -1])
+def test_another_version_is_refused(version: int) -> None:
+    buffer = example().buffer.copy()
+    buffer[0] = version
+    with pytest.raises(ValueError, match=f"version {VERSION}"):
+        ScheduledBatch.from_buffer(buffer)
+
+
+def test_a_buffer_of_another_size_is_refused() -> None:
+    buffer = example().buffer
+    for size in range(len(buffer)):
+        with pytest.raises(ValueError, match="scheduled batch"):
+            ScheduledBatch.from_buffer(buffer[:size])
+    with pytest.raises(ValueError, match=f"of {len(buffer)} words came as {len(buffer) + 1}"):
+        ScheduledBatch.from_buffer(np.append(buffer, np.int32(0)))
+
+
+def test_a_step_without_changes_is_its_header() -> None:
+    assert len(ScheduledBatch.build(1).buffer) == HEADER_SIZE

@@ -1,0 +1,74 @@
+"""SamplingParams: defaults, what is allowed, and errors that name the field."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pickle
+from typing import Any
+
+import pytest
+
+from nanovllm import InvalidArgumentError, SamplingParams, UnknownArgumentError
+
+
+def test_defaults_are_those_of_nano_vllm() -> None:
+    assert dataclasses.asdict(SamplingParams()) == {
+        "temperature": 1.0,
+        "max_tokens": 64,
+        "ignore_eos": False,
+        "seed": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("temperature", value) for value in (0, 0.0, 1e-9, 2, 2.0)],
+        *[("max_tokens", value) for value in (1, 10**9, None)],
+        *[("seed", value) for value in (0, 2**63 - 1, None)],
+        *[("ignore_eos", value) for value in (True, False)],
+    ],
+)
+def test_allowed(field: str, value: object) -> None:
+    kwargs: dict[str, Any] = {field: value}
+    assert getattr(SamplingParams(**kwargs), field) == value
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *[("temperature", value) for value in (-0.1, 2.1, math.nan, math.inf, "1", None, True)],
+        *[("max_tokens", value) for value in (0, -1, 1.0, "64", True)],
+        *[("seed", value) for value in (-1, 2**63, 0.5, "0", False)],
+        *[("ignore_eos", value) for value in (1, None, "yes")],
+    ],
+)
+def test_refused_with_field_value_and_what_is_allowed(field: str, value: object) -> None:
+    kwargs: dict[str, Any] = {field: value}
+    with pytest.raises(InvalidArgumentError) as caught:
+        SamplingParams(**kwargs)
+    assert isinstance(caught.value, ValueError)
+    assert caught.value.field == field
+    assert f"{field}={value!r}" in str(caught.value)
+
+
+def test_a_typo_is_answered_with_the_nearest_name() -> None:
+    make: Any = SamplingParams
+    with pytest.raises(UnknownArgumentError, match="no argument 'temprature'. Did you mean 'temperature'"):
+        make(temprature=0)
+
+
+def test_positional_order_is_part_of_the_interface() -> None:
+    assert SamplingParams(0.5, 7, True, 3) == SamplingParams(temperature=0.5, max_tokens=7, ignore_eos=True, seed=3)
+
+
+def test_values_are_frozen_hashable_and_can_be_pickled() -> None:
+    params = SamplingParams(temperature=0.5, seed=1)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        params.temperature = 1.0  # type: ignore[misc]  # that it is refused is the point
+    assert pickle.loads(pickle.dumps(params)) == params
+    assert len({params, SamplingParams(temperature=0.5, seed=1)}) == 1
+    assert dataclasses.replace(params, seed=2) == SamplingParams(temperature=0.5, seed=2)
+    with pytest.raises(InvalidArgumentError, match="seed"):
+        dataclasses.replace(params, seed=-2)
