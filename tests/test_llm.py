@@ -1,11 +1,11 @@
-"""LLM: every form of input, results in order, and nothing left behind by a call that fails."""
+"""LLM: every form of input, results in order, and the same tokens whatever runs beside."""
 
 from __future__ import annotations
 
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,13 @@ import pytest
 
 from nanovllm import (
     LLM,
-    EngineDeadError,
     InvalidArgumentError,
-    RequestOutput,
-    RequestTooLargeError,
+    ModelLoadError,
     SamplingParams,
     UnknownArgumentError,
 )
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
-
-GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+from tests.small_llm import GREEDY, assert_empty, generate, load, token_ids
 
 
 @pytest.fixture(scope="module")
@@ -32,31 +29,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_qwen3_checkpoint(tmp_path_factory.mktemp("qwen3"))
 
 
-def load(folder: Path, **settings: Any) -> LLM:
-    arguments = {"device": "cpu", "skip_tokenizer_init": True, "max_num_seqs": 8, "num_kvcache_blocks": 64}
-    return LLM(str(folder), **{**arguments, **settings})
-
-
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[LLM]:
     with LLM("tiny", device="cpu", max_num_seqs=8) as llm:
         yield llm
-
-
-def generate(llm: LLM, prompts: Any, params: Any = GREEDY) -> list[RequestOutput]:
-    return llm.generate(prompts, params, use_tqdm=False)
-
-
-def token_ids(outputs: list[RequestOutput]) -> list[list[int]]:
-    return [output.outputs[0].token_ids for output in outputs]
-
-
-def assert_empty(llm: LLM) -> None:
-    engine = llm.llm_engine
-    assert engine.scheduler.block_manager.num_used_blocks == 0
-    assert engine.scheduler.rows.is_empty
-    assert not engine.scheduler.waiting
-    assert not engine.has_unfinished_requests()
 
 
 # ---- prompts and parameters
@@ -124,6 +100,13 @@ def test_vllm_s_spellings_reach_the_engine(folder: Path) -> None:
         assert (llm.llm_engine.resolved.block_size, llm.llm_engine.resolved.num_blocks) == (8, 11)
 
 
+@pytest.mark.parametrize(("prompts", "params"), [(7, GREEDY), (None, GREEDY), ([[1]], 7), ([[1]], GREEDY.temperature)])
+def test_what_is_no_list_is_refused(tiny: LLM, prompts: Any, params: Any) -> None:
+    with pytest.raises(InvalidArgumentError):
+        generate(tiny, prompts, params)
+    assert_empty(tiny)
+
+
 # ---- chat and text
 
 
@@ -151,6 +134,41 @@ def test_the_end_of_sequence_is_in_the_tokens_and_not_in_the_text(tiny: LLM) -> 
     assert completion.text == tiny.get_tokenizer().decode(completion.token_ids[:-1])
 
 
+def test_an_ordinary_token_that_ends_a_sequence_is_not_in_the_text_either() -> None:
+    prompt = [{"role": "user", "content": "count from 3 to 9"}]
+    params = SamplingParams(temperature=0)
+    with LLM("tiny", device="cpu") as llm:
+        (output,) = llm.chat(prompt, params, use_tqdm=False)
+        assert output["text"] == "3, 4, 5, 6, 7, 8, 9"
+        (stop,) = llm.get_tokenizer().encode("6")
+    with LLM("tiny", device="cpu", hf_overrides={"eos_token_id": stop}) as llm:
+        (output,) = llm.chat(prompt, params, use_tqdm=False)
+        assert output["text"].strip() == "3, 4, 5,"
+        assert output["token_ids"][-1] == stop
+        assert output.outputs[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("messages", ["hello", ["hello"], [["hello"]], [{"role": "user"}, "x"]])
+def test_a_chat_that_is_none_is_refused(tiny: LLM, messages: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="messages="):
+        tiny.chat(messages, GREEDY, use_tqdm=False)
+
+
+def test_a_folder_without_a_tokenizer_says_what_to_do(folder: Path) -> None:
+    with pytest.raises(ModelLoadError, match="gives no tokenizer.*skip_tokenizer_init=True"):
+        LLM(str(folder), device="cpu", num_kvcache_blocks=8)
+    with LLM(str(folder), tokenizer="tiny", device="cpu", num_kvcache_blocks=8) as llm:
+        assert llm.get_tokenizer().encode("a")
+        with pytest.raises(InvalidArgumentError, match="0 to 319.*the tokenizer is not this model's"):
+            generate(llm, [400])
+
+
+def test_a_text_that_can_not_be_encoded_is_refused(tiny: LLM) -> None:
+    with pytest.raises(InvalidArgumentError, match="a text that can be encoded"):
+        generate(tiny, ["fine", "\ud800"])
+    assert_empty(tiny)
+
+
 def test_without_a_tokenizer(folder: Path) -> None:
     with load(folder) as llm:
         (output,) = generate(llm, [1, 2, 3])
@@ -176,8 +194,9 @@ def test_all_end_of_sequence_tokens_of_both_files_count(folder: Path, tmp_path: 
         for name, value in [("config.json", in_config), ("generation_config.json", in_generation)]:
             content = json.loads((copy / name).read_text())
             (copy / name).write_text(json.dumps({**content, "eos_token_id": value}))
-        with load(copy) as llm:
+        with load(copy, pipeline_depth=2) as llm:
             (output,) = generate(llm, [[5, 6]], SamplingParams(temperature=0, max_tokens=40))
+            assert_empty(llm)  # the step in flight that computed a token too many was collected
             assert output["token_ids"] == whole[: whole.index(whole[9]) + 1]
             assert output.outputs[0].finish_reason == "stop"
 
@@ -226,70 +245,6 @@ def test_a_prefix_is_found_again_and_forgotten_when_asked(folder: Path) -> None:
         third = generate(llm, prompt)[0]
         assert [output.num_cached_tokens for output in (first, second, third)] == [0, 28, 0]
         assert first.outputs == second.outputs == third.outputs
-
-
-# ---- failures
-
-
-@pytest.mark.parametrize(
-    ("bad", "error"),
-    [([], InvalidArgumentError), ([320], InvalidArgumentError), ([1] * 5000, RequestTooLargeError)],
-)
-def test_a_bad_request_raises_before_anything_runs(folder: Path, bad: list[int], error: type[Exception]) -> None:
-    with load(folder) as llm:
-        with pytest.raises(error):
-            generate(llm, [[1], [2], bad, [3]])
-        assert llm.llm_engine.statistics.num_steps == 0
-        assert_empty(llm)
-        assert len(generate(llm, [[1], [2], [3]])) == 3
-
-
-@pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("where", ["submit", "collect", "between steps"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_what_interrupts_a_generation_leaves_the_engine_as_it_was(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], where: str, depth: int
-) -> None:
-    prompts = [[10 + i] * 9 for i in range(12)]
-    with load(folder, pipeline_depth=depth) as llm:
-        expected = token_ids(generate(llm, prompts))
-        calls = 0
-
-        def failing(original: Callable[..., Any]) -> Callable[..., Any]:
-            def wrapper(*args: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                result = original(*args)
-                if calls == 4:
-                    raise error
-                return result
-
-            return wrapper
-
-        with monkeypatch.context() as patched:
-            target: Any = llm.llm_engine if where == "between steps" else llm.llm_engine.executor
-            name = "step" if where == "between steps" else where
-            patched.setattr(target, name, failing(getattr(target, name)))
-            with pytest.raises(error):
-                generate(llm, prompts)
-        assert calls == 4
-        assert not llm.llm_engine.scheduler.waiting
-        llm.reset_prefix_cache()  # so that the same work is done again
-        assert token_ids(generate(llm, prompts)) == expected
-        assert_empty(llm)
-
-
-def test_use_after_exit(folder: Path) -> None:
-    llm = load(folder)
-    generate(llm, [1])
-    llm.exit()
-    llm.exit()
-    with pytest.raises(EngineDeadError, match="make a new one"):
-        generate(llm, [1])
-    with load(folder) as llm:
-        pass
-    with pytest.raises(EngineDeadError):
-        generate(llm, [1])
 
 
 # ---- statistics

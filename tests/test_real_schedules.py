@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from nanovllm import LLM, SamplingParams
@@ -26,6 +26,7 @@ DETERMINISTIC = settings(
     derandomize=True,
     deadline=None,
     database=None,
+    phases=[Phase.generate],  # no shrinking, which takes minutes here; the engine's own suite finds small examples
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
@@ -145,20 +146,25 @@ def test_a_cache_too_small_for_all_preempts_and_gives_the_same(
         assert answers_as_they_arrive(llm, requests) == answers(roomy, requests)  # now with what is left in the cache
 
 
-# ---- on a GPU, where decode steps replay CUDA graphs
+def test_a_conversation_goes_on_from_what_was_generated(folder: Path, roomy: LLM) -> None:
+    """Blocks that decoding filled are shared by the prompt that repeats them, and hold what a prefill would write."""
+    first = [Request([50 + i] * 7, SamplingParams(temperature=0, max_tokens=30, ignore_eos=True), 0) for i in range(4)]
+    with load(folder, **ON_CPU, kvcache_block_size=8, num_kvcache_blocks=100, max_num_seqs=4) as llm:
+        prompts = [r.prompt + output + [9] for r, output in zip(first, answers(llm, first), strict=True)]
+        outputs = llm.generate(prompts, [r.params for r in first], use_tqdm=False)
+        assert [output.num_cached_tokens for output in outputs] == [32] * 4  # 36 of 38 were computed: four full blocks
+        follow_ups = [Request(prompt, r.params, 0) for prompt, r in zip(prompts, first, strict=True)]
+        assert [output["token_ids"] for output in outputs] == answers(roomy, follow_ups)
 
 
-@pytest.fixture(scope="module")
-def roomy_gpu(folder: Path) -> Iterator[LLM]:
-    arguments = {"max_num_seqs": 32, "enable_prefix_caching": False, "enforce_eager": True, "num_kvcache_blocks": 400}
-    with load(folder, **ON_GPU, **arguments) as llm:
-        yield llm
+# ---- on a GPU: our own kernels, with CUDA graphs and without, against torch on the CPU
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("enforce_eager", [False, True])
 @settings(DETERMINISTIC, max_examples=8)
 @given(arguments=engine_arguments([16, 32]), spare=st.integers(0, 4), drawn=rounds)
 def test_graphs_give_the_tokens_of_eager_under_any_schedule(
-    folder: Path, roomy_gpu: LLM, arguments: dict[str, Any], spare: int, drawn: list[list[Request]]
+    folder: Path, roomy: LLM, enforce_eager: bool, arguments: dict[str, Any], spare: int, drawn: list[list[Request]]
 ) -> None:
-    check(folder, roomy_gpu, ON_GPU, arguments, spare, drawn)
+    check(folder, roomy, {**ON_GPU, "enforce_eager": enforce_eager}, arguments, spare, drawn)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from typing import Any
 
@@ -307,6 +308,13 @@ def test_as_a_context_manager_it_shuts_down_whatever_happens() -> None:
     engine, executor = make_engine()
     with pytest.raises(ZeroDivisionError), engine:
         raise ZeroDivisionError
+    assert executor.is_shut_down
+
+
+def test_forgotten_it_shuts_down_too() -> None:
+    engine, executor = make_engine()
+    del engine
+    gc.collect()
     assert executor.is_shut_down
 
 
