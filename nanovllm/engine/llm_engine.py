@@ -43,7 +43,7 @@ class EngineStatistics:
 
     num_steps: int = 0
     num_prompt_tokens: int = 0  # computed in prefill, those computed again after a preemption included
-    num_output_tokens: int = 0
+    num_output_tokens: int = 0  # sampled; with several steps in flight, those dropped after an end included
     prefill_seconds: float = 0.0  # steps with at least one prefill chunk
     decode_seconds: float = 0.0  # all others
 
