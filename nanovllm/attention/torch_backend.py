@@ -6,6 +6,8 @@ without copying keys.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -20,6 +22,10 @@ class TorchBackend:
     name = "torch"
     supports_cuda_graphs = False
 
+    def __init__(self) -> None:
+        # What all layers of a decode step share, made by the first of them.
+        self._planned: tuple[DecodeMetadata, list[_Bucket]] | None = None
+
     def prefill(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
     ) -> torch.Tensor:
@@ -30,7 +36,9 @@ class TorchBackend:
             chunk = slice(starts[seq], starts[seq + 1])
             query_len = chunk.stop - chunk.start
             positions = torch.arange(context_len, device=query.device).unsqueeze(0)
-            keys, values = _gather(kv_cache, metadata.block_tables[seq : seq + 1], positions)
+            keys, values = _gather(
+                kv_cache, _slots(metadata.block_tables[seq : seq + 1], positions, kv_cache.key.shape[1])
+            )
             # With no cached prefix the mask is torch's own causal one, which skips what it hides.
             whole = query_len == context_len
             mask = None if whole else _chunk_mask(query_len, context_len, query.device)
@@ -50,45 +58,65 @@ class TorchBackend:
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
     ) -> torch.Tensor:
         """Sequences of like length together. query [num_seqs, num_heads, head_dim] → the same shape."""
-        if query.shape[0] <= _DECODE_BUCKET:
-            return _decode_bucket(query, kv_cache, metadata.block_tables, metadata.context_lens, scale)
+        if self._planned is None or self._planned[0] is not metadata:
+            self._planned = (metadata, _decode_buckets(metadata, kv_cache.key.shape[1], query.dtype))
+        buckets = self._planned[1]
+        if len(buckets) == 1:
+            return _decode_bucket(query, kv_cache, buckets[0], scale)
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_seqs, num_heads, head_dim]
-        for rows in metadata.context_lens.argsort().split(_DECODE_BUCKET):
-            out[rows] = _decode_bucket(
-                query[rows], kv_cache, metadata.block_tables[rows], metadata.context_lens[rows], scale
-            )
+        for bucket in buckets:
+            out[bucket.rows] = _decode_bucket(query[bucket.rows], kv_cache, bucket, scale)
         return out
 
 
-def _decode_bucket(
-    query: torch.Tensor,
-    kv_cache: LayerKVCache,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class _Bucket:
+    """Sequences that attend together, the same in every layer of a step."""
+
+    rows: torch.Tensor  # [num_seqs] int64, which of the step's sequences
+    slots: torch.Tensor  # [num_seqs, longest] int64, where their keys are
+    mask: torch.Tensor  # [num_seqs, 1, 1, longest] of the query's dtype, -inf behind a sequence's end
+
+
+def _decode_buckets(metadata: DecodeMetadata, block_size: int, dtype: torch.dtype) -> list[_Bucket]:
+    buckets = []
+    order = metadata.context_lens.argsort()
+    for rows in (
+        order.split(_DECODE_BUCKET) if len(order) > _DECODE_BUCKET else [torch.arange(len(order), device=order.device)]
+    ):
+        context_lens = metadata.context_lens[rows].unsqueeze(1)
+        position = torch.arange(int(context_lens.max()), device=rows.device)
+        # Behind its end a shorter sequence repeats its last key, masked: what lies in unused slots may be NaN.
+        slots = _slots(metadata.block_tables[rows], position.minimum(context_lens - 1), block_size)
+        mask = torch.zeros(slots.shape, dtype=dtype, device=rows.device)  # [num_seqs, longest]
+        mask.masked_fill_(position >= context_lens, -torch.inf)
+        buckets.append(_Bucket(rows, slots, mask[:, None, None, :]))
+    return buckets
+
+
+def _decode_bucket(query: torch.Tensor, kv_cache: LayerKVCache, bucket: _Bucket, scale: float) -> torch.Tensor:
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads = kv_cache.key.shape[2]
-    position = torch.arange(int(context_lens.max()), device=query.device)
-    # Behind its end a shorter sequence repeats its last key, masked: what lies in unused slots may be NaN.
-    keys, values = _gather(kv_cache, block_tables, position.minimum(context_lens.unsqueeze(1) - 1))
-    visible = position < context_lens.unsqueeze(1)  # [num_seqs, longest]
+    keys, values = _gather(kv_cache, bucket.slots)
     # Query heads that share a KV head are given as so many query positions: one pass over each key serves them all.
     grouped = query.reshape(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=visible[:, None, None, :], scale=scale)
+    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=bucket.mask, scale=scale)
     return out.reshape(num_seqs, num_heads, head_dim)
 
 
-def _gather(
-    kv_cache: LayerKVCache, block_tables: torch.Tensor, positions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values at `positions` [num_seqs, length]: each [num_seqs, num_kv_heads, length, head_dim]."""
-    _, block_size, num_kv_heads, head_dim = kv_cache.key.shape
-    slots = block_tables.gather(1, positions // block_size) * block_size + positions % block_size
+def _slots(block_tables: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Cache slots of `positions` [num_seqs, length], the same shape."""
+    blocks = block_tables.gather(1, positions // block_size).long()
+    return blocks * block_size + positions % block_size
+
+
+def _gather(kv_cache: LayerKVCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values at `slots` [num_seqs, length]: each [num_seqs, num_kv_heads, length, head_dim]."""
+    _, _, num_kv_heads, head_dim = kv_cache.key.shape
 
     def gather(cache: torch.Tensor) -> torch.Tensor:
         rows = cache.view(-1, num_kv_heads * head_dim).index_select(0, slots.flatten())
-        return rows.view(*positions.shape, num_kv_heads, head_dim).transpose(1, 2)
+        return rows.view(*slots.shape, num_kv_heads, head_dim).transpose(1, 2)
 
     return gather(kv_cache.key), gather(kv_cache.value)
 
