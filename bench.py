@@ -42,6 +42,7 @@ ENGINE_OPTIONS = (
     *("kvcache_block_size", "enforce_eager", "load_format", "seed"),
     "pipeline_depth",
 )
+BUSY = 0.5  # load average above which a CPU's figures come with a warning
 MIN_MODEL_LEN = 4096  # as in nano-vllm's benchmark, where the workload needs less
 
 Say = Callable[[str], None]
@@ -115,7 +116,9 @@ def benchmark(args: argparse.Namespace, say: Say, started: float) -> dict[str, A
     import torch
 
     from nanovllm import LLM
-    from tools.bench_machine import copy_bytes_per_second, device_name, versions
+    from tools.bench_machine import copy_bytes_per_second, device_name, load_average, versions
+
+    load = load_average()  # before this process adds its own
 
     options = {name: getattr(args, name) for name in ENGINE_OPTIONS if getattr(args, name) is not None}
     before = time.perf_counter()
@@ -135,6 +138,7 @@ def benchmark(args: argparse.Namespace, say: Say, started: float) -> dict[str, A
             "seed": args.seed,
             "log_level": os.environ["NANOVLLM_LOG_LEVEL"],
             "versions": versions(),
+            "load_average": load,
             "start_seconds": start_seconds,
             "first_output_seconds": first_output_seconds,
             "copy_bytes_per_second": copy_bytes_per_second(device),
@@ -331,6 +335,11 @@ def introduce(report: dict[str, Any], say: Say) -> None:
         f"the start of this script\n"
         f"copy bandwidth of the device: {report['copy_bytes_per_second'] / 1e9:.0f} GB/s, read and written"
     )
+    if engine["device"] == "cpu" and (report["load_average"] or 0) > BUSY:
+        say(
+            f"Other work runs on this machine (load average {report['load_average']:.1f}): threads that wait for each "
+            "other then take many times as long, so these figures say little."
+        )
 
 
 def describe(result: dict[str, Any], say: Say) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from importlib import metadata
@@ -34,6 +35,11 @@ def device_name(device: torch.device) -> str:
         lines = _CPUINFO.read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def load_average() -> float | None:
+    """Threads that wanted to run in the last minute, this process left out as far as it is new; None: not known."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def copy_bytes_per_second(device: torch.device) -> float:
