@@ -24,7 +24,7 @@ class TorchBackend:
 
     def __init__(self) -> None:
         # What all layers of a decode step share, made by the first of them.
-        self._planned: tuple[DecodeMetadata, list[_Bucket]] | None = None
+        self._planned: tuple[DecodeMetadata, _DecodePlan] | None = None
 
     def prefill(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
@@ -59,39 +59,48 @@ class TorchBackend:
     ) -> torch.Tensor:
         """Sequences of like length together. query [num_seqs, num_heads, head_dim] → the same shape."""
         if self._planned is None or self._planned[0] is not metadata:
-            self._planned = (metadata, _decode_buckets(metadata, kv_cache.key.shape[1], query.dtype))
-        buckets = self._planned[1]
-        if len(buckets) == 1:
-            return _decode_bucket(query, kv_cache, buckets[0], scale)
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_seqs, num_heads, head_dim]
-        for bucket in buckets:
-            out[bucket.rows] = _decode_bucket(query[bucket.rows], kv_cache, bucket, scale)
-        return out
+            self._planned = (metadata, _DecodePlan.of(metadata, kv_cache.key.shape[1], query.dtype))
+        plan = self._planned[1]
+        if plan.order is None or plan.back is None:
+            return _decode_bucket(query, kv_cache, plan.buckets[0], scale)
+        parts = query.index_select(0, plan.order).split(_DECODE_BUCKET)
+        outs = [_decode_bucket(part, kv_cache, bucket, scale) for part, bucket in zip(parts, plan.buckets, strict=True)]
+        return torch.cat(outs).index_select(0, plan.back)
 
 
 @dataclass(frozen=True)
 class _Bucket:
     """Sequences that attend together, the same in every layer of a step."""
 
-    rows: torch.Tensor  # [num_seqs] int64, which of the step's sequences
     slots: torch.Tensor  # [num_seqs, longest] int64, where their keys are
     mask: torch.Tensor  # [num_seqs, 1, 1, longest] of the query's dtype, -inf behind a sequence's end
 
 
-def _decode_buckets(metadata: DecodeMetadata, block_size: int, dtype: torch.dtype) -> list[_Bucket]:
-    buckets = []
-    order = metadata.context_lens.argsort()
-    for rows in (
-        order.split(_DECODE_BUCKET) if len(order) > _DECODE_BUCKET else [torch.arange(len(order), device=order.device)]
-    ):
-        context_lens = metadata.context_lens[rows].unsqueeze(1)
-        position = torch.arange(int(context_lens.max()), device=rows.device)
-        # Behind its end a shorter sequence repeats its last key, masked: what lies in unused slots may be NaN.
-        slots = _slots(metadata.block_tables[rows], position.minimum(context_lens - 1), block_size)
-        mask = torch.zeros(slots.shape, dtype=dtype, device=rows.device)  # [num_seqs, longest]
-        mask.masked_fill_(position >= context_lens, -torch.inf)
-        buckets.append(_Bucket(rows, slots, mask[:, None, None, :]))
-    return buckets
+@dataclass(frozen=True)
+class _DecodePlan:
+    buckets: list[_Bucket]
+    order: torch.Tensor | None = None  # [num_seqs] int64, sequences by length; None: one bucket, as they come
+    back: torch.Tensor | None = None  # [num_seqs] int64, where each sequence is in that order
+
+    @classmethod
+    def of(cls, metadata: DecodeMetadata, block_size: int, dtype: torch.dtype) -> _DecodePlan:
+        if len(metadata.context_lens) <= _DECODE_BUCKET:
+            return cls([_bucket(metadata.block_tables, metadata.context_lens, block_size, dtype)])
+        order = metadata.context_lens.argsort()
+        buckets = [
+            _bucket(metadata.block_tables[rows], metadata.context_lens[rows], block_size, dtype)
+            for rows in order.split(_DECODE_BUCKET)
+        ]
+        return cls(buckets, order, order.argsort())
+
+
+def _bucket(block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: int, dtype: torch.dtype) -> _Bucket:
+    ends = context_lens.unsqueeze(1)
+    position = torch.arange(int(context_lens.max()), device=ends.device)
+    # Behind its end a shorter sequence repeats its last key, masked: what lies in unused slots may be NaN.
+    slots = _slots(block_tables, position.minimum(ends - 1), block_size)
+    mask = torch.zeros(slots.shape, dtype=dtype, device=ends.device).masked_fill_(position >= ends, -torch.inf)
+    return _Bucket(slots, mask[:, None, None, :])
 
 
 def _decode_bucket(query: torch.Tensor, kv_cache: LayerKVCache, bucket: _Bucket, scale: float) -> torch.Tensor:

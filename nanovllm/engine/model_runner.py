@@ -24,6 +24,7 @@ from nanovllm.engine.model_plan import ModelPlan
 from nanovllm.errors import OutOfMemoryError
 from nanovllm.kernels.sample import sample
 from nanovllm.layers.attention import AttentionBackends
+from nanovllm.layers.linear import pack_linear_weights
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.causal_lm import CausalLM
 from nanovllm.models.registry import get_model_class
@@ -209,6 +210,8 @@ class ModelRunner:
                 report = load_dummy_weights(model, self.device, config.seed)
             else:
                 report = load_weights(model, plan.folder, self.device, model.redundant_weights)
+            if self.device.type == "cpu":
+                pack_linear_weights(model)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"The weights of {name} do not fit on {self.device}: {error} Choose a smaller model or dtype, or end "

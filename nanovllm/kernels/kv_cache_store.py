@@ -48,10 +48,8 @@ def store_kv_cache_reference(
     slot_mapping: torch.Tensor,
 ) -> None:
     """What `store_kv_cache` must equal, in plain torch; also what runs on a CPU."""
-    block_size = key_cache.shape[1]
-    block, offset = slot_mapping // block_size, slot_mapping % block_size
-    key_cache[block, offset] = key
-    value_cache[block, offset] = value
+    key_cache.view(-1, *key.shape[1:]).index_copy_(0, slot_mapping, key)
+    value_cache.view(-1, *value.shape[1:]).index_copy_(0, slot_mapping, value)
 
 
 def store_kv_cache(

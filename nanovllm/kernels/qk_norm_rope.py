@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from nanovllm.kernels.rms_norm import rms_norm_reference
 from nanovllm.kernels.triton_support import jit, next_power_of_2, runs_triton, tl
 
 _BLOCK_HEADS = 8  # heads a program handles, at most
@@ -117,15 +118,16 @@ def qk_norm_rope_reference(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `qk_norm_rope` must equal, in plain torch; also what runs on a CPU."""
-    cos, sin = cos_sin_cache[positions].unsqueeze(1).chunk(2, dim=-1)  # each [num_tokens, 1, head_dim / 2]
-
-    def norm_and_rotate(heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        normed = heads.float()
-        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps) * weight.float()
-        low, high = normed.chunk(2, dim=-1)
-        return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(heads.dtype)
-
-    return norm_and_rotate(query, query_weight), norm_and_rotate(key, key_weight)
+    cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)  # [num_tokens, 1, head_dim / 2]
+    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # each [num_tokens, 1, head_dim]
+    # All heads at once: on a CPU it is the number of calls that costs.
+    num_heads, num_kv_heads = query.shape[1], key.shape[1]
+    weight = torch.cat((query_weight.expand(num_heads, -1), key_weight.expand(num_kv_heads, -1)))  # [heads, head_dim]
+    normed = rms_norm_reference(torch.cat((query, key), dim=1).float(), weight, eps)  # [num_tokens, heads, head_dim]
+    low, high = normed.chunk(2, dim=-1)
+    turned = torch.cat((high, low), dim=-1).mul_(sin)
+    rotated = normed.mul_(cos).add_(turned).to(query.dtype)
+    return rotated[:, :num_heads], rotated[:, num_heads:]
 
 
 def qk_norm_rope(
@@ -143,7 +145,7 @@ def qk_norm_rope(
 
     query [num_tokens, num_heads, head_dim] and key [num_tokens, num_kv_heads, head_dim]: may be strided views of a
     fused projection (head_dim contiguous); query_weight, key_weight [head_dim]; cos_sin_cache [max_position, head_dim]
-    fp32, cosines in the first half; positions [num_tokens] int64 → (query, key), contiguous, of the same shapes.
+    fp32, cosines in the first half; positions [num_tokens] int64 → (query, key) of these shapes, head_dim contiguous.
     """
     if not runs_triton(query, use_triton):
         return qk_norm_rope_reference(query, key, query_weight, key_weight, cos_sin_cache, positions, eps)

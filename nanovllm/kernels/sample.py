@@ -139,14 +139,14 @@ def sample_reference(
 def _sample_part(
     logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    scores = torch.nan_to_num(logits.float(), nan=-_MAX_LOGIT).clamp(-_MAX_LOGIT, _MAX_LOGIT)  # [num_rows, vocab_size]
-    drawn = (temperatures > 0).nonzero().squeeze(1)  # greedy rows need no noise
-    if drawn.numel() > 0:
-        bits = noise_bits_reference(seeds[drawn], positions[drawn], logits.shape[1])
-        uniform = (bits.float() + (bits < 0) * 2.0**32 + 0.5) * 2.0**-32  # [num_drawn, vocab_size]
-        gumbel = -torch.log(-torch.log1p(-uniform.clamp(max=1 - 2.0**-24)))
-        scale = (1.0 / temperatures[drawn]).clamp(max=_MAX_SCALE).unsqueeze(1)
-        scores[drawn] = scores[drawn] * scale + gumbel
+    scores = torch.nan_to_num(logits.float(), nan=-_MAX_LOGIT).clamp_(-_MAX_LOGIT, _MAX_LOGIT)  # [num_rows, vocab_size]
+    drawn = (temperatures > 0).unsqueeze(1)  # [num_rows, 1]
+    if drawn.any():
+        bits = noise_bits_reference(seeds, positions, logits.shape[1])
+        uniform = (bits.float() + (bits < 0) * 2.0**32 + 0.5) * 2.0**-32  # [num_rows, vocab_size]
+        gumbel = uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
+        scale = (1.0 / temperatures).clamp(max=_MAX_SCALE).unsqueeze(1)
+        scores = torch.where(drawn, scores * scale + gumbel, scores)
     # As bytes: argmax gives the lowest id among equals.
     return (scores == scores.amax(dim=-1, keepdim=True)).byte().argmax(dim=-1).to(torch.int32)
 

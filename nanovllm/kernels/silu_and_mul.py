@@ -34,7 +34,7 @@ def _silu_and_mul_kernel(
 def silu_and_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
     """What `silu_and_mul` must equal, in plain torch; also what runs on a CPU."""
     gate, up = gate_up.float().chunk(2, dim=-1)
-    return (torch.nn.functional.silu(gate) * up).to(gate_up.dtype)
+    return torch.nn.functional.silu(gate).mul_(up).to(gate_up.dtype)
 
 
 def silu_and_mul(gate_up: torch.Tensor, *, use_triton: bool | None = None) -> torch.Tensor:

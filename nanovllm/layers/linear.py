@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.cpu_linear import linear, pack_weight
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.utils.loader import WeightPart
 
@@ -22,12 +22,27 @@ def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
 
 
+def pack_linear_weights(model: nn.Module) -> None:
+    """Lets every product of a loaded model lay out its weight for the device."""
+    for module in model.modules():
+        if isinstance(module, _Linear):
+            module.pack()
+
+
 def sibling(prefix: str, name: str) -> str:
     """The name of the module `name` beside the module `prefix`."""
     return f"{prefix.rpartition('.')[0]}.{name}".removeprefix(".")
 
 
-class _ColumnParallel(nn.Module):
+class _Linear(nn.Module):
+    weight: nn.Parameter
+
+    def pack(self) -> None:
+        """Called once the weights are loaded: on a CPU they take the layout that computes fastest."""
+        self.weight = nn.Parameter(pack_weight(self.weight), requires_grad=False)
+
+
+class _ColumnParallel(_Linear):
     """A weight that stacks rows of several checkpoint tensors: `pieces` is (name, its outputs, start, stop) of each."""
 
     def __init__(
@@ -42,7 +57,7 @@ class _ColumnParallel(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_tokens, input_size] → [num_tokens, sum(output_sizes)]: this rank's outputs of each piece in turn."""
-        return F.linear(hidden, self.weight, self.bias)
+        return linear(hidden, self.weight, self.bias)
 
     def weight_parts(self, prefix: str) -> Mapping[str, Sequence[WeightPart]]:
         weight: list[WeightPart] = []
@@ -118,7 +133,7 @@ class QKVParallelLinear(_ColumnParallel):
         )
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(_Linear):
     """A product whose inputs are cut over the ranks: each rank has some columns of the weight, the results add up."""
 
     def __init__(
@@ -135,8 +150,8 @@ class RowParallelLinear(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_tokens, share of input_size] → [num_tokens, output_size], the same on every rank."""
         if self.tensor_parallel.size == 1:
-            return F.linear(hidden, self.weight, self.bias)
-        output = self.tensor_parallel.all_reduce(F.linear(hidden, self.weight))
+            return linear(hidden, self.weight, self.bias)
+        output = self.tensor_parallel.all_reduce(linear(hidden, self.weight))
         return output if self.bias is None else output + self.bias  # once, not once a rank
 
     def weight_parts(self, prefix: str) -> Mapping[str, Sequence[WeightPart]]:
