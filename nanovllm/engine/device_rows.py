@@ -15,6 +15,7 @@ import torch
 
 from nanovllm.attention.interface import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.kernels.row_state import append_tokens, read_decode_tokens
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,14 @@ class DeviceRows:
 
     def decode_inputs(self, rows: torch.Tensor) -> ModelInputs:
         """Each of `rows` [num_rows] int32 computes its last token. Runs inside a captured graph."""
-        context_lens = self.lengths[rows]
-        positions = context_lens.long() - 1
-        block_tables = self.block_tables[rows]
+        tokens = read_decode_tokens(rows, self.token_ids, self.lengths, self.block_tables, self.block_size)
         return ModelInputs(
-            input_ids=self.token_ids[rows, positions],
-            positions=positions,
+            input_ids=tokens.input_ids,
+            positions=tokens.positions,
             attention=AttentionMetadata(
-                slot_mapping=self._slots(rows, positions),
+                slot_mapping=tokens.slot_mapping,
                 num_decode_tokens=len(rows),
-                decode=DecodeMetadata(context_lens, block_tables, self.max_model_len),
+                decode=DecodeMetadata(tokens.context_lens, tokens.block_tables, self.max_model_len),
                 prefill=None,
             ),
             sampled_rows=rows,
@@ -92,7 +91,7 @@ class DeviceRows:
     def mixed_inputs(self, batch: ScheduledBatch, words: torch.Tensor) -> ModelInputs:
         """The batch's decode rows and chunks together. Shapes and bounds come from the host: nothing is waited for."""
         place = batch.sections["chunks"]
-        rows, starts, lengths = words[place.offset : place.end].view(place.count, 3).unbind(1)
+        rows, starts, lengths = words[place.offset : place.end].view(place.count, 3).t().contiguous().unbind(0)
         num_tokens = int(batch.chunks[:, 2].sum())
         ends = lengths.cumsum(0)
         token_rows, positions = _expand(rows, starts, lengths, num_tokens)
@@ -124,10 +123,8 @@ class DeviceRows:
         )
 
     def append(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Adds one token to each of `rows`, except the null row. Runs inside a captured graph."""
-        lengths = self.lengths[rows]
-        self.token_ids[rows, lengths] = token_ids
-        self.lengths[rows] = torch.where(rows == self.null_row, lengths, lengths + 1)
+        """Adds one token to each of `rows` [num_rows] int32, except the null row. Runs inside a captured graph."""
+        append_tokens(rows, token_ids, self.token_ids, self.lengths, self.null_row)
 
     def _slots(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         blocks = self.block_tables[rows, positions // self.block_size].long()

@@ -160,7 +160,7 @@ class ModelRunner:
             rank=self.parallel.rank,
             logits=list(logits.shape),
         )
-        token_ids = sample(logits, self.rows.temperatures[rows], self.rows.seeds[rows], self.rows.lengths[rows])
+        token_ids = sample(logits, self.rows.temperatures, self.rows.seeds, self.rows.lengths, rows)
         self.rows.append(rows, token_ids)
         return token_ids
 

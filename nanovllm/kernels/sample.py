@@ -59,6 +59,7 @@ def _sample_block_kernel(
     temperatures_ptr: tl.tensor,
     seeds_ptr: tl.tensor,
     positions_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
     block_score_ptr: tl.tensor,
     block_token_ptr: tl.tensor,
     logits_stride: tl.tensor,
@@ -76,9 +77,10 @@ def _sample_block_kernel(
     row_ptr = logits_ptr + row * logits_stride
     logits = tl.load(row_ptr + token_id, mask=token_id < vocab_size, other=-float("inf")).to(tl.float32)
     scores = tl.where(logits >= -MAX_LOGIT, tl.minimum(logits, MAX_LOGIT), -MAX_LOGIT)  # NaN compares false
-    temperature = tl.load(temperatures_ptr + row)
+    state = tl.load(rows_ptr + row)
+    temperature = tl.load(temperatures_ptr + state)
     if temperature > 0.0:
-        bits = _noise_bits(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), token_id)
+        bits = _noise_bits(tl.load(seeds_ptr + state), tl.load(positions_ptr + state), token_id)
         scale = tl.minimum(1.0 / temperature, MAX_SCALE)
         scores = scores * scale + _gumbel(bits, INTERPRETED)
     best = tl.max(scores, axis=0)
@@ -127,11 +129,16 @@ def noise_bits_reference(seeds: torch.Tensor, positions: torch.Tensor, vocab_siz
 
 
 def sample_reference(
-    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    rows: torch.Tensor,
 ) -> torch.Tensor:
     """What `sample` must equal, in plain torch; also what runs on a CPU, in parts that stay in its cache."""
-    rows = max(_REFERENCE_PART // logits.shape[1], 1)
-    parts = zip(*(part.split(rows) for part in (logits, temperatures, seeds, positions)), strict=True)
+    part_size = max(_REFERENCE_PART // logits.shape[1], 1)
+    inputs = (logits, temperatures[rows], seeds[rows], positions[rows])
+    parts = zip(*(part.split(part_size) for part in inputs), strict=True)
     tokens = [_sample_part(*part) for part in parts]
     return torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int32, device=logits.device)
 
@@ -156,17 +163,18 @@ def sample(
     temperatures: torch.Tensor,
     seeds: torch.Tensor,
     positions: torch.Tensor,
+    rows: torch.Tensor,
     *,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
-    """One token a row: the argmax where the temperature is 0 (lowest id among equals), else a draw.
+    """One token a row of logits: the argmax where the temperature is 0 (lowest id among equals), else a draw.
 
-    logits [num_rows, vocab_size] bf16, fp16 or fp32, rows may be strided; temperatures [num_rows] fp32, ≥ 0;
-    seeds [num_rows] int64; positions [num_rows] int32 or int64 → [num_rows] int32. NaN counts as the lowest logit,
-    and every row gives a valid id, whatever its logits are.
+    logits [num_rows, vocab_size] bf16, fp16 or fp32, rows may be strided; rows [num_rows] int32: where in the next
+    three each row's values are; temperatures [all_rows] fp32, ≥ 0; seeds [all_rows] int64; positions [all_rows] int32
+    or int64 → [num_rows] int32. NaN counts as the lowest logit, and every row gives a valid id, whatever its logits.
     """
     if not runs_triton(logits, use_triton):
-        return sample_reference(logits, temperatures, seeds, positions)
+        return sample_reference(logits, temperatures, seeds, positions, rows)
     num_rows, vocab_size = logits.shape
     num_blocks = -(-vocab_size // _BLOCK_SIZE)
     tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)  # [num_rows]
@@ -179,6 +187,7 @@ def sample(
         temperatures,
         seeds,
         positions,
+        rows,
         block_score,
         block_token,
         logits.stride(0),

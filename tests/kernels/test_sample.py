@@ -13,7 +13,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def draw(logits, temperature, seeds, positions, use_triton):
     """One token a row at one temperature for all."""
     temperatures = torch.full((logits.shape[0],), temperature, device=logits.device)
-    return sample(logits, temperatures, seeds, positions, use_triton=use_triton)
+    rows = torch.arange(logits.shape[0], dtype=torch.int32, device=logits.device)
+    return sample(logits, temperatures, seeds, positions, rows, use_triton=use_triton)
 
 
 def repeated(logits: torch.Tensor, rows: int) -> torch.Tensor:
@@ -28,9 +29,14 @@ def test_kernel_draws_the_tokens_of_its_reference(device, generator, dtype, voca
     temperatures = torch.tensor([0.0, 1e-4, 0.6, 1.0, 2.0, 0.0], device=device)
     seeds = torch.tensor([1, -5, 2**62, 7, 7, 0], device=device)
     positions = torch.tensor([0, 1, 2**31 - 1, 3, 4, 5], dtype=torch.int32, device=device)
-    got = sample(logits, temperatures, seeds, positions, use_triton=True)
+    rows = torch.tensor([4, 1, 2, 0, 3, 5], dtype=torch.int32, device=device)
+    got = sample(logits, temperatures, seeds, positions, rows, use_triton=True)
     assert got.dtype == torch.int32
-    assert got.tolist() == sample_reference(logits, temperatures, seeds, positions).tolist()
+    assert got.tolist() == sample_reference(logits, temperatures, seeds, positions, rows).tolist()
+    in_order = torch.arange(6, dtype=torch.int32, device=device)
+    order = rows.long()
+    same = sample(logits, temperatures[order], seeds[order], positions[order], in_order, use_triton=True)
+    assert got.tolist() == same.tolist()
 
 
 def test_noise_bits_are_those_of_the_published_mixers():
@@ -104,7 +110,7 @@ def test_neighbouring_draws_are_independent(device, shift):
     counting, constant = torch.arange(draws + 1, device=device), torch.full((draws + 1,), 11, device=device)
     seeds, positions = (counting, constant) if shift == "seed" else (constant, counting)
     tokens = sample_reference(
-        repeated(logits, draws + 1), torch.ones(draws + 1, device=device), seeds, positions
+        repeated(logits, draws + 1), torch.ones(draws + 1, device=device), seeds, positions, counting
     ).long()
     counted = torch.bincount(tokens[:-1] * 8 + tokens[1:], minlength=64).double()
     assert float(((counted - draws / 64).square() / (draws / 64)).sum()) < 130
@@ -113,7 +119,7 @@ def test_neighbouring_draws_are_independent(device, shift):
 def test_noise_of_rare_tokens_has_the_right_tail():
     """4,000 tokens of equal probability: the smallest exponentials decide. 9 degrees of freedom."""
     seeds = torch.arange(1500)
-    tokens = sample_reference(torch.zeros(1500, 4000), torch.ones(1500), seeds, seeds).long()
+    tokens = sample_reference(torch.zeros(1500, 4000), torch.ones(1500), seeds, seeds, seeds).long()
     counted = torch.bincount(tokens // 400, minlength=10).double()
     assert float(((counted - 150).square() / 150).sum()) < 45
 

@@ -1,0 +1,166 @@
+"""Reads and advances the rows that decode, one launch each: what frames the model in a decode step.
+
+The rows' state stays on the device between steps. Plain indexing would take some fifteen launches a step, which at
+small batches costs as much as several layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.kernels.triton_support import jit, next_power_of_2, runs_triton, tl
+
+
+@dataclass(frozen=True)
+class DecodeTokens:
+    """The last tokens of the rows that decode, and where their keys and values go."""
+
+    input_ids: torch.Tensor  # [num_rows] int32
+    positions: torch.Tensor  # [num_rows] int64
+    context_lens: torch.Tensor  # [num_rows] int32, the token itself included
+    slot_mapping: torch.Tensor  # [num_rows] int64
+    block_tables: torch.Tensor  # [num_rows, max_blocks] int32
+
+
+@jit
+def _read_decode_tokens_kernel(
+    rows_ptr: tl.tensor,
+    token_ids_ptr: tl.tensor,
+    lengths_ptr: tl.tensor,
+    block_tables_ptr: tl.tensor,
+    input_ids_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    context_lens_ptr: tl.tensor,
+    slot_mapping_ptr: tl.tensor,
+    tables_out_ptr: tl.tensor,
+    max_tokens: tl.tensor,
+    max_blocks: tl.tensor,
+    block_size: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+) -> None:
+    """One program a row."""
+    index = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + index).to(tl.int64)
+    length = tl.load(lengths_ptr + row)
+    position = length - 1
+    table_ptr = block_tables_ptr + row * max_blocks
+    tl.store(input_ids_ptr + index, tl.load(token_ids_ptr + row * max_tokens + position))
+    tl.store(positions_ptr + index, position.to(tl.int64))
+    tl.store(context_lens_ptr + index, length)
+    block = tl.load(table_ptr + position // block_size).to(tl.int64)
+    tl.store(slot_mapping_ptr + index, block * block_size + position % block_size)
+    for first in range(0, max_blocks, BLOCK_SIZE):
+        column = first + tl.arange(0, BLOCK_SIZE)
+        mask = column < max_blocks
+        tl.store(tables_out_ptr + index * max_blocks + column, tl.load(table_ptr + column, mask=mask), mask=mask)
+
+
+@jit
+def _append_tokens_kernel(
+    rows_ptr: tl.tensor,
+    new_ids_ptr: tl.tensor,
+    token_ids_ptr: tl.tensor,
+    lengths_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    null_row: tl.tensor,
+    max_tokens: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+) -> None:
+    index = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    row = tl.load(rows_ptr + index, mask=index < num_rows, other=null_row).to(tl.int64)
+    mask = row != null_row
+    length = tl.load(lengths_ptr + row, mask=mask, other=0)
+    new_id = tl.load(new_ids_ptr + index, mask=mask, other=0)
+    tl.store(token_ids_ptr + row * max_tokens + length, new_id, mask=mask)
+    tl.store(lengths_ptr + row, length + 1, mask=mask)
+
+
+def read_decode_tokens_reference(
+    rows: torch.Tensor, token_ids: torch.Tensor, lengths: torch.Tensor, block_tables: torch.Tensor, block_size: int
+) -> DecodeTokens:
+    """What `read_decode_tokens` must equal, in plain torch; also what runs on a CPU."""
+    context_lens = lengths[rows]
+    positions = context_lens.long() - 1
+    tables = block_tables[rows]
+    blocks = tables.gather(1, (positions // block_size).unsqueeze(1)).squeeze(1).long()
+    slots = blocks * block_size + positions % block_size
+    return DecodeTokens(token_ids[rows, positions], positions, context_lens, slots, tables)
+
+
+def read_decode_tokens(
+    rows: torch.Tensor,
+    token_ids: torch.Tensor,
+    lengths: torch.Tensor,
+    block_tables: torch.Tensor,
+    block_size: int,
+    *,
+    use_triton: bool | None = None,
+) -> DecodeTokens:
+    """The last token of each of `rows` [num_rows] int32, and all that attention needs to know of it.
+
+    token_ids [all_rows, max_tokens] int32; lengths [all_rows] int32, ≥ 1; block_tables [all_rows, max_blocks] int32.
+    """
+    if not runs_triton(token_ids, use_triton):
+        return read_decode_tokens_reference(rows, token_ids, lengths, block_tables, block_size)
+    num_rows, max_blocks = len(rows), block_tables.shape[1]
+    device = rows.device
+    tokens = DecodeTokens(
+        input_ids=torch.empty(num_rows, dtype=torch.int32, device=device),
+        positions=torch.empty(num_rows, dtype=torch.int64, device=device),
+        context_lens=torch.empty(num_rows, dtype=torch.int32, device=device),
+        slot_mapping=torch.empty(num_rows, dtype=torch.int64, device=device),
+        block_tables=torch.empty(num_rows, max_blocks, dtype=torch.int32, device=device),
+    )
+    if num_rows:
+        _read_decode_tokens_kernel[(num_rows,)](
+            rows,
+            token_ids,
+            lengths,
+            block_tables,
+            tokens.input_ids,
+            tokens.positions,
+            tokens.context_lens,
+            tokens.slot_mapping,
+            tokens.block_tables,
+            token_ids.shape[1],
+            max_blocks,
+            block_size,
+            BLOCK_SIZE=min(next_power_of_2(max_blocks), 1024),
+        )
+    return tokens
+
+
+def append_tokens_reference(
+    rows: torch.Tensor, new_ids: torch.Tensor, token_ids: torch.Tensor, lengths: torch.Tensor, null_row: int
+) -> None:
+    """What `append_tokens` must equal, in plain torch; also what runs on a CPU."""
+    row_lengths = lengths[rows]
+    token_ids[rows, row_lengths] = new_ids
+    lengths[rows] = torch.where(rows == null_row, row_lengths, row_lengths + 1)
+
+
+def append_tokens(
+    rows: torch.Tensor,
+    new_ids: torch.Tensor,
+    token_ids: torch.Tensor,
+    lengths: torch.Tensor,
+    null_row: int,
+    *,
+    use_triton: bool | None = None,
+) -> None:
+    """Adds new_ids [num_rows] int32 to the ends of `rows` [num_rows] int32, each there once, the null row apart.
+
+    Written in place: token_ids [all_rows, max_tokens] int32, lengths [all_rows] int32. The null row keeps its length.
+    """
+    if not runs_triton(token_ids, use_triton):
+        append_tokens_reference(rows, new_ids, token_ids, lengths, null_row)
+        return
+    num_rows = len(rows)
+    if num_rows == 0:
+        return
+    block_size = min(next_power_of_2(num_rows), 128)
+    _append_tokens_kernel[(-(-num_rows // block_size),)](
+        rows, new_ids, token_ids, lengths, num_rows, null_row, token_ids.shape[1], BLOCK_SIZE=block_size
+    )
