@@ -45,7 +45,8 @@ class EngineArguments(TypedDict, total=False):
     trust_remote_code: bool
     revision: str | None
     hf_overrides: Mapping[str, Any] | None
-    pipeline_depth: int
+    pipeline_depth: int | None
+    max_prefill_tokens_beside_decode: int | None
     block_size: int | None
     num_gpu_blocks_override: int | None
 
@@ -68,7 +69,10 @@ class EngineConfig:
     enforce_eager: no CUDA graphs.
     attention_backend: "auto", "flash_attn", "triton" or "torch".
     load_format: "dummy" fills the model with random weights of `seed`.
-    pipeline_depth: steps in flight at a time: 1 reads each step's tokens before the next is launched.
+    pipeline_depth: steps in flight at a time: 1 reads each step's tokens before the next is launched, 2 launches the
+        next first, so that the GPU never waits for the host; None takes 2 on a GPU and 1 on a CPU.
+    max_prefill_tokens_beside_decode: prompt tokens computed in a step that decodes too, which bounds the time between
+        a running request's tokens; None leaves them what max_num_batched_tokens has left: best for throughput.
 
     Raises InvalidArgumentError that names the field, for a value that is not allowed.
     """
@@ -94,7 +98,8 @@ class EngineConfig:
     trust_remote_code: bool = False
     revision: str | None = None
     hf_overrides: Mapping[str, Any] | None = None
-    pipeline_depth: int = 1
+    pipeline_depth: int | None = None
+    max_prefill_tokens_beside_decode: int | None = None
 
     @classmethod
     def from_arguments(cls, model: str, arguments: Mapping[str, Any]) -> EngineConfig:
@@ -118,9 +123,12 @@ class EngineConfig:
         dtype = str(self.dtype).removeprefix("torch.")
         object.__setattr__(self, "dtype", _DTYPE_ALIASES.get(dtype, dtype))
         object.__setattr__(self, "device", f"cuda:{self.device}" if _is_integer(self.device) else str(self.device))
-        for name in ("max_num_seqs", "max_num_batched_tokens", "pipeline_depth"):
+        for name in ("max_num_seqs", "max_num_batched_tokens"):
             _check_count(name, getattr(self, name))
-        for name in ("max_model_len", "num_kvcache_blocks", "kvcache_block_size"):
+        for name in (
+            *("max_model_len", "num_kvcache_blocks", "kvcache_block_size"),
+            *("pipeline_depth", "max_prefill_tokens_beside_decode"),
+        ):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init", "trust_remote_code"):
@@ -162,6 +170,7 @@ class ResolvedConfig:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_prefill_tokens_beside_decode: int | None
     block_size: int
     num_blocks: int
     enable_prefix_caching: bool

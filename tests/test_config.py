@@ -88,7 +88,11 @@ def test_a_typo_is_answered_with_the_nearest_name(given: str, nearest: str) -> N
             for name in ("max_num_seqs", "max_num_batched_tokens", "pipeline_depth", "kvcache_block_size")
             for value in (0, -1, 1.5, "8", True)
         ],
-        *[(name, value) for name in ("max_model_len", "num_kvcache_blocks") for value in (0, "8")],
+        *[
+            (name, value)
+            for name in ("max_model_len", "num_kvcache_blocks", "max_prefill_tokens_beside_decode")
+            for value in (0, "8")
+        ],
         *[(name, None) for name in ("max_num_seqs", "max_num_batched_tokens")],
         *[("gpu_memory_utilization", value) for value in (0, -0.5, 1.01, math.nan, math.inf, "0.9")],
         *[("seed", value) for value in (-1, 2**63, "0", None)],

@@ -137,3 +137,36 @@ def test_the_cache_takes_what_is_allowed_and_gives_it_back() -> None:
         used = free_before - torch.cuda.mem_get_info()[0]
         assert 0.4 * total < used < 0.52 * total
     assert free_before - torch.cuda.mem_get_info()[0] < 0.02 * total
+
+
+def test_no_step_waits_for_the_device(qwen3_06b: Path) -> None:
+    """Admission, prefill in chunks, mixed steps and decode: only reading a step's tokens waits, on its event."""
+    prompts = random_prompts(VOCAB_SIZE, num_prompts=12)
+    with make_llm(qwen3_06b, dtype="bfloat16", max_num_seqs=8, max_num_batched_tokens=64) as llm:
+        engine = llm.llm_engine
+        expected = [output["token_ids"] for output in llm.generate(prompts, greedy(24), use_tqdm=False)]  # compiles
+        engine.reset_prefix_cache()
+        for index, prompt in enumerate(prompts):
+            engine.add_request(str(index), prompt, greedy(24))
+        finished = {}
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with pytest.raises(RuntimeError, match="synchronizing"):
+                torch.ones(1, device="cuda").item()  # the watchdog is awake
+            while engine.has_unfinished_requests():
+                finished.update({output.request_id: output.outputs[0].token_ids for output in engine.step()})
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert [finished[str(index)] for index in range(len(prompts))] == expected
+
+
+def test_overlap_changes_no_token(qwen3_06b: Path) -> None:
+    prompts = random_prompts(VOCAB_SIZE, num_prompts=24)
+    params = [SamplingParams(temperature=0.8, seed=index, max_tokens=8 + index) for index in range(24)]
+    outputs = []
+    for depth in (1, 2, 3):
+        settings = {"dtype": "float32", "pipeline_depth": depth, "max_num_seqs": 8, "num_kvcache_blocks": 96}
+        with make_llm(qwen3_06b, **settings) as llm:
+            assert llm.llm_engine.resolved.pipeline_depth == depth
+            outputs.append([output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)])
+    assert outputs[0] == outputs[1] == outputs[2]

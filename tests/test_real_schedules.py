@@ -104,6 +104,7 @@ def engine_arguments(block_sizes: list[int]) -> st.SearchStrategy[dict[str, Any]
             "max_num_batched_tokens": st.integers(8, 64),
             "enable_prefix_caching": st.booleans(),
             "pipeline_depth": st.integers(1, 2),
+            "max_prefill_tokens_beside_decode": st.none() | st.integers(1, 16),
         }
     )
 

@@ -208,3 +208,26 @@ def test_spread_and_agreement() -> None:
         "spread": 1.5,
     }
     assert share_equal([[1, 2], [3, 4]], [[1, 2], [3, 5]]) == 0.75
+
+
+# tools
+
+
+def test_the_scheduler_is_measured_at_every_size() -> None:
+    done = run_script("tools/bench_scheduler.py", "--num-seqs", "1", "64", "--steps", "40")
+    assert done.returncode == 0, done.stderr
+    header, *rows = done.stdout.splitlines()
+    assert header.startswith("sequences")
+    assert [int(row.split()[0]) for row in rows] == [1, 64]
+    one, many = (float(row.split()[1]) for row in rows)
+    assert 0 < many < 20 * one, "a step's cost must hardly grow with the number of sequences"
+
+
+def test_the_time_between_tokens_is_measured_for_every_limit() -> None:
+    done = run_script(
+        *("tools/bench_latency.py", "--model", "tiny", "--load-format", "auto"),
+        *("--running", "2", "--context", "16", "--prompts", "2", "--prompt", "600"),
+    )
+    assert done.returncode == 0, done.stderr
+    limits = [line.split()[0] for line in done.stdout.splitlines()[2:]]
+    assert limits == ["None", "8192", "4096", "2048", "1024", "512"]

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import ScheduledBatch, StepResult
+from nanovllm.utils.stopwatch import Stopwatch
 
 
 class StepHandle(Protocol):
@@ -37,11 +38,13 @@ class Executor(Protocol):
 class InProcessExecutor:
     """One rank, in this process."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, stopwatch: Stopwatch | None = None) -> None:
+        stopwatch = stopwatch or Stopwatch()
         # Imported here: torch begins with the runner, and deciding does not need it.
         from nanovllm.engine.model_runner import ModelRunner
 
-        self._runner: ModelRunner | None = ModelRunner(config)
+        stopwatch.lap("imports")
+        self._runner: ModelRunner | None = ModelRunner(config, stopwatch=stopwatch)
         self.resolved = self._runner.resolved
 
     def submit(self, batch: ScheduledBatch) -> StepHandle:

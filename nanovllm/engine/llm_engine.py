@@ -27,6 +27,7 @@ from nanovllm.errors import EngineDeadError, InvalidArgumentError, ModelLoadErro
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.logger import configure_logging, log_event, log_rule, setup_logger
+from nanovllm.utils.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +74,8 @@ class LLMEngine:
         )
         log_rule(logger)
         self.config = config
-        self.executor: Executor = executor or InProcessExecutor(config)
+        stopwatch = Stopwatch()
+        self.executor: Executor = executor or InProcessExecutor(config, stopwatch)
         # Also when the engine is collected, and when Python ends: the device's memory is not left to chance.
         self._shut_down = weakref.finalize(self, self.executor.shutdown)
         self.resolved = self.executor.resolved
@@ -90,6 +92,16 @@ class LLMEngine:
         except BaseException:
             self._shut_down()
             raise
+        stopwatch.lap("tokenizer")
+        log_event(
+            logger,
+            logging.INFO,
+            "engine.startup",
+            "Start-up: {total_seconds:.2f}s, of which {parts}",
+            total_seconds=stopwatch.total,
+            parts=str(stopwatch),
+            seconds=stopwatch.seconds,
+        )
         self.statistics = EngineStatistics()
         self._requests: dict[str, Sequence] = {}
         self._aborted: dict[str, Sequence] = {}  # not reported yet

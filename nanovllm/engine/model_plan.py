@@ -12,6 +12,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidArgumentError, ModelLoadError, OutOfMemoryError
 from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
 from nanovllm.utils.checkpoint import resolve_model_folder
+from nanovllm.utils.env import overlap
 from nanovllm.utils.logger import log_event, setup_logger
 
 logger = setup_logger(__name__)
@@ -54,6 +55,12 @@ class ModelPlan:
             dtype=_resolve_dtype(config.dtype, model_config.dtype, device),
             max_model_len=_resolve_max_model_len(config.max_model_len, model_config),
         )
+
+    def pipeline_depth(self, config: EngineConfig) -> int:
+        """Steps in flight. On a CPU nothing overlaps, and a step ahead would only compute tokens too many."""
+        if not overlap():
+            return 1
+        return config.pipeline_depth or (2 if self.device.type == "cuda" else 1)
 
     def fit_max_model_len(self, config: EngineConfig, num_slots: int) -> int:
         """The length that a request may have when the cache holds `num_slots` tokens: each must fit alone."""

@@ -31,6 +31,7 @@ from nanovllm.models.registry import get_model_class
 from nanovllm.utils.device_memory import GB
 from nanovllm.utils.loader import load_dummy_weights, load_weights
 from nanovllm.utils.logger import log_event, log_gpu_memory, log_tensor_shapes, setup_logger, timed_section
+from nanovllm.utils.stopwatch import Stopwatch
 
 logger = setup_logger(__name__)
 
@@ -55,7 +56,10 @@ class ModelRunner:
     do not fit, or when device, dtype or backend are not to be had.
     """
 
-    def __init__(self, config: EngineConfig, parallel: TensorParallel | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, parallel: TensorParallel | None = None, stopwatch: Stopwatch | None = None
+    ) -> None:
+        stopwatch = stopwatch or Stopwatch()
         self.parallel = parallel or TensorParallel()
         self._prefix = f"[Rank {self.parallel.rank}]"
         self._sections = {  # (has chunks, has decode rows) → what the log calls such a step
@@ -75,14 +79,19 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         use_graphs = self.device.type == "cuda" and not config.enforce_eager and attention.decode.supports_cuda_graphs
         with torch.inference_mode(), self._on_device():
+            stopwatch.lap("configuration")
             self.model = self._load(plan, config, attention)
+            stopwatch.lap("weights")
             num_blocks = self._num_blocks(config, shape, plan.max_model_len)
+            stopwatch.lap("largest steps")
             max_model_len = plan.fit_max_model_len(config, num_blocks * attention.block_size)
             self._log_cache(shape, num_blocks)
             self._allocate(shape, num_blocks, config.max_num_seqs, max_model_len)
+            stopwatch.lap("KV cache")
             if use_graphs:
                 self._graphs = DecodeGraphs(self._decode, config.max_num_seqs, self.rows.null_row, self.device)
                 self._graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
+                stopwatch.lap("first CUDA graph")
         log_gpu_memory(logger, "After KV cache allocation", self.device, event="kv_cache.memory")
         self.resolved = ResolvedConfig(
             model=str(plan.folder or config.model),
@@ -93,13 +102,14 @@ class ModelRunner:
             max_model_len=max_model_len,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
+            max_prefill_tokens_beside_decode=config.max_prefill_tokens_beside_decode,
             block_size=attention.block_size,
             num_blocks=num_blocks,
             enable_prefix_caching=config.enable_prefix_caching,
             use_cuda_graphs=use_graphs,
             prefill_backend=attention.prefill.name,
             decode_backend=attention.decode.name,
-            pipeline_depth=config.pipeline_depth,
+            pipeline_depth=plan.pipeline_depth(config),
         )
 
     # Steps

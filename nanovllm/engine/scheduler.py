@@ -39,6 +39,7 @@ class Scheduler:
 
     def __init__(self, config: ResolvedConfig) -> None:
         self.max_num_batched_tokens = config.max_num_batched_tokens
+        self.max_prefill_tokens_beside_decode = config.max_prefill_tokens_beside_decode
         self.eos_token_ids = np.array(config.eos_token_ids, dtype=np.int32)
         self.block_manager = BlockManager(
             config.num_blocks,
@@ -74,7 +75,7 @@ class Scheduler:
         blocks: list[tuple[int, int, int]] = []
         decode_rows = self._schedule_decode(blocks)
         opened: list[OpenedRow] = []
-        chunks = self._schedule_prefill(self.max_num_batched_tokens - len(decode_rows), opened, blocks)
+        chunks = self._schedule_prefill(self._prefill_budget(len(decode_rows)), opened, blocks)
         if not chunks and not len(decode_rows):
             return None
         # Only the last chunk can run out of budget, so the chunks that end their prompt come first.
@@ -95,6 +96,13 @@ class Scheduler:
         self.rows.num_pending[batch.sampled_rows] += 1
         self._log_batch(batch)
         return batch
+
+    def _prefill_budget(self, num_decode_rows: int) -> int:
+        """Prompt tokens that the step may compute. The bound beside decoding is what keeps running requests fluent."""
+        budget = self.max_num_batched_tokens - num_decode_rows
+        if num_decode_rows and self.max_prefill_tokens_beside_decode is not None:
+            return min(budget, self.max_prefill_tokens_beside_decode)
+        return budget
 
     def _schedule_decode(self, blocks: list[tuple[int, int, int]]) -> RowArray:
         rows = self._make_room()

@@ -37,6 +37,7 @@ def make_config(**changes: object) -> ResolvedConfig:
         "prefill_backend": "simulated",
         "decode_backend": "simulated",
         "pipeline_depth": 1,
+        "max_prefill_tokens_beside_decode": None,
     }
     return ResolvedConfig(**{**values, **changes})  # type: ignore[arg-type]
 

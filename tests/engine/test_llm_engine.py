@@ -389,4 +389,6 @@ def test_start_up_lines(caplog: pytest.LogCaptureFixture) -> None:
     assert messages[4] == "=" * 80
     assert messages[5].startswith("Resolved: model=simulated, device=cpu, dtype=float32, ")
     assert caplog.records[3].fields["max_num_seqs"] == 512
-    assert len(messages) == 6
+    assert messages[6].startswith("Start-up: ")
+    assert list(caplog.records[6].fields["seconds"]) == ["tokenizer"]  # a given executor has its own past
+    assert len(messages) == 7

@@ -68,6 +68,18 @@ def test_decode_comes_before_prefill() -> None:
     assert batch.sampled_rows.tolist() == [0, 1]
 
 
+def test_prefill_beside_decode_is_bounded_and_alone_it_is_not() -> None:
+    driver = Driver(max_num_batched_tokens=16, max_prefill_tokens_beside_decode=3, max_model_len=64)
+    driver.add(14, max_tokens=4)
+    assert chunks(driver.step()) == [(0, 0, 14)]  # nothing decodes yet
+    driver.add(10)
+    for start in (0, 3, 6):
+        batch = driver.step()
+        assert batch.decode_rows.tolist() == [0]
+        assert chunks(batch) == [(1, start, 3)]
+    assert chunks(driver.step()) == [(1, 9, 1)]  # the first has ended
+
+
 def test_no_more_sequences_run_than_there_are_rows() -> None:
     driver = Driver(max_num_seqs=2, max_num_batched_tokens=64)
     for _ in range(3):

@@ -59,6 +59,7 @@ engines = st.fixed_dictionaries(
         "max_num_batched_tokens": st.integers(6, 40),
         "enable_prefix_caching": st.booleans(),
         "pipeline_depth": st.integers(1, 3),
+        "max_prefill_tokens_beside_decode": st.none() | st.integers(1, 8),
     }
 )
 # Few distinct tokens and a common start, so that prefixes are shared often.

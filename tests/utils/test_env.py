@@ -14,18 +14,21 @@ DEFAULTS = [
     ("NANOVLLM_CONFIGURE_LOGGING", env.configure_logging, True),
     ("NANOVLLM_LOG_DECODE_INTERVAL", env.log_decode_interval, 10),
     ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, None),
+    ("NANOVLLM_OVERLAP", env.overlap, True),
 ]
 
 VALUES = [
     ("NANOVLLM_LOG_LEVEL", env.log_level, "INFO,scheduler=DEBUG", "INFO,scheduler=DEBUG"),
     ("NANOVLLM_CONFIGURE_LOGGING", env.configure_logging, "0", False),
     ("NANOVLLM_CONFIGURE_LOGGING", env.configure_logging, "1", True),
+    ("NANOVLLM_OVERLAP", env.overlap, "0", False),
     ("NANOVLLM_LOG_DECODE_INTERVAL", env.log_decode_interval, " 25 ", 25),
     ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "0.5", 0.5),
     ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "2", 2.0),
 ]
 
 BAD_VALUES = [
+    ("NANOVLLM_OVERLAP", env.overlap, "off"),
     ("NANOVLLM_CONFIGURE_LOGGING", env.configure_logging, "maybe"),
     ("NANOVLLM_LOG_DECODE_INTERVAL", env.log_decode_interval, "0"),
     ("NANOVLLM_LOG_DECODE_INTERVAL", env.log_decode_interval, "-3"),
