@@ -57,9 +57,9 @@ class DeviceRows:
             return words[place.offset : place.end].view(place.count, place.width)
 
         if batch.sections["closed"].count:
-            closed = section("closed").squeeze(1)
-            self.lengths[closed] = 1
-            self.block_tables[closed] = self.null_block
+            closed = section("closed").squeeze(1).long()
+            self.lengths.index_fill_(0, closed, 1)  # assigning a number would copy it to the device, and wait
+            self.block_tables.index_fill_(0, closed, self.null_block)
         if batch.sections["opened"].count:
             rows, num_tokens, temperature, *_ = opened = section("opened").unbind(1)
             self.lengths[rows] = num_tokens
