@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache: store the step's keys and values, then let the backends read the cache."""
+"""Attention over the paged KV cache, which holds the step's own keys and values already: the backends read it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 
 from nanovllm.attention.interface import AttentionMetadata, DecodeBackend, LayerKVCache, PrefillBackend
-from nanovllm.kernels.kv_cache_store import store_kv_cache
 from nanovllm.utils.logger import log_event, setup_logger
 
 logger = setup_logger(__name__)
@@ -31,19 +30,11 @@ class Attention:
         self.scale = head_dim**-0.5
         self.backends = backends
 
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        metadata: AttentionMetadata,
-        kv_cache: LayerKVCache,
-    ) -> torch.Tensor:
-        """query [num_tokens, num_heads, head_dim], key and value [num_tokens, num_kv_heads, head_dim] → as query."""
+    def __call__(self, query: torch.Tensor, metadata: AttentionMetadata, kv_cache: LayerKVCache) -> torch.Tensor:
+        """query [num_tokens, num_heads, head_dim], the keys and values of all tokens in `kv_cache` → as query."""
         debug = logger.isEnabledFor(logging.DEBUG)
         if debug:
-            _log_inputs(query, key, value, metadata, kv_cache)
-        store_kv_cache(key, value, kv_cache.key, kv_cache.value, metadata.slot_mapping)
+            _log_inputs(query, metadata, kv_cache)
         output = self._attend(query, metadata, kv_cache)
         if debug:
             log_event(
@@ -64,9 +55,9 @@ class Attention:
         return output
 
 
-def _log_inputs(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, metadata: AttentionMetadata, kv_cache: LayerKVCache
-) -> None:
+def _log_inputs(query: torch.Tensor, metadata: AttentionMetadata, kv_cache: LayerKVCache) -> None:
+    num_tokens = query.shape[0]
+    num_kv_heads, head_dim = kv_cache.key.shape[2:]
     log_event(
         logger,
         logging.DEBUG,
@@ -74,8 +65,8 @@ def _log_inputs(
         "Attention forward: is_prefill={is_prefill}, q={q}, k={k}, v={v}",
         is_prefill=metadata.prefill is not None,
         q=list(query.shape),
-        k=list(key.shape),
-        v=list(value.shape),
+        k=[num_tokens, num_kv_heads, head_dim],
+        v=[num_tokens, num_kv_heads, head_dim],
         num_decode_tokens=metadata.num_decode_tokens,
     )
     log_event(
@@ -83,9 +74,9 @@ def _log_inputs(
         logging.DEBUG,
         "attention.store",
         "Storing KV cache: N={num_tokens}, num_heads={num_heads}, head_dim={head_dim}, num_slots={num_slots}",
-        num_tokens=key.shape[0],
-        num_heads=key.shape[1],
-        head_dim=key.shape[2],
+        num_tokens=num_tokens,
+        num_heads=num_kv_heads,
+        head_dim=head_dim,
         num_slots=metadata.slot_mapping.numel(),
     )
     if metadata.decode is not None:

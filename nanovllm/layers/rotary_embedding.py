@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al., 2021, arXiv:2104.09864): the table of cosines and sines.
 
 A head's dimensions i and i + head_dim/2 form a pair that turns by position · inv_freq[i]. The table is computed
-once, for every position that a context may have; `kernels.qk_norm_rope` applies it.
+once, for every position that a context may have; `kernels.qk_norm_rope_store` applies it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nanovllm.attention.interface import AttentionMetadata, LayerKVCache
-from nanovllm.kernels.qk_norm_rope import qk_norm_rope
+from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.layers.attention import Attention, AttentionBackends
 from nanovllm.layers.embed_head import VocabParallelEmbedding
@@ -48,10 +48,20 @@ class Qwen3Attention(nn.Module):
         kv_cache: LayerKVCache,
     ) -> torch.Tensor:
         query, key, value = self.qkv_proj.split_heads(self.qkv_proj(hidden))  # [num_tokens, heads, head_dim] each
-        query, key = qk_norm_rope(
-            query, key, self.q_norm.weight, self.k_norm.weight, cos_sin_cache, positions, self.q_norm.eps
+        query = qk_norm_rope_store(
+            query,
+            key,
+            value,
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.q_norm.eps,
+            cos_sin_cache,
+            positions,
+            kv_cache.key,
+            kv_cache.value,
+            metadata.slot_mapping,
         )
-        attended = self.attention(query, key, value, metadata, kv_cache)  # [num_tokens, num_heads, head_dim]
+        attended = self.attention(query, metadata, kv_cache)  # [num_tokens, num_heads, head_dim]
         output: torch.Tensor = self.o_proj(attended.flatten(1))  # [num_tokens, hidden_size]
         return output
 
