@@ -11,7 +11,14 @@ from __future__ import annotations
 import torch
 
 from nanovllm.kernels.page_slots import page_slots
-from nanovllm.kernels.triton_support import jit, multiprocessor_count, next_power_of_2, runs_triton, tl
+from nanovllm.kernels.triton_support import (
+    jit,
+    jit_with_varying,
+    multiprocessor_count,
+    next_power_of_2,
+    runs_triton,
+    tl,
+)
 
 _BLOCK_KEYS = 32  # keys a program reads at a time
 _MAX_SPLITS = 64
@@ -102,7 +109,7 @@ def _paged_decode_kernel(
         tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit_with_varying("num_splits")
 def _merge_splits_kernel(
     partial_out_ptr: tl.tensor,
     partial_lse_ptr: tl.tensor,

@@ -99,14 +99,14 @@ def _qk_norm_rope_store_kernel(
         mask = (head < num_kv_heads)[:, None] & (dim < HALF_DIM)[None, :]
         within = head[:, None] * (2 * HALF_DIM) + dim[None, :]
         slot = tl.load(slot_mapping_ptr + token)
-        target = (slot // block_size) * page_stride + (slot % block_size) * slot_stride + within
+        stored = (slot // block_size) * page_stride + (slot % block_size) * slot_stride + within
         value_source = value_ptr + token * token_stride + within
         value_low = tl.load(value_source, mask=mask, other=0.0)
         value_high = tl.load(value_source + HALF_DIM, mask=mask, other=0.0)
         source = key_ptr + token * token_stride + within
         low, high = _load_rotated(source, mask, key_weight_ptr, cos, sin, eps, HAS_NORM, HALF_DIM, BLOCK_HALF)
-        _store_halves(low, high, key_cache_ptr + target, mask, HALF_DIM)
-        _store_halves(value_low, value_high, value_cache_ptr + target, mask, HALF_DIM)
+        _store_halves(low, high, key_cache_ptr + stored, mask, HALF_DIM)
+        _store_halves(value_low, value_high, value_cache_ptr + stored, mask, HALF_DIM)
 
 
 def qk_norm_rope_store_reference(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.kernels.triton_support import jit, next_power_of_2, runs_triton, tl
+from nanovllm.kernels.triton_support import jit_with_varying, next_power_of_2, runs_triton, tl
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class DecodeTokens:
     block_tables: torch.Tensor  # [num_rows, max_blocks] int32
 
 
-@jit
+@jit_with_varying("rows_ptr")
 def _read_decode_tokens_kernel(
     rows_ptr: tl.tensor,
     token_ids_ptr: tl.tensor,
@@ -57,7 +57,7 @@ def _read_decode_tokens_kernel(
         tl.store(tables_out_ptr + index * max_blocks + column, tl.load(table_ptr + column, mask=mask), mask=mask)
 
 
-@jit
+@jit_with_varying("rows_ptr", "new_ids_ptr", "num_rows")
 def _append_tokens_kernel(
     rows_ptr: tl.tensor,
     new_ids_ptr: tl.tensor,

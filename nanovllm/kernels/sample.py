@@ -12,7 +12,15 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.kernels.triton_support import INTERPRETED, jit, libdevice, next_power_of_2, runs_triton, tl
+from nanovllm.kernels.triton_support import (
+    INTERPRETED,
+    jit,
+    jit_with_varying,
+    libdevice,
+    next_power_of_2,
+    runs_triton,
+    tl,
+)
 
 _BLOCK_SIZE = 2048  # logits a program reads
 _REFERENCE_PART = 1 << 18  # logits the reference works on at a time
@@ -53,7 +61,7 @@ def _gumbel(bits: tl.tensor, INTERPRETED: tl.constexpr) -> tl.tensor:
     return -_log(exponential, INTERPRETED)
 
 
-@jit
+@jit_with_varying("rows_ptr")
 def _sample_block_kernel(
     logits_ptr: tl.tensor,
     temperatures_ptr: tl.tensor,

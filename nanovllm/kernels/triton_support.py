@@ -31,6 +31,7 @@ __all__ = [
     "HAS_TRITON",
     "INTERPRETED",
     "jit",
+    "jit_with_varying",
     "libdevice",
     "multiprocessor_count",
     "next_power_of_2",
@@ -42,6 +43,21 @@ __all__ = [
 def jit(function: Callable[..., Any]) -> Any:
     """`triton.jit`, or the bare function where there is no Triton (nothing launches it there)."""
     return triton.jit(function) if HAS_TRITON else function
+
+
+def jit_with_varying(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jit` for a kernel whose arguments `names` are of all kinds from call to call.
+
+    Triton compiles a kernel anew where an argument is 1, a multiple of 16, or an aligned address, and where it was
+    not before; with nothing to gain from that, one compiled form serves all.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        if not HAS_TRITON:
+            return function
+        return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
+
+    return decorate
 
 
 def runs_triton(tensor: torch.Tensor, use_triton: bool | None) -> bool:
