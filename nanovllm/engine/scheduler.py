@@ -116,7 +116,9 @@ class Scheduler:
                 self.rows.num_blocks[row] += 1
             rows = np.setdiff1d(rows, by_arrival[len(granted) :])
         self.rows.num_computed[rows] += 1
-        return rows
+        # Longest first: attention over a long context that starts late would run on alone at the end.
+        longest_first: RowArray = rows[np.argsort(-self.rows.num_computed[rows], kind="stable")]
+        return longest_first
 
     def _rows_without_room(self, rows: RowArray) -> RowArray:
         """Of `rows`, those whose next position lies past their last block."""

@@ -68,6 +68,14 @@ def test_decode_comes_before_prefill() -> None:
     assert batch.sampled_rows.tolist() == [0, 1]
 
 
+def test_the_longest_context_comes_first() -> None:
+    driver = Driver(max_num_batched_tokens=32, max_model_len=64)
+    for prompt_len in (3, 7, 5, 7):
+        driver.add(prompt_len)
+    driver.step()
+    assert driver.step().decode_rows.tolist() == [1, 3, 2, 0]
+
+
 def test_prefill_beside_decode_is_bounded_and_alone_it_is_not() -> None:
     driver = Driver(max_num_batched_tokens=16, max_prefill_tokens_beside_decode=3, max_model_len=64)
     driver.add(14, max_tokens=4)
