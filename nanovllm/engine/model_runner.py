@@ -21,15 +21,14 @@ from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.device_rows import DeviceRows, ModelInputs
 from nanovllm.engine.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
 from nanovllm.engine.model_plan import ModelPlan
+from nanovllm.engine.warm_up import WarmUp
 from nanovllm.errors import OutOfMemoryError
 from nanovllm.kernels.sample import sample
-from nanovllm.layers.attention import AttentionBackends
 from nanovllm.layers.linear import pack_linear_weights
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.models.causal_lm import CausalLM
 from nanovllm.models.registry import get_model_class
 from nanovllm.utils.device_memory import GB
-from nanovllm.utils.loader import load_dummy_weights, load_weights
+from nanovllm.utils.loader import load_dummy_weights, load_weights, materialise
 from nanovllm.utils.logger import log_event, log_gpu_memory, log_tensor_shapes, setup_logger, timed_section
 from nanovllm.utils.stopwatch import Stopwatch
 
@@ -80,7 +79,10 @@ class ModelRunner:
         use_graphs = self.device.type == "cuda" and not config.enforce_eager and attention.decode.supports_cuda_graphs
         with torch.inference_mode(), self._on_device():
             stopwatch.lap("configuration")
-            self.model = self._load(plan, config, attention)
+            self.model = get_model_class(plan.model_config.architecture)(
+                plan.model_config, attention, self.parallel, plan.dtype, self.device
+            )
+            self._load(plan, config, shape)
             stopwatch.lap("weights")
             num_blocks = self._num_blocks(config, shape, plan.max_model_len)
             stopwatch.lap("largest steps")
@@ -192,7 +194,7 @@ class ModelRunner:
 
     # Start-up
 
-    def _load(self, plan: ModelPlan, config: EngineConfig, backends: AttentionBackends) -> CausalLM:
+    def _load(self, plan: ModelPlan, config: EngineConfig, cache: KVCacheShape) -> None:
         name = plan.folder or config.model
         rank = self.parallel.rank
         log_event(
@@ -214,8 +216,13 @@ class ModelRunner:
             dtype=plan.dtype_name,
             device=str(self.device),
         )
-        model = get_model_class(shape.architecture)(shape, backends, self.parallel, plan.dtype, self.device)
+        model = self.model
+        warm_up = None
         try:
+            if self.device.type == "cuda":
+                materialise(model, self.device)
+                self._allocate(cache, 0, config.max_num_seqs, plan.max_model_len)
+                warm_up = WarmUp(self.submit, config.max_num_seqs)
             if plan.folder is None or config.load_format == "dummy":
                 report = load_dummy_weights(model, self.device, config.seed)
             else:
@@ -227,6 +234,9 @@ class ModelRunner:
                 f"The weights of {name} do not fit on {self.device}: {error} Choose a smaller model or dtype, or end "
                 "the other processes on this device."
             ) from error
+        finally:
+            if warm_up is not None:
+                warm_up.wait()
         log_event(
             logger,
             logging.INFO,
@@ -239,7 +249,6 @@ class ModelRunner:
             seconds=report.seconds,
         )
         log_gpu_memory(logger, "After model loading", self.device, event="model.loaded")
-        return model
 
     def _num_blocks(self, config: EngineConfig, shape: KVCacheShape, max_model_len: int) -> int:
         if config.num_kvcache_blocks is not None:

@@ -119,13 +119,14 @@ def load_dummy_weights(model: nn.Module, device: torch.device, seed: int = 0) ->
 
 
 def materialise(model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
-    """Replace the meta parameters by uninitialised ones on `device`; buffers, which are computed, stay.
+    """Replace the meta parameters by uninitialised ones on `device`; parameters that have memory keep it.
 
-    (`nn.Module.to_empty` would throw the buffers' values away.)
+    Buffers, which are computed, stay (`nn.Module.to_empty` would throw their values away).
     """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
+            if parameter.is_meta:
+                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
     return dict(model.named_parameters())
 
 

@@ -1,0 +1,41 @@
+"""Compiles the kernels beside the loading of the weights: each takes long, and they do not need each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from threading import Thread
+
+import numpy as np
+
+from nanovllm.engine.batch import OpenedRow, ScheduledBatch
+from nanovllm.engine.executor import StepHandle
+
+_PROMPT_LEN = 16
+
+
+class WarmUp:
+    """Runs small steps in the background, on whatever the weights hold by then: their results are nobody's.
+
+    Triton compiles a kernel when it is first launched, and lets other threads run meanwhile.
+    submit: ModelRunner's; rows and an empty cache must be there.
+    """
+
+    def __init__(self, submit: Callable[[ScheduledBatch], StepHandle], max_num_seqs: int) -> None:
+        opened = OpenedRow(0, np.zeros(_PROMPT_LEN, dtype=np.int32), temperature=1.0, seed=0)
+        prefill = ScheduledBatch.build(0, opened=[opened], chunks=[(0, 0, _PROMPT_LEN)], num_final_chunks=1)
+        # Attention over one sequence and over many are different kernels.
+        decodes = [ScheduledBatch.build(0, decode_rows=range(rows)) for rows in (1, max_num_seqs)]
+        self._submit = submit
+        self._threads = [Thread(target=self._run, args=(batches,), daemon=True) for batches in ([prefill], decodes)]
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, batches: Sequence[ScheduledBatch]) -> None:
+        with suppress(Exception):  # what fails here fails again in the largest steps, which say what to do about it
+            for batch in batches:
+                self._submit(batch).wait()
