@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.batch import IntArray, ScheduledBatch
 from nanovllm.engine.executor import Executor, InProcessExecutor, StepHandle
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -290,7 +290,7 @@ class LLMEngine:
         if self._dead is not None:
             raise EngineDeadError(f"This engine has ended ({self._dead}): make a new one.") from self._dead
 
-    def _parse_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _parse_prompt(self, prompt: Prompt) -> tuple[str | None, IntArray]:
         """The text, where there is one, and the token ids."""
         text: str | None = prompt if isinstance(prompt, str) else None
         token_ids: Any = prompt
@@ -304,7 +304,7 @@ class LLMEngine:
         if text is not None and (token_ids is None or token_ids is prompt):
             token_ids = self._encode(text)
         token_ids = self._check_token_ids(token_ids)
-        if not token_ids:
+        if not len(token_ids):
             raise InvalidArgumentError("prompt", prompt, "at least one token long")
         return text, token_ids
 
@@ -318,22 +318,21 @@ class LLMEngine:
         except (TypeError, UnicodeError) as error:  # lone surrogates, which no UTF-8 has
             raise InvalidArgumentError("prompt", text, f"a text that can be encoded ({error})") from None
 
-    def _check_token_ids(self, prompt: Any) -> list[int]:
+    def _check_token_ids(self, prompt: Any) -> IntArray:
         allowed = f"a text or a list of token ids from 0 to {self.resolved.vocab_size - 1}"
         try:
             token_ids = np.asarray(prompt)
         except ValueError:
             raise InvalidArgumentError("prompt", prompt, allowed) from None
         if token_ids.size == 0 and token_ids.ndim == 1:
-            return []
+            return np.empty(0, dtype=np.int32)
         if token_ids.ndim != 1 or token_ids.dtype.kind not in "iu":
             raise InvalidArgumentError("prompt", prompt, allowed)
         outside = token_ids[(token_ids < 0) | (token_ids >= self.resolved.vocab_size)]
         if len(outside):
             hint = "If it came from a text, the tokenizer is not this model's."
             raise InvalidArgumentError("prompt_token_ids", int(outside[0]), allowed, hint)
-        converted: list[int] = token_ids.tolist()
-        return converted
+        return token_ids.astype(np.int32)
 
     def _check_length(self, num_tokens: int) -> None:
         resolved = self.resolved
