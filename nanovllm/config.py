@@ -51,6 +51,9 @@ class EngineArguments(TypedDict, total=False):
     num_gpu_blocks_override: int | None
 
 
+MIN_SHARED_PREFIX = 256  # tokens; a shorter one costs less to read in each row than to look for
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Arguments of `LLM`, under the names that nano-vllm and vLLM use.

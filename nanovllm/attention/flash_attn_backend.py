@@ -20,6 +20,7 @@ class FlashAttentionBackend:
 
     name = "flash_attn"
     supports_cuda_graphs = True
+    uses_shared_prefixes = False
 
     def __init__(self) -> None:
         from flash_attn import flash_attn_varlen_func, flash_attn_with_kvcache

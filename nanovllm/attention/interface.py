@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from nanovllm.kernels.shared_prefix import SharedPrefixes
+
 
 @dataclass(frozen=True)
 class LayerKVCache:
@@ -43,6 +45,7 @@ class DecodeMetadata:
     context_lens: torch.Tensor  # [num_seqs] int32, keys in the cache, the query's own included; ≥ 1
     block_tables: torch.Tensor  # [num_seqs, max_blocks] int32
     max_context_len: int  # an upper bound of context_lens, fixed when a CUDA graph is captured
+    shared: SharedPrefixes | None = None  # prefixes that a backend may read once for many sequences
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class DecodeBackend(Protocol):
 
     name: str
     supports_cuda_graphs: bool  # False: `decode` reads lengths on the host, so every step runs eagerly
+    uses_shared_prefixes: bool  # False: it is not worth finding them
 
     def decode(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float

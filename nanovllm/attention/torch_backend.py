@@ -21,6 +21,7 @@ class TorchBackend:
 
     name = "torch"
     supports_cuda_graphs = False
+    uses_shared_prefixes = False
 
     def __init__(self) -> None:
         # What all layers of a decode step share, made by the first of them.

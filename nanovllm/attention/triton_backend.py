@@ -14,6 +14,7 @@ class TritonBackend:
 
     name = "triton"
     supports_cuda_graphs = True
+    uses_shared_prefixes = True
 
     def prefill(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
@@ -43,5 +44,6 @@ class TritonBackend:
             metadata.context_lens,
             metadata.max_context_len,
             scale,
+            metadata.shared,
             use_triton=True,
         )

@@ -3,7 +3,8 @@
 A `ScheduledBatch` is one int32 buffer made of changes. The same bytes go to the device in one copy
 and, with several ranks, through shared memory; each section is a view of them.
 
-    header         version, step, number of final chunks, then the item count of each section
+    header         version, step, number of final chunks, whether decode rows share a prefix worth finding, then the
+                   item count of each section
     closed         row                                    rows that are free again
     opened         row, num_tokens, temperature's bits, seed's low and high word
     opened_tokens  token id                               the opened rows' tokens, one after another
@@ -27,10 +28,10 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int32]
 
-VERSION = 1
+VERSION = 2
 # Name and width (int32 words an item) of each section, in order.
 _SECTIONS = (("closed", 1), ("opened", 5), ("opened_tokens", 1), ("blocks", 3), ("chunks", 3), ("decode_rows", 1))
-_HEADER_FIELDS = 3
+_HEADER_FIELDS = 4
 _HEADER_SIZE = _HEADER_FIELDS + len(_SECTIONS)
 
 
@@ -75,13 +76,14 @@ class ScheduledBatch:
         chunks: Seq[tuple[int, int, int]] = (),
         num_final_chunks: int = 0,
         decode_rows: Seq[int] | npt.NDArray[np.integer[Any]] = (),
+        shares_prefix: bool = False,
     ) -> ScheduledBatch:
         """Packs the changes; see the module for what each tuple holds."""
         num_opened_tokens = sum(len(item.token_ids) for item in opened)
         counts = (len(closed), len(opened), num_opened_tokens, len(blocks), len(chunks), len(decode_rows))
         sections = _layout(counts)
         buffer: IntArray = np.empty(sections["decode_rows"].end, dtype=np.int32)
-        buffer[:_HEADER_SIZE] = (VERSION, step, num_final_chunks, *counts)
+        buffer[:_HEADER_SIZE] = (VERSION, step, num_final_chunks, shares_prefix, *counts)
         batch = cls(buffer, sections)
         batch.closed[:] = closed
         batch.decode_rows[:] = decode_rows
@@ -120,6 +122,11 @@ class ScheduledBatch:
     @property
     def num_final_chunks(self) -> int:
         return int(self.buffer[2])
+
+    @property
+    def shares_prefix(self) -> bool:
+        """A hint: enough decode rows begin with the same blocks for it to pay to look for them."""
+        return bool(self.buffer[3])
 
     @cached_property
     def closed(self) -> IntArray:  # [num_closed]

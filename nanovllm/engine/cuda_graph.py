@@ -19,7 +19,8 @@ from nanovllm.utils.logger import log_event, setup_logger
 
 logger = setup_logger(__name__)
 
-DecodeStep = Callable[[torch.Tensor], torch.Tensor]  # rows [size] int32 → tokens [size] int32
+# rows [size] int32, whether to look for shared prefixes → tokens [size] int32
+DecodeStep = Callable[[torch.Tensor, bool], torch.Tensor]
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -39,7 +40,10 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """Captures `decode_step` by size. All graphs share one pool of memory, for only one runs at a time."""
+    """Captures `decode_step` by size, with and without shared prefixes.
+
+    All graphs share one pool of memory, for only one runs at a time.
+    """
 
     def __init__(self, decode_step: DecodeStep, max_num_seqs: int, null_row: int, device: torch.device) -> None:
         self._decode_step = decode_step
@@ -47,21 +51,21 @@ class DecodeGraphs:
         self._device = device
         self.sizes = graph_sizes(max_num_seqs)
         self._rows = torch.full((max_num_seqs,), null_row, dtype=torch.int32, device=device)  # what replays read
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[tuple[int, bool], _Captured] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def replay(self, rows: torch.Tensor) -> torch.Tensor:
+    def replay(self, rows: torch.Tensor, share_prefixes: bool = False) -> torch.Tensor:
         """Decodes `rows` [num_rows] int32 → tokens [num_rows] int32, valid until the next replay."""
         size = self.sizes[bisect.bisect_left(self.sizes, len(rows))]
-        captured = self._captured.get(size)
+        captured = self._captured.get((size, share_prefixes))
         if captured is None:
-            captured = self.capture(size)
+            captured = self.capture(size, share_prefixes)
         self._rows[: len(rows)] = rows
         self._rows[len(rows) : size] = self._null_row
         captured.graph.replay()
         return captured.token_ids[: len(rows)]
 
-    def capture(self, size: int) -> _Captured:
+    def capture(self, size: int, share_prefixes: bool = False) -> _Captured:
         """Records the step for `size` rows. Only the null row is computed on, so that no sequence notices."""
         started = time.perf_counter()
         rows = self._rows[:size]
@@ -69,18 +73,19 @@ class DecodeGraphs:
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):  # compiles kernels and lets libraries allocate before anything is recorded
-            self._decode_step(rows)
+            self._decode_step(rows, share_prefixes)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
-            token_ids = self._decode_step(rows)
-        captured = self._captured[size] = _Captured(graph, token_ids)
+            token_ids = self._decode_step(rows, share_prefixes)
+        captured = self._captured[size, share_prefixes] = _Captured(graph, token_ids)
         log_event(
             logger,
             logging.DEBUG,
             "graph.captured",
             "Captured the decode step for batch size {size} in {elapsed_ms:.0f}ms",
             size=size,
+            share_prefixes=share_prefixes,
             elapsed_ms=(time.perf_counter() - started) * 1e3,
         )
         return captured

@@ -16,6 +16,7 @@ import torch
 from nanovllm.attention.interface import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.kernels.row_state import append_tokens, read_decode_tokens
+from nanovllm.kernels.shared_prefix import find_shared_prefixes
 
 
 @dataclass(frozen=True)
@@ -72,23 +73,29 @@ class DeviceRows:
             rows, indices, blocks = section("blocks").unbind(1)
             self.block_tables[rows, indices] = blocks
 
-    def decode_inputs(self, rows: torch.Tensor) -> ModelInputs:
-        """Each of `rows` [num_rows] int32 computes its last token. Runs inside a captured graph."""
+    def decode_inputs(self, rows: torch.Tensor, query_group: int | None = None) -> ModelInputs:
+        """Each of `rows` [num_rows] int32 computes its last token. Runs inside a captured graph.
+
+        query_group: query heads that share a KV head, where prefixes that rows share are to be found; else None.
+        """
         tokens = read_decode_tokens(rows, self.token_ids, self.lengths, self.block_tables, self.block_size)
+        shared = None
+        if query_group is not None:
+            shared = find_shared_prefixes(tokens.block_tables, tokens.context_lens, self.block_size, query_group)
         return ModelInputs(
             input_ids=tokens.input_ids,
             positions=tokens.positions,
             attention=AttentionMetadata(
                 slot_mapping=tokens.slot_mapping,
                 num_decode_tokens=len(rows),
-                decode=DecodeMetadata(tokens.context_lens, tokens.block_tables, self.max_model_len),
+                decode=DecodeMetadata(tokens.context_lens, tokens.block_tables, self.max_model_len, shared),
                 prefill=None,
             ),
             sampled_rows=rows,
             sampled_tokens=None,
         )
 
-    def mixed_inputs(self, batch: ScheduledBatch, words: torch.Tensor) -> ModelInputs:
+    def mixed_inputs(self, batch: ScheduledBatch, words: torch.Tensor, query_group: int | None = None) -> ModelInputs:
         """The batch's decode rows and chunks together. Shapes and bounds come from the host: nothing is waited for."""
         place = batch.sections["chunks"]
         rows, starts, lengths = words[place.offset : place.end].view(place.count, 3).t().contiguous().unbind(0)
@@ -110,7 +117,7 @@ class DeviceRows:
             metadata = AttentionMetadata(slots, 0, None, prefill)
             return ModelInputs(input_ids, positions, metadata, rows[:final], ends[:final] - 1)
         place = batch.sections["decode_rows"]
-        decode = self.decode_inputs(words[place.offset : place.end])
+        decode = self.decode_inputs(words[place.offset : place.end], query_group)
         metadata = AttentionMetadata(
             torch.cat([decode.attention.slot_mapping, slots]), place.count, decode.attention.decode, prefill
         )

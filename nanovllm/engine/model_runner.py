@@ -75,6 +75,9 @@ class ModelRunner:
             config.attention_backend, plan.device, plan.dtype, plan.model_config.head_dim, config.kvcache_block_size
         )
         shape = KVCacheShape.of(plan.model_config, attention.block_size, plan.dtype)
+        model = plan.model_config
+        self._query_group = model.num_heads // self.parallel.size // self.parallel.divide_kv_heads(model.num_kv_heads)
+        self._uses_shared_prefixes = attention.decode.uses_shared_prefixes
         self._graphs: DecodeGraphs | None = None
         use_graphs = self.device.type == "cuda" and not config.enforce_eager and attention.decode.supports_cuda_graphs
         with torch.inference_mode(), self._on_device():
@@ -119,6 +122,7 @@ class ModelRunner:
     def submit(self, batch: ScheduledBatch) -> InFlightStep:
         """Launches a step and returns without waiting for the device."""
         has_chunks, has_decode = len(batch.chunks) > 0, len(batch.decode_rows) > 0
+        share_prefixes = batch.shares_prefix and self._uses_shared_prefixes
         section = self._sections[has_chunks, has_decode]
         with torch.inference_mode(), self._on_device():
             words = self._upload(batch.buffer)
@@ -126,10 +130,12 @@ class ModelRunner:
             self._log_preparing(batch)
             with timed_section(logger, section, device=self.device):
                 if has_chunks:
-                    token_ids = self._forward(self.rows.mixed_inputs(batch, words))
+                    query_group = self._query_group if share_prefixes else None
+                    token_ids = self._forward(self.rows.mixed_inputs(batch, words, query_group))
                 else:
                     rows = words[batch.sections["decode_rows"].offset :]
-                    token_ids = self._graphs.replay(rows) if self._graphs else self._decode(rows)
+                    decode = self._graphs.replay if self._graphs else self._decode
+                    token_ids = decode(rows, share_prefixes)
             return self._download(token_ids)
 
     def _on_device(self) -> AbstractContextManager[object]:
@@ -150,9 +156,9 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _decode(self, rows: torch.Tensor) -> torch.Tensor:
+    def _decode(self, rows: torch.Tensor, share_prefixes: bool = False) -> torch.Tensor:
         """rows [num_rows] int32 → tokens [num_rows] int32. What a CUDA graph records."""
-        return self._forward(self.rows.decode_inputs(rows))
+        return self._forward(self.rows.decode_inputs(rows, self._query_group if share_prefixes else None))
 
     def _forward(self, inputs: ModelInputs) -> torch.Tensor:
         """Computes, samples, and writes the tokens into their rows → [num_sampled] int32."""

@@ -32,6 +32,8 @@ class RowTable:
         self.max_num_tokens = np.zeros(num_rows, dtype=np.int32)
         self.steps_in_flight = np.zeros(num_rows, dtype=np.int32)
         self.arrival = np.zeros(num_rows, dtype=np.int64)
+        # The block that ends the shortest prefix worth sharing, the same for those who share it; -1: shorter than that.
+        self.prefix_block = np.full(num_rows, -1, dtype=np.int32)
         self.decoding: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # takes part in decode steps
         self.stopped: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # finished: what is in flight is dropped
         self.ignore_eos: BoolArray = np.zeros(num_rows, dtype=np.bool_)
@@ -54,7 +56,7 @@ class RowTable:
         assert sequence is not None, f"row {row} is free"
         return sequence
 
-    def open(self, sequence: Sequence, num_computed: int) -> int:
+    def open(self, sequence: Sequence, num_computed: int, prefix_block: int = -1) -> int:
         """Gives `sequence` a row; its first `num_computed` tokens come from the prefix cache."""
         row = self._free_rows.pop()
         sequence.row = row
@@ -65,6 +67,7 @@ class RowTable:
         self.num_pending[row] = 0
         self.num_computed[row] = num_computed
         self.num_blocks[row] = len(sequence.block_table.blocks)
+        self.prefix_block[row] = prefix_block
         self.max_num_tokens[row] = sequence.max_num_tokens
         self.steps_in_flight[row] = 0
         self.arrival[row] = sequence.seq_id

@@ -17,7 +17,7 @@ from collections import deque
 import numpy as np
 import numpy.typing as npt
 
-from nanovllm.config import ResolvedConfig
+from nanovllm.config import MIN_SHARED_PREFIX, ResolvedConfig
 from nanovllm.engine.batch import OpenedRow, ScheduledBatch, StepResult
 from nanovllm.engine.block_manager import BlockManager, BlockTable
 from nanovllm.engine.row_table import RowTable
@@ -29,6 +29,8 @@ from nanovllm.utils.logger import first_items, log_event, setup_logger
 logger = setup_logger(__name__)
 
 RowArray = npt.NDArray[np.intp]
+
+_MIN_SHARERS = 16  # decode rows with one prefix, from which on it pays to read it once for all of them
 
 # What the log calls the reasons for which a sequence ends.
 _LOGGED_REASON: dict[FinishReason, str] = {"stop": "eos", "length": "max_tokens", "abort": "abort"}
@@ -73,7 +75,7 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """The next step, or None when nothing can run before a step in flight is collected."""
         blocks: list[tuple[int, int, int]] = []
-        decode_rows = self._schedule_decode(blocks)
+        decode_rows, shares_prefix = self._arrange(self._schedule_decode(blocks))
         opened: list[OpenedRow] = []
         chunks = self._schedule_prefill(self._prefill_budget(len(decode_rows)), opened, blocks)
         if not chunks and not len(decode_rows):
@@ -89,6 +91,7 @@ class Scheduler:
             chunks=chunks,
             num_final_chunks=num_final,
             decode_rows=decode_rows,
+            shares_prefix=shares_prefix,
         )
         self._closed = []
         self.rows.steps_in_flight[decode_rows] += 1
@@ -116,9 +119,19 @@ class Scheduler:
                 self.rows.num_blocks[row] += 1
             rows = np.setdiff1d(rows, by_arrival[len(granted) :])
         self.rows.num_computed[rows] += 1
-        # Longest first: attention over a long context that starts late would run on alone at the end.
-        longest_first: RowArray = rows[np.argsort(-self.rows.num_computed[rows], kind="stable")]
-        return longest_first
+        return rows
+
+    def _arrange(self, rows: RowArray) -> tuple[RowArray, bool]:
+        """Puts decode rows that share a prefix side by side, and says whether enough do; in a group, longest first.
+
+        Attention over a long context that starts late would run on alone at the end.
+        """
+        blocks = self.rows.prefix_block[rows]
+        _, group, sizes = np.unique(blocks, return_inverse=True, return_counts=True)
+        shares = (blocks >= 0) & (sizes[group] >= _MIN_SHARERS)
+        order = np.lexsort((-self.rows.num_computed[rows], np.where(shares, group, len(rows))))
+        arranged: RowArray = rows[order]
+        return arranged, bool(shares.any())
 
     def _rows_without_room(self, rows: RowArray) -> RowArray:
         """Of `rows`, those whose next position lies past their last block."""
@@ -205,10 +218,15 @@ class Scheduler:
         num_cached = table.num_registered * self.block_manager.block_size
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = num_cached
-        row = self.rows.open(sequence, num_cached)
+        row = self.rows.open(sequence, num_cached, self._prefix_block(table))
         opened.append(OpenedRow(row, sequence.token_ids, sequence.params.temperature, sequence.seed))
         blocks.extend((row, index, block) for index, block in enumerate(table.blocks))
         return sequence
+
+    def _prefix_block(self, table: BlockTable) -> int:
+        """The block that ends the shortest prefix worth sharing: who has it too shares all before it. -1: none."""
+        last = self.block_manager.blocks_for(MIN_SHARED_PREFIX) - 1
+        return table.blocks[last] if last < len(table.blocks) else -1
 
     def _log_batch(self, batch: ScheduledBatch) -> None:
         if len(batch.chunks) and logger.isEnabledFor(logging.INFO):
@@ -237,6 +255,7 @@ class Scheduler:
                 decode_step=self._decode_step,
                 size=size,
                 preempted=self._preempted_since_log,
+                shares_prefix=batch.shares_prefix,
                 seqs=first_items(batch.decode_rows.tolist(), self._describe),
             )
         self._preempted_since_log = 0

@@ -10,9 +10,16 @@ from __future__ import annotations
 
 import torch
 
+from nanovllm.kernels import shared_prefix
 from nanovllm.kernels.page_slots import page_slots
+from nanovllm.kernels.shared_prefix import (
+    SharedPrefixes,
+    num_prefix_splits,
+    prefix_attention,
+    prefix_split_len,
+    shared_len_of,
+)
 from nanovllm.kernels.triton_support import (
-    jit,
     jit_with_varying,
     multiprocessor_count,
     next_power_of_2,
@@ -25,16 +32,18 @@ _MAX_SPLITS = 64
 _LOG2_E = 1.4426950408889634
 
 
-@jit
+@jit_with_varying("num_prefix_partials")
 def _paged_decode_kernel(
     query_ptr: tl.tensor,
     key_ptr: tl.tensor,
     value_ptr: tl.tensor,
     block_tables_ptr: tl.tensor,
     context_lens_ptr: tl.tensor,
+    shared_lens_ptr: tl.tensor,
     out_ptr: tl.tensor,
     partial_out_ptr: tl.tensor,
     partial_lse_ptr: tl.tensor,
+    num_prefix_partials: tl.tensor,
     scale_log2: tl.tensor,
     query_seq_stride: tl.tensor,
     query_head_stride: tl.tensor,
@@ -43,7 +52,8 @@ def _paged_decode_kernel(
     kv_head_stride: tl.tensor,
     block_table_stride: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
-    IS_SPLIT: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    HAS_PARTIALS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -58,8 +68,9 @@ def _paged_decode_kernel(
     num_heads = tl.num_programs(0) * GROUP
     num_splits = tl.num_programs(1)
     context_len = tl.load(context_lens_ptr + seq)
-    split_len = tl.cdiv(tl.cdiv(context_len, num_splits), BLOCK_KEYS) * BLOCK_KEYS
-    start = split * split_len
+    shared_len = shared_len_of(shared_lens_ptr, seq, context_len, TILE_ROWS)
+    split_len = tl.cdiv(tl.cdiv(context_len - shared_len, num_splits), BLOCK_KEYS) * BLOCK_KEYS
+    start = shared_len + split * split_len
     end = tl.minimum(start + split_len, context_len)
     if start >= end:
         return
@@ -101,36 +112,47 @@ def _paged_decode_kernel(
     out = out / total[:, None]
     target = (seq * num_heads + head)[:, None] * HEAD_DIM + dim[None, :]
     mask = group_mask[:, None] & dim_mask[None, :]
-    if IS_SPLIT:
-        partial = (seq * num_heads + head) * num_splits + split
+    if HAS_PARTIALS:
+        num_partials = num_prefix_partials + num_splits
+        partial = (seq * num_heads + head) * num_partials + num_prefix_partials + split
         tl.store(partial_out_ptr + partial[:, None] * HEAD_DIM + dim[None, :], out, mask=mask)
         tl.store(partial_lse_ptr + partial, best + tl.log2(total), mask=group_mask)
     else:
         tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@jit_with_varying("num_splits")
-def _merge_splits_kernel(
+@jit_with_varying("num_prefix_partials", "num_splits")
+def _merge_partials_kernel(
     partial_out_ptr: tl.tensor,
     partial_lse_ptr: tl.tensor,
     context_lens_ptr: tl.tensor,
+    shared_lens_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    num_prefix_partials: tl.tensor,
     num_splits: tl.tensor,
-    BLOCK_SPLITS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    PREFIX_BLOCK_KEYS: tl.constexpr,
 ) -> None:
-    """Program (head, sequence): the splits' outputs, weighed by their shares of the softmax's denominator."""
+    """Program (head, sequence): the partial outputs, weighed by their shares of the softmax's denominator."""
     head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     row = seq * tl.num_programs(0) + head
     context_len = tl.load(context_lens_ptr + seq)
-    split_len = tl.cdiv(tl.cdiv(context_len, num_splits), BLOCK_KEYS) * BLOCK_KEYS
-    split = tl.arange(0, BLOCK_SPLITS)
+    shared_len = shared_len_of(shared_lens_ptr, seq, context_len, TILE_ROWS)
+    split_len = tl.cdiv(tl.cdiv(context_len - shared_len, num_splits), BLOCK_KEYS) * BLOCK_KEYS
+    index = tl.arange(0, BLOCK_PARTIALS)
     dim = tl.arange(0, BLOCK_DIM)
-    used = split * split_len < context_len  # what the other splits' scratch holds was never written
-    partial = row * num_splits + split
+    # What the other partials' scratch holds was never written.
+    used = (index >= num_prefix_partials) & ((index - num_prefix_partials) * split_len < context_len - shared_len)
+    if TILE_ROWS > 0:
+        prefix_len = prefix_split_len(shared_len, num_prefix_partials, PREFIX_BLOCK_KEYS)
+        used |= (index < num_prefix_partials) & (index * prefix_len < shared_len)
+    used &= index < num_prefix_partials + num_splits
+    partial = row * (num_prefix_partials + num_splits) + index
     lse = tl.load(partial_lse_ptr + partial, mask=used, other=-float("inf"))
     share = tl.exp2(lse - tl.max(lse, axis=0))
     mask = used[:, None] & (dim < HEAD_DIM)[None, :]
@@ -185,6 +207,7 @@ def paged_decode(
     context_lens: torch.Tensor,
     max_context_len: int,
     scale: float,
+    shared: SharedPrefixes | None = None,
     *,
     num_splits: int | None = None,
     use_triton: bool | None = None,
@@ -193,7 +216,8 @@ def paged_decode(
 
     query [num_seqs, num_heads, head_dim]; key_cache, value_cache [num_blocks, block_size, num_kv_heads, head_dim],
     alike in strides; block_tables [num_seqs, max_blocks] int32; context_lens [num_seqs] int32, ≥ 1 and
-    ≤ max_context_len; num_splits overrides the choice. → [num_seqs, num_heads, head_dim] of query's dtype.
+    ≤ max_context_len; shared: prefixes to be read once for many rows (the result is the same but for rounding);
+    num_splits overrides the choice. → [num_seqs, num_heads, head_dim] of query's dtype.
     No synchronisation: may be captured in a CUDA graph.
     """
     if not runs_triton(query, use_triton):
@@ -206,22 +230,40 @@ def paged_decode(
     if num_splits is None:
         processors = multiprocessor_count(query.device)
         num_splits = choose_num_splits(num_seqs, num_kv_heads, max_context_len, processors)
-    partial_out, partial_lse = out, out  # not touched where there is one split
-    if num_splits > 1:
-        shape = (num_seqs, num_heads, num_splits)
+    partial_out, partial_lse = out, out  # not touched where there is one part
+    prefix_partials = 0 if shared is None else num_prefix_splits(shared, num_kv_heads)
+    has_partials = prefix_partials + num_splits > 1
+    if has_partials:
+        shape = (num_seqs, num_heads, prefix_partials + num_splits)
         partial_out = torch.empty((*shape, head_dim), dtype=torch.float32, device=query.device)  # [*shape, head_dim]
         partial_lse = torch.empty(shape, dtype=torch.float32, device=query.device)  # [*shape], in base 2
     group = num_heads // num_kv_heads
     block_dim = max(next_power_of_2(head_dim), 16)
+    tile_rows, shared_lens = (0, context_lens) if shared is None else (shared.tile_rows, shared.lens)
+    if shared is not None:
+        prefix_attention(
+            query,
+            key_cache,
+            value_cache,
+            block_tables,
+            context_lens,
+            shared,
+            partial_out,
+            partial_lse,
+            prefix_partials,
+            scale * _LOG2_E,
+        )
     _paged_decode_kernel[(num_kv_heads, num_splits, num_seqs)](
         query,
         key_cache,
         value_cache,
         block_tables,
         context_lens,
+        shared_lens,
         out,
         partial_out,
         partial_lse,
+        prefix_partials,
         scale * _LOG2_E,
         query.stride(0),
         query.stride(1),
@@ -230,7 +272,8 @@ def paged_decode(
         key_cache.stride(2),
         block_tables.stride(0),
         BLOCK_SIZE=block_size,
-        IS_SPLIT=num_splits > 1,
+        TILE_ROWS=tile_rows,
+        HAS_PARTIALS=has_partials,
         GROUP=group,
         BLOCK_GROUP=max(next_power_of_2(group), 16),  # 16 is the smallest tile of a matrix product
         HEAD_DIM=head_dim,
@@ -240,17 +283,21 @@ def paged_decode(
         num_warps=2,
         num_stages=_num_stages(query.dtype, block_dim),
     )
-    if num_splits > 1:
-        _merge_splits_kernel[(num_heads, num_seqs)](
+    if has_partials:
+        _merge_partials_kernel[(num_heads, num_seqs)](
             partial_out,
             partial_lse,
             context_lens,
+            shared_lens,
             out,
+            prefix_partials,
             num_splits,
-            BLOCK_SPLITS=next_power_of_2(num_splits),
+            TILE_ROWS=tile_rows,
+            BLOCK_PARTIALS=next_power_of_2(prefix_partials + num_splits),
             HEAD_DIM=head_dim,
             BLOCK_DIM=block_dim,
             BLOCK_KEYS=_BLOCK_KEYS,
+            PREFIX_BLOCK_KEYS=shared_prefix.BLOCK_KEYS,
             num_warps=4,
         )
     return out

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nanovllm.engine.batch import VERSION, OpenedRow, ScheduledBatch
 
 SECTIONS = ["closed", "opened", "opened_tokens", "blocks", "chunks", "decode_rows"]
-HEADER_SIZE = 3 + len(SECTIONS)
+HEADER_SIZE = 4 + len(SECTIONS)
 
 int32 = st.integers(-(2**31), 2**31 - 1)
 opened_rows = st.builds(
@@ -76,7 +76,7 @@ def test_sections_follow_the_header_in_the_order_in_which_they_apply() -> None:
         assert batch.sections[name].offset == offset
         offset = batch.sections[name].end
     assert offset == len(batch.buffer)
-    assert batch.buffer[:HEADER_SIZE].tolist() == [VERSION, 7, 1, 1, 1, 3, 2, 2, 2]
+    assert batch.buffer[:HEADER_SIZE].tolist() == [VERSION, 7, 1, 0, 1, 1, 3, 2, 2, 2]
     assert batch.buffer[batch.sections["opened_tokens"].offset :].tolist() == [
         *[10, 11, 12],
         *[2, 0, 5, 0, 1, 6],

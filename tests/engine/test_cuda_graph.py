@@ -45,9 +45,9 @@ class Loader:
             graphs = llm.llm_engine.executor._runner._graphs  # type: ignore[attr-defined]
             replay = graphs.replay
 
-            def note_and_replay(rows: torch.Tensor) -> torch.Tensor:
+            def note_and_replay(rows: torch.Tensor, share_prefixes: bool) -> torch.Tensor:
                 self.replayed.append(len(rows))
-                return replay(rows)
+                return replay(rows, share_prefixes)
 
             graphs.replay = note_and_replay
         return llm
@@ -101,7 +101,7 @@ def test_every_size_decodes_as_without_graphs(load: Loader, max_num_seqs: int) -
         captured = set(llm.llm_engine.executor._runner._graphs._captured)  # type: ignore[attr-defined]
     assert set(load.replayed) == set(range(1, max_num_seqs + 1))
     assert len(load.replayed) == 2 * max_num_seqs - 1  # every step but the prefill
-    assert captured == set(graph_sizes(max_num_seqs))
+    assert captured == {(size, False) for size in graph_sizes(max_num_seqs)}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 11])

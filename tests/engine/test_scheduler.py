@@ -76,6 +76,33 @@ def test_the_longest_context_comes_first() -> None:
     assert driver.step().decode_rows.tolist() == [1, 3, 2, 0]
 
 
+def test_rows_that_share_a_prefix_decode_side_by_side() -> None:
+    """Two groups of 16 and one row of its own, arriving in turns; one group alone is too small."""
+    driver = Driver(max_num_seqs=40, max_num_batched_tokens=40_000, max_model_len=400, num_blocks=5000)
+    first, second = list(range(1, 301)), list(range(1001, 1301))
+    driver.add_tokens(list(range(5000, 5390)))
+    for index in range(16):
+        driver.add_tokens([*first, *range(2000, 2001 + index)])
+        driver.add_tokens([*second, 3000 + index])
+    driver.step()
+    batch = driver.step()
+    assert batch.shares_prefix
+    groups = [[row for row in range(1, 33) if row % 2 == odd] for odd in (1, 0)]
+    arranged = batch.decode_rows.tolist()
+    assert sorted([sorted(arranged[:16]), sorted(arranged[16:32])]) == sorted(groups)
+    assert arranged[32:] == [0]
+    assert [row for row in arranged if row % 2] == list(range(31, 0, -2))  # in a group, longest first
+
+
+@pytest.mark.parametrize(("sharers", "prefix_len", "shares"), [(15, 300, False), (16, 255, False), (16, 256, True)])
+def test_few_sharers_and_short_prefixes_are_left_alone(sharers: int, prefix_len: int, shares: bool) -> None:
+    driver = Driver(max_num_seqs=20, max_num_batched_tokens=40_000, max_model_len=400, num_blocks=5000)
+    for index in range(sharers):
+        driver.add_tokens([*range(1, prefix_len + 1), 2000 + index])
+    driver.step()
+    assert driver.step().shares_prefix is shares
+
+
 def test_prefill_beside_decode_is_bounded_and_alone_it_is_not() -> None:
     driver = Driver(max_num_batched_tokens=16, max_prefill_tokens_beside_decode=3, max_model_len=64)
     driver.add(14, max_tokens=4)
