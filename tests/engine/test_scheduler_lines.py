@@ -29,7 +29,11 @@ def test_prefill_and_decode_lines(caplog: pytest.LogCaptureFixture) -> None:
         "Scheduled DECODE batch (step 1): size=1, preempted=0, seqs=[seq_0(len=11)]",
     ]
     fields = next(r.fields for r in caplog.records if r.event == "batch.decode")
-    assert fields == {"step": 2, "decode_step": 1, "size": 1, "preempted": 0, "seqs": ["seq_0(len=11)"]}
+    seqs = ["seq_0(len=11)"]
+    assert fields == {
+        **{"step": 2, "decode_step": 1, "size": 1, "preempted": 0},
+        **{"shares_prefix": False, "seqs": seqs},
+    }
     caplog.clear()
     driver.step(token=EOS)
     assert [(r.event, r.levelname, r.getMessage()) for r in caplog.records if r.name == LOGGER] == [
