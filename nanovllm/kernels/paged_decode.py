@@ -28,7 +28,7 @@ from nanovllm.kernels.triton_support import (
 )
 
 _BLOCK_KEYS = 32  # keys a program reads at a time
-_MAX_SPLITS = 64
+_MAX_SPLITS = 32
 _LOG2_E = 1.4426950408889634
 
 
@@ -185,13 +185,12 @@ def paged_decode_reference(
 def choose_num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int, num_multiprocessors: int) -> int:
     """Into how many parts each context is split; a constant of a captured graph, for it depends on no tensor's values.
 
-    Four programs a multiprocessor fill the device. Contexts differ in length, though, and the longest would be left
-    alone at the end: up to eight parts are worth their merging while there are no more than 16 programs to each.
+    Four programs a multiprocessor fill the device; with that many sequences, the longest first, splitting only costs.
     """
-    programs = num_seqs * num_kv_heads
-    filling = 4 * num_multiprocessors // programs
-    balancing = min(8, 16 * num_multiprocessors // programs)
-    return max(1, min(max(filling, balancing), -(-max_context_len // _BLOCK_KEYS), _MAX_SPLITS))
+    programs, filling = num_seqs * num_kv_heads, 4 * num_multiprocessors
+    if programs >= filling:
+        return 1
+    return min(max(filling // programs, 2), -(-max_context_len // _BLOCK_KEYS), _MAX_SPLITS)
 
 
 def _num_stages(dtype: torch.dtype, block_dim: int) -> int:

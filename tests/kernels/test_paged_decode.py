@@ -66,8 +66,9 @@ def test_number_of_splits():
     assert choose_num_splits(256, 8, 40960, 132) == 1  # enough programs already
     assert choose_num_splits(1, 8, 32, 132) == 1  # one block of keys is never split
     assert choose_num_splits(1, 8, 400, 132) == 13  # no more parts than blocks of keys
-    assert choose_num_splits(1, 8, 40960, 132) == 64  # more cost more to merge than they gain
-    assert choose_num_splits(32, 8, 8100, 132) == 8  # not needed to fill the device, but to balance it
+    assert choose_num_splits(1, 8, 40960, 132) == 32  # more cost more to merge than they gain
+    assert choose_num_splits(32, 8, 8100, 132) == 2  # four programs a multiprocessor
+    assert choose_num_splits(64, 8, 8100, 132) == 2  # nearly enough is not enough
 
 
 @pytest.mark.gpu
