@@ -122,7 +122,7 @@ def _paged_decode_kernel(
 
 
 @jit_with_varying("num_prefix_partials", "num_splits")
-def _merge_partials_kernel(
+def merge_partials_kernel(
     partial_out_ptr: tl.tensor,
     partial_lse_ptr: tl.tensor,
     context_lens_ptr: tl.tensor,
@@ -182,12 +182,15 @@ def paged_decode_reference(
     return out
 
 
-def choose_num_splits(num_seqs: int, num_kv_heads: int, max_context_len: int, num_multiprocessors: int) -> int:
+def choose_num_splits(
+    num_seqs: int, num_kv_heads: int, max_context_len: int, num_multiprocessors: int, programs_each: int = 4
+) -> int:
     """Into how many parts each context is split; a constant of a captured graph, for it depends on no tensor's values.
 
-    Four programs a multiprocessor fill the device; with that many sequences, the longest first, splitting only costs.
+    `programs_each` programs a multiprocessor fill the device; with that many sequences, the longest first, splitting
+    only costs.
     """
-    programs, filling = num_seqs * num_kv_heads, 4 * num_multiprocessors
+    programs, filling = num_seqs * num_kv_heads, programs_each * num_multiprocessors
     if programs >= filling:
         return 1
     return min(max(filling // programs, 2), -(-max_context_len // _BLOCK_KEYS), _MAX_SPLITS)
@@ -283,7 +286,7 @@ def paged_decode(
         num_stages=_num_stages(query.dtype, block_dim),
     )
     if has_partials:
-        _merge_partials_kernel[(num_heads, num_seqs)](
+        merge_partials_kernel[(num_heads, num_seqs)](
             partial_out,
             partial_lse,
             context_lens,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.kernels.page_slots import page_slots
+from nanovllm.kernels.paged_decode_fp8 import dequantized
 from nanovllm.kernels.triton_support import jit, next_power_of_2, runs_triton, tl
 
 _LOG2_E = 1.4426950408889634
@@ -23,6 +24,8 @@ def _attend(
     query: tl.tensor,
     key_base: tl.tensor,
     value_base: tl.tensor,
+    key_scale_base: tl.tensor,
+    value_scale_base: tl.tensor,
     table_ptr: tl.tensor,
     best: tl.tensor,
     total: tl.tensor,
@@ -33,6 +36,8 @@ def _attend(
     scale_log2: tl.tensor,
     page_stride: tl.tensor,
     slot_stride: tl.tensor,
+    scale_page_stride: tl.tensor,
+    IS_QUANTIZED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -48,11 +53,19 @@ def _attend(
             valid = position < end
             kv_mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
         else:
+            valid = position >= 0
             kv_mask = (dim < HEAD_DIM)[None, :]
         slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
         # Rows past the context are read as zeros: what lies there may be NaN.
         key = tl.load(key_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)  # [BLOCK_KEYS, BLOCK_DIM]
         value = tl.load(value_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)
+        if IS_QUANTIZED:
+            # Rows are as many as keys here, so scaling two halves of a tile at a time costs less than scaling scores.
+            scale_at = page_slots(table_ptr, first, end, scale_page_stride, 1, BLOCK_SIZE, BLOCK_KEYS)
+            key_scale = tl.load(key_scale_base + scale_at, mask=valid, other=0.0)
+            value_scale = tl.load(value_scale_base + scale_at, mask=valid, other=0.0)
+            key = key.to(tl.float16).to(query.dtype) * key_scale.to(query.dtype)[:, None]
+            value = value.to(tl.float16).to(query.dtype) * value_scale.to(query.dtype)[:, None]
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_ROWS, BLOCK_KEYS]
         if MASKED:
             scores = tl.where(position[None, :] <= query_position[:, None], scores, -float("inf"))
@@ -71,6 +84,8 @@ def _paged_prefill_kernel(
     query_ptr: tl.tensor,
     key_ptr: tl.tensor,
     value_ptr: tl.tensor,
+    key_scale_ptr: tl.tensor,
+    value_scale_ptr: tl.tensor,
     block_tables_ptr: tl.tensor,
     cu_seqlens_q_ptr: tl.tensor,
     context_lens_ptr: tl.tensor,
@@ -81,7 +96,9 @@ def _paged_prefill_kernel(
     page_stride: tl.tensor,
     slot_stride: tl.tensor,
     kv_head_stride: tl.tensor,
+    scale_page_stride: tl.tensor,
     block_table_stride: tl.tensor,
+    IS_QUANTIZED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     GROUP: tl.constexpr,
     TILE_TOKENS: tl.constexpr,
@@ -117,8 +134,12 @@ def _paged_prefill_kernel(
         mask=mask,
         other=0.0,
     )  # [BLOCK_ROWS, BLOCK_DIM]
+    if IS_QUANTIZED and query.dtype == tl.bfloat16:
+        query = query.to(tl.float16)  # see paged_decode_fp8
     key_base = key_ptr + kv_head * kv_head_stride
     value_base = value_ptr + kv_head * kv_head_stride
+    key_scale_base = key_scale_ptr + kv_head * BLOCK_SIZE
+    value_scale_base = value_scale_ptr + kv_head * BLOCK_SIZE
     table_ptr = block_tables_ptr + seq * block_table_stride
 
     best = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
@@ -132,6 +153,8 @@ def _paged_prefill_kernel(
         query,
         key_base,
         value_base,
+        key_scale_base,
+        value_scale_base,
         table_ptr,
         best,
         total,
@@ -142,6 +165,8 @@ def _paged_prefill_kernel(
         scale_log2,
         page_stride,
         slot_stride,
+        scale_page_stride,
+        IS_QUANTIZED,
         BLOCK_SIZE,
         HEAD_DIM,
         BLOCK_DIM,
@@ -153,6 +178,8 @@ def _paged_prefill_kernel(
         query,
         key_base,
         value_base,
+        key_scale_base,
+        value_scale_base,
         table_ptr,
         best,
         total,
@@ -163,6 +190,8 @@ def _paged_prefill_kernel(
         scale_log2,
         page_stride,
         slot_stride,
+        scale_page_stride,
+        IS_QUANTIZED,
         BLOCK_SIZE,
         HEAD_DIM,
         BLOCK_DIM,
@@ -182,8 +211,12 @@ def paged_prefill_reference(
     cu_seqlens_q: torch.Tensor,
     context_lens: torch.Tensor,
     scale: float,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `paged_prefill` must equal, sequence by sequence in plain torch (slow: for tests)."""
+    if key_scale is not None and value_scale is not None:
+        key_cache, value_cache = dequantized(key_cache, key_scale), dequantized(value_cache, value_scale)
     num_heads, num_kv_heads = query.shape[1], key_cache.shape[2]
     out = torch.empty_like(query, memory_format=torch.contiguous_format)  # [num_tokens, num_heads, head_dim]
     starts = cu_seqlens_q.tolist()
@@ -211,10 +244,12 @@ class _Tile:
     num_stages: int  # blocks of keys in flight
 
 
-def _choose_tile(dtype: torch.dtype, block_dim: int) -> _Tile:
+def _choose_tile(dtype: torch.dtype, block_dim: int, is_quantized: bool) -> _Tile:
     """What fits a multiprocessor's registers and shared memory."""
     if dtype == torch.float32 or block_dim > 128:
         return _Tile(rows=32, keys=32, num_warps=4, num_stages=2)
+    if is_quantized:
+        return _Tile(rows=128, keys=64, num_warps=4, num_stages=4)
     return _Tile(rows=128, keys=128, num_warps=8, num_stages=3)
 
 
@@ -227,6 +262,8 @@ def paged_prefill(
     context_lens: torch.Tensor,
     max_seqlen_q: int,
     scale: float,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
     *,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
@@ -236,9 +273,12 @@ def paged_prefill(
     value_cache [num_blocks, block_size, num_kv_heads, head_dim], alike in strides, with the chunk's own keys in them;
     block_tables [num_seqs, max_blocks] int32; cu_seqlens_q [num_seqs + 1] int32; context_lens [num_seqs] int32;
     max_seqlen_q ≥ the longest chunk. → [num_tokens, num_heads, head_dim] of query's dtype.
+    With key_scale, value_scale [num_blocks, num_kv_heads, block_size] fp32, contiguous, the caches are float8_e4m3fn.
     """
     if not runs_triton(query, use_triton):
-        return paged_prefill_reference(query, key_cache, value_cache, block_tables, cu_seqlens_q, context_lens, scale)
+        return paged_prefill_reference(
+            query, key_cache, value_cache, block_tables, cu_seqlens_q, context_lens, scale, key_scale, value_scale
+        )
     _, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
@@ -246,7 +286,8 @@ def paged_prefill(
         return out
     group = num_heads // num_kv_heads
     block_dim = max(next_power_of_2(head_dim), 16)
-    tile = _choose_tile(query.dtype, block_dim)
+    is_quantized = key_scale is not None and value_scale is not None
+    tile = _choose_tile(query.dtype, block_dim, is_quantized)
     block_rows = max(tile.rows, next_power_of_2(group))
     tile_tokens = block_rows // group
     grid = (num_kv_heads, -(-max_seqlen_q // tile_tokens), cu_seqlens_q.shape[0] - 1)
@@ -254,6 +295,8 @@ def paged_prefill(
         query,
         key_cache,
         value_cache,
+        key_scale if is_quantized else key_cache,  # not read without scales
+        value_scale if is_quantized else value_cache,
         block_tables,
         cu_seqlens_q,
         context_lens,
@@ -264,7 +307,9 @@ def paged_prefill(
         key_cache.stride(0),
         key_cache.stride(1),
         key_cache.stride(2),
+        key_scale.stride(0) if key_scale is not None else 0,
         block_tables.stride(0),
+        IS_QUANTIZED=is_quantized,
         BLOCK_SIZE=block_size,
         GROUP=group,
         TILE_TOKENS=tile_tokens,

@@ -1,7 +1,9 @@
 """What lies between the QKV projection and attention, in one launch: norm, rotation, and the store into the KV cache.
 
 RMSNorm of each query and key head (models without it give no weights), rotary position embedding, and keys and values
-into their pages. Keys are not written anywhere else: attention reads them from the cache.
+into their pages. Keys are not written anywhere else: attention reads them from the cache. An FP8 cache gets each head
+divided by a scale of its own, so that its largest component becomes e4m3's largest number: nothing to calibrate, and a
+token's entry depends on that token alone.
 Sources: Henry et al., "Query-Key Normalization for Transformers", 2020, https://arxiv.org/abs/2010.04245;
 Su et al., "RoFormer", 2021, https://arxiv.org/abs/2104.09864, in the half-rotation layout of Hugging Face
 (component i turns with component i + head_dim / 2).
@@ -15,7 +17,9 @@ from nanovllm.kernels.rms_norm import rms_norm_reference
 from nanovllm.kernels.triton_support import jit, next_power_of_2, runs_triton, tl
 
 _BLOCK_HEADS = 8  # heads a program handles, at most
-_NUM_WARPS = 2
+_NUM_WARPS = 4
+FP8_MAX = 448.0  # the largest number of e4m3
+_SMALLEST_AMAX = 1e-12  # a head of zeros has a scale too
 
 
 @jit
@@ -53,6 +57,27 @@ def _store_halves(
 
 
 @jit
+def _store_quantized(
+    low: tl.tensor,
+    high: tl.tensor,
+    head_ptrs: tl.tensor,
+    mask: tl.tensor,
+    scale_ptrs: tl.tensor,
+    head_mask: tl.tensor,
+    HALF_DIM: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+    SMALLEST_AMAX: tl.constexpr,
+) -> None:
+    """Each head divided by its scale, and the scales [BLOCK_HEADS]."""
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    amax = tl.maximum(tl.max(tl.abs(low), axis=1), tl.max(tl.abs(high), axis=1))
+    amax = tl.maximum(amax, SMALLEST_AMAX)
+    tl.store(scale_ptrs, amax / FP8_MAX, mask=head_mask)
+    inverse = (FP8_MAX / amax)[:, None]
+    _store_halves(low * inverse, high * inverse, head_ptrs, mask, HALF_DIM)
+
+
+@jit
 def _qk_norm_rope_store_kernel(
     query_ptr: tl.tensor,
     key_ptr: tl.tensor,
@@ -65,21 +90,27 @@ def _qk_norm_rope_store_kernel(
     query_out_ptr: tl.tensor,
     key_cache_ptr: tl.tensor,
     value_cache_ptr: tl.tensor,
+    key_scale_ptr: tl.tensor,
+    value_scale_ptr: tl.tensor,
     token_stride: tl.tensor,
     page_stride: tl.tensor,
     slot_stride: tl.tensor,
-    block_size: tl.tensor,
-    num_heads: tl.tensor,
-    num_kv_heads: tl.tensor,
+    scale_page_stride: tl.tensor,
     eps: tl.tensor,
     HAS_NORM: tl.constexpr,
+    IS_QUANTIZED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
     HALF_DIM: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    FP8_MAX: tl.constexpr,
+    SMALLEST_AMAX: tl.constexpr,
 ) -> None:
     """A token's programs follow one another: its tiles of query heads, then those of KV heads."""
-    query_tiles = tl.cdiv(num_heads, BLOCK_HEADS)
-    tiles = query_tiles + tl.cdiv(num_kv_heads, BLOCK_HEADS)
+    query_tiles: tl.constexpr = (NUM_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
+    tiles: tl.constexpr = query_tiles + (NUM_KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     token = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     dim = tl.arange(0, BLOCK_HALF)
@@ -88,25 +119,52 @@ def _qk_norm_rope_store_kernel(
     sin = tl.load(angle_ptr + HALF_DIM, mask=dim < HALF_DIM, other=0.0)[None, :]
     if tile < query_tiles:
         head = tile * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-        mask = (head < num_heads)[:, None] & (dim < HALF_DIM)[None, :]
+        mask = (head < NUM_HEADS)[:, None] & (dim < HALF_DIM)[None, :]
         within = head[:, None] * (2 * HALF_DIM) + dim[None, :]  # heads of a token lie side by side
         source = query_ptr + token * token_stride + within
         low, high = _load_rotated(source, mask, query_weight_ptr, cos, sin, eps, HAS_NORM, HALF_DIM, BLOCK_HALF)
-        target = query_out_ptr + token * num_heads * (2 * HALF_DIM) + within
+        target = query_out_ptr + token * NUM_HEADS * (2 * HALF_DIM) + within
         _store_halves(low, high, target, mask, HALF_DIM)
     else:
         head = (tile - query_tiles) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
-        mask = (head < num_kv_heads)[:, None] & (dim < HALF_DIM)[None, :]
+        mask = (head < NUM_KV_HEADS)[:, None] & (dim < HALF_DIM)[None, :]
         within = head[:, None] * (2 * HALF_DIM) + dim[None, :]
         slot = tl.load(slot_mapping_ptr + token)
-        stored = (slot // block_size) * page_stride + (slot % block_size) * slot_stride + within
+        page, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+        stored = page * page_stride + offset * slot_stride + within
         value_source = value_ptr + token * token_stride + within
         value_low = tl.load(value_source, mask=mask, other=0.0)
         value_high = tl.load(value_source + HALF_DIM, mask=mask, other=0.0)
         source = key_ptr + token * token_stride + within
         low, high = _load_rotated(source, mask, key_weight_ptr, cos, sin, eps, HAS_NORM, HALF_DIM, BLOCK_HALF)
-        _store_halves(low, high, key_cache_ptr + stored, mask, HALF_DIM)
-        _store_halves(value_low, value_high, value_cache_ptr + stored, mask, HALF_DIM)
+        if IS_QUANTIZED:
+            scale_at = page * scale_page_stride + head * BLOCK_SIZE + offset
+            head_mask = head < NUM_KV_HEADS
+            _store_quantized(
+                low,
+                high,
+                key_cache_ptr + stored,
+                mask,
+                key_scale_ptr + scale_at,
+                head_mask,
+                HALF_DIM,
+                FP8_MAX,
+                SMALLEST_AMAX,
+            )
+            _store_quantized(
+                value_low,
+                value_high,
+                value_cache_ptr + stored,
+                mask,
+                value_scale_ptr + scale_at,
+                head_mask,
+                HALF_DIM,
+                FP8_MAX,
+                SMALLEST_AMAX,
+            )
+        else:
+            _store_halves(low, high, key_cache_ptr + stored, mask, HALF_DIM)
+            _store_halves(value_low, value_high, value_cache_ptr + stored, mask, HALF_DIM)
 
 
 def qk_norm_rope_store_reference(
@@ -121,6 +179,8 @@ def qk_norm_rope_store_reference(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `qk_norm_rope_store` must equal, in plain torch; also what runs on a CPU."""
     cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)  # [num_tokens, 1, head_dim / 2]
@@ -133,10 +193,26 @@ def qk_norm_rope_store_reference(
         heads = rms_norm_reference(heads, weight, eps)
     low, high = heads.chunk(2, dim=-1)
     turned = torch.cat((high, low), dim=-1).mul_(sin)
-    rotated = heads.mul_(cos).add_(turned).to(query.dtype)
+    rotated = heads.mul_(cos).add_(turned)
+    if key_scale is not None and value_scale is not None:
+        _store_quantized_reference(rotated[:, num_heads:], key_cache, key_scale, slot_mapping)
+        _store_quantized_reference(value.float(), value_cache, value_scale, slot_mapping)
+        return rotated[:, :num_heads].to(query.dtype)
+    rotated = rotated.to(query.dtype)
     key_cache.view(-1, *key.shape[1:]).index_copy_(0, slot_mapping, rotated[:, num_heads:])
     value_cache.view(-1, *value.shape[1:]).index_copy_(0, slot_mapping, value)
     return rotated[:, :num_heads]
+
+
+def _store_quantized_reference(
+    heads: torch.Tensor, cache: torch.Tensor, scale: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """heads [num_tokens, num_kv_heads, head_dim] fp32 into an e4m3 cache and its scales."""
+    block_size = cache.shape[1]
+    amax = heads.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST_AMAX)  # [num_tokens, num_kv_heads, 1]
+    quantized = (heads * (FP8_MAX / amax)).to(cache.dtype).view(torch.uint8)
+    cache.view(torch.uint8).view(-1, *heads.shape[1:]).index_copy_(0, slot_mapping, quantized)
+    scale[slot_mapping // block_size, :, slot_mapping % block_size] = amax.squeeze(-1) / FP8_MAX
 
 
 def qk_norm_rope_store(
@@ -151,6 +227,8 @@ def qk_norm_rope_store(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     slot_mapping: torch.Tensor,
+    key_scale: torch.Tensor | None = None,
+    value_scale: torch.Tensor | None = None,
     *,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
@@ -162,6 +240,8 @@ def qk_norm_rope_store(
     key_cache, value_cache [num_blocks, block_size, num_kv_heads, head_dim] are written in place, alike in strides, each
     page contiguous: a token at block slot // block_size, offset slot % block_size of its slot_mapping [num_tokens]
     int64, ≥ 0; of tokens with the same slot (padding's) any one is stored. → the query, of its shape.
+    With key_scale, value_scale [num_blocks, num_kv_heads, block_size] fp32 the caches are float8_e4m3fn: what is stored
+    times its head's scale is the head.
     """
     if not runs_triton(query, use_triton):
         return qk_norm_rope_store_reference(
@@ -176,6 +256,8 @@ def qk_norm_rope_store(
             key_cache,
             value_cache,
             slot_mapping,
+            key_scale,
+            value_scale,
         )
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[1]
@@ -185,6 +267,7 @@ def qk_norm_rope_store(
     block_heads = min(next_power_of_2(max(num_heads, num_kv_heads)), _BLOCK_HEADS)
     tiles = -(-num_heads // block_heads) + -(-num_kv_heads // block_heads)
     has_norm = query_weight is not None and key_weight is not None
+    is_quantized = key_scale is not None and value_scale is not None
     _qk_norm_rope_store_kernel[(num_tokens * tiles,)](
         query,
         key,
@@ -197,17 +280,23 @@ def qk_norm_rope_store(
         query_out,
         key_cache,
         value_cache,
+        key_scale if is_quantized else key_cache,  # not touched without scales
+        value_scale if is_quantized else value_cache,
         query.stride(0),
         key_cache.stride(0),
         key_cache.stride(1),
-        key_cache.shape[1],
-        num_heads,
-        num_kv_heads,
+        key_scale.stride(0) if key_scale is not None else 0,
         eps,
         HAS_NORM=has_norm,
+        IS_QUANTIZED=is_quantized,
+        BLOCK_SIZE=key_cache.shape[1],
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
         HALF_DIM=head_dim // 2,
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=next_power_of_2(head_dim // 2),
+        FP8_MAX=FP8_MAX,
+        SMALLEST_AMAX=_SMALLEST_AMAX,
         num_warps=_NUM_WARPS,
     )
     return query_out

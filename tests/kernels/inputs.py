@@ -76,6 +76,41 @@ def paged_sequences(
     )
 
 
+@dataclass(frozen=True)
+class QuantizedSequences:
+    """The same sequences in an FP8 cache, and what they say there."""
+
+    key_cache: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim] float8_e4m3fn
+    value_cache: torch.Tensor
+    key_scale: torch.Tensor  # [num_blocks, num_kv_heads, block_size] float32
+    value_scale: torch.Tensor
+    keys: list[torch.Tensor]  # of each sequence [context_len, num_kv_heads, head_dim] float64
+    values: list[torch.Tensor]
+
+
+def quantized(cache: PagedSequences) -> QuantizedSequences:
+    """Worked out here once more, component by component. What was poison is poison in pages and scales."""
+
+    def quantize(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        scale = pages.double().abs().amax(-1) / 448  # [num_blocks, block_size, num_kv_heads]
+        stored = (pages.double() / scale.unsqueeze(-1)).float().to(torch.float8_e4m3fn)
+        return (
+            stored,
+            scale.float().transpose(1, 2).contiguous(),
+            stored.double() * scale.float().unsqueeze(-1).double(),
+        )
+
+    def read(pages: torch.Tensor) -> list[torch.Tensor]:
+        block_size = pages.shape[1]
+        tables = zip(cache.block_tables.cpu().long(), cache.context_lens.tolist(), strict=True)
+        return [pages.cpu()[table[: -(-length // block_size)]].flatten(0, 1)[:length] for table, length in tables]
+
+    key_cache, key_scale, restored_keys = quantize(cache.key_cache)
+    value_cache, value_scale, restored_values = quantize(cache.value_cache)
+    keys, values = read(restored_keys), read(restored_values)
+    return QuantizedSequences(key_cache, value_cache, key_scale, value_scale, keys, values)
+
+
 def attention_oracle(
     queries: list[torch.Tensor], keys: list[torch.Tensor], values: list[torch.Tensor], scale: float
 ) -> torch.Tensor:

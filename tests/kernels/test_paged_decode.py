@@ -69,6 +69,7 @@ def test_number_of_splits():
     assert choose_num_splits(1, 8, 40960, 132) == 32  # more cost more to merge than they gain
     assert choose_num_splits(32, 8, 8100, 132) == 2  # four programs a multiprocessor
     assert choose_num_splits(64, 8, 8100, 132) == 2  # nearly enough is not enough
+    assert choose_num_splits(16, 8, 8100, 132, programs_each=16) == 16  # smaller programs: more of them
 
 
 @pytest.mark.gpu

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanovllm.kernels.paged_prefill import paged_prefill, paged_prefill_reference
-from tests.kernels.inputs import DTYPES, attention_oracle, check_close, paged_sequences
+from tests.kernels.inputs import DTYPES, attention_oracle, check_close, paged_sequences, quantized, relative_error
 
 # (queries, context): whole prompts, chunks behind a cached prefix, single tokens, page borders.
 SHAPES = [(1, 1), (1, 33), (17, 17), (16, 48), (5, 70), (70, 70)]
@@ -70,3 +70,38 @@ def test_chunks_give_what_the_whole_prompt_gives(device, generator):
 def test_reference_equals_the_oracle(device, generator):
     arguments, oracle = prefill_case(device, generator, torch.float32, 4, 6, 2, 20)
     check_close(paged_prefill_reference(*arguments[:6], arguments[7]), oracle, torch.float32)
+
+
+# What rounding the scales to fp16 adds, for half precision.
+FP8_TOLERANCES = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 6e-3}
+
+
+def fp8_prefill_case(device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes=SHAPES):
+    """The same with an FP8 cache: (arguments, what float64 says of the keys and values that are stored)."""
+    query_lens = [query_len for query_len, _ in shapes]
+    pages = paged_sequences([c for _, c in shapes], block_size, num_kv_heads, head_dim, dtype, device, generator)
+    cache = quantized(pages)
+    query = torch.randn(sum(query_lens), num_heads, head_dim, generator=generator).to(dtype)
+    scale = head_dim**-0.5
+    oracle = attention_oracle(list(query.split(query_lens)), cache.keys, cache.values, scale).to(device)
+    starts = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
+    caches = (cache.key_cache, cache.value_cache, pages.block_tables, starts, pages.context_lens)
+    return (query.to(device), *caches, max(query_lens), scale, cache.key_scale, cache.value_scale), oracle
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("block_size", "heads"), [(4, (4, 2, 64)), (16, (5, 1, 40)), (16, (8, 1, 128)), (256, (2, 2, 16))]
+)
+def test_an_fp8_cache(device, generator, dtype, block_size, heads, use_triton):
+    arguments, oracle = fp8_prefill_case(device, generator, dtype, block_size, *heads)
+    got = paged_prefill(*arguments, use_triton=use_triton)
+    assert got.dtype == dtype
+    assert relative_error(got, oracle) <= FP8_TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_fp8_cache_and_chunks_longer_than_a_tile(device, generator, dtype):
+    arguments, oracle = fp8_prefill_case(device, generator, dtype, 16, 2, 1, 16, [(150, 150), (131, 200)])
+    assert relative_error(paged_prefill(*arguments, use_triton=True), oracle) <= FP8_TOLERANCES[dtype]
