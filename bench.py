@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 # Options that go to LLM under the same name; one that is not given keeps LLM's default.
 ENGINE_OPTIONS = (
     *("device", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "attention_backend"),
-    *("kvcache_block_size", "enforce_eager", "load_format", "seed"),
+    *("kvcache_block_size", "kv_cache_dtype", "enforce_eager", "load_format", "seed"),
     "pipeline_depth",
 )
 BUSY = 0.5  # load average above which a CPU's figures come with a warning
@@ -90,6 +90,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-num-batched-tokens", type=positive, metavar="N", help="tokens computed in one step")
     add("--attention-backend", help="auto, flash_attn, triton or torch")
     add("--kvcache-block-size", type=positive, metavar="N", help="tokens of a page of the KV cache")
+    add("--kv-cache-dtype", help="auto (the model's dtype) or fp8")
     add("--pipeline-depth", type=positive, metavar="N", help="steps in flight at a time")
     add("--enforce-eager", action="store_true", help="no CUDA graphs")
     add("--no-prefix-caching", action="store_true", help="share nothing between requests")
@@ -253,7 +254,8 @@ def result_of(
 
     best = min(runs[1:], key=lambda run: run.seconds)
     itemsize = getattr(torch, report["engine"]["dtype"]).itemsize
-    needed = traffic(config, itemsize, requests)
+    fp8_cache = report["engine"]["kv_cache_dtype"] == "fp8_e4m3"
+    needed = traffic(config, itemsize, requests, fp8_cache=fp8_cache)
     reached = needed.total(best.num_steps) / best.seconds
     return {
         "workload": name,
@@ -272,7 +274,7 @@ def result_of(
         "bytes_moved": needed.total(best.num_steps),
         "bytes_per_second": reached,
         "share_of_copy_bandwidth": reached / report["copy_bytes_per_second"],
-        "peers_seconds": dict(peers_of(report["model"], name, len(requests.prompts))),
+        "peers_seconds": dict(peers_of(report["model"], name, len(requests.prompts), fp8_cache=fp8_cache)),
     }
 
 
@@ -329,7 +331,8 @@ def introduce(report: dict[str, Any], say: Say) -> None:
     say(
         f"nanovllm {found['nanovllm']}, torch {found['torch']} on {report['device_name']}\n"
         f"model {report['model']} (load_format={report['load_format']}) in {engine['dtype']}; attention: prefill "
-        f"{engine['prefill_backend']}, decode {engine['decode_backend']}, pages of {engine['block_size']} tokens; "
+        f"{engine['prefill_backend']}, decode {engine['decode_backend']}, pages of {engine['block_size']} tokens "
+        f"in {engine['kv_cache_dtype']}; "
         f"CUDA graphs: {'yes' if engine['use_cuda_graphs'] else 'no'}; temperature {report['temperature']}\n"
         f"engine started in {report['start_seconds']:.2f} s; first output {report['first_output_seconds']:.2f} s after "
         f"the start of this script\n"

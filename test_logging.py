@@ -35,7 +35,7 @@ INFO_LINES = [
     ("engine.model_runner", r"\[Rank 0\] Loading model: \S.*"),
     ("engine.model_runner", r"Model config: num_layers=\d+, hidden_size=\d+, .*"),
     ("engine.model_runner", rf"After model loading - {MEMORY}"),
-    ("engine.model_runner", r"KV cache configuration: num_kv_heads=2, head_dim=64, block_size=\d+"),
+    ("engine.model_runner", r"KV cache configuration: num_kv_heads=2, head_dim=64, block_size=\d+, dtype=float32"),
     ("engine.model_runner", r"Allocating \d+ KV cache blocks, total_size=\d+\.\d\dGB"),
     ("engine.model_runner", rf"After KV cache allocation - {MEMORY}"),
     ("llm", r"-{80}"),

@@ -18,6 +18,7 @@ _ALIASES = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_
 
 DTYPES = ("bfloat16", "float16", "float32")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
 _LOAD_FORMATS = ("auto", "safetensors", "dummy")
 ATTENTION_BACKENDS = ("auto", "flash_attn", "triton", "torch")
 
@@ -71,6 +72,7 @@ class EngineConfig:
     num_kvcache_blocks: pages of the KV cache; None measures what fits.
     enforce_eager: no CUDA graphs.
     attention_backend: "auto", "flash_attn", "triton" or "torch".
+    kv_cache_dtype: "auto" is the model's; "fp8" (or "fp8_e4m3") halves bf16's bytes, on GPUs that have FP8.
     load_format: "dummy" fills the model with random weights of `seed`.
     pipeline_depth: steps in flight at a time: 1 reads each step's tokens before the next is launched, 2 launches the
         next first, so that the GPU never waits for the host; None takes 2 on a GPU and 1 on a CPU.
@@ -140,7 +142,9 @@ class EngineConfig:
         _check_choice("dtype", self.dtype, ("auto", *DTYPES))
         _check_choice("load_format", self.load_format, _LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        _check_choice("kv_cache_dtype", self.kv_cache_dtype, ("auto",), "The cache has the model's dtype.")
+        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES, "'auto' is the model's dtype.")
+        if self.kv_cache_dtype == "fp8":
+            object.__setattr__(self, "kv_cache_dtype", "fp8_e4m3")
         share = self.gpu_memory_utilization
         if not isinstance(share, (int, float)) or not math.isfinite(share) or not 0 < share <= 1:
             raise InvalidArgumentError("gpu_memory_utilization", share, "a number above 0, at most 1")
@@ -176,6 +180,7 @@ class ResolvedConfig:
     max_prefill_tokens_beside_decode: int | None
     block_size: int
     num_blocks: int
+    kv_cache_dtype: str
     enable_prefix_caching: bool
     use_cuda_graphs: bool
     prefill_backend: str

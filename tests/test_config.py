@@ -58,6 +58,11 @@ def test_spellings_of_dtypes(given: str, dtype: str) -> None:
     assert EngineConfig.from_arguments("m", {"dtype": given}).dtype == dtype
 
 
+@pytest.mark.parametrize(("given", "dtype"), [("fp8", "fp8_e4m3"), ("fp8_e4m3", "fp8_e4m3"), ("auto", "auto")])
+def test_spellings_of_the_cache_s_dtype(given: str, dtype: str) -> None:
+    assert EngineConfig.from_arguments("m", {"kv_cache_dtype": given}).kv_cache_dtype == dtype
+
+
 def test_torch_s_dtypes_are_taken() -> None:
     import torch
 
@@ -100,7 +105,7 @@ def test_a_typo_is_answered_with_the_nearest_name(given: str, nearest: str) -> N
         ("dtype", "int8"),
         ("load_format", "gguf"),
         ("attention_backend", "flashinfer"),
-        ("kv_cache_dtype", "fp8"),
+        ("kv_cache_dtype", "int4"),
         ("tensor_parallel_size", 2),
         ("device", "tpu"),
     ],

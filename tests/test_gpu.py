@@ -118,6 +118,42 @@ def test_bf16_graphs_give_the_tokens_of_eager(qwen3_06b: Path, backend: str) -> 
     assert tokens[0] == tokens[1]
 
 
+def test_bf16_with_an_fp8_cache(qwen3_06b: Path) -> None:
+    """Graphs give the tokens of eager to the bit; Triton's logits are those of torch on the same cache."""
+    prompts = [p * 9 for p in random_prompts(VOCAB_SIZE, 3, 16)]
+    params = [SamplingParams(temperature=t, max_tokens=60, ignore_eos=True, seed=7) for t in (0, 0.8) * 8]
+    tokens = []
+    for enforce_eager in (False, True):
+        with make_llm(qwen3_06b, dtype="bfloat16", kv_cache_dtype="fp8", enforce_eager=enforce_eager) as llm:
+            resolved = llm.llm_engine.resolved
+            assert resolved.kv_cache_dtype == "fp8_e4m3"
+            assert resolved.prefill_backend == resolved.decode_backend == "triton"
+            tokens.append([output["token_ids"] for output in llm.generate(prompts, params, use_tqdm=False)])
+    assert tokens[0] == tokens[1]
+    logits = [fp8_logits(qwen3_06b, backend, prompts) for backend in ("triton", "torch")]
+    error = (logits[0] - logits[1]).norm(dim=-1) / logits[1].norm(dim=-1)
+    print(f"FP8 cache, Triton against torch: largest relative error of logits {error.max().item():.2e}")
+    assert error.max() < 6e-2  # a bf16 rounding becomes an FP8 rounding where it crosses a border
+
+
+def fp8_logits(folder: Path, backend: str, prompts: list[list[int]]) -> torch.Tensor:
+    """Of a prefill that reads from the cache what an earlier one stored: [num_prompts, vocab_size] float32."""
+    settings = {"dtype": "bfloat16", "kv_cache_dtype": "fp8", "enforce_eager": True}
+    recorded: list[torch.Tensor] = []
+    with make_llm(folder, attention_backend=backend, **settings) as llm:
+        model = llm.llm_engine.executor._runner.model
+        compute_logits = model.compute_logits
+
+        def record(hidden: torch.Tensor) -> torch.Tensor:
+            recorded.append(compute_logits(hidden))
+            return recorded[-1]
+
+        llm.generate(prompts, greedy(1), use_tqdm=False)
+        model.compute_logits = record
+        llm.generate([[*prompt, 7] for prompt in prompts], greedy(1), use_tqdm=False)
+    return torch.cat(recorded).float()
+
+
 def test_fp32_graphs_give_the_tokens_of_eager_at_every_size(qwen3_06b: Path) -> None:
     """Sequences end one after another, so that every batch size from 20 down to 1 runs, padded or not."""
     prompts = random_prompts(VOCAB_SIZE, 4, 20)

@@ -21,6 +21,7 @@ from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
 
 MAX_MODEL_LEN = 96
 ON_CPU = {"device": "cpu"}
+FP8_ON_CPU = {**ON_CPU, "kv_cache_dtype": "fp8"}
 ON_GPU = {"device": "cuda", "attention_backend": "triton"}
 DETERMINISTIC = settings(
     derandomize=True,
@@ -53,6 +54,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def roomy(folder: Path) -> Iterator[LLM]:
     """Everything fits and runs at once, from the start: what the answers are compared with."""
     with load(folder, **ON_CPU, max_num_seqs=32, enable_prefix_caching=False) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def roomy_fp8(folder: Path) -> Iterator[LLM]:
+    with load(folder, **FP8_ON_CPU, max_num_seqs=32, enable_prefix_caching=False) as llm:
         yield llm
 
 
@@ -126,6 +133,15 @@ def test_the_same_tokens_under_any_schedule(
     check(folder, roomy, ON_CPU, arguments, spare, drawn)
 
 
+@settings(DETERMINISTIC, max_examples=10)
+@given(arguments=engine_arguments([1, 3, 16]), spare=st.integers(0, 4), drawn=rounds)
+def test_the_same_tokens_under_any_schedule_with_an_fp8_cache(
+    folder: Path, roomy_fp8: LLM, arguments: dict[str, Any], spare: int, drawn: list[list[Request]]
+) -> None:
+    """What is stored of a token depends on that token alone, so it does not matter who stored it, and when."""
+    check(folder, roomy_fp8, FP8_ON_CPU, arguments, spare, drawn)
+
+
 @pytest.mark.parametrize("pipeline_depth", [1, 2])
 @pytest.mark.parametrize("enable_prefix_caching", [False, True])
 def test_a_cache_too_small_for_all_preempts_and_gives_the_same(
@@ -159,6 +175,15 @@ def test_a_conversation_goes_on_from_what_was_generated(folder: Path, roomy: LLM
 
 
 # ---- on a GPU: our own kernels, with CUDA graphs and without, against torch on the CPU
+
+
+@pytest.mark.gpu
+@settings(DETERMINISTIC, max_examples=4)
+@given(arguments=engine_arguments([16, 32]), spare=st.integers(0, 4), drawn=rounds)
+def test_an_fp8_cache_gives_the_tokens_of_the_cpu_under_any_schedule(
+    folder: Path, roomy_fp8: LLM, arguments: dict[str, Any], spare: int, drawn: list[list[Request]]
+) -> None:
+    check(folder, roomy_fp8, {**ON_GPU, "kv_cache_dtype": "fp8"}, arguments, spare, drawn)
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
 from nanovllm.utils.checkpoint import TINY_MODEL_FOLDER
 from tests.models.qwen3_checkpoints import VARIANTS, make_qwen3_checkpoint
 from tools.bench_transformers import transformers_config
-from tools.bench_workloads import WORKLOADS, Requests, kv_elements_per_token, peers_of, traffic, weights_per_step
+from tools.bench_workloads import WORKLOADS, Requests, kv_bytes_per_token, peers_of, traffic, weights_per_step
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -146,7 +146,10 @@ def test_classic_is_nano_vllms_benchmark() -> None:
     needed = traffic(config, 2, requests)
     assert 13.6e12 <= needed.kv_bytes <= 13.9e12
     assert needed.weight_bytes == pytest.approx(1.19e9, rel=0.005)
-    assert 2 * kv_elements_per_token(config) == 114_688
+    assert kv_bytes_per_token(config, 2) == 114_688
+    # One byte a component, and four for each head of 128 of them.
+    assert kv_bytes_per_token(config, 2, fp8_cache=True) == 28 * 2 * 8 * (128 + 4)
+    assert traffic(config, 2, requests, fp8_cache=True).kv_bytes * 256 == needed.kv_bytes * 132
 
 
 def test_traffic_by_hand() -> None:
@@ -197,6 +200,8 @@ def test_peers_stand_beside_the_same_work_only() -> None:
     assert peers_of("Qwen/Qwen3-0.6B", "wide", 2048)["vLLM"] == 4.27
     assert peers_of("qwen3-0.6b", "classic", 255) == {}
     assert peers_of("qwen3-8b", "classic", 256) == {}
+    assert peers_of("qwen3-0.6b", "long", 32, fp8_cache=True) == {"vLLM": 2.75}
+    assert peers_of("qwen3-0.6b", "wide", 2048, fp8_cache=True) == {}
     assert peers_of("qwen3-0.6b", "mixed", 64) == {}
 
 

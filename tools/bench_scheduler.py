@@ -67,6 +67,7 @@ def make_engine(num_seqs: int, num_steps: int, block_size: int) -> LLMEngine:
         max_prefill_tokens_beside_decode=None,
         block_size=block_size,
         num_blocks=num_seqs * (-(-max_model_len // block_size) + 1),
+        kv_cache_dtype="bfloat16",
         enable_prefix_caching=True,
         use_cuda_graphs=False,
         prefill_backend="none",

@@ -82,7 +82,7 @@ class Traffic:
         return num_steps * self.weight_bytes + self.kv_bytes
 
 
-def traffic(config: ModelConfig, itemsize: int, requests: Requests) -> Traffic:
+def traffic(config: ModelConfig, itemsize: int, requests: Requests, *, fp8_cache: bool = False) -> Traffic:
     """A request of p prompt and n output tokens decodes n - 1 times (prefill gives the first token), at the
     contexts p + 1 … p + n - 1. A prefix that all requests share must be read once a step, not once a row.
     """
@@ -93,13 +93,14 @@ def traffic(config: ModelConfig, itemsize: int, requests: Requests) -> Traffic:
     num_shared_tokens = (max(requests.output_lens) - 1) * requests.shared_len  # at least so many steps decode
     return Traffic(
         weight_bytes=itemsize * weights_per_step(config),
-        kv_bytes=itemsize * kv_elements_per_token(config) * (num_row_tokens + num_shared_tokens),
+        kv_bytes=kv_bytes_per_token(config, itemsize, fp8_cache=fp8_cache) * (num_row_tokens + num_shared_tokens),
     )
 
 
-def kv_elements_per_token(config: ModelConfig) -> int:
-    """Keys and values of one token in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim
+def kv_bytes_per_token(config: ModelConfig, itemsize: int, *, fp8_cache: bool = False) -> int:
+    """Keys and values of one token in all layers; an FP8 cache has a float32 scale for each head of them."""
+    head_bytes = config.head_dim + 4 if fp8_cache else config.head_dim * itemsize
+    return 2 * config.num_layers * config.num_kv_heads * head_bytes
 
 
 def weights_per_step(config: ModelConfig) -> int:
@@ -120,6 +121,7 @@ class Peers:
     model: str
     measured: str  # when, where and with what
     seconds: Mapping[str, Mapping[str, float]]
+    fp8_seconds: Mapping[str, Mapping[str, float]]  # with an FP8 KV cache
     start_seconds: Mapping[str, float]  # to the first request, nothing compiled before
 
 
@@ -139,11 +141,13 @@ PEERS = Peers(
         "long": _by_peer(3.76, 3.21, 3.10),
         "wide": _by_peer(4.00, 5.43, 4.27),
     },
+    fp8_seconds={"classic": {"vLLM": 5.42}, "long": {"vLLM": 2.75}},
     start_seconds=_by_peer(26, 68, 74),
 )
 
 
-def peers_of(model: str, workload: str, num_seqs: int) -> Mapping[str, float]:
-    """Seconds of the peers that ran the same; empty where nobody did."""
+def peers_of(model: str, workload: str, num_seqs: int, *, fp8_cache: bool = False) -> Mapping[str, float]:
+    """Seconds of the peers that ran the same, with the same kind of cache; empty where nobody did."""
     same = model.rpartition("/")[2].lower() == PEERS.model and num_seqs == WORKLOADS[workload].num_seqs
-    return PEERS.seconds.get(workload, {}) if same else {}
+    seconds = PEERS.fp8_seconds if fp8_cache else PEERS.seconds
+    return seconds.get(workload, {}) if same else {}

@@ -17,10 +17,16 @@ from nanovllm.kernels.shared_prefix import SharedPrefixes
 
 @dataclass(frozen=True)
 class LayerKVCache:
-    """One layer's pages. Block b, offset o holds the token at slot b · block_size + o."""
+    """One layer's pages. Block b, offset o holds the token at slot b · block_size + o.
+
+    An FP8 cache has scales: a head of a token is what is stored times its scale. A page's scales of one head lie side
+    by side, since that is how attention reads them.
+    """
 
     key: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
     value: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
+    key_scale: torch.Tensor | None = None  # [num_blocks, num_kv_heads, block_size] float32
+    value_scale: torch.Tensor | None = None  # [num_blocks, num_kv_heads, block_size] float32
 
 
 @dataclass(frozen=True)

@@ -76,18 +76,25 @@ class Decision:
 
 
 def select_attention(
-    requested: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int | None
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int | None,
+    *,
+    fp8_cache: bool = False,
 ) -> AttentionSelection:
     """Choose, build and log the attention backends.
 
-    `requested` is one of "auto", "flash_attn", "triton", "torch"; block_size None leaves the page size to the choice.
+    `requested` is one of "auto", "flash_attn", "triton", "torch"; block_size None leaves the page size to the choice;
+    fp8_cache: keys and values are stored in e4m3 with scales, not in `dtype`.
     Raises BackendUnavailableError when what was asked for by name cannot run, InvalidArgumentError for another name.
     """
     problems: dict[str, str | None] = {}
 
     def problem_of(name: str) -> str | None:
         if name not in problems:
-            problems[name] = find_problem(name, requested, device, dtype, head_dim, block_size)
+            problems[name] = find_problem(name, requested, device, dtype, head_dim, block_size, fp8_cache=fp8_cache)
         return problems[name]
 
     decision = decide(requested, block_size, problem_of)
@@ -140,7 +147,14 @@ def _first_that_runs(
 
 
 def find_problem(
-    name: str, requested: str, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int | None
+    name: str,
+    requested: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    block_size: int | None,
+    *,
+    fp8_cache: bool = False,
 ) -> str | None:
     """Why the backend `name` cannot run here, or None. What needs no import is checked first."""
     if name == "torch":
@@ -154,6 +168,8 @@ def find_problem(
         return "no CUDA device" + hint
     if device.type != "cuda":
         return "no CUDA device"
+    if fp8_cache:
+        return "kv_cache_dtype=fp8 (it reads no cache with a scale for each token and head)"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"dtype {str(dtype).removeprefix('torch.')} (it takes bfloat16 and float16)"
     if head_dim > 256 or head_dim % 8 != 0:

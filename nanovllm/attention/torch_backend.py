@@ -37,9 +37,8 @@ class TorchBackend:
             chunk = slice(starts[seq], starts[seq + 1])
             query_len = chunk.stop - chunk.start
             positions = torch.arange(context_len, device=query.device).unsqueeze(0)
-            keys, values = _gather(
-                kv_cache, _slots(metadata.block_tables[seq : seq + 1], positions, kv_cache.key.shape[1])
-            )
+            slots = _slots(metadata.block_tables[seq : seq + 1], positions, kv_cache.key.shape[1])
+            keys, values = _gather(kv_cache, slots, query.dtype)
             # With no cached prefix the mask is torch's own causal one, which skips what it hides.
             whole = query_len == context_len
             mask = None if whole else _chunk_mask(query_len, context_len, query.device)
@@ -107,7 +106,7 @@ def _bucket(block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: 
 def _decode_bucket(query: torch.Tensor, kv_cache: LayerKVCache, bucket: _Bucket, scale: float) -> torch.Tensor:
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads = kv_cache.key.shape[2]
-    keys, values = _gather(kv_cache, bucket.slots)
+    keys, values = _gather(kv_cache, bucket.slots, query.dtype)
     # Query heads that share a KV head are given as so many query positions: one pass over each key serves them all.
     grouped = query.reshape(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = scaled_dot_product_attention(grouped, keys, values, attn_mask=bucket.mask, scale=scale)
@@ -120,15 +119,20 @@ def _slots(block_tables: torch.Tensor, positions: torch.Tensor, block_size: int)
     return blocks * block_size + positions % block_size
 
 
-def _gather(kv_cache: LayerKVCache, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values at `slots` [num_seqs, length]: each [num_seqs, num_kv_heads, length, head_dim]."""
-    _, _, num_kv_heads, head_dim = kv_cache.key.shape
+def _gather(kv_cache: LayerKVCache, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values at `slots` [num_seqs, length]: each [num_seqs, num_kv_heads, length, head_dim] of `dtype`."""
+    _, block_size, num_kv_heads, head_dim = kv_cache.key.shape
 
-    def gather(cache: torch.Tensor) -> torch.Tensor:
-        rows = cache.view(-1, num_kv_heads * head_dim).index_select(0, slots.flatten())
-        return rows.view(*slots.shape, num_kv_heads, head_dim).transpose(1, 2)
+    def gather(cache: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        if scale is None:
+            rows = cache.view(-1, num_kv_heads * head_dim).index_select(0, slots.flatten())
+            return rows.view(*slots.shape, num_kv_heads, head_dim).transpose(1, 2)
+        rows = cache.view(torch.uint8).view(-1, num_kv_heads * head_dim).index_select(0, slots.flatten())
+        heads = rows.view(cache.dtype).view(*slots.shape, num_kv_heads, head_dim)
+        scales = scale[slots // block_size, :, slots % block_size]  # [num_seqs, length, num_kv_heads]
+        return (heads.float() * scales.unsqueeze(-1)).to(dtype).transpose(1, 2)
 
-    return gather(kv_cache.key), gather(kv_cache.value)
+    return gather(kv_cache.key, kv_cache.key_scale), gather(kv_cache.value, kv_cache.value_scale)
 
 
 def _chunk_mask(query_len: int, context_len: int, device: torch.device) -> torch.Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +17,13 @@ from nanovllm.models.model_config import ModelConfig
 from nanovllm.utils import env
 from nanovllm.utils.device_memory import GB
 
+_SCALE_DTYPE = torch.float32
 _CPU_SHARE = 0.25  # of the free memory, when NANOVLLM_CPU_KVCACHE_GB is not set
 
 
 @dataclass(frozen=True)
 class KVCacheShape:
-    """One rank's pages."""
+    """One rank's pages. Those of an FP8 cache have a scale for each token and KV head, of keys and of values."""
 
     num_layers: int
     num_kv_heads: int
@@ -33,23 +36,34 @@ class KVCacheShape:
         return cls(model.num_layers, model.num_kv_heads, model.head_dim, block_size, dtype)
 
     @property
+    def has_scales(self) -> bool:
+        return self.dtype is torch.float8_e4m3fn
+
+    @property
     def block_bytes(self) -> int:
-        """Keys and values of one block in all layers."""
-        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-        return self.block_size * per_token
+        """Keys and values of one block in all layers, their scales included."""
+        head_bytes = self.head_dim * self.dtype.itemsize + (_SCALE_DTYPE.itemsize if self.has_scales else 0)
+        return self.block_size * 2 * self.num_layers * self.num_kv_heads * head_bytes
 
     def allocate(self, num_blocks: int, device: torch.device) -> list[LayerKVCache]:
         """`num_blocks` blocks and the null block after them, one cache a layer.
 
         Zeroed, since attention multiplies what lies beyond a sequence's end by zero, and NaN survives that.
         """
-        size = (self.num_layers, 2, num_blocks + 1, self.block_size, self.num_kv_heads, self.head_dim)
-        if device.type == "cpu":  # numpy's zeros, unlike torch's, take no memory before they are written to
-            zeros = np.zeros((num_blocks + 1) * self.block_bytes, dtype=np.uint8)
-            pages = torch.from_numpy(zeros).view(self.dtype).view(size)
-        else:
-            pages = torch.zeros(size, dtype=self.dtype, device=device)
-        return [LayerKVCache(layer[0], layer[1]) for layer in pages]
+        blocks = (self.num_layers, 2, num_blocks + 1)
+        pages = _zeros((*blocks, self.block_size, self.num_kv_heads, self.head_dim), self.dtype, device)
+        if not self.has_scales:
+            return [LayerKVCache(key, value) for key, value in pages]
+        scales = _zeros((*blocks, self.num_kv_heads, self.block_size), _SCALE_DTYPE, device)
+        return [LayerKVCache(*page, *scale) for page, scale in zip(pages, scales, strict=True)]
+
+
+def _zeros(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    # numpy's zeros, unlike torch's, take no memory before they are written to
+    zeros = np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(zeros).view(dtype).view(size)
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,19 @@ class ModelPlan:
     device: torch.device
     dtype: torch.dtype
     max_model_len: int
+    kv_cache_dtype: torch.dtype
 
     @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def has_fp8_cache(self) -> bool:
+        return self.kv_cache_dtype is torch.float8_e4m3fn
+
+    @property
+    def kv_cache_dtype_name(self) -> str:
+        return "fp8_e4m3" if self.has_fp8_cache else self.dtype_name
 
     @classmethod
     def of(cls, config: EngineConfig) -> ModelPlan:
@@ -48,12 +57,14 @@ class ModelPlan:
             folder = resolve_model_folder(config.model, config.revision, with_weights=with_weights)
             model_config = ModelConfig.from_folder(folder, config.hf_overrides)
         device = _resolve_device(config.device)
+        dtype = _resolve_dtype(config.dtype, model_config.dtype, device)
         return cls(
             folder=folder,
             model_config=model_config,
             device=device,
-            dtype=_resolve_dtype(config.dtype, model_config.dtype, device),
+            dtype=dtype,
             max_model_len=_resolve_max_model_len(config.max_model_len, model_config),
+            kv_cache_dtype=_resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, device),
         )
 
     def pipeline_depth(self, config: EngineConfig) -> int:
@@ -109,6 +120,20 @@ def _resolve_dtype(wanted: str, checkpoint: str, device: torch.device) -> torch.
             "dtype", wanted, "'float16' or 'float32' on this GPU", "It has no bfloat16 arithmetic."
         )
     return dtype
+
+
+def _resolve_kv_cache_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    if wanted == "auto":
+        return dtype
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+        raise InvalidArgumentError(
+            "kv_cache_dtype",
+            wanted,
+            "'auto' on this GPU",
+            f"{name} has compute capability {capability[0]}.{capability[1]}; FP8 begins with 8.9 (Ada, Hopper).",
+        )
+    return torch.float8_e4m3fn
 
 
 def _resolve_max_model_len(wanted: int | None, model_config: ModelConfig) -> int:

@@ -72,12 +72,17 @@ class ModelRunner:
         plan = ModelPlan.of(config)
         self.device = plan.device
         attention = select_attention(
-            config.attention_backend, plan.device, plan.dtype, plan.model_config.head_dim, config.kvcache_block_size
+            config.attention_backend,
+            plan.device,
+            plan.dtype,
+            plan.model_config.head_dim,
+            config.kvcache_block_size,
+            fp8_cache=plan.has_fp8_cache,
         )
-        shape = KVCacheShape.of(plan.model_config, attention.block_size, plan.dtype)
+        shape = KVCacheShape.of(plan.model_config, attention.block_size, plan.kv_cache_dtype)
         model = plan.model_config
         self._query_group = model.num_heads // self.parallel.size // self.parallel.divide_kv_heads(model.num_kv_heads)
-        self._uses_shared_prefixes = attention.decode.uses_shared_prefixes
+        self._uses_shared_prefixes = attention.decode.uses_shared_prefixes and not plan.has_fp8_cache
         self._graphs: DecodeGraphs | None = None
         use_graphs = self.device.type == "cuda" and not config.enforce_eager and attention.decode.supports_cuda_graphs
         with torch.inference_mode(), self._on_device():
@@ -90,7 +95,7 @@ class ModelRunner:
             num_blocks = self._num_blocks(config, shape, plan.max_model_len)
             stopwatch.lap("largest steps")
             max_model_len = plan.fit_max_model_len(config, num_blocks * attention.block_size)
-            self._log_cache(shape, num_blocks)
+            self._log_cache(shape, num_blocks, plan.kv_cache_dtype_name)
             self._allocate(shape, num_blocks, config.max_num_seqs, max_model_len)
             stopwatch.lap("KV cache")
             if use_graphs:
@@ -110,6 +115,7 @@ class ModelRunner:
             max_prefill_tokens_beside_decode=config.max_prefill_tokens_beside_decode,
             block_size=attention.block_size,
             num_blocks=num_blocks,
+            kv_cache_dtype=plan.kv_cache_dtype_name,
             enable_prefix_caching=config.enable_prefix_caching,
             use_cuda_graphs=use_graphs,
             prefill_backend=attention.prefill.name,
@@ -327,15 +333,17 @@ class ModelRunner:
                 "max_model_len."
             ) from error
 
-    def _log_cache(self, shape: KVCacheShape, num_blocks: int) -> None:
+    def _log_cache(self, shape: KVCacheShape, num_blocks: int, dtype: str) -> None:
         log_event(
             logger,
             logging.INFO,
             "kv_cache.config",
-            "KV cache configuration: num_kv_heads={num_kv_heads}, head_dim={head_dim}, block_size={block_size}",
+            "KV cache configuration: num_kv_heads={num_kv_heads}, head_dim={head_dim}, block_size={block_size}, "
+            "dtype={dtype}",
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             block_size=shape.block_size,
+            dtype=dtype,
         )
         log_event(
             logger,

@@ -60,6 +60,8 @@ class Qwen3Attention(nn.Module):
             kv_cache.key,
             kv_cache.value,
             metadata.slot_mapping,
+            kv_cache.key_scale,
+            kv_cache.value_scale,
         )
         attended = self.attention(query, metadata, kv_cache)  # [num_tokens, num_heads, head_dim]
         output: torch.Tensor = self.o_proj(attended.flatten(1))  # [num_tokens, hidden_size]

@@ -104,6 +104,24 @@ def test_what_rules_flash_attention_out_before_it_is_imported(name, device, dtyp
     assert why in (find_problem(name, "auto", device, dtype, head_dim, None) or "")
 
 
+@pytest.mark.parametrize("name", ["flash_attn", "flash_attn_4"])
+def test_flash_attention_is_passed_over_for_an_fp8_cache(name):
+    problem = find_problem(name, "auto", CUDA, torch.bfloat16, 128, None, fp8_cache=True)
+    assert problem is not None
+    assert problem.startswith("kv_cache_dtype=fp8")
+
+
+def test_an_fp8_cache_on_a_gpu_takes_our_kernels_and_says_why():
+    def problem_of(name):
+        return find_problem(name, "auto", CUDA, torch.bfloat16, 128, None, fp8_cache=True)
+
+    decision = decide("auto", None, problem_of)
+    assert names(decision) == ("triton", "triton")
+    assert "flash_attn_4 passed over: kv_cache_dtype=fp8" in decision.prefill_reason
+    with pytest.raises(BackendUnavailableError, match="flash_attn.*kv_cache_dtype=fp8.*'auto'"):
+        decide("flash_attn", None, problem_of)
+
+
 @pytest.mark.parametrize(("block_size", "readable"), [(None, True), (256, True), (512, True), (16, False)])
 def test_page_sizes_that_flash_attention_2_reads(monkeypatch, block_size, readable):
     monkeypatch.setattr("nanovllm.attention.selection.flash_attn_problem", lambda device, dtype, head_dim: None)

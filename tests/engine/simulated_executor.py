@@ -31,6 +31,7 @@ def make_config(**changes: object) -> ResolvedConfig:
         "max_num_seqs": 4,
         "max_num_batched_tokens": 16,
         "block_size": 4,
+        "kv_cache_dtype": "float32",
         "num_blocks": 32,
         "enable_prefix_caching": True,
         "use_cuda_graphs": False,

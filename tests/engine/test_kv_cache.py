@@ -76,6 +76,19 @@ def test_allocation_is_zeroed_and_has_the_null_block() -> None:
     assert sum(page.nbytes for page in pages) == 6 * shape.block_bytes
 
 
+def test_an_fp8_cache_has_half_the_bytes_and_a_scale_for_each_head() -> None:
+    fp8 = replace(SHAPE, dtype=torch.float8_e4m3fn)
+    assert fp8.block_bytes == 16 * 2 * 28 * 8 * (128 + 4) == 1_835_008 // 2 + 16 * 2 * 28 * 8 * 4
+    small = KVCacheShape(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype=torch.float8_e4m3fn)
+    caches = small.allocate(5, torch.device("cpu"))
+    tensors = [t for cache in caches for t in (cache.key, cache.value, cache.key_scale, cache.value_scale)]
+    assert [t.shape for t in tensors[:4]] == [(6, 4, 2, 8), (6, 4, 2, 8), (6, 2, 4), (6, 2, 4)]
+    assert [t.dtype for t in tensors[:4]] == [torch.float8_e4m3fn] * 2 + [torch.float32] * 2
+    assert all(t.is_contiguous() and not t.float().any() for t in tensors)
+    assert len({t.data_ptr() for t in tensors}) == 12
+    assert sum(t.nbytes for t in tensors) == 6 * small.block_bytes
+
+
 # ---- on a CPU
 
 
@@ -139,9 +152,21 @@ def test_a_cache_that_holds_no_request_is_refused(folder: Path) -> None:
         load(folder, num_kvcache_blocks=1, kvcache_block_size=1)
 
 
+def test_an_fp8_cache_holds_more_tokens_and_says_what_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="nanovllm.engine.model_runner")
+    monkeypatch.setenv("NANOVLLM_CPU_KVCACHE_GB", "0.001")
+    with load(folder, kv_cache_dtype="fp8") as llm:
+        resolved = llm.llm_engine.resolved
+        assert resolved.num_blocks == 1_000_000 // (16 * 2 * 2 * 2 * (32 + 4))
+        assert (resolved.kv_cache_dtype, resolved.dtype) == ("fp8_e4m3", "float32")
+    assert "KV cache configuration: num_kv_heads=2, head_dim=32, block_size=16, dtype=fp8_e4m3" in caplog.messages
+
+
 def test_cache_lines(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="nanovllm.engine.model_runner")
     with load(folder, num_kvcache_blocks=100_000, kvcache_block_size=1):
         pass
-    assert "KV cache configuration: num_kv_heads=2, head_dim=32, block_size=1" in caplog.messages
+    assert "KV cache configuration: num_kv_heads=2, head_dim=32, block_size=1, dtype=float32" in caplog.messages
     assert "Allocating 100000 KV cache blocks, total_size=0.10GB" in caplog.messages
