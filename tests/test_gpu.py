@@ -94,9 +94,10 @@ def test_bf16_logits_are_close_to_those_of_transformers(qwen3_06b: Path, backend
         model.compute_logits = record
         outputs = llm.generate(prompts, greedy(2), use_tqdm=False)
     reference = Qwen3ForCausalLM.from_pretrained(qwen3_06b, dtype=torch.bfloat16).cuda().eval()
+    longest_first = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))  # so decode rows go
     for step, logits in enumerate(recorded):
-        for row, (prompt, output) in enumerate(zip(prompts, outputs, strict=True)):
-            tokens = torch.tensor([prompt + output["token_ids"][:step]], device="cuda")
+        for row, index in enumerate(longest_first if step else range(len(prompts))):
+            tokens = torch.tensor([prompts[index] + outputs[index]["token_ids"][:step]], device="cuda")
             with torch.inference_mode():
                 expected = reference(tokens).logits[0, -1].float()
             error = ((logits[row] - expected).norm() / expected.norm()).item()
