@@ -1,7 +1,8 @@
 """Causal attention of prompt chunks over the paged cache.
 
 Each program walks the keys once with an online softmax; the query heads that share a KV head are rows of one tile, so
-that each key is read once for all of them.
+that each key is read once for all of them. On Hopper GPUs the kernel of paged_prefill_hopper.py, which divides the work
+among its warps, takes the place of this one wherever it can.
 Sources: Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691; Kwon et al., "PagedAttention", 2023,
 https://arxiv.org/abs/2309.06180.
 """
@@ -14,6 +15,7 @@ import torch
 
 from nanovllm.kernels.page_slots import page_slots
 from nanovllm.kernels.paged_decode_fp8 import dequantized
+from nanovllm.kernels.paged_prefill_hopper import can_run_on_hopper, paged_prefill_hopper
 from nanovllm.kernels.triton_support import jit, next_power_of_2, runs_triton, tl
 
 _LOG2_E = 1.4426950408889634
@@ -283,6 +285,10 @@ def paged_prefill(
     _, block_size, num_kv_heads, _ = key_cache.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
     if query.shape[0] == 0:
+        return out
+    if can_run_on_hopper(query, key_cache):
+        tables = (block_tables, cu_seqlens_q, context_lens)
+        paged_prefill_hopper(query, key_cache, value_cache, *tables, scale * _LOG2_E, out)
         return out
     group = num_heads // num_kv_heads
     block_dim = max(next_power_of_2(head_dim), 16)

@@ -27,16 +27,43 @@ except ImportError:
     HAS_TRITON = False
     INTERPRETED = False
 
+try:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        fence_async_shared,
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    # Experimental: only with the releases that our kernel was compiled with.
+    HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7.")) and not INTERPRETED
+except ImportError:
+    gl = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
+    HAS_GLUON = False
+
 __all__ = [
+    "HAS_GLUON",
     "HAS_TRITON",
     "INTERPRETED",
+    "TensorDescriptor",
+    "fence_async_shared",
+    "gl",
+    "gluon_jit",
     "jit",
     "jit_with_varying",
     "libdevice",
+    "mbarrier",
     "multiprocessor_count",
     "next_power_of_2",
     "runs_triton",
     "tl",
+    "tma",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
 ]
 
 
@@ -56,6 +83,17 @@ def jit_with_varying(*names: str) -> Callable[[Callable[..., Any]], Any]:
         if not HAS_TRITON:
             return function
         return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
+
+    return decorate
+
+
+def gluon_jit(*names: str) -> Callable[[Callable[..., Any]], Any]:
+    """`jit_with_varying` for Gluon, the language below Triton's, which says what each warp does."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        if not HAS_GLUON:
+            return function
+        return gluon.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
 
     return decorate
 

@@ -10,12 +10,14 @@ from tests.kernels.inputs import DTYPES, attention_oracle, check_close, paged_se
 SHAPES = [(1, 1), (1, 33), (17, 17), (16, 48), (5, 70), (70, 70)]
 
 
-def prefill_case(device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes=SHAPES):
+def prefill_case(
+    device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes=SHAPES, padding_heads=3
+):
     """(arguments of paged_prefill, what float64 says)."""
     query_lens = [query_len for query_len, _ in shapes]
     contexts = [context_len for _, context_len in shapes]
     cache = paged_sequences(contexts, block_size, num_kv_heads, head_dim, dtype, device, generator)
-    fused = torch.randn(sum(query_lens), num_heads + 3, head_dim, generator=generator).to(dtype)
+    fused = torch.randn(sum(query_lens), num_heads + padding_heads, head_dim, generator=generator).to(dtype)
     scale = head_dim**-0.5
     queries = list(fused[:, :num_heads].split(query_lens))
     oracle = attention_oracle(queries, cache.keys, cache.values, scale)
