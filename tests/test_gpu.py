@@ -77,6 +77,15 @@ def test_fp32_tokens_equal_those_of_transformers(qwen3_06b: Path, backend: str, 
     assert len({token for output in expected for token in output}) > 50, "the oracle only repeats itself"
 
 
+@pytest.mark.parametrize("num_prompts", [1, 3])
+def test_fp32_tokens_of_small_batches_equal_those_of_transformers(qwen3_06b: Path, num_prompts: int) -> None:
+    """Few rows have products of their own, with norms, gate and residual folded in."""
+    prompts = random_prompts(VOCAB_SIZE, 5, num_prompts)
+    with make_llm(qwen3_06b, dtype="float32", attention_backend="triton") as llm:
+        tokens = [output["token_ids"] for output in llm.generate(prompts, greedy(32), use_tqdm=False)]
+    assert tokens == reference_tokens(qwen3_06b, prompts, 32, device="cuda")
+
+
 @pytest.mark.parametrize("backend", HALF_PRECISION_BACKENDS)
 def test_bf16_logits_are_close_to_those_of_transformers(qwen3_06b: Path, backend: str) -> None:
     """Prefill, then a decode step, against transformers in bf16 on the same tokens."""
@@ -106,11 +115,14 @@ def test_bf16_logits_are_close_to_those_of_transformers(qwen3_06b: Path, backend
     assert len(recorded) == 2
 
 
+@pytest.mark.parametrize("num_prompts", [1, 2, 16])
 @pytest.mark.parametrize("backend", HALF_PRECISION_BACKENDS[:1] + HALF_PRECISION_BACKENDS[2:])
-def test_bf16_graphs_give_the_tokens_of_eager(qwen3_06b: Path, backend: str) -> None:
+def test_bf16_graphs_give_the_tokens_of_eager(qwen3_06b: Path, backend: str, num_prompts: int) -> None:
     """A batch whose size has a graph of its own runs the same kernels on the same shapes: equal to the bit."""
-    prompts = random_prompts(VOCAB_SIZE, 3, 16)
-    params = [SamplingParams(temperature=t, max_tokens=100, ignore_eos=True, seed=7) for t in (0, 0.8) * 8]
+    prompts = random_prompts(VOCAB_SIZE, 3, 16)[:num_prompts]
+    params = [SamplingParams(temperature=t, max_tokens=100, ignore_eos=True, seed=7) for t in (0, 0.8) * 8][
+        :num_prompts
+    ]
     tokens = []
     for enforce_eager in (False, True):
         with make_llm(qwen3_06b, attention_backend=backend, dtype="bfloat16", enforce_eager=enforce_eager) as llm:

@@ -21,10 +21,13 @@ from nanovllm.kernels.shared_prefix import (
 )
 from nanovllm.kernels.triton_support import (
     jit_with_varying,
+    let_next_kernel_start,
     multiprocessor_count,
     next_power_of_2,
+    pdl_options,
     runs_triton,
     tl,
+    wait_for_previous_kernel,
 )
 
 _BLOCK_KEYS = 32  # keys a program reads at a time
@@ -60,8 +63,10 @@ def _paged_decode_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Program (kv head, split, sequence). Scores are kept in base 2: exp2 is what the hardware has."""
+    let_next_kernel_start(PDL)
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
@@ -74,6 +79,7 @@ def _paged_decode_kernel(
     end = tl.minimum(start + split_len, context_len)
     if start >= end:
         return
+    wait_for_previous_kernel(PDL)
 
     group = tl.arange(0, BLOCK_GROUP)
     dim = tl.arange(0, BLOCK_DIM)
@@ -136,8 +142,10 @@ def merge_partials_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     PREFIX_BLOCK_KEYS: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Program (head, sequence): the partial outputs, weighed by their shares of the softmax's denominator."""
+    let_next_kernel_start(PDL)
     head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     row = seq * tl.num_programs(0) + head
@@ -153,6 +161,7 @@ def merge_partials_kernel(
         used |= (index < num_prefix_partials) & (index * prefix_len < shared_len)
     used &= index < num_prefix_partials + num_splits
     partial = row * (num_prefix_partials + num_splits) + index
+    wait_for_previous_kernel(PDL)
     lse = tl.load(partial_lse_ptr + partial, mask=used, other=-float("inf"))
     share = tl.exp2(lse - tl.max(lse, axis=0))
     mask = used[:, None] & (dim < HEAD_DIM)[None, :]
@@ -284,6 +293,7 @@ def paged_decode(
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=2,
         num_stages=_num_stages(query.dtype, block_dim),
+        **pdl_options(query.device),
     )
     if has_partials:
         merge_partials_kernel[(num_heads, num_seqs)](
@@ -301,5 +311,6 @@ def paged_decode(
             BLOCK_KEYS=_BLOCK_KEYS,
             PREFIX_BLOCK_KEYS=shared_prefix.BLOCK_KEYS,
             num_warps=4,
+            **pdl_options(query.device),
         )
     return out

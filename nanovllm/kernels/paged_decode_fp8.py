@@ -22,6 +22,7 @@ from nanovllm.kernels.triton_support import (
     jit,
     multiprocessor_count,
     next_power_of_2,
+    pdl_options,
     runs_triton,
     tl,
 )
@@ -276,5 +277,6 @@ def paged_decode_fp8(
             BLOCK_KEYS=_BLOCK_KEYS,
             PREFIX_BLOCK_KEYS=_BLOCK_KEYS,
             num_warps=4,
+            **pdl_options(query.device),
         )
     return out

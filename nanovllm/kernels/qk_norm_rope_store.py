@@ -14,7 +14,15 @@ from __future__ import annotations
 import torch
 
 from nanovllm.kernels.rms_norm import rms_norm_reference
-from nanovllm.kernels.triton_support import jit, next_power_of_2, runs_triton, tl
+from nanovllm.kernels.triton_support import (
+    jit,
+    let_next_kernel_start,
+    next_power_of_2,
+    pdl_options,
+    runs_triton,
+    tl,
+    wait_for_previous_kernel,
+)
 
 _BLOCK_HEADS = 8  # heads a program handles, at most
 _NUM_WARPS = 4
@@ -107,8 +115,10 @@ def _qk_norm_rope_store_kernel(
     BLOCK_HALF: tl.constexpr,
     FP8_MAX: tl.constexpr,
     SMALLEST_AMAX: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """A token's programs follow one another: its tiles of query heads, then those of KV heads."""
+    let_next_kernel_start(PDL)
     query_tiles: tl.constexpr = (NUM_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     tiles: tl.constexpr = query_tiles + (NUM_KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     token = (tl.program_id(0) // tiles).to(tl.int64)
@@ -117,6 +127,8 @@ def _qk_norm_rope_store_kernel(
     angle_ptr = cos_sin_cache_ptr + tl.load(positions_ptr + token).to(tl.int64) * (2 * HALF_DIM) + dim
     cos = tl.load(angle_ptr, mask=dim < HALF_DIM, other=0.0)[None, :]
     sin = tl.load(angle_ptr + HALF_DIM, mask=dim < HALF_DIM, other=0.0)[None, :]
+    slot = tl.load(slot_mapping_ptr + token)
+    wait_for_previous_kernel(PDL)
     if tile < query_tiles:
         head = tile * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
         mask = (head < NUM_HEADS)[:, None] & (dim < HALF_DIM)[None, :]
@@ -129,7 +141,6 @@ def _qk_norm_rope_store_kernel(
         head = (tile - query_tiles) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
         mask = (head < NUM_KV_HEADS)[:, None] & (dim < HALF_DIM)[None, :]
         within = head[:, None] * (2 * HALF_DIM) + dim[None, :]
-        slot = tl.load(slot_mapping_ptr + token)
         page, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
         stored = page * page_stride + offset * slot_stride + within
         value_source = value_ptr + token * token_stride + within
@@ -298,5 +309,6 @@ def qk_norm_rope_store(
         FP8_MAX=FP8_MAX,
         SMALLEST_AMAX=_SMALLEST_AMAX,
         num_warps=_NUM_WARPS,
+        **pdl_options(query.device),
     )
     return query_out

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.kernels.triton_support import jit, next_power_of_2, runs_triton, tl
+from nanovllm.kernels.triton_support import (
+    jit,
+    join_launch_chain,
+    next_power_of_2,
+    pdl_options,
+    runs_triton,
+    tl,
+)
 
 
 @jit
@@ -23,8 +30,10 @@ def _rms_norm_kernel(
     eps: tl.tensor,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program normalises one token."""
+    join_launch_chain(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_SIZE)
     mask = column < hidden_size
@@ -101,4 +110,5 @@ def _launch(
         HAS_RESIDUAL=residual is not None,
         BLOCK_SIZE=block_size,
         num_warps=min(max(block_size // 512, 1), 16),
+        **pdl_options(x.device),
     )

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.kernels.triton_support import jit_with_varying, next_power_of_2, runs_triton, tl
+from nanovllm.kernels.triton_support import (
+    jit_with_varying,
+    join_launch_chain,
+    next_power_of_2,
+    pdl_options,
+    runs_triton,
+    tl,
+)
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,10 @@ def _read_decode_tokens_kernel(
     max_blocks: tl.tensor,
     block_size: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program a row."""
+    join_launch_chain(PDL)
     index = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + index).to(tl.int64)
     length = tl.load(lengths_ptr + row)
@@ -67,7 +76,9 @@ def _append_tokens_kernel(
     null_row: tl.tensor,
     max_tokens: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
+    join_launch_chain(PDL)
     index = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     row = tl.load(rows_ptr + index, mask=index < num_rows, other=null_row).to(tl.int64)
     mask = row != null_row
@@ -128,6 +139,7 @@ def read_decode_tokens(
             max_blocks,
             block_size,
             BLOCK_SIZE=min(next_power_of_2(max_blocks), 1024),
+            **pdl_options(rows.device),
         )
     return tokens
 
@@ -162,5 +174,13 @@ def append_tokens(
         return
     block_size = min(next_power_of_2(num_rows), 128)
     _append_tokens_kernel[(-(-num_rows // block_size),)](
-        rows, new_ids, token_ids, lengths, num_rows, null_row, token_ids.shape[1], BLOCK_SIZE=block_size
+        rows,
+        new_ids,
+        token_ids,
+        lengths,
+        num_rows,
+        null_row,
+        token_ids.shape[1],
+        BLOCK_SIZE=block_size,
+        **pdl_options(rows.device),
     )

@@ -16,8 +16,10 @@ from nanovllm.kernels.triton_support import (
     INTERPRETED,
     jit,
     jit_with_varying,
+    join_launch_chain,
     libdevice,
     next_power_of_2,
+    pdl_options,
     runs_triton,
     tl,
 )
@@ -77,8 +79,10 @@ def _sample_block_kernel(
     MAX_LOGIT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Program (block, row): the block's best score, and the lowest token id that has it."""
+    join_launch_chain(PDL)
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     token_id = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -105,8 +109,10 @@ def _merge_blocks_kernel(
     out_ptr: tl.tensor,
     num_blocks: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program a row: the best of the blocks' winners."""
+    join_launch_chain(PDL)
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_SIZE)
     mask = block < num_blocks
@@ -206,8 +212,15 @@ def sample(
         BLOCK_SIZE=_BLOCK_SIZE,
         INTERPRETED=INTERPRETED,
         num_warps=2,
+        **pdl_options(logits.device),
     )
     _merge_blocks_kernel[(num_rows,)](
-        block_score, block_token, tokens, num_blocks, BLOCK_SIZE=next_power_of_2(num_blocks), num_warps=1
+        block_score,
+        block_token,
+        tokens,
+        num_blocks,
+        BLOCK_SIZE=next_power_of_2(num_blocks),
+        num_warps=1,
+        **pdl_options(logits.device),
     )
     return tokens

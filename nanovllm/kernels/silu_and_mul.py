@@ -7,7 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.kernels.triton_support import jit, runs_triton, tl
+from nanovllm.kernels.triton_support import (
+    jit,
+    join_launch_chain,
+    pdl_options,
+    runs_triton,
+    tl,
+)
 
 _BLOCK_SIZE = 1024
 
@@ -19,8 +25,10 @@ def _silu_and_mul_kernel(
     gate_up_stride: tl.tensor,
     intermediate_size: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """One program computes BLOCK_SIZE columns of one token."""
+    join_launch_chain(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = column < intermediate_size
@@ -48,5 +56,7 @@ def silu_and_mul(gate_up: torch.Tensor, *, use_triton: bool | None = None) -> to
     out = gate_up.new_empty(num_tokens, intermediate_size)  # [num_tokens, intermediate_size]
     if num_tokens > 0:
         grid = (num_tokens, -(-intermediate_size // _BLOCK_SIZE))
-        _silu_and_mul_kernel[grid](gate_up, out, gate_up.stride(0), intermediate_size, BLOCK_SIZE=_BLOCK_SIZE)
+        _silu_and_mul_kernel[grid](
+            gate_up, out, gate_up.stride(0), intermediate_size, BLOCK_SIZE=_BLOCK_SIZE, **pdl_options(out.device)
+        )
     return out

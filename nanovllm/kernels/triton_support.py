@@ -18,12 +18,13 @@ try:
     import triton
     import triton.language as tl
     from triton.language.extra import libdevice
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
     HAS_TRITON = True
     # Fixed when the kernels are defined, as Triton itself fixes it: TRITON_INTERPRET=1 before the first import.
     INTERPRETED = bool(triton.knobs.runtime.interpret)
 except ImportError:
-    tl = libdevice = None
+    tl = libdevice = gdc_launch_dependents = gdc_wait = None
     HAS_TRITON = False
     INTERPRETED = False
 
@@ -55,13 +56,17 @@ __all__ = [
     "gluon_jit",
     "jit",
     "jit_with_varying",
+    "join_launch_chain",
+    "let_next_kernel_start",
     "libdevice",
     "mbarrier",
     "multiprocessor_count",
     "next_power_of_2",
+    "pdl_options",
     "runs_triton",
     "tl",
     "tma",
+    "wait_for_previous_kernel",
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]
@@ -126,3 +131,37 @@ def next_power_of_2(number: int) -> int:
 def multiprocessor_count(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device; 1 for a CPU, where the interpreter runs one program at a time."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """Launch options of a kernel that takes part in programmatic dependent launch, where the device has it (Hopper on).
+
+    Such a kernel may start while the one ahead of it on the stream still runs, which hides the launch and whatever it
+    does before `wait_for_previous_kernel`. Every program of it must call that before it touches what another kernel
+    reads or writes (weights apart): a kernel's wait covers the one ahead, and through that one's wait all before it.
+    """
+    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+@jit
+def let_next_kernel_start(PDL: tl.constexpr) -> None:
+    """Allows the next kernel's programs onto the device once all of this kernel's have got there."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@jit
+def wait_for_previous_kernel(PDL: tl.constexpr) -> None:
+    """Waits for the end of the kernel ahead, and makes what it wrote visible."""
+    if PDL:
+        gdc_wait()
+
+
+@jit
+def join_launch_chain(PDL: tl.constexpr) -> None:
+    """The first line of a kernel that has nothing to do before the one ahead ends: only its launch is hidden."""
+    let_next_kernel_start(PDL)
+    wait_for_previous_kernel(PDL)

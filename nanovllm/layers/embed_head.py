@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nanovllm.kernels.skinny_linear import skinny_linear, suits_skinny_linear
 from nanovllm.layers.linear import empty_parameter
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.utils.loader import WeightPart
@@ -38,7 +39,8 @@ class VocabParallelEmbedding(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] → [num_rows, vocab_size], the same on every rank."""
-        logits = self.tensor_parallel.all_gather_last_dim(F.linear(hidden, self.weight))
+        product = skinny_linear if suits_skinny_linear(hidden, self.weight) else F.linear
+        logits = self.tensor_parallel.all_gather_last_dim(product(hidden, self.weight))
         return logits[:, : self.vocab_size]
 
     def weight_parts(self, prefix: str) -> Mapping[str, Sequence[WeightPart]]:

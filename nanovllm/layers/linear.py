@@ -3,18 +3,27 @@
 A column-parallel product gives each rank some of the outputs; the row-parallel product that follows takes them as
 its inputs and adds the ranks' results up: one all-reduce for the pair. Products of the same input are fused: their
 checkpoint tensors become row ranges of one weight.
+
+The residual stream passes through as a pair (hidden, residual) that stands for its sum; residual None: `hidden` is all
+of it. With few tokens the norm ahead of a product and the addition behind it are part of the product's kernel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from nanovllm.kernels.cpu_linear import linear, pack_weight
+from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.kernels.skinny_linear import skinny_linear, suits_skinny_linear
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.utils.loader import WeightPart
+
+if TYPE_CHECKING:
+    from nanovllm.layers.layernorm import RMSNorm
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -45,6 +54,8 @@ class _Linear(nn.Module):
 class _ColumnParallel(_Linear):
     """A weight that stacks rows of several checkpoint tensors: `pieces` is (name, its outputs, start, stop) of each."""
 
+    is_gated = False
+
     def __init__(
         self, input_size: int, pieces: Sequence[tuple[str, int, int, int]], bias: bool, dtype: torch.dtype
     ) -> None:
@@ -55,9 +66,21 @@ class _ColumnParallel(_Linear):
         self.weight = empty_parameter(sum(self.output_sizes), input_size, dtype=dtype)
         self.bias = empty_parameter(sum(self.output_sizes), dtype=dtype) if bias else None
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, input_size] → [num_tokens, sum(output_sizes)]: this rank's outputs of each piece in turn."""
-        return linear(hidden, self.weight, self.bias)
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The normed residual stream times the weight, and the stream itself, summed.
+
+        hidden, residual [num_tokens, input_size] → [num_tokens, sum(output_sizes)]: this rank's outputs of each piece
+        in turn (gated: half as many), [num_tokens, input_size].
+        """
+        if residual is None and suits_skinny_linear(hidden, self.weight):
+            weight, bias = self.weight, self.bias
+            fused = skinny_linear(hidden, weight, bias, norm_weight=norm.weight, eps=norm.eps, gated=self.is_gated)
+            return fused, hidden
+        normed, residual = norm(hidden, residual)
+        output = linear(normed, self.weight, self.bias)
+        return silu_and_mul(output) if self.is_gated else output, residual
 
     def weight_parts(self, prefix: str) -> Mapping[str, Sequence[WeightPart]]:
         weight: list[WeightPart] = []
@@ -88,6 +111,12 @@ class MergedColumnParallelLinear(_ColumnParallel):
             start = tensor_parallel.rank * share
             pieces.append((name, total, start, start + share))
         super().__init__(input_size, pieces, bias, dtype)
+
+
+class GatedParallelLinear(MergedColumnParallelLinear):
+    """silu(gate) · up of two products of equal size: `outputs` names the gate first."""
+
+    is_gated = True
 
 
 class QKVParallelLinear(_ColumnParallel):
@@ -147,12 +176,18 @@ class RowParallelLinear(_Linear):
         self.weight = empty_parameter(output_size, self.share, dtype=dtype)
         self.bias = empty_parameter(output_size, dtype=dtype) if bias else None
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_tokens, share of input_size] → [num_tokens, output_size], the same on every rank."""
-        if self.tensor_parallel.size == 1:
-            return linear(hidden, self.weight, self.bias)
-        output = self.tensor_parallel.all_reduce(linear(hidden, self.weight))
-        return output if self.bias is None else output + self.bias  # once, not once a rank
+    def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The residual stream with the product added to it, the same on every rank.
+
+        hidden [num_tokens, share of input_size], residual [num_tokens, output_size] → as residual, both: the sum and
+        None, or the product and the residual, for the norm that follows to add.
+        """
+        if self.tensor_parallel.size > 1:
+            output = self.tensor_parallel.all_reduce(linear(hidden, self.weight))
+            return output if self.bias is None else output + self.bias, residual  # bias once, not once a rank
+        if suits_skinny_linear(hidden, self.weight):
+            return skinny_linear(hidden, self.weight, self.bias, residual=residual), None
+        return linear(hidden, self.weight, self.bias), residual
 
     def weight_parts(self, prefix: str) -> Mapping[str, Sequence[WeightPart]]:
         start = self.tensor_parallel.rank * self.share

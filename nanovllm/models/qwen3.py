@@ -1,8 +1,9 @@
 """Qwen3, the dense models (arXiv:2505.09388): 0.6B to 32B.
 
 A pre-norm transformer: grouped-query attention with an RMS norm on every query and key head, rotary positions,
-SwiGLU. Tokens of all sequences of a step lie in one flat batch. `residual` is the stream that layers add to; a
-layer is handed it apart from the last addition, so that adding and norming are one kernel.
+SwiGLU. Tokens of all sequences of a step lie in one flat batch. The stream that layers add to is `hidden + residual`,
+or `hidden` alone where residual is None: the last addition may wait, so that it can be one kernel with the next norm.
+Norms are handed to the products that follow them, for the same reason.
 """
 
 from __future__ import annotations
@@ -14,11 +15,10 @@ from torch import nn
 
 from nanovllm.attention.interface import AttentionMetadata, LayerKVCache
 from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
-from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.layers.attention import Attention, AttentionBackends
 from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
-from nanovllm.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from nanovllm.layers.linear import GatedParallelLinear, QKVParallelLinear, RowParallelLinear
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.rotary_embedding import build_cos_sin_cache
 from nanovllm.models.causal_lm import CausalLM
@@ -42,12 +42,15 @@ class Qwen3Attention(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        norm: RMSNorm,
         positions: torch.Tensor,
         cos_sin_cache: torch.Tensor,
         metadata: AttentionMetadata,
         kv_cache: LayerKVCache,
-    ) -> torch.Tensor:
-        query, key, value = self.qkv_proj.split_heads(self.qkv_proj(hidden))  # [num_tokens, heads, head_dim] each
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        qkv, residual = self.qkv_proj(hidden, residual, norm)
+        query, key, value = self.qkv_proj.split_heads(qkv)  # [num_tokens, heads, head_dim] each
         query = qk_norm_rope_store(
             query,
             key,
@@ -64,20 +67,23 @@ class Qwen3Attention(nn.Module):
             kv_cache.value_scale,
         )
         attended = self.attention(query, metadata, kv_cache)  # [num_tokens, num_heads, head_dim]
-        output: torch.Tensor = self.o_proj(attended.flatten(1))  # [num_tokens, hidden_size]
-        return output
+        hidden, residual = self.o_proj(attended.flatten(1), residual)  # [num_tokens, hidden_size]
+        return hidden, residual
 
 
 class Qwen3MLP(nn.Module):
     def __init__(self, config: ModelConfig, parallel: TensorParallel, dtype: torch.dtype) -> None:
         super().__init__()
         sizes = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        self.gate_up_proj = MergedColumnParallelLinear(config.hidden_size, sizes, parallel, dtype)
+        self.gate_up_proj = GatedParallelLinear(config.hidden_size, sizes, parallel, dtype)
         self.down_proj = RowParallelLinear(config.intermediate_size, config.hidden_size, parallel, dtype)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = self.down_proj(silu_and_mul(self.gate_up_proj(hidden)))  # [num_tokens, hidden_size]
-        return output
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        gated, residual = self.gate_up_proj(hidden, residual, norm)  # [num_tokens, intermediate_size]
+        hidden, residual = self.down_proj(gated, residual)  # [num_tokens, hidden_size]
+        return hidden, residual
 
 
 class Qwen3DecoderLayer(nn.Module):
@@ -98,11 +104,12 @@ class Qwen3DecoderLayer(nn.Module):
         cos_sin_cache: torch.Tensor,
         metadata: AttentionMetadata,
         kv_cache: LayerKVCache,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, residual = self.input_layernorm(hidden, residual)
-        hidden = self.self_attn(hidden, positions, cos_sin_cache, metadata, kv_cache)
-        hidden, residual = self.post_attention_layernorm(hidden, residual)
-        return self.mlp(hidden), residual
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        hidden, residual = self.self_attn(
+            hidden, residual, self.input_layernorm, positions, cos_sin_cache, metadata, kv_cache
+        )
+        hidden, residual = self.mlp(hidden, residual, self.post_attention_layernorm)
+        return hidden, residual
 
 
 class Qwen3Model(nn.Module):

@@ -1,0 +1,222 @@
+"""Matrix products with few rows, y = x · Wᵀ, as small batches of a decode step need them.
+
+Reading the weight is all that such a product costs. Each program takes a few outputs and loads the rows of the weight
+that give them before the kernel ahead has ended, for they do not depend on it; only then it waits for its input. What
+stands before and after the product is folded in, since a launch costs as much as the product: the RMS norm of the
+input, SiLU · mul of a gated product, and the addition to the residual stream.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels.rms_norm import rms_norm_reference
+from nanovllm.kernels.silu_and_mul import silu_and_mul_reference
+from nanovllm.kernels.triton_support import (
+    HAS_TRITON,
+    jit,
+    jit_with_varying,
+    let_next_kernel_start,
+    next_power_of_2,
+    pdl_options,
+    runs_triton,
+    tl,
+    wait_for_previous_kernel,
+)
+
+MAX_INPUT_SIZE = 32768  # a program holds whole rows of the weight
+_MAX_TOKENS = 4  # beyond, the BLAS is faster
+_MAX_EXTRA_PRODUCTS = 1 << 25  # multiplications, beyond the first token's, that cost less than what is saved
+_WEIGHTS_PER_WARP = 4096
+_NUM_WARPS = 4
+_SLICE = 256  # inputs that a warp reads at once, 16 bytes a thread of half precision
+
+
+@jit
+def _load_weight(
+    weight_ptr: tl.tensor,
+    output: tl.tensor,
+    column: tl.tensor,
+    OUTPUT_SIZE: tl.constexpr,
+    INPUT_SIZE: tl.constexpr,
+) -> tl.tensor:
+    """The rows of some outputs [NUM_WARPS, BLOCK_N]: [NUM_WARPS, BLOCK_N, slices, SLICE]."""
+    row = output[:, :, None, None]
+    mask = (row < OUTPUT_SIZE) & (column < INPUT_SIZE)
+    return tl.load(weight_ptr + row.to(tl.int64) * INPUT_SIZE + column, mask=mask, other=0.0)
+
+
+@jit
+def _product(x: tl.tensor, weight: tl.tensor) -> tl.tensor:
+    """x [NUM_WARPS, 1, slices, SLICE] fp32, weight [NUM_WARPS, BLOCK_N, slices, SLICE] → [NUM_WARPS, BLOCK_N] fp32."""
+    return tl.sum(tl.sum(x * weight.to(tl.float32), axis=2), axis=2)
+
+
+@jit_with_varying("num_tokens")
+def _skinny_linear_kernel(
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    norm_weight_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    residual_stride: tl.tensor,
+    num_tokens: tl.tensor,
+    eps: tl.tensor,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    IS_GATED: tl.constexpr,
+    OUTPUT_SIZE: tl.constexpr,
+    INPUT_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICE: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """Program (outputs, tokens): BLOCK_M tokens, one after another, times the weights of NUM_WARPS · BLOCK_N outputs.
+
+    Each warp has outputs of its own, and a copy of the input: so warps never wait for each other.
+    """
+    let_next_kernel_start(PDL)
+    warp = tl.arange(0, NUM_WARPS)[:, None]
+    output = (tl.program_id(0) * NUM_WARPS + warp) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    column = tl.arange(0, BLOCK_K // SLICE)[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
+    column = column[None, None, :, :] + 0 * warp[:, :, None, None]  # [NUM_WARPS, 1, slices, SLICE]
+    output_mask = output < OUTPUT_SIZE
+    weight = _load_weight(weight_ptr, output, column, OUTPUT_SIZE, INPUT_SIZE)
+    if IS_GATED:
+        up_weight = _load_weight(weight_ptr + OUTPUT_SIZE * INPUT_SIZE, output, column, OUTPUT_SIZE, INPUT_SIZE)
+    if HAS_NORM:
+        norm_weight = tl.load(norm_weight_ptr + column, mask=column < INPUT_SIZE, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + output, mask=output_mask, other=0.0).to(tl.float32)
+        if IS_GATED:
+            up_bias = tl.load(bias_ptr + OUTPUT_SIZE + output, mask=output_mask, other=0.0).to(tl.float32)
+    wait_for_previous_kernel(PDL)
+
+    for index in tl.static_range(BLOCK_M):
+        token = (tl.program_id(1) * BLOCK_M + index).to(tl.int64)
+        mask = output_mask & (token < num_tokens)
+        x_mask = (column < INPUT_SIZE) & (token < num_tokens)
+        x = tl.load(x_ptr + token * x_stride + column, mask=x_mask, other=0.0).to(tl.float32)  # as column
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + token * residual_stride + output, mask=mask, other=0.0).to(tl.float32)
+        if HAS_NORM:
+            # What the norm divides by comes after the product, so that the two sums need not wait for each other.
+            mean_square = tl.sum(tl.sum(x * x, axis=2), axis=2) / INPUT_SIZE  # [NUM_WARPS, 1]
+            x = x * norm_weight
+        out = _product(x, weight)
+        if IS_GATED:
+            up = _product(x, up_weight)
+        if HAS_NORM:
+            scale = 1.0 / tl.sqrt(mean_square + eps)
+            out = out * scale
+            if IS_GATED:
+                up = up * scale
+        if HAS_BIAS:
+            out += bias
+            if IS_GATED:
+                up += up_bias
+        if IS_GATED:
+            out = out / (1.0 + tl.exp(-out)) * up
+        if HAS_RESIDUAL:
+            out += residual
+        tl.store(out_ptr + token * OUTPUT_SIZE + output, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def suits_skinny_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `skinny_linear` beats torch's kernels on x [num_tokens, input_size]: few tokens, on a GPU."""
+    num_tokens, input_size = x.shape
+    few = num_tokens <= _MAX_TOKENS and (num_tokens - 1) * weight.numel() <= _MAX_EXTRA_PRODUCTS
+    return HAS_TRITON and x.is_cuda and few and input_size <= MAX_INPUT_SIZE
+
+
+def _choose_tile(block_k: int, gated: bool) -> tuple[int, int]:
+    """(outputs of a warp, warps of a program)."""
+    return max(_WEIGHTS_PER_WARP // block_k // (1 + gated), 1), _NUM_WARPS
+
+
+def skinny_linear_reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What `skinny_linear` must equal, in plain torch."""
+    if norm_weight is not None:
+        x = rms_norm_reference(x, norm_weight, eps)
+    out = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    if gated:
+        out = silu_and_mul_reference(out)
+    if residual is not None:
+        out = out + residual.float()
+    return out.to(x.dtype)
+
+
+def skinny_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+    use_triton: bool | None = None,
+) -> torch.Tensor:
+    """act(rms_norm(x) · weightᵀ + bias) + residual for few tokens; each part but the product where asked for.
+
+    x [num_tokens, input_size], weight [outputs, input_size] contiguous, bias [outputs]. norm_weight [input_size]:
+    x is RMS-normed with it and `eps` first. gated: outputs are gates and then as many ups, and silu(gate) · up is what
+    comes out. residual, of the result's shape, is added. input_size at most MAX_INPUT_SIZE.
+    → [num_tokens, outputs or half as many], of x's dtype (bf16, fp16 or fp32), rounded once from fp32.
+    """
+    if not runs_triton(x, use_triton):
+        return skinny_linear_reference(
+            x, weight, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
+        )
+    num_tokens, input_size = x.shape
+    output_size = weight.shape[0] // (1 + gated)
+    out = torch.empty(num_tokens, output_size, dtype=x.dtype, device=x.device)  # [num_tokens, output_size]
+    if num_tokens == 0:
+        return out
+    block_m = min(next_power_of_2(num_tokens), _MAX_TOKENS)
+    block_k = next_power_of_2(input_size)
+    block_n, num_warps = _choose_tile(block_k, gated)
+    grid = (-(-output_size // (block_n * num_warps)), -(-num_tokens // block_m))
+    _skinny_linear_kernel[grid](
+        x,
+        weight,
+        x if bias is None else bias,  # what is not asked for is not read
+        x if norm_weight is None else norm_weight,
+        x if residual is None else residual,
+        out,
+        x.stride(0),
+        x.stride(0) if residual is None else residual.stride(0),
+        num_tokens,
+        eps,
+        HAS_BIAS=bias is not None,
+        HAS_NORM=norm_weight is not None,
+        HAS_RESIDUAL=residual is not None,
+        IS_GATED=gated,
+        OUTPUT_SIZE=output_size,
+        INPUT_SIZE=input_size,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        SLICE=min(block_k, _SLICE),
+        NUM_WARPS=num_warps,
+        num_warps=num_warps,
+        num_stages=1,
+        **pdl_options(x.device),
+    )
+    return out

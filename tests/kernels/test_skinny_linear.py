@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanovllm.kernels.rms_norm import rms_norm_reference
+from nanovllm.kernels.skinny_linear import skinny_linear, suits_skinny_linear
+from tests.kernels.inputs import DTYPES, check_close
+
+
+def random_product(generator, device, dtype, num_tokens, input_size, outputs):
+    x = torch.randn(num_tokens, input_size, generator=generator).to(device, dtype)
+    weight = (torch.randn(outputs, input_size, generator=generator) * input_size**-0.5).to(device, dtype)
+    bias = torch.randn(outputs, generator=generator).to(device, dtype)
+    norm_weight = torch.rand(input_size, generator=generator).to(device, dtype) + 0.5
+    return x, weight, bias, norm_weight
+
+
+def oracle(x, weight, bias=None, norm_weight=None, eps=0.0, gated=False, residual=None):
+    """In float64."""
+    normed = x if norm_weight is None else rms_norm_reference(x.double(), norm_weight.double(), eps)
+    out = normed.double() @ weight.double().T
+    if bias is not None:
+        out = out + bias.double()
+    if gated:
+        gate, up = out.chunk(2, dim=-1)
+        out = torch.nn.functional.silu(gate) * up
+    return out if residual is None else out + residual.double()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 16, 17])
+@pytest.mark.parametrize(("input_size", "outputs"), [(64, 24), (100, 7), (3, 1), (1024, 40)])
+def test_the_product_alone(device, generator, dtype, num_tokens, input_size, outputs):
+    x, weight, _, _ = random_product(generator, device, dtype, num_tokens, input_size, outputs)
+    check_close(skinny_linear(x, weight, use_triton=True), oracle(x, weight), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("input_size", [5000, 20000])
+def test_long_rows(device, generator, dtype, num_tokens, input_size):
+    x, weight, bias, _ = random_product(generator, device, dtype, num_tokens, input_size, 10)
+    check_close(skinny_linear(x, weight, bias, use_triton=True), oracle(x, weight, bias), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize(("input_size", "outputs"), [(64, 24), (1000, 14), (4096, 16)])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_norm_gate_and_residual_are_folded_in(
+    device, generator, dtype, num_tokens, input_size, outputs, with_bias, gated
+):
+    x, weight, bias, norm_weight = random_product(generator, device, dtype, num_tokens, input_size, outputs)
+    residual = torch.randn(num_tokens, outputs // (1 + gated), generator=generator).to(device, dtype)
+    arguments = {"norm_weight": norm_weight, "eps": 0.1, "gated": gated, "residual": residual}
+    before = x.clone(), residual.clone()
+    got = skinny_linear(x, weight, bias if with_bias else None, **arguments, use_triton=True)
+    check_close(got, oracle(x, weight, bias if with_bias else None, **arguments), dtype)
+    assert torch.equal(x, before[0])
+    assert torch.equal(residual, before[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_the_input_and_the_residual_may_be_strided(device, generator, dtype):
+    x, weight, _, norm_weight = random_product(generator, device, dtype, 6, 64, 24)
+    wide = torch.cat((x, x + 1), dim=1)
+    residual = torch.randn(6, 48, generator=generator).to(device, dtype)[:, :24]
+    arguments = {"norm_weight": norm_weight, "eps": 1e-6, "use_triton": True}
+    got = skinny_linear(wide[:, :64], weight, residual=residual, **arguments)
+    assert torch.equal(got, skinny_linear(x, weight, residual=residual.contiguous(), **arguments))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_its_neighbours(device, generator, dtype):
+    x, weight, _, norm_weight = random_product(generator, device, dtype, 9, 128, 24)
+    arguments = {"norm_weight": norm_weight, "eps": 1e-6, "use_triton": True}
+    alone = skinny_linear(x, weight, **arguments)
+    x[3] = torch.nan
+    x[8] = torch.inf
+    beside = skinny_linear(x, weight, **arguments)
+    others = [0, 1, 2, 4, 5, 6, 7]
+    assert torch.equal(alone[others], beside[others])
+
+
+def test_the_reference_is_the_same_function(device, generator):
+    x, weight, bias, norm_weight = random_product(generator, device, torch.float32, 4, 64, 24)
+    residual = torch.randn(4, 12, generator=generator).to(device)
+    arguments = {"norm_weight": norm_weight, "eps": 0.1, "gated": True, "residual": residual}
+    got = skinny_linear(x, weight, bias, **arguments, use_triton=False)
+    check_close(got, oracle(x, weight, bias, **arguments), torch.float32)
+
+
+def test_no_tokens_give_no_rows(device):
+    weight = torch.ones(8, 16, device=device)
+    assert skinny_linear(torch.empty(0, 16, device=device), weight, use_triton=True).shape == (0, 8)
+
+
+def test_only_few_tokens_on_a_gpu_suit():
+    assert not suits_skinny_linear(torch.empty(1, 8), torch.empty(8, 8))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_tokens", [1, 8])
+def test_chained_kernels_in_a_graph_see_what_the_ones_before_wrote(generator, num_tokens):
+    """Each product starts before the one ahead has ended, and buffers are reused: the replays must give one result."""
+    device = torch.device("cuda")
+    layers = [random_product(generator, device, torch.bfloat16, 1, 1024, 1024)[1:] for _ in range(20)]
+    x = torch.randn(num_tokens, 1024, generator=generator).to(device, torch.bfloat16)
+
+    def run(use_triton):
+        hidden = x
+        for weight, bias, norm_weight in layers:
+            arguments = {"norm_weight": norm_weight, "eps": 1e-6, "residual": hidden}
+            hidden = skinny_linear(hidden, weight, bias, **arguments, use_triton=use_triton)
+        return hidden
+
+    run(True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(True)
+    results = []
+    for _ in range(100):
+        graph.replay()
+        results.append(out.clone())
+    assert all(torch.equal(result, results[0]) for result in results)
+    expected = run(False).double()
+    assert (results[0].double() - expected).norm() / expected.norm() < 2e-2
