@@ -256,19 +256,8 @@ def qk_norm_rope_store(
     """
     if not runs_triton(query, use_triton):
         return qk_norm_rope_store_reference(
-            query,
-            key,
-            value,
-            query_weight,
-            key_weight,
-            eps,
-            cos_sin_cache,
-            positions,
-            key_cache,
-            value_cache,
-            slot_mapping,
-            key_scale,
-            value_scale,
+            *(query, key, value, query_weight, key_weight, eps, cos_sin_cache, positions, key_cache, value_cache),
+            *(slot_mapping, key_scale, value_scale),
         )
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[1]

@@ -98,15 +98,9 @@ def _launch(
         return
     block_size = next_power_of_2(hidden_size)
     _rms_norm_kernel[(num_tokens,)](
-        x,
-        x if residual is None else residual,
-        weight,
-        normed,
-        normed if new_residual is None else new_residual,
+        *(x, x if residual is None else residual, weight, normed, normed if new_residual is None else new_residual),
         x.stride(0),
-        0 if residual is None else residual.stride(0),
-        hidden_size,
-        eps,
+        *(0 if residual is None else residual.stride(0), hidden_size, eps),
         HAS_RESIDUAL=residual is not None,
         BLOCK_SIZE=block_size,
         num_warps=min(max(block_size // 512, 1), 16),

@@ -126,18 +126,8 @@ def read_decode_tokens(
     )
     if num_rows:
         _read_decode_tokens_kernel[(num_rows,)](
-            rows,
-            token_ids,
-            lengths,
-            block_tables,
-            tokens.input_ids,
-            tokens.positions,
-            tokens.context_lens,
-            tokens.slot_mapping,
-            tokens.block_tables,
-            token_ids.shape[1],
-            max_blocks,
-            block_size,
+            *(rows, token_ids, lengths, block_tables, tokens.input_ids, tokens.positions, tokens.context_lens),
+            *(tokens.slot_mapping, tokens.block_tables, token_ids.shape[1], max_blocks, block_size),
             BLOCK_SIZE=min(next_power_of_2(max_blocks), 1024),
             **pdl_options(rows.device),
         )
@@ -174,13 +164,7 @@ def append_tokens(
         return
     block_size = min(next_power_of_2(num_rows), 128)
     _append_tokens_kernel[(-(-num_rows // block_size),)](
-        rows,
-        new_ids,
-        token_ids,
-        lengths,
-        num_rows,
-        null_row,
-        token_ids.shape[1],
+        *(rows, new_ids, token_ids, lengths, num_rows, null_row, token_ids.shape[1]),
         BLOCK_SIZE=block_size,
         **pdl_options(rows.device),
     )

@@ -197,16 +197,9 @@ def sample(
     block_score = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits.device)  # [num_rows, num_blocks]
     block_token = torch.empty_like(block_score, dtype=torch.int32)  # [num_rows, num_blocks]
     _sample_block_kernel[(num_blocks, num_rows)](
-        logits,
-        temperatures,
-        seeds,
-        positions,
-        rows,
-        block_score,
-        block_token,
+        *(logits, temperatures, seeds, positions, rows, block_score, block_token),
         logits.stride(0),
-        vocab_size,
-        num_blocks,
+        *(vocab_size, num_blocks),
         MAX_SCALE=_MAX_SCALE,
         MAX_LOGIT=_MAX_LOGIT,
         BLOCK_SIZE=_BLOCK_SIZE,
@@ -215,10 +208,7 @@ def sample(
         **pdl_options(logits.device),
     )
     _merge_blocks_kernel[(num_rows,)](
-        block_score,
-        block_token,
-        tokens,
-        num_blocks,
+        *(block_score, block_token, tokens, num_blocks),
         BLOCK_SIZE=next_power_of_2(num_blocks),
         num_warps=1,
         **pdl_options(logits.device),
