@@ -104,6 +104,23 @@ def test_what_rules_flash_attention_out_before_it_is_imported(name, device, dtyp
     assert why in (find_problem(name, "auto", device, dtype, head_dim, None) or "")
 
 
+def test_flash_attention_4_is_passed_over_where_our_hopper_kernel_runs_unless_asked_for(monkeypatch):
+    served = []
+
+    def takes_on_hopper(device, dtype, head_dim, block_size):
+        served.append((device, dtype, head_dim, block_size))
+        return head_dim == 128
+
+    monkeypatch.setattr("nanovllm.attention.selection.takes_on_hopper", takes_on_hopper)
+    monkeypatch.setattr("nanovllm.attention.selection.flash_attn_4_problem", lambda device: None)
+    problem = find_problem("flash_attn_4", "auto", CUDA, torch.bfloat16, 128, None)
+    assert problem is not None
+    assert problem.startswith("our own kernel")
+    assert find_problem("flash_attn_4", "auto", CUDA, torch.bfloat16, 96, 32) is None
+    assert find_problem("flash_attn_4", "flash_attn", CUDA, torch.bfloat16, 128, None) is None
+    assert served == [(CUDA, torch.bfloat16, 128, 16), (CUDA, torch.bfloat16, 96, 32)]
+
+
 @pytest.mark.parametrize("name", ["flash_attn", "flash_attn_4"])
 def test_flash_attention_is_passed_over_for_an_fp8_cache(name):
     problem = find_problem(name, "auto", CUDA, torch.bfloat16, 128, None, fp8_cache=True)
