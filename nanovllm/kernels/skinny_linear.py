@@ -136,11 +136,6 @@ def suits_skinny_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return HAS_TRITON and x.is_cuda and few and input_size <= MAX_INPUT_SIZE
 
 
-def _choose_tile(block_k: int, gated: bool) -> tuple[int, int]:
-    """(outputs of a warp, warps of a program)."""
-    return max(_WEIGHTS_PER_WARP // block_k // (1 + gated), 1), _NUM_WARPS
-
-
 def skinny_linear_reference(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -191,8 +186,8 @@ def skinny_linear(
         return out
     block_m = min(next_power_of_2(num_tokens), _MAX_TOKENS)
     block_k = next_power_of_2(input_size)
-    block_n, num_warps = _choose_tile(block_k, gated)
-    grid = (-(-output_size // (block_n * num_warps)), -(-num_tokens // block_m))
+    block_n = max(_WEIGHTS_PER_WARP // block_k // (1 + gated), 1)  # outputs of a warp
+    grid = (-(-output_size // (block_n * _NUM_WARPS)), -(-num_tokens // block_m))
     _skinny_linear_kernel[grid](
         x,
         weight,
@@ -214,8 +209,8 @@ def skinny_linear(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         SLICE=min(block_k, _SLICE),
-        NUM_WARPS=num_warps,
-        num_warps=num_warps,
+        NUM_WARPS=_NUM_WARPS,
+        num_warps=_NUM_WARPS,
         num_stages=1,
         **pdl_options(x.device),
     )

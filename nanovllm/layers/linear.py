@@ -94,8 +94,13 @@ class _ColumnParallel(_Linear):
         return {f"{prefix}.weight": weight} | ({} if self.bias is None else {f"{prefix}.bias": bias})
 
 
-class MergedColumnParallelLinear(_ColumnParallel):
-    """Several products of one input, each cut evenly: `outputs` is checkpoint name → output size over all ranks."""
+class GatedParallelLinear(_ColumnParallel):
+    """silu(gate) · up of two products of one input, each cut evenly: checkpoint name → output size over all ranks.
+
+    `outputs` names the gate first.
+    """
+
+    is_gated = True
 
     def __init__(
         self,
@@ -111,12 +116,6 @@ class MergedColumnParallelLinear(_ColumnParallel):
             start = tensor_parallel.rank * share
             pieces.append((name, total, start, start + share))
         super().__init__(input_size, pieces, bias, dtype)
-
-
-class GatedParallelLinear(MergedColumnParallelLinear):
-    """silu(gate) · up of two products of equal size: `outputs` names the gate first."""
-
-    is_gated = True
 
 
 class QKVParallelLinear(_ColumnParallel):

@@ -13,7 +13,7 @@ from torch import nn
 
 from nanovllm.errors import ModelLoadError
 from nanovllm.layers.embed_head import VocabParallelEmbedding
-from nanovllm.layers.linear import MergedColumnParallelLinear, empty_parameter
+from nanovllm.layers.linear import GatedParallelLinear, empty_parameter
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.utils.loader import WeightPart, checkpoint_files, load_dummy_weights, load_weights, weight_plan
 
@@ -27,7 +27,7 @@ class Small(nn.Module):
     def __init__(self, tensor_parallel: TensorParallel | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         tensor_parallel = tensor_parallel or TensorParallel()
-        self.gate_up_proj = MergedColumnParallelLinear(4, {"gate_proj": 6, "up_proj": 6}, tensor_parallel, dtype)
+        self.gate_up_proj = GatedParallelLinear(4, {"gate_proj": 6, "up_proj": 6}, tensor_parallel, dtype)
         self.embed_tokens = VocabParallelEmbedding(9, 4, tensor_parallel, dtype)
         self.register_buffer("table", torch.arange(3), persistent=False)
 
