@@ -25,12 +25,9 @@ from nanovllm.kernels.triton_support import (
     wait_for_previous_kernel,
 )
 
-MAX_INPUT_SIZE = 32768  # a program holds whole rows of the weight
+_MAX_ROW_BYTES = 32768  # of the weight: a program holds whole rows
 _MAX_TOKENS = 4  # beyond, the BLAS is faster
 _MAX_EXTRA_PRODUCTS = 1 << 25  # multiplications, beyond the first token's, that cost less than what is saved
-_WEIGHTS_PER_WARP = 4096
-_NUM_WARPS = 4
-_SLICE = 256  # inputs that a warp reads at once, 16 bytes a thread of half precision
 
 
 @jit
@@ -41,16 +38,9 @@ def _load_weight(
     OUTPUT_SIZE: tl.constexpr,
     INPUT_SIZE: tl.constexpr,
 ) -> tl.tensor:
-    """The rows of some outputs [NUM_WARPS, BLOCK_N]: [NUM_WARPS, BLOCK_N, slices, SLICE]."""
-    row = output[:, :, None, None]
-    mask = (row < OUTPUT_SIZE) & (column < INPUT_SIZE)
-    return tl.load(weight_ptr + row.to(tl.int64) * INPUT_SIZE + column, mask=mask, other=0.0)
-
-
-@jit
-def _product(x: tl.tensor, weight: tl.tensor) -> tl.tensor:
-    """x [NUM_WARPS, 1, slices, SLICE] fp32, weight [NUM_WARPS, BLOCK_N, slices, SLICE] → [NUM_WARPS, BLOCK_N] fp32."""
-    return tl.sum(tl.sum(x * weight.to(tl.float32), axis=2), axis=2)
+    """Whole rows of the weight, those of some outputs: [BLOCK_N, BLOCK_K]."""
+    mask = (output < OUTPUT_SIZE)[:, None] & (column < INPUT_SIZE)[None, :]
+    return tl.load(weight_ptr + output.to(tl.int64)[:, None] * INPUT_SIZE + column[None, :], mask=mask, other=0.0)
 
 
 @jit_with_varying("num_tokens")
@@ -74,25 +64,19 @@ def _skinny_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SLICE: tl.constexpr,
-    NUM_WARPS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Program (outputs, tokens): BLOCK_M tokens, one after another, times the weights of NUM_WARPS · BLOCK_N outputs.
-
-    Each warp has outputs of its own, and a copy of the input: so warps never wait for each other.
-    """
+    """Program (outputs, tokens): BLOCK_M tokens, one after another, times the weights of BLOCK_N outputs."""
     let_next_kernel_start(PDL)
-    warp = tl.arange(0, NUM_WARPS)[:, None]
-    output = (tl.program_id(0) * NUM_WARPS + warp) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    column = tl.arange(0, BLOCK_K // SLICE)[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
-    column = column[None, None, :, :] + 0 * warp[:, :, None, None]  # [NUM_WARPS, 1, slices, SLICE]
+    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = tl.arange(0, BLOCK_K)
     output_mask = output < OUTPUT_SIZE
+    column_mask = column < INPUT_SIZE
     weight = _load_weight(weight_ptr, output, column, OUTPUT_SIZE, INPUT_SIZE)
     if IS_GATED:
         up_weight = _load_weight(weight_ptr + OUTPUT_SIZE * INPUT_SIZE, output, column, OUTPUT_SIZE, INPUT_SIZE)
     if HAS_NORM:
-        norm_weight = tl.load(norm_weight_ptr + column, mask=column < INPUT_SIZE, other=0.0).to(tl.float32)
+        norm_weight = tl.load(norm_weight_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + output, mask=output_mask, other=0.0).to(tl.float32)
         if IS_GATED:
@@ -102,17 +86,17 @@ def _skinny_linear_kernel(
     for index in tl.static_range(BLOCK_M):
         token = (tl.program_id(1) * BLOCK_M + index).to(tl.int64)
         mask = output_mask & (token < num_tokens)
-        x_mask = (column < INPUT_SIZE) & (token < num_tokens)
-        x = tl.load(x_ptr + token * x_stride + column, mask=x_mask, other=0.0).to(tl.float32)  # as column
+        x_mask = column_mask & (token < num_tokens)
+        x = tl.load(x_ptr + token * x_stride + column, mask=x_mask, other=0.0).to(tl.float32)  # [BLOCK_K]
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + token * residual_stride + output, mask=mask, other=0.0).to(tl.float32)
         if HAS_NORM:
             # What the norm divides by comes after the product, so that the two sums need not wait for each other.
-            mean_square = tl.sum(tl.sum(x * x, axis=2), axis=2) / INPUT_SIZE  # [NUM_WARPS, 1]
+            mean_square = tl.sum(x * x, axis=0) / INPUT_SIZE
             x = x * norm_weight
-        out = _product(x, weight)
+        out = tl.sum(x[None, :] * weight.to(tl.float32), axis=1)  # [BLOCK_N]
         if IS_GATED:
-            up = _product(x, up_weight)
+            up = tl.sum(x[None, :] * up_weight.to(tl.float32), axis=1)
         if HAS_NORM:
             scale = 1.0 / tl.sqrt(mean_square + eps)
             out = out * scale
@@ -133,7 +117,17 @@ def suits_skinny_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
     """Whether `skinny_linear` beats torch's kernels on x [num_tokens, input_size]: few tokens, on a GPU."""
     num_tokens, input_size = x.shape
     few = num_tokens <= _MAX_TOKENS and (num_tokens - 1) * weight.numel() <= _MAX_EXTRA_PRODUCTS
-    return HAS_TRITON and x.is_cuda and few and input_size <= MAX_INPUT_SIZE
+    return HAS_TRITON and x.is_cuda and few and input_size * weight.itemsize <= _MAX_ROW_BYTES
+
+
+def _choose_tile(block_k: int, gated: bool) -> tuple[int, int]:
+    """(outputs of a program, its warps), as measured.
+
+    Four rows of up to 1024 inputs are one warp's, which adds up without waiting for others; longer rows four warps'.
+    """
+    num_warps = 1 if block_k <= 1024 else 4
+    weights = 4096 if num_warps == 1 else 8192
+    return max(weights // block_k // (1 + gated), 1), num_warps
 
 
 def skinny_linear_reference(
@@ -172,7 +166,7 @@ def skinny_linear(
 
     x [num_tokens, input_size], weight [outputs, input_size] contiguous, bias [outputs]. norm_weight [input_size]:
     x is RMS-normed with it and `eps` first. gated: outputs are gates and then as many ups, and silu(gate) · up is what
-    comes out. residual, of the result's shape, is added. input_size at most MAX_INPUT_SIZE.
+    comes out. residual, of the result's shape, is added.
     → [num_tokens, outputs or half as many], of x's dtype (bf16, fp16 or fp32), rounded once from fp32.
     """
     if not runs_triton(x, use_triton):
@@ -186,19 +180,12 @@ def skinny_linear(
         return out
     block_m = min(next_power_of_2(num_tokens), _MAX_TOKENS)
     block_k = next_power_of_2(input_size)
-    block_n = max(_WEIGHTS_PER_WARP // block_k // (1 + gated), 1)  # outputs of a warp
-    grid = (-(-output_size // (block_n * _NUM_WARPS)), -(-num_tokens // block_m))
+    block_n, num_warps = _choose_tile(block_k, gated)
+    grid = (-(-output_size // block_n), -(-num_tokens // block_m))
     _skinny_linear_kernel[grid](
-        x,
-        weight,
-        x if bias is None else bias,  # what is not asked for is not read
-        x if norm_weight is None else norm_weight,
-        x if residual is None else residual,
-        out,
-        x.stride(0),
-        x.stride(0) if residual is None else residual.stride(0),
-        num_tokens,
-        eps,
+        *(x, weight, x if bias is None else bias),  # what is not asked for is not read
+        *(x if norm_weight is None else norm_weight, x if residual is None else residual, out),
+        *(x.stride(0), 0 if residual is None else residual.stride(0), num_tokens, eps),
         HAS_BIAS=bias is not None,
         HAS_NORM=norm_weight is not None,
         HAS_RESIDUAL=residual is not None,
@@ -208,9 +195,7 @@ def skinny_linear(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        SLICE=min(block_k, _SLICE),
-        NUM_WARPS=_NUM_WARPS,
-        num_warps=_NUM_WARPS,
+        num_warps=num_warps,
         num_stages=1,
         **pdl_options(x.device),
     )

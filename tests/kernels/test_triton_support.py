@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from nanovllm.errors import BackendUnavailableError
-from nanovllm.kernels.triton_support import next_power_of_2, runs_triton
+from nanovllm.kernels.triton_support import next_power_of_2, pdl_options, runs_triton
 
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # what an import of a missing package looks like
 import torch
 from nanovllm.kernels import paged_decode, paged_decode_fp8, paged_prefill, qk_norm_rope_store
-from nanovllm.kernels import rms_norm, sample, silu_and_mul
+from nanovllm.kernels import rms_norm, sample, silu_and_mul, skinny_linear
 print(rms_norm.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0).tolist())
 try:
     rms_norm.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0, use_triton=True)
@@ -42,3 +42,11 @@ def test_a_kernel_on_a_cpu_needs_the_interpreter(monkeypatch):
 @pytest.mark.parametrize(("number", "power"), [(1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
 def test_next_power_of_2(number, power):
     assert next_power_of_2(number) == power
+
+
+def test_dependent_launch_is_for_hopper_gpus(monkeypatch):
+    pdl = pdl_options.__wrapped__  # without its cache
+    assert pdl(torch.device("cpu")) == {"PDL": False}
+    for capability, expected in (((8, 9), False), ((9, 0), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert pdl(torch.device("cuda")).get("launch_pdl", False) is expected

@@ -75,6 +75,27 @@ def test_logits_equal_transformers(variant: str, tmp_path: Path) -> None:
         assert difference < TOLERANCE
 
 
+@pytest.mark.parametrize("variant", ["tied", "rope_yarn"])
+def test_logits_equal_transformers_with_norms_and_additions_folded_in(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What few tokens on a GPU take, by the products' reference: the stream goes through the layers in one piece."""
+    calls: list[bool] = []
+
+    def suits(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+        calls.append(True)
+        return True
+
+    for layer in ("linear", "embed_head"):
+        monkeypatch.setattr(f"nanovllm.layers.{layer}.suits_skinny_linear", suits)
+    folder = make_qwen3_checkpoint(tmp_path, **VARIANTS[variant])
+    config = ModelConfig.from_folder(folder)
+    tokens = prompts(config.vocab_size)
+    folded = one_token_at_a_time(PagedModel(load_model(folder), config), tokens)
+    assert calls
+    assert largest_difference(folded, reference_logits(folder, tokens)) < TOLERANCE
+
+
 def test_a_tied_checkpoint_may_bring_its_head_along(tmp_path: Path) -> None:
     """Some publishers save the tied table twice; it is read once and held once."""
     folder = make_qwen3_checkpoint(tmp_path, **VARIANTS["tied"])
