@@ -128,7 +128,7 @@ def _paged_decode_kernel(
 
 
 @jit_with_varying("num_prefix_partials", "num_splits")
-def merge_partials_kernel(
+def _merge_partials_kernel(
     partial_out_ptr: tl.tensor,
     partial_lse_ptr: tl.tensor,
     context_lens_ptr: tl.tensor,
@@ -210,6 +210,50 @@ def _num_stages(dtype: torch.dtype, block_dim: int) -> int:
     return max(2, min(5, 1280 // (dtype.itemsize * block_dim)))
 
 
+def empty_partials(out: torch.Tensor, num_partials: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the parts of each context give, to be merged into out [num_seqs, num_heads, head_dim].
+
+    → outputs [num_seqs, num_heads, num_partials, head_dim] and base-2 logarithms of the softmax's denominators
+    [num_seqs, num_heads, num_partials], float32; with one part `out` itself for both, and nothing to merge.
+    """
+    if num_partials == 1:
+        return out, out
+    shape = (*out.shape[:2], num_partials)
+    partial_out = torch.empty((*shape, out.shape[2]), dtype=torch.float32, device=out.device)  # [*shape, head_dim]
+    return partial_out, torch.empty(shape, dtype=torch.float32, device=out.device)  # [*shape]
+
+
+def merge_partials(
+    partial_out: torch.Tensor,
+    partial_lse: torch.Tensor,
+    context_lens: torch.Tensor,
+    out: torch.Tensor,
+    num_splits: int,
+    block_keys: int,
+    shared: SharedPrefixes | None = None,
+) -> None:
+    """Writes `out` from `empty_partials`' tensors: those of shared prefixes first, then `num_splits` of the row's own.
+
+    block_keys: what splits are multiples of. Does nothing where there is one part.
+    """
+    if partial_out is out:
+        return
+    num_seqs, num_heads, head_dim = out.shape
+    num_partials = partial_lse.shape[2]
+    tile_rows, shared_lens = (0, context_lens) if shared is None else (shared.tile_rows, shared.lens)
+    _merge_partials_kernel[(num_heads, num_seqs)](
+        *(partial_out, partial_lse, context_lens, shared_lens, out, num_partials - num_splits, num_splits),
+        TILE_ROWS=tile_rows,
+        BLOCK_PARTIALS=next_power_of_2(num_partials),
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=max(next_power_of_2(head_dim), 16),
+        BLOCK_KEYS=block_keys,
+        PREFIX_BLOCK_KEYS=shared_prefix.BLOCK_KEYS,
+        num_warps=4,
+        **pdl_options(out.device),
+    )
+
+
 def paged_decode(
     query: torch.Tensor,
     key_cache: torch.Tensor,
@@ -241,13 +285,8 @@ def paged_decode(
     if num_splits is None:
         processors = multiprocessor_count(query.device)
         num_splits = choose_num_splits(num_seqs, num_kv_heads, max_context_len, processors)
-    partial_out, partial_lse = out, out  # not touched where there is one part
     prefix_partials = 0 if shared is None else num_prefix_splits(shared, num_kv_heads)
-    has_partials = prefix_partials + num_splits > 1
-    if has_partials:
-        shape = (num_seqs, num_heads, prefix_partials + num_splits)
-        partial_out = torch.empty((*shape, head_dim), dtype=torch.float32, device=query.device)  # [*shape, head_dim]
-        partial_lse = torch.empty(shape, dtype=torch.float32, device=query.device)  # [*shape], in base 2
+    partial_out, partial_lse = empty_partials(out, prefix_partials + num_splits)
     group = num_heads // num_kv_heads
     block_dim = max(next_power_of_2(head_dim), 16)
     tile_rows, shared_lens = (0, context_lens) if shared is None else (shared.tile_rows, shared.lens)
@@ -262,7 +301,7 @@ def paged_decode(
         *(*query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0)),
         BLOCK_SIZE=block_size,
         TILE_ROWS=tile_rows,
-        HAS_PARTIALS=has_partials,
+        HAS_PARTIALS=partial_out is not out,
         GROUP=group,
         BLOCK_GROUP=max(next_power_of_2(group), 16),  # 16 is the smallest tile of a matrix product
         HEAD_DIM=head_dim,
@@ -273,16 +312,5 @@ def paged_decode(
         num_stages=_num_stages(query.dtype, block_dim),
         **pdl_options(query.device),
     )
-    if has_partials:
-        merge_partials_kernel[(num_heads, num_seqs)](
-            *(partial_out, partial_lse, context_lens, shared_lens, out, prefix_partials, num_splits),
-            TILE_ROWS=tile_rows,
-            BLOCK_PARTIALS=next_power_of_2(prefix_partials + num_splits),
-            HEAD_DIM=head_dim,
-            BLOCK_DIM=block_dim,
-            BLOCK_KEYS=_BLOCK_KEYS,
-            PREFIX_BLOCK_KEYS=shared_prefix.BLOCK_KEYS,
-            num_warps=4,
-            **pdl_options(query.device),
-        )
+    merge_partials(partial_out, partial_lse, context_lens, out, num_splits, _BLOCK_KEYS, shared)
     return out

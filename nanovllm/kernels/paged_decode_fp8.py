@@ -16,13 +16,12 @@ from __future__ import annotations
 import torch
 
 from nanovllm.kernels.page_slots import page_slots
-from nanovllm.kernels.paged_decode import choose_num_splits, merge_partials_kernel, paged_decode_reference
+from nanovllm.kernels.paged_decode import choose_num_splits, empty_partials, merge_partials, paged_decode_reference
 from nanovllm.kernels.triton_support import (
     INTERPRETED,
     jit,
     multiprocessor_count,
     next_power_of_2,
-    pdl_options,
     runs_triton,
     tl,
 )
@@ -220,11 +219,7 @@ def paged_decode_fp8(
     if num_splits is None:
         processors = multiprocessor_count(query.device)
         num_splits = choose_num_splits(num_seqs, num_kv_heads, max_context_len, processors, _PROGRAMS_EACH)
-    partial_out, partial_lse = out, out  # not touched where there is one split
-    if num_splits > 1:
-        shape = (num_seqs, num_heads, num_splits)
-        partial_out = torch.empty((*shape, head_dim), dtype=torch.float32, device=query.device)  # [*shape, head_dim]
-        partial_lse = torch.empty(shape, dtype=torch.float32, device=query.device)  # [*shape], in base 2
+    partial_out, partial_lse = empty_partials(out, num_splits)
     group = num_heads // num_kv_heads
     block_dim = max(next_power_of_2(head_dim), 32)
     is_float32 = query.dtype == torch.float32
@@ -246,22 +241,5 @@ def paged_decode_fp8(
         num_warps=1,
         num_stages=_NUM_STAGES,
     )
-    if num_splits > 1:
-        merge_partials_kernel[(num_heads, num_seqs)](
-            partial_out,
-            partial_lse,
-            context_lens,
-            context_lens,  # not read: nothing is shared
-            out,
-            0,
-            num_splits,
-            TILE_ROWS=0,
-            BLOCK_PARTIALS=next_power_of_2(num_splits),
-            HEAD_DIM=head_dim,
-            BLOCK_DIM=block_dim,
-            BLOCK_KEYS=_BLOCK_KEYS,
-            PREFIX_BLOCK_KEYS=_BLOCK_KEYS,
-            num_warps=4,
-            **pdl_options(query.device),
-        )
+    merge_partials(partial_out, partial_lse, context_lens, out, num_splits, _BLOCK_KEYS)
     return out
