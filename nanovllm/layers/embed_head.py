@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nanovllm.kernels.skinny_linear import skinny_linear, suits_skinny_linear
-from nanovllm.layers.linear import empty_parameter
 from nanovllm.layers.parallel import TensorParallel
+from nanovllm.layers.parameter import empty_parameter
 from nanovllm.utils.loader import WeightPart
 
 

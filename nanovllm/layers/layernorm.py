@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
-from nanovllm.layers.linear import empty_parameter
+from nanovllm.layers.parameter import empty_parameter
 from nanovllm.utils.loader import WeightPart
 
 

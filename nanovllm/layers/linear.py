@@ -11,7 +11,6 @@ of it. With few tokens the norm ahead of a product and the addition behind it ar
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -19,16 +18,10 @@ from torch import nn
 from nanovllm.kernels.cpu_linear import linear, pack_weight
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.kernels.skinny_linear import skinny_linear, suits_skinny_linear
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parallel import TensorParallel
+from nanovllm.layers.parameter import empty_parameter
 from nanovllm.utils.loader import WeightPart
-
-if TYPE_CHECKING:
-    from nanovllm.layers.layernorm import RMSNorm
-
-
-def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """A parameter without memory: the weight loader puts it on the device."""
-    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
 
 
 def pack_linear_weights(model: nn.Module) -> None:

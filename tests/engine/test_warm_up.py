@@ -8,7 +8,7 @@ from nanovllm.engine.warm_up import WarmUp
 
 class Handle:
     def wait(self) -> StepResult:
-        raise NotImplementedError("the results are nobody's; an error is met again later")
+        raise RuntimeError("the results are nobody's; an error is met again later")
 
 
 def test_every_kind_of_step_runs_in_the_background() -> None:
