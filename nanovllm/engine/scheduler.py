@@ -127,6 +127,9 @@ class Scheduler:
         Attention over a long context that starts late would run on alone at the end.
         """
         blocks = self.rows.prefix_block[rows]
+        if np.count_nonzero(blocks >= 0) < _MIN_SHARERS:
+            longest_first: RowArray = rows[np.argsort(-self.rows.num_computed[rows], kind="stable")]
+            return longest_first, False
         _, group, sizes = np.unique(blocks, return_inverse=True, return_counts=True)
         shares = (blocks >= 0) & (sizes[group] >= _MIN_SHARERS)
         order = np.lexsort((-self.rows.num_computed[rows], np.where(shares, group, len(rows))))
