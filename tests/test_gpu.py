@@ -222,17 +222,17 @@ def test_overlap_changes_no_token(qwen3_06b: Path) -> None:
 
 
 def test_rows_that_share_a_prefix_give_the_tokens_of_rows_that_do_not(qwen3_06b: Path) -> None:
-    """40 requests in two groups and some of their own, with graphs and without; alone, none of them shares."""
+    """40 requests in two groups and some of their own, with graphs and without; four at a time, none of them shares."""
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:
         return torch.randint(0, VOCAB_SIZE, (count,), generator=generator).tolist()
 
-    prefixes = [tokens(520), tokens(300)]
+    prefixes = [tokens(2000), tokens(1500)]
     prompts = [(prefixes[index % 2] if index % 5 else []) + tokens(3 + index) for index in range(40)]
     outputs = []
     for settings in ({}, {"enforce_eager": True}, {"max_num_seqs": 4}):
-        with make_llm(qwen3_06b, dtype="float32", **settings) as llm:
+        with make_llm(qwen3_06b, dtype="float32", max_model_len=2100, **settings) as llm:
             outputs.append([output["token_ids"] for output in llm.generate(prompts, greedy(24), use_tqdm=False)])
             graphs = llm.llm_engine.executor._runner._graphs
             if not settings:

@@ -14,10 +14,9 @@ from nanovllm.kernels import shared_prefix
 from nanovllm.kernels.page_slots import page_slots
 from nanovllm.kernels.shared_prefix import (
     SharedPrefixes,
-    num_prefix_splits,
+    choose_num_prefix_splits,
     prefix_attention,
     prefix_split_len,
-    shared_len_of,
 )
 from nanovllm.kernels.triton_support import (
     jit_with_varying,
@@ -55,7 +54,7 @@ def _paged_decode_kernel(
     kv_head_stride: tl.tensor,
     block_table_stride: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
     HAS_PARTIALS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
@@ -73,7 +72,7 @@ def _paged_decode_kernel(
     num_heads = tl.num_programs(0) * GROUP
     num_splits = tl.num_programs(1)
     context_len = tl.load(context_lens_ptr + seq)
-    shared_len = shared_len_of(shared_lens_ptr, seq, context_len, TILE_ROWS)
+    shared_len = tl.load(shared_lens_ptr + seq) if HAS_SHARED else context_len * 0
     split_len = tl.cdiv(tl.cdiv(context_len - shared_len, num_splits), BLOCK_KEYS) * BLOCK_KEYS
     start = shared_len + split * split_len
     end = tl.minimum(start + split_len, context_len)
@@ -136,7 +135,7 @@ def _merge_partials_kernel(
     out_ptr: tl.tensor,
     num_prefix_partials: tl.tensor,
     num_splits: tl.tensor,
-    TILE_ROWS: tl.constexpr,
+    HAS_SHARED: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -150,13 +149,13 @@ def _merge_partials_kernel(
     seq = tl.program_id(1).to(tl.int64)
     row = seq * tl.num_programs(0) + head
     context_len = tl.load(context_lens_ptr + seq)
-    shared_len = shared_len_of(shared_lens_ptr, seq, context_len, TILE_ROWS)
+    shared_len = tl.load(shared_lens_ptr + seq) if HAS_SHARED else context_len * 0
     split_len = tl.cdiv(tl.cdiv(context_len - shared_len, num_splits), BLOCK_KEYS) * BLOCK_KEYS
     index = tl.arange(0, BLOCK_PARTIALS)
     dim = tl.arange(0, BLOCK_DIM)
     # What the other partials' scratch holds was never written.
     used = (index >= num_prefix_partials) & ((index - num_prefix_partials) * split_len < context_len - shared_len)
-    if TILE_ROWS > 0:
+    if HAS_SHARED:
         prefix_len = prefix_split_len(shared_len, num_prefix_partials, PREFIX_BLOCK_KEYS)
         used |= (index < num_prefix_partials) & (index * prefix_len < shared_len)
     used &= index < num_prefix_partials + num_splits
@@ -240,16 +239,16 @@ def merge_partials(
         return
     num_seqs, num_heads, head_dim = out.shape
     num_partials = partial_lse.shape[2]
-    tile_rows, shared_lens = (0, context_lens) if shared is None else (shared.tile_rows, shared.lens)
+    shared_lens = context_lens if shared is None else shared.lens  # not touched where nothing is shared
     _merge_partials_kernel[(num_heads, num_seqs)](
         *(partial_out, partial_lse, context_lens, shared_lens, out, num_partials - num_splits, num_splits),
-        TILE_ROWS=tile_rows,
+        HAS_SHARED=shared is not None,
         BLOCK_PARTIALS=next_power_of_2(num_partials),
         HEAD_DIM=head_dim,
         BLOCK_DIM=max(next_power_of_2(head_dim), 16),
         BLOCK_KEYS=block_keys,
         PREFIX_BLOCK_KEYS=shared_prefix.BLOCK_KEYS,
-        num_warps=4,
+        num_warps=1,  # each lane adds up its own dimensions: no warp waits for another
         **pdl_options(out.device),
     )
 
@@ -265,6 +264,7 @@ def paged_decode(
     shared: SharedPrefixes | None = None,
     *,
     num_splits: int | None = None,
+    prefix_splits: int | None = None,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
     """softmax(scale · query · keysᵀ) · values for one query a sequence, keys and values read through block tables.
@@ -272,7 +272,7 @@ def paged_decode(
     query [num_seqs, num_heads, head_dim]; key_cache, value_cache [num_blocks, block_size, num_kv_heads, head_dim],
     alike in strides; block_tables [num_seqs, max_blocks] int32; context_lens [num_seqs] int32, ≥ 1 and
     ≤ max_context_len; shared: prefixes to be read once for many rows (the result is the same but for rounding);
-    num_splits overrides the choice. → [num_seqs, num_heads, head_dim] of query's dtype.
+    num_splits and prefix_splits override the choice. → [num_seqs, num_heads, head_dim] of query's dtype.
     No synchronisation: may be captured in a CUDA graph.
     """
     if not runs_triton(query, use_triton):
@@ -282,17 +282,19 @@ def paged_decode(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_seqs, num_heads, head_dim]
     if num_seqs == 0:
         return out
+    processors = multiprocessor_count(query.device)
     if num_splits is None:
-        processors = multiprocessor_count(query.device)
         num_splits = choose_num_splits(num_seqs, num_kv_heads, max_context_len, processors)
-    prefix_partials = 0 if shared is None else num_prefix_splits(shared, num_kv_heads)
+    prefix_partials, shared_lens = 0, context_lens  # the lengths are not touched where nothing is shared
+    if shared is not None:
+        choice = choose_num_prefix_splits(num_seqs, shared.max_tile_rows, num_kv_heads, processors)
+        prefix_partials, shared_lens = prefix_splits or choice, shared.lens
     partial_out, partial_lse = empty_partials(out, prefix_partials + num_splits)
     group = num_heads // num_kv_heads
     block_dim = max(next_power_of_2(head_dim), 16)
-    tile_rows, shared_lens = (0, context_lens) if shared is None else (shared.tile_rows, shared.lens)
     if shared is not None:
         prefix_attention(
-            *(query, key_cache, value_cache, block_tables, context_lens, shared, partial_out, partial_lse),
+            *(query, key_cache, value_cache, block_tables, shared, partial_out, partial_lse),
             *(prefix_partials, scale * _LOG2_E),
         )
     _paged_decode_kernel[(num_kv_heads, num_splits, num_seqs)](
@@ -300,7 +302,7 @@ def paged_decode(
         *(prefix_partials, scale * _LOG2_E),
         *(*query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0)),
         BLOCK_SIZE=block_size,
-        TILE_ROWS=tile_rows,
+        HAS_SHARED=shared is not None,
         HAS_PARTIALS=partial_out is not out,
         GROUP=group,
         BLOCK_GROUP=max(next_power_of_2(group), 16),  # 16 is the smallest tile of a matrix product

@@ -1,7 +1,7 @@
 """Attention of decode rows to a prefix that they share: its keys are read once for a tile of rows, not once a row.
 
-Rows share a prefix where their block tables begin with the same pages. Tiles are of adjacent rows; what each attends
-to beyond the shared part, and the merging of both, is `paged_decode`'s.
+Rows share a prefix where their block tables begin with the same pages. Tiles are runs of adjacent rows; what each row
+attends to beyond the shared part, and the merging of both, is `paged_decode`'s.
 Sources: Ye et al., "Cascade Inference", 2024, https://flashinfer.ai/2024/02/02/cascade-inference.html; Juravsky et
 al., "Hydragen: High-Throughput LLM Inference with Shared Prefixes", 2024, https://arxiv.org/abs/2402.05099.
 """
@@ -16,77 +16,107 @@ from nanovllm.config import MIN_SHARED_PREFIX
 from nanovllm.kernels.page_slots import page_slots
 from nanovllm.kernels.triton_support import jit, multiprocessor_count, next_power_of_2, runs_triton, tl
 
-_TILE_QUERIES = 128  # queries of one KV head in a tile: a full tile of the matrix units
-_BLOCK_COLUMNS = 64  # columns of the block tables compared at a time
-BLOCK_KEYS = 64  # keys of a prefix a program reads at a time; shared lengths are multiples of it
+_TILE_QUERIES = 64  # queries of one KV head in a tile, with which two programs share a multiprocessor
+_MIN_TILE_ROWS = 4  # fewer rows read their prefix as fast each on its own, through the cache
+_BLOCK_COLUMNS = 256  # columns of the block tables compared at a time
+BLOCK_KEYS = 64  # keys of a prefix a program reads at a time
+_NUM_WARPS = 4
+_NUM_STAGES = 3  # blocks of keys in flight
+_PROGRAMS_EACH = 2  # on a multiprocessor
 _MAX_SPLITS = 16
+SHARED_MULTIPLE = 32  # of tokens: where `paged_decode` may start, for it reads in aligned blocks
 
 
 @dataclass(frozen=True)
 class SharedPrefixes:
-    """For each tile of `tile_rows` rows: how many tokens its rows share (0: none), and a row whose table has them.
+    """Tiles of adjacent rows whose block tables begin with the same pages. Each row is longer than what it shares."""
 
-    Rows of one token (padding's, and new ones) take no part. The others are longer than what their tile shares.
-    """
-
-    lens: torch.Tensor  # [num_tiles] int32, multiples of BLOCK_KEYS
-    rows: torch.Tensor  # [num_tiles] int32, index in the batch
-    tile_rows: int
+    lens: torch.Tensor  # [num_seqs] int32, tokens that the row's tile sees to (0: the row is in none)
+    tile_rows: torch.Tensor  # [num_seqs] int32, rows of the tile that begins with the row (0: none begins)
+    max_tile_rows: int
 
 
 @jit
-def _find_shared_prefixes_kernel(
+def _common_with_previous_kernel(
     block_tables_ptr: tl.tensor,
     context_lens_ptr: tl.tensor,
-    lens_ptr: tl.tensor,
-    rows_ptr: tl.tensor,
-    num_seqs: tl.tensor,
+    common_ptr: tl.tensor,
     block_table_stride: tl.tensor,
     block_size: tl.tensor,
     min_tokens: tl.tensor,
-    TILE_ROWS: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
 ) -> None:
-    """One program a tile."""
-    tile = tl.program_id(0)
-    row = tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    context_len = tl.load(context_lens_ptr + row, mask=row < num_seqs, other=1)
-    real = context_len > 1
+    """One program a row: how many leading tokens it shares with the row before it, 0 where too few to count."""
+    row = tl.program_id(0)
+    previous = tl.maximum(row - 1, 0)
     # A row's own last token is left to it, so that nobody's part is empty.
-    shared = tl.min(tl.where(real, (context_len - 1) // block_size, 0x7FFFFFFF), axis=0)
-    shared = tl.where(shared == 0x7FFFFFFF, 0, shared)
+    shortest = tl.minimum(tl.load(context_lens_ptr + row), tl.load(context_lens_ptr + previous))
+    shared = tl.where(row == 0, 0, (shortest - 1) // block_size)  # blocks
+    table_ptr = block_tables_ptr + row.to(tl.int64) * block_table_stride
+    previous_ptr = block_tables_ptr + previous.to(tl.int64) * block_table_stride
     first = shared * 0
     while first < shared:
         column = first + tl.arange(0, BLOCK_COLUMNS)
-        table_ptrs = block_tables_ptr + row[:, None].to(tl.int64) * block_table_stride + column[None, :]
-        mask = real[:, None] & (column < shared)[None, :]
-        lowest = tl.min(tl.load(table_ptrs, mask=mask, other=0x7FFFFFFF), axis=0)
-        highest = tl.max(tl.load(table_ptrs, mask=mask, other=-1), axis=0)
-        differs = (lowest != highest) & (column < shared)
-        shared = tl.minimum(shared, tl.min(tl.where(differs, column, 0x7FFFFFFF), axis=0))
+        mask = column < shared
+        differs = tl.load(table_ptr + column, mask=mask) != tl.load(previous_ptr + column, mask=mask)
+        shared = tl.minimum(shared, tl.min(tl.where(differs & mask, column, 0x7FFFFFFF), axis=0))
         first += BLOCK_COLUMNS
-    tokens = shared * block_size // BLOCK_KEYS * BLOCK_KEYS
-    tl.store(lens_ptr + tile, tl.where(tokens >= min_tokens, tokens, 0))
-    tl.store(rows_ptr + tile, tl.min(tl.where(real, row, 0x7FFFFFFF), axis=0))
+    tokens = shared * block_size // MULTIPLE * MULTIPLE
+    tl.store(common_ptr + row, tl.where(tokens >= min_tokens, tokens, 0))
+
+
+@jit
+def _make_tiles_kernel(
+    common_ptr: tl.tensor,
+    lens_ptr: tl.tensor,
+    tile_rows_ptr: tl.tensor,
+    num_seqs: tl.tensor,
+    max_tile_rows: tl.tensor,
+    MIN_TILE_ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+) -> None:
+    """One program a row, which looks at all rows. What a tile shares is the least of what its neighbours do."""
+    row = tl.program_id(0)
+    other = tl.arange(0, BLOCK_ROWS)
+    common = tl.load(common_ptr + other, mask=other < num_seqs, other=0)
+    begins_run = common == 0
+    run_first = tl.max(tl.where(begins_run & (other <= row), other, 0), axis=0)
+    run_end = tl.min(tl.where(begins_run & (other > row), other, num_seqs), axis=0)
+    run_len = run_end - run_first
+    tile_rows = tl.cdiv(run_len, tl.cdiv(run_len, max_tile_rows))  # the run in equal parts
+    first = run_first + (row - run_first) // tile_rows * tile_rows
+    end = tl.minimum(first + tile_rows, run_end)
+    shared = tl.min(tl.where((other > first) & (other < end), common, 0x7FFFFFFF), axis=0)
+    counts = end - first >= MIN_TILE_ROWS
+    tl.store(lens_ptr + row, tl.where(counts, shared, 0))
+    tl.store(tile_rows_ptr + row, tl.where(counts & (first == row), end - first, 0))
 
 
 def find_shared_prefixes_reference(
-    block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: int, tile_rows: int, min_tokens: int
+    block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: int, max_tile_rows: int, min_tokens: int
 ) -> SharedPrefixes:
     """What `find_shared_prefixes` must equal, row by row in plain Python (slow: for tests)."""
-    lens, rows = [], []
     lengths, tables = context_lens.tolist(), block_tables.tolist()
-    for first in range(0, len(lengths), tile_rows):
-        real = [row for row in range(first, min(first + tile_rows, len(lengths))) if lengths[row] > 1]
-        shared = min(((lengths[row] - 1) // block_size for row in real), default=0)
-        while any(tables[row][:shared] != tables[real[0]][:shared] for row in real):
-            shared -= 1
-        tokens = shared * block_size // BLOCK_KEYS * BLOCK_KEYS
-        lens.append(tokens if tokens >= min_tokens else 0)
-        rows.append(real[0] if real else 0x7FFFFFFF)
-    as_tensor = {"dtype": torch.int32, "device": context_lens.device}
-    return SharedPrefixes(torch.tensor(lens, **as_tensor), torch.tensor(rows, **as_tensor), tile_rows)  # type: ignore[arg-type]
+
+    def common(row: int) -> int:
+        blocks = (min(lengths[row - 1 : row + 1]) - 1) // block_size
+        while tables[row - 1][:blocks] != tables[row][:blocks]:
+            blocks -= 1
+        tokens = blocks * block_size // SHARED_MULTIPLE * SHARED_MULTIPLE
+        return tokens if tokens >= min_tokens else 0
+
+    num_seqs = len(lengths)
+    lens, tile_rows = [0] * num_seqs, [0] * num_seqs
+    starts = [row for row in range(num_seqs) if row == 0 or not common(row)]
+    for start, end in zip(starts, [*starts[1:], num_seqs], strict=False):
+        equal = -(-(end - start) // -(-(end - start) // max_tile_rows))
+        for first in range(start, end, equal):
+            count = min(equal, end - first)
+            if count >= _MIN_TILE_ROWS:
+                tile_rows[first] = count
+                lens[first : first + count] = [min(map(common, range(first + 1, first + count)))] * count
+    return SharedPrefixes(context_lens.new_tensor(lens), context_lens.new_tensor(tile_rows), max_tile_rows)
 
 
 def find_shared_prefixes(
@@ -100,37 +130,28 @@ def find_shared_prefixes(
 ) -> SharedPrefixes:
     """Once a step, for all its layers. block_tables [num_seqs, max_blocks] int32; context_lens [num_seqs] int32, ≥ 1.
 
-    group: query heads that share a KV head. No synchronisation: may be captured in a CUDA graph.
+    group: query heads that share a KV head; min_tokens ≥ 1: what two rows must share to be in one tile.
+    No synchronisation: may be captured in a CUDA graph.
     """
-    tile_rows = max(_TILE_QUERIES // next_power_of_2(group), 1)
+    max_tile_rows = max(_TILE_QUERIES // next_power_of_2(group), 2 * _MIN_TILE_ROWS)  # halves of a run are tiles too
     if not runs_triton(block_tables, use_triton):
-        return find_shared_prefixes_reference(block_tables, context_lens, block_size, tile_rows, min_tokens)
-    num_tiles = -(-len(context_lens) // tile_rows)
-    lens = torch.empty(num_tiles, dtype=torch.int32, device=block_tables.device)  # [num_tiles]
-    rows = torch.empty_like(lens)  # [num_tiles]
-    if num_tiles:
-        _find_shared_prefixes_kernel[(num_tiles,)](
-            *(block_tables, context_lens, lens, rows, len(context_lens)),
-            block_tables.stride(0),
-            *(block_size, min_tokens),
-            TILE_ROWS=tile_rows,
+        return find_shared_prefixes_reference(block_tables, context_lens, block_size, max_tile_rows, min_tokens)
+    num_seqs = len(context_lens)
+    common, lens, tile_rows = (torch.empty_like(context_lens) for _ in range(3))  # [num_seqs]
+    if num_seqs:
+        _common_with_previous_kernel[(num_seqs,)](
+            *(block_tables, context_lens, common, block_tables.stride(0), block_size, min_tokens),
+            MULTIPLE=SHARED_MULTIPLE,
             BLOCK_COLUMNS=_BLOCK_COLUMNS,
-            BLOCK_KEYS=BLOCK_KEYS,
-            num_warps=4,
+            num_warps=2,
         )
-    return SharedPrefixes(lens, rows, tile_rows)
-
-
-@jit
-def shared_len_of(
-    shared_lens_ptr: tl.tensor, seq: tl.tensor, context_len: tl.tensor, TILE_ROWS: tl.constexpr
-) -> tl.tensor:
-    """Tokens of a row's context that `prefix_attention` sees to; TILE_ROWS 0: nothing is shared."""
-    shared_len = context_len * 0
-    if TILE_ROWS > 0:
-        shared_len = tl.load(shared_lens_ptr + seq // TILE_ROWS)
-        shared_len = tl.where(shared_len < context_len, shared_len, 0)  # rows of one token take no part
-    return shared_len
+        _make_tiles_kernel[(num_seqs,)](
+            *(common, lens, tile_rows, num_seqs, max_tile_rows),
+            MIN_TILE_ROWS=_MIN_TILE_ROWS,
+            BLOCK_ROWS=next_power_of_2(num_seqs),
+            num_warps=2,
+        )
+    return SharedPrefixes(lens, tile_rows, max_tile_rows)
 
 
 @jit
@@ -145,13 +166,13 @@ def _prefix_attention_kernel(
     key_ptr: tl.tensor,
     value_ptr: tl.tensor,
     block_tables_ptr: tl.tensor,
-    context_lens_ptr: tl.tensor,
     shared_lens_ptr: tl.tensor,
-    shared_rows_ptr: tl.tensor,
+    tile_rows_ptr: tl.tensor,
     partial_out_ptr: tl.tensor,
     partial_lse_ptr: tl.tensor,
     scale_log2: tl.tensor,
     num_seqs: tl.tensor,
+    num_splits: tl.tensor,
     num_partials: tl.tensor,
     query_seq_stride: tl.tensor,
     query_head_stride: tl.tensor,
@@ -160,6 +181,7 @@ def _prefix_attention_kernel(
     kv_head_stride: tl.tensor,
     block_table_stride: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
+    BLOCK_SEQS: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_GROUP: tl.constexpr,
@@ -168,62 +190,65 @@ def _prefix_attention_kernel(
     BLOCK_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Program (kv head, split, tile): TILE_ROWS rows of BLOCK_GROUP query heads against a part of the prefix."""
+    """Programs (kv head, …) take items (tile, split) in turns: how many tiles there are is only known here.
+
+    An item is TILE_ROWS rows of BLOCK_GROUP query heads against a part of the tile's prefix.
+    """
     kv_head = tl.program_id(0)
-    split = tl.program_id(1)
-    tile = tl.program_id(2)
     num_heads = tl.num_programs(0) * GROUP
-    shared_len = tl.load(shared_lens_ptr + tile)
-    split_len = prefix_split_len(shared_len, tl.num_programs(1), BLOCK_KEYS)
-    start = split * split_len
-    end = tl.minimum(start + split_len, shared_len)
-    if start >= end:
-        return
+    row = tl.arange(0, BLOCK_SEQS)
+    begins = tl.load(tile_rows_ptr + row, mask=row < num_seqs, other=0) > 0
+    rank = tl.cumsum(begins.to(tl.int32), axis=0)  # 1 where the first tile begins, and so on
+    for item in range(tl.program_id(1), tl.max(rank, axis=0) * num_splits, tl.num_programs(1)):
+        split = item % num_splits
+        first_row = tl.sum(tl.where(begins & (rank == item // num_splits + 1), row, 0), axis=0)
+        num_rows = tl.load(tile_rows_ptr + first_row)
+        shared_len = tl.load(shared_lens_ptr + first_row)
+        split_len = prefix_split_len(shared_len, num_splits, BLOCK_KEYS)
+        start = split * split_len
+        end = tl.minimum(start + split_len, shared_len)
 
-    index = tl.arange(0, TILE_ROWS * BLOCK_GROUP)
-    seq = (tile * TILE_ROWS + index // BLOCK_GROUP).to(tl.int64)
-    head = kv_head * GROUP + index % BLOCK_GROUP
-    dim = tl.arange(0, BLOCK_DIM)
-    dim_mask = dim < HEAD_DIM
-    takes_part = (seq < num_seqs) & (index % BLOCK_GROUP < GROUP)
-    takes_part &= tl.load(context_lens_ptr + seq, mask=takes_part, other=0) > shared_len
-    mask = takes_part[:, None] & dim_mask[None, :]
-    source = query_ptr + seq[:, None] * query_seq_stride + head[:, None] * query_head_stride + dim[None, :]
-    query = tl.load(source, mask=mask, other=0.0)  # [TILE_ROWS · BLOCK_GROUP, BLOCK_DIM]
-    table_ptr = block_tables_ptr + tl.load(shared_rows_ptr + tile).to(tl.int64) * block_table_stride
-    key_base = key_ptr + kv_head * kv_head_stride
-    value_base = value_ptr + kv_head * kv_head_stride
+        index = tl.arange(0, TILE_ROWS * BLOCK_GROUP)
+        seq = (first_row + index // BLOCK_GROUP).to(tl.int64)
+        head = kv_head * GROUP + index % BLOCK_GROUP
+        dim = tl.arange(0, BLOCK_DIM)
+        dim_mask = dim < HEAD_DIM
+        takes_part = (index // BLOCK_GROUP < num_rows) & (index % BLOCK_GROUP < GROUP) & (start < end)
+        mask = takes_part[:, None] & dim_mask[None, :]
+        source = query_ptr + seq[:, None] * query_seq_stride + head[:, None] * query_head_stride + dim[None, :]
+        query = tl.load(source, mask=mask, other=0.0)  # [TILE_ROWS · BLOCK_GROUP, BLOCK_DIM]
+        table_ptr = block_tables_ptr + first_row.to(tl.int64) * block_table_stride
+        key_base = key_ptr + kv_head * kv_head_stride
+        value_base = value_ptr + kv_head * kv_head_stride
 
-    best = tl.full([TILE_ROWS * BLOCK_GROUP], -float("inf"), tl.float32)
-    total = tl.zeros([TILE_ROWS * BLOCK_GROUP], tl.float32)
-    out = tl.zeros([TILE_ROWS * BLOCK_GROUP, BLOCK_DIM], tl.float32)
-    for first in range(start, end, BLOCK_KEYS):
-        valid = first + tl.arange(0, BLOCK_KEYS) < end
-        slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
-        kv_mask = valid[:, None] & dim_mask[None, :]
-        key = tl.load(key_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)  # [BLOCK_KEYS, BLOCK_DIM]
-        value = tl.load(value_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [TILE_ROWS · BLOCK_GROUP, BLOCK_KEYS]
-        scores = tl.where(valid[None, :], scores, -float("inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1) * scale_log2)
-        weights = tl.exp2(scores * scale_log2 - new_best[:, None])
-        shrink = tl.exp2(best - new_best)
-        total = total * shrink + tl.sum(weights, axis=1)
-        out = out * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
-        best = new_best
+        best = tl.full([TILE_ROWS * BLOCK_GROUP], -float("inf"), tl.float32)
+        total = tl.zeros([TILE_ROWS * BLOCK_GROUP], tl.float32)
+        out = tl.zeros([TILE_ROWS * BLOCK_GROUP, BLOCK_DIM], tl.float32)
+        for first in range(start, end, BLOCK_KEYS):
+            valid = first + tl.arange(0, BLOCK_KEYS) < end
+            slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
+            kv_mask = valid[:, None] & dim_mask[None, :]
+            key = tl.load(key_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)  # [BLOCK_KEYS, BLOCK_DIM]
+            value = tl.load(value_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)
+            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [TILE_ROWS · BLOCK_GROUP, BLOCK_KEYS]
+            scores = tl.where(valid[None, :], scores, -float("inf"))
+            new_best = tl.maximum(best, tl.max(scores, axis=1) * scale_log2)
+            weights = tl.exp2(scores * scale_log2 - new_best[:, None])
+            shrink = tl.exp2(best - new_best)
+            total = total * shrink + tl.sum(weights, axis=1)
+            out = tl.dot(weights.to(value.dtype), value, out * shrink[:, None], input_precision=PRECISION)
+            best = new_best
 
-    partial = (seq * num_heads + head) * num_partials + split
-    tl.store(partial_out_ptr + partial[:, None] * HEAD_DIM + dim[None, :], out / total[:, None], mask=mask)
-    tl.store(partial_lse_ptr + partial, best + tl.log2(total), mask=takes_part)
-
-
-def choose_num_prefix_splits(num_tiles: int, num_kv_heads: int, num_multiprocessors: int) -> int:
-    """Parts of a shared prefix, so that its programs fill the device about once."""
-    return max(1, min(num_multiprocessors // (num_tiles * num_kv_heads), _MAX_SPLITS))
+        total = tl.where(total > 0, total, 1.0)  # no keys: nothing is stored
+        partial = (seq * num_heads + head) * num_partials + split
+        tl.store(partial_out_ptr + partial[:, None] * HEAD_DIM + dim[None, :], out / total[:, None], mask=mask)
+        tl.store(partial_lse_ptr + partial, best + tl.log2(total), mask=takes_part)
 
 
-def num_prefix_splits(shared: SharedPrefixes, num_kv_heads: int) -> int:
-    return choose_num_prefix_splits(len(shared.lens), num_kv_heads, multiprocessor_count(shared.lens.device))
+def choose_num_prefix_splits(num_seqs: int, max_tile_rows: int, num_kv_heads: int, num_multiprocessors: int) -> int:
+    """Parts of a shared prefix, so that the programs of full tiles fill the device about once."""
+    num_tiles = -(-num_seqs // max_tile_rows)
+    return max(1, min(_PROGRAMS_EACH * num_multiprocessors // (num_tiles * num_kv_heads), _MAX_SPLITS))
 
 
 def prefix_attention(
@@ -231,7 +256,6 @@ def prefix_attention(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
     block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
     shared: SharedPrefixes,
     partial_out: torch.Tensor,
     partial_lse: torch.Tensor,
@@ -246,18 +270,20 @@ def prefix_attention(
     num_seqs, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = key_cache.shape
     group = num_heads // num_kv_heads
-    _prefix_attention_kernel[(num_kv_heads, num_splits, len(shared.lens))](
-        *(query, key_cache, value_cache, block_tables, context_lens, shared.lens, shared.rows, partial_out),
-        *(partial_lse, scale_log2, num_seqs, partial_lse.shape[2]),
+    programs = -(-_PROGRAMS_EACH * multiprocessor_count(query.device) // num_kv_heads)
+    _prefix_attention_kernel[(num_kv_heads, programs)](
+        *(query, key_cache, value_cache, block_tables, shared.lens, shared.tile_rows, partial_out, partial_lse),
+        *(scale_log2, num_seqs, num_splits, partial_lse.shape[2]),
         *(*query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0)),
         BLOCK_SIZE=block_size,
-        TILE_ROWS=shared.tile_rows,
+        BLOCK_SEQS=next_power_of_2(num_seqs),
+        TILE_ROWS=next_power_of_2(shared.max_tile_rows),
         GROUP=group,
         BLOCK_GROUP=next_power_of_2(group),
         HEAD_DIM=head_dim,
         BLOCK_DIM=max(next_power_of_2(head_dim), 16),
         BLOCK_KEYS=BLOCK_KEYS,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=8,
-        num_stages=2 if query.dtype == torch.float32 else 3,
+        num_warps=_NUM_WARPS,
+        num_stages=2 if query.dtype == torch.float32 else _NUM_STAGES,
     )
