@@ -72,7 +72,7 @@ class ScheduledBatch:
         *,
         closed: Seq[int] = (),
         opened: Seq[OpenedRow] = (),
-        blocks: Seq[tuple[int, int, int]] = (),
+        blocks: Seq[tuple[int, int, int]] | IntArray = (),
         chunks: Seq[tuple[int, int, int]] = (),
         num_final_chunks: int = 0,
         decode_rows: Seq[int] | npt.NDArray[np.integer[Any]] = (),
@@ -87,7 +87,7 @@ class ScheduledBatch:
         batch = cls(buffer, sections)
         batch.closed[:] = closed
         batch.decode_rows[:] = decode_rows
-        if blocks:
+        if len(blocks):
             batch.blocks[:] = blocks
         if chunks:
             batch.chunks[:] = chunks

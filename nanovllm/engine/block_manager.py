@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import xxhash
@@ -84,35 +84,23 @@ class BlockManager:
         shared = self._match(token_ids)
         num_blocks = self.blocks_for(len(token_ids))
         num_new = num_blocks - len(shared)
-        revived = sum(cached.block in self._evictable for cached in shared)
+        revived = sum(cached.block in self._evictable for cached in shared) if self._evictable else 0
         if num_new > self.num_free_blocks - revived:
             return None
-        log_event(
-            logger,
-            logging.DEBUG,
-            "blocks.allocating",
-            "Allocating blocks for seq_id={seq_id}, num_blocks={num_blocks}",
-            seq_id=seq_id,
-            num_blocks=num_blocks,
-        )
+        text = "Allocating blocks for seq_id={seq_id}, num_blocks={num_blocks}"
+        log_event(logger, logging.DEBUG, "blocks.allocating", text, seq_id=seq_id, num_blocks=num_blocks)
         table = BlockTable([cached.block for cached in shared], len(shared), shared[-1] if shared else None)
-        for cached in shared:
-            self._evictable.pop(cached.block, None)
-            self._reference_counts[cached.block] += 1
+        for block in table.blocks:
+            self._reference_counts[block] += 1
+            if revived:
+                self._evictable.pop(block, None)
         for _ in range(num_new):
             self.append_block(table)
-        log_event(
-            logger,
-            logging.DEBUG,
-            "blocks.allocated",
-            "Allocated blocks for seq_id={seq_id}: new={new}, cache_hits={cache_hits}, "
-            "free_blocks={free_blocks}, used_blocks={used_blocks}",
-            seq_id=seq_id,
-            new=num_new,
-            cache_hits=len(shared),
-            free_blocks=self.num_free_blocks,
-            used_blocks=self.num_used_blocks,
-        )
+        text = "Allocated blocks for seq_id={seq_id}: new={new}, cache_hits={cache_hits}, "
+        text += "free_blocks={free_blocks}, used_blocks={used_blocks}"
+        counts = {"new": num_new, "cache_hits": len(shared)}
+        counts |= {"free_blocks": self.num_free_blocks, "used_blocks": self.num_used_blocks}
+        log_event(logger, logging.DEBUG, "blocks.allocated", text, seq_id=seq_id, **counts)
         return table
 
     def append_block(self, table: BlockTable) -> int:
@@ -134,9 +122,10 @@ class BlockManager:
         """
         if not self.enable_prefix_caching:
             return
-        for index in range(table.num_registered, len(token_ids) // self.block_size):
+        first, end = table.num_registered, len(token_ids) // self.block_size
+        for index, tokens in enumerate(self._tokens_of_blocks(token_ids, first, end), start=first):
             parent = table.last_registered
-            prefix_hash, tokens = self._hash(parent, token_ids, index)
+            prefix_hash = self._hash(parent, tokens)
             known = self._by_hash.get(prefix_hash)
             if known is None or known.tokens != tokens or known.parent is not parent:
                 if known is not None:  # a collision, or a block whose parent was evicted: nobody can reach it
@@ -164,16 +153,9 @@ class BlockManager:
                     self._evictable[block] = None
                 else:
                     self._free.append(block)
-        log_event(
-            logger,
-            logging.DEBUG,
-            "blocks.freed",
-            "Deallocated blocks for seq_id={seq_id}: freed={freed}/{total}, free_blocks={free_blocks}",
-            seq_id=seq_id,
-            freed=freed,
-            total=len(table.blocks),
-            free_blocks=self.num_free_blocks,
-        )
+        text = "Deallocated blocks for seq_id={seq_id}: freed={freed}/{total}, free_blocks={free_blocks}"
+        counts = {"freed": freed, "total": len(table.blocks), "free_blocks": self.num_free_blocks}
+        log_event(logger, logging.DEBUG, "blocks.freed", text, seq_id=seq_id, **counts)
         return freed
 
     def num_releasable(self, table: BlockTable) -> int:
@@ -211,19 +193,22 @@ class BlockManager:
             return []
         shared: list[CachedBlock] = []
         parent: CachedBlock | None = None
-        for index in range((len(token_ids) - 1) // self.block_size):
-            prefix_hash, tokens = self._hash(parent, token_ids, index)
-            cached = self._by_hash.get(prefix_hash)
+        for tokens in self._tokens_of_blocks(token_ids, 0, (len(token_ids) - 1) // self.block_size):
+            cached = self._by_hash.get(self._hash(parent, tokens))
             if cached is None or cached.tokens != tokens or cached.parent is not parent:
                 break
             shared.append(cached)
             parent = cached
         return shared
 
-    def _hash(self, parent: CachedBlock | None, token_ids: IntArray, index: int) -> tuple[int, bytes]:
-        tokens = token_ids[index * self.block_size : (index + 1) * self.block_size].tobytes()
-        previous = self._root_hash if parent is None else parent.prefix_hash
-        return xxhash.xxh3_64_intdigest(tokens, seed=previous), tokens
+    def _tokens_of_blocks(self, token_ids: IntArray, first: int, end: int) -> Iterator[bytes]:
+        """The tokens of the blocks `first` … `end`, each as bytes; cut from one copy, for prompts have many blocks."""
+        tokens = token_ids[first * self.block_size : end * self.block_size].tobytes()
+        size = self.block_size * token_ids.itemsize
+        return (tokens[start : start + size] for start in range(0, len(tokens), size))
+
+    def _hash(self, parent: CachedBlock | None, tokens: bytes) -> int:
+        return xxhash.xxh3_64_intdigest(tokens, seed=self._root_hash if parent is None else parent.prefix_hash)
 
     def _forget(self, cached: CachedBlock) -> None:
         del self._by_hash[cached.prefix_hash]

@@ -28,6 +28,7 @@ class RowTable:
         self.num_tokens = np.zeros(num_rows, dtype=np.int32)
         self.num_pending = np.zeros(num_rows, dtype=np.int32)
         self.num_computed = np.zeros(num_rows, dtype=np.int32)  # keys and values written by the steps planned so far
+        self.num_cached = np.zeros(num_rows, dtype=np.int32)  # of those, found in the prefix cache on admission
         self.num_blocks = np.zeros(num_rows, dtype=np.int32)
         self.max_num_tokens = np.zeros(num_rows, dtype=np.int32)
         self.steps_in_flight = np.zeros(num_rows, dtype=np.int32)
@@ -56,8 +57,8 @@ class RowTable:
         assert sequence is not None, f"row {row} is free"
         return sequence
 
-    def open(self, sequence: Sequence, num_computed: int, prefix_block: int = -1) -> int:
-        """Gives `sequence` a row; its first `num_computed` tokens come from the prefix cache."""
+    def open(self, sequence: Sequence, num_cached: int, prefix_block: int = -1) -> int:
+        """Gives `sequence` a row; its first `num_cached` tokens come from the prefix cache."""
         row = self._free_rows.pop()
         sequence.row = row
         self.sequences[row] = sequence
@@ -65,7 +66,8 @@ class RowTable:
         self.token_ids[row, :num_tokens] = sequence.token_ids
         self.num_tokens[row] = num_tokens
         self.num_pending[row] = 0
-        self.num_computed[row] = num_computed
+        self.num_computed[row] = num_cached
+        self.num_cached[row] = num_cached
         self.num_blocks[row] = len(sequence.block_table.blocks)
         self.prefix_block[row] = prefix_block
         self.max_num_tokens[row] = sequence.max_num_tokens

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nanovllm.config import MIN_SHARED_PREFIX, ResolvedConfig
-from nanovllm.engine.batch import OpenedRow, ScheduledBatch, StepResult
+from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepResult
 from nanovllm.engine.block_manager import BlockManager, BlockTable
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence, SequenceStatus
@@ -30,7 +30,9 @@ logger = setup_logger(__name__)
 
 RowArray = npt.NDArray[np.intp]
 
-_MIN_SHARERS = 16  # decode rows with one prefix, from which on it pays to read it once for all of them
+# Where reading a prefix once for all its rows pays: so many of them, and so many tokens that need not be read again.
+_MIN_SHARERS = 16
+_MIN_TOKENS_SAVED = 20_000
 
 # What the log calls the reasons for which a sequence ends.
 _LOGGED_REASON: dict[FinishReason, str] = {"stop": "eos", "length": "max_tokens", "abort": "abort"}
@@ -59,6 +61,7 @@ class Scheduler:
         self._decode_step = 0
         self._preempted_since_log = 0
         self._decode_log = DecodeLogPolicy()
+        self._shares_prefix = False  # the last step's decode rows
 
     def add(self, sequence: Sequence) -> None:
         if not self.has_unfinished:
@@ -74,7 +77,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """The next step, or None when nothing can run before a step in flight is collected."""
-        blocks: list[tuple[int, int, int]] = []
+        blocks: list[IntArray] = []  # each [num_new, 3]: row, index, block
         decode_rows, shares_prefix = self._arrange(self._schedule_decode(blocks))
         opened: list[OpenedRow] = []
         chunks = self._schedule_prefill(self._prefill_budget(len(decode_rows)), opened, blocks)
@@ -87,7 +90,7 @@ class Scheduler:
             self._step,
             closed=self._closed,
             opened=opened,
-            blocks=blocks,
+            blocks=np.concatenate(blocks) if blocks else (),
             chunks=chunks,
             num_final_chunks=num_final,
             decode_rows=decode_rows,
@@ -107,16 +110,16 @@ class Scheduler:
             return min(budget, self.max_prefill_tokens_beside_decode)
         return budget
 
-    def _schedule_decode(self, blocks: list[tuple[int, int, int]]) -> RowArray:
+    def _schedule_decode(self, blocks: list[IntArray]) -> RowArray:
         rows = self._make_room()
         needy = self._rows_without_room(rows)
         if len(needy):
             by_arrival = needy[np.argsort(self.rows.arrival[needy])]
             granted = by_arrival[: self.block_manager.num_free_blocks]
-            for row in granted.tolist():
-                block = self.block_manager.append_block(self.rows.sequence(row).block_table)
-                blocks.append((row, int(self.rows.num_blocks[row]), block))
-                self.rows.num_blocks[row] += 1
+            tables = [self.rows.sequence(row).block_table for row in granted.tolist()]
+            new_blocks = [self.block_manager.append_block(table) for table in tables]
+            blocks.append(_appended(granted, self.rows.num_blocks[granted], new_blocks))
+            self.rows.num_blocks[granted] += 1
             rows = np.setdiff1d(rows, by_arrival[len(granted) :])
         self.rows.num_computed[rows] += 1
         return rows
@@ -129,12 +132,21 @@ class Scheduler:
         blocks = self.rows.prefix_block[rows]
         if np.count_nonzero(blocks >= 0) < _MIN_SHARERS:
             longest_first: RowArray = rows[np.argsort(-self.rows.num_computed[rows], kind="stable")]
+            self._shares_prefix = False
             return longest_first, False
-        _, group, sizes = np.unique(blocks, return_inverse=True, return_counts=True)
-        shares = (blocks >= 0) & (sizes[group] >= _MIN_SHARERS)
+        shared, group, sizes = np.unique(blocks, return_inverse=True, return_counts=True)
+        saved = np.bincount(group, weights=self.rows.num_cached[rows])
+        pays = (shared >= 0) & (sizes >= _MIN_SHARERS) & (saved >= _MIN_TOKENS_SAVED)
+        shares = pays[group]
         order = np.lexsort((-self.rows.num_computed[rows], np.where(shares, group, len(rows))))
         arranged: RowArray = rows[order]
-        return arranged, bool(shares.any())
+        shares_prefix = bool(shares.any())
+        if shares_prefix and not self._shares_prefix:
+            counts = {"num_sharing": int(shares.sum()), "size": len(rows), "saved_tokens": int(saved[pays].sum())}
+            text = "{num_sharing} of {size} decode rows share prefixes: {saved_tokens} tokens less to read in a step"
+            log_event(logger, logging.INFO, "batch.shares_prefix", text, **counts)
+        self._shares_prefix = shares_prefix
+        return arranged, shares_prefix
 
     def _rows_without_room(self, rows: RowArray) -> RowArray:
         """Of `rows`, those whose next position lies past their last block."""
@@ -171,23 +183,16 @@ class Scheduler:
         coming = 0 if released else releasable
         self.num_preemptions += 1
         self._preempted_since_log += 1
-        log_event(
-            logger,
-            logging.INFO,
-            "sequence.preempted",
-            "Preempted seq_id={seq_id}: freed={freed} blocks, {coming} more when its steps in flight end, "
-            "{num_tokens} tokens to compute again, free_blocks={free_blocks}",
-            seq_id=sequence.seq_id,
-            request_id=sequence.request_id,
-            freed=releasable - coming,
-            coming=coming,
-            num_tokens=num_tokens,
-            free_blocks=self.block_manager.num_free_blocks,
-        )
+        text = "Preempted seq_id={seq_id}: freed={freed} blocks, {coming} more when its steps in flight end, "
+        text += "{num_tokens} tokens to compute again, free_blocks={free_blocks}"
+        who = {"seq_id": sequence.seq_id, "request_id": sequence.request_id}
+        counts = {"freed": releasable - coming, "coming": coming, "num_tokens": num_tokens}
+        free_blocks = self.block_manager.num_free_blocks
+        log_event(logger, logging.INFO, "sequence.preempted", text, **who, **counts, free_blocks=free_blocks)
         return coming
 
     def _schedule_prefill(
-        self, budget: int, opened: list[OpenedRow], blocks: list[tuple[int, int, int]]
+        self, budget: int, opened: list[OpenedRow], blocks: list[IntArray]
     ) -> list[tuple[int, int, int]]:
         chunks: list[tuple[int, int, int]] = []
         while budget > 0:
@@ -207,7 +212,7 @@ class Scheduler:
                 self.rows.decoding[row] = True
         return chunks
 
-    def _admit(self, opened: list[OpenedRow], blocks: list[tuple[int, int, int]]) -> Sequence | None:
+    def _admit(self, opened: list[OpenedRow], blocks: list[IntArray]) -> Sequence | None:
         """Gives the first waiting sequence a row and blocks for all its tokens, if both are there."""
         if not self.waiting or not self.rows.has_free_row:
             return None
@@ -223,7 +228,7 @@ class Scheduler:
             sequence.num_cached_tokens = num_cached
         row = self.rows.open(sequence, num_cached, self._prefix_block(table))
         opened.append(OpenedRow(row, sequence.token_ids, sequence.params.temperature, sequence.seed))
-        blocks.extend((row, index, block) for index, block in enumerate(table.blocks))
+        blocks.append(_appended(row, np.arange(len(table.blocks)), table.blocks))
         return sequence
 
     def _prefix_block(self, table: BlockTable) -> int:
@@ -233,34 +238,21 @@ class Scheduler:
 
     def _log_batch(self, batch: ScheduledBatch) -> None:
         if len(batch.chunks) and logger.isEnabledFor(logging.INFO):
-            log_event(
-                logger,
-                logging.INFO,
-                "batch.prefill",
-                "Scheduled PREFILL batch: size={size}, batched_tokens={batched_tokens}, seqs={seqs}",
-                step=batch.step,
-                size=len(batch.chunks),
-                batched_tokens=int(batch.chunks[:, 2].sum()),
-                seqs=first_items(batch.chunks.tolist(), lambda chunk: self._describe(chunk[0], cached=chunk[1])),
-            )
+            text = "Scheduled PREFILL batch: size={size}, batched_tokens={batched_tokens}, seqs={seqs}"
+            counts = {"size": len(batch.chunks), "batched_tokens": int(batch.chunks[:, 2].sum())}
+            seqs = first_items(batch.chunks.tolist(), lambda chunk: self._describe(chunk[0], cached=chunk[1]))
+            log_event(logger, logging.INFO, "batch.prefill", text, step=batch.step, **counts, seqs=seqs)
         if not len(batch.decode_rows):
             return
         self._decode_step += 1
         size = len(batch.decode_rows)
         level = self._decode_log.level_for(self._decode_step, size, self._preempted_since_log)
         if logger.isEnabledFor(level):
-            log_event(
-                logger,
-                level,
-                "batch.decode",
-                "Scheduled DECODE batch (step {decode_step}): size={size}, preempted={preempted}, seqs={seqs}",
-                step=batch.step,
-                decode_step=self._decode_step,
-                size=size,
-                preempted=self._preempted_since_log,
-                shares_prefix=batch.shares_prefix,
-                seqs=first_items(batch.decode_rows.tolist(), self._describe),
-            )
+            text = "Scheduled DECODE batch (step {decode_step}): size={size}, preempted={preempted}, seqs={seqs}"
+            counts = {"decode_step": self._decode_step, "size": size, "preempted": self._preempted_since_log}
+            counts["shares_prefix"] = batch.shares_prefix
+            seqs = first_items(batch.decode_rows.tolist(), self._describe)
+            log_event(logger, level, "batch.decode", text, step=batch.step, **counts, seqs=seqs)
         self._preempted_since_log = 0
 
     def _describe(self, row: int, cached: int | None = None) -> str:
@@ -296,15 +288,9 @@ class Scheduler:
         for sequence, eos in zip(ended, at_eos[at_eos | at_limit].tolist(), strict=True):
             self._finish(sequence, "stop" if eos else "length")
         self._release_leaving()
-        log_event(
-            logger,
-            logging.DEBUG,
-            "batch.postprocess",
-            "Postprocess: {num_finished}/{num_seqs} sequences finished",
-            step=batch.step,
-            num_finished=len(ended),
-            num_seqs=len(batch.sampled_rows),
-        )
+        text = "Postprocess: {num_finished}/{num_seqs} sequences finished"
+        counts = {"num_finished": len(ended), "num_seqs": len(batch.sampled_rows)}
+        log_event(logger, logging.DEBUG, "batch.postprocess", text, step=batch.step, **counts)
         return ended
 
     def abort(self, sequence: Sequence) -> None:
@@ -367,3 +353,10 @@ class Scheduler:
     def _row(sequence: Sequence) -> int:
         assert sequence.row is not None, f"seq_id={sequence.seq_id} holds no row"
         return sequence.row
+
+
+def _appended(rows: npt.ArrayLike, indices: npt.ArrayLike, blocks: list[int]) -> IntArray:
+    """[num_blocks, 3]: the items of a batch's section `blocks`."""
+    items: IntArray = np.empty((len(blocks), 3), dtype=np.int32)
+    items[:, 0], items[:, 1], items[:, 2] = rows, indices, blocks
+    return items

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -76,27 +78,38 @@ def test_the_longest_context_comes_first() -> None:
     assert driver.step().decode_rows.tolist() == [1, 3, 2, 0]
 
 
-def test_rows_that_share_a_prefix_decode_side_by_side() -> None:
+def test_rows_that_share_a_prefix_decode_side_by_side(caplog: pytest.LogCaptureFixture) -> None:
     """Two groups of 16 and one row of its own, arriving in turns; one group alone is too small."""
-    driver = Driver(max_num_seqs=40, max_num_batched_tokens=40_000, max_model_len=400, num_blocks=5000)
-    first, second = list(range(1, 301)), list(range(1001, 1301))
-    driver.add_tokens(list(range(5000, 5390)))
+    caplog.set_level(logging.INFO, logger="nanovllm.engine.scheduler")
+    driver = Driver(max_num_seqs=40, max_num_batched_tokens=10_000, max_model_len=1700, num_blocks=5000)
+    first, second = list(range(1, 1601)), list(range(2001, 3601))
+    driver.add_tokens(list(range(5000, 6650)))
     for index in range(16):
-        driver.add_tokens([*first, *range(2000, 2001 + index)])
-        driver.add_tokens([*second, 3000 + index])
+        driver.add_tokens([*first, *range(4000 + 100 * index, 4001 + 101 * index)])
+        driver.add_tokens([*second, 10_000 + index])
     driver.step()
+    caplog.clear()
     batch = driver.step()
     assert batch.shares_prefix
+    record = next(record for record in caplog.records if record.event == "batch.shares_prefix")
+    assert record.fields == {"num_sharing": 32, "size": 33, "saved_tokens": 2 * 15 * 1600}
     groups = [[row for row in range(1, 33) if row % 2 == odd] for odd in (1, 0)]
     arranged = batch.decode_rows.tolist()
     assert sorted([sorted(arranged[:16]), sorted(arranged[16:32])]) == sorted(groups)
     assert arranged[32:] == [0]
     assert [row for row in arranged if row % 2] == list(range(31, 0, -2))  # in a group, longest first
+    caplog.clear()
+    assert driver.step().shares_prefix
+    assert not [record for record in caplog.records if record.event == "batch.shares_prefix"]  # said once
 
 
-@pytest.mark.parametrize(("sharers", "prefix_len", "shares"), [(15, 300, False), (16, 255, False), (16, 256, True)])
+@pytest.mark.parametrize(
+    ("sharers", "prefix_len", "shares"),
+    [(15, 1600, False), (16, 1300, False), (16, 1400, True), (100, 255, False), (100, 256, True)],
+)
 def test_few_sharers_and_short_prefixes_are_left_alone(sharers: int, prefix_len: int, shares: bool) -> None:
-    driver = Driver(max_num_seqs=20, max_num_batched_tokens=40_000, max_model_len=400, num_blocks=5000)
+    """20,000 tokens must be saved by 16 rows or more, each with 256 in common or more."""
+    driver = Driver(max_num_seqs=100, max_num_batched_tokens=10_000, max_model_len=1700, num_blocks=5000)
     for index in range(sharers):
         driver.add_tokens([*range(1, prefix_len + 1), 2000 + index])
     driver.step()
