@@ -19,6 +19,7 @@ from nanovllm.kernels.shared_prefix import (
     prefix_split_len,
 )
 from nanovllm.kernels.triton_support import (
+    jit,
     jit_with_varying,
     let_next_kernel_start,
     multiprocessor_count,
@@ -31,6 +32,7 @@ from nanovllm.kernels.triton_support import (
 
 _BLOCK_KEYS = 32  # keys a program reads at a time
 _MAX_SPLITS = 32
+_BLOCK_MERGED = 8  # partial outputs that a program merges at a time
 _LOG2_E = 1.4426950408889634
 
 
@@ -126,6 +128,24 @@ def _paged_decode_kernel(
         tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+@jit
+def _load_lse(
+    partial_lse_ptr: tl.tensor,
+    index: tl.tensor,
+    own_len: tl.tensor,
+    split_len: tl.tensor,
+    shared_len: tl.tensor,
+    prefix_len: tl.tensor,
+    num_prefix_partials: tl.tensor,
+    num_splits: tl.tensor,
+) -> tl.tensor:
+    """A row's partial denominators; -inf for the partials that were never written."""
+    split = index - num_prefix_partials
+    used = (split >= 0) & (split < num_splits) & (split * split_len < own_len)
+    used |= (split < 0) & (index * prefix_len < shared_len)
+    return tl.load(partial_lse_ptr + index, mask=used, other=-float("inf"))
+
+
 @jit_with_varying("num_prefix_partials", "num_splits")
 def _merge_partials_kernel(
     partial_out_ptr: tl.tensor,
@@ -137,6 +157,7 @@ def _merge_partials_kernel(
     num_splits: tl.tensor,
     HAS_SHARED: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
+    BLOCK_MERGED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
@@ -150,22 +171,29 @@ def _merge_partials_kernel(
     row = seq * tl.num_programs(0) + head
     context_len = tl.load(context_lens_ptr + seq)
     shared_len = tl.load(shared_lens_ptr + seq) if HAS_SHARED else context_len * 0
-    split_len = tl.cdiv(tl.cdiv(context_len - shared_len, num_splits), BLOCK_KEYS) * BLOCK_KEYS
-    index = tl.arange(0, BLOCK_PARTIALS)
-    dim = tl.arange(0, BLOCK_DIM)
-    # What the other partials' scratch holds was never written.
-    used = (index >= num_prefix_partials) & ((index - num_prefix_partials) * split_len < context_len - shared_len)
+    own_len = context_len - shared_len
+    split_len = tl.cdiv(tl.cdiv(own_len, num_splits), BLOCK_KEYS) * BLOCK_KEYS
+    prefix_len = split_len
     if HAS_SHARED:
         prefix_len = prefix_split_len(shared_len, num_prefix_partials, PREFIX_BLOCK_KEYS)
-        used |= (index < num_prefix_partials) & (index * prefix_len < shared_len)
-    used &= index < num_prefix_partials + num_splits
-    partial = row * (num_prefix_partials + num_splits) + index
+    first_partial = row * (num_prefix_partials + num_splits)
+    lse_ptr = partial_lse_ptr + first_partial
+    dim = tl.arange(0, BLOCK_DIM)
     wait_for_previous_kernel(PDL)
-    lse = tl.load(partial_lse_ptr + partial, mask=used, other=-float("inf"))
-    share = tl.exp2(lse - tl.max(lse, axis=0))
-    mask = used[:, None] & (dim < HEAD_DIM)[None, :]
-    outs = tl.load(partial_out_ptr + partial[:, None] * HEAD_DIM + dim[None, :], mask=mask, other=0.0)
-    out = tl.sum(outs * share[:, None], axis=0) / tl.sum(share, axis=0)
+    every = tl.arange(0, BLOCK_PARTIALS)
+    lse = _load_lse(lse_ptr, every, own_len, split_len, shared_len, prefix_len, num_prefix_partials, num_splits)
+    best = tl.max(lse, axis=0)
+    out = tl.zeros([BLOCK_DIM], tl.float32)
+    for first in range(0, num_prefix_partials + tl.cdiv(own_len, split_len), BLOCK_MERGED):
+        index = first + tl.arange(0, BLOCK_MERGED)
+        part_lse = _load_lse(
+            lse_ptr, index, own_len, split_len, shared_len, prefix_len, num_prefix_partials, num_splits
+        )
+        mask = (part_lse > -float("inf"))[:, None] & (dim < HEAD_DIM)[None, :]
+        part_ptrs = partial_out_ptr + (first_partial + index)[:, None] * HEAD_DIM + dim[None, :]
+        part_out = tl.load(part_ptrs, mask=mask, other=0.0)  # [BLOCK_MERGED, BLOCK_DIM]
+        out += tl.sum(part_out * tl.exp2(part_lse - best)[:, None], axis=0)
+    out = out / tl.sum(tl.exp2(lse - best), axis=0)
     tl.store(out_ptr + row * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
@@ -244,6 +272,7 @@ def merge_partials(
         *(partial_out, partial_lse, context_lens, shared_lens, out, num_partials - num_splits, num_splits),
         HAS_SHARED=shared is not None,
         BLOCK_PARTIALS=next_power_of_2(num_partials),
+        BLOCK_MERGED=_BLOCK_MERGED,
         HEAD_DIM=head_dim,
         BLOCK_DIM=max(next_power_of_2(head_dim), 16),
         BLOCK_KEYS=block_keys,
