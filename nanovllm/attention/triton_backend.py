@@ -5,9 +5,13 @@ from __future__ import annotations
 import torch
 
 from nanovllm.attention.interface import DecodeMetadata, LayerKVCache, PrefillMetadata
+from nanovllm.kernels.dequantize_pages import dequantize_pages
 from nanovllm.kernels.paged_decode import paged_decode
 from nanovllm.kernels.paged_decode_fp8 import paged_decode_fp8
 from nanovllm.kernels.paged_prefill import paged_prefill
+from nanovllm.kernels.paged_prefill_hopper import takes_queries_on_hopper
+
+_MAX_COPIED_KEYS = 4  # of an FP8 cache, for each query: where more are read, the copy is work and memory of its own
 
 
 class TritonBackend:
@@ -21,17 +25,17 @@ class TritonBackend:
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
     ) -> torch.Tensor:
         """query [num_tokens, num_heads, head_dim] → the same shape and dtype."""
+        key, value, key_scale, value_scale = kv_cache.key, kv_cache.value, kv_cache.key_scale, kv_cache.value_scale
+        block_tables, context_lens = metadata.block_tables, metadata.context_lens
+        if key_scale is not None and value_scale is not None and _worth_copying(query, kv_cache, metadata):
+            caches = (key, value, key_scale, value_scale)
+            key, value, block_tables = dequantize_pages(
+                *caches, block_tables, context_lens, metadata.max_seqlen_k, query.dtype
+            )
+            key_scale = value_scale = None
         return paged_prefill(
-            query,
-            kv_cache.key,
-            kv_cache.value,
-            metadata.block_tables,
-            metadata.cu_seqlens_q,
-            metadata.context_lens,
-            metadata.max_seqlen_q,
-            scale,
-            kv_cache.key_scale,
-            kv_cache.value_scale,
+            *(query, key, value, block_tables, metadata.cu_seqlens_q, context_lens, metadata.max_seqlen_q, scale),
+            *(key_scale, value_scale),
             use_triton=True,
         )
 
@@ -63,3 +67,10 @@ class TritonBackend:
             metadata.shared,
             use_triton=True,
         )
+
+
+def _worth_copying(query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata) -> bool:
+    """Whether copying an FP8 cache's contexts for the Hopper kernel, which reads no scales, beats the plain one."""
+    _, block_size, num_kv_heads, _ = kv_cache.key.shape
+    copied = len(metadata.context_lens) * metadata.max_seqlen_k
+    return copied <= _MAX_COPIED_KEYS * len(query) and takes_queries_on_hopper(query, num_kv_heads, block_size)

@@ -33,6 +33,9 @@ from nanovllm.kernels.triton_support import (
 _BLOCK_KEYS = 32  # keys a program reads at a time
 _MAX_SPLITS = 32
 _BLOCK_MERGED = 8  # partial outputs that a program merges at a time
+# A program that starts while the kernel ahead still runs starts wherever that leaves room. Many of them are then spread
+# unevenly over the device, which costs more than the launch that it hides.
+_MAX_DEPENDENT_SEQS = 4
 _LOG2_E = 1.4426950408889634
 
 
@@ -229,7 +232,7 @@ def choose_num_splits(
     programs, filling = num_seqs * num_kv_heads, programs_each * num_multiprocessors
     if programs >= filling:
         return 1
-    return min(max(filling // programs, 2), -(-max_context_len // _BLOCK_KEYS), _MAX_SPLITS)
+    return min(max(round(filling / programs), 2), -(-max_context_len // _BLOCK_KEYS), _MAX_SPLITS)
 
 
 def _num_stages(dtype: torch.dtype, block_dim: int) -> int:
@@ -341,7 +344,7 @@ def paged_decode(
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=2,
         num_stages=_num_stages(query.dtype, block_dim),
-        **pdl_options(query.device),
+        **pdl_options(query.device, num_seqs <= _MAX_DEPENDENT_SEQS),
     )
     merge_partials(partial_out, partial_lse, context_lens, out, num_splits, _BLOCK_KEYS, shared)
     return out

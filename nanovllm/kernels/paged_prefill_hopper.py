@@ -285,17 +285,25 @@ def takes_on_hopper(device: torch.device, dtype: torch.dtype, head_dim: int, blo
     )
 
 
-def can_run_on_hopper(query: torch.Tensor, key_cache: torch.Tensor) -> bool:
-    """Whether `paged_prefill_hopper` takes these tensors; see `paged_prefill` for their shapes."""
+def takes_queries_on_hopper(query: torch.Tensor, num_kv_heads: int, block_size: int) -> bool:
+    """Whether `paged_prefill_hopper` takes query [num_tokens, num_heads, head_dim] and a cache of its dtype."""
     _, num_heads, head_dim = query.shape
-    _, block_size, num_kv_heads, _ = key_cache.shape
     return (
         takes_on_hopper(query.device, query.dtype, head_dim, block_size)
         and num_heads // num_kv_heads in (1, 2, 4, 8, 16)
+        and query.stride(2) == 1
+        and query.stride(0) % 8 == query.stride(1) % 8 == query.data_ptr() % 16 == 0
+    )
+
+
+def can_run_on_hopper(query: torch.Tensor, key_cache: torch.Tensor) -> bool:
+    """Whether `paged_prefill_hopper` takes these tensors; see `paged_prefill` for their shapes."""
+    _, block_size, num_kv_heads, _ = key_cache.shape
+    return (
+        takes_queries_on_hopper(query, num_kv_heads, block_size)
         and key_cache.dtype == query.dtype
         and key_cache.is_contiguous()
-        and query.stride(2) == 1
-        and query.stride(0) % 8 == query.stride(1) % 8 == query.data_ptr() % 16 == key_cache.data_ptr() % 16 == 0
+        and key_cache.data_ptr() % 16 == 0
     )
 
 

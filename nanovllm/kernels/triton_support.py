@@ -134,16 +134,17 @@ def multiprocessor_count(device: torch.device) -> int:
 
 
 @cache
-def pdl_options(device: torch.device) -> dict[str, bool]:
-    """Launch options of a kernel that takes part in programmatic dependent launch, where the device has it (Hopper on).
+def pdl_options(device: torch.device, wanted: bool = True) -> dict[str, bool]:
+    """Launch options for programmatic dependent launch, where it is `wanted` and the device has it (Hopper on).
 
-    Such a kernel may start while the one ahead of it on the stream still runs, which hides the launch and whatever it
-    does before `wait_for_previous_kernel`. Its programs must call that before they touch what another kernel reads or
-    writes: a kernel's wait covers the one ahead, and through that one's wait all before it. Two things may be read
-    earlier: weights, and a step's metadata (positions, lengths, slots), because between the kernels that write it and
-    the layers lies the embedding's, which is launched as usual and so waits for all before it.
+    A kernel that takes part may start while the one ahead of it on the stream still runs, which hides the launch and
+    whatever it does before `wait_for_previous_kernel`. Its programs must call that before they touch what another
+    kernel reads or writes: a kernel's wait covers the one ahead, and through that one's wait all before it. Two things
+    may be read earlier: weights, and a step's metadata (positions, lengths, slots), because between the kernels that
+    write it and the layers lies the embedding's, which is launched as usual and so waits for all before it.
     """
-    if device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) < (9, 0):
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    if not (wanted and is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)):
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}
 

@@ -3,10 +3,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nanovllm.attention import triton_backend
+from nanovllm.attention.interface import LayerKVCache, PrefillMetadata
+from nanovllm.kernels.dequantize_pages import dequantize_pages
 from nanovllm.kernels.paged_prefill import paged_prefill
 from nanovllm.kernels.paged_prefill_hopper import can_run_on_hopper
-from tests.kernels.inputs import check_close
-from tests.kernels.test_paged_prefill import prefill_case
+from tests.kernels.inputs import check_close, relative_error
+from tests.kernels.test_paged_prefill import FP8_TOLERANCES, fp8_prefill_case, prefill_case
 
 pytestmark = [
     pytest.mark.gpu,
@@ -72,3 +75,18 @@ def test_what_it_does_not_take(device, generator, dtype, block_size, num_heads, 
     )
     assert not can_run_on_hopper(*arguments[:2])
     check_close(paged_prefill(*arguments), oracle, dtype)
+
+
+@pytest.mark.parametrize(("shapes", "copies"), [([(300, 700), (130, 130)], True), ([(4, 700), (1, 1)], False)])
+def test_an_fp8_cache_is_copied_where_many_queries_read_it(device, generator, monkeypatch, shapes, copies):
+    arguments, oracle = fp8_prefill_case(device, generator, torch.bfloat16, 16, 4, 2, 128, shapes)
+    query, keys, values, tables, starts, lens, longest, scale, key_scale, value_scale = arguments
+    copied = []
+    monkeypatch.setattr(
+        triton_backend, "dequantize_pages", lambda *given: copied.append(True) or dequantize_pages(*given)
+    )
+    cache = LayerKVCache(keys, values, key_scale, value_scale)
+    metadata = PrefillMetadata(starts, lens, tables, longest, max(context for _, context in shapes))
+    out = triton_backend.TritonBackend().prefill(query, cache, metadata, scale)
+    assert bool(copied) is copies
+    assert relative_error(out, oracle) <= FP8_TOLERANCES[torch.bfloat16]

@@ -50,3 +50,4 @@ def test_dependent_launch_is_for_hopper_gpus(monkeypatch):
     for capability, expected in (((8, 9), False), ((9, 0), True), ((12, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert pdl(torch.device("cuda")).get("launch_pdl", False) is expected
+        assert pdl(torch.device("cuda"), wanted=False) == {"PDL": False}
