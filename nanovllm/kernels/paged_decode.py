@@ -19,6 +19,7 @@ from nanovllm.kernels.shared_prefix import (
     prefix_split_len,
 )
 from nanovllm.kernels.triton_support import (
+    LOG2_E,
     jit,
     jit_with_varying,
     let_next_kernel_start,
@@ -36,7 +37,6 @@ _BLOCK_MERGED = 8  # partial outputs that a program merges at a time
 # A program that starts while the kernel ahead still runs starts wherever that leaves room. Many of them are then spread
 # unevenly over the device, which costs more than the launch that it hides.
 _MAX_DEPENDENT_SEQS = 4
-_LOG2_E = 1.4426950408889634
 
 
 @jit_with_varying("num_prefix_partials")
@@ -327,11 +327,11 @@ def paged_decode(
     if shared is not None:
         prefix_attention(
             *(query, key_cache, value_cache, block_tables, shared, partial_out, partial_lse),
-            *(prefix_partials, scale * _LOG2_E),
+            *(prefix_partials, scale * LOG2_E),
         )
     _paged_decode_kernel[(num_kv_heads, num_splits, num_seqs)](
         *(query, key_cache, value_cache, block_tables, context_lens, shared_lens, out, partial_out, partial_lse),
-        *(prefix_partials, scale * _LOG2_E),
+        *(prefix_partials, scale * LOG2_E),
         *(*query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0)),
         BLOCK_SIZE=block_size,
         HAS_SHARED=shared is not None,

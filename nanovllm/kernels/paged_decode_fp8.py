@@ -19,6 +19,7 @@ from nanovllm.kernels.page_slots import page_slots
 from nanovllm.kernels.paged_decode import choose_num_splits, empty_partials, merge_partials, paged_decode_reference
 from nanovllm.kernels.triton_support import (
     INTERPRETED,
+    LOG2_E,
     jit,
     multiprocessor_count,
     next_power_of_2,
@@ -32,7 +33,6 @@ _NUM_STAGES = 4
 # still counts where values reach 0.01 (and values of 28,000 would be too many).
 _RAISE = 1024.0
 _PROGRAMS_EACH = 16  # of one warp each, that keep a multiprocessor busy
-_LOG2_E = 1.4426950408889634
 
 
 @jit
@@ -225,7 +225,7 @@ def paged_decode_fp8(
     is_float32 = query.dtype == torch.float32
     _paged_decode_fp8_kernel[(num_kv_heads, num_splits, num_seqs)](
         *(query, key_cache, value_cache.view(torch.int16), key_scale, value_scale, block_tables, context_lens, out),
-        *(partial_out, partial_lse, scale * _LOG2_E),
+        *(partial_out, partial_lse, scale * LOG2_E),
         *(*query.stride()[:2], *key_cache.stride()[:3], key_scale.stride(0), block_tables.stride(0)),
         BLOCK_SIZE=block_size,
         IS_SPLIT=num_splits > 1,

@@ -16,9 +16,7 @@ import torch
 from nanovllm.kernels.page_slots import page_slots
 from nanovllm.kernels.paged_decode_fp8 import dequantized
 from nanovllm.kernels.paged_prefill_hopper import can_run_on_hopper, paged_prefill_hopper
-from nanovllm.kernels.triton_support import jit, next_power_of_2, runs_triton, tl
-
-_LOG2_E = 1.4426950408889634
+from nanovllm.kernels.triton_support import LOG2_E, jit, next_power_of_2, runs_triton, tl
 
 
 @jit
@@ -288,7 +286,7 @@ def paged_prefill(
         return out
     if can_run_on_hopper(query, key_cache):
         tables = (block_tables, cu_seqlens_q, context_lens)
-        paged_prefill_hopper(query, key_cache, value_cache, *tables, scale * _LOG2_E, out)
+        paged_prefill_hopper(query, key_cache, value_cache, *tables, scale * LOG2_E, out)
         return out
     group = num_heads // num_kv_heads
     block_dim = max(next_power_of_2(head_dim), 16)
@@ -307,7 +305,7 @@ def paged_prefill(
         cu_seqlens_q,
         context_lens,
         out,
-        scale * _LOG2_E,
+        scale * LOG2_E,
         query.stride(0),
         query.stride(1),
         key_cache.stride(0),

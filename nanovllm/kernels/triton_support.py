@@ -50,6 +50,7 @@ __all__ = [
     "HAS_GLUON",
     "HAS_TRITON",
     "INTERPRETED",
+    "LOG2_E",
     "TensorDescriptor",
     "fence_async_shared",
     "gl",
@@ -70,6 +71,9 @@ __all__ = [
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]
+
+
+LOG2_E = 1.4426950408889634  # exp2(x · LOG2_E) is exp(x), and exp2 is what the hardware has
 
 
 def jit(function: Callable[..., Any]) -> Any:
