@@ -4,6 +4,7 @@
                                                  no GPU: "mixed" on the tiny checkpoint, within a minute
     python bench.py --workload single long --model Qwen/Qwen3-8B
     python bench.py --compare transformers       the same work in transformers too, and the ratio
+    python bench.py --logging-overhead           what each log level costs, against logging off
     python bench.py --json | jq '.results[0].best_seconds'
 
 A run's time is the wall time of `LLM.generate`, from token ids to token ids, end-of-sequence ignored. The first run
@@ -95,8 +96,16 @@ def parse_arguments() -> argparse.Namespace:
     add("--enforce-eager", action="store_true", help="no CUDA graphs")
     add("--no-prefix-caching", action="store_true", help="share nothing between requests")
     add("--compare", choices=("transformers",), help="run the same requests there too and print the ratio")
+    add(
+        "--logging-overhead",
+        action="store_true",
+        help="what logging costs decoding, level by level, instead of a workload",
+    )
+    add("--pairs", type=positive, default=10, metavar="N", help="pairs of runs for --logging-overhead (default 10)")
     add("--json", action="store_true", help="print the JSON line alone")
     args = parser.parse_args()
+    if args.pairs < 2:
+        parser.error("--pairs must be at least 2: a spread is to be seen")
     if args.runs < 2:
         parser.error("--runs must be at least 2: the first run is the warm-up and does not count")
     return args
@@ -146,6 +155,9 @@ def benchmark(args: argparse.Namespace, say: Say, started: float) -> dict[str, A
             "results": [],
         }
         introduce(report, say)
+        if args.logging_overhead:
+            report["logging_overhead"] = logging_overhead(llm, args, say)
+            return report
         last_runs = {}
         for name, requests in workloads.items():
             runs = measure(llm, name, requests, args, say)
@@ -316,6 +328,22 @@ def compare(
             text += f"; {theirs['equal_tokens']:.1%} of the tokens are the same"
         result["transformers"] = theirs
         say(text)
+
+
+def logging_overhead(llm: LLM, args: argparse.Namespace, say: Say) -> list[dict[str, Any]]:
+    """Each level against logging off, in pairs of runs; the entries of the JSON line's `logging_overhead`."""
+    from tools.bench_logging import decode_requests, measure_overheads
+
+    requests = decode_requests(args.num_seqs or (256 if llm.llm_engine.resolved.device != "cpu" else 32))
+    say(
+        f"\nlogging: {len(requests.prompts)} requests decode {requests.output_lens[0]} tokens each; {args.pairs} pairs "
+        "of runs a level, against logging off in the same pair"
+    )
+    entries = []
+    for overhead in measure_overheads(lambda: run_once(llm, requests, args.temperature).seconds, args.pairs):
+        say(f"  {overhead.described()}")
+        entries.append(asdict(overhead) | {"median": overhead.median, "quartiles": overhead.quartiles})
+    return entries
 
 
 def share_equal(ours: list[list[int]], theirs: list[list[int]]) -> float:

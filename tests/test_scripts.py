@@ -98,9 +98,21 @@ def test_bench_compares_with_transformers_on_the_same_weights() -> None:
     assert f"nanovllm is {theirs['ratio_of_best']:.2f}× as fast" in done.stdout
 
 
+def test_bench_measures_what_logging_costs() -> None:
+    done = run_script("bench.py", "--json", "--device", "cpu", "--logging-overhead", "--num-seqs", "1", "--pairs", "2")
+    assert done.returncode == 0, done.stderr
+    levels = {entry["level"]: entry for entry in json.loads(done.stdout)["logging_overhead"]}
+    assert list(levels) == ["WARNING", "INFO", "DEBUG"]
+    assert levels["WARNING"]["bytes_written"] == 0
+    assert 0 < levels["INFO"]["bytes_written"] < levels["DEBUG"]["bytes_written"] / 10
+    assert all(len(entry["shares"]) == 2 and entry["off_seconds"] > 0 for entry in levels.values())
+    assert done.stderr == ""  # the lines that were measured went elsewhere
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--pairs", "1"], "--pairs must be at least 2"),
         (["--runs", "1"], "--runs must be at least 2"),
         (["--num-seqs", "0"], "'0' is not an integer ≥ 1"),
         (["--workload", "clasic"], "invalid choice: 'clasic'"),
