@@ -1,80 +1,135 @@
-"""Every environment variable that nanovllm reads, typed, in one place.
+"""Every environment variable that nanovllm reads: one typed declaration each, which is called to read it.
 
-| function | variable | default |
-|---|---|---|
-| `log_level()` | `NANOVLLM_LOG_LEVEL` | `INFO` |
-| `configure_logging()` | `NANOVLLM_CONFIGURE_LOGGING` | `1` |
-| `log_decode_interval()` | `NANOVLLM_LOG_DECODE_INTERVAL` | `10` |
-| `cpu_kvcache_gb()` | `NANOVLLM_CPU_KVCACHE_GB` | none: a fraction of the free memory |
-| `overlap()` | `NANOVLLM_OVERLAP` | `1` |
+    if env.overlap(): ...
 
-A variable is read when its function is called, never at import, and an empty one counts as not set.
-A value that is not allowed raises `InvalidArgumentError`, which names variable, value and what is allowed.
+A variable is read when it is called, never at import, and an empty one counts as not set. A value that is not
+allowed raises `InvalidArgumentError`, which names variable, value and what is allowed. LOGGING.md has them as a
+table, made from here by tools/generate_logging_docs.py.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
 
 from nanovllm.errors import InvalidArgumentError
 
-__all__ = ["configure_logging", "cpu_kvcache_gb", "log_decode_interval", "log_level", "overlap"]
+T_co = TypeVar("T_co", covariant=True)
 
 
-def log_level() -> str:
-    """The level specification as written, such as `INFO,scheduler=DEBUG`.
+@dataclass(frozen=True)
+class Kind(Generic[T_co]):
+    """How a value is written. `parse` makes it of the text, or raises ValueError."""
 
-    The logger reads it, and answers a mistake with a warning: a typo here should not stop an engine.
-    """
-    return _read("NANOVLLM_LOG_LEVEL") or "INFO"
-
-
-def configure_logging() -> bool:
-    """Whether nanovllm may attach its console handler and set its loggers' levels."""
-    return _read_switch("NANOVLLM_CONFIGURE_LOGGING")
+    name: str
+    allowed: str
+    parse: Callable[[str], T_co]
 
 
-def overlap() -> bool:
-    """Whether a step may be launched before the last one's tokens were read; off, whatever the engine's arguments say.
+@dataclass(frozen=True)
+class Variable(Generic[T_co]):
+    """One environment variable. `unset`: what the default is called in documents, where `default` does not say it."""
 
-    For debugging: with one step at a time, what the log and a debugger show is in step with the device.
-    """
-    return _read_switch("NANOVLLM_OVERLAP")
+    name: str
+    kind: Kind[T_co]
+    default: T_co
+    meaning: str
+    unset: str = ""
 
-
-def log_decode_interval() -> int:
-    """Every how many decode steps one is reported at INFO."""
-    value = _read("NANOVLLM_LOG_DECODE_INTERVAL") or "10"
-    try:
-        interval = int(value)
-    except ValueError:
-        interval = 0
-    if interval < 1:
-        raise InvalidArgumentError("NANOVLLM_LOG_DECODE_INTERVAL", value, "an integer ≥ 1")
-    return interval
-
-
-def cpu_kvcache_gb() -> float | None:
-    """Size of the KV cache on a CPU in GB (10⁹ bytes), or None where the engine is to decide."""
-    value = _read("NANOVLLM_CPU_KVCACHE_GB")
-    if not value:
-        return None
-    try:
-        size = float(value)
-    except ValueError:
-        size = math.nan
-    if not (math.isfinite(size) and size > 0):
-        raise InvalidArgumentError("NANOVLLM_CPU_KVCACHE_GB", value, "a number of gigabytes > 0, such as 0.5")
-    return size
+    def __call__(self) -> T_co:
+        text = os.environ.get(self.name, "").strip()
+        if not text:
+            return self.default
+        try:
+            return self.kind.parse(text)
+        except ValueError:
+            raise InvalidArgumentError(self.name, text, self.kind.allowed) from None
 
 
-def _read_switch(name: str) -> bool:
-    value = _read(name) or "1"
-    if value not in ("0", "1"):
-        raise InvalidArgumentError(name, value, "0 or 1")
-    return value == "1"
+def _choice(*allowed: str) -> Kind[str]:
+    return Kind("choice", " or ".join(allowed), lambda text: allowed[allowed.index(text)])
 
 
-def _read(name: str) -> str:
-    return os.environ.get(name, "").strip()
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError
+    return value
+
+
+def _at_least_one(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+LEVELS = Kind(
+    "levels", "`DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`, or a list such as `INFO,scheduler=DEBUG`", str
+)
+SWITCH = Kind("switch", "0 or 1", lambda text: ("0", "1").index(text) == 1)
+COUNT = Kind("integer", "an integer ≥ 1", _at_least_one)
+SECONDS = Kind("number", "a number of seconds > 0", _positive)
+GIGABYTES: Kind[float | None] = Kind("number", "a number of gigabytes > 0, such as 0.5", _positive)
+FILE: Kind[Path | None] = Kind("path", "the path of a file that can be written", Path)
+PRESENCE = Kind("presence", "anything", bool)
+
+log_level = Variable(
+    "NANOVLLM_LOG_LEVEL",
+    LEVELS,
+    "INFO",
+    "From which level on records are taken. A mistake is a warning: a typo here should not stop an engine.",
+)
+log_format = Variable(
+    "NANOVLLM_LOG_FORMAT",
+    _choice("text", "json"),
+    "text",
+    "Lines for people, or one JSON object a line; on the console and in the file.",
+)
+log_file = Variable(
+    "NANOVLLM_LOG_FILE",
+    FILE,
+    None,
+    "Every record goes to the end of this file too, whatever else takes it. Rank 1 adds `.rank1` to the name.",
+    "no file",
+)
+log_prompts = Variable(
+    "NANOVLLM_LOG_PROMPTS",
+    SWITCH,
+    False,
+    "1: `request.added` has the prompt's text, `sequence.finished` the output's.",
+)
+log_decode_interval = Variable(
+    "NANOVLLM_LOG_DECODE_INTERVAL", COUNT, 10, "Every how many decode steps one is reported at INFO."
+)
+log_stats_interval = Variable(
+    "NANOVLLM_LOG_STATS_INTERVAL", SECONDS, 10.0, "How often a busy engine reports its statistics, in seconds."
+)
+configure_logging = Variable(
+    "NANOVLLM_CONFIGURE_LOGGING", SWITCH, True, "0: no handler is attached, no level is set, no log file is written."
+)
+no_color = Variable(
+    "NO_COLOR", PRESENCE, False, "Takes away the colour that levels have on a terminal (no-color.org).", "not set"
+)
+trace_file = Variable(
+    "NANOVLLM_TRACE_FILE", FILE, None, "Writes a timeline in Chrome's trace format, which Perfetto opens.", "no file"
+)
+trace_function = Variable(
+    "NANOVLLM_TRACE_FUNCTION", SWITCH, False, "1: writes every Python call within nanovllm to a file a rank. Slow."
+)
+cpu_kvcache_gb = Variable(
+    "NANOVLLM_CPU_KVCACHE_GB", GIGABYTES, None, "Size of the KV cache on a CPU.", "a quarter of the free memory"
+)
+overlap = Variable(
+    "NANOVLLM_OVERLAP",
+    SWITCH,
+    True,
+    "0: no step is launched before the last one's tokens were read. What the log and a debugger show is then in step "
+    "with the device.",
+)
+
+VARIABLES = tuple(value for value in list(globals().values()) if isinstance(value, Variable))

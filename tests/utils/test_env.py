@@ -15,6 +15,13 @@ DEFAULTS = [
     ("NANOVLLM_LOG_DECODE_INTERVAL", env.log_decode_interval, 10),
     ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, None),
     ("NANOVLLM_OVERLAP", env.overlap, True),
+    ("NANOVLLM_LOG_FORMAT", env.log_format, "text"),
+    ("NANOVLLM_LOG_FILE", env.log_file, None),
+    ("NANOVLLM_LOG_PROMPTS", env.log_prompts, False),
+    ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, 10.0),
+    ("NANOVLLM_TRACE_FILE", env.trace_file, None),
+    ("NANOVLLM_TRACE_FUNCTION", env.trace_function, False),
+    ("NO_COLOR", env.no_color, False),
 ]
 
 VALUES = [
@@ -25,6 +32,13 @@ VALUES = [
     ("NANOVLLM_LOG_DECODE_INTERVAL", env.log_decode_interval, " 25 ", 25),
     ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "0.5", 0.5),
     ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "2", 2.0),
+    ("NANOVLLM_LOG_FORMAT", env.log_format, "json", "json"),
+    ("NANOVLLM_LOG_FILE", env.log_file, "logs/run.jsonl", Path("logs/run.jsonl")),
+    ("NANOVLLM_LOG_PROMPTS", env.log_prompts, "1", True),
+    ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "0.5", 0.5),
+    ("NANOVLLM_TRACE_FILE", env.trace_file, "trace.json", Path("trace.json")),
+    ("NANOVLLM_TRACE_FUNCTION", env.trace_function, "1", True),
+    ("NO_COLOR", env.no_color, "0", True),
 ]
 
 BAD_VALUES = [
@@ -38,7 +52,20 @@ BAD_VALUES = [
     ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "nan"),
     ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "inf"),
     ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "4GB"),
+    ("NANOVLLM_LOG_FORMAT", env.log_format, "JSON"),
+    ("NANOVLLM_LOG_FORMAT", env.log_format, "xml"),
+    ("NANOVLLM_LOG_PROMPTS", env.log_prompts, "yes"),
+    ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "0"),
+    ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "nan"),
+    ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "10s"),
+    ("NANOVLLM_TRACE_FUNCTION", env.trace_function, "2"),
 ]
+
+
+def test_every_variable_is_declared_once_and_tested_here():
+    names = [variable.name for variable in env.VARIABLES]
+    assert sorted(names) == sorted({name for name, _, _ in DEFAULTS})
+    assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize(("variable", "read", "default"), DEFAULTS)
