@@ -24,7 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.errors import NanoVLLMError
@@ -228,7 +228,7 @@ def run_once(llm: LLM, requests: Requests, temperature: float) -> Run:
     ]
     llm.reset_prefix_cache()
     engine = llm.llm_engine
-    before, preemptions = replace(engine.statistics), engine.scheduler.num_preemptions
+    before = engine.statistics.copy()
     started = time.perf_counter()
     outputs = llm.generate(requests.prompts, params, use_tqdm=False)
     seconds = time.perf_counter() - started
@@ -237,7 +237,7 @@ def run_once(llm: LLM, requests: Requests, temperature: float) -> Run:
         seconds=seconds,
         num_steps=done.num_steps,
         mean_batch=done.num_output_tokens / done.num_steps,
-        num_preemptions=engine.scheduler.num_preemptions - preemptions,
+        num_preemptions=done.num_preemptions,
         token_ids=[output.outputs[0].token_ids for output in outputs],
     )
 

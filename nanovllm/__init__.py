@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         UnknownArgumentError,
     )
     from nanovllm.llm import LLM
-    from nanovllm.outputs import CompletionOutput, RequestOutput
+    from nanovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
     from nanovllm.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
@@ -40,6 +40,7 @@ __all__ = [
     "ModelLoadError",
     "NanoVLLMError",
     "OutOfMemoryError",
+    "RequestMetrics",
     "RequestOutput",
     "RequestTooLargeError",
     "SamplingParams",
@@ -51,6 +52,7 @@ _HOMES = {
     "LLMEngine": "nanovllm.engine.llm_engine",
     "SamplingParams": "nanovllm.sampling_params",
     "CompletionOutput": "nanovllm.outputs",
+    "RequestMetrics": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
 }
 

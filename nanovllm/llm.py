@@ -6,14 +6,14 @@ import itertools
 import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from nanovllm.config import EngineArguments, EngineConfig
-from nanovllm.engine.llm_engine import EngineStatistics, LLMEngine, Prompt
+from nanovllm.engine.llm_engine import LLMEngine, Prompt
+from nanovllm.engine.metrics import EngineStatistics
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -119,7 +119,7 @@ class LLM:
 
     def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
         engine = self.llm_engine
-        before = replace(engine.statistics)
+        before = engine.statistics.copy()
         log_rule(logger, "-")
         log_event(
             logger,

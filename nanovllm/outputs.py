@@ -24,6 +24,46 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True)
+class RequestMetrics:
+    """When a request did what, in seconds of `time.monotonic()`; None where it did not get so far.
+
+    Tokens have the time at which the host saw the step that brought them: one reading of the clock a step.
+    """
+
+    arrival: float  # add_request was called
+    queued: float  # its prompt was read and checked
+    first_scheduled: float | None
+    first_token: float | None
+    last_token: float | None
+    finished: float
+    num_output_tokens: int
+    num_cached_tokens: int  # of the prompt, found in the prefix cache when first scheduled
+    num_preemptions: int
+
+    @property
+    def queue_time(self) -> float | None:
+        """Seconds from the queue's end to its head."""
+        return None if self.first_scheduled is None else self.first_scheduled - self.queued
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        """Seconds from arrival."""
+        return None if self.first_token is None else self.first_token - self.arrival
+
+    @property
+    def inter_token_latency(self) -> float | None:
+        """Mean seconds from one token to the next; None below two tokens."""
+        if self.first_token is None or self.last_token is None or self.num_output_tokens < 2:
+            return None
+        return (self.last_token - self.first_token) / (self.num_output_tokens - 1)
+
+    @property
+    def end_to_end(self) -> float:
+        """Seconds from arrival to the end."""
+        return self.finished - self.arrival
+
+
+@dataclass(frozen=True)
 class RequestOutput:
     """A request's result. nano-vllm's form works on the same object: `output["text"]`, `output["token_ids"]`.
 
@@ -37,6 +77,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int
+    metrics: RequestMetrics
 
     def __getitem__(self, key: str) -> Any:
         if key not in ("text", "token_ids"):

@@ -170,6 +170,7 @@ class StepResult:
     """What a step gave: one token for each of the batch's `sampled_rows`."""
 
     token_ids: IntArray  # [num_sampled_rows]
+    gpu_ms: float | None = None  # time on the GPU, where it was measured
 
 
 def _layout(counts: Seq[int]) -> dict[str, Section]:

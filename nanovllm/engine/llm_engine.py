@@ -10,7 +10,7 @@ import logging
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,13 +19,15 @@ import numpy as np
 import xxhash
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.batch import IntArray, ScheduledBatch
+from nanovllm.engine.batch import IntArray, ScheduledBatch, StepResult
 from nanovllm.engine.executor import Executor, InProcessExecutor, StepHandle
+from nanovllm.engine.metrics import EngineMetrics, EngineStatistics, StatisticsLine
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import EngineDeadError, InvalidArgumentError, ModelLoadError, RequestTooLargeError
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils import env
 from nanovllm.utils.logger import configure_logging, log_event, log_rule, setup_logger
 from nanovllm.utils.stopwatch import Stopwatch
 
@@ -38,18 +40,13 @@ logger = setup_logger(__name__)
 Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
 
 
-@dataclass
-class EngineStatistics:
-    """Totals since the engine started. Times are wall time in seconds, each step's under what it ran."""
+@dataclass(frozen=True)
+class _InFlight:
+    """A step that was submitted and not collected yet."""
 
-    num_steps: int = 0
-    num_prompt_tokens: int = 0  # computed in prefill, those computed again after a preemption included
-    num_output_tokens: int = 0  # sampled; with several steps in flight, those dropped after an end included
-    prefill_seconds: float = 0.0  # steps with at least one prefill chunk
-    decode_seconds: float = 0.0  # all others
-
-    def since(self, earlier: EngineStatistics) -> EngineStatistics:
-        return EngineStatistics(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
+    batch: ScheduledBatch
+    handle: StepHandle
+    submitted: float  # seconds of the engine's clock
 
 
 class LLMEngine:
@@ -58,7 +55,10 @@ class LLMEngine:
     Use as a context manager, or call `exit`, to give the device's memory back.
     """
 
-    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, executor: Executor | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock  # of every time that the engine tells; seconds
         configure_logging()
         log_rule(logger)
         log_event(logger, logging.INFO, "engine.init", "Initializing LLMEngine")
@@ -88,7 +88,9 @@ class LLMEngine:
         )
         try:
             self.tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, self.resolved.model)
-            self.scheduler = Scheduler(self.resolved)
+            self.metrics = EngineMetrics()
+            self.scheduler = Scheduler(self.resolved, self.metrics, clock)
+            self._statistics_line = StatisticsLine(env.log_stats_interval(), self.statistics)
         except BaseException:
             self._shut_down()
             raise
@@ -102,13 +104,13 @@ class LLMEngine:
             parts=str(stopwatch),
             seconds=stopwatch.seconds,
         )
-        self.statistics = EngineStatistics()
         self._requests: dict[str, Sequence] = {}
         self._aborted: dict[str, Sequence] = {}  # not reported yet
         self._unclaimed: list[RequestOutput] = []  # handed back, reported by the next step
-        self._in_flight: deque[tuple[ScheduledBatch, StepHandle]] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._num_arrivals = 0
         self._last_collected = 0.0
+        self._preempted_before = 0  # as `step.done` last said
         self._dead: BaseException | None = None
 
     # Requests
@@ -121,6 +123,7 @@ class LLMEngine:
         RequestTooLargeError for one that could never run; the engine and its other requests go on.
         """
         self._check_alive()
+        arrival = self._clock()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidArgumentError("sampling_params", params, "a SamplingParams")
@@ -137,9 +140,23 @@ class LLMEngine:
             seed=self._next_seed(),
             prompt=text,
         )
+        if not self.has_unfinished_requests():
+            self._statistics_line.start(arrival)
         self._num_arrivals += 1
         self._requests[request_id] = sequence
+        sequence.arrival, sequence.queued = arrival, self._clock()
         self.scheduler.add(sequence)
+        log_event(
+            logger,
+            logging.DEBUG,
+            "request.added",
+            "Request {request_id} added: seq_id={seq_id}, num_prompt_tokens={num_prompt_tokens}, "
+            "max_tokens={max_tokens}",
+            request_id=request_id,
+            seq_id=sequence.seq_id,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            max_tokens=params.max_tokens,
+        )
         return request_id
 
     def abort_request(self, request_id: str) -> None:
@@ -165,6 +182,11 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to compute, to collect or to report."""
         return bool(self._requests or self._in_flight or self._unclaimed)
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """Totals since the engine started; a living object: `copy` it to compare."""
+        return self.metrics.totals
 
     @property
     def is_draining(self) -> bool:
@@ -195,24 +217,53 @@ class LLMEngine:
             raise
 
     def _step(self) -> list[Sequence]:
-        if not self._in_flight:
-            self._last_collected = time.perf_counter()  # nothing was running: idle time belongs to no step
+        if not self._in_flight:  # nothing was running: idle time belongs to no step
+            self._last_collected = self._clock()
         while len(self._in_flight) < self.resolved.pipeline_depth:
             batch = self.scheduler.schedule()
             if batch is None:
                 break
-            self._in_flight.append((batch, self.executor.submit(batch)))
+            self._in_flight.append(_InFlight(batch, self.executor.submit(batch), self.scheduler.now))
         if not self._in_flight:
             return []
-        batch, handle = self._in_flight[0]
-        result = self.executor.collect(handle)
+        step = self._in_flight[0]
+        result = self.executor.collect(step.handle)
         self._in_flight.popleft()
-        ended = self.scheduler.update(batch, result)
-        self._count(batch)
+        ended = self.scheduler.update(step.batch, result)
+        self._count(step.batch)
+        if logger.isEnabledFor(logging.DEBUG):
+            self._log_step(step, result)
+        if self._statistics_line.is_due(self.scheduler.now):
+            self._statistics_line.log(self.scheduler.now, self.scheduler.load)
         return ended
 
+    def _log_step(self, step: _InFlight, result: StepResult) -> None:
+        chunks, load = step.batch.chunks, self.scheduler.load
+        num_decode_seqs = len(step.batch.decode_rows)
+        log_event(
+            logger,
+            logging.DEBUG,
+            "step.done",
+            "Step {step} done ({kind}): {num_output_tokens} tokens in {wall_ms:.2f}ms, running={num_running}, "
+            "waiting={num_waiting}, blocks={used_blocks}/{num_blocks}",
+            step=step.batch.step,
+            kind="decode" if not len(chunks) else "mixed" if num_decode_seqs else "prefill",
+            num_prefill_tokens=int(chunks[:, 2].sum()),
+            num_prefill_seqs=len(chunks),
+            num_decode_seqs=num_decode_seqs,
+            num_output_tokens=len(step.batch.sampled_rows),
+            preempted=self.statistics.num_preemptions - self._preempted_before,
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            used_blocks=load.used_blocks,
+            num_blocks=load.num_blocks,
+            wall_ms=(self.scheduler.now - step.submitted) * 1e3,
+            gpu_ms=result.gpu_ms,
+        )
+        self._preempted_before = self.statistics.num_preemptions
+
     def _count(self, batch: ScheduledBatch) -> None:
-        now = time.perf_counter()
+        now = self.scheduler.now
         elapsed, self._last_collected = now - self._last_collected, now
         statistics = self.statistics
         statistics.num_steps += 1
@@ -227,6 +278,8 @@ class LLMEngine:
         del self._requests[sequence.request_id]
         assert sequence.finish_reason is not None, "only ended sequences give an output"
         token_ids = sequence.output_token_ids.tolist()
+        metrics = sequence.metrics()
+        self.metrics.finish(sequence.finish_reason, metrics)
         completion = CompletionOutput(
             index=0,
             text=self._decode(token_ids, ended_by_eos=sequence.finish_reason == "stop"),
@@ -239,7 +292,8 @@ class LLMEngine:
             prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens].tolist(),
             outputs=[completion],
             finished=True,
-            num_cached_tokens=sequence.num_cached_tokens or 0,
+            num_cached_tokens=metrics.num_cached_tokens,
+            metrics=metrics,
         )
 
     def _recover(self, error: BaseException) -> None:
@@ -261,7 +315,7 @@ class LLMEngine:
             error=repr(error),
             state="goes on" if self._dead is None else "can not go on",
         )
-        self.scheduler = Scheduler(self.resolved)
+        self.scheduler = Scheduler(self.resolved, self.metrics, self._clock)
 
     # The rest of the face
 

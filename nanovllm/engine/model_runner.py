@@ -27,6 +27,7 @@ from nanovllm.kernels.sample import sample
 from nanovllm.layers.linear import pack_linear_weights
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.registry import get_model_class
+from nanovllm.utils import env
 from nanovllm.utils.device_memory import GB
 from nanovllm.utils.loader import load_dummy_weights, load_weights, materialise
 from nanovllm.utils.logger import log_event, log_gpu_memory, log_tensor_shapes, setup_logger, timed_section
@@ -41,11 +42,13 @@ class InFlightStep:
 
     token_ids: torch.Tensor  # [num_sampled] int32, on the host
     done: torch.cuda.Event | None
+    began: torch.cuda.Event | None  # where somebody wants to know the time between the two
 
     def wait(self) -> StepResult:
         if self.done is not None:
             self.done.synchronize()
-        return StepResult(self.token_ids.numpy())
+        gpu_ms = self.began.elapsed_time(self.done) if self.began is not None and self.done is not None else None
+        return StepResult(self.token_ids.numpy(), gpu_ms)
 
 
 class ModelRunner:
@@ -84,6 +87,7 @@ class ModelRunner:
         self._query_group = model.num_heads // self.parallel.size // self.parallel.divide_kv_heads(model.num_kv_heads)
         self._uses_shared_prefixes = attention.decode.uses_shared_prefixes and not plan.has_fp8_cache
         self._graphs: DecodeGraphs | None = None
+        self._traces = env.trace_file() is not None
         use_graphs = self.device.type == "cuda" and not config.enforce_eager and attention.decode.supports_cuda_graphs
         with torch.inference_mode(), self._on_device():
             stopwatch.lap("configuration")
@@ -131,6 +135,7 @@ class ModelRunner:
         share_prefixes = batch.shares_prefix and self._uses_shared_prefixes
         section = self._sections[has_chunks, has_decode]
         with torch.inference_mode(), self._on_device():
+            began = self._record_event() if self._traces or logger.isEnabledFor(logging.DEBUG) else None
             words = self._upload(batch.buffer)
             self.rows.apply(batch, words)
             self._log_preparing(batch)
@@ -142,7 +147,7 @@ class ModelRunner:
                     rows = words[batch.sections["decode_rows"].offset :]
                     decode = self._graphs.replay if self._graphs else self._decode
                     token_ids = decode(rows, share_prefixes)
-            return self._download(token_ids)
+            return self._download(token_ids, began)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Triton launches on torch's current device, which need not be ours."""
@@ -195,14 +200,20 @@ class ModelRunner:
         # The caching host allocator keeps pinned memory until the copy that reads it has passed.
         return words.pin_memory().to(self.device, non_blocking=True)
 
-    def _download(self, token_ids: torch.Tensor) -> InFlightStep:
+    def _record_event(self, with_time: bool = True) -> torch.cuda.Event | None:
+        """An event on the current stream; None on a CPU, where a call returns when its work is done."""
         if self.device.type == "cpu":
-            return InFlightStep(token_ids, None)
+            return None
+        event = torch.cuda.Event(enable_timing=with_time)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _download(self, token_ids: torch.Tensor, began: torch.cuda.Event | None) -> InFlightStep:
+        if self.device.type == "cpu":
+            return InFlightStep(token_ids, None, None)
         host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
         host.copy_(token_ids, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(self.device))
-        return InFlightStep(host, done)
+        return InFlightStep(host, self._record_event(with_time=began is not None), began)
 
     # Start-up
 

@@ -32,6 +32,7 @@ class RowTable:
         self.num_blocks = np.zeros(num_rows, dtype=np.int32)
         self.max_num_tokens = np.zeros(num_rows, dtype=np.int32)
         self.steps_in_flight = np.zeros(num_rows, dtype=np.int32)
+        self.last_token = np.zeros(num_rows, dtype=np.float64)  # when it came; seconds
         self.arrival = np.zeros(num_rows, dtype=np.int64)
         # The block that ends the shortest prefix worth sharing, the same for those who share it; -1: shorter than that.
         self.prefix_block = np.full(num_rows, -1, dtype=np.int32)
@@ -43,6 +44,10 @@ class RowTable:
     @property
     def has_free_row(self) -> bool:
         return bool(self._free_rows)
+
+    @property
+    def num_open(self) -> int:
+        return len(self.sequences) - len(self._free_rows)
 
     @property
     def is_empty(self) -> bool:
@@ -72,6 +77,7 @@ class RowTable:
         self.prefix_block[row] = prefix_block
         self.max_num_tokens[row] = sequence.max_num_tokens
         self.steps_in_flight[row] = 0
+        self.last_token[row] = sequence.last_token or 0.0
         self.arrival[row] = sequence.seq_id
         self.decoding[row] = False
         self.stopped[row] = False

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import bisect
 import logging
+import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ import numpy.typing as npt
 from nanovllm.config import MIN_SHARED_PREFIX, ResolvedConfig
 from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepResult
 from nanovllm.engine.block_manager import BlockManager, BlockTable
+from nanovllm.engine.metrics import EngineMetrics, Load
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.outputs import FinishReason
@@ -41,7 +44,15 @@ _LOGGED_REASON: dict[FinishReason, str] = {"stop": "eos", "length": "max_tokens"
 class Scheduler:
     """Owns the waiting queue, the rows and the blocks."""
 
-    def __init__(self, config: ResolvedConfig) -> None:
+    def __init__(
+        self,
+        config: ResolvedConfig,
+        metrics: EngineMetrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.metrics = metrics or EngineMetrics()
+        self.now = 0.0  # seconds of `clock`, read once by each `schedule` and each `update`
+        self._clock = clock
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.max_prefill_tokens_beside_decode = config.max_prefill_tokens_beside_decode
         self.eos_token_ids = np.array(config.eos_token_ids, dtype=np.int32)
@@ -53,7 +64,6 @@ class Scheduler:
         )
         self.rows = RowTable(config.max_num_seqs, config.max_model_len)
         self.waiting: deque[Sequence] = deque()  # in order of arrival
-        self.num_preemptions = 0
         self._prefilling: Sequence | None = None  # holds a row and has prompt tokens left; the next waits for its end
         self._leaving: list[int] = []  # rows to release as soon as no step in flight touches them
         self._closed: list[int] = []  # rows released since the last step was planned
@@ -73,10 +83,21 @@ class Scheduler:
     def has_unfinished(self) -> bool:
         return bool(self.waiting) or not self.rows.is_empty
 
+    @property
+    def num_preemptions(self) -> int:
+        return self.metrics.totals.num_preemptions
+
+    @property
+    def load(self) -> Load:
+        blocks = self.block_manager
+        num_waiting = len(self.waiting)
+        return Load(self.rows.num_open, num_waiting, blocks.num_used_blocks, blocks.num_blocks)
+
     # Planning
 
     def schedule(self) -> ScheduledBatch | None:
         """The next step, or None when nothing can run before a step in flight is collected."""
+        self.now = self._clock()
         blocks: list[IntArray] = []  # each [num_new, 3]: row, index, block
         decode_rows, shares_prefix = self._arrange(self._schedule_decode(blocks))
         opened: list[OpenedRow] = []
@@ -181,7 +202,8 @@ class Scheduler:
         num_tokens = int(self.rows.num_tokens[self._row(sequence)])
         released = self._leave(sequence, SequenceStatus.PREEMPTED)
         coming = 0 if released else releasable
-        self.num_preemptions += 1
+        self.metrics.totals.num_preemptions += 1
+        sequence.num_preemptions += 1
         self._preempted_since_log += 1
         text = "Preempted seq_id={seq_id}: freed={freed} blocks, {coming} more when its steps in flight end, "
         text += "{num_tokens} tokens to compute again, free_blocks={free_blocks}"
@@ -224,8 +246,11 @@ class Scheduler:
         sequence.status = SequenceStatus.PREFILLING
         sequence.block_table = table
         num_cached = table.num_registered * self.block_manager.block_size
+        self.metrics.totals.num_prefix_queries += len(sequence.token_ids)
+        self.metrics.totals.num_prefix_hits += num_cached
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = num_cached
+            sequence.first_scheduled = self.now
         row = self.rows.open(sequence, num_cached, self._prefix_block(table))
         opened.append(OpenedRow(row, sequence.token_ids, sequence.params.temperature, sequence.seed))
         blocks.append(_appended(row, np.arange(len(table.blocks)), table.blocks))
@@ -268,6 +293,7 @@ class Scheduler:
         Steps are collected in the order in which they were scheduled.
         """
         rows = self.rows
+        now = self.now = self._clock()
         rows.steps_in_flight[batch.decode_rows] -= 1
         rows.steps_in_flight[batch.chunks[:, 0]] -= 1
         sampled = batch.sampled_rows
@@ -276,6 +302,10 @@ class Scheduler:
         sampled, token_ids = sampled[live], result.token_ids[live]
         rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids
         rows.num_tokens[sampled] += 1
+        rows.last_token[sampled] = now
+        for row in batch.chunks[: batch.num_final_chunks, 0].tolist():
+            if not rows.stopped[row] and rows.sequence(row).first_token is None:
+                rows.sequence(row).first_token = now
 
         # The new token's own key and value are not written yet: a block is full one token later.
         filled = sampled[(rows.num_tokens[sampled] - 1) % self.block_manager.block_size == 0]
@@ -296,10 +326,12 @@ class Scheduler:
     def abort(self, sequence: Sequence) -> None:
         """Ends `sequence` wherever it stands, with the tokens it has. A finished one stays as it is."""
         if sequence.status is not SequenceStatus.FINISHED:
+            self.now = self._clock()
             self._finish(sequence, "abort")
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.finish_reason = reason
+        sequence.finished = self.now
         if sequence.status is SequenceStatus.WAITING:
             if sequence in self.waiting:  # not yet, if Ctrl-C came while it was being added
                 self.waiting.remove(sequence)
@@ -308,22 +340,16 @@ class Scheduler:
             sequence.token_ids = self.rows.known_tokens(self._row(sequence)).copy()
             self.rows.stopped[sequence.row] = True
             self._leave(sequence, SequenceStatus.FINISHED)
-        log_event(
-            logger,
-            logging.DEBUG,
-            "sequence.finished",
-            "Sequence finished: seq_id={seq_id}, output_len={output_len}, reason={reason}",
-            seq_id=sequence.seq_id,
-            request_id=sequence.request_id,
-            output_len=len(sequence.output_token_ids),
-            reason=_LOGGED_REASON[reason],
-        )
+        if logger.isEnabledFor(logging.DEBUG):
+            _log_finished(sequence, _LOGGED_REASON[reason])
 
     def _leave(self, sequence: Sequence, status: SequenceStatus) -> bool:
         """Plans no more steps for a running sequence; True when its row and blocks are already released."""
         row = self._row(sequence)
         if sequence is self._prefilling:
             self._prefilling = None
+        if sequence.first_token is not None:
+            sequence.last_token = float(self.rows.last_token[row])
         already_leaving = sequence.status is SequenceStatus.PREEMPTED
         sequence.status = status
         self.rows.decoding[row] = False
@@ -360,3 +386,32 @@ def _appended(rows: npt.ArrayLike, indices: npt.ArrayLike, blocks: list[int]) ->
     items: IntArray = np.empty((len(blocks), 3), dtype=np.int32)
     items[:, 0], items[:, 1], items[:, 2] = rows, indices, blocks
     return items
+
+
+def _log_finished(sequence: Sequence, reason: str) -> None:
+    metrics = sequence.metrics()
+
+    def milliseconds(seconds: float | None) -> float | None:
+        return None if seconds is None else seconds * 1e3
+
+    log_event(
+        logger,
+        logging.DEBUG,
+        "sequence.finished",
+        "Sequence finished: seq_id={seq_id}, output_len={output_len}, reason={reason}",
+        seq_id=sequence.seq_id,
+        request_id=sequence.request_id,
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        num_cached_tokens=metrics.num_cached_tokens,
+        output_len=metrics.num_output_tokens,
+        reason=reason,
+        arrival=metrics.arrival,
+        first_scheduled=metrics.first_scheduled,
+        first_token=metrics.first_token,
+        finished=metrics.finished,
+        queue_ms=milliseconds(metrics.queue_time),
+        ttft_ms=milliseconds(metrics.time_to_first_token),
+        itl_ms=milliseconds(metrics.inter_token_latency),
+        e2e_ms=milliseconds(metrics.end_to_end),
+        preemptions=metrics.num_preemptions,
+    )

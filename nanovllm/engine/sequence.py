@@ -9,7 +9,7 @@ import numpy as np
 
 from nanovllm.engine.batch import IntArray
 from nanovllm.engine.block_manager import BlockTable
-from nanovllm.outputs import FinishReason
+from nanovllm.outputs import FinishReason, RequestMetrics
 from nanovllm.sampling_params import SamplingParams
 
 
@@ -44,10 +44,33 @@ class Sequence:
     block_table: BlockTable = field(default_factory=BlockTable)
     num_cached_tokens: int | None = None  # prefix-cache hits when first scheduled
     finish_reason: FinishReason | None = None
+    # Seconds of the engine's clock
+    arrival: float = 0.0
+    queued: float = 0.0
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None  # of a running sequence the row table has it
+    finished: float | None = None
+    num_preemptions: int = 0
 
     @property
     def output_token_ids(self) -> IntArray:
         return self.token_ids[self.num_prompt_tokens :]
+
+    def metrics(self) -> RequestMetrics:
+        """Of a sequence that has ended."""
+        assert self.finished is not None, f"seq_id={self.seq_id} goes on"
+        return RequestMetrics(
+            arrival=self.arrival,
+            queued=self.queued,
+            first_scheduled=self.first_scheduled,
+            first_token=self.first_token,
+            last_token=self.last_token,
+            finished=self.finished,
+            num_output_tokens=len(self.output_token_ids),
+            num_cached_tokens=self.num_cached_tokens or 0,
+            num_preemptions=self.num_preemptions,
+        )
 
     @classmethod
     def from_prompt(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,9 +26,11 @@ from tests.engine.simulated_executor import VOCAB_SIZE, Handle, expected_output
 from tests.engine.test_schedules import check_integrity
 
 
-def make_engine(seed: int = 0, **config: object) -> tuple[LLMEngine, BreakableExecutor]:
+def make_engine(
+    seed: int = 0, clock: Callable[[], float] = time.monotonic, **config: object
+) -> tuple[LLMEngine, BreakableExecutor]:
     executor = BreakableExecutor(**config)
-    return LLMEngine(EngineConfig("simulated", skip_tokenizer_init=True, seed=seed), executor), executor
+    return LLMEngine(EngineConfig("simulated", skip_tokenizer_init=True, seed=seed), executor, clock), executor
 
 
 def run(engine: LLMEngine) -> dict[str, RequestOutput]:
@@ -350,10 +354,9 @@ def test_statistics() -> None:
     assert (done.num_steps, done.num_prompt_tokens, done.num_output_tokens, done.decode_seconds) == (1, 1, 1, 0)
 
 
-def test_idle_time_belongs_to_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_idle_time_belongs_to_no_step() -> None:
     now = [100.0]
-    monkeypatch.setattr("nanovllm.engine.llm_engine.time.perf_counter", lambda: now[0])
-    engine, executor = make_engine()
+    engine, executor = make_engine(clock=lambda: now[0])
     original = executor.collect
 
     def collect(handle: Handle) -> StepResult:

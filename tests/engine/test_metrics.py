@@ -1,0 +1,209 @@
+"""What requests and the engine report of their times and counts, on a clock that only steps move."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import pytest
+
+from nanovllm import LLMEngine, RequestMetrics, RequestOutput, SamplingParams
+from nanovllm.engine.batch import StepResult
+from nanovllm.engine.metrics import EngineMetrics, Histogram
+from tests.engine.simulated_executor import Handle
+from tests.engine.test_llm_engine import greedy, make_engine, run
+
+
+class Clock:
+    """Seconds; each collected step takes one."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def engine_of(clock: Clock) -> Callable[..., LLMEngine]:
+    def make(**config: object) -> LLMEngine:
+        engine, executor = make_engine(clock=clock, **config)
+        original = executor.collect
+
+        def collect(handle: Handle) -> StepResult:
+            clock.now += 1
+            return original(handle)
+
+        executor.collect = collect  # type: ignore[method-assign]
+        return engine
+
+    return make
+
+
+def metrics_of(outputs: dict[str, RequestOutput], request_id: str) -> RequestMetrics:
+    return outputs[request_id].metrics
+
+
+def test_the_times_of_a_request(engine_of: Callable[..., LLMEngine], clock: Clock) -> None:
+    engine = engine_of(max_num_seqs=1)
+    engine.add_request("first", [1, 2, 3], greedy(4))
+    clock.now += 10
+    engine.add_request("second", [4], greedy(1))
+    outputs = run(engine)
+    assert metrics_of(outputs, "first") == RequestMetrics(
+        arrival=100,
+        queued=100,
+        first_scheduled=110,
+        first_token=111,
+        last_token=114,
+        finished=114,
+        num_output_tokens=4,
+        num_cached_tokens=0,
+        num_preemptions=0,
+    )
+    first, second = metrics_of(outputs, "first"), metrics_of(outputs, "second")
+    assert (first.queue_time, first.time_to_first_token, first.inter_token_latency, first.end_to_end) == (10, 11, 1, 14)
+    assert (second.arrival, second.first_scheduled, second.first_token, second.finished) == (110, 114, 115, 115)
+    assert second.inter_token_latency is None  # one token has no next
+
+
+def test_a_request_that_never_ran_has_no_times_of_it(engine_of: Callable[..., LLMEngine], clock: Clock) -> None:
+    engine = engine_of(max_num_seqs=1)
+    engine.add_request("runs", [1], greedy(5))
+    engine.add_request("waits", [2], greedy(5))
+    engine.step()
+    clock.now += 0.5
+    engine.abort_request("waits")
+    engine.abort_request("runs")
+    outputs = run(engine)
+    waits, runs = metrics_of(outputs, "waits"), metrics_of(outputs, "runs")
+    assert (waits.first_scheduled, waits.first_token, waits.last_token, waits.finished) == (None, None, None, 101.5)
+    assert (waits.queue_time, waits.time_to_first_token, waits.inter_token_latency) == (None, None, None)
+    assert (runs.first_token, runs.last_token, runs.finished, runs.num_output_tokens) == (101, 101, 101.5, 1)
+
+
+def test_a_preempted_request_keeps_its_first_times(engine_of: Callable[..., LLMEngine]) -> None:
+    engine = engine_of(num_blocks=8, enable_prefix_caching=False)
+    for index in range(3):
+        engine.add_request(f"{index}", [index] * 6, greedy(14))
+    outputs = run(engine)
+    preempted = [output.metrics for output in outputs.values() if output.metrics.num_preemptions]
+    assert preempted
+    for metrics in preempted:
+        assert metrics.first_scheduled is not None
+        assert metrics.first_token is not None
+        assert metrics.last_token == metrics.finished
+        assert metrics.first_scheduled < 102  # the first time, not the last
+        assert metrics.first_token < metrics.first_scheduled + 3
+        assert metrics.num_output_tokens == 14
+    assert sum(metrics.num_preemptions for metrics in preempted) == engine.statistics.num_preemptions
+
+
+def test_totals_and_histograms(engine_of: Callable[..., LLMEngine]) -> None:
+    engine = engine_of()
+    prompt = list(range(9))
+    for request_id in ("cold", "warm"):
+        engine.add_request(request_id, prompt, greedy(3))
+        run(engine)
+    totals, metrics = engine.statistics, engine.metrics
+    assert (totals.num_prefix_queries, totals.num_prefix_hits) == (18, 8)  # two blocks of four
+    assert metrics.num_finished == {"length": 2}
+    for histogram, value in (
+        (metrics.queue_time, 0.0),
+        (metrics.time_to_first_token, 1.0),
+        (metrics.inter_token_latency, 1.0),
+        (metrics.end_to_end, 3.0),
+    ):
+        assert histogram.count == 2
+        assert histogram.sum == 2 * value
+
+
+def test_a_histogram_counts_up_to_and_with_its_bounds() -> None:
+    histogram = Histogram([1.0, 2.0])
+    for value in (0.5, 1.0, 1.5, 2.0, 99.0):
+        histogram.observe(value)
+    assert histogram.counts == [2, 2, 1]
+    assert (histogram.count, histogram.sum) == (5, 104.0)
+
+
+def test_engines_share_no_counts() -> None:
+    assert EngineMetrics().totals is not EngineMetrics().totals
+    assert EngineMetrics().queue_time is not EngineMetrics().queue_time
+
+
+# ---- lines
+
+
+def lines(caplog: pytest.LogCaptureFixture, event: str) -> list[dict[str, object]]:
+    return [record.fields for record in caplog.records if record.event == event]  # type: ignore[attr-defined]
+
+
+def test_the_statistics_line_comes_while_there_is_work(
+    engine_of: Callable[..., LLMEngine], clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("NANOVLLM_LOG_STATS_INTERVAL", "4")
+    engine = engine_of(max_num_seqs=2)
+    with caplog.at_level(logging.INFO, "nanovllm"):
+        for request_id in "abc":
+            engine.add_request(request_id, [1, 2, 3], SamplingParams(temperature=0, max_tokens=10, ignore_eos=True))
+        for _ in range(8):
+            engine.step()
+        first, second = lines(caplog, "engine.statistics")
+        run(engine)
+        caplog.clear()
+        clock.now += 1000  # idle
+        engine.add_request("d", [9], greedy(3))
+        run(engine)
+        assert lines(caplog, "engine.statistics") == []
+    assert first == {
+        "prompt_tokens_per_second": 6 / 4,
+        "generation_tokens_per_second": 8 / 4,
+        "num_running": 2,
+        "num_waiting": 1,
+        "kv_cache_usage": 4 / 32,
+        "prefix_cache_hit_rate": 0.0,
+        "preemptions": 0,
+    }
+    assert (second["prompt_tokens_per_second"], second["generation_tokens_per_second"]) == (0, 2)
+
+
+def test_the_lines_of_requests_and_steps(engine_of: Callable[..., LLMEngine], caplog: pytest.LogCaptureFixture) -> None:
+    engine = engine_of()
+    with caplog.at_level(logging.DEBUG, "nanovllm"):
+        engine.add_request("a", [1, 2, 3, 4, 5], greedy(2))
+        engine.step()
+        engine.add_request("b", [1, 2], greedy(1))
+        run(engine)
+    assert lines(caplog, "request.added")[0] == {
+        "request_id": "a",
+        "seq_id": 0,
+        "num_prompt_tokens": 5,
+        "max_tokens": 2,
+    }
+    prefill, mixed = lines(caplog, "step.done")
+    assert prefill == {
+        "step": 1,
+        "kind": "prefill",
+        "num_prefill_tokens": 5,
+        "num_prefill_seqs": 1,
+        "num_decode_seqs": 0,
+        "num_output_tokens": 1,
+        "preempted": 0,
+        "num_running": 1,
+        "num_waiting": 0,
+        "used_blocks": 2,
+        "num_blocks": 32,
+        "wall_ms": 1000.0,
+        "gpu_ms": None,
+    }
+    assert (mixed["kind"], mixed["num_decode_seqs"], mixed["num_prefill_tokens"]) == ("mixed", 1, 2)
+    finished = lines(caplog, "sequence.finished")
+    assert {line["request_id"] for line in finished} == {"a", "b"}
+    (a,) = (line for line in finished if line["request_id"] == "a")
+    assert (a["arrival"], a["first_token"], a["finished"]) == (100, 101, 102)
+    assert (a["queue_ms"], a["ttft_ms"], a["itl_ms"], a["e2e_ms"]) == (0, 1000, 1000, 2000)
