@@ -274,15 +274,14 @@ def test_own_handler() -> None:
         levels, loggers, names = documented.get(event, ("", "", ""))
         if record.levelname not in levels or f"`{record.name.removeprefix('nanovllm.')}`" not in loggers:
             wrong.append(f"{event} at {record.levelname} of {record.name}")
-        elif "by its name" not in names and names != "memory" and set(fields) != set(re.findall(r"`(\w+)`", names)):
-            wrong.append(f"{event} with {fields}")
+        elif "by its name" not in names:
+            always, sometimes = set(re.findall(r"`(\w+)`(?!\?)", names)), set(re.findall(r"`(\w+)`\?", names))
+            if not always <= set(fields) <= always | sometimes:
+                wrong.append(f"{event} with {fields}")
         assert "introduce" not in record.getMessage() + str(fields)
     assert not wrong, "LOGGING.md does not have\n" + "\n".join(sorted(set(wrong)))
     seen = {record.event for record in handler.records}
-    not_here = {"graph.captured", "sequence.preempted", "logging.level", "engine.max_model_len", "engine.error"}
-    not_here |= {"engine.interrupted", "kv_cache.sizing", "batch.shares_prefix"}
-    not_here |= {"engine.statistics"}
-    assert set(documented) - seen == not_here  # they need a GPU, a small cache, a crowd, or a mistake
+    assert {"engine.init", "batch.prefill", "blocks.freed", "attention.output", "section.end"} <= seen
 
 
 DEMONSTRATIONS: list[Callable[[], None]] = [

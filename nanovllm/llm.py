@@ -17,7 +17,8 @@ from nanovllm.engine.metrics import EngineStatistics
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.logger import flush_timed_sections, log_event, log_gpu_memory, log_rule, setup_logger
+from nanovllm.utils import events
+from nanovllm.utils.logger import flush_timed_sections, log_gpu_memory, log_rule, setup_logger
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -121,20 +122,8 @@ class LLM:
         engine = self.llm_engine
         before = engine.statistics.copy()
         log_rule(logger, "-")
-        log_event(
-            logger,
-            logging.INFO,
-            "generation.start",
-            "Starting generation for {num_prompts} prompts",
-            num_prompts=len(request_ids),
-        )
-        log_event(
-            logger,
-            logging.INFO,
-            "generation.prompt_tokens",
-            "Total prompt tokens: {num_prompt_tokens}",
-            num_prompt_tokens=engine.num_waiting_tokens,
-        )
+        events.generation_start.log(logger, num_prompts=len(request_ids))
+        events.generation_prompt_tokens.log(logger, num_prompt_tokens=engine.num_waiting_tokens)
         outputs: dict[str, RequestOutput] = {}
         foreign: list[RequestOutput] = []  # of requests that someone queued before with add_request
         wanted = set(request_ids)
@@ -153,18 +142,14 @@ class LLM:
         engine.hand_back(foreign)
         done = engine.statistics.since(before)
         flush_timed_sections()
-        log_event(
+        events.generation_complete.log(
             logger,
-            logging.INFO,
-            "generation.complete",
-            "Generation complete: {num_steps} steps, total_output_tokens={total_output_tokens}, "
-            "prefill_time={prefill_time:.2f}s, decode_time={decode_time:.2f}s",
             num_steps=done.num_steps,
             total_output_tokens=sum(len(output.outputs[0].token_ids) for output in outputs.values()),
             prefill_time=done.prefill_seconds,
             decode_time=done.decode_seconds,
         )
-        log_gpu_memory(logger, "After generation", engine.resolved.device, event="generation.memory")
+        log_gpu_memory(logger, device=engine.resolved.device, event=events.generation_memory)
         return [outputs[request_id] for request_id in request_ids]
 
 

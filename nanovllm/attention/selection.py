@@ -6,7 +6,6 @@ needed: importing a package that will not be used costs start-up time.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -26,7 +25,8 @@ from nanovllm.config import ATTENTION_BACKENDS
 from nanovllm.errors import BackendUnavailableError, InvalidArgumentError
 from nanovllm.kernels.paged_prefill_hopper import takes_on_hopper
 from nanovllm.kernels.triton_support import HAS_TRITON, INTERPRETED
-from nanovllm.utils.logger import log_event, setup_logger
+from nanovllm.utils import events
+from nanovllm.utils.logger import setup_logger
 
 # Best first, each with what speaks for it. The order is measured: H200, bf16, 16 query and 8 KV heads of 128.
 _PREFILL_ORDER = {
@@ -99,12 +99,8 @@ def select_attention(
         return problems[name]
 
     decision = decide(requested, block_size, problem_of)
-    log_event(
+    events.attention_selected.log(
         _logger,
-        logging.INFO,
-        "attention.selected",
-        "Attention backends: prefill={prefill} ({prefill_reason}), decode={decode} ({decode_reason}), "
-        "block_size={block_size}",
         prefill=decision.prefill,
         prefill_reason=decision.prefill_reason,
         decode=decision.decode,

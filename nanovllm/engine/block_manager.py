@@ -13,7 +13,6 @@ block, which makes prefix equality certain by induction.
 
 from __future__ import annotations
 
-import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +20,8 @@ from dataclasses import dataclass, field
 import xxhash
 
 from nanovllm.engine.batch import IntArray
-from nanovllm.utils.logger import log_event, setup_logger
+from nanovllm.utils import events
+from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
@@ -87,8 +87,7 @@ class BlockManager:
         revived = sum(cached.block in self._evictable for cached in shared) if self._evictable else 0
         if num_new > self.num_free_blocks - revived:
             return None
-        text = "Allocating blocks for seq_id={seq_id}, num_blocks={num_blocks}"
-        log_event(logger, logging.DEBUG, "blocks.allocating", text, seq_id=seq_id, num_blocks=num_blocks)
+        events.blocks_allocating.log(logger, seq_id=seq_id, num_blocks=num_blocks)
         table = BlockTable([cached.block for cached in shared], len(shared), shared[-1] if shared else None)
         for block in table.blocks:
             self._reference_counts[block] += 1
@@ -96,11 +95,10 @@ class BlockManager:
                 self._evictable.pop(block, None)
         for _ in range(num_new):
             self.append_block(table)
-        text = "Allocated blocks for seq_id={seq_id}: new={new}, cache_hits={cache_hits}, "
-        text += "free_blocks={free_blocks}, used_blocks={used_blocks}"
-        counts = {"new": num_new, "cache_hits": len(shared)}
-        counts |= {"free_blocks": self.num_free_blocks, "used_blocks": self.num_used_blocks}
-        log_event(logger, logging.DEBUG, "blocks.allocated", text, seq_id=seq_id, **counts)
+        free, used = self.num_free_blocks, self.num_used_blocks
+        events.blocks_allocated.log(
+            logger, seq_id=seq_id, new=num_new, cache_hits=len(shared), free_blocks=free, used_blocks=used
+        )
         return table
 
     def append_block(self, table: BlockTable) -> int:
@@ -153,9 +151,8 @@ class BlockManager:
                     self._evictable[block] = None
                 else:
                     self._free.append(block)
-        text = "Deallocated blocks for seq_id={seq_id}: freed={freed}/{total}, free_blocks={free_blocks}"
-        counts = {"freed": freed, "total": len(table.blocks), "free_blocks": self.num_free_blocks}
-        log_event(logger, logging.DEBUG, "blocks.freed", text, seq_id=seq_id, **counts)
+        total, free = len(table.blocks), self.num_free_blocks
+        events.blocks_freed.log(logger, seq_id=seq_id, freed=freed, total=total, free_blocks=free)
         return freed
 
     def num_releasable(self, table: BlockTable) -> int:

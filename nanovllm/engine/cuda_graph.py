@@ -8,14 +8,14 @@ with the null row.
 from __future__ import annotations
 
 import bisect
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from nanovllm.utils.logger import log_event, setup_logger
+from nanovllm.utils import events
+from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
@@ -79,13 +79,6 @@ class DecodeGraphs:
         with torch.cuda.graph(graph, pool=self._pool, stream=stream):
             token_ids = self._decode_step(rows, share_prefixes)
         captured = self._captured[size, share_prefixes] = _Captured(graph, token_ids)
-        log_event(
-            logger,
-            logging.DEBUG,
-            "graph.captured",
-            "Captured the decode step for batch size {size} in {elapsed_ms:.0f}ms",
-            size=size,
-            share_prefixes=share_prefixes,
-            elapsed_ms=(time.perf_counter() - started) * 1e3,
-        )
+        elapsed_ms = (time.perf_counter() - started) * 1e3
+        events.graph_captured.log(logger, size=size, share_prefixes=share_prefixes, elapsed_ms=elapsed_ms)
         return captured

@@ -27,8 +27,8 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import EngineDeadError, InvalidArgumentError, ModelLoadError, RequestTooLargeError
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils import env
-from nanovllm.utils.logger import configure_logging, log_event, log_rule, setup_logger
+from nanovllm.utils import env, events
+from nanovllm.utils.logger import configure_logging, log_rule, setup_logger
 from nanovllm.utils.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -61,17 +61,10 @@ class LLMEngine:
         self._clock = clock  # of every time that the engine tells; seconds
         configure_logging()
         log_rule(logger)
-        log_event(logger, logging.INFO, "engine.init", "Initializing LLMEngine")
-        log_event(logger, logging.INFO, "engine.model", "Model: {model}", model=config.model)
+        events.engine_init.log(logger)
+        events.engine_model.log(logger, model=config.model)
         names = ["tensor_parallel_size", "max_model_len", *(f.name for f in fields(config) if f.name != "model")]
-        settings = {name: getattr(config, name) for name in names}
-        log_event(
-            logger,
-            logging.INFO,
-            "engine.config",
-            "Configuration: " + ", ".join(f"{name}={{{name}}}" for name in settings),
-            **settings,
-        )
+        events.engine_config.log(logger, **{name: getattr(config, name) for name in names})
         log_rule(logger)
         self.config = config
         stopwatch = Stopwatch()
@@ -79,13 +72,7 @@ class LLMEngine:
         # Also when the engine is collected, and when Python ends: the device's memory is not left to chance.
         self._shut_down = weakref.finalize(self, self.executor.shutdown)
         self.resolved = self.executor.resolved
-        log_event(
-            logger,
-            logging.INFO,
-            "engine.resolved",
-            "Resolved: " + ", ".join(f"{f.name}={{{f.name}}}" for f in fields(self.resolved)),
-            **{f.name: getattr(self.resolved, f.name) for f in fields(self.resolved)},
-        )
+        events.engine_resolved.log(logger, **{f.name: getattr(self.resolved, f.name) for f in fields(self.resolved)})
         try:
             self.tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, self.resolved.model)
             self.metrics = EngineMetrics()
@@ -95,15 +82,8 @@ class LLMEngine:
             self._shut_down()
             raise
         stopwatch.lap("tokenizer")
-        log_event(
-            logger,
-            logging.INFO,
-            "engine.startup",
-            "Start-up: {total_seconds:.2f}s, of which {parts}",
-            total_seconds=stopwatch.total,
-            parts=str(stopwatch),
-            seconds=stopwatch.seconds,
-        )
+        total, parts = stopwatch.total, str(stopwatch)
+        events.engine_startup.log(logger, total_seconds=total, parts=parts, seconds=stopwatch.seconds)
         self._requests: dict[str, Sequence] = {}
         self._aborted: dict[str, Sequence] = {}  # not reported yet
         self._unclaimed: list[RequestOutput] = []  # handed back, reported by the next step
@@ -146,17 +126,15 @@ class LLMEngine:
         self._requests[request_id] = sequence
         sequence.arrival, sequence.queued = arrival, self._clock()
         self.scheduler.add(sequence)
-        log_event(
-            logger,
-            logging.DEBUG,
-            "request.added",
-            "Request {request_id} added: seq_id={seq_id}, num_prompt_tokens={num_prompt_tokens}, "
-            "max_tokens={max_tokens}",
-            request_id=request_id,
-            seq_id=sequence.seq_id,
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            max_tokens=params.max_tokens,
-        )
+        if logger.isEnabledFor(logging.DEBUG):
+            events.request_added.log(
+                logger,
+                request_id=request_id,
+                seq_id=sequence.seq_id,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                max_tokens=params.max_tokens,
+                **({"prompt": text} if env.log_prompts() else {}),
+            )
         return request_id
 
     def abort_request(self, request_id: str) -> None:
@@ -240,12 +218,8 @@ class LLMEngine:
     def _log_step(self, step: _InFlight, result: StepResult) -> None:
         chunks, load = step.batch.chunks, self.scheduler.load
         num_decode_seqs = len(step.batch.decode_rows)
-        log_event(
+        events.step_done.log(
             logger,
-            logging.DEBUG,
-            "step.done",
-            "Step {step} done ({kind}): {num_output_tokens} tokens in {wall_ms:.2f}ms, running={num_running}, "
-            "waiting={num_waiting}, blocks={used_blocks}/{num_blocks}",
             step=step.batch.step,
             kind="decode" if not len(chunks) else "mixed" if num_decode_seqs else "prefill",
             num_prefill_tokens=int(chunks[:, 2].sum()),
@@ -280,9 +254,12 @@ class LLMEngine:
         token_ids = sequence.output_token_ids.tolist()
         metrics = sequence.metrics()
         self.metrics.finish(sequence.finish_reason, metrics)
+        text = self._decode(token_ids, ended_by_eos=sequence.finish_reason == "stop")
+        if logger.isEnabledFor(logging.DEBUG) and env.log_prompts():
+            events.request_output.log(logger, request_id=sequence.request_id, text=text)
         completion = CompletionOutput(
             index=0,
-            text=self._decode(token_ids, ended_by_eos=sequence.finish_reason == "stop"),
+            text=text,
             token_ids=token_ids,
             finish_reason=sequence.finish_reason,
         )
@@ -306,11 +283,9 @@ class LLMEngine:
         except Exception:
             self._dead = error
         interrupted = not isinstance(error, Exception)
-        log_event(
+        event = events.engine_interrupted if interrupted else events.engine_error
+        event.log(
             logger,
-            logging.INFO if interrupted else logging.ERROR,
-            "engine.interrupted" if interrupted else "engine.error",
-            "A step {what} ({error}); its requests are aborted, and the engine {state}",
             what="was interrupted" if interrupted else "failed",
             error=repr(error),
             state="goes on" if self._dead is None else "can not go on",

@@ -7,12 +7,12 @@ it is shown, and nothing is computed before somebody asks.
 from __future__ import annotations
 
 import bisect
-import logging
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields
 
 from nanovllm.outputs import RequestMetrics
-from nanovllm.utils.logger import log_event, setup_logger
+from nanovllm.utils import events
+from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
@@ -109,13 +109,8 @@ class StatisticsLine:
     def log(self, now: float, load: Load) -> None:
         done, seconds = self._totals.since(self._before), now - self._began
         self.start(now)
-        log_event(
+        events.engine_statistics.log(
             logger,
-            logging.INFO,
-            "engine.statistics",
-            "Statistics: prompt {prompt_tokens_per_second:.0f} tok/s, generation "
-            "{generation_tokens_per_second:.0f} tok/s, running={num_running}, waiting={num_waiting}, "
-            "KV cache {kv_cache_usage:.1%}, prefix cache hits {prefix_cache_hit_rate:.1%}, preemptions={preemptions}",
             prompt_tokens_per_second=done.num_prompt_tokens / seconds,
             generation_tokens_per_second=done.num_output_tokens / seconds,
             num_running=load.num_running,

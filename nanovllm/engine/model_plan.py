@@ -11,9 +11,10 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidArgumentError, ModelLoadError, OutOfMemoryError
 from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+from nanovllm.utils import events
 from nanovllm.utils.checkpoint import resolve_model_folder
 from nanovllm.utils.env import overlap
-from nanovllm.utils.logger import log_event, setup_logger
+from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
@@ -81,15 +82,8 @@ class ModelPlan:
             raise OutOfMemoryError(
                 f"The KV cache holds {num_slots} token: raise num_kvcache_blocks={config.num_kvcache_blocks}."
             )
-        log_event(
-            logger,
-            logging.INFO if config.max_model_len is None else logging.WARNING,
-            "engine.max_model_len",
-            "max_model_len lowered from {wanted} to {max_model_len}: the KV cache holds no more tokens. "
-            "Raise num_kvcache_blocks or the memory for the cache for longer requests.",
-            wanted=self.max_model_len,
-            max_model_len=num_slots,
-        )
+        level = logging.INFO if config.max_model_len is None else logging.WARNING
+        events.engine_max_model_len.log_at(level, logger, wanted=self.max_model_len, max_model_len=num_slots)
         return num_slots
 
 

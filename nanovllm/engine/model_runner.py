@@ -27,10 +27,10 @@ from nanovllm.kernels.sample import sample
 from nanovllm.layers.linear import pack_linear_weights
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.registry import get_model_class
-from nanovllm.utils import env
+from nanovllm.utils import env, events
 from nanovllm.utils.device_memory import GB
 from nanovllm.utils.loader import load_dummy_weights, load_weights, materialise
-from nanovllm.utils.logger import log_event, log_gpu_memory, log_tensor_shapes, setup_logger, timed_section
+from nanovllm.utils.logger import log_gpu_memory, setup_logger, shapes_of, timed_section
 from nanovllm.utils.stopwatch import Stopwatch
 
 logger = setup_logger(__name__)
@@ -63,15 +63,13 @@ class ModelRunner:
     ) -> None:
         stopwatch = stopwatch or Stopwatch()
         self.parallel = parallel or TensorParallel()
-        self._prefix = f"[Rank {self.parallel.rank}]"
+        section = f"[Rank {self.parallel.rank}] Model forward"
         self._sections = {  # (has chunks, has decode rows) → what the log calls such a step
-            (True, False): f"{self._prefix} Model forward PREFILL",
-            (False, True): f"{self._prefix} Model forward DECODE",
-            (True, True): f"{self._prefix} Model forward PREFILL+DECODE",
+            (True, False): f"{section} PREFILL",
+            (False, True): f"{section} DECODE",
+            (True, True): f"{section} PREFILL+DECODE",
         }
-        log_event(
-            logger, logging.INFO, "runner.init", "Initializing ModelRunner (rank {rank})", rank=self.parallel.rank
-        )
+        events.runner_init.log(logger, rank=self.parallel.rank)
         plan = ModelPlan.of(config)
         self.device = plan.device
         attention = select_attention(
@@ -106,7 +104,7 @@ class ModelRunner:
                 self._graphs = DecodeGraphs(self._decode, config.max_num_seqs, self.rows.null_row, self.device)
                 self._graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
                 stopwatch.lap("first CUDA graph")
-        log_gpu_memory(logger, "After KV cache allocation", self.device, event="kv_cache.memory")
+        log_gpu_memory(logger, device=self.device, event=events.kv_cache_memory)
         self.resolved = ResolvedConfig(
             model=str(plan.folder or config.model),
             device=str(self.device),
@@ -139,7 +137,7 @@ class ModelRunner:
             words = self._upload(batch.buffer)
             self.rows.apply(batch, words)
             self._log_preparing(batch)
-            with timed_section(logger, section, device=self.device):
+            with timed_section(logger, section, device=self.device, step=batch.step):
                 if has_chunks:
                     query_group = self._query_group if share_prefixes else None
                     token_ids = self._forward(self.rows.mixed_inputs(batch, words, query_group))
@@ -181,14 +179,7 @@ class ModelRunner:
         if inputs.sampled_tokens is not None:
             hidden = hidden[inputs.sampled_tokens]
         logits = self.model.compute_logits(hidden)  # [num_sampled, vocab_size]
-        log_event(
-            logger,
-            logging.DEBUG,
-            "runner.output",
-            "[Rank {rank}] Output: logits={logits}",
-            rank=self.parallel.rank,
-            logits=list(logits.shape),
-        )
+        events.runner_output.log(logger, rank=self.parallel.rank, logits=list(logits.shape))
         token_ids = sample(logits, self.rows.temperatures, self.rows.seeds, self.rows.lengths, rows)
         self.rows.append(rows, token_ids)
         return token_ids
@@ -220,16 +211,10 @@ class ModelRunner:
     def _load(self, plan: ModelPlan, config: EngineConfig, cache: KVCacheShape) -> None:
         name = plan.folder or config.model
         rank = self.parallel.rank
-        log_event(
-            logger, logging.INFO, "model.loading", "[Rank {rank}] Loading model: {model}", rank=rank, model=str(name)
-        )
+        events.model_loading.log(logger, rank=rank, model=str(name))
         shape = plan.model_config
-        log_event(
+        events.model_config.log(
             logger,
-            logging.INFO,
-            "model.config",
-            "Model config: num_layers={num_layers}, hidden_size={hidden_size}, num_heads={num_heads}, "
-            "num_kv_heads={num_kv_heads}, head_dim={head_dim}, vocab_size={vocab_size}, dtype={dtype}, device={device}",
             num_layers=shape.num_layers,
             hidden_size=shape.hidden_size,
             num_heads=shape.num_heads,
@@ -260,18 +245,15 @@ class ModelRunner:
         finally:
             if warm_up is not None:
                 warm_up.wait()
-        log_event(
+        events.model_weights.log(
             logger,
-            logging.INFO,
-            "model.weights",
-            "[Rank {rank}] Loaded {num_tensors} tensors, {gigabytes:.2f}GB from {num_files} files in {seconds:.2f}s",
             rank=rank,
             num_tensors=report.num_tensors,
             gigabytes=report.num_bytes / GB,
             num_files=report.num_files,
             seconds=report.seconds,
         )
-        log_gpu_memory(logger, "After model loading", self.device, event="model.loaded")
+        log_gpu_memory(logger, device=self.device, event=events.model_loaded)
 
     def _num_blocks(self, config: EngineConfig, shape: KVCacheShape, max_model_len: int) -> int:
         if config.num_kvcache_blocks is not None:
@@ -285,13 +267,8 @@ class ModelRunner:
                 f"A step of max_num_batched_tokens={config.max_num_batched_tokens} tokens and "
                 f"max_num_seqs={config.max_num_seqs} sequences does not fit on {self.device}: {error} Lower them."
             ) from error
-        log_event(
+        events.kv_cache_sizing.log(
             logger,
-            logging.INFO,
-            "kv_cache.sizing",
-            "KV cache sizing: total={total_gb:.2f}GB, gpu_memory_utilization={utilization}, "
-            "weights={weights_gb:.2f}GB, activations={activations_gb:.2f}GB, "
-            "free={free_gb:.2f}GB, so available={available_gb:.2f}GB",
             total_gb=memory.total / GB,
             utilization=memory.utilization,
             weights_gb=memory.weights / GB,
@@ -345,40 +322,23 @@ class ModelRunner:
             ) from error
 
     def _log_cache(self, shape: KVCacheShape, num_blocks: int, dtype: str) -> None:
-        log_event(
+        events.kv_cache_config.log(
             logger,
-            logging.INFO,
-            "kv_cache.config",
-            "KV cache configuration: num_kv_heads={num_kv_heads}, head_dim={head_dim}, block_size={block_size}, "
-            "dtype={dtype}",
             num_kv_heads=shape.num_kv_heads,
             head_dim=shape.head_dim,
             block_size=shape.block_size,
             dtype=dtype,
         )
-        log_event(
-            logger,
-            logging.INFO,
-            "kv_cache.allocated",
-            "Allocating {num_blocks} KV cache blocks, total_size={total_gb:.2f}GB",
-            num_blocks=num_blocks,
-            total_gb=num_blocks * shape.block_bytes / GB,
-        )
+        events.kv_cache_allocated.log(logger, num_blocks=num_blocks, total_gb=num_blocks * shape.block_bytes / GB)
 
     # Lines at DEBUG
 
     def _log_preparing(self, batch: ScheduledBatch) -> None:
-        for kind, num_seqs in (("PREFILL", len(batch.chunks)), ("DECODE", len(batch.decode_rows))):
-            if num_seqs and logger.isEnabledFor(logging.DEBUG):
-                log_event(
-                    logger,
-                    logging.DEBUG,
-                    f"runner.prepare_{kind.lower()}",
-                    "[Rank {rank}] Preparing {kind} batch: {num_seqs} sequences",
-                    rank=self.parallel.rank,
-                    kind=kind,
-                    num_seqs=num_seqs,
-                )
+        rank, step, num_prefill, num_decode = self.parallel.rank, batch.step, len(batch.chunks), len(batch.decode_rows)
+        if num_prefill:
+            events.runner_prepare_prefill.log(logger, rank=rank, step=step, kind="PREFILL", num_seqs=num_prefill)
+        if num_decode:
+            events.runner_prepare_decode.log(logger, rank=rank, step=step, kind="DECODE", num_seqs=num_decode)
 
     def _log_inputs(self, inputs: ModelInputs) -> None:
         if not logger.isEnabledFor(logging.DEBUG):
@@ -388,13 +348,9 @@ class ModelRunner:
         tensors = {"input_ids": inputs.input_ids, "positions": inputs.positions}
         if prefill is not None:
             tensors["slot_mapping"] = attention.slot_mapping
-            log_tensor_shapes(logger, tensors, f"{self._prefix} PREFILL", event="runner.prefill_tensors", rank=rank)
-            log_event(
+            events.runner_prefill_tensors.log(logger, rank=rank, shapes=shapes_of(tensors))
+            events.runner_prefill_shape.log(
                 logger,
-                logging.DEBUG,
-                "runner.prefill_shape",
-                "[Rank {rank}] PREFILL: max_seqlen_q={max_seqlen_q}, max_seqlen_k={max_seqlen_k}, "
-                "total_tokens={total_tokens}",
                 rank=rank,
                 max_seqlen_q=prefill.max_seqlen_q,
                 max_seqlen_k=prefill.max_seqlen_k,
@@ -402,4 +358,4 @@ class ModelRunner:
             )
         elif decode is not None:
             tensors |= {"context_lens": decode.context_lens, "block_tables": decode.block_tables}
-            log_tensor_shapes(logger, tensors, f"{self._prefix} DECODE", event="runner.decode_tensors", rank=rank)
+            events.runner_decode_tensors.log(logger, rank=rank, shapes=shapes_of(tensors))

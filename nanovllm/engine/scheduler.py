@@ -26,8 +26,9 @@ from nanovllm.engine.metrics import EngineMetrics, Load
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.outputs import FinishReason
+from nanovllm.utils import events
 from nanovllm.utils.decode_log import DecodeLogPolicy
-from nanovllm.utils.logger import first_items, log_event, setup_logger
+from nanovllm.utils.logger import first_items, setup_logger
 
 logger = setup_logger(__name__)
 
@@ -163,9 +164,8 @@ class Scheduler:
         arranged: RowArray = rows[order]
         shares_prefix = bool(shares.any())
         if shares_prefix and not self._shares_prefix:
-            counts = {"num_sharing": int(shares.sum()), "size": len(rows), "saved_tokens": int(saved[pays].sum())}
-            text = "{num_sharing} of {size} decode rows share prefixes: {saved_tokens} tokens less to read in a step"
-            log_event(logger, logging.INFO, "batch.shares_prefix", text, **counts)
+            num_sharing, saved_tokens = int(shares.sum()), int(saved[pays].sum())
+            events.batch_shares_prefix.log(logger, num_sharing=num_sharing, size=len(rows), saved_tokens=saved_tokens)
         self._shares_prefix = shares_prefix
         return arranged, shares_prefix
 
@@ -205,12 +205,15 @@ class Scheduler:
         self.metrics.totals.num_preemptions += 1
         sequence.num_preemptions += 1
         self._preempted_since_log += 1
-        text = "Preempted seq_id={seq_id}: freed={freed} blocks, {coming} more when its steps in flight end, "
-        text += "{num_tokens} tokens to compute again, free_blocks={free_blocks}"
-        who = {"seq_id": sequence.seq_id, "request_id": sequence.request_id}
-        counts = {"freed": releasable - coming, "coming": coming, "num_tokens": num_tokens}
-        free_blocks = self.block_manager.num_free_blocks
-        log_event(logger, logging.INFO, "sequence.preempted", text, **who, **counts, free_blocks=free_blocks)
+        events.sequence_preempted.log(
+            logger,
+            seq_id=sequence.seq_id,
+            request_id=sequence.request_id,
+            freed=releasable - coming,
+            coming=coming,
+            num_tokens=num_tokens,
+            free_blocks=self.block_manager.num_free_blocks,
+        )
         return coming
 
     def _schedule_prefill(
@@ -263,21 +266,25 @@ class Scheduler:
 
     def _log_batch(self, batch: ScheduledBatch) -> None:
         if len(batch.chunks) and logger.isEnabledFor(logging.INFO):
-            text = "Scheduled PREFILL batch: size={size}, batched_tokens={batched_tokens}, seqs={seqs}"
-            counts = {"size": len(batch.chunks), "batched_tokens": int(batch.chunks[:, 2].sum())}
+            size, batched_tokens = len(batch.chunks), int(batch.chunks[:, 2].sum())
             seqs = first_items(batch.chunks.tolist(), lambda chunk: self._describe(chunk[0], cached=chunk[1]))
-            log_event(logger, logging.INFO, "batch.prefill", text, step=batch.step, **counts, seqs=seqs)
+            events.batch_prefill.log(logger, step=batch.step, size=size, batched_tokens=batched_tokens, seqs=seqs)
         if not len(batch.decode_rows):
             return
         self._decode_step += 1
         size = len(batch.decode_rows)
         level = self._decode_log.level_for(self._decode_step, size, self._preempted_since_log)
         if logger.isEnabledFor(level):
-            text = "Scheduled DECODE batch (step {decode_step}): size={size}, preempted={preempted}, seqs={seqs}"
-            counts = {"decode_step": self._decode_step, "size": size, "preempted": self._preempted_since_log}
-            counts["shares_prefix"] = batch.shares_prefix
-            seqs = first_items(batch.decode_rows.tolist(), self._describe)
-            log_event(logger, level, "batch.decode", text, step=batch.step, **counts, seqs=seqs)
+            events.batch_decode.log_at(
+                level,
+                logger,
+                step=batch.step,
+                decode_step=self._decode_step,
+                size=size,
+                preempted=self._preempted_since_log,
+                shares_prefix=batch.shares_prefix,
+                seqs=first_items(batch.decode_rows.tolist(), self._describe),
+            )
         self._preempted_since_log = 0
 
     def _describe(self, row: int, cached: int | None = None) -> str:
@@ -318,9 +325,8 @@ class Scheduler:
         for sequence, eos in zip(ended, at_eos[at_eos | at_limit].tolist(), strict=True):
             self._finish(sequence, "stop" if eos else "length")
         self._release_leaving()
-        text = "Postprocess: {num_finished}/{num_seqs} sequences finished"
-        counts = {"num_finished": len(ended), "num_seqs": len(batch.sampled_rows)}
-        log_event(logger, logging.DEBUG, "batch.postprocess", text, step=batch.step, **counts)
+        num_seqs = len(batch.sampled_rows)
+        events.batch_postprocess.log(logger, step=batch.step, num_finished=len(ended), num_seqs=num_seqs)
         return ended
 
     def abort(self, sequence: Sequence) -> None:
@@ -394,11 +400,8 @@ def _log_finished(sequence: Sequence, reason: str) -> None:
     def milliseconds(seconds: float | None) -> float | None:
         return None if seconds is None else seconds * 1e3
 
-    log_event(
+    events.sequence_finished.log(
         logger,
-        logging.DEBUG,
-        "sequence.finished",
-        "Sequence finished: seq_id={seq_id}, output_len={output_len}, reason={reason}",
         seq_id=sequence.seq_id,
         request_id=sequence.request_id,
         num_prompt_tokens=sequence.num_prompt_tokens,

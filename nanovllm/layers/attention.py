@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 
 from nanovllm.attention.interface import AttentionMetadata, DecodeBackend, LayerKVCache, PrefillBackend
-from nanovllm.utils.logger import log_event, setup_logger
+from nanovllm.utils import events
+from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
@@ -37,9 +38,7 @@ class Attention:
             _log_inputs(query, metadata, kv_cache)
         output = self._attend(query, metadata, kv_cache)
         if debug:
-            log_event(
-                logger, logging.DEBUG, "attention.output", "Attention output: {output}", output=list(output.shape)
-            )
+            events.attention_output.log(logger, output=list(output.shape))
         return output
 
     def _attend(self, query: torch.Tensor, metadata: AttentionMetadata, kv_cache: LayerKVCache) -> torch.Tensor:
@@ -58,33 +57,20 @@ class Attention:
 def _log_inputs(query: torch.Tensor, metadata: AttentionMetadata, kv_cache: LayerKVCache) -> None:
     num_tokens = query.shape[0]
     num_kv_heads, head_dim = kv_cache.key.shape[2:]
-    log_event(
+    events.attention_forward.log(
         logger,
-        logging.DEBUG,
-        "attention.forward",
-        "Attention forward: is_prefill={is_prefill}, q={q}, k={k}, v={v}",
         is_prefill=metadata.prefill is not None,
         q=list(query.shape),
         k=[num_tokens, num_kv_heads, head_dim],
         v=[num_tokens, num_kv_heads, head_dim],
         num_decode_tokens=metadata.num_decode_tokens,
     )
-    log_event(
+    events.attention_store.log(
         logger,
-        logging.DEBUG,
-        "attention.store",
-        "Storing KV cache: N={num_tokens}, num_heads={num_heads}, head_dim={head_dim}, num_slots={num_slots}",
         num_tokens=num_tokens,
         num_heads=num_kv_heads,
         head_dim=head_dim,
         num_slots=metadata.slot_mapping.numel(),
     )
     if metadata.decode is not None:
-        log_event(
-            logger,
-            logging.DEBUG,
-            "attention.decode",
-            "Decode attention: k_cache={k_cache}, v_cache={v_cache}",
-            k_cache=list(kv_cache.key.shape),
-            v_cache=list(kv_cache.value.shape),
-        )
+        events.attention_decode.log(logger, k_cache=list(kv_cache.key.shape), v_cache=list(kv_cache.value.shape))

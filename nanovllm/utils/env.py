@@ -101,7 +101,7 @@ log_prompts = Variable(
     "NANOVLLM_LOG_PROMPTS",
     SWITCH,
     False,
-    "1: `request.added` has the prompt's text, `sequence.finished` the output's.",
+    "1: at DEBUG `request.added` has the prompt's text, and `request.output` the output's.",
 )
 log_decode_interval = Variable(
     "NANOVLLM_LOG_DECODE_INTERVAL", COUNT, 10, "Every how many decode steps one is reported at INFO."

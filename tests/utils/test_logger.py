@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from nanovllm.utils import events
 from nanovllm.utils import logger as module
 from nanovllm.utils.decode_log import DecodeLogPolicy
 from nanovllm.utils.logger import (
@@ -249,7 +250,7 @@ def test_there_is_one_handler_however_often_it_is_set_up():
     for _ in range(3):
         setup_logger("nanovllm.engine.scheduler")
         configure_logging()
-    assert logging.getLogger("nanovllm").handlers == [module._CONSOLE]
+    assert logging.getLogger("nanovllm").handlers == [module._STATE.console]
     assert logging.getLogger("nanovllm.engine.scheduler").handlers == []
     assert logging.getLogger("nanovllm").propagate
 
@@ -354,16 +355,16 @@ def test_a_lost_standard_error_ends_nothing(monkeypatch):
 def test_tensor_shapes(caplog):
     logger = debug_logger()
     tensors = {"input_ids": np.zeros(156), "tables": np.zeros((2, 5)), "caches": [np.zeros(3), np.zeros(4)]}
-    log_tensor_shapes(logger, {**tensors, "block_tables": None, "max_seqlen": 78}, "[Rank 0] PREFILL", rank=0)
-    log_tensor_shapes(logger, {"a": np.zeros(1)}, event="runner.decode_tensors")
+    log_tensor_shapes(logger, {**tensors, "block_tables": None, "max_seqlen": 78}, "[Rank 0] PREFILL")
+    log_tensor_shapes(logger, {"a": np.zeros(1)})
     assert caplog.messages == [
         "[Rank 0] PREFILL tensors: input_ids=[156], tables=[2, 5], caches=[[3], [4]], max_seqlen=78",
         "tensors: a=[1]",
     ]
     shapes = {"input_ids": [156], "tables": [2, 5], "caches": [[3], [4]], "max_seqlen": 78}
-    assert caplog.records[0].fields == {"shapes": shapes, "rank": 0}
+    assert caplog.records[0].fields == {"shapes": shapes}
     assert caplog.records[0].levelname == "DEBUG"
-    assert [record.event for record in caplog.records] == ["tensors", "runner.decode_tensors"]
+    assert {record.event for record in caplog.records} == {"tensors"}
 
 
 def test_shapes_of_torch_tensors_are_plain_integers(caplog):
@@ -390,7 +391,7 @@ def test_communication(caplog):
 
 
 def test_memory_on_a_cpu_is_the_process_s_and_says_so(caplog):
-    log_gpu_memory(debug_logger(), "After model loading", "cpu", event="model.loaded")
+    log_gpu_memory(debug_logger(), device="cpu", event=events.model_loaded)
     (record,) = caplog.records
     pattern = r"After model loading - CPU Memory \[this process\]: (Resident=\d+\.\d\dGB, )?Peak=\d+\.\d\dGB"
     assert re.fullmatch(pattern, record.getMessage())

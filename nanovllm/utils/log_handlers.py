@@ -1,0 +1,65 @@
+"""Where records go: to standard error when nobody else takes them, and to a file when one is asked for."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+from nanovllm.errors import InvalidArgumentError
+from nanovllm.utils.log_formats import JsonFormatter, TextFormatter
+
+__all__ = ["ConsoleHandler", "LogFileHandler", "formatter_of"]
+
+
+def formatter_of(log_format: str, rank: int = 0, *, colour: bool = False) -> logging.Formatter:
+    """The formatter that `NANOVLLM_LOG_FORMAT` names."""
+    return JsonFormatter(rank) if log_format == "json" else TextFormatter(colour=colour)
+
+
+class LogFileHandler(logging.FileHandler):
+    """Appends every record to a file, each a whole line as soon as it is logged. Rank 1's file ends in `.rank1`."""
+
+    def __init__(self, path: Path, rank: int = 0) -> None:
+        path = Path(f"{path}.rank{rank}") if rank else path
+        try:
+            super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            allowed = "the path of a file that can be written"
+            raise InvalidArgumentError("NANOVLLM_LOG_FILE", str(path), allowed, str(error)) from None
+
+
+class ConsoleHandler(logging.Handler):
+    """Writes to standard error what no other handler takes, save our own file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(formatter_of("text"))
+        self.terminal_formatter: logging.Formatter | None = None  # for a terminal, where it is another
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._another_handler_takes(record):
+            return
+        try:
+            # sys.stderr is looked up now and not kept: it may have been replaced since (pytest, notebooks).
+            is_terminal = getattr(sys.stderr, "isatty", bool)()
+            formatter = self.terminal_formatter if is_terminal else None
+            with _progress_bars_cleared():
+                print((formatter or self).format(record), file=sys.stderr, flush=True)
+        except Exception:
+            self.handleError(record)
+
+    def _another_handler_takes(self, record: logging.LogRecord) -> bool:
+        logger: logging.Logger | None = logging.getLogger(record.name)
+        while logger is not None:
+            if any(handler is not self and not isinstance(handler, LogFileHandler) for handler in logger.handlers):
+                return True
+            logger = logger.parent if logger.propagate else None
+        return False
+
+
+def _progress_bars_cleared() -> AbstractContextManager[object]:
+    """Takes tqdm's bars off the terminal for a line, and draws them again below it."""
+    tqdm = sys.modules.get("tqdm")
+    return tqdm.tqdm.external_write_mode(file=sys.stderr) if tqdm is not None else nullcontext()
