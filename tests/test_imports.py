@@ -19,7 +19,7 @@ FILES = sorted((ROOT / "nanovllm").rglob("*.py"))
 
 # From the face down: a module may import from its own level and from those after it.
 LEVELS = [
-    ("nanovllm", "nanovllm.llm"),
+    ("nanovllm", "nanovllm.llm", "nanovllm.report"),
     ("nanovllm.engine",),
     ("nanovllm.models",),
     ("nanovllm.layers",),

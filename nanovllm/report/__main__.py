@@ -1,0 +1,48 @@
+"""The command: `python -m nanovllm.report run.jsonl -o report.html`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nanovllm.errors import InvalidArgumentError, NanoVLLMError
+from nanovllm.report.page import render
+from nanovllm.report.summary import summarise
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status 0 when the page was written, 2 with one line on standard error when it could not be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m nanovllm.report",
+        description="Draw a nanovllm JSON log as one self-contained HTML page.",
+        epilog="Make a log with NANOVLLM_LOG_FORMAT=json NANOVLLM_LOG_FILE=run.jsonl NANOVLLM_LOG_LEVEL=DEBUG.",
+    )
+    parser.add_argument("log", type=Path, help="the log, one JSON object a line")
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (%(default)s)")
+    parsed = parser.parse_args(arguments)
+    try:
+        write_report(parsed.log, parsed.output)
+    except NanoVLLMError as error:
+        print(f"nanovllm.report: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write_report(log: Path, output: Path) -> None:
+    """Reads `log` and writes the page. Raises InvalidArgumentError for a log or a page that can not be had."""
+    if output.exists() and log.exists() and output.samefile(log):
+        raise InvalidArgumentError("output", str(output), "another file than the log")
+    summary = summarise(log)
+    try:
+        output.write_text(render(summary), encoding="utf-8")
+    except OSError as error:
+        raise InvalidArgumentError("output", str(output), f"a file that can be written ({error.strerror})") from None
+    counts = summary.counts
+    broken = f", {counts.broken:,} of them broken" if counts.broken else ""
+    print(f"{output}: {len(summary.runs)} engine(s), {counts.lines:,} lines{broken}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

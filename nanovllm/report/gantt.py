@@ -1,0 +1,70 @@
+"""The Gantt chart of requests: a row each, coloured by what the request was doing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+
+from nanovllm.report.charts import Frame, TimeAxis, duration_text, legend
+from nanovllm.report.requests import RequestLife
+
+PHASES = (("queued", 4), ("prefill", 2), ("decode", 1), ("preempted", 5))
+_COLOURS = dict(PHASES)
+_WIDTH, _TALLEST = 1160, 900
+
+Span = tuple[str, float, float]  # phase, from, to
+
+
+def spans(life: RequestLife, end: float) -> list[Span]:
+    """The phases of a life up to `end`, where it had not finished. A preemption covers what it interrupted."""
+    finish = end if life.finished is None else life.finished
+    scheduled = finish if life.first_scheduled is None else min(life.first_scheduled, finish)
+    token = finish if life.first_token is None else min(max(life.first_token, scheduled), finish)
+    drawn = [("queued", life.arrival, scheduled), ("prefill", scheduled, token), ("decode", token, finish)]
+    drawn += [("preempted", start, min(finish if stop is None else stop, finish)) for start, stop in life.preempted]
+    return [span for span in drawn if span[2] > span[1]]
+
+
+def gantt(lives: Sequence[RequestLife], origin: float, end: float) -> str:
+    """`origin` and `end` in the log's monotonic seconds; `lives` in the order of their rows."""
+    if not lives:
+        return ""
+    origin = min(origin, lives[0].arrival)
+    row = min(16.0, _TALLEST / len(lives))
+    axis = TimeAxis(end - origin)
+    frame = Frame(
+        "A row for each request, from its arrival to its end", _WIDTH, round(row * len(lives)) + 54, axis.end, 1
+    )
+    top = 8.0
+    for index, life in enumerate(lives):
+        y, height = top + index * row, max(row - (1.5 if row > 4 else 0.2), 0.8)
+        frame.add(f"<g><title>{escape(_tooltip(life, end))}</title>")
+        for phase, start, stop in spans(life, end):
+            x = frame.x(start - origin)
+            width = max(frame.x(stop - origin) - x, 0.7)
+            faded = " open" if life.finished is None else ""
+            frame.add(
+                f'<rect class="fill c{_COLOURS[phase]}{faded}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
+                f'height="{height:.1f}"/>'
+            )
+        frame.add("</g>")
+        if row >= 9:
+            frame.add(f'<text class="tick" x="52" y="{y + height - 2:.1f}" text-anchor="end">{index + 1}</text>')
+    if row < 9:
+        for index in range(0, len(lives), max(1, len(lives) // 10 // 10 * 10 or 10)):
+            frame.add(f'<text class="tick" x="52" y="{top + index * row + 8:.1f}" text-anchor="end">{index + 1}</text>')
+    frame.x_axis(axis.ticks(), "time since the first request")
+    return legend(PHASES) + frame.svg()
+
+
+def _tooltip(life: RequestLife, end: float) -> str:
+    lines = [
+        f"{life.request_id}: {life.num_prompt_tokens:,} prompt tokens ({life.num_cached_tokens:,} cached), "
+        f"{life.output_len:,} out" + (f", {life.reason}" if life.reason else "")
+    ]
+    if life.finished is None:
+        lines = [f"{life.request_id}: {life.num_prompt_tokens:,} prompt tokens; not finished when the log ends"]
+    lines += [f"{phase}: {duration_text((stop - start) * 1e3)}" for phase, start, stop in spans(life, end)]
+    if life.preemptions:
+        lines.append(f"preempted {life.preemptions} ×")
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""Requests: the life of each request, from its events; a sample of them is kept to be drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nanovllm.report.log_file import Record, count, number
+from nanovllm.report.sketches import QuantileSketch, Sample
+
+DRAWN = 600  # requests; more rows than that no one tells apart
+_MOST_PENDING = 20_000
+_MOST_PREEMPTIONS = 32  # drawn of one request
+
+
+@dataclass
+class RequestLife:
+    """Times in seconds of the log's monotonic clock; None: not reached, or not known."""
+
+    request_id: str
+    arrival: float
+    num_prompt_tokens: int = 0
+    first_scheduled: float | None = None
+    first_token: float | None = None
+    finished: float | None = None
+    reason: str = ""
+    num_cached_tokens: int = 0
+    output_len: int = 0
+    preemptions: int = 0
+    preempted: list[tuple[float, float | None]] = field(default_factory=list)  # from, until computed again
+
+
+class Requests:
+    """`sample` holds finished requests, `pending` those that the log never sees end."""
+
+    def __init__(self) -> None:
+        self.sample: Sample[RequestLife] = Sample(DRAWN)
+        self.pending: dict[int, RequestLife] = {}
+        self.num_added = self.num_finished = self.num_aborted = self.num_lost = 0
+        self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
+        self.latencies = {name: QuantileSketch() for name in ("queue_ms", "ttft_ms", "itl_ms", "e2e_ms")}
+
+    def added(self, record: Record) -> None:
+        self.num_added += 1
+        if len(self.pending) < _MOST_PENDING:
+            life = RequestLife(str(record.get("request_id")), record["mono"], count(record, "num_prompt_tokens"))
+            self.pending[count(record, "seq_id")] = life
+
+    def allocated(self, record: Record) -> None:
+        """Blocks were given: the request is scheduled, for the first time or again after a preemption."""
+        life = self.pending.get(count(record, "seq_id"))
+        if life is None:
+            return
+        if life.first_scheduled is None:
+            life.first_scheduled = record["mono"]
+        if life.preempted and life.preempted[-1][1] is None:
+            life.preempted[-1] = (life.preempted[-1][0], record["mono"])
+
+    def preempted(self, record: Record) -> None:
+        life = self.pending.get(count(record, "seq_id"))
+        if life is not None:
+            life.preemptions += 1
+            if len(life.preempted) < _MOST_PREEMPTIONS:
+                life.preempted.append((record["mono"], None))
+
+    def finished(self, record: Record) -> RequestLife:
+        life = self.pending.pop(count(record, "seq_id"), None)
+        if life is None:
+            life = RequestLife(str(record.get("request_id")), number(record, "arrival") or record["mono"])
+        arrival, finished = number(record, "arrival"), number(record, "finished")
+        life.arrival = life.arrival if arrival is None else arrival
+        life.first_scheduled = number(record, "first_scheduled") or life.first_scheduled
+        life.first_token = number(record, "first_token")
+        life.finished = record["mono"] if finished is None else finished
+        life.reason = str(record.get("reason", ""))
+        life.num_prompt_tokens = count(record, "num_prompt_tokens") or life.num_prompt_tokens
+        life.num_cached_tokens = count(record, "num_cached_tokens")
+        life.output_len = count(record, "output_len")
+        life.preemptions = max(life.preemptions, count(record, "preemptions"))
+        self.num_prompt_tokens += life.num_prompt_tokens
+        self.num_cached_tokens += life.num_cached_tokens
+        self.num_output_tokens += life.output_len
+        self.sample.offer(life)
+        if life.reason == "abort":  # it ended when someone wanted, which says nothing about speed
+            self.num_aborted += 1
+            return life
+        self.num_finished += 1
+        for name, sketch in self.latencies.items():
+            value = number(record, name)
+            if value is not None:
+                sketch.add(value)
+        return life
+
+    def lost(self) -> None:
+        """A step failed: every unfinished request is gone, and no event will end it."""
+        self.num_lost += len(self.pending)
+        self.pending.clear()
+
+    def drawn(self) -> list[RequestLife]:
+        """At most `DRAWN`, in order of arrival; unfinished ones first to be kept, for they tell of a hang."""
+        unfinished = list(self.pending.values())[: DRAWN // 2]
+        finished = self.sample.items[: DRAWN - len(unfinished)]
+        return sorted(unfinished + finished, key=lambda life: life.arrival)

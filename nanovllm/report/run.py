@@ -1,0 +1,226 @@
+"""Run: what one engine's records tell, gathered one record at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from nanovllm.report.log_file import Record, count, number
+from nanovllm.report.requests import Requests
+from nanovllm.report.sketches import QuantileSketch, Timeline
+from nanovllm.report.steps import SlowSteps
+
+_MOST_TROUBLES = 20  # warnings and errors shown
+_MOST_GENERATIONS = 20
+_ENVELOPE = {"ts", "mono", "level", "logger", "event", "message", "pid", "rank"}
+# Nothing has happened before the first of these: the charts begin there, and start-up has its own.
+_ACTIVITY = ("request.", "generation.start", "batch.", "step.", "sequence.", "engine.statistics")
+
+
+@dataclass(frozen=True)
+class DecodeLine:
+    """A `batch.decode` line. At INFO the next line tells how many steps of this size came between."""
+
+    at: float
+    decode_step: int
+    size: int
+
+
+class Run:
+    """One engine: from its `engine.init`, or the first record of its process, to the next engine's."""
+
+    def __init__(self, number_: int, pid: object) -> None:
+        self.number, self.pid = number_, pid
+        self.has_engine = False
+        self.num_records = 0
+        self.first_ts = self.last_ts = ""
+        self.origin: float | None = None  # of the charts, in the log's monotonic seconds
+        self.end = 0.0
+        self.timeline = Timeline()
+        self.slow_steps = SlowSteps()
+        self.step_times: dict[str, QuantileSketch] = {}
+        self.token_gaps = QuantileSketch()
+        self.requests = Requests()
+        self.settings: dict[str, Record] = {}  # by event, what the engine said of itself when it started
+        self.generations: list[Record] = []
+        self.troubles: list[str] = []
+        self.num_troubles = 0
+        self.num_steps = self.num_prefill_steps = self.num_prefill_tokens = self.num_output_tokens = 0
+        self.num_preemptions = self.num_step_jumps = self.num_failures = 0
+        self.line_prompt_tokens = self.line_decode_tokens = 0  # as far as the lines of INFO tell
+        self.peak_blocks = self.num_blocks = 0
+        self._last_step = 0
+        self._last_done = 0.0
+        self._decode_line: DecodeLine | None = None
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the first activity to the last record."""
+        return 0.0 if self.origin is None else max(self.end - self.origin, 0.0)
+
+    @property
+    def at_debug(self) -> bool:
+        return self.num_steps > 0
+
+    def take(self, record: Record) -> None:
+        """Learns from a record. One whose fields are of unexpected kinds teaches nothing, and harms nothing."""
+        event: str = record["event"]
+        self.num_records += 1
+        if event != "rule":  # the one before the next engine's start is not this engine's end
+            self.end = max(self.end, record["mono"])
+        self.last_ts = str(record.get("ts", ""))
+        self.first_ts = self.first_ts or self.last_ts
+        if self.origin is None and event.startswith(_ACTIVITY):
+            self.origin = record["mono"]
+            self._last_done = 0.0
+        if record.get("level") in ("WARNING", "ERROR", "CRITICAL"):
+            self.num_troubles += 1
+            if len(self.troubles) < _MOST_TROUBLES:
+                self.troubles.append(f"{record['level']}: {str(record.get('message', event))[:500]}")
+        handler = _HANDLERS.get(event)
+        if handler is not None:
+            handler(self, record)
+
+    def _at(self, record: Record) -> float:
+        return float(record["mono"]) - (self.origin or 0.0)
+
+    # Start-up
+
+    def _init(self, record: Record) -> None:
+        self.has_engine = True
+
+    def _setting(self, record: Record) -> None:
+        self.settings[record["event"]] = {name: value for name, value in record.items() if name not in _ENVELOPE}
+
+    # Steps
+
+    def _step_done(self, record: Record) -> None:
+        at, step, wall_ms = self._at(record), count(record, "step"), number(record, "wall_ms") or 0.0
+        prefill, outputs = count(record, "num_prefill_tokens"), count(record, "num_output_tokens")
+        decodes = count(record, "num_decode_seqs")
+        # With several steps in flight a step's wall time begins while the one before still runs.
+        began = max(self._last_done, at - wall_ms / 1e3)
+        if self.num_steps and step != self._last_step + 1:
+            self.num_step_jumps += 1
+        elif self.num_steps:
+            self.token_gaps.add((at - self._last_done) * 1e3, weight=decodes)
+        self._last_step, self._last_done = step, at
+        self.num_steps += 1
+        self.num_prefill_steps += prefill > 0
+        self.num_prefill_tokens += prefill
+        self.num_output_tokens += outputs
+        timeline = self.timeline
+        timeline.spread(began, at, "prompt", prefill)
+        timeline.spread(began, at, "output", outputs)
+        timeline.add(at, "prefill_in_step", prefill)
+        timeline.add(at, "decode_in_step", decodes)
+        timeline.add(at, "step_ms", wall_ms)
+        timeline.add(at, "running", count(record, "num_running"))
+        timeline.add(at, "waiting", count(record, "num_waiting"))
+        self.num_blocks = count(record, "num_blocks") or self.num_blocks
+        used = count(record, "used_blocks")
+        self.line_prompt_tokens = self.line_decode_tokens = 0  # as far as the lines of INFO tell
+        self.peak_blocks = max(self.peak_blocks, used)
+        if self.num_blocks:
+            timeline.add(at, "kv_use", used / self.num_blocks)
+        kind = str(record.get("kind"))
+        if kind in ("prefill", "decode", "mixed"):
+            self.step_times.setdefault(kind, QuantileSketch()).add(wall_ms)
+        self.slow_steps.done(record, at)
+
+    def _prefill_line(self, record: Record) -> None:
+        self.slow_steps.scheduled(count(record, "step"))
+        tokens = count(record, "batched_tokens")
+        self.line_prompt_tokens += tokens
+        self.timeline.add(self._at(record), "line_prompt", tokens)
+
+    def _decode_line_(self, record: Record) -> None:
+        self.slow_steps.scheduled(count(record, "step"))
+        line = DecodeLine(self._at(record), count(record, "decode_step"), count(record, "size"))
+        last, self._decode_line = self._decode_line, line
+        self.timeline.add(line.at, "line_decode", line.size)
+        if last is not None and line.decode_step > last.decode_step:
+            # A change of size always has a line: all steps in between were of the last line's size.
+            steps = line.decode_step - last.decode_step
+            self.line_decode_tokens += steps * last.size
+            self.timeline.spread(last.at, line.at, "line_output", steps * last.size)
+
+    def _captured(self, record: Record) -> None:
+        if self.origin is None:
+            return  # while the engine starts, which no step waits for
+        self.slow_steps.event(
+            f"a CUDA graph for batch size {count(record, 'size')} was captured in {count(record, 'elapsed_ms')} ms"
+        )
+
+    def _preempted(self, record: Record) -> None:
+        self.num_preemptions += 1
+        self.requests.preempted(record)
+        self.timeline.add(self._at(record), "preempted", 1)
+        self.slow_steps.planning_event(
+            f"seq_{count(record, 'seq_id')} was preempted ({count(record, 'num_tokens'):,} tokens to compute again)"
+        )
+
+    # Requests
+
+    def _added(self, record: Record) -> None:
+        self.requests.added(record)
+
+    def _allocated(self, record: Record) -> None:
+        self.requests.allocated(record)
+
+    def _finished(self, record: Record) -> None:
+        life = self.requests.finished(record)
+        if life.first_scheduled is not None and life.num_prompt_tokens:
+            scheduled = life.first_scheduled - (self.origin or 0.0)
+            self.timeline.add(scheduled, "hit_rate", life.num_cached_tokens / life.num_prompt_tokens)
+
+    # The rest
+
+    def _statistics(self, record: Record) -> None:
+        names = {
+            "prompt_tokens_per_second": "stat_prompt",
+            "generation_tokens_per_second": "stat_output",
+            "kv_cache_usage": "stat_kv_use",
+            "prefix_cache_hit_rate": "stat_hit_rate",
+            "num_running": "stat_running",
+            "num_waiting": "stat_waiting",
+        }
+        for field, name in names.items():
+            value = number(record, field)
+            if value is not None:
+                self.timeline.add(self._at(record), name, value)
+
+    def _generation(self, record: Record) -> None:
+        if len(self.generations) < _MOST_GENERATIONS:
+            self.generations.append({**record, "at": self._at(record)})
+
+    def _failed(self, record: Record) -> None:
+        self.num_failures += 1
+        self.requests.lost()
+        if record.get("level") == "INFO":  # Ctrl-C
+            self.troubles.append(f"interrupted: {str(record.get('message', ''))[:500]}")
+
+
+_HANDLERS: dict[str, Callable[[Run, Record], Any]] = {
+    "engine.init": Run._init,
+    **dict.fromkeys(
+        (
+            *("engine.model", "engine.config", "engine.resolved", "engine.startup", "model.config", "model.weights"),
+            *("attention.selected", "kv_cache.sizing", "kv_cache.config", "kv_cache.allocated"),
+        ),
+        Run._setting,
+    ),
+    "step.done": Run._step_done,
+    "batch.prefill": Run._prefill_line,
+    "batch.decode": Run._decode_line_,
+    "graph.captured": Run._captured,
+    "sequence.preempted": Run._preempted,
+    "request.added": Run._added,
+    "blocks.allocated": Run._allocated,
+    "sequence.finished": Run._finished,
+    "engine.statistics": Run._statistics,
+    "generation.complete": Run._generation,
+    "engine.error": Run._failed,
+    "engine.interrupted": Run._failed,
+}

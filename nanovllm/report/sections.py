@@ -1,0 +1,201 @@
+"""The parts of the page that draw: time, latency, requests, slowest steps."""
+
+from __future__ import annotations
+
+from html import escape
+
+from nanovllm.report.charts import Series, duration_text, histogram, seconds_text, time_chart
+from nanovllm.report.gantt import gantt
+from nanovllm.report.requests import DRAWN
+from nanovllm.report.run import Run
+from nanovllm.report.sketches import QuantileSketch
+
+_QUANTILES = ((0.5, "p50"), (0.9, "p90"), (0.99, "p99"))
+
+
+def time_panels(run: Run) -> str:
+    """Five charts over time, each from the best source that the log has."""
+    if run.origin is None:
+        return ""
+    charts = [_throughput(run), _composition(run), _kv_cache(run), _queue(run), _step_times(run)]
+    panels = [
+        f'<div class="panel"><h3>{escape(title)}</h3>{chart}<p class="note">{escape(note)}</p></div>'
+        for title, chart, note in charts
+        if chart
+    ]
+    return f'{panels[0]}<div class="grid2">{"".join(panels[1:])}</div>' if panels else ""
+
+
+_Chart = tuple[str, str, str]  # title, SVG, note
+
+
+def _throughput(run: Run) -> _Chart:
+    timeline, title = run.timeline, "Throughput"
+    series: list[Series] = []
+    note = "Tokens of a step are spread over the time it ran."
+    if run.at_debug:
+        series = [
+            Series("prompt tokens computed", timeline.rates("prompt"), 2),
+            Series("tokens sampled", timeline.rates("output"), 1, area=True),
+        ]
+    elif "line_prompt" in timeline or "line_output" in timeline:
+        series = [
+            Series("prompt tokens scheduled", timeline.rates("line_prompt"), 2),
+            Series("decode tokens", timeline.rates("line_output"), 1, area=True),
+        ]
+        note = "From the batch lines; steps after the last decode line are not in it."
+    elif "stat_output" in timeline:
+        series = [
+            Series("prompt tokens", timeline.means("stat_prompt", hold=True), 2),
+            Series("tokens generated", timeline.means("stat_output", hold=True), 1, area=True),
+        ]
+        note = "From the statistics lines."
+    return title, _draw(run, title, "tokens/s", series, wide=True), note
+
+
+def _composition(run: Run) -> _Chart:
+    names = ("prefill_in_step", "decode_in_step") if run.at_debug else ("line_prompt", "line_decode")
+    timeline, title = run.timeline, "Batch composition"
+    if not any(name in timeline for name in names):
+        return title, "", ""
+    series = [
+        Series("prefill tokens", timeline.means(names[0]), 2),
+        Series("decode tokens", timeline.means(names[1]), 1),
+    ]
+    note = "Mean over the steps of each moment." if run.at_debug else "Of the batches that INFO shows."
+    return title, _draw(run, title, "tokens in a step", series, stacked=True), note
+
+
+def _kv_cache(run: Run) -> _Chart:
+    timeline, title, note = run.timeline, "KV cache", ""
+    series: list[Series] = []
+    if "kv_use" in timeline:
+        series.append(Series("blocks in use", timeline.means("kv_use", hold=True), 3, area=True))
+    elif "stat_kv_use" in timeline:
+        series.append(Series("blocks in use", timeline.means("stat_kv_use", hold=True), 3, area=True))
+    hits = "hit_rate" if "hit_rate" in timeline else "stat_hit_rate"
+    if hits in timeline:
+        series.append(Series("prefix hit rate", timeline.means(hits, hold=True), 6))
+        note = (
+            "Hit rate: share of a prompt that was cached when it was first scheduled, mean of the requests."
+            if hits == "hit_rate"
+            else "Hit rate: as the statistics lines give it."
+        )
+    return title, _draw(run, title, "per cent", series, share=True) if series else "", note
+
+
+def _queue(run: Run) -> _Chart:
+    timeline, title = run.timeline, "Requests running and waiting"
+    prefix = "" if "running" in timeline else "stat_"
+    if prefix + "running" not in timeline:
+        return title, "", ""
+    series = [
+        Series("running", timeline.means(prefix + "running", hold=True), 1, area=True),
+        Series("waiting", timeline.means(prefix + "waiting", hold=True), 4),
+    ]
+    if "preempted" in timeline:
+        series.append(Series("preemptions (at that moment)", timeline.sums("preempted"), 5))
+    return title, _draw(run, title, "requests", series), "Held from step to step."
+
+
+def _step_times(run: Run) -> _Chart:
+    title = "Step time"
+    if "step_ms" not in run.timeline:
+        return title, "", ""
+    series = [
+        Series("slowest", run.timeline.peaks("step_ms"), 4),
+        Series("mean", run.timeline.means("step_ms"), 1),
+    ]
+    kinds = ", ".join(
+        f"{kind} {duration_text(sketch.quantile(0.5))} (p99 {duration_text(sketch.quantile(0.99))}, "
+        f"{sketch.count:,} steps)"
+        for kind, sketch in sorted(run.step_times.items())
+    )
+    return title, _draw(run, title, "ms", series), f"Wall time, from launch to tokens read. Median: {kinds}."
+
+
+def _draw(run: Run, title: str, unit: str, series: list[Series], *, wide: bool = False, **form: bool) -> str:
+    if not any(value is not None for one in series for value in one.values):
+        return ""
+    return time_chart(title, unit, series, run.timeline.width, run.duration, width=1160 if wide else 560, **form)
+
+
+def latency_panels(run: Run) -> str:
+    """A histogram each, and a table of them all."""
+    latencies = run.requests.latencies
+    sketches = [
+        ("To the first token", latencies["ttft_ms"], "requests"),
+        ("Between tokens, request by request", latencies["itl_ms"], "requests"),
+        ("End to end", latencies["e2e_ms"], "requests"),
+        ("In the queue", latencies["queue_ms"], "requests"),
+        ("Between tokens, one by one", run.token_gaps, "tokens"),
+    ]
+    sketches = [entry for entry in sketches if entry[1].count]
+    if not sketches:
+        return ""
+    aborted = run.requests.num_aborted
+    note = "Quantiles are exact to half a percent." + (
+        f" {aborted:,} aborted requests are left out." if aborted else ""
+    )
+    panels = [_latency(title, sketch, what) for title, sketch, what in sketches]
+    table = _quantile_table([(title, sketch) for title, sketch, _ in sketches])
+    panels.append(f'<div class="panel"><h3>All of them</h3>{table}<p class="note">{escape(note)}</p></div>')
+    return f'<div class="grid3">{"".join(panels)}</div>'
+
+
+def _latency(title: str, sketch: QuantileSketch, what: str) -> str:
+    quantiles = [(name, sketch.quantile(share)) for share, name in _QUANTILES]
+    told = " · ".join(f"{name} <b>{duration_text(ms)}</b>" for name, ms in quantiles)
+    chart = histogram(title, sketch.histogram(40), quantiles, what)
+    return f'<div class="panel"><h3>{escape(title)}</h3><p class="soft">{told}</p>{chart}</div>'
+
+
+def _quantile_table(sketches: list[tuple[str, QuantileSketch]]) -> str:
+    rows = []
+    for title, sketch in sketches:
+        values = [*(sketch.quantile(share) for share, _ in _QUANTILES), sketch.mean, sketch.most]
+        cells = "".join(f'<td class="num">{duration_text(ms)}</td>' for ms in values)
+        rows.append(f"<tr><td>{escape(title)}</td>{cells}</tr>")
+    head = "".join(f'<th class="num">{name}</th>' for name in ("p50", "p90", "p99", "mean", "most"))
+    return f'<table class="tight"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
+
+
+def request_panel(run: Run) -> str:
+    lives = run.requests.drawn()
+    if not lives or run.origin is None:
+        return ""
+    total = run.requests.sample.num_offered + len(run.requests.pending)
+    note = "Point at a row for its figures."
+    if total > len(lives):
+        note = f"{len(lives):,} of {total:,} requests, drawn by lot (a page has at most {DRAWN}). {note}"
+    if run.requests.pending:
+        note += " Pale rows had not finished when the log ended."
+    return (
+        f'<div class="panel"><h3>Requests, in order of arrival</h3><p class="note">{escape(note)}</p>'
+        f"{gantt(lives, run.origin, run.end)}</div>"
+    )
+
+
+def slow_step_panel(run: Run) -> str:
+    steps = run.slow_steps.slowest_first()
+    if not steps:
+        return ""
+    typical_prefill = run.num_prefill_tokens / run.num_prefill_steps if run.num_prefill_steps else 0.0
+    rows = []
+    for slow in steps:
+        sketch = run.step_times.get(slow.kind)
+        reasons = slow.reasons(sketch.quantile(0.5) if sketch else 0.0, typical_prefill)
+        gpu = "" if slow.gpu_ms is None else duration_text(slow.gpu_ms)
+        rows.append(
+            f'<tr><td class="num">{slow.step:,}</td><td class="num">{seconds_text(slow.at)}</td>'
+            f'<td class="num"><b>{duration_text(slow.wall_ms)}</b></td><td class="num">{gpu}</td>'
+            f"<td>{escape(slow.contents())}</td><td><ul>"
+            + "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
+            + "</ul></td></tr>"
+        )
+    return (
+        '<div class="panel"><h3>The slowest steps</h3><div class="scroll"><table class="wide"><tr>'
+        '<th class="num">step</th><th class="num">at</th><th class="num">wall time</th>'
+        '<th class="num">GPU time</th><th>what was in it</th>'
+        f"<th>why, as far as the log tells</th></tr>{''.join(rows)}</table></div></div>"
+    )

@@ -1,0 +1,124 @@
+"""SlowSteps: the steps that took longest, each with what was in it and what happened while it ran."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from dataclasses import dataclass
+from itertools import count as counter
+
+from nanovllm.report.log_file import Record, count, number
+
+_KEPT = 15
+_MOST_IN_FLIGHT = 64  # steps whose end is awaited; the log of an engine has a few
+_MOST_EVENTS = 8  # kept for a step
+
+
+@dataclass(frozen=True)
+class SlowStep:
+    """One step as `step.done` tells it; `events` are sentences on what else happened while it was in flight."""
+
+    step: int
+    at: float  # seconds since the run's origin, when it was collected
+    kind: str
+    wall_ms: float
+    gpu_ms: float | None
+    num_prefill_tokens: int
+    num_prefill_seqs: int
+    num_decode_seqs: int
+    events: tuple[str, ...]
+
+    def contents(self) -> str:
+        parts = []
+        if self.num_prefill_tokens:
+            parts.append(f"prefill of {self.num_prefill_tokens:,} tokens in {_plural(self.num_prefill_seqs, 'prompt')}")
+        if self.num_decode_seqs:
+            parts.append(f"decode of {_plural(self.num_decode_seqs, 'sequence')}")
+        return " beside ".join(parts) or "nothing"
+
+    def reasons(self, median_ms: float, typical_prefill: float) -> list[str]:
+        """Why it took so long, as far as the log tells. The median is of steps of the same kind."""
+        reasons = list(self.events)
+        if self.num_prefill_tokens and self.num_decode_seqs:
+            reasons.append(
+                f"{_plural(self.num_decode_seqs, 'decode')} waited for the prefill of {self.num_prefill_tokens:,} "
+                "tokens (max_prefill_tokens_beside_decode bounds it)"
+            )
+        elif self.num_prefill_tokens > typical_prefill > 0:
+            reasons.append(f"{self.num_prefill_tokens / typical_prefill:.1f}× the mean prefill of a step")
+        if self.gpu_ms is not None and self.wall_ms > 2 * self.gpu_ms + 1:
+            reasons.append(f"the GPU worked for {self.gpu_ms:.1f} ms of it: it waited for the host, or an earlier step")
+        if self.step == 1:
+            reasons.append("the first step: kernels load, caches are cold")
+        if not reasons:
+            reasons.append("no event explains it: look at the host (garbage collection, other processes, debugger)")
+        if median_ms > 0:
+            reasons.insert(0, f"{self.wall_ms / median_ms:.1f}× the median {self.kind} step")
+        return reasons
+
+
+class SlowSteps:
+    """Keeps the slowest; the events between a step's scheduling and its end go with it."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, SlowStep]] = []
+        self._order = counter()
+        self._in_flight: dict[int, list[str]] = {}
+        self._coming: deque[str] = deque(maxlen=_MOST_EVENTS)  # of the step that is being scheduled
+
+    def scheduled(self, step: int) -> None:
+        """A step was planned; a step has a line for its prefill and another for its decode."""
+        if step in self._in_flight:
+            return
+        if len(self._in_flight) >= _MOST_IN_FLIGHT:
+            self._in_flight.pop(next(iter(self._in_flight)))
+        self._in_flight[step] = list(self._coming)
+        self._coming.clear()
+
+    def planning_event(self, sentence: str) -> None:
+        """Of the step that is scheduled next, such as a preemption that made room for it."""
+        self._coming.append(sentence)
+
+    def event(self, sentence: str) -> None:
+        """Of the step scheduled last; those in flight beside it waited for it too."""
+        newest = next(reversed(self._in_flight), None)
+        for step, events in self._in_flight.items():
+            if len(events) < _MOST_EVENTS:
+                events.append(sentence if step == newest else f"{sentence}, for the step after it")
+        if newest is None:
+            self._coming.append(sentence)
+
+    def done(self, record: Record, at: float) -> None:
+        step, wall_ms = count(record, "step"), number(record, "wall_ms") or 0.0
+        events = self._in_flight.pop(step, None)
+        if events is None:  # no line told of its scheduling
+            events = list(self._coming)
+            self._coming.clear()
+        if len(self._heap) == _KEPT and wall_ms <= self._heap[0][0]:
+            return
+        preempted = count(record, "preempted")
+        if preempted and not any("preempted" in event for event in events):
+            events.append(f"{_plural(preempted, 'sequence')} preempted")
+        slow = SlowStep(
+            step=step,
+            at=at,
+            kind=str(record.get("kind")),
+            wall_ms=wall_ms,
+            gpu_ms=number(record, "gpu_ms"),
+            num_prefill_tokens=count(record, "num_prefill_tokens"),
+            num_prefill_seqs=count(record, "num_prefill_seqs"),
+            num_decode_seqs=count(record, "num_decode_seqs"),
+            events=tuple(events),
+        )
+        entry = (wall_ms, next(self._order), slow)
+        if len(self._heap) < _KEPT:
+            heapq.heappush(self._heap, entry)
+        else:
+            heapq.heapreplace(self._heap, entry)
+
+    def slowest_first(self) -> list[SlowStep]:
+        return [slow for _, _, slow in sorted(self._heap, key=lambda entry: -entry[0])]
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

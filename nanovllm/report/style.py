@@ -1,0 +1,67 @@
+"""The page's style sheet: light and dark by what the reader's system prefers, and fit to be printed."""
+
+CSS = """
+:root {
+  color-scheme: light dark;
+  --page: #f6f7f9; --card: #ffffff; --ink: #1b2330; --soft: #5a6577; --line: #d9dee7; --faint: #eceff4;
+  --c1: #2f6fde; --c2: #e8833a; --c3: #2a9d78; --c4: #a3adbd; --c5: #d1346b; --c6: #8457c9; --onfill: #ffffff;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #11151c; --card: #1a202a; --ink: #e6eaf1; --soft: #9aa6b8; --line: #323b49; --faint: #262e3a;
+    --c1: #6ea2ff; --c2: #f2a05f; --c3: #4cc79e; --c4: #6d788a; --c5: #f0648f; --c6: #b08cf0; --onfill: #10141b;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1240px; padding: 24px 20px 60px; background: var(--page); color: var(--ink);
+  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+h1 { font-size: 24px; margin: 0 0 2px; } h2 { font-size: 20px; margin: 36px 0 12px; }
+h3 { font-size: 15px; margin: 0 0 2px; }
+p { margin: 4px 0; } .soft, .note { color: var(--soft); } .note { font-size: 13px; }
+code { font: 0.92em ui-monospace, Menlo, Consolas, "Liberation Mono", monospace; }
+a { color: var(--c1); }
+nav { margin: 8px 0; } nav a { margin-right: 14px; }
+.grid2, .grid3, .cards { display: grid; gap: 14px; margin: 14px 0; }
+.grid2 { grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); }
+.grid3 { grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); }
+.cards { grid-template-columns: repeat(auto-fit, minmax(138px, 1fr)); gap: 10px; }
+.panel, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px;
+  break-inside: avoid; min-width: 0; }
+.panel { margin: 14px 0; } .grid2 .panel, .grid3 .panel { margin: 0; }
+.card { padding: 10px 14px; } .card b { display: block; font-size: 21px; line-height: 1.25; white-space: nowrap; }
+.card span { color: var(--soft); font-size: 13px; }
+.warn { border-left: 4px solid var(--c2); } .bad { border-left: 4px solid var(--c5); }
+.legend { color: var(--soft); font-size: 13px; margin: 2px 0 4px; }
+.legend span { margin-right: 14px; white-space: nowrap; }
+.legend i { display: inline-block; width: 11px; height: 11px; border-radius: 3px; margin-right: 5px;
+  vertical-align: -1px; background: currentColor; }
+svg { display: block; width: 100%; height: auto; overflow: visible; }
+svg text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+.tick, .unit { fill: var(--soft); } .mark { fill: var(--ink); paint-order: stroke;
+  stroke: var(--card); stroke-width: 3px; }
+svg .inbar { fill: var(--onfill); font-size: 13px; }
+.grid { stroke: var(--faint); stroke-width: 1; } .axis { stroke: var(--line); stroke-width: 1; }
+.c1 { color: var(--c1); } .c2 { color: var(--c2); } .c3 { color: var(--c3); }
+.c4 { color: var(--c4); } .c5 { color: var(--c5); } .c6 { color: var(--c6); }
+.fill { fill: currentColor; } .open { opacity: 0.45; }
+.line { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round; }
+.area { fill: currentColor; opacity: 0.16; }
+.quantile { stroke: var(--ink); stroke-width: 1; stroke-dasharray: 3 2; }
+.hover { fill: transparent; } .hover:hover { fill: var(--soft); fill-opacity: 0.16; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 13.5px; }
+th, td { text-align: left; padding: 5px 12px 5px 0; border-bottom: 1px solid var(--faint); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; } .num { text-align: right; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
+.tight { font-size: 12.5px; } .tight td, .tight th { padding: 5px 0 5px 6px; }
+.tight td:first-child { padding-left: 0; }
+td ul { margin: 0; padding-left: 16px; }
+.wide td { overflow-wrap: anywhere; }
+.columns { columns: 3 300px; column-gap: 30px; }
+.columns div { display: flex; justify-content: space-between; gap: 12px; font-size: 13px; padding: 2px 0;
+  border-bottom: 1px solid var(--faint); break-inside: avoid; }
+.columns div span { color: var(--soft); }
+.columns div b { font-weight: 500; text-align: right; overflow-wrap: anywhere; }
+summary { cursor: pointer; font-weight: 600; }
+@media print { body { max-width: none; background: #fff; } .hover { display: none; } }
+"""
