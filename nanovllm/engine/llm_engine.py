@@ -28,6 +28,7 @@ from nanovllm.errors import EngineDeadError, InvalidArgumentError, ModelLoadErro
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils import env, events
+from nanovllm.utils.function_trace import start_function_trace
 from nanovllm.utils.logger import configure_logging, log_rule, setup_logger
 from nanovllm.utils.stopwatch import Stopwatch
 
@@ -60,6 +61,7 @@ class LLMEngine:
     ) -> None:
         self._clock = clock  # of every time that the engine tells; seconds
         configure_logging()
+        self._trace = start_function_trace(rank=0)
         log_rule(logger)
         events.engine_init.log(logger)
         events.engine_model.log(logger, model=config.model)
@@ -306,6 +308,8 @@ class LLMEngine:
         for pending in (self._requests, self._aborted, self._unclaimed, self._in_flight):
             pending.clear()
         self._shut_down()
+        if self._trace is not None:
+            self._trace.stop()
 
     def __enter__(self) -> LLMEngine:
         return self

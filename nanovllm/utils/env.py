@@ -68,6 +68,8 @@ def _at_least_one(text: str) -> int:
     return value
 
 
+_TRACE_SWITCH = {"0": None, "1": Path("nanovllm_trace_rank0.txt")}
+
 LEVELS = Kind(
     "levels", "`DEBUG`, `INFO`, `WARNING`, `ERROR` or `CRITICAL`, or a list such as `INFO,scheduler=DEBUG`", str
 )
@@ -76,6 +78,9 @@ COUNT = Kind("integer", "an integer ≥ 1", _at_least_one)
 SECONDS = Kind("number", "a number of seconds > 0", _positive)
 GIGABYTES: Kind[float | None] = Kind("number", "a number of gigabytes > 0, such as 0.5", _positive)
 FILE: Kind[Path | None] = Kind("path", "the path of a file that can be written", Path)
+TRACE: Kind[Path | None] = Kind(
+    "path", "0, 1 or the path of a file that can be written", lambda text: _TRACE_SWITCH.get(text, Path(text))
+)
 PRESENCE = Kind("presence", "anything", bool)
 
 log_level = Variable(
@@ -119,7 +124,11 @@ trace_file = Variable(
     "NANOVLLM_TRACE_FILE", FILE, None, "Writes a timeline in Chrome's trace format, which Perfetto opens.", "no file"
 )
 trace_function = Variable(
-    "NANOVLLM_TRACE_FUNCTION", SWITCH, False, "1: writes every Python call within nanovllm to a file a rank. Slow."
+    "NANOVLLM_TRACE_FUNCTION",
+    TRACE,
+    None,
+    "1, or a path: writes every Python call within nanovllm to a file a rank. Slow; for hangs and for learning.",
+    "no file",
 )
 cpu_kvcache_gb = Variable(
     "NANOVLLM_CPU_KVCACHE_GB", GIGABYTES, None, "Size of the KV cache on a CPU.", "a quarter of the free memory"

@@ -20,7 +20,7 @@ DEFAULTS = [
     ("NANOVLLM_LOG_PROMPTS", env.log_prompts, False),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, 10.0),
     ("NANOVLLM_TRACE_FILE", env.trace_file, None),
-    ("NANOVLLM_TRACE_FUNCTION", env.trace_function, False),
+    ("NANOVLLM_TRACE_FUNCTION", env.trace_function, None),
     ("NO_COLOR", env.no_color, False),
 ]
 
@@ -37,7 +37,9 @@ VALUES = [
     ("NANOVLLM_LOG_PROMPTS", env.log_prompts, "1", True),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "0.5", 0.5),
     ("NANOVLLM_TRACE_FILE", env.trace_file, "trace.json", Path("trace.json")),
-    ("NANOVLLM_TRACE_FUNCTION", env.trace_function, "1", True),
+    ("NANOVLLM_TRACE_FUNCTION", env.trace_function, "1", Path("nanovllm_trace_rank0.txt")),
+    ("NANOVLLM_TRACE_FUNCTION", env.trace_function, "0", None),
+    ("NANOVLLM_TRACE_FUNCTION", env.trace_function, "calls.txt", Path("calls.txt")),
     ("NO_COLOR", env.no_color, "0", True),
 ]
 
@@ -58,7 +60,6 @@ BAD_VALUES = [
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "0"),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "nan"),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "10s"),
-    ("NANOVLLM_TRACE_FUNCTION", env.trace_function, "2"),
 ]
 
 
