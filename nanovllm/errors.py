@@ -7,6 +7,7 @@
     ├── ModelLoadError                           a checkpoint that is missing, incomplete or not supported
     ├── OutOfMemoryError                         the device cannot hold what was asked for
     ├── BackendUnavailableError                  an attention backend that cannot run here
+    ├── InvalidStateError (also RuntimeError)    a call that does not fit what came before it
     └── EngineDeadError                          the engine met an error that it cannot run on from
 
 A message says which field, its value, what is allowed and what to do about it.
@@ -24,6 +25,7 @@ __all__ = [
     "BackendUnavailableError",
     "EngineDeadError",
     "InvalidArgumentError",
+    "InvalidStateError",
     "ModelLoadError",
     "NanoVLLMError",
     "OutOfMemoryError",
@@ -84,6 +86,10 @@ class OutOfMemoryError(NanoVLLMError):
 
 class BackendUnavailableError(NanoVLLMError):
     """An attention backend was asked for by name and cannot run here; the message says why."""
+
+
+class InvalidStateError(NanoVLLMError, RuntimeError):
+    """A call that does not fit what came before it, such as a stop without a start."""
 
 
 class EngineDeadError(NanoVLLMError):

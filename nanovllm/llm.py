@@ -6,12 +6,14 @@ import itertools
 import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from nanovllm.config import EngineArguments, EngineConfig
+from nanovllm.diagnostics.leak_check import LeakCheck, check_leak
 from nanovllm.engine.llm_engine import LLMEngine, Prompt
 from nanovllm.engine.metrics import EngineStatistics
 from nanovllm.errors import InvalidArgumentError
@@ -22,6 +24,8 @@ from nanovllm.utils.logger import flush_timed_sections, log_gpu_memory, log_rule
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+    from nanovllm.diagnostics.memory import MemoryReport
 
 logger = setup_logger(__name__)
 
@@ -107,6 +111,47 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix."""
         self.llm_engine.reset_prefix_cache()
+
+    # Looking inside: docs/debugging.md
+
+    def start_profile(self, folder: str | Path) -> None:
+        """Records with torch's profiler from now to `stop_profile`, into `folder`, which is made if need be.
+
+        Raises InvalidStateError when a profile runs already, InvalidArgumentError when `folder` can not be written.
+        """
+        self.llm_engine.diagnostics.start_profile(Path(folder))
+
+    def stop_profile(self) -> str:
+        """Writes `profile_rank0.json`, a Chrome trace that Perfetto opens, and the table of the dearest operators and
+        kernels, `profile_rank0.txt`, which is logged and returned too. Raises InvalidStateError when none runs.
+        """
+        return self.llm_engine.diagnostics.stop_profile()
+
+    def memory_report(self) -> MemoryReport:
+        """Where the device's memory went, in bytes; `print` shows it as a table."""
+        return self.llm_engine.diagnostics.memory_report()
+
+    def check_memory_leak(
+        self,
+        prompts: Prompt | Seq[Prompt] | None = None,
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        *,
+        num_runs: int = 8,
+    ) -> LeakCheck:
+        """Generates the same `num_runs` times (None: a few tokens of our own) and says whether memory settles.
+
+        Measured are used memory, Python objects and KV blocks after each run. Raises InvalidArgumentError for fewer
+        than 4 runs, or prompts that are not allowed.
+        """
+        if prompts is None:
+            prompts = [[token % self.llm_engine.resolved.vocab_size for token in range(1, 9)]] * 4
+            sampling_params = sampling_params or SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+        def measure() -> tuple[int, int]:
+            used_blocks = self.llm_engine.scheduler.block_manager.num_used_blocks
+            return self.llm_engine.diagnostics.used_bytes(), used_blocks
+
+        return check_leak(lambda: self.generate(prompts, sampling_params, use_tqdm=False), measure, num_runs)
 
     def exit(self) -> None:
         """Gives the device's memory back; calling it again does nothing."""

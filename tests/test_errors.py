@@ -11,6 +11,7 @@ import pytest
 from nanovllm import errors
 from nanovllm.errors import (
     InvalidArgumentError,
+    InvalidStateError,
     NanoVLLMError,
     RequestTooLargeError,
     UnknownArgumentError,
@@ -27,7 +28,12 @@ def test_the_tree_is_the_one_that_the_docstring_draws() -> None:
     assert all(issubclass(cls, NanoVLLMError) for cls in CLASSES)
     assert {cls for cls in CLASSES if issubclass(cls, ValueError)} == {InvalidArgumentError, RequestTooLargeError}
     assert {cls for cls in CLASSES if issubclass(cls, TypeError)} == {UnknownArgumentError}
-    assert {line.split()[0] for line in drawn if "(also" in line} == {"InvalidArgumentError", "UnknownArgumentError"}
+    assert {line.split()[0] for line in drawn if "(also" in line} == {
+        "InvalidArgumentError",
+        "UnknownArgumentError",
+        "InvalidStateError",
+    }
+    assert {cls for cls in CLASSES if issubclass(cls, RuntimeError)} == {InvalidStateError}
     assert issubclass(RequestTooLargeError, InvalidArgumentError)
 
 

@@ -21,6 +21,7 @@ FILES = sorted((ROOT / "nanovllm").rglob("*.py"))
 LEVELS = [
     ("nanovllm", "nanovllm.llm", "nanovllm.report"),
     ("nanovllm.engine",),
+    ("nanovllm.diagnostics",),
     ("nanovllm.models",),
     ("nanovllm.layers",),
     ("nanovllm.attention",),

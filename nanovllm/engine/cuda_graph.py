@@ -52,7 +52,7 @@ class DecodeGraphs:
         self.sizes = graph_sizes(max_num_seqs)
         self._rows = torch.full((max_num_seqs,), null_row, dtype=torch.int32, device=device)  # what replays read
         self._captured: dict[tuple[int, bool], _Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+        self.pool = torch.cuda.graph_pool_handle()
 
     def replay(self, rows: torch.Tensor, share_prefixes: bool = False) -> torch.Tensor:
         """Decodes `rows` [num_rows] int32 → tokens [num_rows] int32, valid until the next replay."""
@@ -76,7 +76,7 @@ class DecodeGraphs:
             self._decode_step(rows, share_prefixes)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream):
             token_ids = self._decode_step(rows, share_prefixes)
         captured = self._captured[size, share_prefixes] = _Captured(graph, token_ids)
         elapsed_ms = (time.perf_counter() - started) * 1e3

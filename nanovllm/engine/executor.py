@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import ScheduledBatch, StepResult
 from nanovllm.utils.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from nanovllm.diagnostics.rank import RankDiagnostics
 
 
 class StepHandle(Protocol):
@@ -34,6 +37,11 @@ class Executor(Protocol):
         """Gives the device's memory back. Calling it again does nothing."""
         ...
 
+    @property
+    def diagnostics(self) -> RankDiagnostics:
+        """Profiler and memory, for who asks; no step needs it."""
+        ...
+
 
 class InProcessExecutor:
     """One rank, in this process."""
@@ -57,6 +65,11 @@ class InProcessExecutor:
     def synchronize(self) -> None:
         if self._runner is not None:
             self._runner.synchronize()
+
+    @property
+    def diagnostics(self) -> RankDiagnostics:
+        assert self._runner is not None, "the executor was shut down"
+        return self._runner.diagnostics
 
     def shutdown(self) -> None:
         runner, self._runner = self._runner, None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +13,7 @@ from nanovllm.attention.interface import LayerKVCache
 from nanovllm.errors import OutOfMemoryError
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.utils import env
-from nanovllm.utils.device_memory import GB
+from nanovllm.utils.device_memory import GB, free_cpu_memory
 
 _SCALE_DTYPE = torch.float32
 _CPU_SHARE = 0.25  # of the free memory, when NANOVLLM_CPU_KVCACHE_GB is not set
@@ -102,24 +100,13 @@ def num_cpu_blocks(shape: KVCacheShape, max_num_seqs: int, max_model_len: int) -
     asked = env.cpu_kvcache_gb()
     if asked is None:
         blocks_of_all_rows = max_num_seqs * -(-max_model_len // shape.block_size)
-        num_blocks = min(int(_free_cpu_memory() * _CPU_SHARE) // shape.block_bytes, blocks_of_all_rows)
+        num_blocks = min(int(free_cpu_memory() * _CPU_SHARE) // shape.block_bytes, blocks_of_all_rows)
     else:
         num_blocks = int(asked * GB) // shape.block_bytes
     if num_blocks < 1:
         raise OutOfMemoryError(
             f"The KV cache needs at least one block of {shape.block_bytes / GB:.4f} GB, and there is "
-            f"{_free_cpu_memory() * _CPU_SHARE / GB if asked is None else asked:.4f} GB for it. "
+            f"{free_cpu_memory() * _CPU_SHARE / GB if asked is None else asked:.4f} GB for it. "
             "Raise NANOVLLM_CPU_KVCACHE_GB or lower kvcache_block_size."
         )
     return num_blocks
-
-
-def _free_cpu_memory() -> int:
-    if sys.platform == "linux":
-        with open("/proc/meminfo", encoding="ascii") as meminfo:
-            for line in meminfo:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # how much of it is free is not known
-    return 4 * GB

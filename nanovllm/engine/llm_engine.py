@@ -35,6 +35,8 @@ from nanovllm.utils.stopwatch import Stopwatch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from nanovllm.diagnostics.rank import RankDiagnostics
+
 logger = setup_logger(__name__)
 
 # A text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}.
@@ -310,6 +312,12 @@ class LLMEngine:
         self._shut_down()
         if self._trace is not None:
             self._trace.stop()
+
+    @property
+    def diagnostics(self) -> RankDiagnostics:
+        """Profiler and memory of the device."""
+        self._check_alive()
+        return self.executor.diagnostics
 
     def __enter__(self) -> LLMEngine:
         return self

@@ -16,6 +16,7 @@ import torch
 
 from nanovllm.attention.selection import select_attention
 from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.diagnostics.rank import RankDiagnostics
 from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepResult
 from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.device_rows import DeviceRows, ModelInputs
@@ -105,6 +106,8 @@ class ModelRunner:
                 self._graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
                 stopwatch.lap("first CUDA graph")
         log_gpu_memory(logger, device=self.device, event=events.kv_cache_memory)
+        pool = self._graphs.pool if self._graphs else None
+        self.diagnostics = RankDiagnostics(self.parallel.rank, self.device, self.model, self.kv_caches, pool)
         self.resolved = ResolvedConfig(
             model=str(plan.folder or config.model),
             device=str(self.device),
@@ -160,6 +163,7 @@ class ModelRunner:
         """Gives the memory back; the runner can not be used after."""
         with suppress(RuntimeError):  # a device out of order: whoever waited for it has heard of it
             self.synchronize()
+        self.diagnostics.close()
         del self.model, self.rows, self.kv_caches, self._graphs
         gc.collect()
         if self.device.type == "cuda":

@@ -5,10 +5,11 @@ Needs no torch: without it, or without a GPU, it speaks of the process.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
-__all__ = ["cuda_index", "describe_memory"]
+__all__ = ["cuda_index", "describe_memory", "free_cpu_memory"]
 
 GB = 10**9
 
@@ -54,3 +55,15 @@ def _process_memory() -> tuple[str, dict[str, Any]]:
     resident, peak = (int(entries[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
     phrase = f"CPU Memory [this process]: Resident={resident / GB:.2f}GB, Peak={peak / GB:.2f}GB"
     return phrase, {"device": "cpu", "resident_bytes": resident, "peak_bytes": peak}
+
+
+def free_cpu_memory() -> int:
+    """Bytes that this machine has left, as far as it tells."""
+    if sys.platform == "linux":
+        with open("/proc/meminfo", encoding="ascii") as meminfo:
+            for line in meminfo:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # how much of it is free is not known
+    return 4 * GB

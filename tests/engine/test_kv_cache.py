@@ -99,13 +99,13 @@ def test_the_variable_decides_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_quarter_of_the_free_memory_or_what_all_rows_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NANOVLLM_CPU_KVCACHE_GB", raising=False)
-    monkeypatch.setattr(kv_cache, "_free_cpu_memory", lambda: 8 * GB)
+    monkeypatch.setattr(kv_cache, "free_cpu_memory", lambda: 8 * GB)
     assert num_cpu_blocks(SHAPE, max_num_seqs=512, max_model_len=40_960) == 2 * GB // 1_835_008
     assert num_cpu_blocks(SHAPE, max_num_seqs=3, max_model_len=100) == 3 * 7
 
 
 def test_free_memory_is_measured() -> None:
-    assert 10**7 < kv_cache._free_cpu_memory() < 10**14
+    assert 10**7 < kv_cache.free_cpu_memory() < 10**14
 
 
 def test_too_little_on_a_cpu_says_how_much_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,76 @@
+"""RankDiagnostics: what one rank tells of its device, its memory and its kernels."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from nanovllm.attention.interface import LayerKVCache
+from nanovllm.diagnostics.memory import MemoryReport, measure_memory
+from nanovllm.diagnostics.profiler import RankProfiler
+from nanovllm.errors import InvalidStateError
+from nanovllm.utils.device_memory import describe_memory
+from nanovllm.utils.logger import log_event, setup_logger
+
+logger = setup_logger(__name__)
+
+
+class RankDiagnostics:
+    """Made by the rank's runner, of what it owns. `graph_pool`: that of its CUDA graphs, None where it has none."""
+
+    def __init__(
+        self,
+        rank: int,
+        device: torch.device,
+        model: torch.nn.Module,
+        kv_caches: list[LayerKVCache],
+        graph_pool: tuple[int, int] | None,
+    ) -> None:
+        self._rank, self._device, self._model = rank, device, model
+        self._kv_caches, self._graph_pool = kv_caches, graph_pool
+        self._profiler: RankProfiler | None = None
+
+    def start_profile(self, folder: Path) -> None:
+        """Raises InvalidStateError when a profile runs, InvalidArgumentError when `folder` can not be written."""
+        if self._profiler is not None:
+            raise InvalidStateError(
+                f"A profile runs already, into {self._profiler.folder}: call stop_profile before start_profile."
+            )
+        self._profiler = RankProfiler(folder, self._rank, self._device)
+        log_event(
+            logger, logging.INFO, "profile.started", "Profiling into {folder} until stop_profile", folder=str(folder)
+        )
+
+    def stop_profile(self) -> str:
+        """Writes the trace and the table, logs the table, and returns it. Raises InvalidStateError if none runs."""
+        if self._profiler is None:
+            raise InvalidStateError("No profile runs: call start_profile(folder) before stop_profile.")
+        profiler, self._profiler = self._profiler, None
+        table = profiler.stop()
+        log_event(
+            logger,
+            logging.INFO,
+            "profile.written",
+            "Profile written: {trace} (open it at https://ui.perfetto.dev) and {table_file}\n{table}",
+            trace=str(profiler.trace_file),
+            table_file=str(profiler.table_file),
+            table=table,
+        )
+        return table
+
+    def memory_report(self) -> MemoryReport:
+        return measure_memory(self._device, self._model, self._kv_caches, self._graph_pool)
+
+    def used_bytes(self) -> int:
+        """What is in use now: torch's memory on a GPU, the process's resident memory on a CPU."""
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        return int(describe_memory(self._device)[1].get("resident_bytes", 0))
+
+    def close(self) -> None:
+        """Lets go of what the runner owns; a profile that runs ends and is lost."""
+        if self._profiler is not None:
+            self._profiler.cancel()
+        del self._profiler, self._model, self._kv_caches
