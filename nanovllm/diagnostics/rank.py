@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from nanovllm.attention.interface import LayerKVCache
+from nanovllm.config import ResolvedConfig
 from nanovllm.diagnostics.memory import MemoryReport, measure_memory
 from nanovllm.diagnostics.profiler import RankProfiler
-from nanovllm.errors import InvalidStateError
+from nanovllm.errors import InvalidStateError, OutOfMemoryError
 from nanovllm.utils.device_memory import describe_memory
 from nanovllm.utils.logger import log_event, setup_logger
 
@@ -62,6 +63,18 @@ class RankDiagnostics:
 
     def memory_report(self) -> MemoryReport:
         return measure_memory(self._device, self._model, self._kv_caches, self._graph_pool)
+
+    def explain(self, error: Exception, num_tokens: int, resolved: ResolvedConfig) -> None:
+        """Raises OutOfMemoryError, with the numbers and the way out, for torch's error on a step of so many tokens."""
+        if not isinstance(error, torch.OutOfMemoryError):
+            return
+        blocks, tokens = resolved.num_blocks, resolved.max_num_batched_tokens
+        raise OutOfMemoryError(
+            f"A step of {num_tokens} tokens ran out of memory: {error} {describe_memory(self._device)[0]}. The largest "
+            "steps fitted when the engine started: end other processes on this device, or leave steps more room, with "
+            f"num_kvcache_blocks={blocks * 9 // 10} instead of {blocks} (or gpu_memory_utilization a tenth lower), or "
+            f"max_num_batched_tokens={max(tokens // 2, resolved.max_num_seqs)} instead of {tokens}."
+        ) from error
 
     def used_bytes(self) -> int:
         """What is in use now: torch's memory on a GPU, the process's resident memory on a CPU."""

@@ -57,7 +57,11 @@ class InProcessExecutor:
 
     def submit(self, batch: ScheduledBatch) -> StepHandle:
         assert self._runner is not None, "the executor was shut down"
-        return self._runner.submit(batch)
+        try:
+            return self._runner.submit(batch)
+        except Exception as error:
+            self._runner.diagnostics.explain(error, batch.num_tokens, self.resolved)
+            raise
 
     def collect(self, handle: StepHandle) -> StepResult:
         return handle.wait()

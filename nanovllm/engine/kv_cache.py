@@ -89,10 +89,19 @@ class GPUMemory:
                 f"gpu_memory_utilization={self.utilization} allows {self.total * self.utilization / GB:.2f} GB; "
                 f"weights take {self.weights / GB:.2f} GB, activations {self.activations / GB:.2f} GB, "
                 f"{self.free / GB:.2f} GB are free now, and a block "
-                f"needs {shape.block_bytes / GB:.4f} GB. Raise gpu_memory_utilization, lower "
-                "max_num_batched_tokens or max_num_seqs, or end the other processes on this GPU."
+                f"needs {shape.block_bytes / GB:.4f} GB. {self._way_out(2 * shape.block_bytes + self.activations)}"
             )
         return num_blocks
+
+    def _way_out(self, needed: int) -> str:
+        others = (
+            f"end the other processes on this GPU, which hold {(self.total - self.free - self.weights) / GB:.2f} GB"
+        )
+        lower = "lower max_num_batched_tokens or max_num_seqs, which activations grow with"
+        if self.free < needed:  # a larger share of what others hold is no way out
+            return f"{others[0].upper()}{others[1:]}, or {lower}."
+        share = math.ceil(100 * (self.weights + needed) / self.total) / 100
+        return f"Raise gpu_memory_utilization to {share} or more, {lower}, or {others}."
 
 
 def num_cpu_blocks(shape: KVCacheShape, max_num_seqs: int, max_model_len: int) -> int:
@@ -106,7 +115,8 @@ def num_cpu_blocks(shape: KVCacheShape, max_num_seqs: int, max_model_len: int) -
     if num_blocks < 1:
         raise OutOfMemoryError(
             f"The KV cache needs at least one block of {shape.block_bytes / GB:.4f} GB, and there is "
-            f"{free_cpu_memory() * _CPU_SHARE / GB if asked is None else asked:.4f} GB for it. "
-            "Raise NANOVLLM_CPU_KVCACHE_GB or lower kvcache_block_size."
+            f"{free_cpu_memory() * _CPU_SHARE / GB if asked is None else asked:.4f} GB for it. Raise "
+            f"NANOVLLM_CPU_KVCACHE_GB to {math.ceil(shape.block_bytes / GB * 1e4) / 1e4} or more, or lower "
+            f"kvcache_block_size={shape.block_size}."
         )
     return num_blocks

@@ -378,13 +378,15 @@ class LLMEngine:
     def _check_length(self, num_tokens: int) -> None:
         resolved = self.resolved
         if num_tokens >= resolved.max_model_len:
+            blocks = -(-(num_tokens + 1) // resolved.block_size)
+            cache = f", and num_kvcache_blocks to {blocks} or more (" if blocks > resolved.num_blocks else " ("
             raise RequestTooLargeError(
                 "prompt",
                 f"{num_tokens} tokens",
                 f"at most {resolved.max_model_len - 1} tokens long, so that one more fits into "
                 f"max_model_len={resolved.max_model_len}",
-                f"The KV cache has {resolved.num_blocks} blocks of {resolved.block_size} tokens: raise max_model_len, "
-                "and num_kvcache_blocks (or the memory for the cache) if it is the limit, or shorten the prompt.",
+                f"Raise max_model_len to {num_tokens + 1} or more, as far as the model goes{cache}the KV cache has "
+                f"{resolved.num_blocks} blocks of {resolved.block_size} tokens), or shorten the prompt.",
             )
 
     def _next_seed(self) -> int:

@@ -80,7 +80,8 @@ class ModelPlan:
             return self.max_model_len
         if num_slots < 2:
             raise OutOfMemoryError(
-                f"The KV cache holds {num_slots} token: raise num_kvcache_blocks={config.num_kvcache_blocks}."
+                f"The KV cache holds {num_slots} token, and a request needs 2: raise "
+                f"num_kvcache_blocks={config.num_kvcache_blocks} to 2 or more."
             )
         level = logging.INFO if config.max_model_len is None else logging.WARNING
         events.engine_max_model_len.log_at(level, logger, wanted=self.max_model_len, max_model_len=num_slots)

@@ -29,7 +29,7 @@ from nanovllm.layers.linear import pack_linear_weights
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.registry import get_model_class
 from nanovllm.utils import env, events
-from nanovllm.utils.device_memory import GB
+from nanovllm.utils.device_memory import GB, free_memory
 from nanovllm.utils.loader import load_dummy_weights, load_weights, materialise
 from nanovllm.utils.logger import log_gpu_memory, setup_logger, shapes_of, timed_section
 from nanovllm.utils.stopwatch import Stopwatch
@@ -243,8 +243,8 @@ class ModelRunner:
                 pack_linear_weights(model)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
-                f"The weights of {name} do not fit on {self.device}: {error} Choose a smaller model or dtype, or end "
-                "the other processes on this device."
+                f"The {sum(weight.nbytes for weight in model.parameters()) / GB:.2f} GB of {name}'s weights do "
+                f"not fit on {self.device}: {error} Choose a smaller model, or end the other processes on this device."
             ) from error
         finally:
             if warm_up is not None:
@@ -269,7 +269,8 @@ class ModelRunner:
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"A step of max_num_batched_tokens={config.max_num_batched_tokens} tokens and "
-                f"max_num_seqs={config.max_num_seqs} sequences does not fit on {self.device}: {error} Lower them."
+                f"max_num_seqs={config.max_num_seqs} sequences does not fit on {self.device}: {error} Lower "
+                f"them, to {config.max_num_batched_tokens // 2} and {max(1, config.max_num_seqs // 2)} for a start."
             ) from error
         events.kv_cache_sizing.log(
             logger,
@@ -321,8 +322,8 @@ class ModelRunner:
             raise OutOfMemoryError(
                 f"{num_blocks} blocks of {shape.block_bytes / GB:.4f} GB for the KV cache, and rows for "
                 f"max_num_seqs={max_num_seqs} sequences of max_model_len={max_model_len} tokens, do not fit on "
-                f"{self.device}: {error} Lower num_kvcache_blocks (left out, it is measured), max_num_seqs or "
-                "max_model_len."
+                f"{self.device}, which has {(free := free_memory(self.device)) / GB:.2f} GB left: {error} Lower "
+                f"num_kvcache_blocks below {free // shape.block_bytes} (or leave it out), max_num_seqs, max_model_len."
             ) from error
 
     def _log_cache(self, shape: KVCacheShape, num_blocks: int, dtype: str) -> None:

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-__all__ = ["cuda_index", "describe_memory", "free_cpu_memory"]
+__all__ = ["cuda_index", "describe_memory", "free_cpu_memory", "free_memory"]
 
 GB = 10**9
 
@@ -55,6 +55,12 @@ def _process_memory() -> tuple[str, dict[str, Any]]:
     resident, peak = (int(entries[key].split()[0]) * 1024 for key in ("VmRSS", "VmHWM"))
     phrase = f"CPU Memory [this process]: Resident={resident / GB:.2f}GB, Peak={peak / GB:.2f}GB"
     return phrase, {"device": "cpu", "resident_bytes": resident, "peak_bytes": peak}
+
+
+def free_memory(device: object) -> int:
+    """Bytes left on `device`: a GPU of this process, else this machine."""
+    index = cuda_index(device)
+    return free_cpu_memory() if index is None else int(sys.modules["torch"].cuda.mem_get_info(index)[0])
 
 
 def free_cpu_memory() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanovllm import LLM, InvalidArgumentError, InvalidStateError, SamplingParams
+from nanovllm import LLM, InvalidArgumentError, InvalidStateError, OutOfMemoryError, SamplingParams
 from nanovllm.diagnostics.leak_check import LeakCheck, MemoryUse, check_leak
 from nanovllm.diagnostics.memory import MemoryReport
 from nanovllm.errors import EngineDeadError
@@ -198,6 +198,51 @@ def test_kv_blocks_that_stay_taken_are_a_leak():
 def test_too_few_runs_tell_nothing(num_runs):
     with pytest.raises(InvalidArgumentError, match="num_runs"):
         check_leak(lambda: None, lambda: (0, 0), num_runs)
+
+
+# ---- out of memory in a step
+
+
+def test_out_of_memory_in_a_step_says_what_was_asked_and_what_to_change(llm, monkeypatch):
+    runner = llm.llm_engine.executor._runner
+    submit = runner.submit
+
+    def fails(batch: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(runner, "submit", fails)
+    with pytest.raises(OutOfMemoryError) as caught:
+        llm.generate(PROMPT, PARAMS, use_tqdm=False)
+    config = llm.llm_engine.resolved
+    for part in ("A step of 4 tokens", "Tried to allocate 2.00 GiB", "num_kvcache_blocks=57 instead of 64"):
+        assert part in str(caught.value)
+    half = f"max_num_batched_tokens={config.max_num_batched_tokens // 2} instead of {config.max_num_batched_tokens}"
+    assert half in str(caught.value)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    monkeypatch.setattr(runner, "submit", submit)
+    assert len(llm.generate(PROMPT, PARAMS, use_tqdm=False)[0].outputs[0].token_ids) == 4
+
+
+def test_another_error_in_a_step_stays_what_it_is(llm, monkeypatch):
+    def fails(batch: object) -> object:
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr(llm.llm_engine.executor._runner, "submit", fails)
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        llm.generate(PROMPT, PARAMS, use_tqdm=False)
+
+
+def test_a_cache_too_large_says_what_is_left(monkeypatch):
+    """The allocator's refusal is made up: Linux promises more memory than there is."""
+    refused = torch.OutOfMemoryError("CUDA out of memory.")
+
+    def refuse(self: object, num_blocks: int, device: object) -> object:
+        raise refused
+
+    monkeypatch.setattr("nanovllm.engine.kv_cache.KVCacheShape.allocate", refuse)
+    monkeypatch.setattr("nanovllm.engine.model_runner.free_memory", lambda device: 3 * 10**9)
+    with pytest.raises(OutOfMemoryError, match=r"64 blocks of 0\.0001 GB.*has 3\.00 GB left.*below 45776 "):
+        load()
 
 
 # ---- on a GPU

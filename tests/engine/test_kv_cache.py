@@ -62,6 +62,20 @@ def test_without_room_the_error_has_the_numbers_and_the_settings() -> None:
         assert setting in str(caught.value)
 
 
+def test_the_way_out_has_figures_that_work() -> None:
+    """The share that the error names is enough; what other processes hold is named where no share is."""
+    tight = replace(MEMORY, utilization=0.03)
+    with pytest.raises(OutOfMemoryError) as caught:
+        tight.num_blocks(SHAPE)
+    share = re.search(r"Raise gpu_memory_utilization to (0\.\d+) or more", str(caught.value))
+    assert share is not None
+    assert replace(tight, utilization=float(share[1])).num_blocks(SHAPE) >= 1
+    with pytest.raises(OutOfMemoryError) as caught:
+        replace(MEMORY, free=4 * GB).num_blocks(SHAPE)
+    assert "End the other processes on this GPU, which hold 135.80 GB" in str(caught.value)
+    assert "Raise gpu_memory_utilization" not in str(caught.value)
+
+
 def test_allocation_is_zeroed_and_has_the_null_block() -> None:
     shape = KVCacheShape(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype=torch.float16)
     caches = shape.allocate(5, torch.device("cpu"))
@@ -112,8 +126,10 @@ def test_too_little_on_a_cpu_says_how_much_and_what_to_do(monkeypatch: pytest.Mo
     monkeypatch.setenv("NANOVLLM_CPU_KVCACHE_GB", "0.001")
     with pytest.raises(OutOfMemoryError) as caught:
         num_cpu_blocks(SHAPE, max_num_seqs=1, max_model_len=16)
-    for part in ("0.0018 GB", "0.0010 GB", "Raise NANOVLLM_CPU_KVCACHE_GB", "kvcache_block_size"):
+    for part in ("0.0018 GB", "0.0010 GB", "Raise NANOVLLM_CPU_KVCACHE_GB to 0.0019", "kvcache_block_size=16"):
         assert part in str(caught.value)
+    monkeypatch.setenv("NANOVLLM_CPU_KVCACHE_GB", "0.0019")
+    assert num_cpu_blocks(SHAPE, max_num_seqs=1, max_model_len=16) == 1
 
 
 # ---- the engine with it

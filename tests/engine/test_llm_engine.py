@@ -125,7 +125,14 @@ def test_what_can_never_fit_is_refused_with_the_numbers_and_the_others_go_on() -
     engine.step()
     with pytest.raises(RequestTooLargeError) as caught:
         engine.add_request("huge", [1] * 40)
-    for part in ("40 tokens", "at most 39 tokens", "max_model_len=40", "10 blocks of 4 tokens", "num_kvcache_blocks"):
+    for part in (
+        "40 tokens",
+        "at most 39 tokens",
+        "max_model_len=40",
+        "10 blocks of 4 tokens",
+        "max_model_len to 41",
+        "num_kvcache_blocks to 11",
+    ):
         assert part in str(caught.value)
     engine.add_request("largest", [1] * 39, greedy(max_tokens=100))
     outputs = run(engine)
