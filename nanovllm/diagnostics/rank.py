@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import torch
@@ -12,8 +11,9 @@ from nanovllm.config import ResolvedConfig
 from nanovllm.diagnostics.memory import MemoryReport, measure_memory
 from nanovllm.diagnostics.profiler import RankProfiler
 from nanovllm.errors import InvalidStateError, OutOfMemoryError
+from nanovllm.utils import events
 from nanovllm.utils.device_memory import describe_memory
-from nanovllm.utils.logger import log_event, setup_logger
+from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
@@ -40,9 +40,7 @@ class RankDiagnostics:
                 f"A profile runs already, into {self._profiler.folder}: call stop_profile before start_profile."
             )
         self._profiler = RankProfiler(folder, self._rank, self._device)
-        log_event(
-            logger, logging.INFO, "profile.started", "Profiling into {folder} until stop_profile", folder=str(folder)
-        )
+        events.profile_started.log(logger, folder=str(folder), rank=self._rank)
 
     def stop_profile(self) -> str:
         """Writes the trace and the table, logs the table, and returns it. Raises InvalidStateError if none runs."""
@@ -50,14 +48,12 @@ class RankDiagnostics:
             raise InvalidStateError("No profile runs: call start_profile(folder) before stop_profile.")
         profiler, self._profiler = self._profiler, None
         table = profiler.stop()
-        log_event(
+        events.profile_written.log(
             logger,
-            logging.INFO,
-            "profile.written",
-            "Profile written: {trace} (open it at https://ui.perfetto.dev) and {table_file}\n{table}",
             trace=str(profiler.trace_file),
             table_file=str(profiler.table_file),
             table=table,
+            rank=self._rank,
         )
         return table
 

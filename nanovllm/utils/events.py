@@ -246,6 +246,16 @@ graph_captured = Event(
     "share_prefixes",
     unseen="a GPU, and CUDA graphs",
 )
+profile_started = Event(
+    "profile.started", INFO, "diagnostics.rank", "Profiling into {folder} until stop_profile", "rank"
+)
+profile_written = Event(
+    "profile.written",
+    INFO,
+    "diagnostics.rank",
+    "Profile written: {trace} (open it at https://ui.perfetto.dev) and {table_file}\n{table}",
+    "rank",
+)
 tensors = Event("tensors", DEBUG, "", "{prefix}tensors: {shapes}")
 communication = Event(
     "communication",
