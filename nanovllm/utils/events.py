@@ -116,7 +116,7 @@ sequence_finished = Event(
     "request_id num_prompt_tokens num_cached_tokens arrival first_scheduled first_token finished queue_ms ttft_ms "
     "itl_ms e2e_ms preemptions",
 )
-request_output = Event("request.output", DEBUG, "engine.llm_engine", "Request {request_id} finished: {text}")
+request_output = Event("request.output", DEBUG, "engine.llm_engine", "Request {request_id} finished: {text!r}")
 engine_statistics = Event(
     "engine.statistics",
     INFO,
