@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -128,6 +129,13 @@ def a_wrong_level(monkeypatch: pytest.MonkeyPatch) -> None:
     configure_logging()
 
 
+def a_profile(_: pytest.MonkeyPatch) -> None:
+    with load() as llm, tempfile.TemporaryDirectory() as folder:
+        llm.start_profile(folder)
+        generate(llm, "count from 3 to 9")
+        llm.stop_profile()
+
+
 def lines_of_one_s_own(_: pytest.MonkeyPatch) -> None:
     logger = setup_logger("tests")
     log_gpu_memory(logger, "Before", "cpu")
@@ -144,6 +152,7 @@ WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [
     cuda_graphs,
     texts,
     a_wrong_level,
+    a_profile,
     lines_of_one_s_own,
 ]
 

@@ -44,7 +44,7 @@ def test_a_profile_is_a_chrome_trace_and_a_table(llm, tmp_path, caplog):
     assert "Self CPU" in table
     assert (folder / "profile_rank0.txt").read_text() == table
     events = {getattr(record, "event", ""): record for record in caplog.records}
-    assert events["profile.started"].fields == {"folder": str(folder)}
+    assert events["profile.started"].fields == {"folder": str(folder), "rank": 0}
     assert events["profile.written"].fields["table"] == table
     assert str(folder / "profile_rank0.json") in events["profile.written"].getMessage()
 
