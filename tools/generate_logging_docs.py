@@ -72,7 +72,7 @@ def events(*levels: int) -> str:
                 code(event.name),
                 ", ".join(map(logging.getLevelName, levels_of(event))),
                 code(*event.loggers.split()) or "yours",
-                code(event.sentence),
+                code(event.sentence.replace("\n", " ")),
                 ", ".join([*names, event.others] if event.others else names),
             ]
         )
