@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +174,9 @@ class LLM:
         foreign: list[RequestOutput] = []  # of requests that someone queued before with add_request
         wanted = set(request_ids)
         use_tqdm = use_tqdm and logger.isEnabledFor(logging.INFO)  # who asks the log for silence means the bar, too
-        with tqdm(total=len(request_ids), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
+        # No disabled bar: tqdm would start its thread for that one too, and a debugger would meet it.
+        bar = tqdm(total=len(request_ids), desc="Generating", dynamic_ncols=True) if use_tqdm else None
+        with nullcontext() if bar is None else bar:
             while wanted or engine.is_draining:
                 for output in engine.step():
                     if output.request_id not in wanted:
@@ -181,8 +184,9 @@ class LLM:
                         continue
                     wanted.remove(output.request_id)
                     outputs[output.request_id] = output
-                    bar.update()
-                if use_tqdm:
+                    if bar is not None:
+                        bar.update()
+                if bar is not None:
                     bar.set_postfix_str(_speeds(engine.statistics.since(before)), refresh=False)
         engine.hand_back(foreign)
         done = engine.statistics.since(before)
