@@ -10,10 +10,12 @@ LOGGING.md explains what appears here.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -239,6 +241,51 @@ def test_basic_config() -> None:
         assert once[sentence] == 1
 
 
+def test_json() -> None:
+    """NANOVLLM_LOG_FORMAT=json: one object a line, the same sentences, and numbers as numbers."""
+    with recording("DEBUG", NANOVLLM_LOG_FORMAT="json") as recorder:
+        generate()
+    entries = [json.loads(line) for line in recorder.text.splitlines()]
+    envelope = ["ts", "mono", "level", "logger", "event", "message", "pid", "rank"]
+    assert all(list(entry)[:8] == envelope for entry in entries)
+    assert [entry["mono"] for entry in entries] == sorted(entry["mono"] for entry in entries)
+    (prefill,) = [entry for entry in entries if entry["event"] == "batch.prefill"]
+    assert prefill["message"].startswith(
+        f"Scheduled PREFILL batch: size=2, batched_tokens={prefill['batched_tokens']}, "
+    )
+    steps = [entry for entry in entries if entry["event"] == "step.done"]
+    assert [entry["step"] for entry in steps] == list(range(1, 13))
+    assert sum(entry["num_output_tokens"] for entry in steps) == 24
+    finished = [entry for entry in entries if entry["event"] == "sequence.finished"]
+    assert {entry["request_id"] for entry in finished} == {"generate-0", "generate-1"}
+    assert all(entry["arrival"] < entry["first_token"] < entry["finished"] < entries[-1]["mono"] for entry in finished)
+
+
+def test_file() -> None:
+    """NANOVLLM_LOG_FILE: the console's lines in a file, which is written also when the user takes the console."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.log"
+        with recording("INFO", NANOVLLM_LOG_FILE=str(path)) as recorder:
+            generate()
+        assert path.read_text("utf-8") == recorder.text
+        check([match for line in recorder.text.splitlines() if (match := LINE.fullmatch(line))], "INFO", INFO_LINES)
+        with recording("INFO", NANOVLLM_LOG_FILE=str(path)) as theirs:
+            logging.basicConfig(format="MY FORMAT %(message)s")
+            generate()
+        added = path.read_text("utf-8").splitlines()[len(recorder.text.splitlines()) :]
+        messages = [match["message"] for line in added if (match := LINE.fullmatch(line))]
+        assert [f"MY FORMAT {message}" for message in messages] == theirs.text.splitlines()
+
+
+def test_texts_only_when_asked_for() -> None:
+    """NANOVLLM_LOG_PROMPTS=1, and no other way, shows what was asked and answered."""
+    for switch, shown in (("0", False), ("1", True)):
+        with recording("DEBUG", NANOVLLM_LOG_FORMAT="json", NANOVLLM_LOG_PROMPTS=switch) as recorder:
+            generate()
+        assert ("introduce yourself" in recorder.text) is shown
+        assert ('"text": ' in recorder.text) is shown
+
+
 class ShowEvents(logging.Handler):
     """A handler of the user's own: the data instead of the sentence."""
 
@@ -294,6 +341,9 @@ DEMONSTRATIONS: list[Callable[[], None]] = [
     test_each_generation_shows_its_first_decode_step,
     test_preemption,
     test_basic_config,
+    test_json,
+    test_file,
+    test_texts_only_when_asked_for,
     test_own_handler,
 ]
 
