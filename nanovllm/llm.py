@@ -6,7 +6,6 @@ import itertools
 import logging
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,13 @@ if TYPE_CHECKING:
     from nanovllm.diagnostics.memory import MemoryReport
 
 logger = setup_logger(__name__)
+
+
+class ProgressBar(tqdm):  # type: ignore[type-arg]
+    """tqdm without its monitor thread, which takes the lock that log lines take: a debugger that stops all threads
+    could stop it while it holds the lock."""
+
+    monitor_interval = 0
 
 
 class LLM:
@@ -174,9 +180,7 @@ class LLM:
         foreign: list[RequestOutput] = []  # of requests that someone queued before with add_request
         wanted = set(request_ids)
         use_tqdm = use_tqdm and logger.isEnabledFor(logging.INFO)  # who asks the log for silence means the bar, too
-        # No disabled bar: tqdm would start its thread for that one too, and a debugger would meet it.
-        bar = tqdm(total=len(request_ids), desc="Generating", dynamic_ncols=True) if use_tqdm else None
-        with nullcontext() if bar is None else bar:
+        with ProgressBar(total=len(request_ids), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
             while wanted or engine.is_draining:
                 for output in engine.step():
                     if output.request_id not in wanted:
@@ -184,9 +188,8 @@ class LLM:
                         continue
                     wanted.remove(output.request_id)
                     outputs[output.request_id] = output
-                    if bar is not None:
-                        bar.update()
-                if bar is not None:
+                    bar.update()
+                if use_tqdm:
                     bar.set_postfix_str(_speeds(engine.statistics.since(before)), refresh=False)
         engine.hand_back(foreign)
         done = engine.statistics.since(before)
