@@ -34,7 +34,7 @@ def _header(summary: Summary) -> str:
     lines = [
         "<h1>nanovllm run report</h1>",
         f'<p class="soft"><code>{escape(str(summary.path))}</code> · {size} · {counts.lines:,} lines'
-        + (f" · {escape(runs[0].first_ts)} to {escape(runs[-1].last_ts)}" if runs and runs[0].first_ts else "")
+        + (f" · {_moment(runs[0].first_ts)} to {_moment(runs[-1].last_ts)}" if runs[0].first_ts else "")
         + "</p>",
     ]
     if counts.broken:
@@ -57,6 +57,11 @@ def _header(summary: Summary) -> str:
         links = "".join(f'<a href="#run{run.number}">Engine {run.number}</a>' for run in runs)
         lines.append(f"<nav>{links}</nav>")
     return "".join(lines)
+
+
+def _moment(ts: str) -> str:
+    """RFC 3339 without what nobody reads."""
+    return escape(f"{ts[:19].replace('T', ' ')}{' UTC' if ts.endswith(('Z', '+00:00')) else ''}")
 
 
 def _run(run: Run, is_one_of_many: bool) -> str:

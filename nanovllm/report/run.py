@@ -27,6 +27,15 @@ class DecodeLine:
     size: int
 
 
+@dataclass(frozen=True)
+class PrefillLine:
+    """A `batch.prefill` line."""
+
+    at: float
+    step: int
+    num_tokens: int
+
+
 class Run:
     """One engine: from its `engine.init`, or the first record of its process, to the next engine's."""
 
@@ -53,6 +62,7 @@ class Run:
         self._last_step = 0
         self._last_done = 0.0
         self._decode_line: DecodeLine | None = None
+        self._prefill_lines: list[PrefillLine] = []  # one or none: whose step is not known to have ended
 
     @property
     def duration(self) -> float:
@@ -131,13 +141,17 @@ class Run:
 
     def _prefill_line(self, record: Record) -> None:
         self.slow_steps.scheduled(count(record, "step"))
+        self._end_prefill(self._at(record))
         tokens = count(record, "batched_tokens")
         self.line_prompt_tokens += tokens
-        self.timeline.add(self._at(record), "line_prompt", tokens)
+        self._prefill_lines = [PrefillLine(self._at(record), count(record, "step"), tokens)]
+        self.timeline.add(self._at(record), "line_prompt_in_step", tokens)
 
     def _decode_line_(self, record: Record) -> None:
         self.slow_steps.scheduled(count(record, "step"))
         line = DecodeLine(self._at(record), count(record, "decode_step"), count(record, "size"))
+        if any(prefill.step != count(record, "step") for prefill in self._prefill_lines):
+            self._end_prefill(line.at)
         last, self._decode_line = self._decode_line, line
         self.timeline.add(line.at, "line_decode", line.size)
         if last is not None and line.decode_step > last.decode_step:
@@ -145,6 +159,16 @@ class Run:
             steps = line.decode_step - last.decode_step
             self.line_decode_tokens += steps * last.size
             self.timeline.spread(last.at, line.at, "line_output", steps * last.size)
+
+    def _end_prefill(self, at: float) -> None:
+        """The line of the next step says how long a prefill took at most."""
+        for line in self._prefill_lines:
+            self.timeline.spread(line.at, at, "line_prompt", line.num_tokens)
+        self._prefill_lines = []
+
+    def finish(self) -> None:
+        """No record comes any more."""
+        self._end_prefill(self.duration)
 
     def _captured(self, record: Record) -> None:
         if self.origin is None:
@@ -192,6 +216,7 @@ class Run:
                 self.timeline.add(self._at(record), name, value)
 
     def _generation(self, record: Record) -> None:
+        self._end_prefill(self._at(record))
         if len(self.generations) < _MOST_GENERATIONS:
             self.generations.append({**record, "at": self._at(record)})
 

@@ -54,7 +54,7 @@ def _throughput(run: Run) -> _Chart:
 
 
 def _composition(run: Run) -> _Chart:
-    names = ("prefill_in_step", "decode_in_step") if run.at_debug else ("line_prompt", "line_decode")
+    names = ("prefill_in_step", "decode_in_step") if run.at_debug else ("line_prompt_in_step", "line_decode")
     timeline, title = run.timeline, "Batch composition"
     if not any(name in timeline for name in names):
         return title, "", ""

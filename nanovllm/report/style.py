@@ -22,9 +22,9 @@ code { font: 0.92em ui-monospace, Menlo, Consolas, "Liberation Mono", monospace;
 a { color: var(--c1); }
 nav { margin: 8px 0; } nav a { margin-right: 14px; }
 .grid2, .grid3, .cards { display: grid; gap: 14px; margin: 14px 0; }
-.grid2 { grid-template-columns: repeat(auto-fit, minmax(min(460px, 100%), 1fr)); }
-.grid3 { grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); }
-.cards { grid-template-columns: repeat(auto-fit, minmax(138px, 1fr)); gap: 10px; }
+.grid2 { grid-template-columns: repeat(auto-fill, minmax(min(460px, 100%), 1fr)); }
+.grid3 { grid-template-columns: repeat(auto-fill, minmax(min(300px, 100%), 1fr)); }
+.cards { grid-template-columns: repeat(auto-fill, minmax(138px, 1fr)); gap: 10px; }
 .panel, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px;
   break-inside: avoid; min-width: 0; }
 .panel { margin: 14px 0; } .grid2 .panel, .grid3 .panel { margin: 0; }

@@ -46,6 +46,8 @@ def summarise(path: Path) -> Summary:
             current[pid] = run
         if run is not None:
             run.take(record)
+    for run in summary.runs:
+        run.finish()
     if not summary.runs:
         hint = "Rank 0 tells of every step, in the file without .rankN in its name."
         raise InvalidArgumentError("log", str(path), "the log of rank 0", hint)

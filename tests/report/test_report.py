@@ -242,6 +242,22 @@ def test_decode_tokens_are_counted_from_the_lines_that_info_has(tmp_path):
     assert run.line_decode_tokens == sum(sizes[: last - 1])
 
 
+def test_a_prefill_at_info_lasts_until_the_next_step_s_line(tmp_path):
+    lines = [
+        line(1.0, "batch.prefill", "INFO", step=1, size=1, batched_tokens=100),
+        line(2.0, "batch.prefill", "INFO", step=2, size=1, batched_tokens=300),
+        line(2.0, "batch.decode", "INFO", step=2, decode_step=1, size=1),  # the same step
+        line(3.0, "batch.decode", "INFO", step=3, decode_step=2, size=2),
+        line(4.0, "batch.prefill", "INFO", step=4, size=1, batched_tokens=50),
+        line(5.0, "generation.memory", "INFO"),
+    ]
+    timeline = only_run(write(tmp_path / "run.jsonl", lines)).timeline
+    rates = timeline.rates("line_prompt")
+    for at, rate in ((0.5, 100), (1.5, 300), (2.5, 0), (3.5, 50)):
+        assert rates[int(at / timeline.width)] == pytest.approx(rate)
+    assert sum(timeline.sums("line_prompt")) == pytest.approx(450)
+
+
 # ---- several engines
 
 
