@@ -247,6 +247,21 @@ def test_a_prompt_s_text_is_said_only_where_it_was_asked_for(records: list[loggi
     assert "count from" not in "".join(record.getMessage() for record in records)
 
 
+@pytest.mark.gpu
+def test_a_gpu_is_spoken_of_as_declared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOVLLM_LOG_LEVEL", "DEBUG")
+    with heard() as found, LLM("tiny", device="cuda", max_model_len=256, max_num_seqs=4) as llm:
+        generate(llm, "count from 3 to 9", "introduce yourself")
+    monkeypatch.undo()
+    configure_logging()
+    wrong = Counter(filter(None, map(wrong_with, found)))
+    assert not wrong, "\n".join(wrong)
+    assert {"kv_cache.sizing", "graph.captured"} <= {record.event for record in found}
+    decode = [record for record in found if record.event == "section.end" and "DECODE" in record.fields["section"]]
+    assert decode
+    assert decode[-1].fields["gpu_ms"] > 0
+
+
 @pytest.mark.parametrize(
     ("event", "level", "logger", "fields", "complaint"),
     [

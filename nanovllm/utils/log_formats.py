@@ -42,7 +42,7 @@ class JsonFormatter(logging.Formatter):
         fields: Mapping[str, Any] = getattr(record, "fields", {})
         when = datetime.fromtimestamp(record.created, timezone.utc)
         entry = {
-            "ts": when.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            "ts": when.isoformat(timespec="microseconds").replace("+00:00", "Z"),
             "mono": getattr(record, "mono", None) or time.monotonic(),
             "level": record.levelname,
             "logger": record.name,
@@ -56,7 +56,7 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         try:
-            return json.dumps(entry, default=_plain, allow_nan=False)
+            return _encode(entry)
         except Exception:  # NaN, a key that is no text, a list within itself: the long way, value by value
             return json.dumps({str(name): _anything(value) for name, value in entry.items()})
 
@@ -71,9 +71,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
+_encode = json.JSONEncoder(default=_plain, allow_nan=False).encode
+
+
 def _anything(value: Any) -> Any:
     try:
-        return json.loads(json.dumps(value, default=_plain, allow_nan=False))
+        return json.loads(_encode(value))
     except Exception:
         pass
     try:
