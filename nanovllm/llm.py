@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from nanovllm.config import EngineArguments, EngineConfig
 from nanovllm.diagnostics.leak_check import LeakCheck, check_leak
-from nanovllm.engine.llm_engine import LLMEngine, Prompt
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.metrics import EngineStatistics
+from nanovllm.engine.tokenizing import Prompt
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams

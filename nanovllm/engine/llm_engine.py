@@ -10,21 +10,20 @@ import logging
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
-import numpy as np
 import xxhash
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.batch import IntArray, ScheduledBatch, StepResult
+from nanovllm.engine.batch import ScheduledBatch, StepResult
 from nanovllm.engine.executor import Executor, InProcessExecutor, StepHandle
 from nanovllm.engine.metrics import EngineMetrics, EngineStatistics, StatisticsLine
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import EngineDeadError, InvalidArgumentError, ModelLoadError, RequestTooLargeError
+from nanovllm.engine.tokenizing import Prompt, Tokenizing, load_tokenizer
+from nanovllm.errors import EngineDeadError, InvalidArgumentError
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils import env, events
@@ -33,14 +32,9 @@ from nanovllm.utils.logger import configure_logging, log_rule, setup_logger
 from nanovllm.utils.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from nanovllm.diagnostics.rank import RankDiagnostics
 
 logger = setup_logger(__name__)
-
-# A text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}.
-Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
 
 
 @dataclass(frozen=True)
@@ -78,7 +72,8 @@ class LLMEngine:
         self.resolved = self.executor.resolved
         events.engine_resolved.log(logger, **{f.name: getattr(self.resolved, f.name) for f in fields(self.resolved)})
         try:
-            self.tokenizer = None if config.skip_tokenizer_init else _load_tokenizer(config, self.resolved.model)
+            self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, self.resolved.model)
+            self._tokenizing = Tokenizing(self.tokenizer, self.resolved)
             self.metrics = EngineMetrics()
             self.scheduler = Scheduler(self.resolved, self.metrics, clock)
             self._statistics_line = StatisticsLine(env.log_stats_interval(), self.statistics)
@@ -113,8 +108,7 @@ class LLMEngine:
             raise InvalidArgumentError("sampling_params", params, "a SamplingParams")
         if request_id in self._requests:
             raise InvalidArgumentError("request_id", request_id, "unique among the unfinished requests")
-        text, token_ids = self._parse_prompt(prompt)
-        self._check_length(len(token_ids))
+        text, token_ids = self._tokenizing.read(prompt)
         sequence = Sequence.from_prompt(
             self._num_arrivals,
             request_id,
@@ -258,7 +252,7 @@ class LLMEngine:
         token_ids = sequence.output_token_ids.tolist()
         metrics = sequence.metrics()
         self.metrics.finish(sequence.finish_reason, metrics)
-        text = self._decode(token_ids, ended_by_eos=sequence.finish_reason == "stop")
+        text = self._tokenizing.decode(token_ids, ended_by_eos=sequence.finish_reason == "stop")
         if logger.isEnabledFor(logging.DEBUG) and env.log_prompts():
             events.request_output.log(logger, request_id=sequence.request_id, text=text)
         completion = CompletionOutput(
@@ -331,94 +325,7 @@ class LLMEngine:
         if self._dead is not None:
             raise EngineDeadError(f"This engine has ended ({self._dead}): make a new one.") from self._dead
 
-    def _parse_prompt(self, prompt: Prompt) -> tuple[str | None, IntArray]:
-        """The text, where there is one, and the token ids."""
-        text: str | None = prompt if isinstance(prompt, str) else None
-        token_ids: Any = prompt
-        if isinstance(prompt, Mapping):
-            unknown = sorted(prompt.keys() - {"prompt", "prompt_token_ids"})
-            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-            if unknown or not (text is None or isinstance(text, str)) or (text is None and token_ids is None):
-                raise InvalidArgumentError(
-                    "prompt", prompt, "a dictionary with 'prompt' (a text) or 'prompt_token_ids' (a list), no other key"
-                )
-        if text is not None and (token_ids is None or token_ids is prompt):
-            token_ids = self._encode(text)
-        token_ids = self._check_token_ids(token_ids)
-        if not len(token_ids):
-            raise InvalidArgumentError("prompt", prompt, "at least one token long")
-        return text, token_ids
-
-    def _encode(self, text: str) -> Any:
-        if self.tokenizer is None:
-            raise InvalidArgumentError(
-                "prompt", text, "token ids, since there is no tokenizer", "Leave skip_tokenizer_init out."
-            )
-        try:
-            return self.tokenizer.encode(text)
-        except (TypeError, UnicodeError) as error:  # lone surrogates, which no UTF-8 has
-            raise InvalidArgumentError("prompt", text, f"a text that can be encoded ({error})") from None
-
-    def _check_token_ids(self, prompt: Any) -> IntArray:
-        allowed = f"a text or a list of token ids from 0 to {self.resolved.vocab_size - 1}"
-        try:
-            token_ids = np.asarray(prompt)
-        except ValueError:
-            raise InvalidArgumentError("prompt", prompt, allowed) from None
-        if token_ids.size == 0 and token_ids.ndim == 1:
-            return np.empty(0, dtype=np.int32)
-        if token_ids.ndim != 1 or token_ids.dtype.kind not in "iu":
-            raise InvalidArgumentError("prompt", prompt, allowed)
-        outside = token_ids[(token_ids < 0) | (token_ids >= self.resolved.vocab_size)]
-        if len(outside):
-            hint = "If it came from a text, the tokenizer is not this model's."
-            raise InvalidArgumentError("prompt_token_ids", int(outside[0]), allowed, hint)
-        return token_ids.astype(np.int32)
-
-    def _check_length(self, num_tokens: int) -> None:
-        resolved = self.resolved
-        if num_tokens >= resolved.max_model_len:
-            blocks = -(-(num_tokens + 1) // resolved.block_size)
-            cache = f", and num_kvcache_blocks to {blocks} or more (" if blocks > resolved.num_blocks else " ("
-            raise RequestTooLargeError(
-                "prompt",
-                f"{num_tokens} tokens",
-                f"at most {resolved.max_model_len - 1} tokens long, so that one more fits into "
-                f"max_model_len={resolved.max_model_len}",
-                f"Raise max_model_len to {num_tokens + 1} or more, as far as the model goes{cache}the KV cache has "
-                f"{resolved.num_blocks} blocks of {resolved.block_size} tokens), or shorten the prompt.",
-            )
-
     def _next_seed(self) -> int:
         """What a request without a seed samples with: a function of the engine's seed and the order of arrival."""
         word = self._num_arrivals.to_bytes(8, "little")
         return xxhash.xxh3_64_intdigest(word, seed=self.config.seed) >> 1
-
-    def _decode(self, token_ids: list[int], ended_by_eos: bool) -> str:
-        if self.tokenizer is None:
-            return ""
-        shown = token_ids[:-1] if ended_by_eos else token_ids
-        text: str = self.tokenizer.decode(shown, skip_special_tokens=True)
-        return text
-
-
-def _load_tokenizer(config: EngineConfig, folder: str) -> PreTrainedTokenizerBase:
-    """Raises ModelLoadError when there is none: a model without one needs `tokenizer` or `skip_tokenizer_init`."""
-    from transformers import AutoTokenizer
-
-    from nanovllm.utils.checkpoint import resolve_model_folder
-
-    source = resolve_model_folder(config.tokenizer, with_weights=False) if config.tokenizer else Path(folder)
-    problem: object = "it has no tokenizer files"
-    if any(source.glob("tokenizer*")) or any(source.glob("vocab.*")):
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                source, trust_remote_code=config.trust_remote_code
-            )
-            return tokenizer
-        except Exception as error:  # transformers raises many kinds
-            problem = error
-    raise ModelLoadError(
-        f"{source} gives no tokenizer: {problem}. Name one with tokenizer=…, or give skip_tokenizer_init=True and "
-        "prompts as token ids."
-    )

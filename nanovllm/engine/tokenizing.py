@@ -1,0 +1,116 @@
+"""Between text and token ids: what a prompt may be, and what an output reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.engine.batch import IntArray
+from nanovllm.errors import InvalidArgumentError, ModelLoadError, RequestTooLargeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}.
+Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
+
+
+class Tokenizing:
+    """Reads prompts and decodes outputs of one model. tokenizer None: prompts are token ids, outputs have no text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, resolved: ResolvedConfig) -> None:
+        self._tokenizer = tokenizer
+        self._resolved = resolved
+
+    def read(self, prompt: Prompt) -> tuple[str | None, IntArray]:
+        """The text, where there is one, and the token ids [num_tokens]. Raises as `LLMEngine.add_request` says."""
+        text: str | None = prompt if isinstance(prompt, str) else None
+        token_ids: Any = prompt
+        if isinstance(prompt, Mapping):
+            unknown = sorted(prompt.keys() - {"prompt", "prompt_token_ids"})
+            text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+            if unknown or not (text is None or isinstance(text, str)) or (text is None and token_ids is None):
+                raise InvalidArgumentError(
+                    "prompt", prompt, "a dictionary with 'prompt' (a text) or 'prompt_token_ids' (a list), no other key"
+                )
+        if text is not None and (token_ids is None or token_ids is prompt):
+            token_ids = self._encode(text)
+        token_ids = self._check_token_ids(token_ids)
+        if not len(token_ids):
+            raise InvalidArgumentError("prompt", prompt, "at least one token long")
+        self._check_length(len(token_ids))
+        return text, token_ids
+
+    def _encode(self, text: str) -> Any:
+        if self._tokenizer is None:
+            raise InvalidArgumentError(
+                "prompt", text, "token ids, since there is no tokenizer", "Leave skip_tokenizer_init out."
+            )
+        try:
+            return self._tokenizer.encode(text)
+        except (TypeError, UnicodeError) as error:  # lone surrogates, which no UTF-8 has
+            raise InvalidArgumentError("prompt", text, f"a text that can be encoded ({error})") from None
+
+    def _check_token_ids(self, prompt: Any) -> IntArray:
+        allowed = f"a text or a list of token ids from 0 to {self._resolved.vocab_size - 1}"
+        try:
+            token_ids = np.asarray(prompt)
+        except ValueError:
+            raise InvalidArgumentError("prompt", prompt, allowed) from None
+        if token_ids.size == 0 and token_ids.ndim == 1:
+            return np.empty(0, dtype=np.int32)
+        if token_ids.ndim != 1 or token_ids.dtype.kind not in "iu":
+            raise InvalidArgumentError("prompt", prompt, allowed)
+        outside = token_ids[(token_ids < 0) | (token_ids >= self._resolved.vocab_size)]
+        if len(outside):
+            hint = "If it came from a text, the tokenizer is not this model's."
+            raise InvalidArgumentError("prompt_token_ids", int(outside[0]), allowed, hint)
+        return token_ids.astype(np.int32)
+
+    def _check_length(self, num_tokens: int) -> None:
+        resolved = self._resolved
+        if num_tokens >= resolved.max_model_len:
+            blocks = -(-(num_tokens + 1) // resolved.block_size)
+            cache = f", and num_kvcache_blocks to {blocks} or more (" if blocks > resolved.num_blocks else " ("
+            raise RequestTooLargeError(
+                "prompt",
+                f"{num_tokens} tokens",
+                f"at most {resolved.max_model_len - 1} tokens long, so that one more fits into "
+                f"max_model_len={resolved.max_model_len}",
+                f"Raise max_model_len to {num_tokens + 1} or more, as far as the model goes{cache}the KV cache has "
+                f"{resolved.num_blocks} blocks of {resolved.block_size} tokens), or shorten the prompt.",
+            )
+
+    def decode(self, token_ids: list[int], ended_by_eos: bool) -> str:
+        """The output's text, special tokens left out; "" without a tokenizer."""
+        if self._tokenizer is None:
+            return ""
+        shown = token_ids[:-1] if ended_by_eos else token_ids
+        text: str = self._tokenizer.decode(shown, skip_special_tokens=True)
+        return text
+
+
+def load_tokenizer(config: EngineConfig, folder: str) -> PreTrainedTokenizerBase:
+    """Raises ModelLoadError when there is none: a model without one needs `tokenizer` or `skip_tokenizer_init`."""
+    from transformers import AutoTokenizer
+
+    from nanovllm.utils.checkpoint import resolve_model_folder
+
+    source = resolve_model_folder(config.tokenizer, with_weights=False) if config.tokenizer else Path(folder)
+    problem: object = "it has no tokenizer files"
+    if any(source.glob("tokenizer*")) or any(source.glob("vocab.*")):
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source, trust_remote_code=config.trust_remote_code
+            )
+            return tokenizer
+        except Exception as error:  # transformers raises many kinds
+            problem = error
+    raise ModelLoadError(
+        f"{source} gives no tokenizer: {problem}. Name one with tokenizer=…, or give skip_tokenizer_init=True and "
+        "prompts as token ids."
+    )
