@@ -160,9 +160,13 @@ class ScheduledBatch:
         return np.concatenate([self.decode_rows, self.chunks[: self.num_final_chunks, 0]])
 
     @property
+    def num_prefill_tokens(self) -> int:
+        return int(self.chunks[:, 2].sum())
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
-        return len(self.decode_rows) + int(self.chunks[:, 2].sum())
+        return len(self.decode_rows) + self.num_prefill_tokens
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class DeviceRows:
         """The batch's decode rows and chunks together. Shapes and bounds come from the host: nothing is waited for."""
         place = batch.sections["chunks"]
         rows, starts, lengths = words[place.offset : place.end].view(place.count, 3).t().contiguous().unbind(0)
-        num_tokens = int(batch.chunks[:, 2].sum())
+        num_tokens = batch.num_prefill_tokens
         ends = lengths.cumsum(0)
         token_rows, positions = _expand(rows, starts, lengths, num_tokens)
         context_lens = starts + lengths

@@ -22,6 +22,7 @@ from nanovllm.engine.executor import Executor, InProcessExecutor, StepHandle
 from nanovllm.engine.metrics import EngineMetrics, EngineStatistics, StatisticsLine
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.timeline import close_timeline, open_timeline, section
 from nanovllm.engine.tokenizing import Prompt, Tokenizing, load_tokenizer
 from nanovllm.errors import EngineDeadError, InvalidArgumentError
 from nanovllm.outputs import CompletionOutput, RequestOutput
@@ -44,6 +45,12 @@ class _InFlight:
     batch: ScheduledBatch
     handle: StepHandle
     submitted: float  # seconds of the engine's clock
+
+    @property
+    def kind(self) -> str:
+        if not len(self.batch.chunks):
+            return "decode"
+        return "mixed" if len(self.batch.decode_rows) else "prefill"
 
 
 class LLMEngine:
@@ -77,6 +84,7 @@ class LLMEngine:
             self.metrics = EngineMetrics()
             self.scheduler = Scheduler(self.resolved, self.metrics, clock)
             self._statistics_line = StatisticsLine(env.log_stats_interval(), self.statistics)
+            self._timeline = open_timeline(clock, self.resolved.pipeline_depth)
         except BaseException:
             self._shut_down()
             raise
@@ -84,6 +92,8 @@ class LLMEngine:
         total, parts = stopwatch.total, str(stopwatch)
         events.engine_startup.log(logger, total_seconds=total, parts=parts, seconds=stopwatch.seconds)
         self._requests: dict[str, Sequence] = {}
+        # As `_shut_down`: what has not ended by then is in the timeline too.
+        self._close_timeline = weakref.finalize(self, close_timeline, self._timeline, self._requests.values())
         self._aborted: dict[str, Sequence] = {}  # not reported yet
         self._unclaimed: list[RequestOutput] = []  # handed back, reported by the next step
         self._in_flight: deque[_InFlight] = deque()
@@ -196,17 +206,24 @@ class LLMEngine:
         if not self._in_flight:  # nothing was running: idle time belongs to no step
             self._last_collected = self._clock()
         while len(self._in_flight) < self.resolved.pipeline_depth:
-            batch = self.scheduler.schedule()
+            with section(self._timeline, "schedule"):
+                batch = self.scheduler.schedule()
             if batch is None:
                 break
-            self._in_flight.append(_InFlight(batch, self.executor.submit(batch), self.scheduler.now))
+            with section(self._timeline, "launch"):
+                self._in_flight.append(_InFlight(batch, self.executor.submit(batch), self.scheduler.now))
         if not self._in_flight:
             return []
         step = self._in_flight[0]
-        result = self.executor.collect(step.handle)
+        with section(self._timeline, "wait"):
+            result = self.executor.collect(step.handle)
         self._in_flight.popleft()
-        ended = self.scheduler.update(step.batch, result)
+        with section(self._timeline, "update"):
+            ended = self.scheduler.update(step.batch, result)
         self._count(step.batch)
+        if self._timeline is not None:
+            times = (step.submitted, self.scheduler.now, result.gpu_ms)
+            self._timeline.step(step.batch, step.kind, *times, self.scheduler.load)
         if logger.isEnabledFor(logging.DEBUG):
             self._log_step(step, result)
         if self._statistics_line.is_due(self.scheduler.now):
@@ -219,8 +236,8 @@ class LLMEngine:
         events.step_done.log(
             logger,
             step=step.batch.step,
-            kind="decode" if not len(chunks) else "mixed" if num_decode_seqs else "prefill",
-            num_prefill_tokens=int(chunks[:, 2].sum()),
+            kind=step.kind,
+            num_prefill_tokens=step.batch.num_prefill_tokens,
             num_prefill_seqs=len(chunks),
             num_decode_seqs=num_decode_seqs,
             num_output_tokens=len(step.batch.sampled_rows),
@@ -239,7 +256,7 @@ class LLMEngine:
         elapsed, self._last_collected = now - self._last_collected, now
         statistics = self.statistics
         statistics.num_steps += 1
-        statistics.num_prompt_tokens += int(batch.chunks[:, 2].sum())
+        statistics.num_prompt_tokens += batch.num_prefill_tokens
         statistics.num_output_tokens += len(batch.sampled_rows)
         if len(batch.chunks):
             statistics.prefill_seconds += elapsed
@@ -252,6 +269,8 @@ class LLMEngine:
         token_ids = sequence.output_token_ids.tolist()
         metrics = sequence.metrics()
         self.metrics.finish(sequence.finish_reason, metrics)
+        if self._timeline is not None:
+            self._timeline.request(sequence, sequence.finish_reason)
         text = self._tokenizing.decode(token_ids, ended_by_eos=sequence.finish_reason == "stop")
         if logger.isEnabledFor(logging.DEBUG) and env.log_prompts():
             events.request_output.log(logger, request_id=sequence.request_id, text=text)
@@ -273,6 +292,10 @@ class LLMEngine:
 
     def _recover(self, error: BaseException) -> None:
         """Starts over with an empty scheduler: a step that stopped half-way leaves nothing that can be trusted."""
+        if self._timeline is not None:
+            for sequence in self._requests.values():
+                self._timeline.request(sequence, "lost")
+            self._timeline.flush()
         self._requests.clear()
         self._aborted.clear()
         self._in_flight.clear()
@@ -301,6 +324,7 @@ class LLMEngine:
         """Gives the device's memory back. Calling it again does nothing; any other call raises after it."""
         if self._dead is None:
             self._dead = EngineDeadError("exit() was called")
+        self._close_timeline()
         for pending in (self._requests, self._aborted, self._unclaimed, self._in_flight):
             pending.clear()
         self._shut_down()

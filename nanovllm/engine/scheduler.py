@@ -203,7 +203,7 @@ class Scheduler:
         released = self._leave(sequence, SequenceStatus.PREEMPTED)
         coming = 0 if released else releasable
         self.metrics.totals.num_preemptions += 1
-        sequence.num_preemptions += 1
+        sequence.preempted_at.append(self.now)
         self._preempted_since_log += 1
         events.sequence_preempted.log(
             logger,
@@ -266,7 +266,7 @@ class Scheduler:
 
     def _log_batch(self, batch: ScheduledBatch) -> None:
         if len(batch.chunks) and logger.isEnabledFor(logging.INFO):
-            size, batched_tokens = len(batch.chunks), int(batch.chunks[:, 2].sum())
+            size, batched_tokens = len(batch.chunks), batch.num_prefill_tokens
             seqs = first_items(batch.chunks.tolist(), lambda chunk: self._describe(chunk[0], cached=chunk[1]))
             events.batch_prefill.log(logger, step=batch.step, size=size, batched_tokens=batched_tokens, seqs=seqs)
         if not len(batch.decode_rows):

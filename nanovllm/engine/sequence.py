@@ -51,7 +51,7 @@ class Sequence:
     first_token: float | None = None
     last_token: float | None = None  # of a running sequence the row table has it
     finished: float | None = None
-    num_preemptions: int = 0
+    preempted_at: list[float] = field(default_factory=list)
 
     @property
     def output_token_ids(self) -> IntArray:
@@ -69,7 +69,7 @@ class Sequence:
             finished=self.finished,
             num_output_tokens=len(self.output_token_ids),
             num_cached_tokens=self.num_cached_tokens or 0,
-            num_preemptions=self.num_preemptions,
+            num_preemptions=len(self.preempted_at),
         )
 
     @classmethod

@@ -1,0 +1,88 @@
+"""Chrome's trace format, which https://ui.perfetto.dev opens: slices on named tracks, and counters.
+
+The file is an array of JSON objects that is complete after every write, so that it parses even if the process is
+killed. Format: Google, "Trace Event Format", 2016, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nanovllm.errors import InvalidArgumentError
+
+__all__ = ["TraceFile"]
+
+_FLUSH_EVENTS = 500  # kept before they are written; a step of the engine makes about ten
+_END = b"\n]\n"
+# Files of this process: a second engine takes a name of its own rather than overwrite the first's trace.
+_written: set[Path] = set()
+
+
+class TraceFile:
+    """Writes events; times are seconds of one monotonic clock."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises InvalidArgumentError where `path` cannot be written."""
+        path = path.absolute()
+        self.path, number = path, 1
+        while self.path in _written:
+            number += 1
+            self.path = path.with_name(f"{path.stem}.{number}{path.suffix}")
+        try:
+            self._file = self.path.open("wb", buffering=0)  # one write is one system call
+        except OSError as error:
+            raise InvalidArgumentError(
+                "NANOVLLM_TRACE_FILE", str(path), f"the path of a file that can be written ({error})"
+            ) from None
+        _written.add(self.path)
+        self._events: list[dict[str, Any]] = []
+        self._size = 0  # of the file without its end
+        self._write(b"[\n")
+
+    def name_track(self, process: int, thread: int, process_name: str, thread_name: str) -> None:
+        for kind, name in (("process_name", process_name), ("thread_name", thread_name)):
+            self._add({"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": name}})
+        self._add(
+            {"ph": "M", "name": "thread_sort_index", "pid": process, "tid": thread, "args": {"sort_index": thread}}
+        )
+
+    def slice(self, process: int, thread: int, name: str, start: float, end: float, **arguments: Any) -> None:
+        """Slices of a track lie side by side or within each other."""
+        begin = _microseconds(start)
+        event = {"ph": "X", "name": name, "pid": process, "tid": thread, "ts": begin}
+        event["dur"] = round(max(_microseconds(end) - begin, 0.0), 3)
+        self._add(event | ({"args": arguments} if arguments else {}))
+
+    def mark(self, process: int, thread: int, name: str, time: float) -> None:
+        self._add({"ph": "i", "s": "t", "name": name, "pid": process, "tid": thread, "ts": _microseconds(time)})
+
+    def counter(self, process: int, name: str, time: float, **values: float) -> None:
+        self._add({"ph": "C", "name": name, "pid": process, "tid": 0, "ts": _microseconds(time), "args": values})
+
+    def flush(self) -> None:
+        if self._events and not self._file.closed:
+            lines = [json.dumps(event, separators=(",", ":")) for event in self._events]
+            self._events.clear()
+            self._write((",\n" if self._size > 2 else "").encode() + ",\n".join(lines).encode())
+
+    def close(self) -> None:
+        """What is added later is lost. Calling it again does nothing."""
+        self.flush()
+        self._file.close()
+
+    def _add(self, event: dict[str, Any]) -> None:
+        self._events.append(event)
+        if len(self._events) >= _FLUSH_EVENTS:
+            self.flush()
+
+    def _write(self, text: bytes) -> None:
+        self._file.seek(self._size)
+        self._file.write(text + _END)
+        self._size += len(text)
+
+
+def _microseconds(seconds: float) -> float:
+    """To the nanosecond, so that a slice's end is that of the one within it."""
+    return round(seconds * 1e6, 3)
