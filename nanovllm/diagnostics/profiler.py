@@ -30,7 +30,7 @@ class RankProfiler:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
         if torch.autograd.profiler._is_profiler_enabled:  # a second one would take the first one's events
             raise InvalidStateError("torch's profiler runs already, started by other code or another engine: stop it.")
-        self._profile = profile(activities=activities)
+        self._profile = profile(activities=activities, acc_events=True)
         self._profile.start()
 
     def stop(self) -> str:

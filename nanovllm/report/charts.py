@@ -57,6 +57,13 @@ def ticks(most: float, wanted: int = 5) -> list[float]:
     return [index * step for index in range(math.ceil(most / step * 0.9999) + 1)]
 
 
+def decades(values: Sequence[float]) -> list[float]:
+    """Powers of ten around the values, two at least."""
+    low = math.floor(math.log10(max(min(values, default=1.0), 1e-9)))
+    high = max(math.ceil(math.log10(max(max(values, default=1.0), 1e-9))), low + 1)
+    return [10.0**power for power in range(low, high + 1)]
+
+
 def tick_text(value: float) -> str:
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
@@ -91,7 +98,11 @@ class TimeAxis:
 class Frame:
     """An SVG under construction: a plot area with axes around it."""
 
-    def __init__(self, label: str, width: int, height: int, x_end: float, y_end: float) -> None:
+    def __init__(
+        self, label: str, width: int, height: int, x_end: float, y_end: float, *, log_from: float | None = None
+    ) -> None:
+        """`log_from`: the y axis is logarithmic, from there on."""
+        self.log_from = log_from
         self.label, self.width, self.height = label, width, height
         self.x_end, self.y_end = max(x_end, 1e-12), max(y_end, 1e-12)
         self.parts: list[str] = []
@@ -104,7 +115,10 @@ class Frame:
         return LEFT + (self.width - LEFT - RIGHT) * min(max(value / self.x_end, 0.0), 1.0)
 
     def y(self, value: float) -> float:
-        return self.bottom - (self.bottom - TOP) * min(max(value / self.y_end, 0.0), 1.0)
+        share = value / self.y_end
+        if self.log_from is not None:
+            share = math.log(max(value, self.log_from) / self.log_from) / math.log(self.y_end / self.log_from)
+        return self.bottom - (self.bottom - TOP) * min(max(share, 0.0), 1.0)
 
     def add(self, part: str) -> None:
         self.parts.append(part)
@@ -156,6 +170,7 @@ def time_chart(
     *,
     share: bool = False,
     stacked: bool = False,
+    logarithmic: bool = False,
     width: int = 560,
     height: int = 230,
 ) -> str:
@@ -167,9 +182,14 @@ def time_chart(
     else:
         most = max((max(values, default=0.0) for values in known), default=0.0)
     marks = [0.0, 0.25, 0.5, 0.75, 1.0] if share else ticks(most)
+    if logarithmic:
+        marks = decades([value for one in series for value in one.values if value])
     axis = TimeAxis(max(end, bin_width))
-    frame = Frame(label, width, height, axis.end, marks[-1])
-    frame.y_axis([(mark, f"{mark * 100:.0f}" if share else tick_text(mark)) for mark in marks], unit)
+    frame = Frame(label, width, height, axis.end, marks[-1], log_from=marks[0] if logarithmic else None)
+    frame.y_axis(
+        [(mark, f"{mark * 100:.0f}" if share else tick_text(mark)) for mark in marks],
+        f"{unit}, logarithmic" if logarithmic else unit,
+    )
     if stacked:
         _draw_stacked(frame, series, bin_width, num_bins)
     else:

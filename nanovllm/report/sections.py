@@ -111,7 +111,11 @@ def _step_times(run: Run) -> _Chart:
         f"{sketch.count:,} steps)"
         for kind, sketch in sorted(run.step_times.items())
     )
-    return title, _draw(run, title, "ms", series), f"Wall time, from launch to tokens read. Median: {kinds}."
+    return (
+        title,
+        _draw(run, title, "ms", series, logarithmic=True),
+        f"Wall time, from launch to tokens read. Median: {kinds}.",
+    )
 
 
 def _draw(run: Run, title: str, unit: str, series: list[Series], *, wide: bool = False, **form: bool) -> str:
