@@ -1,7 +1,6 @@
 """What went wrong for users of engines like this one: each of it, and the tests that keep it from coming back.
 
-`ROWS` lists them; those of several ranks come with tensor parallelism, the profiler with its own work. What no other
-file tests is tested below.
+`ROWS` lists them; those of several ranks come with tensor parallelism. What no other file tests is tested below.
 """
 
 from __future__ import annotations
@@ -111,6 +110,9 @@ ROWS = {
         "tests/kernels/test_triton_support.py::test_kernels_import_and_run_without_triton",
     ],
     "per-step tensor building in Python": [f"{HERE}::test_steady_decode_sends_rows_and_now_and_then_a_block"],
+    "users patch the source to profile": [
+        "tests/diagnostics/test_diagnostics.py::test_a_profile_is_a_chrome_trace_and_a_table"
+    ],
     "timings that never synchronise": [f"{LOGGER}::test_on_a_gpu_elapsed_is_gpu_time_read_later_without_waiting"],
     "every line twice under basicConfig": [f"{LOGGER}::test_basic_config_decides_the_format_and_no_line_appears_twice"],
     "eager formatting with DEBUG off": [f"{LOGGER}::test_nothing_is_formatted_for_a_record_that_no_one_takes"],
