@@ -1,9 +1,13 @@
-"""Logs as an engine writes them, made up: of known figures, or of any size."""
+"""Logs as an engine writes them, made up: of known figures, or of any size.
+
+python -m tests.report.synthetic_log big.jsonl 500    # megabytes: the log that docs/debugging.md measures
+"""
 
 from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -164,3 +168,16 @@ def finished(request: Line, at: float) -> Line:
         itl_ms=(at - first) / (out - 1) * 1e3 if out > 1 else None, e2e_ms=(at - request["arrival"]) * 1e3,
         preemptions=request["preemptions"],
     )  # fmt: skip
+
+
+def main(path: Path, megabytes: float) -> None:
+    size = 0
+    with path.open("w", encoding="utf-8") as file:
+        for record in simulated(1_000_000, debug_noise=4):
+            size += file.write(json.dumps(record) + "\n")
+            if size > megabytes * 1e6:
+                return
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), float(sys.argv[2]))
