@@ -54,6 +54,7 @@ class Run:
     """One `generate` over a workload's requests."""
 
     seconds: float
+    decode_seconds: float  # of these, in steps without a prompt
     num_steps: int
     mean_batch: float  # tokens sampled in a step
     num_preemptions: int
@@ -235,6 +236,7 @@ def run_once(llm: LLM, requests: Requests, temperature: float) -> Run:
     done = engine.statistics.since(before)
     return Run(
         seconds=seconds,
+        decode_seconds=done.decode_seconds,
         num_steps=done.num_steps,
         mean_batch=done.num_output_tokens / done.num_steps,
         num_preemptions=done.num_preemptions,
@@ -337,10 +339,10 @@ def logging_overhead(llm: LLM, args: argparse.Namespace, say: Say) -> list[dict[
     requests = decode_requests(args.num_seqs or (256 if llm.llm_engine.resolved.device != "cpu" else 32))
     say(
         f"\nlogging: {len(requests.prompts)} requests decode {requests.output_lens[0]} tokens each; {args.pairs} pairs "
-        "of runs a level, against logging off in the same pair"
+        "of runs a level, the time of decode steps against that with logging off in the same pair"
     )
     entries = []
-    for overhead in measure_overheads(lambda: run_once(llm, requests, args.temperature).seconds, args.pairs):
+    for overhead in measure_overheads(lambda: run_once(llm, requests, args.temperature).decode_seconds, args.pairs):
         say(f"  {overhead.described()}")
         entries.append(asdict(overhead) | {"median": overhead.median, "quartiles": overhead.quartiles})
     return entries

@@ -53,7 +53,7 @@ def decode_requests(num_seqs: int) -> Requests:
 
 
 def measure_overheads(run: Callable[[], float], num_pairs: int) -> list[Overhead]:
-    """`run` gives the seconds of a generation. In a pair one is with logging and one without, in changing order."""
+    """`run` gives the seconds that a generation decoded. A pair is one with logging and one without, in turns."""
     logger = logging.getLogger("nanovllm")
     before = logger.level
     found = []

