@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 import types
 from collections import Counter
@@ -20,6 +21,7 @@ from nanovllm.utils.events import EVENTS
 from nanovllm.utils.log_records import Event
 from nanovllm.utils.logger import configure_logging, log_gpu_memory, log_tensor_shapes, setup_logger
 from tests.engine.cpu_graphs import use_cpu_graphs
+from tests.engine.test_llm_engine import make_engine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 PROMPT = "list all prime numbers within 100, then count from 3 to 9, then reverse the word planet"
@@ -136,6 +138,13 @@ def a_profile(_: pytest.MonkeyPatch) -> None:
         llm.stop_profile()
 
 
+def spans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    make_engine()[0].exit()
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)  # as if it were not installed
+    make_engine()[0].exit()
+
+
 def lines_of_one_s_own(_: pytest.MonkeyPatch) -> None:
     logger = setup_logger("tests")
     log_gpu_memory(logger, "Before", "cpu")
@@ -153,6 +162,7 @@ WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [
     texts,
     a_wrong_level,
     a_profile,
+    spans,
     lines_of_one_s_own,
 ]
 

@@ -20,6 +20,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.batch import ScheduledBatch, StepResult
 from nanovllm.engine.executor import Executor, InProcessExecutor, StepHandle
 from nanovllm.engine.metrics import EngineMetrics, EngineStatistics, StatisticsLine
+from nanovllm.engine.request_spans import close_request_spans, open_request_spans
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.timeline import close_timeline, open_timeline, section
@@ -85,6 +86,7 @@ class LLMEngine:
             self.scheduler = Scheduler(self.resolved, self.metrics, clock)
             self._statistics_line = StatisticsLine(env.log_stats_interval(), self.statistics)
             self._timeline = open_timeline(clock, self.resolved.pipeline_depth)
+            self._spans = open_request_spans(config.model, clock)
         except BaseException:
             self._shut_down()
             raise
@@ -94,6 +96,7 @@ class LLMEngine:
         self._requests: dict[str, Sequence] = {}
         # As `_shut_down`: what has not ended by then is in the timeline too.
         self._close_timeline = weakref.finalize(self, close_timeline, self._timeline, self._requests.values())
+        self._close_spans = weakref.finalize(self, close_request_spans, self._spans)
         self._aborted: dict[str, Sequence] = {}  # not reported yet
         self._unclaimed: list[RequestOutput] = []  # handed back, reported by the next step
         self._in_flight: deque[_InFlight] = deque()
@@ -160,6 +163,8 @@ class LLMEngine:
             if sequence is not None:
                 self.scheduler.abort(sequence)
                 self._aborted.pop(request_id, None)
+                if self._spans is not None:
+                    self._spans.record(sequence)
 
     def hand_back(self, outputs: Iterable[RequestOutput]) -> None:
         """Outputs of requests that the caller did not make: the next `step` returns them again."""
@@ -271,6 +276,8 @@ class LLMEngine:
         self.metrics.finish(sequence.finish_reason, metrics)
         if self._timeline is not None:
             self._timeline.request(sequence, sequence.finish_reason)
+        if self._spans is not None:
+            self._spans.record(sequence)
         text = self._tokenizing.decode(token_ids, ended_by_eos=sequence.finish_reason == "stop")
         if logger.isEnabledFor(logging.DEBUG) and env.log_prompts():
             events.request_output.log(logger, request_id=sequence.request_id, text=text)
@@ -296,6 +303,9 @@ class LLMEngine:
             for sequence in self._requests.values():
                 self._timeline.request(sequence, "lost")
             self._timeline.flush()
+        if self._spans is not None:
+            for sequence in self._requests.values():
+                self._spans.record(sequence, error)
         self._requests.clear()
         self._aborted.clear()
         self._in_flight.clear()
@@ -325,6 +335,7 @@ class LLMEngine:
         if self._dead is None:
             self._dead = EngineDeadError("exit() was called")
         self._close_timeline()
+        self._close_spans()
         for pending in (self._requests, self._aborted, self._unclaimed, self._in_flight):
             pending.clear()
         self._shut_down()

@@ -81,6 +81,7 @@ FILE: Kind[Path | None] = Kind("path", "the path of a file that can be written",
 TRACE: Kind[Path | None] = Kind(
     "path", "0, 1 or the path of a file that can be written", lambda text: _TRACE_SWITCH.get(text, Path(text))
 )
+URL: Kind[str | None] = Kind("URL", "the address of an OpenTelemetry collector, such as http://localhost:4318", str)
 PRESENCE = Kind("presence", "anything", bool)
 
 log_level = Variable(
@@ -139,6 +140,20 @@ overlap = Variable(
     True,
     "0: no step is launched before the last one's tokens were read. What the log and a debugger show is then in step "
     "with the device.",
+)
+otlp_endpoint = Variable(
+    "OTEL_EXPORTER_OTLP_ENDPOINT",
+    URL,
+    None,
+    "Sends a span for each request to this collector, if `nanovllm[otel]` is installed; its SDK reads `OTEL_*`, too.",
+    "no spans",
+)
+otlp_traces_endpoint = Variable(
+    "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+    URL,
+    None,
+    "The same for spans alone, with the whole path: `http://localhost:4318/v1/traces`.",
+    "no spans",
 )
 
 VARIABLES = tuple(value for value in list(globals().values()) if isinstance(value, Variable))

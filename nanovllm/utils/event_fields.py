@@ -37,6 +37,7 @@ FIELDS: Mapping[str, Field] = {
     "dtype": Field(str, "of what is spoken of: the model, or the KV cache"),
     "e2e_ms": Field(float, "from arrival to the end"),
     "elapsed_ms": Field(float | None, "wall time it took; null: not measured"),
+    "endpoint": Field(str, "URL of an OpenTelemetry collector"),
     "error": Field(str, "the exception"),
     "failed": Field(bool, "whether the body raised"),
     "finished": Field(float, "when the sequence ended, on the clock `mono`"),

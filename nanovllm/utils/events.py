@@ -75,6 +75,13 @@ engine_max_model_len = Event(
     "max_model_len lowered from {wanted} to {max_model_len}: the KV cache holds no more tokens. "
     "Raise num_kvcache_blocks or the memory for the cache for longer requests.",
 )
+spans_started = Event("spans.started", INFO, "engine.request_spans", "Sending a span for each request to {endpoint}")
+spans_missing = Event(
+    "spans.missing",
+    INFO,
+    "engine.request_spans",
+    "No spans go to {endpoint}: pip install 'nanovllm[otel]' ({error})",
+)
 logging_level = Event("logging.level", WARNING, "utils.logger", "{source}: {problem}. Valid levels: {valid_levels}")
 
 # ---- memory

@@ -22,6 +22,8 @@ DEFAULTS = [
     ("NANOVLLM_TRACE_FILE", env.trace_file, None),
     ("NANOVLLM_TRACE_FUNCTION", env.trace_function, None),
     ("NO_COLOR", env.no_color, False),
+    ("OTEL_EXPORTER_OTLP_ENDPOINT", env.otlp_endpoint, None),
+    ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", env.otlp_traces_endpoint, None),
 ]
 
 VALUES = [
@@ -41,6 +43,8 @@ VALUES = [
     ("NANOVLLM_TRACE_FUNCTION", env.trace_function, "0", None),
     ("NANOVLLM_TRACE_FUNCTION", env.trace_function, "calls.txt", Path("calls.txt")),
     ("NO_COLOR", env.no_color, "0", True),
+    ("OTEL_EXPORTER_OTLP_ENDPOINT", env.otlp_endpoint, "http://localhost:4318", "http://localhost:4318"),
+    ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", env.otlp_traces_endpoint, "http://a/v1/traces", "http://a/v1/traces"),
 ]
 
 BAD_VALUES = [
