@@ -254,6 +254,8 @@ class Scheduler:
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = num_cached
             sequence.first_scheduled = self.now
+        else:
+            sequence.resumed_at.append(self.now)
         row = self.rows.open(sequence, num_cached, self._prefix_block(table))
         opened.append(OpenedRow(row, sequence.token_ids, sequence.params.temperature, sequence.seed))
         blocks.append(_appended(row, np.arange(len(table.blocks)), table.blocks))

@@ -52,6 +52,7 @@ class Sequence:
     last_token: float | None = None  # of a running sequence the row table has it
     finished: float | None = None
     preempted_at: list[float] = field(default_factory=list)
+    resumed_at: list[float] = field(default_factory=list)  # of each preemption, once it has a row again
 
     @property
     def output_token_ids(self) -> IntArray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from nanovllm.engine.batch import ScheduledBatch
@@ -91,8 +92,8 @@ class Timeline:
             self._file.slice(_REQUESTS, 1 + lane, "prefill", scheduled, end if first_token is None else first_token)
         if first_token is not None:
             self._file.slice(_REQUESTS, 1 + lane, "decode", first_token, end)
-        for time in sequence.preempted_at:
-            self._file.mark(_REQUESTS, 1 + lane, "preempted", time)
+        for preempted, resumed in zip_longest(sequence.preempted_at, sequence.resumed_at, fillvalue=end):
+            self._file.slice(_REQUESTS, 1 + lane, "preempted", preempted, resumed)
 
     def flush(self) -> None:
         self._file.flush()

@@ -55,9 +55,6 @@ class TraceFile:
         event["dur"] = round(max(_microseconds(end) - begin, 0.0), 3)
         self._add(event | ({"args": arguments} if arguments else {}))
 
-    def mark(self, process: int, thread: int, name: str, time: float) -> None:
-        self._add({"ph": "i", "s": "t", "name": name, "pid": process, "tid": thread, "ts": _microseconds(time)})
-
     def counter(self, process: int, name: str, time: float, **values: float) -> None:
         self._add({"ph": "C", "name": name, "pid": process, "tid": 0, "ts": _microseconds(time), "args": values})
 

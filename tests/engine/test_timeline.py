@@ -43,7 +43,7 @@ def read(path: Path) -> list[Event]:
     slices = defaultdict(list)
     counters = defaultdict(list)
     for event in events:
-        assert event["ph"] in "MXiC"
+        assert event["ph"] in "MXC"
         if event["ph"] == "X":
             slices[event["pid"], event["tid"]].append(event)
         elif event["ph"] == "C":
