@@ -11,7 +11,6 @@ and its blocks are released only when no step in flight touches them.
 from __future__ import annotations
 
 import bisect
-import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,11 +23,11 @@ from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepResul
 from nanovllm.engine.block_manager import BlockManager, BlockTable
 from nanovllm.engine.metrics import EngineMetrics, Load
 from nanovllm.engine.row_table import RowTable
+from nanovllm.engine.scheduler_lines import SchedulerLines
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.outputs import FinishReason
 from nanovllm.utils import events
-from nanovllm.utils.decode_log import DecodeLogPolicy
-from nanovllm.utils.logger import first_items, setup_logger
+from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
@@ -37,9 +36,6 @@ RowArray = npt.NDArray[np.intp]
 # Where reading a prefix once for all its rows pays: so many of them, and so many tokens that need not be read again.
 _MIN_SHARERS = 16
 _MIN_TOKENS_SAVED = 20_000
-
-# What the log calls the reasons for which a sequence ends.
-_LOGGED_REASON: dict[FinishReason, str] = {"stop": "eos", "length": "max_tokens", "abort": "abort"}
 
 
 class Scheduler:
@@ -69,15 +65,12 @@ class Scheduler:
         self._leaving: list[int] = []  # rows to release as soon as no step in flight touches them
         self._closed: list[int] = []  # rows released since the last step was planned
         self._step = 0
-        self._decode_step = 0
-        self._preempted_since_log = 0
-        self._decode_log = DecodeLogPolicy()
+        self._lines = SchedulerLines(logger, self.rows)
         self._shares_prefix = False  # the last step's decode rows
 
     def add(self, sequence: Sequence) -> None:
         if not self.has_unfinished:
-            self._decode_step = 0  # the log counts each generation's decode steps, and shows the first
-            self._decode_log.reset()
+            self._lines.begin_generation()
         self.waiting.append(sequence)
 
     @property
@@ -122,7 +115,7 @@ class Scheduler:
         self.rows.steps_in_flight[decode_rows] += 1
         self.rows.steps_in_flight[batch.chunks[:, 0]] += 1
         self.rows.num_pending[batch.sampled_rows] += 1
-        self._log_batch(batch)
+        self._lines.scheduled(batch)
         return batch
 
     def _prefill_budget(self, num_decode_rows: int) -> int:
@@ -204,7 +197,7 @@ class Scheduler:
         coming = 0 if released else releasable
         self.metrics.totals.num_preemptions += 1
         sequence.preempted_at.append(self.now)
-        self._preempted_since_log += 1
+        self._lines.num_preempted += 1
         events.sequence_preempted.log(
             logger,
             seq_id=sequence.seq_id,
@@ -266,34 +259,6 @@ class Scheduler:
         last = self.block_manager.blocks_for(MIN_SHARED_PREFIX) - 1
         return table.blocks[last] if last < len(table.blocks) else -1
 
-    def _log_batch(self, batch: ScheduledBatch) -> None:
-        if len(batch.chunks) and logger.isEnabledFor(logging.INFO):
-            size, batched_tokens = len(batch.chunks), batch.num_prefill_tokens
-            seqs = first_items(batch.chunks.tolist(), lambda chunk: self._describe(chunk[0], cached=chunk[1]))
-            events.batch_prefill.log(logger, step=batch.step, size=size, batched_tokens=batched_tokens, seqs=seqs)
-        if not len(batch.decode_rows):
-            return
-        self._decode_step += 1
-        size = len(batch.decode_rows)
-        level = self._decode_log.level_for(self._decode_step, size, self._preempted_since_log)
-        if logger.isEnabledFor(level):
-            events.batch_decode.log_at(
-                level,
-                logger,
-                step=batch.step,
-                decode_step=self._decode_step,
-                size=size,
-                preempted=self._preempted_since_log,
-                shares_prefix=batch.shares_prefix,
-                seqs=first_items(batch.decode_rows.tolist(), self._describe),
-            )
-        self._preempted_since_log = 0
-
-    def _describe(self, row: int, cached: int | None = None) -> str:
-        length = self.rows.num_tokens[row]
-        prefilled = "" if cached is None else f",cached={cached}"
-        return f"seq_{self.rows.sequence(row).seq_id}(len={length}{prefilled})"
-
     # Learning
 
     def update(self, batch: ScheduledBatch, result: StepResult) -> list[Sequence]:
@@ -348,8 +313,7 @@ class Scheduler:
             sequence.token_ids = self.rows.known_tokens(self._row(sequence)).copy()
             self.rows.stopped[sequence.row] = True
             self._leave(sequence, SequenceStatus.FINISHED)
-        if logger.isEnabledFor(logging.DEBUG):
-            _log_finished(sequence, _LOGGED_REASON[reason])
+        self._lines.finished(sequence, reason)
 
     def _leave(self, sequence: Sequence, status: SequenceStatus) -> bool:
         """Plans no more steps for a running sequence; True when its row and blocks are already released."""
@@ -394,29 +358,3 @@ def _appended(rows: npt.ArrayLike, indices: npt.ArrayLike, blocks: list[int]) ->
     items: IntArray = np.empty((len(blocks), 3), dtype=np.int32)
     items[:, 0], items[:, 1], items[:, 2] = rows, indices, blocks
     return items
-
-
-def _log_finished(sequence: Sequence, reason: str) -> None:
-    metrics = sequence.metrics()
-
-    def milliseconds(seconds: float | None) -> float | None:
-        return None if seconds is None else seconds * 1e3
-
-    events.sequence_finished.log(
-        logger,
-        seq_id=sequence.seq_id,
-        request_id=sequence.request_id,
-        num_prompt_tokens=sequence.num_prompt_tokens,
-        num_cached_tokens=metrics.num_cached_tokens,
-        output_len=metrics.num_output_tokens,
-        reason=reason,
-        arrival=metrics.arrival,
-        first_scheduled=metrics.first_scheduled,
-        first_token=metrics.first_token,
-        finished=metrics.finished,
-        queue_ms=milliseconds(metrics.queue_time),
-        ttft_ms=milliseconds(metrics.time_to_first_token),
-        itl_ms=milliseconds(metrics.inter_token_latency),
-        e2e_ms=milliseconds(metrics.end_to_end),
-        preemptions=metrics.num_preemptions,
-    )

@@ -77,8 +77,8 @@ def test_a_call_names_the_fields_that_are_declared(place: str, event: Event, nam
     """Also where no test runs: on a GPU, in another rank."""
     declared = fields_of(event)
     assert {name for name, (_, always) in declared.items() if always} <= names <= set(declared)
-    module = "nanovllm." + place.partition(":")[0].removesuffix(".py").replace("/", ".")
-    assert module.removeprefix("nanovllm.") in event.loggers.split()
+    module = place.partition(":")[0].removesuffix(".py").replace("/", ".")
+    assert module.removesuffix("_lines") in event.loggers.split()  # a module's lines may have a file of their own
 
 
 def test_most_events_are_logged_by_such_a_call() -> None:
