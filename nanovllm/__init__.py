@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.errors import (
         BackendUnavailableError,
+        ChannelError,
         EngineDeadError,
         InvalidArgumentError,
         InvalidStateError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         OutOfMemoryError,
         RequestTooLargeError,
         UnknownArgumentError,
+        WorkerError,
     )
     from nanovllm.llm import LLM
     from nanovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -34,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "BackendUnavailableError",
+    "ChannelError",
     "CompletionOutput",
     "EngineDeadError",
     "InvalidArgumentError",
@@ -47,6 +50,7 @@ __all__ = [
     "RequestTooLargeError",
     "SamplingParams",
     "UnknownArgumentError",
+    "WorkerError",
 ]
 
 _HOMES = {

@@ -8,6 +8,8 @@
     ├── OutOfMemoryError                         the device cannot hold what was asked for
     ├── BackendUnavailableError                  an attention backend that cannot run here
     ├── InvalidStateError (also RuntimeError)    a call that does not fit what came before it
+    ├── ChannelError                             a message between processes that could not be handed over
+    ├── WorkerError                              a rank's process died, raised, or did not start
     └── EngineDeadError                          the engine met an error that it cannot run on from
 
 A message says which field, its value, what is allowed and what to do about it.
@@ -23,6 +25,7 @@ from typing import Any, TypeVar
 
 __all__ = [
     "BackendUnavailableError",
+    "ChannelError",
     "EngineDeadError",
     "InvalidArgumentError",
     "InvalidStateError",
@@ -31,6 +34,7 @@ __all__ = [
     "OutOfMemoryError",
     "RequestTooLargeError",
     "UnknownArgumentError",
+    "WorkerError",
     "checks_argument_names",
 ]
 
@@ -90,6 +94,23 @@ class BackendUnavailableError(NanoVLLMError):
 
 class InvalidStateError(NanoVLLMError, RuntimeError):
     """A call that does not fit what came before it, such as a stop without a start."""
+
+
+class ChannelError(NanoVLLMError):
+    """A message between two processes was not read in time, or what was read is not one."""
+
+
+class WorkerError(NanoVLLMError):
+    """The process of rank `rank` died, raised, or did not start in time; `traceback` is its own text, if it had one."""
+
+    def __init__(self, rank: int, problem: str, traceback: str = "") -> None:
+        self.rank = rank
+        self.problem = problem
+        self.traceback = traceback
+        super().__init__(f"Rank {rank} {problem}" + (f"\n\nOn rank {rank}:\n{traceback}" if traceback else ""))
+
+    def __reduce__(self) -> tuple[type[WorkerError], tuple[int, str, str]]:
+        return type(self), (self.rank, self.problem, self.traceback)
 
 
 class EngineDeadError(NanoVLLMError):

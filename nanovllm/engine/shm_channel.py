@@ -1,0 +1,285 @@
+"""Messages between processes of one machine: a ring in shared memory, written once and read by every reader.
+
+    segment   magic, version, capacity, number of readers · head · a tail for each reader · the ring
+    head      bytes written so far (they only grow; the place in the ring is the remainder by its capacity)
+    tail      bytes a reader has copied out: its acknowledgement. The writer never overtakes the slowest
+    record    sequence, kind, length of the message, offset and size of this piece · the piece
+
+All numbers are 64-bit words in the machine's byte order; records begin at multiples of 64 bytes, and each number that
+one process writes and others read has a cache line to itself. A message longer than a quarter of the ring goes in
+pieces, so that writer and readers copy at the same time, and any size works. Nothing is pickled: a kind and bytes.
+
+Who waits spins for two milliseconds, giving its core to whoever wants it, then sleeps for a sixteenth of the time
+waited so far, at most 2 ms: a busy engine's messages are handed over in microseconds, an idle one costs no core.
+
+A segment's name, nanovllm-<pid>-<start time>-<random>, says which process made it: what a killed one left is removed
+when the next is made. Once all readers are attached the name is no longer needed, and `unlink` takes it away: the
+memory lives on until the last process lets go of it, whatever ends that process.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any
+
+from nanovllm.errors import ChannelError
+
+VERSION = 1
+PREFIX = "nanovllm"
+_MAGIC = int.from_bytes(PREFIX.encode(), "little")
+_LINE = 64  # bytes: a cache line, and the size of a record's header
+_HEAD = _LINE // 8  # index of a word; the tails follow, a line each
+_SPIN_SECONDS = 2e-3
+_MIN_SLEEP, _MAX_SLEEP = 5e-5, 2e-3
+_SHARED_MEMORY_FOLDER = Path("/dev/shm")
+_yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
+
+
+@dataclass(frozen=True)
+class Message:
+    kind: int
+    sequence: int  # 0, 1, … in the order of sending
+    payload: bytearray  # a copy: the ring goes on
+
+
+class _Segment:
+    """The shared memory, and its words and bytes. `while_waiting` is called between sleeps, and may raise."""
+
+    def __init__(self, memory: SharedMemory, num_readers: int, capacity: int) -> None:
+        self._memory = memory
+        self.name = memory.name
+        self.num_readers = num_readers
+        self.capacity = capacity
+        start = _data_start(num_readers)
+        buffer = _buffer_of(memory)
+        self._words = buffer[:start].cast("Q")
+        self._data = buffer[start : start + capacity]
+        self._headers = self._data.cast("Q")
+        self._fence_lock = threading.Lock()
+        self._fence_lock.acquire()
+
+    def unlink(self) -> None:
+        """Takes the name away; who is attached stays so. Calling it again does nothing."""
+        with suppress(FileNotFoundError):
+            self._memory.unlink()
+
+    def close(self) -> None:
+        """Lets go of the memory. Calling it again does nothing; anything else raises after it."""
+        for view in (self._words, self._headers, self._data):
+            view.release()
+        self._memory.close()
+
+    def _fence(self) -> None:
+        """What was written before is seen by others before what is written after: x86 promises so, ARM does not."""
+        self._fence_lock.release()
+        self._fence_lock.acquire()
+
+    def _wait(self, ready: Callable[[], bool], timeout: float | None, while_waiting: Callable[[], None] | None) -> bool:
+        """Whether `ready` came true within `timeout` seconds (None: however long it takes)."""
+        if ready():
+            return True
+        started = time.monotonic()
+        while True:
+            waited = time.monotonic() - started
+            if ready():
+                return True
+            if timeout is not None and waited >= timeout:
+                return False
+            if waited < _SPIN_SECONDS:
+                _yield()
+                continue
+            if while_waiting is not None:
+                while_waiting()
+            pause = min(max(waited / 16, _MIN_SLEEP), _MAX_SLEEP)
+            time.sleep(pause if timeout is None else min(pause, timeout - waited))
+
+
+class ChannelWriter(_Segment):
+    """The one that writes: makes the segment, after removing those of processes that no longer live.
+
+    capacity: bytes of the ring, a multiple of 64.
+    """
+
+    def __init__(self, num_readers: int, capacity: int = 1 << 20) -> None:
+        assert capacity >= 512, "a quarter of the ring holds a header and a piece"
+        assert capacity % _LINE == 0, "the ring holds whole cache lines"
+        remove_stale_segments()
+        size = _data_start(num_readers) + capacity
+        memory = SharedMemory(_new_name(), create=True, size=size)
+        super().__init__(memory, num_readers, capacity)
+        for index, number in enumerate((VERSION, capacity, num_readers), start=1):
+            self._words[index] = number
+        self._fence()
+        self._words[0] = _MAGIC
+        self._sequence = 0
+        self._head = 0
+        self._is_broken = False
+
+    def send(
+        self,
+        kind: int,
+        payload: Any = b"",
+        timeout: float | None = None,
+        while_waiting: Callable[[], None] | None = None,
+    ) -> None:
+        """Returns when the message is in the ring, whole. payload: anything that gives its bytes, C-contiguous.
+
+        Raises ChannelError when a reader holds the ring back for `timeout` seconds. If a part of the message was
+        written by then, the channel is of no more use.
+        """
+        if self._is_broken:
+            raise ChannelError(f"{self.name}: an earlier message was cut short, nothing can follow it.")
+        view = memoryview(payload)
+        data = view.cast("B") if view.nbytes else memoryview(b"")
+        piece_limit = self.capacity // 4 - _LINE
+        deadline = None if timeout is None else time.monotonic() + timeout
+        offset = 0
+        try:
+            while True:
+                piece = data[offset : offset + piece_limit]
+                self._write(kind, len(data), offset, piece, deadline, while_waiting)
+                offset += len(piece)
+                if offset == len(data):
+                    break
+        except BaseException:
+            self._is_broken = offset > 0
+            raise
+        self._sequence += 1
+
+    def _write(
+        self,
+        kind: int,
+        length: int,
+        offset: int,
+        piece: memoryview,
+        deadline: float | None,
+        while_waiting: Callable[[], None] | None,
+    ) -> None:
+        end = self._head + _LINE + _padded(len(piece))
+        if not self._is_free(end):
+            timeout = None if deadline is None else max(deadline - time.monotonic(), 0)
+            if not self._wait(lambda: self._is_free(end), timeout, while_waiting):
+                behind = [reader for reader in range(self.num_readers) if end - self._tail(reader) > self.capacity]
+                raise ChannelError(f"{self.name}: readers {behind} have not made room for {len(piece)} bytes in time.")
+        place = self._head % self.capacity
+        header = place // 8
+        for index, number in enumerate((self._sequence, kind, length, offset, len(piece))):
+            self._headers[header + index] = number
+        start = (place + _LINE) % self.capacity
+        first = min(len(piece), self.capacity - start)
+        self._data[start : start + first] = piece[:first]
+        self._data[: len(piece) - first] = piece[first:]
+        self._fence()
+        self._head = self._words[_HEAD] = end
+
+    def _tail(self, reader: int) -> int:
+        return self._words[_HEAD * (2 + reader)]
+
+    def _is_free(self, end: int) -> bool:
+        return all(end - self._tail(reader) <= self.capacity for reader in range(self.num_readers))
+
+
+class ChannelReader(_Segment):
+    """One of the readers, by its number. Raises ChannelError when `name` is no segment of this version."""
+
+    def __init__(self, name: str, reader: int) -> None:
+        try:
+            memory = SharedMemory(name)
+        except (FileNotFoundError, ValueError) as error:
+            raise ChannelError(f"There is no channel {name}: its process ended, or never made it.") from error
+        size = memory.size
+        words = _buffer_of(memory)[: size // 8 * 8].cast("Q")
+        magic, version, capacity, num_readers = words[:4].tolist() if len(words) >= 4 else (0, 0, 0, 0)
+        words.release()
+        fits = size >= _data_start(num_readers) + capacity and 0 <= reader < num_readers
+        if (magic, version) != (_MAGIC, VERSION) or not fits:
+            memory.close()
+            raise ChannelError(
+                f"{name} is no channel of version {VERSION} with a reader {reader}: it has version {version}, "
+                f"{num_readers} readers and {capacity} bytes."
+            )
+        super().__init__(memory, num_readers, capacity)
+        self._tail_word = _HEAD * (2 + reader)
+        self._tail = self._words[self._tail_word]
+        self._sequence = 0
+
+    def receive(self, timeout: float | None = None, while_waiting: Callable[[], None] | None = None) -> Message | None:
+        """The next message, or None when none begins within `timeout` seconds (0: look once).
+
+        Raises ChannelError for bytes that are no record, or not the one that must follow.
+        """
+        message: Message | None = None
+        received = 0
+        while True:
+            if self._words[_HEAD] == self._tail and (
+                timeout == 0 or not self._wait(lambda: self._words[_HEAD] != self._tail, timeout, while_waiting)
+            ):
+                return None
+            self._fence()
+            place = self._tail % self.capacity
+            header = place // 8
+            sequence, kind, length, offset, size = self._headers[header : header + 5].tolist()
+            if sequence != self._sequence or offset != received or size > length - offset:
+                raise ChannelError(
+                    f"{self.name}: expected message {self._sequence} from byte {received} on, found "
+                    f"{sequence} from {offset} on with {size} of {length} bytes."
+                )
+            if message is None:
+                message = Message(kind, sequence, bytearray(length))
+                timeout = None  # it has begun: the writer is at it, or `while_waiting` says otherwise
+            start = (place + _LINE) % self.capacity
+            first = min(size, self.capacity - start)
+            message.payload[offset : offset + first] = self._data[start : start + first]
+            message.payload[offset + first : offset + size] = self._data[: size - first]
+            received += size
+            self._fence()
+            self._tail += _LINE + _padded(size)
+            self._words[self._tail_word] = self._tail
+            if received == length:
+                self._sequence += 1
+                return message
+
+
+def remove_stale_segments(folder: Path = _SHARED_MEMORY_FOLDER) -> list[str]:
+    """Removes the segments whose process no longer lives, and returns their names."""
+    removed = []
+    for path in folder.glob(f"{PREFIX}-*-*-*") if folder.is_dir() else ():
+        parts = path.name.split("-")
+        if len(parts) == 4 and parts[1].isdigit() and _start_time(int(parts[1])) != parts[2]:
+            with suppress(OSError):  # another user's, or another start was faster
+                path.unlink()
+                removed.append(path.name)
+    return removed
+
+
+def _new_name() -> str:
+    return f"{PREFIX}-{os.getpid()}-{_start_time(os.getpid()) or 0}-{secrets.token_hex(4)}"
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process began, in ticks since the machine did; None: there is no such process, or no /proc."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def _buffer_of(memory: SharedMemory) -> memoryview:
+    assert memory.buf is not None, "closed"
+    return memory.buf
+
+
+def _data_start(num_readers: int) -> int:
+    return _LINE * (2 + num_readers)
+
+
+def _padded(size: int) -> int:
+    return -(-size // _LINE) * _LINE
