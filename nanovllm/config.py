@@ -36,6 +36,7 @@ class EngineArguments(TypedDict, total=False):
     num_kvcache_blocks: int | None
     enable_prefix_caching: bool
     tensor_parallel_size: int
+    startup_timeout: float
     enforce_eager: bool
     device: Any  # a name, an index, or a torch.device
     attention_backend: str
@@ -70,6 +71,8 @@ class EngineConfig:
     gpu_memory_utilization: share of the GPU's memory the engine may use, everything included.
     kvcache_block_size: tokens a page of the KV cache; None lets the attention backend choose.
     num_kvcache_blocks: pages of the KV cache; None measures what fits.
+    tensor_parallel_size: processes that share the model, one a GPU (from `device` on), or all on the CPU.
+    startup_timeout: seconds within which all of them must be ready; the error names those that are not.
     enforce_eager: no CUDA graphs.
     attention_backend: "auto", "flash_attn", "triton" or "torch".
     kv_cache_dtype: "auto" is the model's; "fp8" (or "fp8_e4m3") halves bf16's bytes, on GPUs that have FP8.
@@ -93,6 +96,7 @@ class EngineConfig:
     num_kvcache_blocks: int | None = None
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
+    startup_timeout: float = 600.0
     enforce_eager: bool = False
     device: str = "auto"
     attention_backend: str = "auto"
@@ -150,10 +154,10 @@ class EngineConfig:
             raise InvalidArgumentError("gpu_memory_utilization", share, "a number above 0, at most 1")
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**63:
             raise InvalidArgumentError("seed", self.seed, "an integer from 0 to 2**63 - 1")
-        if not _is_integer(self.tensor_parallel_size) or self.tensor_parallel_size != 1:
-            raise InvalidArgumentError(
-                "tensor_parallel_size", self.tensor_parallel_size, "1", "One device a model for now."
-            )
+        _check_count("tensor_parallel_size", self.tensor_parallel_size)
+        timeout = self.startup_timeout
+        if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
+            raise InvalidArgumentError("startup_timeout", timeout, "a number of seconds > 0")
         if self.device not in ("auto", "cpu") and self.device.partition(":")[0] != "cuda":
             raise InvalidArgumentError("device", self.device, "'auto', 'cpu', 'cuda' or 'cuda:N'")
         if self.max_num_batched_tokens < self.max_num_seqs:

@@ -23,6 +23,7 @@ DEFAULTS = {
     "num_kvcache_blocks": None,
     "enable_prefix_caching": True,
     "tensor_parallel_size": 1,
+    "startup_timeout": 600.0,
     "enforce_eager": False,
     "device": "auto",
     "attention_backend": "auto",
@@ -106,7 +107,8 @@ def test_a_typo_is_answered_with_the_nearest_name(given: str, nearest: str) -> N
         ("load_format", "gguf"),
         ("attention_backend", "flashinfer"),
         ("kv_cache_dtype", "int4"),
-        ("tensor_parallel_size", 2),
+        ("tensor_parallel_size", 0),
+        ("startup_timeout", 0),
         ("device", "tpu"),
     ],
 )

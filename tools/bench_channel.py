@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--ring-kb", type=int, default=1024)
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    channel = ChannelWriter(1, arguments.ring_kb * 1024)
+    channel = ChannelWriter.create(1, arguments.ring_kb * 1024)
     ours, theirs = context.Pipe()
     process = context.Process(target=read_messages, args=(channel.name, theirs), daemon=True)
     process.start()

@@ -79,3 +79,12 @@ class InProcessExecutor:
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.shutdown()
+
+
+def make_executor(config: EngineConfig, stopwatch: Stopwatch | None = None) -> Executor:
+    """One rank in this process, or several processes."""
+    if config.tensor_parallel_size == 1:
+        return InProcessExecutor(config, stopwatch)
+    from nanovllm.engine.multi_process_executor import MultiProcessExecutor
+
+    return MultiProcessExecutor(config, stopwatch)

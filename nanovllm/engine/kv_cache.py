@@ -30,8 +30,11 @@ class KVCacheShape:
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, model: ModelConfig, block_size: int, dtype: torch.dtype) -> KVCacheShape:
-        return cls(model.num_layers, model.num_kv_heads, model.head_dim, block_size, dtype)
+    def of(
+        cls, model: ModelConfig, block_size: int, dtype: torch.dtype, num_kv_heads: int | None = None
+    ) -> KVCacheShape:
+        """num_kv_heads: those of this rank; None: all."""
+        return cls(model.num_layers, num_kv_heads or model.num_kv_heads, model.head_dim, block_size, dtype)
 
     @property
     def has_scales(self) -> bool:

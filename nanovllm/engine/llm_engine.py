@@ -18,7 +18,7 @@ import xxhash
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch import ScheduledBatch, StepResult
-from nanovllm.engine.executor import Executor, InProcessExecutor, StepHandle
+from nanovllm.engine.executor import Executor, StepHandle, make_executor
 from nanovllm.engine.metrics import EngineMetrics, EngineStatistics, StatisticsLine
 from nanovllm.engine.request_spans import close_request_spans, open_request_spans
 from nanovllm.engine.scheduler import Scheduler
@@ -74,7 +74,7 @@ class LLMEngine:
         log_rule(logger)
         self.config = config
         stopwatch = Stopwatch()
-        self.executor: Executor = executor or InProcessExecutor(config, stopwatch)
+        self.executor: Executor = executor or make_executor(config, stopwatch)
         # Also when the engine is collected, and when Python ends: the device's memory is not left to chance.
         self._shut_down = weakref.finalize(self, self.executor.shutdown)
         self.resolved = self.executor.resolved

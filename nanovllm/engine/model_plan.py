@@ -57,6 +57,7 @@ class ModelPlan:
             with_weights = config.load_format != "dummy"
             folder = resolve_model_folder(config.model, config.revision, with_weights=with_weights)
             model_config = ModelConfig.from_folder(folder, config.hf_overrides)
+        check_tensor_parallel_size(config.tensor_parallel_size, model_config)
         device = _resolve_device(config.device)
         dtype = _resolve_dtype(config.dtype, model_config.dtype, device)
         return cls(
@@ -86,6 +87,28 @@ class ModelPlan:
         level = logging.INFO if config.max_model_len is None else logging.WARNING
         events.engine_max_model_len.log_at(level, logger, wanted=self.max_model_len, max_model_len=num_slots)
         return num_slots
+
+
+def check_tensor_parallel_size(size: int, model: ModelConfig) -> None:
+    """Raises InvalidArgumentError, which names the sizes that are possible, where heads can not be shared evenly."""
+
+    def fits(size: int) -> bool:
+        kv_heads = model.num_kv_heads
+        return (
+            model.num_heads % size == 0
+            and model.intermediate_size % size == 0
+            and (kv_heads % size == 0 or size % kv_heads == 0)
+        )
+
+    if not fits(size):
+        possible = ", ".join(str(other) for other in range(1, model.num_heads + 1) if fits(other))
+        raise InvalidArgumentError(
+            "tensor_parallel_size",
+            size,
+            f"one of {possible} for this model",
+            f"It divides num_attention_heads={model.num_heads} and intermediate_size={model.intermediate_size}, and "
+            f"divides num_key_value_heads={model.num_kv_heads} or is a multiple of it.",
+        )
 
 
 def _resolve_device(wanted: str) -> torch.device:

@@ -24,7 +24,7 @@ from nanovllm.engine.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
 from nanovllm.engine.model_plan import ModelPlan
 from nanovllm.engine.warm_up import WarmUp
 from nanovllm.errors import OutOfMemoryError
-from nanovllm.kernels.sample import sample
+from nanovllm.kernels.sample import best_candidates, sample, sample_candidates
 from nanovllm.layers.linear import pack_linear_weights
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.registry import get_model_class
@@ -81,9 +81,10 @@ class ModelRunner:
             config.kvcache_block_size,
             fp8_cache=plan.has_fp8_cache,
         )
-        shape = KVCacheShape.of(plan.model_config, attention.block_size, plan.kv_cache_dtype)
         model = plan.model_config
-        self._query_group = model.num_heads // self.parallel.size // self.parallel.divide_kv_heads(model.num_kv_heads)
+        num_kv_heads = self.parallel.divide_kv_heads(model.num_kv_heads)
+        shape = KVCacheShape.of(model, attention.block_size, plan.kv_cache_dtype, num_kv_heads)
+        self._query_group = model.num_heads // self.parallel.size // num_kv_heads
         self._uses_shared_prefixes = attention.decode.uses_shared_prefixes and not plan.has_fp8_cache
         self._graphs: DecodeGraphs | None = None
         self._traces = env.trace_file() is not None
@@ -95,7 +96,7 @@ class ModelRunner:
             )
             self._load(plan, config, shape)
             stopwatch.lap("weights")
-            num_blocks = self._num_blocks(config, shape, plan.max_model_len)
+            num_blocks = self.parallel.minimum(self._num_blocks(config, shape, plan.max_model_len), self.device)
             stopwatch.lap("largest steps")
             max_model_len = plan.fit_max_model_len(config, num_blocks * attention.block_size)
             self._log_cache(shape, num_blocks, plan.kv_cache_dtype_name)
@@ -182,9 +183,15 @@ class ModelRunner:
             return rows
         if inputs.sampled_tokens is not None:
             hidden = hidden[inputs.sampled_tokens]
-        logits = self.model.compute_logits(hidden)  # [num_sampled, vocab_size]
+        head = self.model.lm_head
+        logits = self.model.compute_logits(hidden) if self.parallel.size == 1 else head.logits_share(hidden)
         events.runner_output.log(logger, rank=self.parallel.rank, logits=list(logits.shape))
-        token_ids = sample(logits, self.rows.temperatures, self.rows.seeds, self.rows.lengths, rows)
+        state = (self.rows.temperatures, self.rows.seeds, self.rows.lengths, rows)
+        if self.parallel.size == 1:
+            token_ids = sample(logits, *state)
+        else:  # the ranks' winners are gathered, not their logits
+            candidates = sample_candidates(logits, *state, first_token=head.first)
+            token_ids = best_candidates(self.parallel.all_gather(candidates))
         self.rows.append(rows, token_ids)
         return token_ids
 
@@ -234,7 +241,8 @@ class ModelRunner:
             if self.device.type == "cuda":
                 materialise(model, self.device)
                 self._allocate(cache, 0, config.max_num_seqs, plan.max_model_len)
-                warm_up = WarmUp(self.submit, config.max_num_seqs)
+                if self.parallel.size == 1:  # ranks must run their collectives in one order
+                    warm_up = WarmUp(self.submit, config.max_num_seqs)
             if plan.folder is None or config.load_format == "dummy":
                 report = load_dummy_weights(model, self.device, config.seed)
             else:

@@ -103,25 +103,35 @@ class _Segment:
 
 
 class ChannelWriter(_Segment):
-    """The one that writes: makes the segment, after removing those of processes that no longer live.
+    """The one that writes. `create` makes a channel; `attach` finds one that another process made."""
 
-    capacity: bytes of the ring, a multiple of 64.
-    """
-
-    def __init__(self, num_readers: int, capacity: int = 1 << 20) -> None:
-        assert capacity >= 512, "a quarter of the ring holds a header and a piece"
-        assert capacity % _LINE == 0, "the ring holds whole cache lines"
-        remove_stale_segments()
-        size = _data_start(num_readers) + capacity
-        memory = SharedMemory(_new_name(), create=True, size=size)
+    def __init__(self, memory: SharedMemory, num_readers: int, capacity: int) -> None:
         super().__init__(memory, num_readers, capacity)
-        for index, number in enumerate((VERSION, capacity, num_readers), start=1):
-            self._words[index] = number
-        self._fence()
-        self._words[0] = _MAGIC
         self._sequence = 0
         self._head = 0
         self._is_broken = False
+
+    @classmethod
+    def create(cls, num_readers: int, capacity: int = 1 << 20) -> ChannelWriter:
+        """A new channel, after those of processes that no longer live are removed.
+
+        capacity: bytes of the ring, a multiple of 64.
+        """
+        assert capacity >= 512, "a quarter of the ring holds a header and a piece"
+        assert capacity % _LINE == 0, "the ring holds whole cache lines"
+        remove_stale_segments()
+        memory = SharedMemory(_new_name(), create=True, size=_data_start(num_readers) + capacity)
+        channel = cls(memory, num_readers, capacity)
+        for index, number in enumerate((VERSION, capacity, num_readers), start=1):
+            channel._words[index] = number
+        channel._fence()
+        channel._words[0] = _MAGIC
+        return channel
+
+    @classmethod
+    def attach(cls, name: str) -> ChannelWriter:
+        """To a channel that nobody has written to. Raises ChannelError when `name` is none of this version."""
+        return cls(*_open(name))
 
     def send(
         self,
@@ -191,22 +201,11 @@ class ChannelReader(_Segment):
     """One of the readers, by its number. Raises ChannelError when `name` is no segment of this version."""
 
     def __init__(self, name: str, reader: int) -> None:
-        try:
-            memory = SharedMemory(name)
-        except (FileNotFoundError, ValueError) as error:
-            raise ChannelError(f"There is no channel {name}: its process ended, or never made it.") from error
-        size = memory.size
-        words = _buffer_of(memory)[: size // 8 * 8].cast("Q")
-        magic, version, capacity, num_readers = words[:4].tolist() if len(words) >= 4 else (0, 0, 0, 0)
-        words.release()
-        fits = size >= _data_start(num_readers) + capacity and 0 <= reader < num_readers
-        if (magic, version) != (_MAGIC, VERSION) or not fits:
-            memory.close()
-            raise ChannelError(
-                f"{name} is no channel of version {VERSION} with a reader {reader}: it has version {version}, "
-                f"{num_readers} readers and {capacity} bytes."
-            )
+        memory, num_readers, capacity = _open(name)
         super().__init__(memory, num_readers, capacity)
+        if not 0 <= reader < num_readers:
+            self.close()
+            raise ChannelError(f"{name} has {num_readers} readers, there is no reader {reader}.")
         self._tail_word = _HEAD * (2 + reader)
         self._tail = self._words[self._tail_word]
         self._sequence = 0
@@ -246,6 +245,22 @@ class ChannelReader(_Segment):
             if received == length:
                 self._sequence += 1
                 return message
+
+
+def _open(name: str) -> tuple[SharedMemory, int, int]:
+    """The memory, the number of readers, and the capacity."""
+    try:
+        memory = SharedMemory(name)
+    except (FileNotFoundError, ValueError) as error:
+        raise ChannelError(f"There is no channel {name}: its process ended, or never made it.") from error
+    size = memory.size
+    words = _buffer_of(memory)[: size // 8 * 8].cast("Q")
+    magic, version, capacity, num_readers = words[:4].tolist() if size >= _LINE else (0, 0, 0, 0)
+    words.release()
+    if (magic, version) != (_MAGIC, VERSION) or size < _data_start(num_readers) + capacity:
+        memory.close()
+        raise ChannelError(f"{name}, of {size} bytes, is no channel of version {VERSION} (it has version {version}).")
+    return memory, num_readers, capacity
 
 
 def remove_stale_segments(folder: Path = _SHARED_MEMORY_FOLDER) -> list[str]:

@@ -27,6 +27,7 @@ from nanovllm.kernels.triton_support import (
 _BLOCK_SIZE = 2048  # logits a program reads
 _REFERENCE_PART = 1 << 18  # logits the reference works on at a time
 _MAX_SCALE = 1e6  # the largest 1 / T: beyond it noise no longer matters, and products would overflow
+_NO_TOKEN = 0x7FFFFFFF
 _MAX_LOGIT = 1e30  # infinities and NaN are drawn back to finite numbers, so that a row of them still gives an id
 
 
@@ -74,6 +75,7 @@ def _sample_block_kernel(
     block_token_ptr: tl.tensor,
     logits_stride: tl.tensor,
     vocab_size: tl.tensor,
+    first_token: tl.tensor,
     num_blocks: tl.tensor,
     MAX_SCALE: tl.constexpr,
     MAX_LOGIT: tl.constexpr,
@@ -92,14 +94,14 @@ def _sample_block_kernel(
     state = tl.load(rows_ptr + row)
     temperature = tl.load(temperatures_ptr + state)
     if temperature > 0.0:
-        bits = _noise_bits(tl.load(seeds_ptr + state), tl.load(positions_ptr + state), token_id)
+        bits = _noise_bits(tl.load(seeds_ptr + state), tl.load(positions_ptr + state), first_token + token_id)
         scale = tl.minimum(1.0 / temperature, MAX_SCALE)
         scores = scores * scale + _gumbel(bits, INTERPRETED)
     best = tl.max(scores, axis=0)
     token = tl.min(tl.where(scores == best, token_id, 0x7FFFFFFF), axis=0)
     tl.store(block_score_ptr + row * num_blocks + block, best)
     # In a row of nothing but -inf and NaN the masked ids behind the vocabulary may win.
-    tl.store(block_token_ptr + row * num_blocks + block, tl.minimum(token, vocab_size - 1))
+    tl.store(block_token_ptr + row * num_blocks + block, first_token + tl.minimum(token, vocab_size - 1))
 
 
 @jit
@@ -132,11 +134,14 @@ def _mix64_reference(x: torch.Tensor) -> torch.Tensor:
     return x ^ _unsigned_shift(x, 31)
 
 
-def noise_bits_reference(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """The kernel's 32 random bits for every row and token id: [num_rows, vocab_size] int32."""
+def noise_bits_reference(
+    seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int, first_token: int = 0
+) -> torch.Tensor:
+    """The kernel's 32 random bits for every row and token id from `first_token` on: [num_rows, vocab_size] int32."""
     key = _mix64_reference(_mix64_reference(seeds.long() + (0x9E3779B97F4A7C15 - (1 << 64))) ^ positions.long())
     low_key, high_key = key.to(torch.int32).unsqueeze(1), (key >> 32).to(torch.int32).unsqueeze(1)
-    x = torch.arange(vocab_size, dtype=torch.int32, device=seeds.device) ^ low_key
+    token_ids = torch.arange(first_token, first_token + vocab_size, dtype=torch.int32, device=seeds.device)
+    x = token_ids ^ low_key
     x = ((x ^ _unsigned_shift(x, 16)) * 0x7FEB352D) ^ high_key
     x = (x ^ _unsigned_shift(x, 15)) * (0x846CA68B - (1 << 32))
     return x ^ _unsigned_shift(x, 16)
@@ -150,26 +155,43 @@ def sample_reference(
     rows: torch.Tensor,
 ) -> torch.Tensor:
     """What `sample` must equal, in plain torch; also what runs on a CPU, in parts that stay in its cache."""
+    return _best_reference(logits, temperatures, seeds, positions, rows, 0)[1]
+
+
+def _best_reference(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    rows: torch.Tensor,
+    first_token: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row the best score and its token: [num_rows] fp32, [num_rows] int32."""
     part_size = max(_REFERENCE_PART // logits.shape[1], 1)
     inputs = (logits, temperatures[rows], seeds[rows], positions[rows])
     parts = zip(*(part.split(part_size) for part in inputs), strict=True)
-    tokens = [_sample_part(*part) for part in parts]
-    return torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int32, device=logits.device)
+    best = [_best_of_part(first_token, *part) for part in parts]
+    if not best:
+        return torch.empty(0, device=logits.device), torch.empty(0, dtype=torch.int32, device=logits.device)
+    scores, tokens = zip(*best, strict=True)
+    return torch.cat(scores), torch.cat(tokens)
 
 
-def _sample_part(
-    logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
+def _best_of_part(
+    first_token: int, logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     scores = torch.nan_to_num(logits.float(), nan=-_MAX_LOGIT).clamp_(-_MAX_LOGIT, _MAX_LOGIT)  # [num_rows, vocab_size]
     drawn = (temperatures > 0).unsqueeze(1)  # [num_rows, 1]
     if drawn.any():
-        bits = noise_bits_reference(seeds, positions, logits.shape[1])
+        bits = noise_bits_reference(seeds, positions, logits.shape[1], first_token)
         uniform = (bits.float() + (bits < 0) * 2.0**32 + 0.5) * 2.0**-32  # [num_rows, vocab_size]
         gumbel = uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
         scale = (1.0 / temperatures).clamp(max=_MAX_SCALE).unsqueeze(1)
         scores = torch.where(drawn, scores * scale + gumbel, scores)
+    best = scores.amax(dim=-1, keepdim=True)  # [num_rows, 1]
     # As bytes: argmax gives the lowest id among equals.
-    return (scores == scores.amax(dim=-1, keepdim=True)).byte().argmax(dim=-1).to(torch.int32)
+    tokens = (scores == best).byte().argmax(dim=-1).to(torch.int32) + first_token
+    return best.squeeze(1), tokens
 
 
 def sample(
@@ -189,24 +211,12 @@ def sample(
     """
     if not runs_triton(logits, use_triton):
         return sample_reference(logits, temperatures, seeds, positions, rows)
-    num_rows, vocab_size = logits.shape
-    num_blocks = -(-vocab_size // _BLOCK_SIZE)
+    num_rows = len(logits)
     tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)  # [num_rows]
     if num_rows == 0:
         return tokens
-    block_score = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits.device)  # [num_rows, num_blocks]
-    block_token = torch.empty_like(block_score, dtype=torch.int32)  # [num_rows, num_blocks]
-    _sample_block_kernel[(num_blocks, num_rows)](
-        *(logits, temperatures, seeds, positions, rows, block_score, block_token),
-        logits.stride(0),
-        *(vocab_size, num_blocks),
-        MAX_SCALE=_MAX_SCALE,
-        MAX_LOGIT=_MAX_LOGIT,
-        BLOCK_SIZE=_BLOCK_SIZE,
-        INTERPRETED=INTERPRETED,
-        num_warps=2,
-        **pdl_options(logits.device),
-    )
+    block_score, block_token = _best_of_blocks(logits, temperatures, seeds, positions, rows, 0)
+    num_blocks = block_score.shape[1]
     _merge_blocks_kernel[(num_rows,)](
         *(block_score, block_token, tokens, num_blocks),
         BLOCK_SIZE=next_power_of_2(num_blocks),
@@ -214,3 +224,68 @@ def sample(
         **pdl_options(logits.device),
     )
     return tokens
+
+
+def sample_candidates(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    rows: torch.Tensor,
+    first_token: int,
+    *,
+    use_triton: bool | None = None,
+) -> torch.Tensor:
+    """`sample` where the vocabulary is cut over ranks: this rank's winners, of which `best_candidates` takes one.
+
+    As there, but logits [num_rows, tokens on this rank] are those of tokens `first_token` … (there may be none)
+    → [num_rows, 2] int32: the bits of the winner's fp32 score, and its token.
+    """
+    if not logits.shape[1]:
+        scores = logits.new_full((len(logits),), -torch.inf, dtype=torch.float32)
+        tokens = torch.full_like(scores, _NO_TOKEN, dtype=torch.int32)
+    elif runs_triton(logits, use_triton) and len(logits):
+        scores, tokens = _lowest_best(
+            *_best_of_blocks(logits, temperatures, seeds, positions, rows, first_token), dim=1
+        )
+    else:
+        scores, tokens = _best_reference(logits, temperatures, seeds, positions, rows, first_token)
+    return torch.stack([scores.view(torch.int32), tokens], dim=1)
+
+
+def best_candidates(candidates: torch.Tensor) -> torch.Tensor:
+    """The ranks' `sample_candidates` [num_ranks, num_rows, 2] → tokens [num_rows] int32, the lowest id among equals."""
+    scores, tokens = candidates.unbind(-1)
+    return _lowest_best(scores.contiguous().view(torch.float32), tokens, dim=0)[1]
+
+
+def _lowest_best(scores: torch.Tensor, tokens: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    best = scores.amax(dim=dim, keepdim=True)
+    return best.squeeze(dim), tokens.masked_fill(scores != best, _NO_TOKEN).amin(dim=dim)
+
+
+def _best_of_blocks(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    rows: torch.Tensor,
+    first_token: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row and block of logits the best score and its token: [num_rows, num_blocks] fp32 and int32."""
+    num_rows, vocab_size = logits.shape
+    num_blocks = -(-vocab_size // _BLOCK_SIZE)
+    block_score = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits.device)  # [num_rows, num_blocks]
+    block_token = torch.empty_like(block_score, dtype=torch.int32)  # [num_rows, num_blocks]
+    _sample_block_kernel[(num_blocks, num_rows)](
+        *(logits, temperatures, seeds, positions, rows, block_score, block_token),
+        logits.stride(0),
+        *(vocab_size, first_token, num_blocks),
+        MAX_SCALE=_MAX_SCALE,
+        MAX_LOGIT=_MAX_LOGIT,
+        BLOCK_SIZE=_BLOCK_SIZE,
+        INTERPRETED=INTERPRETED,
+        num_warps=2,
+        **pdl_options(logits.device),
+    )
+    return block_score, block_token

@@ -39,9 +39,16 @@ class VocabParallelEmbedding(nn.Module):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_rows, hidden_size] → [num_rows, vocab_size], the same on every rank."""
-        product = skinny_linear if suits_skinny_linear(hidden, self.weight) else F.linear
-        logits = self.tensor_parallel.all_gather_last_dim(product(hidden, self.weight))
+        logits = self.tensor_parallel.all_gather_last_dim(self._product(hidden))
         return logits[:, : self.vocab_size]
+
+    def logits_share(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_rows, hidden_size] → [num_rows, tokens on this rank]: those from `first` on, without padding."""
+        return self._product(hidden)[:, : max(self.vocab_size - self.first, 0)]
+
+    def _product(self, hidden: torch.Tensor) -> torch.Tensor:
+        product = skinny_linear if suits_skinny_linear(hidden, self.weight) else F.linear
+        return product(hidden, self.weight)
 
     def weight_parts(self, prefix: str) -> Mapping[str, Sequence[WeightPart]]:
         hidden_size = self.weight.shape[1]

@@ -5,21 +5,37 @@ Every layer is handed its `TensorParallel` when it is built; at size 1 the colle
 
 from __future__ import annotations
 
+import logging
+import time
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from nanovllm.errors import InvalidArgumentError
+from nanovllm.utils.logger import log_communication, setup_logger
+
+logger = setup_logger(__name__)
+
+
+class Group(Protocol):
+    """What joins the ranks: torch's `ProcessGroup`, or one of its backends (`ProcessGroupNCCL`, `ProcessGroupGloo`).
+
+    Called themselves, these need no process-wide default group, so that two engines can live in one process.
+    """
+
+    def allreduce(self, tensors: list[torch.Tensor], /) -> Any: ...
+
+    def _allgather_base(self, output: torch.Tensor, tensor: torch.Tensor, /) -> Any: ...
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Rank `rank` of `size`; `group` is the process group that joins them (None at size 1)."""
+    """Rank `rank` of `size`; `group` joins them (None at size 1)."""
 
     rank: int = 0
     size: int = 1
-    group: dist.ProcessGroup | None = None
+    group: Group | None = None
 
     def divide(self, field: str, value: int) -> int:
         """This rank's share of `value`. Raises InvalidArgumentError when it cannot be shared evenly."""
@@ -44,13 +60,33 @@ class TensorParallel:
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.group)
+            started = time.perf_counter()
+            self._members.allreduce([tensor]).wait()
+            self._log("all_reduce", tensor, started)
         return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ranks' tensors [...] one after another: [size, ...]."""
+        stacked = tensor.new_empty((self.size, *tensor.shape))
+        started = time.perf_counter()
+        self._members._allgather_base(stacked.flatten(0, 1), tensor.contiguous()).wait()
+        self._log("all_gather", tensor, started)
+        return stacked
 
     def all_gather_last_dim(self, tensor: torch.Tensor) -> torch.Tensor:
         """The ranks' tensors [rows, n] side by side: [rows, size · n]."""
-        if self.size == 1:
-            return tensor
-        stacked = tensor.new_empty((self.size, *tensor.shape))  # [size, rows, n]
-        dist.all_gather_into_tensor(stacked, tensor.contiguous(), group=self.group)
-        return stacked.movedim(0, -2).flatten(-2)
+        return tensor if self.size == 1 else self.all_gather(tensor).movedim(0, -2).flatten(-2)
+
+    def minimum(self, value: int, device: torch.device) -> int:
+        """The least of the ranks' values. Waits for all ranks."""
+        return value if self.size == 1 else int(self.all_gather(torch.tensor([value], device=device)).min())
+
+    @property
+    def _members(self) -> Group:
+        assert self.group is not None, "a rank among several needs a group"
+        return self.group
+
+    def _log(self, operation: str, tensor: torch.Tensor, started: float) -> None:
+        if logger.isEnabledFor(logging.DEBUG):  # on a GPU the call only launches: no time is known
+            elapsed_ms = (time.perf_counter() - started) * 1e3 if tensor.device.type == "cpu" else None
+            log_communication(logger, operation, [tensor], self.rank, self.size, elapsed_ms=elapsed_ms)

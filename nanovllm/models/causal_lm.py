@@ -10,6 +10,7 @@ from torch import nn
 
 from nanovllm.attention.interface import AttentionMetadata, LayerKVCache
 from nanovllm.layers.attention import AttentionBackends
+from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.model_config import ModelConfig
 
@@ -22,6 +23,7 @@ class CausalLM(nn.Module, ABC):
     """
 
     redundant_weights: frozenset[str]  # checkpoint tensors that may be there and are not needed
+    lm_head: VocabParallelEmbedding
 
     @abstractmethod
     def __init__(

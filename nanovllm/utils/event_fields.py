@@ -60,6 +60,7 @@ FIELDS: Mapping[str, Field] = {
     "kind": Field(str, "prefill, decode or mixed (PREFILL, DECODE in `runner.*`)"),
     "kv_cache_usage": Field(float, "share of the blocks in use, 0 to 1"),
     "logits": Field(SHAPE, "shape of the logits"),
+    "lost_rank": Field(int, "rank of the process that is gone"),
     "max_model_len": Field(int, "longest request in tokens, prompt and output together"),
     "max_seqlen_k": Field(int, "most keys that a sequence of the step has"),
     "max_seqlen_q": Field(int, "most queries that a sequence of the step has"),

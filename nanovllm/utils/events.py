@@ -264,10 +264,17 @@ profile_written = Event(
     "rank",
 )
 tensors = Event("tensors", DEBUG, "", "{prefix}tensors: {shapes}")
+worker_lost = Event(
+    "worker.lost",
+    ERROR,
+    "engine.worker_pool",
+    "Rank {lost_rank} {problem}",
+    unseen="more than one rank",
+)
 communication = Event(
     "communication",
     DEBUG,
-    "layers.parallel",
+    "layers.parallel engine.worker engine.worker_pool",
     "[Rank {rank}/{world_size}] {operation}: {details}",
     "elapsed_ms",
     optional="shapes bytes",

@@ -1,0 +1,182 @@
+"""Several ranks: one in this process, each other in one of its own, all running the same steps.
+
+A step is the batch's bytes, sent to all workers, then run here as there; the ranks meet in the model's collectives.
+Every rank samples the same tokens, so that nothing but rank 0's is read.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from multiprocessing.util import Finalize
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from nanovllm.config import EngineConfig
+from nanovllm.engine.batch import ScheduledBatch, StepResult
+from nanovllm.engine.executor import StepHandle
+from nanovllm.engine.worker import NUMBER, MessageKind
+from nanovllm.engine.worker_pool import WorkerPool
+from nanovllm.errors import EngineDeadError, InvalidArgumentError
+from nanovllm.utils.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    import torch
+
+    from nanovllm.diagnostics.rank import RankDiagnostics
+    from nanovllm.engine.model_runner import ModelRunner
+    from nanovllm.layers.parallel import TensorParallel
+
+
+class MultiProcessExecutor:
+    """`config.tensor_parallel_size` ranks. An error in a step, on whichever rank, ends all of them.
+
+    Raises WorkerError when a rank is lost: it died, raised (its traceback is in the message), or was not ready within
+    `config.startup_timeout`.
+    """
+
+    def __init__(self, config: EngineConfig, stopwatch: Stopwatch | None = None) -> None:
+        stopwatch = stopwatch or Stopwatch()
+        import torch
+
+        from nanovllm.engine.model_plan import ModelPlan
+
+        plan = ModelPlan.of(config)  # what can not work is refused before any process starts
+        size = config.tensor_parallel_size
+        configs = [replace(config, device=str(device)) for device in rank_devices(plan.device, size)]
+        self._runner: ModelRunner | None = None
+        self._parallel: TensorParallel | None = None
+        self._error: BaseException | None = None
+        self._num_synchronized = 0
+        self._workers = WorkerPool(configs[1:], max(1, torch.get_num_threads() // size))
+        # Before multiprocessing ends what is left of its children, when Python ends.
+        self._finalize = Finalize(self, self._workers.shutdown, exitpriority=10)
+        try:
+            self._start(configs[0], plan.device, stopwatch)
+        except BaseException as error:
+            cause = error if not isinstance(error, Exception) else self._workers.explain(error)
+            self.shutdown()
+            if cause is error:
+                raise
+            raise cause from error
+
+    def _start(self, config: EngineConfig, device: torch.device, stopwatch: Stopwatch) -> None:
+        from nanovllm.engine.model_runner import ModelRunner
+        from nanovllm.engine.rank_group import join_ranks, leave_ranks, open_store
+
+        stopwatch.lap("imports")
+        workers, size = self._workers, config.tensor_parallel_size
+        workers.wait_until_attached()
+        store = open_store(size, config.startup_timeout)
+        workers.send(MessageKind.JOIN, NUMBER.pack(store.port))
+        parallel = self._parallel = workers.run(lambda: join_ranks(store, 0, size, device))
+        workers.break_off = lambda: leave_ranks(parallel)
+        stopwatch.lap("ranks")
+        self._runner = ModelRunner(config, parallel, stopwatch)
+        workers.wait_until_ready()
+        stopwatch.lap("other ranks")
+        self.resolved = self._runner.resolved
+
+    def submit(self, batch: ScheduledBatch) -> StepHandle:
+        runner = self._alive_runner()
+        try:
+            with _interrupts_deferred():  # Ctrl-C between the two would leave the ranks at different steps
+                self._workers.send(MessageKind.STEP, batch.buffer)
+                return runner.submit(batch)
+        except Exception as error:
+            with suppress(Exception):
+                runner.diagnostics.explain(error, batch.num_tokens, self.resolved)
+            raise self._break(error) from error
+
+    def collect(self, handle: StepHandle) -> StepResult:
+        try:
+            result = handle.wait()
+            self._workers.check()  # a collective that was broken off gives numbers, too
+        except Exception as error:
+            raise self._break(error) from error
+        return result
+
+    def synchronize(self) -> None:
+        if self._error is not None:
+            raise EngineDeadError(f"A rank failed: {self._error}") from self._error
+        if self._runner is None:
+            return
+        try:
+            self._num_synchronized += 1
+            number = NUMBER.pack(self._num_synchronized)
+            self._workers.send(MessageKind.SYNCHRONIZE, number)
+            self._runner.synchronize()
+            self._workers.wait_for_answers(number)
+        except Exception as error:
+            raise self._break(error) from error
+
+    @property
+    def diagnostics(self) -> RankDiagnostics:
+        """Those of rank 0."""
+        return self._alive_runner().diagnostics
+
+    def shutdown(self) -> None:
+        workers_first = self._error is not None or self._workers.failure is not None
+        if workers_first:
+            self._leave()
+        self._finalize()  # once: ends the workers
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            runner.shutdown()
+        self._leave()
+
+    def _leave(self) -> None:
+        from nanovllm.engine.rank_group import leave_ranks
+
+        parallel, self._parallel = self._parallel, None
+        if parallel is not None:
+            leave_ranks(parallel)
+
+    def _break(self, error: Exception) -> BaseException:
+        """After an error the ranks are at different places: all end. Returns what to raise."""
+        self._error = self._workers.explain(error)
+        self._leave()
+        self._workers.shutdown()
+        return self._error
+
+    def _alive_runner(self) -> ModelRunner:
+        if self._runner is None or self._error is not None:
+            raise EngineDeadError("The executor was shut down." if self._error is None else str(self._error))
+        return self._runner
+
+
+def rank_devices(first: torch.device, size: int) -> list[torch.device]:
+    """One GPU a rank, from `first` on; on a CPU they share it."""
+    import torch
+
+    if first.type == "cpu":
+        return [first] * size
+    count = torch.cuda.device_count()
+    if first.index + size > count:
+        raise InvalidArgumentError(
+            "tensor_parallel_size",
+            size,
+            f"at most {count - first.index}: the GPUs from {first} on",
+            "Each rank has a GPU of its own.",
+        )
+    return [torch.device("cuda", first.index + rank) for rank in range(size)]
+
+
+@contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Ctrl-C takes effect at the end of the block."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    received: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: received.append((number, frame)))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if received:
+            handler(*received[0])
