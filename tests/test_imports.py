@@ -31,7 +31,10 @@ LEVELS = [
     ("nanovllm.errors",),
 ]
 # Where decisions are made: plain Python and numpy.
-WITHOUT_TORCH = ["batch", "block_manager", "executor", "llm_engine", "row_table", "scheduler", "sequence"]
+WITHOUT_TORCH = [
+    *("batch", "block_manager", "executor", "llm_engine", "row_table", "scheduler", "sequence", "shm_channel"),
+    "worker_pool",
+]
 
 
 def module_name(path: Path) -> str:

@@ -139,7 +139,7 @@ class MultiProcessExecutor:
         """After an error the ranks are at different places: all end. Returns what to raise."""
         self._error = self._workers.explain(error)
         self._leave()
-        self._workers.shutdown()
+        self._workers.shutdown(gently=False)
         return self._error
 
     def _alive_runner(self) -> ModelRunner:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from nanovllm.config import EngineConfig
 from nanovllm.engine.shm_channel import ChannelReader, ChannelWriter
 from nanovllm.engine.worker import FAILURE, MessageKind, WorkerStart, run_worker
-from nanovllm.errors import ChannelError, WorkerError
+from nanovllm.errors import ChannelError, NanoVLLMError, WorkerError
 from nanovllm.utils import events
 from nanovllm.utils.logger import log_communication, setup_logger
 
@@ -31,6 +31,7 @@ T = TypeVar("T")
 _REPORT_RING = 1 << 16  # bytes
 _SEND_SECONDS = 300.0  # that the slowest rank may hold a message back
 _EXIT_SECONDS = 5.0  # that workers may take to end by themselves
+_LOOK_SECONDS = 0.5
 _GRACE_SECONDS = 0.8  # from a collective's failure in rank 0 to the news why
 _STAGES = {0: "has not started", MessageKind.ATTACHED: "is loading"}
 
@@ -138,6 +139,8 @@ class WorkerPool:
 
     def explain(self, error: BaseException) -> BaseException:
         """What rank 0 should raise for `error` of its own: the loss of a worker, where that is behind it."""
+        if isinstance(error, NanoVLLMError):
+            return error  # it says itself what is wrong
         if isinstance(error, RuntimeError):  # what collectives raise; the news may be a moment behind
             deadline = time.monotonic() + _GRACE_SECONDS
             while self.failure is None and time.monotonic() < deadline:
@@ -179,7 +182,8 @@ class WorkerPool:
         deadline = time.monotonic() + self._timeout
         while True:
             # A limited wait: that the pool was told to end, or is ready, is seen in between.
-            ended = connection.wait(list(ranks), timeout=0.5)
+            left = deadline - time.monotonic() if not self._is_ready else _LOOK_SECONDS
+            ended = connection.wait(list(ranks), timeout=min(max(left, 0.01), _LOOK_SECONDS))
             if self._is_told_to_end:
                 return
             if ended:
@@ -214,11 +218,9 @@ class WorkerPool:
         elif status[rank] < 0:
             self._fail(rank, f"was killed by {signal.Signals(-status[rank]).name}.")
         else:
-            guard = "" if self._stage[rank] else " A script that starts an engine with several ranks needs an "
-            guard += (
-                "" if self._stage[rank] else "if __name__ == '__main__': around what it does, as each rank reads it."
+            self._fail(
+                rank, f"ended with exit status {status[rank]} and gave no reason.{_guard_hint(self._stage[rank])}"
             )
-            self._fail(rank, f"ended with exit status {status[rank]} and gave no reason.{guard}")
 
     def _fail(self, rank: int, problem: str, traceback: str = "") -> None:
         if self.failure is not None or self._is_told_to_end:
@@ -240,13 +242,16 @@ class WorkerPool:
         for channel in (self._commands, *self._reports.values()):
             channel.unlink()
 
-    def shutdown(self) -> None:
-        """Ends all workers, gently where they listen, and leaves nothing behind. Calling it again does nothing."""
+    def shutdown(self, *, gently: bool = True) -> None:
+        """Ends all workers and leaves nothing behind. Calling it again does nothing.
+
+        gently: those that listen give their memory back themselves; else all are killed.
+        """
         with self._ending:
             if self._has_ended:
                 return
             self._is_told_to_end = self._has_ended = True
-            if self.failure is None and self._is_ready:
+            if gently and self.failure is None and self._is_ready:
                 with suppress(ChannelError, WorkerError):
                     self._commands.send(MessageKind.SHUTDOWN, timeout=1.0)
                 deadline = time.monotonic() + _EXIT_SECONDS
@@ -262,3 +267,13 @@ class WorkerPool:
                 channel.close()
             for process in self._processes.values():
                 process.close()
+
+
+def _guard_hint(stage: int) -> str:
+    """What to do about a process that ended before our code in it began."""
+    if stage:
+        return ""
+    return (
+        " Each rank reads the script that starts the engine: what the script does must stand below "
+        "if __name__ == '__main__'."
+    )

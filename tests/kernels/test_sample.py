@@ -1,9 +1,17 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
-from nanovllm.kernels.sample import noise_bits_reference, sample, sample_reference
+from nanovllm.kernels.sample import (
+    best_candidates,
+    noise_bits_reference,
+    sample,
+    sample_candidates,
+    sample_reference,
+)
 from tests.kernels.inputs import DTYPES
 
 # Infinities are meant; numpy, below Triton's interpreter, reports them.
@@ -157,3 +165,25 @@ def test_broken_logits_still_give_valid_ids(device, temperature, use_triton):
 def test_no_rows_give_no_tokens(device):
     empty = torch.empty(0, dtype=torch.int64, device=device)
     assert draw(torch.empty(0, 10, device=device), 1.0, empty, empty, True).shape == (0,)
+
+
+@pytest.mark.parametrize("use_triton", [False, True])
+@pytest.mark.parametrize("cuts", [[0, 5000, 10007], [0, 1, 4096, 10007, 10007], [0, 10007]])
+def test_candidates_of_parts_of_the_vocabulary_give_the_token_of_the_whole(device, generator, cuts, use_triton):
+    """The same token wherever it is cut, also where a rank has no part, among equals, and in a row without numbers."""
+    logits = (3 * torch.randn(6, cuts[-1], generator=generator)).to(device)
+    logits[4] = 1.0
+    logits[5] = -torch.inf
+    temperatures = torch.tensor([0.0, 1e-4, 0.6, 1.0, 0.0, 0.0], device=device)
+    seeds = torch.tensor([1, -5, 2**62, 7, 7, 0], device=device)
+    positions = torch.arange(6, dtype=torch.int32, device=device)
+    rows = torch.tensor([0, 2, 1, 3, 4, 5], dtype=torch.int32, device=device)
+    state = (temperatures, seeds, positions, rows)
+    parts = [
+        sample_candidates(logits[:, start:stop], *state, first_token=start, use_triton=use_triton)
+        for start, stop in itertools.pairwise(cuts)
+    ]
+    assert {part.dtype for part in parts} == {torch.int32}
+    got = best_candidates(torch.stack(parts))
+    assert got.tolist() == sample(logits, *state, use_triton=use_triton).tolist()
+    assert got[4:].tolist() == [0, 0]
