@@ -28,6 +28,12 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 ROOT = Path(nanovllm.__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _quiet_exporter() -> None:
+    """Its thread may try once more after a test has ended its collector: no other test is to meet its warning."""
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+
+
 class Collector(ThreadingHTTPServer):
     """Keeps what is posted. `answers`: cleared, it takes requests and never answers."""
 
