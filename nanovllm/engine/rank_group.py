@@ -6,6 +6,7 @@ meet at a store whose port the system chose.
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from nanovllm.layers.parallel import TensorParallel
 
 _HOST = "127.0.0.1"
+_LEAVE_SECONDS = 5.0
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a lost rank is noticed long before, by its process
 
 
@@ -43,8 +45,18 @@ def join_ranks(store: Any, rank: int, size: int, device: torch.device) -> Tensor
 
 
 def leave_ranks(parallel: TensorParallel) -> None:
-    """Ends the group, and collectives that hang because a rank is gone. May be called from another thread."""
+    """Ends the group, and with it collectives that hang because a rank is gone. May be called from another thread.
+
+    Never raises, and waits a limited time: the group may be in any state.
+    """
     group: Any = parallel.group
-    if type(group).__name__ == "ProcessGroupNCCL":  # a name that a torch without CUDA lacks
+    if type(group).__name__ != "ProcessGroupNCCL":  # gloo's collectives end with the other processes
+        return
+
+    def abort() -> None:
         with suppress(Exception):  # it may have failed already
             group.abort()
+
+    thread = threading.Thread(target=abort, name="nanovllm-leave", daemon=True)
+    thread.start()
+    thread.join(_LEAVE_SECONDS)

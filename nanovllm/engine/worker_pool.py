@@ -227,8 +227,8 @@ class WorkerPool:
             return
         self.failure = WorkerError(rank, problem, traceback)
         events.worker_lost.log(logger, lost_rank=rank, problem=problem)
-        self.break_off()
         self._kill()
+        self.break_off()
 
     def _slowest(self) -> int:
         alive = [rank for rank, process in self._processes.items() if process.is_alive()]
