@@ -174,10 +174,12 @@ class RowParallelLinear(_Linear):
         hidden [num_tokens, share of input_size], residual [num_tokens, output_size] → as residual, both: the sum and
         None, or the product and the residual, for the norm that follows to add.
         """
+        is_skinny = suits_skinny_linear(hidden, self.weight)
         if self.tensor_parallel.size > 1:
-            output = self.tensor_parallel.all_reduce(linear(hidden, self.weight))
+            product = skinny_linear(hidden, self.weight) if is_skinny else linear(hidden, self.weight)
+            output = self.tensor_parallel.all_reduce(product)
             return output if self.bias is None else output + self.bias, residual  # bias once, not once a rank
-        if suits_skinny_linear(hidden, self.weight):
+        if is_skinny:
             return skinny_linear(hidden, self.weight, self.bias, residual=residual), None
         return linear(hidden, self.weight, self.bias), residual
 
