@@ -41,6 +41,7 @@ model_weights = Event(
     INFO,
     "engine.model_runner",
     "[Rank {rank}] Loaded {num_tensors} tensors, {gigabytes:.2f}GB from {num_files} files in {seconds:.2f}s",
+    of_each_rank=True,
 )
 kv_cache_sizing = Event(
     "kv_cache.sizing",
@@ -49,6 +50,7 @@ kv_cache_sizing = Event(
     "KV cache sizing: total={total_gb:.2f}GB, gpu_memory_utilization={utilization}, weights={weights_gb:.2f}GB, "
     "activations={activations_gb:.2f}GB, free={free_gb:.2f}GB, so available={available_gb:.2f}GB",
     unseen="a GPU, and no num_kvcache_blocks",
+    of_each_rank=True,
 )
 kv_cache_config = Event(
     "kv_cache.config",
@@ -90,9 +92,16 @@ _GPU_MEMORY = "allocated_bytes reserved_bytes free_bytes total_bytes"
 _MEMORY = f"device peak_bytes resident_bytes {_GPU_MEMORY}"  # which of them, says what the device is
 
 memory = Event("memory", INFO, "", "{prefix}{memory}", optional=_MEMORY)
-model_loaded = Event("model.loaded", INFO, "engine.model_runner", "After model loading - {memory}", optional=_MEMORY)
+model_loaded = Event(
+    "model.loaded", INFO, "engine.model_runner", "After model loading - {memory}", optional=_MEMORY, of_each_rank=True
+)
 kv_cache_memory = Event(
-    "kv_cache.memory", INFO, "engine.model_runner", "After KV cache allocation - {memory}", optional=_MEMORY
+    "kv_cache.memory",
+    INFO,
+    "engine.model_runner",
+    "After KV cache allocation - {memory}",
+    optional=_MEMORY,
+    of_each_rank=True,
 )
 generation_memory = Event("generation.memory", INFO, "llm", "After generation - {memory}", optional=_MEMORY)
 

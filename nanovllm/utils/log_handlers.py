@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from nanovllm.errors import InvalidArgumentError
+from nanovllm.utils.events import EVENTS
 from nanovllm.utils.log_formats import JsonFormatter, TextFormatter
 
 __all__ = ["ConsoleHandler", "LogFileHandler", "formatter_of"]
@@ -37,16 +38,19 @@ class ConsoleHandler(logging.Handler):
         super().__init__()
         self.setFormatter(formatter_of("text"))
         self.terminal_formatter: logging.Formatter | None = None  # for a terminal, where it is another
+        self.rank = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._another_handler_takes(record):
+        if self._another_handler_takes(record) or (self.rank and _says_what_rank_0_says(record)):
             return
         try:
             # sys.stderr is looked up now and not kept: it may have been replaced since (pytest, notebooks).
             is_terminal = getattr(sys.stderr, "isatty", bool)()
             formatter = self.terminal_formatter if is_terminal else None
             with _progress_bars_cleared():
-                print((formatter or self).format(record), file=sys.stderr, flush=True)
+                # One write a line: the lines of several ranks do not mix.
+                sys.stderr.write((formatter or self).format(record) + "\n")
+                sys.stderr.flush()
         except Exception:
             self.handleError(record)
 
@@ -57,6 +61,13 @@ class ConsoleHandler(logging.Handler):
                 return True
             logger = logger.parent if logger.propagate else None
         return False
+
+
+def _says_what_rank_0_says(record: logging.LogRecord) -> bool:
+    """At INFO all ranks would say the same; who asks for DEBUG wants to see each."""
+    event = EVENTS.get(getattr(record, "event", ""))
+    at_info = record.levelno == logging.INFO and not logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
+    return at_info and event is not None and not event.of_each_rank
 
 
 def _progress_bars_cleared() -> AbstractContextManager[object]:

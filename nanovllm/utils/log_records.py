@@ -45,6 +45,7 @@ class Event:
     more: str = ""
     optional: str = ""  # fields that are left out where they do not apply
     others: str = ""  # which fields it has whose names depend on a configuration
+    of_each_rank: bool = False  # whether a rank above 0 has something of its own to say with it at INFO
     unseen: str = ""  # why a run in one process on a CPU does not show it
 
     def log(self, logger: logging.Logger, **fields: Any) -> None:

@@ -118,6 +118,7 @@ def configure_logging(rank: int | None = None) -> None:
         _apply_levels({})
         return
     log_format, console = env.log_format(), _STATE.console
+    console.rank = _STATE.rank
     console.setFormatter(formatter_of(log_format, _STATE.rank))
     console.terminal_formatter = None if env.no_color() else formatter_of(log_format, _STATE.rank, colour=True)
     if console not in package_logger.handlers:

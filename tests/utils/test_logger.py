@@ -664,3 +664,24 @@ def test_after_a_reset_the_first_step_is_first_again():
     assert levels(policy, [(1, 4, 0), (2, 4, 0)]) == "Id"
     policy.reset()
     assert levels(policy, [(3, 4, 0), (4, 4, 0)]) == "Id"
+
+
+def test_ranks_above_0_say_only_what_is_their_own():
+    script = """
+from nanovllm.utils import events
+from nanovllm.utils.logger import configure_logging, setup_logger
+configure_logging(rank=1)
+logger = setup_logger("nanovllm.engine.model_runner")
+events.model_loading.log(logger, rank=1, model="m")
+events.model_weights.log(logger, rank=1, num_tensors=1, gigabytes=0.5, num_files=1, seconds=0.1)
+logger.info("of a plugin")
+logger.warning("trouble")
+"""
+    _, error = run_script(script)
+    assert [LINE.match(line)["message"] for line in error.splitlines()] == [
+        "[Rank 1] Loaded 1 tensors, 0.50GB from 1 files in 0.10s",
+        "of a plugin",
+        "trouble",
+    ]
+    _, error = run_script(script, NANOVLLM_LOG_LEVEL="DEBUG")
+    assert "[Rank 1] Loading model: m" in error
