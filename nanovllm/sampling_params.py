@@ -19,6 +19,10 @@ class SamplingParams:
     temperature: 0 is greedy; up to 2, logits are divided by it before a token is drawn.
     max_tokens: the most tokens to generate; None goes on to the model's length.
     ignore_eos: generate past the end-of-sequence token, for benchmarks.
+    top_k: draw among the k likeliest tokens only, and those level with the last of them; 0 or -1: all.
+    top_p: among the fewest likeliest tokens that have this much of the probability; above 0, 1: all.
+    min_p: among tokens at least this much as likely as the likeliest; from 0 (all) to 1.
+        Applied after temperature in the order min_p, top_k, top_p; top_p counts what the others leave.
     seed: a request with a seed draws the same tokens whatever runs beside it; None takes one from
         the engine's seed and the order of arrival.
 
@@ -29,6 +33,9 @@ class SamplingParams:
     max_tokens: int | None = 64
     ignore_eos: bool = False
     seed: int | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not math.isfinite(self.temperature) or not 0 <= self.temperature <= 2:
@@ -41,6 +48,17 @@ class SamplingParams:
             raise InvalidArgumentError("ignore_eos", self.ignore_eos, "True or False")
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed <= MAX_SEED):
             raise InvalidArgumentError("seed", self.seed, "an integer from 0 to 2**63 - 1, or None")
+        if not _is_integer(self.top_k) or self.top_k < -1:
+            raise InvalidArgumentError("top_k", self.top_k, "an integer ≥ 1, or 0 or -1 for all tokens")
+        if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
+            raise InvalidArgumentError("top_p", self.top_p, "a number above 0, up to 1 (all tokens)")
+        if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
+            raise InvalidArgumentError("min_p", self.min_p, "a number from 0 (all tokens) to 1")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether a token is drawn from fewer than all."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
 
 def _is_integer(value: object) -> bool:

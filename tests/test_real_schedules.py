@@ -94,6 +94,9 @@ prompts = st.builds(
 params = st.builds(
     SamplingParams,
     temperature=st.sampled_from([0.0, 0.0, 0.7, 1.3]),
+    top_k=st.sampled_from([0, 0, 0, 20]),
+    top_p=st.sampled_from([1.0, 1.0, 1.0, 0.7]),
+    min_p=st.sampled_from([0.0, 0.0, 0.0, 0.1]),
     seed=st.integers(0, 2**63 - 1),
     max_tokens=st.integers(1, 30),
     ignore_eos=st.booleans(),

@@ -18,6 +18,9 @@ def test_defaults_are_those_of_nano_vllm() -> None:
         "max_tokens": 64,
         "ignore_eos": False,
         "seed": None,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
     }
 
 
@@ -28,6 +31,9 @@ def test_defaults_are_those_of_nano_vllm() -> None:
         *[("max_tokens", value) for value in (1, 10**9, None)],
         *[("seed", value) for value in (0, 2**63 - 1, None)],
         *[("ignore_eos", value) for value in (True, False)],
+        *[("top_k", value) for value in (-1, 0, 1, 10**30)],
+        *[("top_p", value) for value in (1e-9, 0.5, 1, 1.0)],
+        *[("min_p", value) for value in (0, 0.0, 0.05, 1)],
     ],
 )
 def test_allowed(field: str, value: object) -> None:
@@ -42,6 +48,9 @@ def test_allowed(field: str, value: object) -> None:
         *[("max_tokens", value) for value in (0, -1, 1.0, "64", True)],
         *[("seed", value) for value in (-1, 2**63, 0.5, "0", False)],
         *[("ignore_eos", value) for value in (1, None, "yes")],
+        *[("top_k", value) for value in (-2, 1.0, "50", None, True)],
+        *[("top_p", value) for value in (0, -0.1, 1.01, math.nan, math.inf, "1", None, True)],
+        *[("min_p", value) for value in (-0.1, 1.01, math.nan, math.inf, "0", None, False)],
     ],
 )
 def test_refused_with_field_value_and_what_is_allowed(field: str, value: object) -> None:
@@ -51,6 +60,21 @@ def test_refused_with_field_value_and_what_is_allowed(field: str, value: object)
     assert isinstance(caught.value, ValueError)
     assert caught.value.field == field
     assert f"{field}={value!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "truncates"),
+    [
+        ({}, False),
+        ({"top_k": -1}, False),
+        ({"top_k": 3}, True),
+        ({"top_p": 0.9}, True),
+        ({"min_p": 0.1}, True),
+        ({"min_p": 0.1, "temperature": 0}, False),  # greedy takes the likeliest anyway
+    ],
+)
+def test_truncates(fields: dict[str, Any], truncates: bool) -> None:
+    assert SamplingParams(**fields).truncates is truncates
 
 
 def test_a_typo_is_answered_with_the_nearest_name() -> None:

@@ -122,6 +122,18 @@ def test_the_same_tokens_as_one_rank_under_random_schedules(
         abort_some(one, several)
 
 
+def test_what_needs_a_whole_row_of_logits_is_refused_by_name(folder: Path) -> None:
+    cases: list[dict[str, Any]] = [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}]
+    with load(folder, tensor_parallel_size=2) as llm:
+        for fields in cases:
+            with pytest.raises(InvalidArgumentError, match="tensor_parallel_size > 1") as caught:
+                generate(llm, [[5, 6, 7]], SamplingParams(**fields))
+            assert {caught.value.field: caught.value.value} == fields
+            assert_empty(llm)
+            greedy = SamplingParams(**fields, temperature=0, max_tokens=2, ignore_eos=True)
+            assert len(token_ids(generate(llm, [[5, 6, 7]], greedy))[0]) == 2  # draws nothing, so it may run
+
+
 def abort_some(one: LLM, several: LLM) -> None:
     """Requests that end early leave the others their tokens."""
     requests = random_requests(99, 8)

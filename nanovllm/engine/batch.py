@@ -3,10 +3,11 @@
 A `ScheduledBatch` is one int32 buffer made of changes. The same bytes go to the device in one copy
 and, with several ranks, through shared memory; each section is a view of them.
 
-    header         version, step, number of final chunks, whether decode rows share a prefix worth finding, then the
-                   item count of each section
+    header         version, step, number of final chunks, whether decode rows share a prefix worth finding, whether a
+                   row that samples truncates (top-k, top-p, min-p), then the item count of each section
     closed         row                                    rows that are free again
-    opened         row, num_tokens, temperature's bits, seed's low and high word
+    opened         row, num_tokens, temperature's bits, seed's low and high word, bits of top_k, top_p and min_p as
+                   float32
     opened_tokens  token id                               the opened rows' tokens, one after another
     blocks         row, index in its block table, block
     chunks         row, start, length                     prompt tokens to compute in this step
@@ -28,10 +29,10 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int32]
 
-VERSION = 2
+VERSION = 3
 # Name and width (int32 words an item) of each section, in order.
-_SECTIONS = (("closed", 1), ("opened", 5), ("opened_tokens", 1), ("blocks", 3), ("chunks", 3), ("decode_rows", 1))
-_HEADER_FIELDS = 4
+_SECTIONS = (("closed", 1), ("opened", 8), ("opened_tokens", 1), ("blocks", 3), ("chunks", 3), ("decode_rows", 1))
+_HEADER_FIELDS = 5
 _HEADER_SIZE = _HEADER_FIELDS + len(_SECTIONS)
 
 
@@ -56,6 +57,7 @@ class OpenedRow:
     token_ids: IntArray  # [num_tokens]
     temperature: float
     seed: int  # 64 bits
+    truncation: tuple[float, float, float] = (0.0, 1.0, 0.0)  # top_k (0: off), top_p, min_p
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,14 @@ class ScheduledBatch:
         num_final_chunks: int = 0,
         decode_rows: Seq[int] | npt.NDArray[np.integer[Any]] = (),
         shares_prefix: bool = False,
+        truncates: bool = False,
     ) -> ScheduledBatch:
         """Packs the changes; see the module for what each tuple holds."""
         num_opened_tokens = sum(len(item.token_ids) for item in opened)
         counts = (len(closed), len(opened), num_opened_tokens, len(blocks), len(chunks), len(decode_rows))
         sections = _layout(counts)
         buffer: IntArray = np.empty(sections["decode_rows"].end, dtype=np.int32)
-        buffer[:_HEADER_SIZE] = (VERSION, step, num_final_chunks, shares_prefix, *counts)
+        buffer[:_HEADER_SIZE] = (VERSION, step, num_final_chunks, shares_prefix, truncates, *counts)
         batch = cls(buffer, sections)
         batch.closed[:] = closed
         batch.decode_rows[:] = decode_rows
@@ -97,6 +100,7 @@ class ScheduledBatch:
             items[:, 1] = [len(item.token_ids) for item in opened]
             items[:, 2] = np.array([item.temperature for item in opened], dtype=np.float32).view(np.int32)
             items[:, 3:5] = np.array([item.seed for item in opened], dtype=np.int64).view(np.int32).reshape(-1, 2)
+            items[:, 5:8] = np.array([item.truncation for item in opened], dtype=np.float32).view(np.int32)
             np.concatenate([item.token_ids for item in opened], out=batch.opened_tokens)
         return batch
 
@@ -128,12 +132,17 @@ class ScheduledBatch:
         """A hint: enough decode rows begin with the same blocks for it to pay to look for them."""
         return bool(self.buffer[3])
 
+    @property
+    def truncates(self) -> bool:
+        """A row that samples in this step keeps only some tokens. Where none does, nothing of it runs."""
+        return bool(self.buffer[4])
+
     @cached_property
     def closed(self) -> IntArray:  # [num_closed]
         return self._view("closed")
 
     @cached_property
-    def opened(self) -> IntArray:  # [num_opened, 5]
+    def opened(self) -> IntArray:  # [num_opened, 8]
         return self._view("opened")
 
     @cached_property

@@ -19,8 +19,8 @@ from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
-# rows [size] int32, whether to look for shared prefixes → tokens [size] int32
-DecodeStep = Callable[[torch.Tensor, bool], torch.Tensor]
+# rows [size] int32, whether to look for shared prefixes, whether rows truncate → tokens [size] int32
+DecodeStep = Callable[[torch.Tensor, bool, bool], torch.Tensor]
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -40,7 +40,7 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """Captures `decode_step` by size, with and without shared prefixes.
+    """Captures `decode_step` by size, with and without shared prefixes and truncation.
 
     All graphs share one pool of memory, for only one runs at a time.
     """
@@ -51,21 +51,21 @@ class DecodeGraphs:
         self._device = device
         self.sizes = graph_sizes(max_num_seqs)
         self._rows = torch.full((max_num_seqs,), null_row, dtype=torch.int32, device=device)  # what replays read
-        self._captured: dict[tuple[int, bool], _Captured] = {}
+        self._captured: dict[tuple[int, bool, bool], _Captured] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
-    def replay(self, rows: torch.Tensor, share_prefixes: bool = False) -> torch.Tensor:
+    def replay(self, rows: torch.Tensor, share_prefixes: bool = False, truncates: bool = False) -> torch.Tensor:
         """Decodes `rows` [num_rows] int32 → tokens [num_rows] int32, valid until the next replay."""
         size = self.sizes[bisect.bisect_left(self.sizes, len(rows))]
-        captured = self._captured.get((size, share_prefixes))
+        captured = self._captured.get((size, share_prefixes, truncates))
         if captured is None:
-            captured = self.capture(size, share_prefixes)
+            captured = self.capture(size, share_prefixes, truncates)
         self._rows[: len(rows)] = rows
         self._rows[len(rows) : size] = self._null_row
         captured.graph.replay()
         return captured.token_ids[: len(rows)]
 
-    def capture(self, size: int, share_prefixes: bool = False) -> _Captured:
+    def capture(self, size: int, share_prefixes: bool = False, truncates: bool = False) -> _Captured:
         """Records the step for `size` rows. Only the null row is computed on, so that no sequence notices."""
         started = time.perf_counter()
         rows = self._rows[:size]
@@ -73,12 +73,14 @@ class DecodeGraphs:
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):  # compiles kernels and lets libraries allocate before anything is recorded
-            self._decode_step(rows, share_prefixes)
+            self._decode_step(rows, share_prefixes, truncates)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=stream):
-            token_ids = self._decode_step(rows, share_prefixes)
-        captured = self._captured[size, share_prefixes] = _Captured(graph, token_ids)
+            token_ids = self._decode_step(rows, share_prefixes, truncates)
+        captured = self._captured[size, share_prefixes, truncates] = _Captured(graph, token_ids)
         elapsed_ms = (time.perf_counter() - started) * 1e3
-        events.graph_captured.log(logger, size=size, share_prefixes=share_prefixes, elapsed_ms=elapsed_ms)
+        events.graph_captured.log(
+            logger, size=size, share_prefixes=share_prefixes, truncates=truncates, elapsed_ms=elapsed_ms
+        )
         return captured

@@ -17,6 +17,7 @@ from nanovllm.attention.interface import AttentionMetadata, DecodeMetadata, Pref
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.kernels.row_state import append_tokens, read_decode_tokens
 from nanovllm.kernels.shared_prefix import find_shared_prefixes
+from nanovllm.kernels.truncate import NO_TRUNCATION
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class DeviceRows:
         self.block_tables = torch.full((num_rows, max_blocks), null_block, dtype=torch.int32, device=device)
         self.temperatures = torch.zeros(num_rows, dtype=torch.float32, device=device)
         self.seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        # top_k, top_p, min_p: `kernels.truncate`
+        self.truncations = torch.tensor([NO_TRUNCATION], device=device).repeat(num_rows, 1)
 
     def apply(self, batch: ScheduledBatch, words: torch.Tensor) -> None:
         """Makes the batch's changes; `words` is its buffer on the device, int32."""
@@ -65,7 +68,8 @@ class DeviceRows:
             rows, num_tokens, temperature, *_ = opened = section("opened").unbind(1)
             self.lengths[rows] = num_tokens
             self.temperatures[rows] = temperature.contiguous().view(torch.float32)
-            self.seeds[rows] = torch.stack(opened[3:], dim=1).view(torch.int64).squeeze(1)
+            self.seeds[rows] = torch.stack(opened[3:5], dim=1).view(torch.int64).squeeze(1)
+            self.truncations[rows] = section("opened")[:, 5:].contiguous().view(torch.float32)
             tokens = section("opened_tokens").squeeze(1)
             token_rows, positions = _expand(rows, torch.zeros_like(rows), num_tokens, len(tokens))
             self.token_ids[token_rows, positions] = tokens

@@ -119,6 +119,10 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidArgumentError("sampling_params", params, "a SamplingParams")
+        if params.truncates and self.config.tensor_parallel_size > 1:
+            field = "top_k" if params.top_k > 0 else "top_p" if params.top_p < 1 else "min_p"
+            hint = "Each rank has a part of the logits, and this needs all of a row's."
+            raise InvalidArgumentError(field, getattr(params, field), "off with tensor_parallel_size > 1", hint)
         if request_id in self._requests:
             raise InvalidArgumentError("request_id", request_id, "unique among the unfinished requests")
         text, token_ids = self._tokenizing.read(prompt)

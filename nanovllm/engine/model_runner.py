@@ -25,6 +25,7 @@ from nanovllm.engine.model_plan import ModelPlan
 from nanovllm.engine.warm_up import WarmUp
 from nanovllm.errors import OutOfMemoryError
 from nanovllm.kernels.sample import best_candidates, sample, sample_candidates
+from nanovllm.kernels.truncate import keep_thresholds
 from nanovllm.layers.linear import pack_linear_weights
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.registry import get_model_class
@@ -144,11 +145,11 @@ class ModelRunner:
             with timed_section(logger, section, device=self.device, step=batch.step):
                 if has_chunks:
                     query_group = self._query_group if share_prefixes else None
-                    token_ids = self._forward(self.rows.mixed_inputs(batch, words, query_group))
+                    token_ids = self._forward(self.rows.mixed_inputs(batch, words, query_group), batch.truncates)
                 else:
                     rows = words[batch.sections["decode_rows"].offset :]
                     decode = self._graphs.replay if self._graphs else self._decode
-                    token_ids = decode(rows, share_prefixes)
+                    token_ids = decode(rows, share_prefixes, batch.truncates)
             return self._download(token_ids, began)
 
     def _on_device(self) -> AbstractContextManager[object]:
@@ -170,11 +171,11 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _decode(self, rows: torch.Tensor, share_prefixes: bool = False) -> torch.Tensor:
+    def _decode(self, rows: torch.Tensor, share_prefixes: bool = False, truncates: bool = False) -> torch.Tensor:
         """rows [num_rows] int32 → tokens [num_rows] int32. What a CUDA graph records."""
-        return self._forward(self.rows.decode_inputs(rows, self._query_group if share_prefixes else None))
+        return self._forward(self.rows.decode_inputs(rows, self._query_group if share_prefixes else None), truncates)
 
-    def _forward(self, inputs: ModelInputs) -> torch.Tensor:
+    def _forward(self, inputs: ModelInputs, truncates: bool) -> torch.Tensor:
         """Computes, samples, and writes the tokens into their rows → [num_sampled] int32."""
         self._log_inputs(inputs)
         hidden = self.model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
@@ -188,7 +189,8 @@ class ModelRunner:
         events.runner_output.log(logger, rank=self.parallel.rank, logits=list(logits.shape))
         state = (self.rows.temperatures, self.rows.seeds, self.rows.lengths, rows)
         if self.parallel.size == 1:
-            token_ids = sample(logits, *state)
+            truncation = (self.rows.temperatures, self.rows.truncations, rows)
+            token_ids = sample(logits, *state, keep_thresholds(logits, *truncation) if truncates else None)
         else:  # the ranks' winners are gathered, not their logits
             candidates = sample_candidates(logits, *state, first_token=head.first)
             token_ids = best_candidates(self.parallel.all_gather(candidates))

@@ -39,6 +39,7 @@ class RowTable:
         self.decoding: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # takes part in decode steps
         self.stopped: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # finished: what is in flight is dropped
         self.ignore_eos: BoolArray = np.zeros(num_rows, dtype=np.bool_)
+        self.truncates: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # draws with top-k, top-p or min-p
         self._free_rows = list(range(num_rows - 1, -1, -1))  # a stack: low rows first
 
     @property
@@ -82,6 +83,7 @@ class RowTable:
         self.decoding[row] = False
         self.stopped[row] = False
         self.ignore_eos[row] = sequence.params.ignore_eos
+        self.truncates[row] = sequence.params.truncates
         return row
 
     def known_tokens(self, row: int) -> IntArray:

@@ -101,6 +101,7 @@ class Scheduler:
         # Only the last chunk can run out of budget, so the chunks that end their prompt come first.
         num_final = len(chunks) - (self._prefilling is not None) if chunks else 0
         self._step += 1
+        truncates = self.rows.truncates
         batch = ScheduledBatch.build(
             self._step,
             closed=self._closed,
@@ -110,6 +111,7 @@ class Scheduler:
             num_final_chunks=num_final,
             decode_rows=decode_rows,
             shares_prefix=shares_prefix,
+            truncates=bool(truncates[decode_rows].any() or any(truncates[row] for row, *_ in chunks[:num_final])),
         )
         self._closed = []
         self.rows.steps_in_flight[decode_rows] += 1
@@ -250,7 +252,9 @@ class Scheduler:
         else:
             sequence.resumed_at.append(self.now)
         row = self.rows.open(sequence, num_cached, self._prefix_block(table))
-        opened.append(OpenedRow(row, sequence.token_ids, sequence.params.temperature, sequence.seed))
+        params = sequence.params
+        truncation = (min(max(params.top_k, 0), 2**24), params.top_p, params.min_p)  # exact in float32
+        opened.append(OpenedRow(row, sequence.token_ids, params.temperature, sequence.seed, truncation))
         blocks.append(_appended(row, np.arange(len(table.blocks)), table.blocks))
         return sequence
 

@@ -26,9 +26,9 @@ from nanovllm.kernels.triton_support import (
 
 _BLOCK_SIZE = 2048  # logits a program reads
 _REFERENCE_PART = 1 << 18  # logits the reference works on at a time
-_MAX_SCALE = 1e6  # the largest 1 / T: beyond it noise no longer matters, and products would overflow
+MAX_SCALE = 1e6  # the largest 1 / T: beyond it noise no longer matters, and products would overflow
 _NO_TOKEN = 0x7FFFFFFF
-_MAX_LOGIT = 1e30  # infinities and NaN are drawn back to finite numbers, so that a row of them still gives an id
+MAX_LOGIT = 1e30  # infinities and NaN are drawn back to finite numbers, so that a row of them still gives an id
 
 
 @jit
@@ -71,6 +71,7 @@ def _sample_block_kernel(
     seeds_ptr: tl.tensor,
     positions_ptr: tl.tensor,
     rows_ptr: tl.tensor,
+    thresholds_ptr: tl.tensor,
     block_score_ptr: tl.tensor,
     block_token_ptr: tl.tensor,
     logits_stride: tl.tensor,
@@ -79,6 +80,7 @@ def _sample_block_kernel(
     num_blocks: tl.tensor,
     MAX_SCALE: tl.constexpr,
     MAX_LOGIT: tl.constexpr,
+    TRUNCATES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     INTERPRETED: tl.constexpr,
     PDL: tl.constexpr,
@@ -96,7 +98,10 @@ def _sample_block_kernel(
     if temperature > 0.0:
         bits = _noise_bits(tl.load(seeds_ptr + state), tl.load(positions_ptr + state), first_token + token_id)
         scale = tl.minimum(1.0 / temperature, MAX_SCALE)
-        scores = scores * scale + _gumbel(bits, INTERPRETED)
+        drawn = scores * scale + _gumbel(bits, INTERPRETED)
+        if TRUNCATES:
+            drawn = tl.where(scores >= tl.load(thresholds_ptr + row), drawn, -float("inf"))
+        scores = drawn
     best = tl.max(scores, axis=0)
     token = tl.min(tl.where(scores == best, token_id, 0x7FFFFFFF), axis=0)
     tl.store(block_score_ptr + row * num_blocks + block, best)
@@ -153,9 +158,10 @@ def sample_reference(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     rows: torch.Tensor,
+    thresholds: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `sample` must equal, in plain torch; also what runs on a CPU, in parts that stay in its cache."""
-    return _best_reference(logits, temperatures, seeds, positions, rows, 0)[1]
+    return _best_reference(logits, temperatures, seeds, positions, rows, 0, thresholds)[1]
 
 
 def _best_reference(
@@ -165,10 +171,13 @@ def _best_reference(
     positions: torch.Tensor,
     rows: torch.Tensor,
     first_token: int,
+    thresholds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each row the best score and its token: [num_rows] fp32, [num_rows] int32."""
     part_size = max(_REFERENCE_PART // logits.shape[1], 1)
-    inputs = (logits, temperatures[rows], seeds[rows], positions[rows])
+    if thresholds is None:
+        thresholds = torch.full((), -torch.inf, device=logits.device).expand(len(logits))
+    inputs = (logits, temperatures[rows], seeds[rows], positions[rows], thresholds)
     parts = zip(*(part.split(part_size) for part in inputs), strict=True)
     best = [_best_of_part(first_token, *part) for part in parts]
     if not best:
@@ -178,16 +187,22 @@ def _best_reference(
 
 
 def _best_of_part(
-    first_token: int, logits: torch.Tensor, temperatures: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+    first_token: int,
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    thresholds: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = torch.nan_to_num(logits.float(), nan=-_MAX_LOGIT).clamp_(-_MAX_LOGIT, _MAX_LOGIT)  # [num_rows, vocab_size]
+    scores = torch.nan_to_num(logits.float(), nan=-MAX_LOGIT).clamp_(-MAX_LOGIT, MAX_LOGIT)  # [num_rows, vocab_size]
     drawn = (temperatures > 0).unsqueeze(1)  # [num_rows, 1]
     if drawn.any():
         bits = noise_bits_reference(seeds, positions, logits.shape[1], first_token)
         uniform = (bits.float() + (bits < 0) * 2.0**32 + 0.5) * 2.0**-32  # [num_rows, vocab_size]
         gumbel = uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_().log_().neg_()
-        scale = (1.0 / temperatures).clamp(max=_MAX_SCALE).unsqueeze(1)
-        scores = torch.where(drawn, scores * scale + gumbel, scores)
+        scale = (1.0 / temperatures).clamp(max=MAX_SCALE).unsqueeze(1)
+        below = drawn & (scores < thresholds.unsqueeze(1))
+        scores = torch.where(drawn, scores * scale + gumbel, scores).masked_fill_(below, -torch.inf)
     best = scores.amax(dim=-1, keepdim=True)  # [num_rows, 1]
     # As bytes: argmax gives the lowest id among equals.
     tokens = (scores == best).byte().argmax(dim=-1).to(torch.int32) + first_token
@@ -200,6 +215,7 @@ def sample(
     seeds: torch.Tensor,
     positions: torch.Tensor,
     rows: torch.Tensor,
+    thresholds: torch.Tensor | None = None,
     *,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
@@ -207,15 +223,16 @@ def sample(
 
     logits [num_rows, vocab_size] bf16, fp16 or fp32, rows may be strided; rows [num_rows] int32: where in the next
     three each row's values are; temperatures [all_rows] fp32, ≥ 0; seeds [all_rows] int64; positions [all_rows] int32
-    or int64 → [num_rows] int32. NaN counts as the lowest logit, and every row gives a valid id, whatever its logits.
+    or int64 → [num_rows] int32. thresholds
+    [num_rows] fp32: lower logits are not drawn (`keep_thresholds`). NaN counts as the lowest logit, and every row gives a valid id, whatever its logits.
     """
     if not runs_triton(logits, use_triton):
-        return sample_reference(logits, temperatures, seeds, positions, rows)
+        return sample_reference(logits, temperatures, seeds, positions, rows, thresholds)
     num_rows = len(logits)
     tokens = torch.empty(num_rows, dtype=torch.int32, device=logits.device)  # [num_rows]
     if num_rows == 0:
         return tokens
-    block_score, block_token = _best_of_blocks(logits, temperatures, seeds, positions, rows, 0)
+    block_score, block_token = _best_of_blocks(logits, temperatures, seeds, positions, rows, 0, thresholds)
     num_blocks = block_score.shape[1]
     _merge_blocks_kernel[(num_rows,)](
         *(block_score, block_token, tokens, num_blocks),
@@ -271,6 +288,7 @@ def _best_of_blocks(
     positions: torch.Tensor,
     rows: torch.Tensor,
     first_token: int,
+    thresholds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each row and block of logits the best score and its token: [num_rows, num_blocks] fp32 and int32."""
     num_rows, vocab_size = logits.shape
@@ -278,11 +296,12 @@ def _best_of_blocks(
     block_score = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits.device)  # [num_rows, num_blocks]
     block_token = torch.empty_like(block_score, dtype=torch.int32)  # [num_rows, num_blocks]
     _sample_block_kernel[(num_blocks, num_rows)](
-        *(logits, temperatures, seeds, positions, rows, block_score, block_token),
+        *(logits, temperatures, seeds, positions, rows, thresholds, block_score, block_token),
         logits.stride(0),
         *(vocab_size, first_token, num_blocks),
-        MAX_SCALE=_MAX_SCALE,
-        MAX_LOGIT=_MAX_LOGIT,
+        MAX_SCALE=MAX_SCALE,
+        MAX_LOGIT=MAX_LOGIT,
+        TRUNCATES=thresholds is not None,
         BLOCK_SIZE=_BLOCK_SIZE,
         INTERPRETED=INTERPRETED,
         num_warps=2,

@@ -117,6 +117,7 @@ FIELDS: Mapping[str, Field] = {
     "seqs": Field(list[str], "the sequences, 16 at most"),
     "shapes": Field(dict[str, object] | list[object], "shapes by name, or in order"),
     "share_prefixes": Field(bool, "whether the graph reads common prefixes once"),
+    "truncates": Field(bool, "whether rows use top-k, top-p or min-p"),
     "shares_prefix": Field(bool, "whether common prefixes are read once for many rows"),
     "size": Field(int, "sequences in the batch"),
     "source": Field(str, "where it was set"),

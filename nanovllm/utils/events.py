@@ -259,7 +259,7 @@ graph_captured = Event(
     DEBUG,
     "engine.cuda_graph",
     "Captured the decode step for batch size {size} in {elapsed_ms:.0f}ms",
-    "share_prefixes",
+    "share_prefixes truncates",
     unseen="a GPU, and CUDA graphs",
 )
 profile_started = Event(

@@ -38,10 +38,10 @@ def use_cpu_graphs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         yield
         capturing.clear()
 
-    def decode_step(rows: torch.Tensor, share_prefixes: bool) -> torch.Tensor:
-        token_ids = runner._decode(rows, share_prefixes)
+    def decode_step(rows: torch.Tensor, share_prefixes: bool, truncates: bool) -> torch.Tensor:
+        token_ids = runner._decode(rows, share_prefixes, truncates)
         for graph in capturing:
-            graph.replay = lambda: token_ids.copy_(runner._decode(rows, share_prefixes))
+            graph.replay = lambda: token_ids.copy_(runner._decode(rows, share_prefixes, truncates))
         return token_ids
 
     for name, stand_in in {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nanovllm.engine.batch import VERSION, OpenedRow, ScheduledBatch
 
 SECTIONS = ["closed", "opened", "opened_tokens", "blocks", "chunks", "decode_rows"]
-HEADER_SIZE = 4 + len(SECTIONS)
+HEADER_SIZE = 5 + len(SECTIONS)
 
 int32 = st.integers(-(2**31), 2**31 - 1)
 opened_rows = st.builds(
@@ -21,6 +21,7 @@ opened_rows = st.builds(
     token_ids=st.lists(int32, min_size=1, max_size=8).map(lambda ids: np.array(ids, dtype=np.int32)),
     temperature=st.floats(0, 2, width=32),
     seed=st.integers(-(2**63), 2**63 - 1),
+    truncation=st.tuples(*[st.floats(0, 100, width=32)] * 3),
 )
 triples = st.lists(st.tuples(int32, int32, int32), max_size=4)
 changes = st.fixed_dictionaries(
@@ -63,7 +64,8 @@ def test_what_is_built_is_read_back(step: int, values: dict[str, Any], num_final
         assert batch.opened[:, 1].tolist() == [len(item.token_ids) for item in opened]
         words = np.ascontiguousarray(batch.opened)
         assert words[:, 2].copy().view(np.float32).tolist() == [item.temperature for item in opened]
-        assert words[:, 3:].copy().view(np.int64).ravel().tolist() == [item.seed for item in opened]
+        assert words[:, 3:5].copy().view(np.int64).ravel().tolist() == [item.seed for item in opened]
+        assert words[:, 5:].copy().view(np.float32).tolist() == [list(item.truncation) for item in opened]
         assert batch.opened_tokens.tolist() == [token for item in opened for token in item.token_ids.tolist()]
         assert batch.sampled_rows.tolist() == values["decode_rows"] + [c[0] for c in values["chunks"][:num_final]]
 
@@ -76,7 +78,7 @@ def test_sections_follow_the_header_in_the_order_in_which_they_apply() -> None:
         assert batch.sections[name].offset == offset
         offset = batch.sections[name].end
     assert offset == len(batch.buffer)
-    assert batch.buffer[:HEADER_SIZE].tolist() == [VERSION, 7, 1, 0, 1, 1, 3, 2, 2, 2]
+    assert batch.buffer[:HEADER_SIZE].tolist() == [VERSION, 7, 1, 0, 0, 1, 1, 3, 2, 2, 2]
     assert batch.buffer[batch.sections["opened_tokens"].offset :].tolist() == [
         *[10, 11, 12],
         *[2, 0, 5, 0, 1, 6],
@@ -90,6 +92,12 @@ def test_counts_of_tokens_and_samples() -> None:
     batch = example()
     assert batch.num_tokens == 2 + 3 + 2
     assert batch.sampled_rows.tolist() == [0, 3, 2]  # decode rows, then the chunks that end their prompt
+
+
+@pytest.mark.parametrize(("shares_prefix", "truncates"), [(False, False), (True, False), (False, True), (True, True)])
+def test_flags_stand_apart(shares_prefix: bool, truncates: bool) -> None:
+    batch = ScheduledBatch.build(1, shares_prefix=shares_prefix, truncates=truncates)
+    assert (batch.shares_prefix, batch.truncates) == (shares_prefix, truncates)
 
 
 def test_reading_copies_nothing() -> None:

@@ -5,6 +5,7 @@ On a CPU a stand-in replays the captured step (`cpu_graphs.py`); on a GPU these 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,9 @@ class Loader:
             graphs = llm.llm_engine.executor._runner._graphs  # type: ignore[attr-defined]
             replay = graphs.replay
 
-            def note_and_replay(rows: torch.Tensor, share_prefixes: bool) -> torch.Tensor:
+            def note_and_replay(rows: torch.Tensor, share_prefixes: bool, truncates: bool) -> torch.Tensor:
                 self.replayed.append(len(rows))
-                return replay(rows, share_prefixes)
+                return replay(rows, share_prefixes, truncates)
 
             graphs.replay = note_and_replay
         return llm
@@ -140,10 +141,35 @@ def test_padding_leaves_the_rows_of_ended_sequences_alone(load: Loader) -> None:
     assert load.replayed == ([5, 5] + [3] * 6) * 2
 
 
+def test_batches_with_and_without_truncation_take_their_own_graphs(load: Loader) -> None:
+    """Rows that ask for it come and go beside one that does not: everybody's tokens are those of eager steps."""
+    prompts = prompts_of([5, 9, 2])
+    fields: list[dict[str, Any]] = [{}, {"top_k": 3}, {"top_p": 0.6, "min_p": 0.02}]
+    params = [
+        SamplingParams(seed=seq, max_tokens=4 + 6 * (2 - seq), ignore_eos=True, **own) for seq, own in enumerate(fields)
+    ]
+    with load(use_graphs=False, max_num_seqs=4) as llm:
+        expected = generate(llm, prompts, params)
+        assert expected[1:] != generate(
+            llm, prompts[1:], [replace(p, top_k=0, top_p=1.0, min_p=0.0) for p in params[1:]]
+        )
+        assert expected[0] == generate(llm, prompts[:1], params[0])[0]
+    with load(use_graphs=True, max_num_seqs=4) as llm:
+        assert generate(llm, prompts, params) == expected
+        graphs: Any = llm.llm_engine.executor._runner._graphs  # type: ignore[attr-defined]
+        captured = {(size, truncates) for size, _, truncates in graphs._captured}
+        assert {(4, True), (2, True), (1, False)} <= captured
+        assert (2, False) not in captured
+
+
 def test_random_arrivals_and_preemption(load: Loader) -> None:
     lengths = [3, 40, 1, 17, 29, 8, 33, 2, 21, 12, 5, 30]
     requests = [
-        Request(prompt, SamplingParams(temperature=seq % 2, seed=seq, max_tokens=10 + 5 * (seq % 7)), 2 * seq)
+        Request(
+            prompt,
+            SamplingParams(temperature=seq % 2, seed=seq, max_tokens=10 + 5 * (seq % 7), top_k=seq % 3 * 10),
+            2 * seq,
+        )
         for seq, prompt in enumerate(prompts_of(lengths))
     ]
     sizes = {"max_num_seqs": 6, "kvcache_block_size": 16, "num_kvcache_blocks": 8, "max_num_batched_tokens": 24}

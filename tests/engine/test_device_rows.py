@@ -24,6 +24,7 @@ class Row:
     computed: int = 0
     temperature: float = 0.0
     seed: int = 0
+    truncation: tuple[float, float, float] = (0.0, 1.0, 0.0)
 
 
 class Model:
@@ -64,8 +65,9 @@ def draw_batch(data: st.DataObject, model: Model, step: int) -> ScheduledBatch:
             continue
         tokens = data.draw(st.lists(st.integers(0, 99), min_size=1, max_size=MAX_MODEL_LEN - 1))
         new = Row(tokens, temperature=data.draw(st.floats(0, 2, width=32)), seed=data.draw(st.integers(0, 2**63 - 1)))
+        new.truncation = data.draw(st.sampled_from([(0.0, 1.0, 0.0), (5.0, 0.5, 0.25)]))
         model.rows[row] = new
-        opened.append(OpenedRow(row, np.array(tokens, dtype=np.int32), new.temperature, new.seed))
+        opened.append(OpenedRow(row, np.array(tokens, dtype=np.int32), new.temperature, new.seed, new.truncation))
         blocks += model.extend_table(row, len(tokens))
         # A cached prefix leaves at least one token to compute.
         new.computed = data.draw(st.integers(0, len(tokens) - 1))
@@ -132,6 +134,7 @@ def check_rows(rows: DeviceRows, model: Model) -> None:
             assert int(rows.lengths[row]) == len(state.tokens)
             assert rows.token_ids[row, : len(state.tokens)].tolist() == state.tokens
             assert float(rows.temperatures[row]) == state.temperature
+            assert tuple(rows.truncations[row].tolist()) == state.truncation
             assert int(rows.seeds[row]) == state.seed
         else:
             assert int(rows.lengths[row]) == 1

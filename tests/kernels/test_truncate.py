@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from nanovllm.kernels.sample import sample
+from nanovllm.kernels.truncate import NO_TRUNCATION, keep_thresholds
+from tests.kernels.inputs import DTYPES
+
+# Infinities are meant; numpy, below Triton's interpreter, reports them.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+COMBINATIONS = list(itertools.product([0.0, 10.0], [1.0, 0.8], [0.0, 0.05]))
+ON = [(1.0, 1.0, 0.0), (7.0, 1.0, 0.0), (0.0, 0.3, 0.0), (0.0, 0.95, 0.0), (0.0, 1.0, 0.2), (50.0, 0.9, 0.01)]
+
+
+def kept_by_the_rules(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float) -> list[int]:
+    """In plain Python, token by token; ties with the last one stay."""
+    best = max(logits)
+    weights = [math.exp((x - best) / temperature) for x in logits]
+    kept = sorted((i for i, w in enumerate(weights) if w >= min_p), key=lambda i: -weights[i])
+    if 0 < top_k < len(kept):
+        kept = [i for i in kept if weights[i] >= weights[kept[top_k - 1]]]
+    if top_p < 1:
+        total, mass = sum(weights[i] for i in kept), 0.0
+        for i in kept:
+            mass += weights[i]
+            if mass >= top_p * total:
+                kept = [j for j in kept if weights[j] >= weights[i]]
+                break
+    return sorted(kept)
+
+
+def kept(logits, temperatures, truncations, use_triton, rows=None):
+    """Which tokens are not below their row's threshold: [num_rows, vocab_size] bool."""
+    device = logits.device
+    rows = torch.arange(len(logits), dtype=torch.int32, device=device) if rows is None else rows
+    state = (torch.tensor(temperatures, device=device), torch.tensor(truncations, device=device), rows)
+    return logits.float() >= keep_thresholds(logits, *state, use_triton=use_triton).unsqueeze(1)
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab_size", [1, 3, 300, 2500])
+def test_keeps_what_the_rules_say(device, generator, dtype, vocab_size, use_triton):
+    logits = (2 * torch.randn(len(ON), vocab_size, generator=generator)).to(device, dtype)
+    got = kept(logits, [0.7] * len(ON), ON, use_triton)
+    for row, (top_k, top_p, min_p) in enumerate(ON):
+        expected = kept_by_the_rules(logits[row].float().tolist(), 0.7, int(top_k), top_p, min_p)
+        assert got[row].nonzero().squeeze(1).tolist() == expected, ON[row]
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_level_with_the_last_kept_are_kept(device, dtype, use_triton):
+    logits = torch.tensor([3.0, 1.0, 2.0, 1.0, 0.0, -0.0, 1.0, -5.0], device=device, dtype=dtype)
+    truncations = [(3.0, 1.0, 0.0), (2.0, 1.0, 0.0), (6.0, 1.0, 0.0), (0.0, 1e-30, 0.0), (0.0, 1.0, 1.0)]
+    got = kept(logits.expand(5, -1), [1.0] * 5, truncations, use_triton).int().tolist()
+    assert got == [
+        [1, 1, 1, 1, 0, 0, 1, 0],
+        [1, 0, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 1, 1, 1, 0],  # both zeros
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 0, 0, 0, 0, 0, 0, 0],
+    ]
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+def test_top_p_counts_what_top_k_and_min_p_leave(device, use_triton):
+    """Of weights 4, 3, 2, 1, two have 0.7 of all; of the first three, 0.77."""
+    logits = torch.tensor([4.0, 3.0, 2.0, 1.0], device=device).log().expand(3, -1)
+    got = kept(logits, [1.0] * 3, [(0.0, 0.75, 0.0), (3.0, 0.75, 0.0), (0.0, 0.75, 0.4)], use_triton)
+    assert got.sum(dim=1).tolist() == [3, 2, 2]
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+def test_rows_that_do_not_ask_and_greedy_rows_keep_everything(device, generator, use_triton):
+    logits = torch.randn(3, 1500, generator=generator).to(device)
+    got = kept(logits, [1.0, 0.0, 1.0], [NO_TRUNCATION, (5.0, 0.1, 0.5), (5.0, 1.0, 0.0)], use_triton)
+    assert got.sum(dim=1).tolist() == [1500, 1500, 5]
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+def test_a_row_finds_its_parameters_and_not_its_neighbours(device, generator, use_triton):
+    logits = torch.randn(3, 2000, generator=generator).to(device)[:, :1999]  # strided rows
+    rows = torch.tensor([2, 0, 1], dtype=torch.int32, device=device)
+    got = kept(logits, [1.0] * 3, [(1.0, 1.0, 0.0), (20.0, 1.0, 0.0), (300.0, 1.0, 0.0)], use_triton, rows)
+    assert got.sum(dim=1).tolist() == [300, 1, 20]
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+@pytest.mark.parametrize("temperature", [1e-45, 1.0])
+def test_broken_logits_still_give_valid_ids(device, temperature, use_triton):
+    logits = torch.zeros(5, 4100, device=device)
+    logits[0] = torch.nan
+    logits[1] = torch.inf
+    logits[2] = -torch.inf
+    logits[3, 77], logits[3, 78] = torch.inf, torch.nan
+    logits[4], logits[4, 4099] = -torch.inf, 0.0
+    rows = torch.arange(5, device=device)
+    temperatures = torch.full((5,), temperature, device=device)
+    for truncation in ON:
+        truncations = torch.tensor([truncation] * 5, device=device)
+        thresholds = keep_thresholds(logits, temperatures, truncations, rows, use_triton=use_triton)
+        tokens = sample(logits, temperatures, rows, rows, rows, thresholds, use_triton=use_triton).tolist()
+        assert all(0 <= token < 4100 for token in tokens)
+        assert tokens[3:] == [77, 4099]
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+def test_a_draw_is_the_one_without_truncation_where_that_is_kept(device, generator, use_triton):
+    logits = (2 * torch.randn(1, 3000, generator=generator)).to(device).expand(40, -1)
+    ones, rows = torch.ones(40, device=device), torch.arange(40, device=device)
+    truncations = torch.tensor([(200.0, 1.0, 0.0)] * 40, device=device)
+    thresholds = keep_thresholds(logits, ones, truncations, rows, use_triton=use_triton)
+    free = sample(logits, ones, rows, rows, rows, use_triton=use_triton).long()
+    cut = sample(logits, ones, rows, rows, rows, thresholds, use_triton=use_triton).long()
+    stays = logits[0, free] >= thresholds
+    assert 0 < int(stays.sum()) < 40
+    assert torch.equal(cut[stays], free[stays])
+    assert bool((logits[0, cut] >= thresholds).all())
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.5])
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), COMBINATIONS)
+def test_draws_follow_the_truncated_softmax(device, generator, temperature, top_k, top_p, min_p):
+    """Chi-square over 100,000 draws, and nothing else drawn; 63 degrees of freedom exceed 130 once in 10⁶ times."""
+    draws = 100_000
+    logits = (1.5 * torch.randn(64, generator=generator)).to(device)
+    on_gpu = device.type == "cuda"  # in the interpreter 100,000 programs would take minutes
+    temperatures = torch.tensor([temperature], device=device)
+    truncations = torch.tensor([(top_k, top_p, min_p)], device=device)
+    counted = torch.zeros(64, dtype=torch.float64, device=device)
+    for seeds in torch.arange(draws, device=device).split(50_000):
+        many, rows = logits.expand(len(seeds), -1), torch.zeros_like(seeds, dtype=torch.int32)
+        thresholds = keep_thresholds(many, temperatures, truncations, rows, use_triton=on_gpu)
+        places = torch.arange(len(seeds), dtype=torch.int32, device=device)
+        repeated = temperatures.repeat(len(seeds))
+        tokens = sample(many, repeated, seeds, torch.full_like(seeds, 3), places, thresholds, use_triton=on_gpu)
+        counted += torch.bincount(tokens.long(), minlength=64)
+    allowed = kept_by_the_rules(logits.tolist(), temperature, int(top_k), top_p, min_p)
+    assert int(counted[allowed].sum()) == draws
+    expected = (logits[allowed].double() / temperature).softmax(dim=0) * draws
+    assert float(((counted[allowed] - expected).square() / expected).sum()) < 130
+
+
+def test_no_rows_give_no_thresholds(device):
+    rows = torch.empty(0, dtype=torch.int32, device=device)
+    state = (torch.ones(1, device=device), torch.tensor([NO_TRUNCATION], device=device), rows)
+    assert keep_thresholds(torch.empty(0, 10, device=device), *state, use_triton=True).shape == (0,)
