@@ -223,8 +223,8 @@ def sample(
 
     logits [num_rows, vocab_size] bf16, fp16 or fp32, rows may be strided; rows [num_rows] int32: where in the next
     three each row's values are; temperatures [all_rows] fp32, ≥ 0; seeds [all_rows] int64; positions [all_rows] int32
-    or int64 → [num_rows] int32. thresholds
-    [num_rows] fp32: lower logits are not drawn (`keep_thresholds`). NaN counts as the lowest logit, and every row gives a valid id, whatever its logits.
+    or int64; thresholds [num_rows] fp32, one a row of logits: lower ones are not drawn (`kernels.truncate`)
+    → [num_rows] int32. NaN counts as the lowest logit, and every row gives a valid id, whatever its logits.
     """
     if not runs_triton(logits, use_triton):
         return sample_reference(logits, temperatures, seeds, positions, rows, thresholds)

@@ -102,7 +102,7 @@ def test_every_size_decodes_as_without_graphs(load: Loader, max_num_seqs: int) -
         captured = set(llm.llm_engine.executor._runner._graphs._captured)  # type: ignore[attr-defined]
     assert set(load.replayed) == set(range(1, max_num_seqs + 1))
     assert len(load.replayed) == 2 * max_num_seqs - 1  # every step but the prefill
-    assert captured == {(size, False) for size in graph_sizes(max_num_seqs)}
+    assert captured == {(size, False, False) for size in graph_sizes(max_num_seqs)}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 11])
