@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from nanovllm import LLM, EngineDeadError, InvalidArgumentError, SamplingParams, WorkerError
+from nanovllm.engine.batch import VERSION
 from nanovllm.engine.worker import MessageKind
 from nanovllm.engine.worker_pool import WorkerPool
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
@@ -278,7 +279,7 @@ def test_a_rank_that_raises_is_an_error_with_its_traceback(folder: Path) -> None
         engine.add_request("a", [1, 2], GREEDY)
         error = raises_worker_error(engine.step)
         assert error.rank == 1
-        assert error.problem == "failed: ValueError: not a scheduled batch of version 2: [99, 98, 97]"
+        assert error.problem == f"failed: ValueError: not a scheduled batch of version {VERSION}: [99, 98, 97]"
         assert "On rank 1:\nTraceback (most recent call last):" in str(error)
         assert "in from_buffer" in error.traceback
 
