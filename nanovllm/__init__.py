@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         WorkerError,
     )
     from nanovllm.llm import LLM
-    from nanovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+    from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
     from nanovllm.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
@@ -42,6 +42,7 @@ __all__ = [
     "InvalidArgumentError",
     "InvalidStateError",
     "LLMEngine",
+    "Logprob",
     "ModelLoadError",
     "NanoVLLMError",
     "OutOfMemoryError",
@@ -58,6 +59,7 @@ _HOMES = {
     "LLMEngine": "nanovllm.engine.llm_engine",
     "SamplingParams": "nanovllm.sampling_params",
     "CompletionOutput": "nanovllm.outputs",
+    "Logprob": "nanovllm.outputs",
     "RequestMetrics": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
 }

@@ -9,18 +9,34 @@ FinishReason = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """A token's raw log-probability at a position, before temperature and whatever else changes logits.
+
+    rank: 1 for the likeliest. decoded_token: None when the engine has no tokenizer.
+    """
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+@dataclass(frozen=True)
 class CompletionOutput:
     """One completion of a prompt.
 
     text: decoded tokens, without the end-of-sequence token; "" when the engine has no tokenizer.
     token_ids: every generated token, the end-of-sequence token included.
     finish_reason: "stop" (the model ended it), "length" (max_tokens or the model's length), "abort".
+    logprobs: of each generated token {token id: Logprob}, its own first, then the likeliest; None if not asked for.
+    cumulative_logprob: the sum over the generated tokens; None if logprobs were not asked for.
     """
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: FinishReason
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
 
 
 @dataclass(frozen=True)

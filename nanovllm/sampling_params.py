@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from nanovllm.errors import InvalidArgumentError, checks_argument_names
 
 MAX_SEED = 2**63 - 1
+MAX_LOGPROBS = 20
 
 
 @checks_argument_names
@@ -23,6 +24,8 @@ class SamplingParams:
     top_p: among the fewest likeliest tokens that have this much of the probability; above 0, 1: all.
     min_p: among tokens at least this much as likely as the likeliest; from 0 (all) to 1.
         Applied after temperature in the order min_p, top_k, top_p; top_p counts what the others leave.
+    logprobs: how many of the likeliest tokens' log-probabilities come with each token, 0 to 20 beside the token's
+        own, -1: all. Raw: before temperature and whatever else changes logits.
     seed: a request with a seed draws the same tokens whatever runs beside it; None takes one from
         the engine's seed and the order of arrival.
 
@@ -36,6 +39,7 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not math.isfinite(self.temperature) or not 0 <= self.temperature <= 2:
@@ -54,6 +58,8 @@ class SamplingParams:
             raise InvalidArgumentError("top_p", self.top_p, "a number above 0, up to 1 (all tokens)")
         if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
             raise InvalidArgumentError("min_p", self.min_p, "a number from 0 (all tokens) to 1")
+        if self.logprobs is not None and (not _is_integer(self.logprobs) or not -1 <= self.logprobs <= MAX_LOGPROBS):
+            raise InvalidArgumentError("logprobs", self.logprobs, f"0 to {MAX_LOGPROBS}, -1 for all tokens, or None")
 
     @property
     def truncates(self) -> bool:

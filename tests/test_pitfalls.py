@@ -273,7 +273,7 @@ def test_steady_decode_sends_rows_and_now_and_then_a_block() -> None:
     driver.step()
     for _ in range(20):
         batch = driver.step()
-        assert len(batch.buffer) == 10 + 50 + 3 * len(batch.blocks)
+        assert len(batch.buffer) == 12 + 50 + 3 * len(batch.blocks)
         assert len(batch.blocks) in (12, 13)  # a fourth of them is at the end of a block
 
 

@@ -21,6 +21,7 @@ def test_defaults_are_those_of_nano_vllm() -> None:
         "top_k": 0,
         "top_p": 1.0,
         "min_p": 0.0,
+        "logprobs": None,
     }
 
 
@@ -33,6 +34,7 @@ def test_defaults_are_those_of_nano_vllm() -> None:
         *[("ignore_eos", value) for value in (True, False)],
         *[("top_k", value) for value in (-1, 0, 1, 10**30)],
         *[("top_p", value) for value in (1e-9, 0.5, 1, 1.0)],
+        *[("logprobs", value) for value in (-1, 0, 20, None)],
         *[("min_p", value) for value in (0, 0.0, 0.05, 1)],
     ],
 )
@@ -50,6 +52,7 @@ def test_allowed(field: str, value: object) -> None:
         *[("ignore_eos", value) for value in (1, None, "yes")],
         *[("top_k", value) for value in (-2, 1.0, "50", None, True)],
         *[("top_p", value) for value in (0, -0.1, 1.01, math.nan, math.inf, "1", None, True)],
+        *[("logprobs", value) for value in (-2, 21, 1.0, "5", True)],
         *[("min_p", value) for value in (-0.1, 1.01, math.nan, math.inf, "0", None, False)],
     ],
 )

@@ -4,7 +4,8 @@ A `ScheduledBatch` is one int32 buffer made of changes. The same bytes go to the
 and, with several ranks, through shared memory; each section is a view of them.
 
     header         version, step, number of final chunks, whether decode rows share a prefix worth finding, whether a
-                   row that samples truncates (top-k, top-p, min-p), then the item count of each section
+                   row that samples truncates (top-k, top-p, min-p), one more than the most log-probabilities that
+                   such a row asks for (0: none asks), then the item count of each section
     closed         row                                    rows that are free again
     opened         row, num_tokens, temperature's bits, seed's low and high word, bits of top_k, top_p and min_p as
                    float32
@@ -29,10 +30,10 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int32]
 
-VERSION = 3
+VERSION = 4
 # Name and width (int32 words an item) of each section, in order.
 _SECTIONS = (("closed", 1), ("opened", 8), ("opened_tokens", 1), ("blocks", 3), ("chunks", 3), ("decode_rows", 1))
-_HEADER_FIELDS = 5
+_HEADER_FIELDS = 6
 _HEADER_SIZE = _HEADER_FIELDS + len(_SECTIONS)
 
 
@@ -80,13 +81,15 @@ class ScheduledBatch:
         decode_rows: Seq[int] | npt.NDArray[np.integer[Any]] = (),
         shares_prefix: bool = False,
         truncates: bool = False,
+        num_logprobs: int | None = None,
     ) -> ScheduledBatch:
         """Packs the changes; see the module for what each tuple holds."""
         num_opened_tokens = sum(len(item.token_ids) for item in opened)
         counts = (len(closed), len(opened), num_opened_tokens, len(blocks), len(chunks), len(decode_rows))
         sections = _layout(counts)
         buffer: IntArray = np.empty(sections["decode_rows"].end, dtype=np.int32)
-        buffer[:_HEADER_SIZE] = (VERSION, step, num_final_chunks, shares_prefix, truncates, *counts)
+        asked = 0 if num_logprobs is None else num_logprobs + 1
+        buffer[:_HEADER_SIZE] = (VERSION, step, num_final_chunks, shares_prefix, truncates, asked, *counts)
         batch = cls(buffer, sections)
         batch.closed[:] = closed
         batch.decode_rows[:] = decode_rows
@@ -137,6 +140,11 @@ class ScheduledBatch:
         """A row that samples in this step keeps only some tokens. Where none does, nothing of it runs."""
         return bool(self.buffer[4])
 
+    @property
+    def num_logprobs(self) -> int | None:
+        """The most likeliest tokens whose log-probabilities a sampled row asks for; None: none asks for any."""
+        return int(self.buffer[5]) - 1 if self.buffer[5] else None
+
     @cached_property
     def closed(self) -> IntArray:  # [num_closed]
         return self._view("closed")
@@ -179,11 +187,22 @@ class ScheduledBatch:
 
 
 @dataclass(frozen=True)
+class StepLogprobs:
+    """Of each of the batch's `sampled_rows`; the rows that did not ask may have them too."""
+
+    sampled: npt.NDArray[np.float32]  # [num_sampled_rows]
+    ranks: IntArray  # [num_sampled_rows], from 1
+    top_ids: IntArray  # [num_sampled_rows, num_top], likeliest first
+    top: npt.NDArray[np.float32]  # [num_sampled_rows, num_top]
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What a step gave: one token for each of the batch's `sampled_rows`."""
 
     token_ids: IntArray  # [num_sampled_rows]
     gpu_ms: float | None = None  # time on the GPU, where it was measured
+    logprobs: StepLogprobs | None = None  # where the batch asked
 
 
 def _layout(counts: Seq[int]) -> dict[str, Section]:

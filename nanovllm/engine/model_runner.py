@@ -17,13 +17,14 @@ import torch
 from nanovllm.attention.selection import select_attention
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.diagnostics.rank import RankDiagnostics
-from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepResult
+from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepLogprobs, StepResult
 from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.device_rows import DeviceRows, ModelInputs
 from nanovllm.engine.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
 from nanovllm.engine.model_plan import ModelPlan
 from nanovllm.engine.warm_up import WarmUp
 from nanovllm.errors import OutOfMemoryError
+from nanovllm.kernels.logprobs import TokenLogprobs, token_logprobs
 from nanovllm.kernels.sample import best_candidates, sample, sample_candidates
 from nanovllm.kernels.truncate import keep_thresholds
 from nanovllm.layers.linear import pack_linear_weights
@@ -45,12 +46,14 @@ class InFlightStep:
     token_ids: torch.Tensor  # [num_sampled] int32, on the host
     done: torch.cuda.Event | None
     began: torch.cuda.Event | None  # where somebody wants to know the time between the two
+    logprobs: TokenLogprobs | None = None  # on the host, as the tokens
 
     def wait(self) -> StepResult:
         if self.done is not None:
             self.done.synchronize()
         gpu_ms = self.began.elapsed_time(self.done) if self.began is not None and self.done is not None else None
-        return StepResult(self.token_ids.numpy(), gpu_ms)
+        logprobs = StepLogprobs(*(x.numpy() for x in self.logprobs.tensors())) if self.logprobs else None
+        return StepResult(self.token_ids.numpy(), gpu_ms, logprobs)
 
 
 class ModelRunner:
@@ -143,14 +146,19 @@ class ModelRunner:
             self.rows.apply(batch, words)
             self._log_preparing(batch)
             with timed_section(logger, section, device=self.device, step=batch.step):
+                rows = words[batch.sections["decode_rows"].offset :]
+                query_group = self._query_group if share_prefixes else None
+                logprobs = None
                 if has_chunks:
-                    query_group = self._query_group if share_prefixes else None
-                    token_ids = self._forward(self.rows.mixed_inputs(batch, words, query_group), batch.truncates)
+                    inputs = self.rows.mixed_inputs(batch, words, query_group)
+                    token_ids, logprobs = self._forward(inputs, batch.truncates, batch.num_logprobs)
+                elif batch.num_logprobs is not None:  # graphs keep no logits
+                    inputs = self.rows.decode_inputs(rows, query_group)
+                    token_ids, logprobs = self._forward(inputs, batch.truncates, batch.num_logprobs)
                 else:
-                    rows = words[batch.sections["decode_rows"].offset :]
                     decode = self._graphs.replay if self._graphs else self._decode
                     token_ids = decode(rows, share_prefixes, batch.truncates)
-            return self._download(token_ids, began)
+            return self._download(token_ids, began, logprobs)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Triton launches on torch's current device, which need not be ours."""
@@ -173,15 +181,18 @@ class ModelRunner:
 
     def _decode(self, rows: torch.Tensor, share_prefixes: bool = False, truncates: bool = False) -> torch.Tensor:
         """rows [num_rows] int32 → tokens [num_rows] int32. What a CUDA graph records."""
-        return self._forward(self.rows.decode_inputs(rows, self._query_group if share_prefixes else None), truncates)
+        inputs = self.rows.decode_inputs(rows, self._query_group if share_prefixes else None)
+        return self._forward(inputs, truncates)[0]
 
-    def _forward(self, inputs: ModelInputs, truncates: bool) -> torch.Tensor:
-        """Computes, samples, and writes the tokens into their rows → [num_sampled] int32."""
+    def _forward(
+        self, inputs: ModelInputs, truncates: bool, num_logprobs: int | None = None
+    ) -> tuple[torch.Tensor, TokenLogprobs | None]:
+        """Computes, samples, and writes the tokens into their rows → [num_sampled] int32, and what is asked of them."""
         self._log_inputs(inputs)
         hidden = self.model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
         rows = inputs.sampled_rows
         if not len(rows):  # a chunk that ends before its prompt does
-            return rows
+            return rows, None
         if inputs.sampled_tokens is not None:
             hidden = hidden[inputs.sampled_tokens]
         head = self.model.lm_head
@@ -195,7 +206,7 @@ class ModelRunner:
             candidates = sample_candidates(logits, *state, first_token=head.first)
             token_ids = best_candidates(self.parallel.all_gather(candidates))
         self.rows.append(rows, token_ids)
-        return token_ids
+        return token_ids, None if num_logprobs is None else token_logprobs(logits, token_ids, num_logprobs)
 
     def _upload(self, buffer: IntArray) -> torch.Tensor:
         words = torch.from_numpy(buffer)
@@ -212,12 +223,19 @@ class ModelRunner:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def _download(self, token_ids: torch.Tensor, began: torch.cuda.Event | None) -> InFlightStep:
+    def _download(
+        self, token_ids: torch.Tensor, began: torch.cuda.Event | None, logprobs: TokenLogprobs | None
+    ) -> InFlightStep:
         if self.device.type == "cpu":
-            return InFlightStep(token_ids, None, None)
-        host = torch.empty(token_ids.shape, dtype=token_ids.dtype, pin_memory=True)
-        host.copy_(token_ids, non_blocking=True)
-        return InFlightStep(host, self._record_event(with_time=began is not None), began)
+            return InFlightStep(token_ids, None, None, logprobs)
+
+        def to_host(tensor: torch.Tensor) -> torch.Tensor:
+            host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            return host.copy_(tensor, non_blocking=True)
+
+        host = to_host(token_ids)
+        logprobs = TokenLogprobs(*map(to_host, logprobs.tensors())) if logprobs else None
+        return InFlightStep(host, self._record_event(with_time=began is not None), began, logprobs)
 
     # Start-up
 

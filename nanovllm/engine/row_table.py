@@ -14,6 +14,8 @@ from nanovllm.engine.sequence import Sequence
 
 BoolArray = npt.NDArray[np.bool_]
 
+ALL_LOGPROBS = 2**30  # more than there are tokens
+
 
 class RowTable:
     """`num_rows` rows; each is free or holds one sequence from admission to release.
@@ -40,6 +42,7 @@ class RowTable:
         self.stopped: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # finished: what is in flight is dropped
         self.ignore_eos: BoolArray = np.zeros(num_rows, dtype=np.bool_)
         self.truncates: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # draws with top-k, top-p or min-p
+        self.num_logprobs = np.full(num_rows, -1, dtype=np.int32)  # of the likeliest tokens; -1: no log-probabilities
         self._free_rows = list(range(num_rows - 1, -1, -1))  # a stack: low rows first
 
     @property
@@ -84,6 +87,8 @@ class RowTable:
         self.stopped[row] = False
         self.ignore_eos[row] = sequence.params.ignore_eos
         self.truncates[row] = sequence.params.truncates
+        asked = sequence.params.logprobs
+        self.num_logprobs[row] = -1 if asked is None else ALL_LOGPROBS if asked == -1 else asked
         return row
 
     def known_tokens(self, row: int) -> IntArray:

@@ -19,12 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from nanovllm.config import MIN_SHARED_PREFIX, ResolvedConfig
-from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepResult
+from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepLogprobs, StepResult
 from nanovllm.engine.block_manager import BlockManager, BlockTable
 from nanovllm.engine.metrics import EngineMetrics, Load
-from nanovllm.engine.row_table import RowTable
+from nanovllm.engine.row_table import BoolArray, RowTable
 from nanovllm.engine.scheduler_lines import SchedulerLines
-from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.sequence import Sequence, SequenceStatus, TokenLogprob
 from nanovllm.outputs import FinishReason
 from nanovllm.utils import events
 from nanovllm.utils.logger import setup_logger
@@ -102,6 +102,9 @@ class Scheduler:
         num_final = len(chunks) - (self._prefilling is not None) if chunks else 0
         self._step += 1
         truncates = self.rows.truncates
+        asked = self.rows.num_logprobs
+        final_rows = [row for row, *_ in chunks[:num_final]]
+        num_logprobs = int(max(asked[decode_rows].max(initial=-1), asked[final_rows].max(initial=-1)))
         batch = ScheduledBatch.build(
             self._step,
             closed=self._closed,
@@ -111,7 +114,8 @@ class Scheduler:
             num_final_chunks=num_final,
             decode_rows=decode_rows,
             shares_prefix=shares_prefix,
-            truncates=bool(truncates[decode_rows].any() or any(truncates[row] for row, *_ in chunks[:num_final])),
+            truncates=bool(truncates[decode_rows].any() or truncates[final_rows].any()),
+            num_logprobs=None if num_logprobs < 0 else num_logprobs,
         )
         self._closed = []
         self.rows.steps_in_flight[decode_rows] += 1
@@ -277,6 +281,8 @@ class Scheduler:
         sampled = batch.sampled_rows
         rows.num_pending[sampled] -= 1
         live = ~rows.stopped[sampled]
+        if result.logprobs is not None:
+            self._note_logprobs(sampled, live, result.logprobs)
         sampled, token_ids = sampled[live], result.token_ids[live]
         rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids
         rows.num_tokens[sampled] += 1
@@ -299,6 +305,14 @@ class Scheduler:
         num_seqs = len(batch.sampled_rows)
         events.batch_postprocess.log(logger, step=batch.step, num_finished=len(ended), num_seqs=num_seqs)
         return ended
+
+    def _note_logprobs(self, sampled: IntArray, live: BoolArray, logprobs: StepLogprobs) -> None:
+        asked = self.rows.num_logprobs[sampled]
+        for index in np.flatnonzero(live & (asked >= 0)).tolist():
+            num_top = int(asked[index])
+            own = float(logprobs.sampled[index]), int(logprobs.ranks[index])
+            top_ids, top = logprobs.top_ids[index, :num_top].copy(), logprobs.top[index, :num_top].copy()
+            self.rows.sequence(int(sampled[index])).logprobs.append(TokenLogprob(*own, top_ids, top))
 
     def abort(self, sequence: Sequence) -> None:
         """Ends `sequence` wherever it stands, with the tokens it has. A finished one stays as it is."""

@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from nanovllm.engine.batch import IntArray
 from nanovllm.engine.block_manager import BlockTable
@@ -21,6 +22,16 @@ class SequenceStatus(enum.Enum):
     DECODING = enum.auto()
     PREEMPTED = enum.auto()  # gives up its blocks as soon as no step in flight can write them
     FINISHED = enum.auto()
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """An output token's log-probability and rank, and those of the likeliest tokens."""
+
+    logprob: float
+    rank: int
+    top_ids: IntArray  # [num_top]
+    top: npt.NDArray[np.float32]  # [num_top]
 
 
 @dataclass(eq=False)
@@ -42,6 +53,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     row: int | None = None
     block_table: BlockTable = field(default_factory=BlockTable)
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of each output token, where asked for
     num_cached_tokens: int | None = None  # prefix-cache hits when first scheduled
     finish_reason: FinishReason | None = None
     # Seconds of the engine's clock

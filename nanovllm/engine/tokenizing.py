@@ -10,7 +10,9 @@ import numpy as np
 
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import IntArray
+from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import InvalidArgumentError, ModelLoadError, RequestTooLargeError
+from nanovllm.outputs import Logprob
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,6 +94,22 @@ class Tokenizing:
         shown = token_ids[:-1] if ended_by_eos else token_ids
         text: str = self._tokenizer.decode(shown, skip_special_tokens=True)
         return text
+
+    def logprobs(self, sequence: Sequence) -> dict[str, Any]:
+        """`CompletionOutput`'s logprobs and cumulative_logprob; nothing where the request asked for none."""
+        if sequence.params.logprobs is None:
+            return {}
+        rows: list[dict[int, Logprob]] = []
+        for token_id, own in zip(sequence.output_token_ids.tolist(), sequence.logprobs, strict=True):
+            row = {token_id: Logprob(own.logprob, own.rank, self._token(token_id))}
+            for rank, (top_id, logprob) in enumerate(zip(own.top_ids.tolist(), own.top.tolist(), strict=True), 1):
+                if top_id != token_id:
+                    row[top_id] = Logprob(logprob, rank, self._token(top_id))
+            rows.append(row)
+        return {"logprobs": rows, "cumulative_logprob": sum(own.logprob for own in sequence.logprobs)}
+
+    def _token(self, token_id: int) -> str | None:
+        return None if self._tokenizer is None else str(self._tokenizer.decode([token_id]))
 
 
 def load_tokenizer(config: EngineConfig, folder: str) -> PreTrainedTokenizerBase:

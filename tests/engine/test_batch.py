@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nanovllm.engine.batch import VERSION, OpenedRow, ScheduledBatch
 
 SECTIONS = ["closed", "opened", "opened_tokens", "blocks", "chunks", "decode_rows"]
-HEADER_SIZE = 5 + len(SECTIONS)
+HEADER_SIZE = 6 + len(SECTIONS)
 
 int32 = st.integers(-(2**31), 2**31 - 1)
 opened_rows = st.builds(
@@ -78,7 +78,7 @@ def test_sections_follow_the_header_in_the_order_in_which_they_apply() -> None:
         assert batch.sections[name].offset == offset
         offset = batch.sections[name].end
     assert offset == len(batch.buffer)
-    assert batch.buffer[:HEADER_SIZE].tolist() == [VERSION, 7, 1, 0, 0, 1, 1, 3, 2, 2, 2]
+    assert batch.buffer[:HEADER_SIZE].tolist() == [VERSION, 7, 1, 0, 0, 0, 1, 1, 3, 2, 2, 2]
     assert batch.buffer[batch.sections["opened_tokens"].offset :].tolist() == [
         *[10, 11, 12],
         *[2, 0, 5, 0, 1, 6],
@@ -97,7 +97,8 @@ def test_counts_of_tokens_and_samples() -> None:
 @pytest.mark.parametrize(("shares_prefix", "truncates"), [(False, False), (True, False), (False, True), (True, True)])
 def test_flags_stand_apart(shares_prefix: bool, truncates: bool) -> None:
     batch = ScheduledBatch.build(1, shares_prefix=shares_prefix, truncates=truncates)
-    assert (batch.shares_prefix, batch.truncates) == (shares_prefix, truncates)
+    assert (batch.shares_prefix, batch.truncates, batch.num_logprobs) == (shares_prefix, truncates, None)
+    assert [ScheduledBatch.build(1, num_logprobs=n).num_logprobs for n in (None, 0, 20)] == [None, 0, 20]
 
 
 def test_reading_copies_nothing() -> None:
