@@ -24,11 +24,13 @@ class Logprob:
 class CompletionOutput:
     """One completion of a prompt.
 
-    text: decoded tokens, without the end-of-sequence token; "" when the engine has no tokenizer.
-    token_ids: every generated token, the end-of-sequence token included.
+    text: decoded tokens, without the end-of-sequence token or what else ended it (`include_stop_str_in_output` keeps
+        that); "" with detokenize=False and when the engine has no tokenizer.
+    token_ids: every generated token, the end-of-sequence token included, and all tokens of a stop string.
     finish_reason: "stop" (the model ended it), "length" (max_tokens or the model's length), "abort".
     logprobs: of each generated token {token id: Logprob}, its own first, then the likeliest; None if not asked for.
     cumulative_logprob: the sum over the generated tokens; None if logprobs were not asked for.
+    stop_reason: the stop string, or the one of `stop_token_ids`, that ended it; None for all else.
     """
 
     index: int
@@ -37,6 +39,7 @@ class CompletionOutput:
     finish_reason: FinishReason
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
+    stop_reason: int | str | None = None
 
 
 @dataclass(frozen=True)

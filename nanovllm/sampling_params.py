@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -28,6 +29,11 @@ class SamplingParams:
         own, -1: all. Raw: before temperature and whatever else changes logits.
     seed: a request with a seed draws the same tokens whatever runs beside it; None takes one from
         the engine's seed and the order of arrival.
+    stop: a string, or several, whose first occurrence in the text ends it; it may span tokens. Kept as a tuple.
+    stop_token_ids: tokens that end the output as the end-of-sequence token does, under `ignore_eos` too.
+    include_stop_str_in_output: leave the stop string, or the stop token's text, at the end of the text.
+    detokenize: False gives token ids only, and "" for the text.
+    skip_special_tokens: False shows special tokens in the text.
 
     Raises InvalidArgumentError (a ValueError) that names the field, for a value that is not allowed.
     """
@@ -40,6 +46,11 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     logprobs: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not math.isfinite(self.temperature) or not 0 <= self.temperature <= 2:
@@ -48,8 +59,9 @@ class SamplingParams:
             raise InvalidArgumentError(
                 "max_tokens", self.max_tokens, "an integer ≥ 1, or None for as many as the model's length allows"
             )
-        if not isinstance(self.ignore_eos, bool):
-            raise InvalidArgumentError("ignore_eos", self.ignore_eos, "True or False")
+        for name in ("ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidArgumentError(name, getattr(self, name), "True or False")
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed <= MAX_SEED):
             raise InvalidArgumentError("seed", self.seed, "an integer from 0 to 2**63 - 1, or None")
         if not _is_integer(self.top_k) or self.top_k < -1:
@@ -60,11 +72,25 @@ class SamplingParams:
             raise InvalidArgumentError("min_p", self.min_p, "a number from 0 (all tokens) to 1")
         if self.logprobs is not None and (not _is_integer(self.logprobs) or not -1 <= self.logprobs <= MAX_LOGPROBS):
             raise InvalidArgumentError("logprobs", self.logprobs, f"0 to {MAX_LOGPROBS}, -1 for all tokens, or None")
+        self._check_stop()
 
     @property
     def truncates(self) -> bool:
         """Whether a token is drawn from fewer than all."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    def _check_stop(self) -> None:
+        stop: object = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(text, str) and text for text in stop):
+            raise InvalidArgumentError("stop", self.stop, "a string, a list of strings, none of them empty, or None")
+        if stop and not self.detokenize:
+            raise InvalidArgumentError("stop", self.stop, "None with detokenize=False", "It is looked for in the text.")
+        ids: object = () if self.stop_token_ids is None else self.stop_token_ids
+        if not isinstance(ids, (list, tuple)) or not all(_is_integer(token) and token >= 0 for token in ids):
+            raise InvalidArgumentError("stop_token_ids", self.stop_token_ids, "a list of integers ≥ 0, or None")
+        # Tuples: a caller's list may change later, and params are compared and hashed.
+        object.__setattr__(self, "stop", tuple(stop) or None)
+        object.__setattr__(self, "stop_token_ids", tuple(int(token) for token in ids) or None)
 
 
 def _is_integer(value: object) -> bool:

@@ -11,6 +11,8 @@ import pytest
 
 from nanovllm import InvalidArgumentError, SamplingParams, UnknownArgumentError
 
+SWITCHES = ("include_stop_str_in_output", "detokenize", "skip_special_tokens")
+
 
 def test_defaults_are_those_of_nano_vllm() -> None:
     assert dataclasses.asdict(SamplingParams()) == {
@@ -22,6 +24,11 @@ def test_defaults_are_those_of_nano_vllm() -> None:
         "top_p": 1.0,
         "min_p": 0.0,
         "logprobs": None,
+        "stop": None,
+        "stop_token_ids": None,
+        "include_stop_str_in_output": False,
+        "detokenize": True,
+        "skip_special_tokens": True,
     }
 
 
@@ -36,6 +43,9 @@ def test_defaults_are_those_of_nano_vllm() -> None:
         *[("top_p", value) for value in (1e-9, 0.5, 1, 1.0)],
         *[("logprobs", value) for value in (-1, 0, 20, None)],
         *[("min_p", value) for value in (0, 0.0, 0.05, 1)],
+        *[("stop", value) for value in (None, ("a",), ("a", "\n\n"))],
+        *[("stop_token_ids", value) for value in (None, (0,), (3, 7))],
+        *[(name, value) for name in SWITCHES for value in (True, False)],
     ],
 )
 def test_allowed(field: str, value: object) -> None:
@@ -54,6 +64,9 @@ def test_allowed(field: str, value: object) -> None:
         *[("top_p", value) for value in (0, -0.1, 1.01, math.nan, math.inf, "1", None, True)],
         *[("logprobs", value) for value in (-2, 21, 1.0, "5", True)],
         *[("min_p", value) for value in (-0.1, 1.01, math.nan, math.inf, "0", None, False)],
+        *[("stop", value) for value in ("", [""], ["a", 1], 3, b"a", {"a": 1})],
+        *[("stop_token_ids", value) for value in (3, "3", [-1], [1.0], [True], ["a"])],
+        *[(name, value) for name in SWITCHES for value in (1, None, "yes")],
     ],
 )
 def test_refused_with_field_value_and_what_is_allowed(field: str, value: object) -> None:
@@ -78,6 +91,22 @@ def test_refused_with_field_value_and_what_is_allowed(field: str, value: object)
 )
 def test_truncates(fields: dict[str, Any], truncates: bool) -> None:
     assert SamplingParams(**fields).truncates is truncates
+
+
+def test_stop_rules_are_kept_as_tuples() -> None:
+    ids = [3]
+    params = SamplingParams(stop="a", stop_token_ids=ids)
+    ids.append(4)
+    assert (params.stop, params.stop_token_ids) == (("a",), (3,))
+    assert params == SamplingParams(stop=["a"], stop_token_ids=(3,))
+    assert SamplingParams(stop=[], stop_token_ids=[]) == SamplingParams()
+    assert hash(params) == hash(dataclasses.replace(params))
+
+
+def test_a_stop_string_needs_text() -> None:
+    with pytest.raises(InvalidArgumentError, match="stop=.*None with detokenize=False"):
+        SamplingParams(stop="a", detokenize=False)
+    assert SamplingParams(stop_token_ids=[1], detokenize=False).stop_token_ids == (1,)
 
 
 def test_a_typo_is_answered_with_the_nearest_name() -> None:

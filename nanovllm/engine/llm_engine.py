@@ -126,6 +126,7 @@ class LLMEngine:
             raise InvalidArgumentError(field, getattr(params, field), "off with tensor_parallel_size > 1", hint)
         if request_id in self._requests:
             raise InvalidArgumentError("request_id", request_id, "unique among the unfinished requests")
+        stop_strings = self._tokenizing.stop_strings(params)
         text, token_ids = self._tokenizing.read(prompt)
         sequence = Sequence.from_prompt(
             self._num_arrivals,
@@ -136,6 +137,7 @@ class LLMEngine:
             seed=self._next_seed(),
             prompt=text,
         )
+        sequence.stop_strings = stop_strings
         if not self.has_unfinished_requests():
             self._statistics_line.start(arrival)
         self._num_arrivals += 1
@@ -283,7 +285,7 @@ class LLMEngine:
             self._timeline.request(sequence, sequence.finish_reason)
         if self._spans is not None:
             self._spans.record(sequence)
-        text = self._tokenizing.decode(token_ids, ended_by_eos=sequence.finish_reason == "stop")
+        text = self._tokenizing.output_text(sequence)
         if logger.isEnabledFor(logging.DEBUG) and env.log_prompts():
             events.request_output.log(logger, request_id=sequence.request_id, text=text)
         completion = CompletionOutput(
@@ -292,6 +294,7 @@ class LLMEngine:
             token_ids=token_ids,
             finish_reason=sequence.finish_reason,
             **self._tokenizing.logprobs(sequence),
+            stop_reason=sequence.stop_reason,
         )
         return RequestOutput(
             request_id=sequence.request_id,

@@ -43,6 +43,7 @@ class RowTable:
         self.ignore_eos: BoolArray = np.zeros(num_rows, dtype=np.bool_)
         self.truncates: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # draws with top-k, top-p or min-p
         self.num_logprobs = np.full(num_rows, -1, dtype=np.int32)  # of the likeliest tokens; -1: no log-probabilities
+        self.watched: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # has stop rules of its own
         self._free_rows = list(range(num_rows - 1, -1, -1))  # a stack: low rows first
 
     @property
@@ -89,6 +90,7 @@ class RowTable:
         self.truncates[row] = sequence.params.truncates
         asked = sequence.params.logprobs
         self.num_logprobs[row] = -1 if asked is None else ALL_LOGPROBS if asked == -1 else asked
+        self.watched[row] = sequence.watches_tokens
         return row
 
     def known_tokens(self, row: int) -> IntArray:

@@ -298,9 +298,12 @@ class Scheduler:
 
         at_eos = np.isin(token_ids, self.eos_token_ids) & ~rows.ignore_eos[sampled]
         at_limit = rows.num_tokens[sampled] >= rows.max_num_tokens[sampled]
-        ended = [self.rows.sequence(row) for row in sampled[at_eos | at_limit].tolist()]
-        for sequence, eos in zip(ended, at_eos[at_eos | at_limit].tolist(), strict=True):
-            self._finish(sequence, "stop" if eos else "length")
+        at_end = at_eos | at_limit
+        for index in np.flatnonzero(rows.watched[sampled] & ~at_eos).tolist():
+            at_end[index] |= rows.sequence(int(sampled[index])).stops_at(int(token_ids[index]))
+        ended = [self.rows.sequence(row) for row in sampled[at_end].tolist()]
+        for sequence, eos in zip(ended, at_eos[at_end].tolist(), strict=True):
+            self._finish(sequence, "stop" if eos or sequence.stop_reason is not None else "length")
         self._release_leaving()
         num_seqs = len(batch.sampled_rows)
         events.batch_postprocess.log(logger, step=batch.step, num_finished=len(ended), num_seqs=num_seqs)

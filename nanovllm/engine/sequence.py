@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from nanovllm.engine.batch import IntArray
 from nanovllm.engine.block_manager import BlockTable
+from nanovllm.engine.detokenizer import StopStrings
 from nanovllm.outputs import FinishReason, RequestMetrics
 from nanovllm.sampling_params import SamplingParams
 
@@ -56,6 +57,8 @@ class Sequence:
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of each output token, where asked for
     num_cached_tokens: int | None = None  # prefix-cache hits when first scheduled
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    stop_strings: StopStrings | None = None
     # Seconds of the engine's clock
     arrival: float = 0.0
     queued: float = 0.0
@@ -69,6 +72,19 @@ class Sequence:
     @property
     def output_token_ids(self) -> IntArray:
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def watches_tokens(self) -> bool:
+        """Whether `stops_at` must see every token."""
+        return self.stop_strings is not None or self.params.stop_token_ids is not None
+
+    def stops_at(self, token_id: int) -> bool:
+        """Takes the next token; True when the request's own stop rules end it there. EOS is not its business."""
+        if token_id in (self.params.stop_token_ids or ()):
+            self.stop_reason = token_id
+        elif self.stop_strings is not None:
+            self.stop_reason = self.stop_strings.add(token_id)
+        return self.stop_reason is not None
 
     def metrics(self) -> RequestMetrics:
         """Of a sequence that has ended."""

@@ -10,9 +10,11 @@ import numpy as np
 
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import IntArray
+from nanovllm.engine.detokenizer import Detokenizer, StopStrings, decode
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import InvalidArgumentError, ModelLoadError, RequestTooLargeError
 from nanovllm.outputs import Logprob
+from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,13 +89,31 @@ class Tokenizing:
                 f"{resolved.num_blocks} blocks of {resolved.block_size} tokens), or shorten the prompt.",
             )
 
-    def decode(self, token_ids: list[int], ended_by_eos: bool) -> str:
-        """The output's text, special tokens left out; "" without a tokenizer."""
+    def stop_strings(self, params: SamplingParams) -> StopStrings | None:
+        """What looks for the request's stop strings; None when it has none. Raises as `LLMEngine.add_request` says."""
+        vocab_size = self._resolved.vocab_size
+        for token in params.stop_token_ids or ():
+            if token >= vocab_size:
+                raise InvalidArgumentError("stop_token_ids", token, f"token ids from 0 to {vocab_size - 1}")
+        if not params.stop:
+            return None
         if self._tokenizer is None:
+            hint = "Leave skip_tokenizer_init out, or give stop_token_ids."
+            raise InvalidArgumentError("stop", params.stop, "None, since there is no tokenizer", hint)
+        detokenizer = Detokenizer(self._tokenizer, params.skip_special_tokens)
+        return StopStrings(tuple(params.stop), detokenizer, params.include_stop_str_in_output)
+
+    def output_text(self, sequence: Sequence) -> str:
+        """The text of an output that has ended; "" without a tokenizer, or where none is wanted."""
+        params, reason = sequence.params, sequence.stop_reason
+        if self._tokenizer is None or not params.detokenize:
             return ""
-        shown = token_ids[:-1] if ended_by_eos else token_ids
-        text: str = self._tokenizer.decode(shown, skip_special_tokens=True)
-        return text
+        if isinstance(reason, str) and sequence.stop_strings is not None:
+            return sequence.stop_strings.text
+        token_ids = sequence.output_token_ids.tolist()
+        if sequence.finish_reason == "stop" and (reason is None or not params.include_stop_str_in_output):
+            token_ids.pop()  # EOS, or the stop token
+        return decode(self._tokenizer, token_ids, params.skip_special_tokens)
 
     def logprobs(self, sequence: Sequence) -> dict[str, Any]:
         """`CompletionOutput`'s logprobs and cumulative_logprob; nothing where the request asked for none."""

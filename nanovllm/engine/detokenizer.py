@@ -1,0 +1,62 @@
+"""Text as its tokens come, and the stop strings in it.
+
+Only requests with stop strings need text before they end; the others are decoded once, at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_CONTEXT = 4  # tokens before the new ones: what a token reads as may depend on its neighbour to the left
+_REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no character, or not yet
+_MAX_HELD = 3  # bytes of a character whose last one has not come, shown as one replacement or as one each
+
+
+class Detokenizer:
+    """Decodes a growing list of tokens; what it returned once never changes, and is never half a character."""
+
+    def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._window: list[int] = []  # the newest tokens, from `_CONTEXT` before the oldest that is not wholly shown
+        self._num_shown = 0  # characters of the window's text
+
+    def add(self, token_id: int) -> str:
+        """The characters that this token completes; "" when its character needs more tokens."""
+        self._window.append(token_id)
+        text = decode(self._tokenizer, self._window, self._skip_special_tokens)
+        num_held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_HELD)
+        new = text[self._num_shown : len(text) - num_held]
+        self._num_shown += len(new)
+        if not num_held:
+            self._window = self._window[-_CONTEXT:]
+            self._num_shown = len(decode(self._tokenizer, self._window, self._skip_special_tokens))
+        return new
+
+
+class StopStrings:
+    """The text of one output, watched for the strings that end it."""
+
+    def __init__(self, stop: tuple[str, ...], detokenizer: Detokenizer, include_stop: bool) -> None:
+        self.text = ""
+        self._stop = stop
+        self._detokenizer = detokenizer
+        self._include_stop = include_stop
+        self._overlap = max(map(len, stop)) - 1  # characters of a stop string that may have come before
+
+    def add(self, token_id: int) -> str | None:
+        """The stop string that this token completes, the leftmost if several; `text` then ends there."""
+        start = max(0, len(self.text) - self._overlap)
+        self.text += self._detokenizer.add(token_id)
+        found = [(at, stop) for stop in self._stop if (at := self.text.find(stop, start)) >= 0]
+        if not found:
+            return None
+        at, stop = min(found, key=lambda match: match[0])
+        self.text = self.text[: at + len(stop) if self._include_stop else at]
+        return stop
+
+
+def decode(tokenizer: Any, token_ids: list[int], skip_special_tokens: bool) -> str:
+    """As the tokens read. Nothing is tidied up around spaces: that would change text that was already there."""
+    text: str = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+    return text
