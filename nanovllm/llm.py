@@ -87,11 +87,13 @@ class LLM:
         *,
         use_tqdm: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        tools: Seq[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Completes one conversation, or each of a list of them, through the checkpoint's chat template.
 
         A message is {"role": "user", "content": "…"}; `chat_template_kwargs` go to the template
-        (Qwen3 reads `enable_thinking`).
+        (Qwen3 reads `enable_thinking`), and so do `tools`, each {"type": "function", "function": {…}}; what the model
+        calls is in its text.
         """
         tokenizer = self.get_tokenizer()
         if not tokenizer.chat_template:
@@ -102,10 +104,13 @@ class LLM:
         for chat in conversations:
             if not isinstance(chat, (list, tuple)) or not all(isinstance(message, Mapping) for message in chat):
                 raise InvalidArgumentError("messages", chat, "a list of messages, each {'role': …, 'content': …}")
+        if tools is not None and (
+            not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools)
+        ):
+            raise InvalidArgumentError("tools", tools, "a list of {'type': 'function', 'function': {…}}, or None")
+        extra = {**(chat_template_kwargs or {}), **({"tools": list(tools)} if tools else {})}
         prompts: list[Prompt] = [
-            tokenizer.apply_chat_template(
-                list(chat), tokenize=False, add_generation_prompt=True, **(chat_template_kwargs or {})
-            )
+            tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True, **extra)
             for chat in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
