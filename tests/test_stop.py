@@ -89,6 +89,14 @@ def test_prefix_tokens_alone_or_in_a_crowd(tiny: LLM) -> None:
     assert [output.outputs for output in crowd] == [generate(tiny, PROMPT, param)[0].outputs for param in many]
 
 
+def test_logprobs_are_those_of_the_tokens_kept(tiny: LLM) -> None:
+    free = one(tiny, logprobs=2).outputs[0]
+    cut = one(tiny, logprobs=2, stop=free.text[4:16]).outputs[0]
+    assert free.logprobs is not None
+    assert cut.stop_reason == free.text[4:16]
+    assert cut.logprobs == free.logprobs[: len(cut.token_ids)]
+
+
 def test_stop_strings_under_preemption() -> None:
     """A preempted request is computed again, but its text has seen each token once."""
     free = params(max_tokens=60, ignore_eos=True)
