@@ -236,5 +236,5 @@ def test_rows_that_share_a_prefix_give_the_tokens_of_rows_that_do_not(qwen3_06b:
             outputs.append([output["token_ids"] for output in llm.generate(prompts, greedy(24), use_tqdm=False)])
             graphs = llm.llm_engine.executor._runner._graphs
             if not settings:
-                assert any(shared for _, shared in graphs._captured), "nothing was shared"
+                assert any(needs.shares_prefix for _, needs in graphs._captured), "nothing was shared"
     assert outputs[0] == outputs[1] == outputs[2]

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,16 +124,28 @@ def test_the_same_tokens_as_one_rank_under_random_schedules(
         abort_some(one, several)
 
 
-def test_what_needs_a_whole_row_of_logits_is_refused_by_name(folder: Path) -> None:
-    cases: list[dict[str, Any]] = [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}]
-    with load(folder, tensor_parallel_size=2) as llm:
-        for fields in cases:
-            with pytest.raises(InvalidArgumentError, match="tensor_parallel_size > 1") as caught:
-                generate(llm, [[5, 6, 7]], SamplingParams(**fields))
-            assert {caught.value.field: caught.value.value} == fields
-            assert_empty(llm)
-            greedy = SamplingParams(**fields, temperature=0, max_tokens=2, ignore_eos=True)
-            assert len(token_ids(generate(llm, [[5, 6, 7]], greedy))[0]) == 2  # draws nothing, so it may run
+def test_what_needs_a_whole_row_of_logits_gives_what_one_rank_gives(folder: Path) -> None:
+    """Ranks gather the rows of such a step alone; the other steps' winners only, as ever."""
+    drawn = SamplingParams(seed=3, max_tokens=6, ignore_eos=True)
+    params = [
+        drawn,
+        replace(drawn, top_k=5),
+        replace(drawn, top_p=0.7, logprobs=3),
+        replace(drawn, min_p=0.2, logprobs=0),
+        replace(drawn, temperature=0, logprobs=-1, max_tokens=9),
+    ]
+    prompts = [[5, 6, 7 + index] for index in range(len(params))]
+    with load(folder) as one, load(folder, tensor_parallel_size=2) as several:
+        expected, outputs = generate(one, prompts, params), generate(several, prompts, params)
+        assert token_ids(outputs) == token_ids(expected)
+        for output, reference in zip(outputs, expected, strict=True):
+            for token, wanted in zip(
+                output.outputs[0].logprobs or (), reference.outputs[0].logprobs or (), strict=True
+            ):
+                values = {token_id: x.logprob for token_id, x in token.items()}
+                assert values == pytest.approx({token_id: x.logprob for token_id, x in wanted.items()}, abs=1e-4)
+        assert expected[4].outputs[0].logprobs
+        assert_empty(several)
 
 
 def abort_some(one: LLM, several: LLM) -> None:

@@ -3,9 +3,8 @@
 A `ScheduledBatch` is one int32 buffer made of changes. The same bytes go to the device in one copy
 and, with several ranks, through shared memory; each section is a view of them.
 
-    header         version, step, number of final chunks, whether decode rows share a prefix worth finding, whether a
-                   row that samples truncates (top-k, top-p, min-p), one more than the most log-probabilities that
-                   such a row asks for (0: none asks), then the item count of each section
+    header         version, step, number of final chunks, the three words of `StepNeeds`, then the item count of each
+                   section
     closed         row                                    rows that are free again
     opened         row, num_tokens, temperature's bits, seed's low and high word, bits of top_k, top_p and min_p as
                    float32
@@ -30,7 +29,7 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int32]
 
-VERSION = 4
+VERSION = 5
 # Name and width (int32 words an item) of each section, in order.
 _SECTIONS = (("closed", 1), ("opened", 8), ("opened_tokens", 1), ("blocks", 3), ("chunks", 3), ("decode_rows", 1))
 _HEADER_FIELDS = 6
@@ -48,6 +47,30 @@ class Section:
     @property
     def end(self) -> int:
         return self.offset + self.count * self.width
+
+
+@dataclass(frozen=True)
+class StepNeeds:
+    """What a step has to do beyond computing and drawing; where no row needs it, nothing of it runs.
+
+    Decode steps with different needs are different CUDA graphs.
+    """
+
+    shares_prefix: bool = False  # a hint: enough decode rows begin with the same blocks for it to pay to look for them
+    truncates: bool = False  # a row that samples uses top-k, top-p or min-p
+    num_logprobs: int | None = None  # of the likeliest tokens, the most that such a row asks for; None: none asks
+
+    def words(self) -> tuple[int, ...]:
+        return self.shares_prefix, self.truncates, 0 if self.num_logprobs is None else self.num_logprobs + 1
+
+    @classmethod
+    def of_words(cls, shares_prefix: int, truncates: int, asked: int) -> StepNeeds:
+        return cls(bool(shares_prefix), bool(truncates), int(asked) - 1 if asked else None)
+
+    @property
+    def all_logits(self) -> bool:
+        """Whether whole rows of logits must be in one place, where the vocabulary is cut over ranks."""
+        return self.truncates or self.num_logprobs is not None
 
 
 @dataclass(frozen=True)
@@ -79,17 +102,14 @@ class ScheduledBatch:
         chunks: Seq[tuple[int, int, int]] = (),
         num_final_chunks: int = 0,
         decode_rows: Seq[int] | npt.NDArray[np.integer[Any]] = (),
-        shares_prefix: bool = False,
-        truncates: bool = False,
-        num_logprobs: int | None = None,
+        needs: StepNeeds | None = None,
     ) -> ScheduledBatch:
         """Packs the changes; see the module for what each tuple holds."""
         num_opened_tokens = sum(len(item.token_ids) for item in opened)
         counts = (len(closed), len(opened), num_opened_tokens, len(blocks), len(chunks), len(decode_rows))
         sections = _layout(counts)
         buffer: IntArray = np.empty(sections["decode_rows"].end, dtype=np.int32)
-        asked = 0 if num_logprobs is None else num_logprobs + 1
-        buffer[:_HEADER_SIZE] = (VERSION, step, num_final_chunks, shares_prefix, truncates, asked, *counts)
+        buffer[:_HEADER_SIZE] = (VERSION, step, num_final_chunks, *(needs or StepNeeds()).words(), *counts)
         batch = cls(buffer, sections)
         batch.closed[:] = closed
         batch.decode_rows[:] = decode_rows
@@ -131,19 +151,8 @@ class ScheduledBatch:
         return int(self.buffer[2])
 
     @property
-    def shares_prefix(self) -> bool:
-        """A hint: enough decode rows begin with the same blocks for it to pay to look for them."""
-        return bool(self.buffer[3])
-
-    @property
-    def truncates(self) -> bool:
-        """A row that samples in this step keeps only some tokens. Where none does, nothing of it runs."""
-        return bool(self.buffer[4])
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """The most likeliest tokens whose log-probabilities a sampled row asks for; None: none asks for any."""
-        return int(self.buffer[5]) - 1 if self.buffer[5] else None
+    def needs(self) -> StepNeeds:
+        return StepNeeds.of_words(*self.buffer[3:_HEADER_FIELDS].tolist())
 
     @cached_property
     def closed(self) -> IntArray:  # [num_closed]

@@ -10,17 +10,18 @@ from __future__ import annotations
 import bisect
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
+from nanovllm.engine.batch import StepNeeds
+from nanovllm.kernels.logprobs import SampledTokens
 from nanovllm.utils import events
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
-# rows [size] int32, whether to look for shared prefixes, whether rows truncate → tokens [size] int32
-DecodeStep = Callable[[torch.Tensor, bool, bool], torch.Tensor]
+DecodeStep = Callable[[torch.Tensor, StepNeeds], SampledTokens]  # rows [size] int32 → a token each
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -36,11 +37,11 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    token_ids: torch.Tensor  # [size] int32, what a replay writes
+    sampled: SampledTokens  # what a replay writes
 
 
 class DecodeGraphs:
-    """Captures `decode_step` by size, with and without shared prefixes and truncation.
+    """Captures `decode_step` by size and by what its rows need.
 
     All graphs share one pool of memory, for only one runs at a time.
     """
@@ -51,21 +52,21 @@ class DecodeGraphs:
         self._device = device
         self.sizes = graph_sizes(max_num_seqs)
         self._rows = torch.full((max_num_seqs,), null_row, dtype=torch.int32, device=device)  # what replays read
-        self._captured: dict[tuple[int, bool, bool], _Captured] = {}
+        self._captured: dict[tuple[int, StepNeeds], _Captured] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
-    def replay(self, rows: torch.Tensor, share_prefixes: bool = False, truncates: bool = False) -> torch.Tensor:
-        """Decodes `rows` [num_rows] int32 → tokens [num_rows] int32, valid until the next replay."""
+    def replay(self, rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
+        """Decodes `rows` [num_rows] int32 → a token each, valid until the next replay."""
         size = self.sizes[bisect.bisect_left(self.sizes, len(rows))]
-        captured = self._captured.get((size, share_prefixes, truncates))
+        captured = self._captured.get((size, needs))
         if captured is None:
-            captured = self.capture(size, share_prefixes, truncates)
+            captured = self.capture(size, needs)
         self._rows[: len(rows)] = rows
         self._rows[len(rows) : size] = self._null_row
         captured.graph.replay()
-        return captured.token_ids[: len(rows)]
+        return captured.sampled.first(len(rows))
 
-    def capture(self, size: int, share_prefixes: bool = False, truncates: bool = False) -> _Captured:
+    def capture(self, size: int, needs: StepNeeds) -> _Captured:
         """Records the step for `size` rows. Only the null row is computed on, so that no sequence notices."""
         started = time.perf_counter()
         rows = self._rows[:size]
@@ -73,14 +74,12 @@ class DecodeGraphs:
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):  # compiles kernels and lets libraries allocate before anything is recorded
-            self._decode_step(rows, share_prefixes, truncates)
+            self._decode_step(rows, needs)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=stream):
-            token_ids = self._decode_step(rows, share_prefixes, truncates)
-        captured = self._captured[size, share_prefixes, truncates] = _Captured(graph, token_ids)
+            sampled = self._decode_step(rows, needs)
+        captured = self._captured[size, needs] = _Captured(graph, sampled)
         elapsed_ms = (time.perf_counter() - started) * 1e3
-        events.graph_captured.log(
-            logger, size=size, share_prefixes=share_prefixes, truncates=truncates, elapsed_ms=elapsed_ms
-        )
+        events.graph_captured.log(logger, size=size, elapsed_ms=elapsed_ms, **asdict(needs))
         return captured

@@ -119,11 +119,6 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidArgumentError("sampling_params", params, "a SamplingParams")
-        if (params.truncates or params.logprobs is not None) and self.config.tensor_parallel_size > 1:
-            named = {"logprobs": params.logprobs is not None, "top_k": params.top_k > 0, "top_p": params.top_p < 1}
-            field = next((name for name, is_set in named.items() if is_set), "min_p")
-            hint = "Each rank has a part of the logits, and this needs all of a row's."
-            raise InvalidArgumentError(field, getattr(params, field), "off with tensor_parallel_size > 1", hint)
         if request_id in self._requests:
             raise InvalidArgumentError("request_id", request_id, "unique among the unfinished requests")
         stop_strings = self._tokenizing.stop_strings(params)

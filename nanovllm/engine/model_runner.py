@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,19 +17,20 @@ import torch
 from nanovllm.attention.selection import select_attention
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.diagnostics.rank import RankDiagnostics
-from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepLogprobs, StepResult
+from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepLogprobs, StepNeeds, StepResult
 from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.device_rows import DeviceRows, ModelInputs
 from nanovllm.engine.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
 from nanovllm.engine.model_plan import ModelPlan
 from nanovllm.engine.warm_up import WarmUp
 from nanovllm.errors import OutOfMemoryError
-from nanovllm.kernels.logprobs import TokenLogprobs, token_logprobs
+from nanovllm.kernels.logprobs import SampledTokens, token_logprobs
 from nanovllm.kernels.sample import best_candidates, sample, sample_candidates
 from nanovllm.kernels.truncate import keep_thresholds
 from nanovllm.layers.linear import pack_linear_weights
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.registry import get_model_class
+from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils import env, events
 from nanovllm.utils.device_memory import GB, free_memory
 from nanovllm.utils.loader import load_dummy_weights, load_weights, materialise
@@ -41,19 +42,19 @@ logger = setup_logger(__name__)
 
 @dataclass(frozen=True)
 class InFlightStep:
-    """A launched step: its tokens are in `token_ids` once `done` has passed (None: they are there)."""
+    """A launched step: its tokens are in `sampled` once `done` has passed (None: they are there)."""
 
-    token_ids: torch.Tensor  # [num_sampled] int32, on the host
+    sampled: SampledTokens  # on the host
     done: torch.cuda.Event | None
     began: torch.cuda.Event | None  # where somebody wants to know the time between the two
-    logprobs: TokenLogprobs | None = None  # on the host, as the tokens
 
     def wait(self) -> StepResult:
         if self.done is not None:
             self.done.synchronize()
         gpu_ms = self.began.elapsed_time(self.done) if self.began is not None and self.done is not None else None
-        logprobs = StepLogprobs(*(x.numpy() for x in self.logprobs.tensors())) if self.logprobs else None
-        return StepResult(self.token_ids.numpy(), gpu_ms, logprobs)
+        asked = self.sampled.logprobs
+        logprobs = StepLogprobs(*(tensor.numpy() for tensor in asked.tensors())) if asked else None
+        return StepResult(self.sampled.token_ids.numpy(), gpu_ms, logprobs)
 
 
 class ModelRunner:
@@ -108,7 +109,9 @@ class ModelRunner:
             stopwatch.lap("KV cache")
             if use_graphs:
                 self._graphs = DecodeGraphs(self._decode, config.max_num_seqs, self.rows.null_row, self.device)
-                self._graphs.capture(config.max_num_seqs)  # the largest first: the others fit into its memory
+                self._graphs.capture(
+                    config.max_num_seqs, StepNeeds()
+                )  # the largest first: the others fit into its memory
                 stopwatch.lap("first CUDA graph")
         log_gpu_memory(logger, device=self.device, event=events.kv_cache_memory)
         pool = self._graphs.pool if self._graphs else None
@@ -138,7 +141,9 @@ class ModelRunner:
     def submit(self, batch: ScheduledBatch) -> InFlightStep:
         """Launches a step and returns without waiting for the device."""
         has_chunks, has_decode = len(batch.chunks) > 0, len(batch.decode_rows) > 0
-        share_prefixes = batch.shares_prefix and self._uses_shared_prefixes
+        needs = batch.needs
+        if needs.shares_prefix and not self._uses_shared_prefixes:
+            needs = replace(needs, shares_prefix=False)
         section = self._sections[has_chunks, has_decode]
         with torch.inference_mode(), self._on_device():
             began = self._record_event() if self._traces or logger.isEnabledFor(logging.DEBUG) else None
@@ -147,18 +152,13 @@ class ModelRunner:
             self._log_preparing(batch)
             with timed_section(logger, section, device=self.device, step=batch.step):
                 rows = words[batch.sections["decode_rows"].offset :]
-                query_group = self._query_group if share_prefixes else None
-                logprobs = None
                 if has_chunks:
-                    inputs = self.rows.mixed_inputs(batch, words, query_group)
-                    token_ids, logprobs = self._forward(inputs, batch.truncates, batch.num_logprobs)
-                elif batch.num_logprobs is not None:  # graphs keep no logits
-                    inputs = self.rows.decode_inputs(rows, query_group)
-                    token_ids, logprobs = self._forward(inputs, batch.truncates, batch.num_logprobs)
-                else:
-                    decode = self._graphs.replay if self._graphs else self._decode
-                    token_ids = decode(rows, share_prefixes, batch.truncates)
-            return self._download(token_ids, began, logprobs)
+                    sampled = self._forward(self.rows.mixed_inputs(batch, words, self._shared_group(needs)), needs)
+                elif self._graphs is not None and (needs.num_logprobs or 0) <= MAX_LOGPROBS:
+                    sampled = self._graphs.replay(rows, needs)
+                else:  # a graph would hold memory for a log-probability of every token
+                    sampled = self._decode(rows, needs)
+            return self._download(sampled, began)
 
     def _on_device(self) -> AbstractContextManager[object]:
         """Triton launches on torch's current device, which need not be ours."""
@@ -179,34 +179,37 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _decode(self, rows: torch.Tensor, share_prefixes: bool = False, truncates: bool = False) -> torch.Tensor:
-        """rows [num_rows] int32 → tokens [num_rows] int32. What a CUDA graph records."""
-        inputs = self.rows.decode_inputs(rows, self._query_group if share_prefixes else None)
-        return self._forward(inputs, truncates)[0]
+    def _shared_group(self, needs: StepNeeds) -> int | None:
+        return self._query_group if needs.shares_prefix else None
 
-    def _forward(
-        self, inputs: ModelInputs, truncates: bool, num_logprobs: int | None = None
-    ) -> tuple[torch.Tensor, TokenLogprobs | None]:
-        """Computes, samples, and writes the tokens into their rows → [num_sampled] int32, and what is asked of them."""
+    def _decode(self, rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
+        """rows [num_rows] int32 → a token each. What a CUDA graph records."""
+        return self._forward(self.rows.decode_inputs(rows, self._shared_group(needs)), needs)
+
+    def _forward(self, inputs: ModelInputs, needs: StepNeeds) -> SampledTokens:
+        """Computes, samples, and writes the tokens into their rows."""
         self._log_inputs(inputs)
         hidden = self.model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
         rows = inputs.sampled_rows
         if not len(rows):  # a chunk that ends before its prompt does
-            return rows, None
+            return SampledTokens(rows)
         if inputs.sampled_tokens is not None:
             hidden = hidden[inputs.sampled_tokens]
         head = self.model.lm_head
-        logits = self.model.compute_logits(hidden) if self.parallel.size == 1 else head.logits_share(hidden)
+        in_one_place = self.parallel.size == 1 or needs.all_logits
+        logits = self.model.compute_logits(hidden) if in_one_place else head.logits_share(hidden)
         events.runner_output.log(logger, rank=self.parallel.rank, logits=list(logits.shape))
         state = (self.rows.temperatures, self.rows.seeds, self.rows.lengths, rows)
-        if self.parallel.size == 1:
+        if in_one_place:
             truncation = (self.rows.temperatures, self.rows.truncations, rows)
-            token_ids = sample(logits, *state, keep_thresholds(logits, *truncation) if truncates else None)
+            token_ids = sample(logits, *state, keep_thresholds(logits, *truncation) if needs.truncates else None)
         else:  # the ranks' winners are gathered, not their logits
             candidates = sample_candidates(logits, *state, first_token=head.first)
             token_ids = best_candidates(self.parallel.all_gather(candidates))
         self.rows.append(rows, token_ids)
-        return token_ids, None if num_logprobs is None else token_logprobs(logits, token_ids, num_logprobs)
+        if needs.num_logprobs is None:
+            return SampledTokens(token_ids)
+        return SampledTokens(token_ids, token_logprobs(logits, token_ids, needs.num_logprobs))
 
     def _upload(self, buffer: IntArray) -> torch.Tensor:
         words = torch.from_numpy(buffer)
@@ -223,19 +226,16 @@ class ModelRunner:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def _download(
-        self, token_ids: torch.Tensor, began: torch.cuda.Event | None, logprobs: TokenLogprobs | None
-    ) -> InFlightStep:
+    def _download(self, sampled: SampledTokens, began: torch.cuda.Event | None) -> InFlightStep:
         if self.device.type == "cpu":
-            return InFlightStep(token_ids, None, None, logprobs)
+            return InFlightStep(sampled, None, None)
 
         def to_host(tensor: torch.Tensor) -> torch.Tensor:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             return host.copy_(tensor, non_blocking=True)
 
-        host = to_host(token_ids)
-        logprobs = TokenLogprobs(*map(to_host, logprobs.tensors())) if logprobs else None
-        return InFlightStep(host, self._record_event(with_time=began is not None), began, logprobs)
+        host = sampled.map(to_host)
+        return InFlightStep(host, self._record_event(with_time=began is not None), began)
 
     # Start-up
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from nanovllm.engine.batch import IntArray
+from nanovllm.engine.batch import IntArray, StepNeeds
 from nanovllm.engine.sequence import Sequence
 
 BoolArray = npt.NDArray[np.bool_]
@@ -106,6 +106,12 @@ class RowTable:
         sequence.row = None
         self._free_rows.append(row)
         return sequence
+
+    def needs(self, sampled: npt.NDArray[np.intp], shares_prefix: bool) -> StepNeeds:
+        """Of a step that samples for these rows."""
+        num_logprobs = int(self.num_logprobs[sampled].max(initial=-1))
+        truncates = bool(self.truncates[sampled].any())
+        return StepNeeds(shares_prefix, truncates, None if num_logprobs < 0 else num_logprobs)
 
     def schedulable_decode_rows(self) -> npt.NDArray[np.intp]:
         """Rows whose next token may be computed: decoding, and not at their limit."""

@@ -101,10 +101,8 @@ class Scheduler:
         # Only the last chunk can run out of budget, so the chunks that end their prompt come first.
         num_final = len(chunks) - (self._prefilling is not None) if chunks else 0
         self._step += 1
-        truncates = self.rows.truncates
-        asked = self.rows.num_logprobs
-        final_rows = [row for row, *_ in chunks[:num_final]]
-        num_logprobs = int(max(asked[decode_rows].max(initial=-1), asked[final_rows].max(initial=-1)))
+        final_rows = np.array([row for row, *_ in chunks[:num_final]], dtype=np.intp)
+        needs = self.rows.needs(np.append(decode_rows, final_rows), shares_prefix)
         batch = ScheduledBatch.build(
             self._step,
             closed=self._closed,
@@ -113,9 +111,7 @@ class Scheduler:
             chunks=chunks,
             num_final_chunks=num_final,
             decode_rows=decode_rows,
-            shares_prefix=shares_prefix,
-            truncates=bool(truncates[decode_rows].any() or truncates[final_rows].any()),
-            num_logprobs=None if num_logprobs < 0 else num_logprobs,
+            needs=needs,
         )
         self._closed = []
         self.rows.steps_in_flight[decode_rows] += 1

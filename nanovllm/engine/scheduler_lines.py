@@ -49,7 +49,7 @@ class SchedulerLines:
                 decode_step=self._decode_step,
                 size=size,
                 preempted=self.num_preempted,
-                shares_prefix=batch.shares_prefix,
+                shares_prefix=batch.needs.shares_prefix,
                 seqs=first_items(batch.decode_rows.tolist(), self._describe),
             )
         self.num_preempted = 0

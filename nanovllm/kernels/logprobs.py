@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,24 @@ class TokenLogprobs:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return self.sampled, self.ranks, self.top_ids, self.top
+
+
+@dataclass(frozen=True)
+class SampledTokens:
+    """What a step draws."""
+
+    token_ids: torch.Tensor  # [num_rows] int32
+    logprobs: TokenLogprobs | None = None  # where a row asked
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.token_ids, *(self.logprobs.tensors() if self.logprobs else ()))
+
+    def first(self, num_rows: int) -> SampledTokens:
+        return self.map(lambda tensor: tensor[:num_rows])
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SampledTokens:
+        logprobs = TokenLogprobs(*map(function, self.logprobs.tensors())) if self.logprobs else None
+        return SampledTokens(function(self.token_ids), logprobs)
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> TokenLogprobs:

@@ -1,6 +1,6 @@
 """Every event that nanovllm logs, declared once: name, level, who logs it, sentence, fields.
 
-    events.graph_captured.log(logger, size=8, share_prefixes=False, elapsed_ms=812.0)
+    events.graph_captured.log(logger, size=8, shares_prefix=False, elapsed_ms=812.0)
 
 What the fields are is in `event_fields.py`. LOGGING.md's tables are made from both by tools/generate_logging_docs.py,
 and tests/test_events.py compares what a running engine says with what stands here.
@@ -259,7 +259,7 @@ graph_captured = Event(
     DEBUG,
     "engine.cuda_graph",
     "Captured the decode step for batch size {size} in {elapsed_ms:.0f}ms",
-    "share_prefixes truncates",
+    "shares_prefix truncates num_logprobs",
     unseen="a GPU, and CUDA graphs",
 )
 profile_started = Event(

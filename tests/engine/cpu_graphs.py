@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from nanovllm import LLM
+from nanovllm.engine.batch import StepNeeds
 from nanovllm.engine.cuda_graph import DecodeGraphs
+from nanovllm.kernels.logprobs import SampledTokens
 
 
 class CpuGraph:
@@ -38,11 +40,16 @@ def use_cpu_graphs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         yield
         capturing.clear()
 
-    def decode_step(rows: torch.Tensor, share_prefixes: bool, truncates: bool) -> torch.Tensor:
-        token_ids = runner._decode(rows, share_prefixes, truncates)
+    def decode_step(rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
+        captured = runner._decode(rows, needs)
+
+        def replay() -> None:
+            for tensor, new in zip(captured.tensors(), runner._decode(rows, needs).tensors(), strict=True):
+                tensor.copy_(new)
+
         for graph in capturing:
-            graph.replay = lambda: token_ids.copy_(runner._decode(rows, share_prefixes, truncates))
-        return token_ids
+            graph.replay = replay
+        return captured
 
     for name, stand_in in {
         "CUDAGraph": CpuGraph,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.engine.batch import VERSION, OpenedRow, ScheduledBatch
+from nanovllm.engine.batch import VERSION, OpenedRow, ScheduledBatch, StepNeeds
 
 SECTIONS = ["closed", "opened", "opened_tokens", "blocks", "chunks", "decode_rows"]
 HEADER_SIZE = 6 + len(SECTIONS)
@@ -94,11 +94,12 @@ def test_counts_of_tokens_and_samples() -> None:
     assert batch.sampled_rows.tolist() == [0, 3, 2]  # decode rows, then the chunks that end their prompt
 
 
+@pytest.mark.parametrize("num_logprobs", [None, 0, 20])
 @pytest.mark.parametrize(("shares_prefix", "truncates"), [(False, False), (True, False), (False, True), (True, True)])
-def test_flags_stand_apart(shares_prefix: bool, truncates: bool) -> None:
-    batch = ScheduledBatch.build(1, shares_prefix=shares_prefix, truncates=truncates)
-    assert (batch.shares_prefix, batch.truncates, batch.num_logprobs) == (shares_prefix, truncates, None)
-    assert [ScheduledBatch.build(1, num_logprobs=n).num_logprobs for n in (None, 0, 20)] == [None, 0, 20]
+def test_needs_stand_apart(shares_prefix: bool, truncates: bool, num_logprobs: int | None) -> None:
+    needs = StepNeeds(shares_prefix, truncates, num_logprobs)
+    assert ScheduledBatch.build(1, needs=needs).needs == needs
+    assert ScheduledBatch.build(1).needs == StepNeeds()
 
 
 def test_reading_copies_nothing() -> None:

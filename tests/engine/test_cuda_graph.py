@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.engine.batch import StepNeeds
 from nanovllm.engine.cuda_graph import graph_sizes
+from nanovllm.kernels.logprobs import SampledTokens
 from tests.engine.cpu_graphs import use_cpu_graphs
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
 from tests.test_real_schedules import Request, answers_as_they_arrive
@@ -46,9 +48,9 @@ class Loader:
             graphs = llm.llm_engine.executor._runner._graphs  # type: ignore[attr-defined]
             replay = graphs.replay
 
-            def note_and_replay(rows: torch.Tensor, share_prefixes: bool, truncates: bool) -> torch.Tensor:
+            def note_and_replay(rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
                 self.replayed.append(len(rows))
-                return replay(rows, share_prefixes, truncates)
+                return replay(rows, needs)
 
             graphs.replay = note_and_replay
         return llm
@@ -102,7 +104,7 @@ def test_every_size_decodes_as_without_graphs(load: Loader, max_num_seqs: int) -
         captured = set(llm.llm_engine.executor._runner._graphs._captured)  # type: ignore[attr-defined]
     assert set(load.replayed) == set(range(1, max_num_seqs + 1))
     assert len(load.replayed) == 2 * max_num_seqs - 1  # every step but the prefill
-    assert captured == {(size, False, False) for size in graph_sizes(max_num_seqs)}
+    assert captured == {(size, StepNeeds()) for size in graph_sizes(max_num_seqs)}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 11])
@@ -157,9 +159,37 @@ def test_batches_with_and_without_truncation_take_their_own_graphs(load: Loader)
     with load(use_graphs=True, max_num_seqs=4) as llm:
         assert generate(llm, prompts, params) == expected
         graphs: Any = llm.llm_engine.executor._runner._graphs  # type: ignore[attr-defined]
-        captured = {(size, truncates) for size, _, truncates in graphs._captured}
+        captured = {(size, needs.truncates) for size, needs in graphs._captured}
         assert {(4, True), (2, True), (1, False)} <= captured
         assert (2, False) not in captured
+
+
+def test_logprobs_of_graphs_are_those_without(load: Loader) -> None:
+    """Rows that ask for different numbers, for none, and for all, which runs without a graph."""
+    prompts = prompts_of([3, 5, 8, 4])
+    asked: list[int | None] = [2, None, 20, 0]
+    params = [replace(greedy(4 + 2 * row), logprobs=number) for row, number in enumerate(asked)]
+
+    def answers(llm: LLM, params: list[SamplingParams]) -> list[list[list[tuple[int, int, float]]] | None]:
+        outputs = [
+            output.outputs[0].logprobs for output in llm.generate(prompts[: len(params)], params, use_tqdm=False)
+        ]
+        return [
+            output and [[(token, x.rank, round(x.logprob, 3)) for token, x in each.items()] for each in output]
+            for output in outputs
+        ]
+
+    everything = [replace(greedy(3), logprobs=-1)]
+    with load(use_graphs=False, max_num_seqs=4) as llm:
+        expected, all_expected = answers(llm, params), answers(llm, everything)
+    with load(use_graphs=True, max_num_seqs=4) as llm:
+        assert answers(llm, params) == expected
+        assert load.replayed.count(4) == 3  # every decode step that all four share
+        replayed = len(load.replayed)
+        assert answers(llm, everything) == all_expected
+        assert len(load.replayed) == replayed
+    assert expected[1] is None
+    assert [len(each) for each in expected[0] or ()] == [2] * 4
 
 
 def test_random_arrivals_and_preemption(load: Loader) -> None:

@@ -90,7 +90,7 @@ def test_rows_that_share_a_prefix_decode_side_by_side(caplog: pytest.LogCaptureF
     driver.step()
     caplog.clear()
     batch = driver.step()
-    assert batch.shares_prefix
+    assert batch.needs.shares_prefix
     record = next(record for record in caplog.records if record.event == "batch.shares_prefix")
     assert record.fields == {"num_sharing": 32, "size": 33, "saved_tokens": 2 * 15 * 1600}
     groups = [[row for row in range(1, 33) if row % 2 == odd] for odd in (1, 0)]
@@ -99,7 +99,7 @@ def test_rows_that_share_a_prefix_decode_side_by_side(caplog: pytest.LogCaptureF
     assert arranged[32:] == [0]
     assert [row for row in arranged if row % 2] == list(range(31, 0, -2))  # in a group, longest first
     caplog.clear()
-    assert driver.step().shares_prefix
+    assert driver.step().needs.shares_prefix
     assert not [record for record in caplog.records if record.event == "batch.shares_prefix"]  # said once
 
 
@@ -113,7 +113,7 @@ def test_few_sharers_and_short_prefixes_are_left_alone(sharers: int, prefix_len:
     for index in range(sharers):
         driver.add_tokens([*range(1, prefix_len + 1), 2000 + index])
     driver.step()
-    assert driver.step().shares_prefix is shares
+    assert driver.step().needs.shares_prefix is shares
 
 
 def test_prefill_beside_decode_is_bounded_and_alone_it_is_not() -> None:
