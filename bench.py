@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 ENGINE_OPTIONS = (
     *("device", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "attention_backend"),
     *("kvcache_block_size", "kv_cache_dtype", "enforce_eager", "load_format", "seed"),
-    "pipeline_depth",
+    *("pipeline_depth", "tensor_parallel_size"),
 )
 BUSY = 0.5  # load average above which a CPU's figures come with a warning
 MIN_MODEL_LEN = 4096  # as in nano-vllm's benchmark, where the workload needs less
@@ -94,6 +94,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--kvcache-block-size", type=positive, metavar="N", help="tokens of a page of the KV cache")
     add("--kv-cache-dtype", help="auto (the model's dtype) or fp8")
     add("--pipeline-depth", type=positive, metavar="N", help="steps in flight at a time")
+    add("--tensor-parallel-size", type=positive, default=1, metavar="N", help="GPUs, or processes on a CPU (default 1)")
     add("--enforce-eager", action="store_true", help="no CUDA graphs")
     add("--no-prefix-caching", action="store_true", help="share nothing between requests")
     add("--compare", choices=("transformers",), help="run the same requests there too and print the ratio")
@@ -139,6 +140,7 @@ def benchmark(args: argparse.Namespace, say: Say, started: float) -> dict[str, A
         engine = llm.llm_engine.resolved
         first_output_seconds = time.perf_counter() - started
         device = torch.device(engine.device)
+        num_devices = args.tensor_parallel_size if device.type == "cuda" else 1
         report: dict[str, Any] = {
             "benchmark": "nanovllm",
             "model": args.model,
@@ -152,7 +154,8 @@ def benchmark(args: argparse.Namespace, say: Say, started: float) -> dict[str, A
             "load_average": load,
             "start_seconds": start_seconds,
             "first_output_seconds": first_output_seconds,
-            "copy_bytes_per_second": copy_bytes_per_second(device),
+            "tensor_parallel_size": args.tensor_parallel_size,
+            "copy_bytes_per_second": copy_bytes_per_second(device) * num_devices,
             "results": [],
         }
         introduce(report, say)
@@ -271,6 +274,7 @@ def result_of(
     fp8_cache = report["engine"]["kv_cache_dtype"] == "fp8_e4m3"
     needed = traffic(config, itemsize, requests, fp8_cache=fp8_cache)
     reached = needed.total(best.num_steps) / best.seconds
+    peers = peers_of(report["model"], name, len(requests.prompts), fp8_cache=fp8_cache)
     return {
         "workload": name,
         "num_seqs": len(requests.prompts),
@@ -288,7 +292,7 @@ def result_of(
         "bytes_moved": needed.total(best.num_steps),
         "bytes_per_second": reached,
         "share_of_copy_bandwidth": reached / report["copy_bytes_per_second"],
-        "peers_seconds": dict(peers_of(report["model"], name, len(requests.prompts), fp8_cache=fp8_cache)),
+        "peers_seconds": dict(peers) if report["tensor_parallel_size"] == 1 else {},
     }
 
 
@@ -363,10 +367,11 @@ def introduce(report: dict[str, Any], say: Say) -> None:
         f"model {report['model']} (load_format={report['load_format']}) in {engine['dtype']}; attention: prefill "
         f"{engine['prefill_backend']}, decode {engine['decode_backend']}, pages of {engine['block_size']} tokens "
         f"in {engine['kv_cache_dtype']}; "
-        f"CUDA graphs: {'yes' if engine['use_cuda_graphs'] else 'no'}; temperature {report['temperature']}\n"
+        f"CUDA graphs: {'yes' if engine['use_cuda_graphs'] else 'no'}; temperature {report['temperature']}; "
+        f"tensor parallel size {report['tensor_parallel_size']}\n"
         f"engine started in {report['start_seconds']:.2f} s; first output {report['first_output_seconds']:.2f} s after "
         f"the start of this script\n"
-        f"copy bandwidth of the device: {report['copy_bytes_per_second'] / 1e9:.0f} GB/s, read and written"
+        f"copy bandwidth of all devices: {report['copy_bytes_per_second'] / 1e9:.0f} GB/s, read and written"
     )
     if engine["device"] == "cpu" and (report["load_average"] or 0) > BUSY:
         say(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from nanovllm.config import EngineConfig, ResolvedConfig
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 class StepHandle(Protocol):
     """A step in flight."""
 
-    def wait(self) -> StepResult:
-        """Blocks until the step's tokens are on the host."""
+    def wait(self, check: Callable[[], None] | None = None) -> StepResult:
+        """Blocks until the step's tokens are on the host, or `check`, called over and over meanwhile, raises."""
         ...
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 
@@ -39,6 +41,8 @@ from nanovllm.utils.stopwatch import Stopwatch
 
 logger = setup_logger(__name__)
 
+_LOOK_SECONDS = 20e-6
+
 
 @dataclass(frozen=True)
 class InFlightStep:
@@ -48,13 +52,22 @@ class InFlightStep:
     done: torch.cuda.Event | None
     began: torch.cuda.Event | None  # where somebody wants to know the time between the two
 
-    def wait(self) -> StepResult:
+    def wait(self, check: Callable[[], None] | None = None) -> StepResult:
         if self.done is not None:
-            self.done.synchronize()
+            _wait_for(self.done, check)
         gpu_ms = self.began.elapsed_time(self.done) if self.began is not None and self.done is not None else None
         asked = self.sampled.logprobs
         logprobs = StepLogprobs(*(tensor.numpy() for tensor in asked.tensors())) if asked else None
         return StepResult(self.sampled.token_ids.numpy(), gpu_ms, logprobs)
+
+
+def _wait_for(event: torch.cuda.Event, check: Callable[[], None] | None) -> None:
+    if check is None:
+        event.synchronize()
+        return
+    while not event.query():
+        check()
+        time.sleep(_LOOK_SECONDS)
 
 
 class ModelRunner:
@@ -168,6 +181,23 @@ class ModelRunner:
         """Waits for the device. Raises what a step in flight raised there."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+    def becomes_idle(self, seconds: float) -> bool:
+        """Whether all steps in flight end within that time, be it with an error."""
+        deadline = time.monotonic() + seconds
+
+        def check() -> None:
+            if time.monotonic() > deadline:
+                raise TimeoutError
+
+        try:
+            if (event := self._record_event(with_time=False)) is not None:
+                _wait_for(event, check)
+        except TimeoutError:
+            return False
+        except RuntimeError:  # of CUDA's, met by whoever waited for the step
+            pass
+        return True
 
     def shutdown(self) -> None:
         """Gives the memory back; the runner can not be used after."""

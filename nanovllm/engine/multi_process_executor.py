@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from nanovllm.layers.parallel import TensorParallel
 
 
+_IDLE_SECONDS = 5.0  # that steps in flight may take when the engine ends
+
+
 class MultiProcessExecutor:
     """`config.tensor_parallel_size` ranks. An error in a step, on whichever rank, ends all of them.
 
@@ -73,7 +76,7 @@ class MultiProcessExecutor:
         store = open_store(size, config.startup_timeout)
         workers.send(MessageKind.JOIN, NUMBER.pack(store.port))
         parallel = self._parallel = workers.run(lambda: join_ranks(store, 0, size, device))
-        workers.break_off = lambda: leave_ranks(parallel)
+        workers.break_off = lambda: leave_ranks(parallel, seconds=0)
         stopwatch.lap("ranks")
         self._runner = ModelRunner(config, parallel, stopwatch)
         workers.wait_until_ready()
@@ -93,7 +96,7 @@ class MultiProcessExecutor:
 
     def collect(self, handle: StepHandle) -> StepResult:
         try:
-            result = handle.wait()
+            result = handle.wait(self._workers.check)
             self._workers.check()  # a collective that was broken off gives numbers, too
         except Exception as error:
             raise self._break(error) from error
@@ -119,18 +122,14 @@ class MultiProcessExecutor:
         return self._alive_runner().diagnostics
 
     def shutdown(self) -> None:
-        workers_first = self._error is not None or self._workers.failure is not None
-        if workers_first:
-            self._leave()
-        self._finalize()  # once: ends the workers
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            runner.shutdown()
-        self._leave()
-
-    def _leave(self) -> None:
         from nanovllm.engine.rank_group import leave_ranks
 
+        runner, self._runner = self._runner, None
+        # Steps in flight read the other ranks' memory. Where a lost rank lets them hang, memory goes with this process.
+        is_idle = runner is None or runner.becomes_idle(_IDLE_SECONDS)
+        self._finalize()  # once: ends the workers
+        if runner is not None and is_idle:
+            runner.shutdown()
         parallel, self._parallel = self._parallel, None
         if parallel is not None:
             leave_ranks(parallel)
@@ -138,7 +137,7 @@ class MultiProcessExecutor:
     def _break(self, error: Exception) -> BaseException:
         """After an error the ranks are at different places: all end. Returns what to raise."""
         self._error = self._workers.explain(error)
-        self._leave()
+        self._workers.break_off()
         self._workers.shutdown(gently=False)
         return self._error
 

@@ -15,7 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from nanovllm.kernels.one_shot_all_reduce import BUFFER_BYTES, MAX_RANKS, OneShotAllReduce
+from nanovllm.kernels.triton_support import HAS_TRITON
 from nanovllm.layers.parallel import TensorParallel
+from nanovllm.utils.peer_memory import PeerMemory
 
 _HOST = "127.0.0.1"
 _LEAVE_SECONDS = 5.0
@@ -36,7 +39,7 @@ def join_ranks(store: Any, rank: int, size: int, device: torch.device) -> Tensor
         options._timeout = _COLLECTIVE_TIMEOUT
         nccl: Any = dist.ProcessGroupNCCL(store, rank, size, options)
         nccl.eager_connect_single_device(device)
-        return TensorParallel(rank, size, nccl)
+        return TensorParallel(rank, size, nccl, _one_shot_all_reduce(store, rank, size, device, nccl))
     gloo: Any = dist.ProcessGroupGloo
     gloo_options = gloo._Options()  # to stay on this machine, whatever its name resolves to
     gloo_options._devices = [gloo.create_device(hostname=_HOST)]
@@ -44,19 +47,40 @@ def join_ranks(store: Any, rank: int, size: int, device: torch.device) -> Tensor
     return TensorParallel(rank, size, gloo(store, rank, size, gloo_options))
 
 
-def leave_ranks(parallel: TensorParallel) -> None:
-    """Ends the group, and with it collectives that hang because a rank is gone. May be called from another thread.
+def _one_shot_all_reduce(store: Any, rank: int, size: int, device: torch.device, nccl: Any) -> OneShotAllReduce | None:
+    """None where it can not be had: the ranks' GPUs may not reach each other's memory."""
 
-    Never raises, and waits a limited time: the group may be in any state.
+    def exchange(own: bytes) -> list[bytes]:
+        store.set(f"peer-memory/{rank}", own)
+        return [store.get(f"peer-memory/{other}") for other in range(size)]
+
+    memory: PeerMemory | None = None
+    if HAS_TRITON and size <= MAX_RANKS:
+        with suppress(RuntimeError):
+            memory = PeerMemory(rank, BUFFER_BYTES, device, exchange)
+    if not TensorParallel(rank, size, nccl).minimum(int(memory is not None), device) or memory is None:
+        return None
+    return OneShotAllReduce(rank, memory, device)
+
+
+def leave_ranks(parallel: TensorParallel, seconds: float = _LEAVE_SECONDS) -> bool:
+    """Ends the group, and with it collectives that hang because a rank is gone. May be called from any thread, again.
+
+    Never raises. Returns whether the device is free of the group, which is waited for no longer than `seconds`.
     """
     group: Any = parallel.group
     if type(group).__name__ != "ProcessGroupNCCL":  # gloo's collectives end with the other processes
-        return
+        return True
+    if parallel.one_shot is not None:
+        parallel.one_shot.break_off()
 
-    def abort() -> None:
+    def leave() -> None:
         with suppress(Exception):  # it may have failed already
             group.abort()
+            if parallel.one_shot is not None:
+                parallel.one_shot.close()
 
-    thread = threading.Thread(target=abort, name="nanovllm-leave", daemon=True)
+    thread = threading.Thread(target=leave, name="nanovllm-leave", daemon=True)
     thread.start()
-    thread.join(_LEAVE_SECONDS)
+    thread.join(seconds)
+    return not thread.is_alive()

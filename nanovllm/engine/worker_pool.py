@@ -41,7 +41,7 @@ class WorkerPool:
 
     def __init__(self, configs: Iterable[EngineConfig], num_threads: int) -> None:
         self.failure: WorkerError | None = None
-        self.break_off: Callable[[], None] = lambda: None  # ends collectives that hang: set when there is a group
+        self.break_off: Callable[[], object] = lambda: None  # ends collectives that hang: set when there is a group
         self._processes: dict[int, Any] = {}
         self._reports: dict[int, ChannelReader] = {}
         self._stage: dict[int, int] = {}

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from nanovllm.errors import InvalidArgumentError
+from nanovllm.kernels.one_shot_all_reduce import OneShotAllReduce
 from nanovllm.utils.logger import log_communication, setup_logger
 
 logger = setup_logger(__name__)
@@ -31,11 +32,12 @@ class Group(Protocol):
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Rank `rank` of `size`; `group` joins them (None at size 1)."""
+    """Rank `rank` of `size`; `group` joins them (None at size 1), `one_shot` adds up what is small, where it can."""
 
     rank: int = 0
     size: int = 1
     group: Group | None = None
+    one_shot: OneShotAllReduce | None = None
 
     def divide(self, field: str, value: int) -> int:
         """This rank's share of `value`. Raises InvalidArgumentError when it cannot be shared evenly."""
@@ -61,7 +63,10 @@ class TensorParallel:
         """The sum over ranks, in place."""
         if self.size > 1:
             started = time.perf_counter()
-            self._members.allreduce([tensor]).wait()
+            if self.one_shot is not None and self.one_shot.takes(tensor):
+                self.one_shot(tensor)
+            else:
+                self._members.allreduce([tensor]).wait()
             self._log("all_reduce", tensor, started)
         return tensor
 

@@ -8,6 +8,7 @@ The next token is a function of the digest, so equal prefixes give equal tokens 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -69,7 +70,7 @@ def expected_output(prompt: list[int], max_tokens: int, max_model_len: int, igno
 class Handle:
     token_ids: np.ndarray
 
-    def wait(self) -> StepResult:
+    def wait(self, check: Callable[[], None] | None = None) -> StepResult:
         return StepResult(self.token_ids)
 
 

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from nanovllm.engine.batch import ScheduledBatch, StepResult
 from nanovllm.engine.warm_up import WarmUp
 
 
 class Handle:
-    def wait(self) -> StepResult:
+    def wait(self, check: Callable[[], None] | None = None) -> StepResult:
         raise RuntimeError("the results are nobody's; an error is met again later")
 
 
@@ -31,7 +32,7 @@ def test_decode_steps_are_of_one_row_and_of_all() -> None:
     submitted: list[ScheduledBatch] = []
 
     class Done(Handle):
-        def wait(self) -> StepResult:
+        def wait(self, check: Callable[[], None] | None = None) -> StepResult:
             return StepResult(submitted[-1].decode_rows)
 
     def submit(batch: ScheduledBatch) -> Done:
