@@ -33,6 +33,7 @@ def _slot_of(buffer: tl.tensor, slot: tl.tensor, like: tl.tensor) -> tl.tensor:
 @jit
 def _one_shot_all_reduce_kernel(
     tensor_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
     buffers_ptr: tl.tensor,
     calls_ptr: tl.tensor,
     broken_off_ptr: tl.tensor,
@@ -78,6 +79,8 @@ def _one_shot_all_reduce_kernel(
     for start in range(first, num_elements, stride):
         at = start + tl.arange(0, BLOCK_SIZE)
         total = tl.zeros([BLOCK_SIZE], dtype=tl.float32)
+        if residual_ptr is not None:
+            total += tl.load(residual_ptr + at, mask=at < num_elements, other=0.0).to(tl.float32)
         for other in tl.static_range(SIZE):
             part_ptr = _slot_of(tl.load(buffers_ptr + other), slot, tensor_ptr) + at
             total += tl.load(part_ptr, mask=at < num_elements, other=0.0, cache_modifier=".cg").to(tl.float32)
@@ -110,10 +113,11 @@ class OneShotAllReduce:
         """Whether `tensor` is small enough, and of a kind that the kernel reads."""
         return tensor.nbytes <= MAX_BYTES and tensor.dtype in _DTYPES and tensor.is_contiguous()
 
-    def __call__(self, tensor: torch.Tensor) -> None:
-        """Puts the sum over ranks in the place of `tensor`, added up in fp32."""
+    def __call__(self, tensor: torch.Tensor, residual: torch.Tensor | None = None) -> None:
+        """Puts the sum over ranks, and of `residual` (as `tensor`), in the place of `tensor`; added up in fp32."""
+        assert residual is None or residual.is_contiguous()
         _one_shot_all_reduce_kernel[(_NUM_PROGRAMS,)](
-            *(tensor, self._buffers, self._calls, self._broken_off, tensor.numel()),
+            *(tensor, residual, self._buffers, self._calls, self._broken_off, tensor.numel()),
             RANK=self._rank,
             SIZE=len(self._buffers),
             MAX_RANKS=MAX_RANKS,

@@ -177,6 +177,8 @@ class RowParallelLinear(_Linear):
         is_skinny = suits_skinny_linear(hidden, self.weight)
         if self.tensor_parallel.size > 1:
             product = skinny_linear(hidden, self.weight) if is_skinny else linear(hidden, self.weight)
+            if is_skinny and self.bias is None:  # as below: the product that follows norms its rows itself
+                return self.tensor_parallel.all_reduce(product, residual), None
             output = self.tensor_parallel.all_reduce(product)
             return output if self.bias is None else output + self.bias, residual  # bias once, not once a rank
         if is_skinny:

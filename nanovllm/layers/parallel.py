@@ -59,16 +59,17 @@ class TensorParallel:
         """The first KV head of this rank, among all of the model's."""
         return self.rank * num_kv_heads // self.size
 
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, in place."""
+    def all_reduce(self, tensor: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The sum over ranks, in place, and of `residual`, which the ranks have in common."""
         if self.size > 1:
             started = time.perf_counter()
             if self.one_shot is not None and self.one_shot.takes(tensor):
-                self.one_shot(tensor)
+                self.one_shot(tensor, residual)
+                residual = None
             else:
                 self._members.allreduce([tensor]).wait()
             self._log("all_reduce", tensor, started)
-        return tensor
+        return tensor if residual is None else tensor.add_(residual)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The ranks' tensors [...] one after another: [size, ...]."""

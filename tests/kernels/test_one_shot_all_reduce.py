@@ -45,8 +45,9 @@ def test_a_rank_among_others_that_came_before(device, generator, size, rank, dty
                 slot(buffer, call, parts[other]).copy_(parts[other])
                 buffers.signals(rank)[:, other] = call
         total = parts[rank].clone()
-        all_reduce(total)
-        expected = torch.zeros(count, device=device)
+        residual = torch.randn(count, generator=generator).to(dtype).to(device) if call % 2 else None
+        all_reduce(total, residual)
+        expected = torch.zeros(count, device=device) if residual is None else residual.float()
         for part in parts:
             expected += part.float()
         rounding = {} if dtype == torch.bfloat16 and device.type == "cpu" else {"rtol": 0, "atol": 0}
