@@ -37,6 +37,7 @@ class EngineArguments(TypedDict, total=False):
     enable_prefix_caching: bool
     tensor_parallel_size: int
     startup_timeout: float
+    step_timeout: float
     enforce_eager: bool
     device: Any  # a name, an index, or a torch.device
     attention_backend: str
@@ -53,6 +54,7 @@ class EngineArguments(TypedDict, total=False):
     num_gpu_blocks_override: int | None
 
 
+_MAX_TIMEOUT = 86400
 MIN_SHARED_PREFIX = 256  # tokens; a shorter one costs less to read in each row than to look for
 
 
@@ -72,7 +74,8 @@ class EngineConfig:
     kvcache_block_size: tokens a page of the KV cache; None lets the attention backend choose.
     num_kvcache_blocks: pages of the KV cache; None measures what fits.
     tensor_parallel_size: processes that share the model, one a GPU (from `device` on), or all on the CPU.
-    startup_timeout: seconds within which all of them must be ready; the error names those that are not.
+    startup_timeout: seconds within which all of them must be ready; the error names the one that the others wait for.
+    step_timeout: seconds that they may take over a step; then the one that keeps the others waiting is given up.
     enforce_eager: no CUDA graphs.
     attention_backend: "auto", "flash_attn", "triton" or "torch".
     kv_cache_dtype: "auto" is the model's; "fp8" (or "fp8_e4m3") halves bf16's bytes, on GPUs that have FP8.
@@ -97,6 +100,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
     startup_timeout: float = 600.0
+    step_timeout: float = 300.0
     enforce_eager: bool = False
     device: str = "auto"
     attention_backend: str = "auto"
@@ -155,9 +159,10 @@ class EngineConfig:
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**63:
             raise InvalidArgumentError("seed", self.seed, "an integer from 0 to 2**63 - 1")
         _check_count("tensor_parallel_size", self.tensor_parallel_size)
-        timeout = self.startup_timeout
-        if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout < math.inf:
-            raise InvalidArgumentError("startup_timeout", timeout, "a number of seconds > 0")
+        for name in ("startup_timeout", "step_timeout"):
+            timeout = getattr(self, name)
+            if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout <= _MAX_TIMEOUT:
+                raise InvalidArgumentError(name, timeout, f"a number of seconds > 0, at most {_MAX_TIMEOUT} (a day)")
         if self.device not in ("auto", "cpu") and self.device.partition(":")[0] != "cuda":
             raise InvalidArgumentError("device", self.device, "'auto', 'cpu', 'cuda' or 'cuda:N'")
         if self.max_num_batched_tokens < self.max_num_seqs:

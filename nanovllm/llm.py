@@ -13,7 +13,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from nanovllm.config import EngineArguments, EngineConfig
-from nanovllm.diagnostics.leak_check import LeakCheck, check_leak
+from nanovllm.diagnostics.leak_check import LeakCheck, MemoryUse, check_leak
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.metrics import EngineStatistics
 from nanovllm.engine.tokenizing import Prompt
@@ -128,20 +128,21 @@ class LLM:
     # Looking inside: docs/debugging.md
 
     def start_profile(self, folder: str | Path) -> None:
-        """Records with torch's profiler from now to `stop_profile`, into `folder`, which is made if need be.
+        """Records every rank with torch's profiler from now to `stop_profile`, into `folder`, made if need be.
 
         Raises InvalidStateError when a profile runs already, InvalidArgumentError when `folder` can not be written.
         """
         self.llm_engine.diagnostics.start_profile(Path(folder))
 
     def stop_profile(self) -> str:
-        """Writes `profile_rank0.json`, a Chrome trace that Perfetto opens, and the table of the dearest operators and
-        kernels, `profile_rank0.txt`, which is logged and returned too. Raises InvalidStateError when none runs.
+        """Writes, for each rank, `profile_rank0.json`, a Chrome trace that Perfetto opens, and the table of the dearest
+        operators and kernels, `profile_rank0.txt`; the tables are logged and returned too. Raises InvalidStateError
+        when none runs.
         """
         return self.llm_engine.diagnostics.stop_profile()
 
     def memory_report(self) -> MemoryReport:
-        """Where the device's memory went, in bytes; `print` shows it as a table."""
+        """Where the device's memory went, in bytes, and in `others` that of the other ranks; `print` shows tables."""
         return self.llm_engine.diagnostics.memory_report()
 
     def check_memory_leak(
@@ -153,16 +154,16 @@ class LLM:
     ) -> LeakCheck:
         """Generates the same `num_runs` times (None: a few tokens of our own) and says whether memory settles.
 
-        Measured are used memory, Python objects and KV blocks after each run. Raises InvalidArgumentError for fewer
-        than 4 runs, or prompts that are not allowed.
+        Measured are used memory and Python objects of all ranks, and KV blocks, after each run. Raises
+        InvalidArgumentError for fewer than 4 runs, or prompts that are not allowed.
         """
         if prompts is None:
             prompts = [[token % self.llm_engine.resolved.vocab_size for token in range(1, 9)]] * 4
             sampling_params = sampling_params or SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
-        def measure() -> tuple[int, int]:
+        def measure() -> MemoryUse:
             used_blocks = self.llm_engine.scheduler.block_manager.num_used_blocks
-            return self.llm_engine.diagnostics.used_bytes(), used_blocks
+            return MemoryUse(*self.llm_engine.diagnostics.memory_use(), used_blocks)
 
         return check_leak(lambda: self.generate(prompts, sampling_params, use_tqdm=False), measure, num_runs)
 

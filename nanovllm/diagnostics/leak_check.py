@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ _OBJECTS_ALLOWED = 20
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """After a run. used_bytes: torch's on a GPU, the process's resident ones on a CPU."""
+    """After a run, summed over ranks. used_bytes: torch's on a GPU, the process's resident ones on a CPU."""
 
     used_bytes: int
     python_objects: int  # those that Python's garbage collector tracks
@@ -63,14 +62,12 @@ class LeakCheck:
         return "\n".join(lines)
 
 
-def check_leak(run: Callable[[], object], measure: Callable[[], tuple[int, int]], num_runs: int) -> LeakCheck:
-    """`measure` gives used bytes and used KV blocks. Raises InvalidArgumentError for fewer than 4 runs."""
+def check_leak(run: Callable[[], object], measure: Callable[[], MemoryUse], num_runs: int) -> LeakCheck:
+    """Raises InvalidArgumentError for fewer than 4 runs."""
     if isinstance(num_runs, bool) or not isinstance(num_runs, int) or num_runs < 4:
         raise InvalidArgumentError("num_runs", num_runs, "an integer ≥ 4", "Half of the runs only warm caches.")
     measurements: list[MemoryUse] = []
     for _ in range(num_runs):
         run()
-        gc.collect()
-        used_bytes, used_blocks = measure()
-        measurements.append(MemoryUse(used_bytes, len(gc.get_objects()), used_blocks))
+        measurements.append(measure())
     return LeakCheck(tuple(measurements))

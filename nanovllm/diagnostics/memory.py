@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import torch
 
 from nanovllm.attention.interface import LayerKVCache
 from nanovllm.utils.device_memory import GB, describe_memory, free_cpu_memory
+
+_PACKED = struct.Struct("=8Q")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class MemoryReport:
     other: on a GPU, the CUDA context and other processes; on a CPU, this process's resident memory beside the
         weights: Python, libraries, and the blocks written so far.
     free: of the device, now. total: of the device; on a CPU, what this process has and could have.
+    rank: whose; with tensor_parallel_size > 1, `others` are the reports of ranks 1, 2, …
     """
 
     device: str
@@ -33,18 +37,33 @@ class MemoryReport:
     other: int
     free: int
     total: int
+    rank: int = 0
+    others: tuple[MemoryReport, ...] = ()
 
     def __str__(self) -> str:
         names = ("weights", "kv_cache", "graphs", "activations", "other", "free")
-        lines = [f"Memory of {self.device}: {self.total / GB:.3f} GB"]
+        whose = f"{self.device}, rank {self.rank}" if self.rank or self.others else self.device
+        lines = [f"Memory of {whose}: {self.total / GB:.3f} GB"]
         for name in names:
             size = getattr(self, name)
             note = " (reserved; in use as blocks are written)" if name == "kv_cache" and self.device == "cpu" else ""
             lines.append(f"  {name:<12}{size / GB:>9.3f} GB {100 * size / max(self.total, 1):5.1f} %{note}")
-        return "\n".join(lines)
+        return "\n".join([*lines, *map(str, self.others)])
+
+    def pack(self) -> bytes:
+        """As bytes, to cross to another process: eight words and the device's name. `others` stay behind."""
+        sizes = (self.weights, self.kv_cache, self.graphs, self.activations, self.other, self.free, self.total)
+        return _PACKED.pack(self.rank, *sizes) + self.device.encode()
+
+    @classmethod
+    def unpack(cls, data: bytes) -> MemoryReport:
+        rank, weights, kv_cache, graphs, activations, other, free, total = _PACKED.unpack_from(data)
+        device = data[_PACKED.size :].decode()
+        return cls(device, weights, kv_cache, graphs, activations, other, free, total, rank)
 
 
 def measure_memory(
+    rank: int,
     device: torch.device,
     model: torch.nn.Module,
     kv_caches: Iterable[LayerKVCache],
@@ -57,7 +76,7 @@ def measure_memory(
         resident = int(describe_memory(device)[1].get("resident_bytes", 0))
         free = free_cpu_memory()
         other = max(resident - weights, 0)
-        return MemoryReport(str(device), weights, kv_cache, 0, 0, other, free, resident + free)
+        return MemoryReport(str(device), weights, kv_cache, 0, 0, other, free, resident + free, rank)
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     graphs = sum(
@@ -67,7 +86,7 @@ def measure_memory(
     )
     activations = reserved - weights - kv_cache - graphs
     other = total - free - reserved
-    return MemoryReport(str(device), weights, kv_cache, graphs, activations, other, free, total)
+    return MemoryReport(str(device), weights, kv_cache, graphs, activations, other, free, total, rank)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

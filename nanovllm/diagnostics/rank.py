@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from nanovllm.attention.interface import LayerKVCache
 from nanovllm.config import ResolvedConfig
 from nanovllm.diagnostics.memory import MemoryReport, measure_memory
 from nanovllm.diagnostics.profiler import RankProfiler
+from nanovllm.diagnostics.step_times import StepTime, StepTimes
 from nanovllm.errors import InvalidStateError, OutOfMemoryError
 from nanovllm.utils import events
 from nanovllm.utils.device_memory import describe_memory
@@ -32,6 +34,7 @@ class RankDiagnostics:
         self._rank, self._device, self._model = rank, device, model
         self._kv_caches, self._graph_pool = kv_caches, graph_pool
         self._profiler: RankProfiler | None = None
+        self.step_times = StepTimes()  # kept where a timeline is written, by ranks above 0
 
     def start_profile(self, folder: Path) -> None:
         """Raises InvalidStateError when a profile runs, InvalidArgumentError when `folder` can not be written."""
@@ -58,7 +61,7 @@ class RankDiagnostics:
         return table
 
     def memory_report(self) -> MemoryReport:
-        return measure_memory(self._device, self._model, self._kv_caches, self._graph_pool)
+        return measure_memory(self._rank, self._device, self._model, self._kv_caches, self._graph_pool)
 
     def explain(self, error: Exception, num_tokens: int, resolved: ResolvedConfig) -> None:
         """Raises OutOfMemoryError, with the numbers and the way out, for torch's error on a step of so many tokens."""
@@ -72,14 +75,28 @@ class RankDiagnostics:
             f"max_num_batched_tokens={max(tokens // 2, resolved.max_num_seqs)} instead of {tokens}."
         ) from error
 
-    def used_bytes(self) -> int:
-        """What is in use now: torch's memory on a GPU, the process's resident memory on a CPU."""
+    def memory_use(self) -> tuple[int, int]:
+        """Bytes in use once garbage is collected (torch's on a GPU, the process's resident ones on a CPU), and the
+        Python objects that the collector tracks.
+        """
+        gc.collect()
         if self._device.type == "cuda":
-            return torch.cuda.memory_allocated(self._device)
-        return int(describe_memory(self._device)[1].get("resident_bytes", 0))
+            used = torch.cuda.memory_allocated(self._device)
+        else:
+            used = int(describe_memory(self._device)[1].get("resident_bytes", 0))
+        return used, len(gc.get_objects())
 
-    def close(self) -> None:
-        """Lets go of what the runner owns; a profile that runs ends and is lost."""
+    def other_step_times(self) -> dict[int, list[StepTime]]:
+        """Of one rank there are none."""
+        return {}
+
+    def cancel_profile(self) -> None:
+        """A profile that runs ends and is lost."""
         if self._profiler is not None:
             self._profiler.cancel()
-        del self._profiler, self._model, self._kv_caches
+        self._profiler = None
+
+    def close(self) -> None:
+        """Lets go of what the runner owns, of a profile that runs, too."""
+        self.cancel_profile()
+        del self._model, self._kv_caches

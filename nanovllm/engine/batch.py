@@ -147,6 +147,12 @@ class ScheduledBatch:
         return int(self.buffer[1])
 
     @property
+    def kind(self) -> str:
+        if not len(self.chunks):
+            return "decode"
+        return "mixed" if len(self.decode_rows) else "prefill"
+
+    @property
     def num_final_chunks(self) -> int:
         return int(self.buffer[2])
 

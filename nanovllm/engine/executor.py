@@ -10,6 +10,7 @@ from nanovllm.engine.batch import ScheduledBatch, StepResult
 from nanovllm.utils.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics
     from nanovllm.diagnostics.rank import RankDiagnostics
 
 
@@ -39,7 +40,7 @@ class Executor(Protocol):
         ...
 
     @property
-    def diagnostics(self) -> RankDiagnostics:
+    def diagnostics(self) -> RankDiagnostics | AllRanksDiagnostics:
         """Profiler and memory, for who asks; no step needs it."""
         ...
 

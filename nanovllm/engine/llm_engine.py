@@ -34,6 +34,7 @@ from nanovllm.utils.logger import configure_logging, log_rule, setup_logger
 from nanovllm.utils.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
+    from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics
     from nanovllm.diagnostics.rank import RankDiagnostics
 
 logger = setup_logger(__name__)
@@ -46,12 +47,6 @@ class _InFlight:
     batch: ScheduledBatch
     handle: StepHandle
     submitted: float  # seconds of the engine's clock
-
-    @property
-    def kind(self) -> str:
-        if not len(self.batch.chunks):
-            return "decode"
-        return "mixed" if len(self.batch.decode_rows) else "prefill"
 
 
 class LLMEngine:
@@ -85,7 +80,8 @@ class LLMEngine:
             self.metrics = EngineMetrics()
             self.scheduler = Scheduler(self.resolved, self.metrics, clock)
             self._statistics_line = StatisticsLine(env.log_stats_interval(), self.statistics)
-            self._timeline = open_timeline(clock, self.resolved.pipeline_depth)
+            other_ranks = self.executor if config.tensor_parallel_size > 1 else None
+            self._timeline = open_timeline(clock, self.resolved.pipeline_depth, other_ranks)
             self._spans = open_request_spans(config.model, clock)
         except BaseException:
             self._shut_down()
@@ -230,7 +226,7 @@ class LLMEngine:
         self._count(step.batch)
         if self._timeline is not None:
             times = (step.submitted, self.scheduler.now, result.gpu_ms)
-            self._timeline.step(step.batch, step.kind, *times, self.scheduler.load)
+            self._timeline.step(step.batch, *times, self.scheduler.load)
         if logger.isEnabledFor(logging.DEBUG):
             self._log_step(step, result)
         if self._statistics_line.is_due(self.scheduler.now):
@@ -243,7 +239,7 @@ class LLMEngine:
         events.step_done.log(
             logger,
             step=step.batch.step,
-            kind=step.kind,
+            kind=step.batch.kind,
             num_prefill_tokens=step.batch.num_prefill_tokens,
             num_prefill_seqs=len(chunks),
             num_decode_seqs=num_decode_seqs,
@@ -347,7 +343,7 @@ class LLMEngine:
             self._trace.stop()
 
     @property
-    def diagnostics(self) -> RankDiagnostics:
+    def diagnostics(self) -> RankDiagnostics | AllRanksDiagnostics:
         """Profiler and memory of the device."""
         self._check_alive()
         return self.executor.diagnostics

@@ -78,7 +78,11 @@ class ModelRunner:
     """
 
     def __init__(
-        self, config: EngineConfig, parallel: TensorParallel | None = None, stopwatch: Stopwatch | None = None
+        self,
+        config: EngineConfig,
+        parallel: TensorParallel | None = None,
+        stopwatch: Stopwatch | None = None,
+        check: Callable[[], None] = lambda: None,  # called while the weights load; what it raises ends that
     ) -> None:
         stopwatch = stopwatch or Stopwatch()
         self.parallel = parallel or TensorParallel()
@@ -112,7 +116,7 @@ class ModelRunner:
             self.model = get_model_class(plan.model_config.architecture)(
                 plan.model_config, attention, self.parallel, plan.dtype, self.device
             )
-            self._load(plan, config, shape)
+            self._load(plan, config, shape, check)
             stopwatch.lap("weights")
             num_blocks = self.parallel.minimum(self._num_blocks(config, shape, plan.max_model_len), self.device)
             stopwatch.lap("largest steps")
@@ -269,7 +273,7 @@ class ModelRunner:
 
     # Start-up
 
-    def _load(self, plan: ModelPlan, config: EngineConfig, cache: KVCacheShape) -> None:
+    def _load(self, plan: ModelPlan, config: EngineConfig, cache: KVCacheShape, check: Callable[[], None]) -> None:
         name = plan.folder or config.model
         rank = self.parallel.rank
         events.model_loading.log(logger, rank=rank, model=str(name))
@@ -296,7 +300,7 @@ class ModelRunner:
             if plan.folder is None or config.load_format == "dummy":
                 report = load_dummy_weights(model, self.device, config.seed)
             else:
-                report = load_weights(model, plan.folder, self.device, model.redundant_weights)
+                report = load_weights(model, plan.folder, self.device, model.redundant_weights, check)
             if self.device.type == "cpu":
                 pack_linear_weights(model)
         except torch.OutOfMemoryError as error:

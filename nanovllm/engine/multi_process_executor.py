@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing.util import Finalize
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from nanovllm.utils.stopwatch import Stopwatch
 if TYPE_CHECKING:
     import torch
 
-    from nanovllm.diagnostics.rank import RankDiagnostics
+    from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics
     from nanovllm.engine.model_runner import ModelRunner
     from nanovllm.layers.parallel import TensorParallel
 
@@ -37,8 +38,8 @@ _IDLE_SECONDS = 5.0  # that steps in flight may take when the engine ends
 class MultiProcessExecutor:
     """`config.tensor_parallel_size` ranks. An error in a step, on whichever rank, ends all of them.
 
-    Raises WorkerError when a rank is lost: it died, raised (its traceback is in the message), or was not ready within
-    `config.startup_timeout`.
+    Raises WorkerError when a rank is lost: it died, raised (its traceback is in the message), or kept the others
+    waiting for longer than `config.startup_timeout` or, in a step, `config.step_timeout`.
     """
 
     def __init__(self, config: EngineConfig, stopwatch: Stopwatch | None = None) -> None:
@@ -53,12 +54,12 @@ class MultiProcessExecutor:
         self._runner: ModelRunner | None = None
         self._parallel: TensorParallel | None = None
         self._error: BaseException | None = None
-        self._num_synchronized = 0
         self._workers = WorkerPool(configs[1:], max(1, torch.get_num_threads() // size))
         # Before multiprocessing ends what is left of its children, when Python ends.
         self._finalize = Finalize(self, self._workers.shutdown, exitpriority=10)
         try:
-            self._start(configs[0], plan.device, stopwatch)
+            with self._workers.within("startup_timeout"):
+                self._start(configs[0], plan.device, stopwatch)
         except BaseException as error:
             cause = error if not isinstance(error, Exception) else self._workers.explain(error)
             self.shutdown()
@@ -71,14 +72,14 @@ class MultiProcessExecutor:
         from nanovllm.engine.rank_group import join_ranks, leave_ranks, open_store
 
         stopwatch.lap("imports")
-        workers, size = self._workers, config.tensor_parallel_size
+        workers = self._workers
         workers.wait_until_attached()
-        store = open_store(size, config.startup_timeout)
+        store = open_store(config)
         workers.send(MessageKind.JOIN, NUMBER.pack(store.port))
-        parallel = self._parallel = workers.run(lambda: join_ranks(store, 0, size, device))
+        parallel = self._parallel = workers.run(lambda check: join_ranks(store, 0, config, device))
         workers.break_off = lambda: leave_ranks(parallel, seconds=0)
         stopwatch.lap("ranks")
-        self._runner = ModelRunner(config, parallel, stopwatch)
+        self._runner = workers.run(lambda check: ModelRunner(config, parallel, stopwatch, check))
         workers.wait_until_ready()
         stopwatch.lap("other ranks")
         self.resolved = self._runner.resolved
@@ -86,7 +87,8 @@ class MultiProcessExecutor:
     def submit(self, batch: ScheduledBatch) -> StepHandle:
         runner = self._alive_runner()
         try:
-            with _interrupts_deferred():  # Ctrl-C between the two would leave the ranks at different steps
+            # Ctrl-C between the two would leave the ranks at different steps
+            with _interrupts_deferred(), self._workers.within("step_timeout"):
                 self._workers.send(MessageKind.STEP, batch.buffer)
                 return runner.submit(batch)
         except Exception as error:
@@ -96,7 +98,8 @@ class MultiProcessExecutor:
 
     def collect(self, handle: StepHandle) -> StepResult:
         try:
-            result = handle.wait(self._workers.check)
+            with self._workers.within("step_timeout"):
+                result = handle.wait(self._workers.check)
             self._workers.check()  # a collective that was broken off gives numbers, too
         except Exception as error:
             raise self._break(error) from error
@@ -108,18 +111,24 @@ class MultiProcessExecutor:
         if self._runner is None:
             return
         try:
-            self._num_synchronized += 1
-            number = NUMBER.pack(self._num_synchronized)
-            self._workers.send(MessageKind.SYNCHRONIZE, number)
-            self._runner.synchronize()
-            self._workers.wait_for_answers(number)
+            with self._workers.within("step_timeout"):
+                self._runner.synchronize()
         except Exception as error:
             raise self._break(error) from error
+        self._ask(MessageKind.SYNCHRONIZE)
 
     @property
-    def diagnostics(self) -> RankDiagnostics:
-        """Those of rank 0."""
-        return self._alive_runner().diagnostics
+    def diagnostics(self) -> AllRanksDiagnostics:
+        from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics
+
+        return AllRanksDiagnostics(self._alive_runner().diagnostics, partial(self._ask, MessageKind.DIAGNOSE))
+
+    def _ask(self, kind: MessageKind, question: bytes = b"") -> list[bytes]:
+        try:
+            with self._workers.within("step_timeout"):
+                return self._workers.ask(kind, question)
+        except Exception as error:
+            raise self._break(error) from error
 
     def shutdown(self) -> None:
         from nanovllm.engine.rank_group import leave_ranks

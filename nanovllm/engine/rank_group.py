@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from nanovllm.config import EngineConfig
 from nanovllm.kernels.one_shot_all_reduce import BUFFER_BYTES, MAX_RANKS, OneShotAllReduce
 from nanovllm.kernels.triton_support import HAS_TRITON
 from nanovllm.layers.parallel import TensorParallel
@@ -22,28 +23,30 @@ from nanovllm.utils.peer_memory import PeerMemory
 
 _HOST = "127.0.0.1"
 _LEAVE_SECONDS = 5.0
-_COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # a lost rank is noticed long before, by its process
 
 
-def open_store(size: int, timeout: float, port: int | None = None) -> Any:
+def open_store(config: EngineConfig, port: int | None = None) -> Any:
     """Rank 0 opens the store on a free port (`port` None); the others come with that port."""
-    limit = timedelta(seconds=timeout)
+    size, limit = config.tensor_parallel_size, timedelta(seconds=config.startup_timeout)
     return TCPStore(_HOST, port or 0, size, is_master=port is None, wait_for_workers=False, timeout=limit)
 
 
-def join_ranks(store: Any, rank: int, size: int, device: torch.device) -> TensorParallel:
+def join_ranks(store: Any, rank: int, config: EngineConfig, device: torch.device) -> TensorParallel:
     """Blocks until all ranks are here. `device`: where this rank computes."""
+    size = config.tensor_parallel_size
+    # Later than rank 0's watch would: it is the one that knows which rank is late.
+    timeout = timedelta(seconds=config.startup_timeout + config.step_timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL works on the current device
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = _COLLECTIVE_TIMEOUT
+        options._timeout = timeout
         nccl: Any = dist.ProcessGroupNCCL(store, rank, size, options)
         nccl.eager_connect_single_device(device)
         return TensorParallel(rank, size, nccl, _one_shot_all_reduce(store, rank, size, device, nccl))
     gloo: Any = dist.ProcessGroupGloo
     gloo_options = gloo._Options()  # to stay on this machine, whatever its name resolves to
     gloo_options._devices = [gloo.create_device(hostname=_HOST)]
-    gloo_options._timeout = _COLLECTIVE_TIMEOUT
+    gloo_options._timeout = timeout
     return TensorParallel(rank, size, gloo(store, rank, size, gloo_options))
 
 

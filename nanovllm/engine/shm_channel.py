@@ -209,14 +209,15 @@ class ChannelReader(_Segment):
         self._tail_word = _HEAD * (2 + reader)
         self._tail = self._words[self._tail_word]
         self._sequence = 0
+        self._payload = bytearray()  # of the message that comes
+        self._received = 0  # bytes of it
 
     def receive(self, timeout: float | None = None, while_waiting: Callable[[], None] | None = None) -> Message | None:
-        """The next message, or None when none begins within `timeout` seconds (0: look once).
+        """The next message, or None when the writer is silent for `timeout` seconds (0: nothing is waited for).
 
+        What has come of a message by then is kept for the next call: a writer that stops in the middle holds nobody up.
         Raises ChannelError for bytes that are no record, or not the one that must follow.
         """
-        message: Message | None = None
-        received = 0
         while True:
             if self._words[_HEAD] == self._tail and (
                 timeout == 0 or not self._wait(lambda: self._words[_HEAD] != self._tail, timeout, while_waiting)
@@ -226,25 +227,25 @@ class ChannelReader(_Segment):
             place = self._tail % self.capacity
             header = place // 8
             sequence, kind, length, offset, size = self._headers[header : header + 5].tolist()
-            if sequence != self._sequence or offset != received or size > length - offset:
+            if sequence != self._sequence or offset != self._received or size > min(length - offset, self.capacity):
                 raise ChannelError(
-                    f"{self.name}: expected message {self._sequence} from byte {received} on, found "
+                    f"{self.name}: expected message {self._sequence} from byte {self._received} on, found "
                     f"{sequence} from {offset} on with {size} of {length} bytes."
                 )
-            if message is None:
-                message = Message(kind, sequence, bytearray(length))
-                timeout = None  # it has begun: the writer is at it, or `while_waiting` says otherwise
+            if not offset:
+                self._payload = bytearray(length)
             start = (place + _LINE) % self.capacity
             first = min(size, self.capacity - start)
-            message.payload[offset : offset + first] = self._data[start : start + first]
-            message.payload[offset + first : offset + size] = self._data[: size - first]
-            received += size
+            self._payload[offset : offset + first] = self._data[start : start + first]
+            self._payload[offset + first : offset + size] = self._data[: size - first]
+            self._received += size
             self._fence()
             self._tail += _LINE + _padded(size)
             self._words[self._tail_word] = self._tail
-            if received == length:
+            if self._received == length:
                 self._sequence += 1
-                return message
+                self._received = 0
+                return Message(kind, sequence, self._payload)
 
 
 def _open(name: str) -> tuple[SharedMemory, int, int]:

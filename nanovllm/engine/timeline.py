@@ -1,14 +1,16 @@
 """NANOVLLM_TRACE_FILE: what the engine does over time, for Perfetto.
 
 Tracks: the loop (schedule, launch, wait, update), steps from launch to their tokens, each on the track of its place in
-the pipeline; the GPU's time of each step; requests, each from arrival to end with queue, prefill and decode within.
+the pipeline; the GPU's time of each step; the other ranks' steps, as they say themselves; requests, each from arrival
+to end with queue, prefill and decode within.
 Counters: blocks of the KV cache, running and waiting requests. docs/timeline.md shows how to read it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -21,16 +23,26 @@ from nanovllm.utils.trace_file import TraceFile
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_ENGINE, _RANK, _REQUESTS = 1, 2, 3  # the trace's processes
+    from nanovllm.diagnostics.step_times import StepTime
+    from nanovllm.engine.executor import Executor
+
+_ENGINE, _RANK, _REQUESTS = 1, 2, 3  # the trace's processes; the other ranks follow
 _LOOP = 1
 _GPU = 100  # after the steps' tracks
+_ASK_STEPS = 64  # after so many, the other ranks are asked for theirs
 
 
 class Timeline:
-    """One engine's trace. Every method is cheap, and is called once a step or once a request."""
+    """One engine's trace. Every method is cheap, and is called once a step or once a request.
 
-    def __init__(self, file: TraceFile, clock: Callable[[], float], pipeline_depth: int) -> None:
+    executor: where there are other ranks, which are asked for their steps now and then.
+    """
+
+    def __init__(
+        self, file: TraceFile, clock: Callable[[], float], pipeline_depth: int, executor: Executor | None
+    ) -> None:
         self._file, self._clock, self._depth = file, clock, pipeline_depth
+        self._executor, self._named = executor, set[tuple[int, int]]()
         self._gpu_end = 0.0
         self._lanes: list[float] = []  # of requests: when each is free again
         file.name_track(_ENGINE, _LOOP, "Engine", "loop")
@@ -49,7 +61,6 @@ class Timeline:
     def step(
         self,
         batch: ScheduledBatch,
-        kind: str,
         submitted: float,
         collected: float,
         gpu_ms: float | None,
@@ -58,6 +69,7 @@ class Timeline:
         """A step whose tokens have come. The GPU's time is drawn as if it had ended where the host saw the tokens."""
         details = {"step": batch.step, "num_prefill_tokens": batch.num_prefill_tokens}
         details["num_decode_seqs"] = len(batch.decode_rows)
+        kind = batch.kind
         self._file.slice(_RANK, 1 + batch.step % self._depth, kind, submitted, collected, **details)
         if gpu_ms is not None:
             if not self._gpu_end:
@@ -68,6 +80,24 @@ class Timeline:
         used, total = load.used_blocks, load.num_blocks
         self._file.counter(_ENGINE, "KV cache blocks", collected, used=used, free=total - used)
         self._file.counter(_ENGINE, "requests", collected, running=load.num_running, waiting=load.num_waiting)
+
+        if batch.step % _ASK_STEPS == _ASK_STEPS - 1:
+            self._draw_other_ranks()
+
+    def _draw_other_ranks(self) -> None:
+        if self._executor is None:
+            return
+        for rank, steps in self._executor.diagnostics.other_step_times().items():
+            for step in steps:
+                self._other_step(rank, 1, "steps", step, step.began, step.ended)
+                if not math.isnan(step.gpu_began):
+                    self._other_step(rank, _GPU, "GPU", step, step.gpu_began, step.gpu_ended)
+
+    def _other_step(self, rank: int, thread: int, track: str, step: StepTime, start: float, end: float) -> None:
+        if (rank, thread) not in self._named:
+            self._named.add((rank, thread))
+            self._file.name_track(_REQUESTS + rank, thread, f"Rank {rank}", track)
+        self._file.slice(_REQUESTS + rank, thread, step.kind, start, end, step=step.step)
 
     def request(self, sequence: Sequence, ended: str) -> None:
         """A request from its arrival to now or its end, on the first track that is free for so long."""
@@ -101,13 +131,15 @@ class Timeline:
     def close(self, unfinished: Iterable[Sequence] = ()) -> None:
         for sequence in unfinished:
             self.request(sequence, "unfinished")
+        with suppress(Exception):  # whatever became of the other ranks, the file is closed
+            self._draw_other_ranks()
         self._file.close()
 
 
-def open_timeline(clock: Callable[[], float], pipeline_depth: int) -> Timeline | None:
+def open_timeline(clock: Callable[[], float], pipeline_depth: int, executor: Executor | None) -> Timeline | None:
     """The timeline that NANOVLLM_TRACE_FILE asks for. Raises InvalidArgumentError if it cannot be written."""
     path = env.trace_file()
-    return None if path is None else Timeline(TraceFile(path), clock, pipeline_depth)
+    return None if path is None else Timeline(TraceFile(path), clock, pipeline_depth, executor)
 
 
 def close_timeline(timeline: Timeline | None, unfinished: Iterable[Sequence]) -> None:

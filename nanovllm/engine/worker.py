@@ -22,9 +22,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanovllm.config import EngineConfig
+from nanovllm.diagnostics.stacks import answer_with_stacks
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.shm_channel import ChannelReader, ChannelWriter
 from nanovllm.errors import ChannelError
+from nanovllm.utils import env
 from nanovllm.utils.function_trace import start_function_trace
 from nanovllm.utils.logger import configure_logging, flush_timed_sections, log_communication, setup_logger
 
@@ -44,10 +46,11 @@ class MessageKind(IntEnum):
     STEP = 2  # a ScheduledBatch's buffer: int32 words, with a version of their own
     SYNCHRONIZE = 3  # uint64: a number to answer with, when the device has done all steps before
     SHUTDOWN = 4  # empty
+    DIAGNOSE = 5  # uint64: a number to answer with; then a question, as diagnostics/all_ranks.py has it
     # from one worker to rank 0
     ATTACHED = 16  # empty: both channels are open, their names are no longer needed
     READY = 17  # empty: the model is loaded, the cache allocated
-    SYNCHRONIZED = 18  # uint64: that number
+    ANSWER = 18  # uint64: the question's number; then the answer, if there is one to give
     FAILED = 19  # FAILURE: when, on the machine's monotonic clock; then the traceback, UTF-8
 
 
@@ -66,6 +69,7 @@ class WorkerStart:
     reports: str
     num_threads: int  # for torch, on a CPU
     log_level: int  # of the package's logger in rank 0; NOTSET: as the environment says
+    stack: connection.Connection  # a pipe into which it writes where it stands, when asked
 
 
 def run_worker(start: WorkerStart) -> None:
@@ -94,6 +98,7 @@ def _attach(start: WorkerStart) -> tuple[ChannelReader, ChannelWriter]:
     commands, reports = ChannelReader(start.commands, start.rank - 1), ChannelWriter.attach(start.reports)
     parent = parent_process()
     assert parent is not None, "a worker is started by rank 0"
+    answer_with_stacks(start.stack)
 
     def end_with_the_parent() -> None:
         connection.wait([parent.sentinel])
@@ -124,8 +129,8 @@ class _Worker:
         kind, payload = self._receive()
         if kind != MessageKind.JOIN:  # rank 0 gave up before
             return
-        store = open_store(start.size, start.config.startup_timeout, port=NUMBER.unpack(payload)[0])
-        parallel = join_ranks(store, start.rank, start.size, ModelPlan.of(start.config).device)
+        store = open_store(start.config, port=NUMBER.unpack(payload)[0])
+        parallel = join_ranks(store, start.rank, start.config, ModelPlan.of(start.config).device)
         runner = ModelRunner(start.config, parallel)
         self._send(MessageKind.READY)
         self._follow(runner)
@@ -134,13 +139,22 @@ class _Worker:
         leave_ranks(parallel)
 
     def _follow(self, runner: ModelRunner) -> None:
+        from nanovllm.diagnostics.all_ranks import answer
+
+        traces = env.trace_file() is not None
         while True:
             kind, payload = self._receive()
             if kind == MessageKind.STEP:
-                runner.submit(ScheduledBatch.from_buffer(np.frombuffer(payload, dtype=np.int32)))
+                batch, began = ScheduledBatch.from_buffer(np.frombuffer(payload, dtype=np.int32)), time.monotonic()
+                step = runner.submit(batch)
+                if traces:
+                    runner.diagnostics.step_times.add(batch.step, batch.kind, began, step)
             elif kind == MessageKind.SYNCHRONIZE:
                 runner.synchronize()
-                self._send(MessageKind.SYNCHRONIZED, payload)
+                self._send(MessageKind.ANSWER, payload)
+            elif kind == MessageKind.DIAGNOSE:
+                number, question = payload[: NUMBER.size], payload[NUMBER.size :]
+                self._send(MessageKind.ANSWER, number + answer(runner.diagnostics, question))
             elif kind == MessageKind.SHUTDOWN:
                 return
             else:

@@ -2,7 +2,8 @@
 
 A thread waits on the processes themselves. When one ends that was not told to, the thread reads its last word, ends
 the others, and breaks off the collectives that this process may be waiting in: none of this needs rank 0's main
-thread, which then raises `failure` from whatever call it was in.
+thread, which then raises `failure` from whatever call it was in. The same thread gives up a worker that lives and keeps
+the others waiting for longer than `startup_timeout` or `step_timeout`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing import connection
 from typing import Any, TypeVar
 
 from nanovllm.config import EngineConfig
+from nanovllm.diagnostics.stacks import find_late_rank
 from nanovllm.engine.shm_channel import ChannelReader, ChannelWriter
-from nanovllm.engine.worker import FAILURE, MessageKind, WorkerStart, run_worker
+from nanovllm.engine.worker import FAILURE, NUMBER, MessageKind, WorkerStart, run_worker
 from nanovllm.errors import ChannelError, NanoVLLMError, WorkerError
 from nanovllm.utils import events
 from nanovllm.utils.logger import log_communication, setup_logger
@@ -29,11 +33,16 @@ logger = setup_logger(__name__)
 T = TypeVar("T")
 
 _REPORT_RING = 1 << 16  # bytes
-_SEND_SECONDS = 300.0  # that the slowest rank may hold a message back
 _EXIT_SECONDS = 5.0  # that workers may take to end by themselves
-_LOOK_SECONDS = 0.5
+_LOOK_SECONDS = 0.1
 _GRACE_SECONDS = 0.8  # from a collective's failure in rank 0 to the news why
-_STAGES = {0: "has not started", MessageKind.ATTACHED: "is loading"}
+_STAGES = {0: "has not started", MessageKind.ATTACHED: "is loading, and ", MessageKind.READY: ""}
+
+
+@dataclass
+class _Limit:
+    field: str  # of the configuration
+    left: float  # seconds
 
 
 class WorkerPool:
@@ -45,14 +54,17 @@ class WorkerPool:
         self._processes: dict[int, Any] = {}
         self._reports: dict[int, ChannelReader] = {}
         self._stage: dict[int, int] = {}
-        self._answered: dict[int, bytes] = {}
+        self._stacks: dict[int, Any] = {}  # rank → the pipe that it writes its stack into
+        self._answers: dict[int, bytes] = {}
+        self._num_asked = 0
         self._last_words: dict[int, tuple[int, str]] = {}  # rank → when it failed, its traceback
         self._reading = threading.Lock()
         self._ending = threading.Lock()
-        self._is_ready = self._is_told_to_end = self._has_ended = False
+        self._is_told_to_end = self._has_ended = False
         configs = list(configs)
         self.size = len(configs) + 1
-        self._timeout = configs[0].startup_timeout
+        self._config = configs[0]
+        self._limit: _Limit | None = None
         self._commands = ChannelWriter.create(len(configs))
         try:
             self._start(configs, num_threads)
@@ -70,7 +82,8 @@ class WorkerPool:
             self._reports[rank] = ChannelReader(made.name, 0)
             made.close()
             names = self._commands.name, self._reports[rank].name
-            start = WorkerStart(rank, self.size, config, *names, num_threads, log_level)
+            self._stacks[rank], stack = context.Pipe(duplex=False)
+            start = WorkerStart(rank, self.size, config, *names, num_threads, log_level, stack)
             process = context.Process(target=run_worker, args=(start,), name=f"nanovllm-rank-{rank}", daemon=True)
             # Ctrl-C is for rank 0: workers inherit that it is blocked, and never unblock it.
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -78,21 +91,34 @@ class WorkerPool:
                 process.start()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+                stack.close()
             self._processes[rank] = process
             self._stage[rank] = 0
 
     # Messages
 
-    def send(self, kind: MessageKind, payload: Any = b"", timeout: float = _SEND_SECONDS) -> None:
-        """To all workers. Raises WorkerError when one is lost, or reads nothing for `timeout` seconds."""
+    def send(self, kind: MessageKind, payload: Any = b"") -> None:
+        """To all workers. Raises WorkerError when one is lost."""
         self.check()
-        if logger.isEnabledFor(logging.DEBUG):
-            log_communication(logger, f"send {kind.name}", memoryview(payload).nbytes, 0, self.size)
+        self._log(f"send {kind.name}", memoryview(payload).nbytes)
+        self._commands.send(kind, payload, while_waiting=self.check)
+
+    def ask(self, kind: MessageKind, question: bytes = b"") -> list[bytes]:
+        """Sends, and returns the workers' answers in the order of their ranks."""
+        self._num_asked += 1
+        number = NUMBER.pack(self._num_asked)
+        self.send(kind, number + question)
+        self._wait(lambda: all(self._answers.get(rank, b"").startswith(number) for rank in self._processes))
+        return [self._answers.pop(rank)[NUMBER.size :] for rank in self._processes]
+
+    @contextmanager
+    def within(self, field: str) -> Iterator[None]:
+        """What the ranks do together in the block may take the seconds of this field of the configuration."""
+        self._limit = _Limit(field, getattr(self._config, field))
         try:
-            self._commands.send(kind, payload, timeout, self.check)
-        except ChannelError as error:
-            self._fail(self._slowest(), f"did not read what it was sent within {timeout:.0f} s: {error}")
-            self.check()
+            yield
+        finally:
+            self._limit = None
 
     def check(self) -> None:
         """Raises WorkerError when a worker is lost."""
@@ -105,37 +131,38 @@ class WorkerPool:
         self._unlink()
 
     def wait_until_ready(self) -> None:
-        self._wait(lambda: all(stage == MessageKind.READY for stage in self._stage.values()))
-        self._is_ready = True
+        self._wait(lambda: self._is_ready)
 
-    def wait_for_answers(self, payload: bytes, timeout: float = _SEND_SECONDS) -> None:
-        """Until every worker has answered SYNCHRONIZED with `payload`."""
-        deadline = time.monotonic() + timeout
-        self._wait(
-            lambda: all(self._answered.get(rank) == payload for rank in self._processes) or time.monotonic() > deadline
-        )
-        missing = [rank for rank in self._processes if self._answered.get(rank) != payload]
-        if missing:
-            self._fail(missing[0], f"did not finish its steps within {timeout:.0f} s.")
-            self.check()
+    def run(self, function: Callable[[Callable[[], None]], T]) -> T:
+        """`function(check)` in a thread, waited for in a way that a lost worker ends: it may block for ever.
 
-    def run(self, function: Callable[[], T]) -> T:
-        """`function()` in a thread, waited for in a way that a lost worker ends: it may block for ever."""
-        results: list[T] = []
-        errors: list[BaseException] = []
+        check: raises when nobody waits any more.
+        """
+        future: Future[T] = Future()
+        is_abandoned = threading.Event()
+
+        def check() -> None:
+            if is_abandoned.is_set():
+                raise InterruptedError("nobody waits for this any more")
 
         def call() -> None:
             try:
-                results.append(function())
+                future.set_result(function(check))
             except BaseException as error:
-                errors.append(error)
+                future.set_exception(error)
 
-        thread = threading.Thread(target=call, name="nanovllm-join", daemon=True)
-        thread.start()
-        self._wait(lambda: not thread.is_alive())
-        if errors:
-            raise self.explain(errors[0])
-        return results[0]
+        thread = threading.Thread(target=call, name="nanovllm-start", daemon=True)
+        try:
+            thread.start()
+            self._wait(future.done)
+        except BaseException:
+            is_abandoned.set()
+            with suppress(RuntimeError):  # not started yet
+                thread.join(_GRACE_SECONDS / 2)  # so that its memory is free again, if it comes to a check by then
+            raise
+        if error := future.exception():
+            raise self.explain(error)
+        return future.result()
 
     def explain(self, error: BaseException) -> BaseException:
         """What rank 0 should raise for `error` of its own: the loss of a worker, where that is behind it."""
@@ -152,6 +179,10 @@ class WorkerPool:
             return lost
         return error
 
+    @property
+    def _is_ready(self) -> bool:
+        return all(stage == MessageKind.READY for stage in self._stage.values())
+
     def _wait(self, ready: Callable[[], bool]) -> None:
         while True:
             self._read_reports()
@@ -165,42 +196,46 @@ class WorkerPool:
             for rank, channel in self._reports.items():
                 while (message := channel.receive(timeout=0)) is not None:
                     kind = MessageKind(message.kind)
-                    size = len(message.payload)
-                    log_communication(logger, f"receive {kind.name} from rank {rank}", size, 0, self.size)
+                    self._log(f"receive {kind.name} from rank {rank}", len(message.payload))
                     if kind == MessageKind.FAILED:
                         text = message.payload[FAILURE.size :].decode("utf-8", "replace")
                         self._last_words[rank] = (*FAILURE.unpack_from(message.payload), text)
-                    elif kind == MessageKind.SYNCHRONIZED:
-                        self._answered[rank] = bytes(message.payload)
+                    elif kind == MessageKind.ANSWER:
+                        self._answers[rank] = bytes(message.payload)
                     else:
                         self._stage[rank] = kind
+
+    def _log(self, operation: str, num_bytes: int) -> None:
+        log_communication(logger, operation, num_bytes, 0, self.size)
 
     # Loss and end
 
     def _watch(self) -> None:
         ranks = {process.sentinel: rank for rank, process in self._processes.items()}
-        deadline = time.monotonic() + self._timeout
         while True:
-            # A limited wait: that the pool was told to end, or is ready, is seen in between.
-            left = deadline - time.monotonic() if not self._is_ready else _LOOK_SECONDS
-            ended = connection.wait(list(ranks), timeout=min(max(left, 0.01), _LOOK_SECONDS))
+            limit, looked = self._limit, time.monotonic()
+            ended = connection.wait(list(ranks), timeout=_LOOK_SECONDS)
             if self._is_told_to_end:
                 return
             if ended:
                 self._lose([ranks[int(sentinel)] for sentinel in ended if isinstance(sentinel, int)])
                 return
-            if not self._is_ready and time.monotonic() > deadline:
-                self._read_reports()
-                late = {rank: stage for rank, stage in self._stage.items() if stage != MessageKind.READY}
-                if late:
-                    rank = min(late, key=lambda rank: late[rank])
-                    states = ", ".join(f"rank {rank} {_STAGES[late[rank]]}" for rank in late)
-                    problem = f"is not ready after startup_timeout={self._timeout:g} s ({states}). Raise it if that"
-                    self._fail(rank, f"{problem} is too short for this model and machine.")
+            if limit is not None and limit is self._limit:
+                # While all of us are stopped, by Ctrl-Z say, time passes that is no rank's fault.
+                limit.left -= min(time.monotonic() - looked, 2 * _LOOK_SECONDS)
+                if limit.left <= 0:
+                    self._give_up(limit)
                     return
 
+    def _give_up(self, limit: _Limit) -> None:
+        pids = {rank: process.pid for rank, process in self._processes.items()}
+        late = find_late_rank(pids, self._stacks, self._stage, _STAGES)
+        told = f"{limit.field}={getattr(self._config, limit.field):g} s ({late.states})"
+        hint = "Raise it if that is too short for this model and machine."
+        self._fail(late.rank, f"kept the others waiting for {told}. {hint}", late.stack)
+
     def _lose(self, ranks: list[int]) -> None:
-        with suppress(ChannelError):  # killed while it wrote
+        with suppress(ChannelError):  # the loss matters more than what is wrong with a message
             self._read_reports()
         # One rank's end makes others fail: a killed one comes first, then whoever failed first.
         status: dict[int, int] = {}
@@ -230,10 +265,6 @@ class WorkerPool:
         self._kill()
         self.break_off()
 
-    def _slowest(self) -> int:
-        alive = [rank for rank, process in self._processes.items() if process.is_alive()]
-        return alive[0] if alive else 1
-
     def _kill(self) -> None:
         for process in self._processes.values():
             process.kill()
@@ -252,6 +283,7 @@ class WorkerPool:
                 return
             self._is_told_to_end = self._has_ended = True
             if gently and self.failure is None and self._is_ready:
+                self._log(f"send {MessageKind.SHUTDOWN.name}", 0)
                 with suppress(ChannelError, WorkerError):
                     self._commands.send(MessageKind.SHUTDOWN, timeout=1.0)
                 deadline = time.monotonic() + _EXIT_SECONDS
@@ -265,8 +297,8 @@ class WorkerPool:
             self._unlink()
             for channel in (self._commands, *self._reports.values()):
                 channel.close()
-            for process in self._processes.values():
-                process.close()
+            for closable in (*self._processes.values(), *self._stacks.values()):
+                closable.close()
 
 
 def _guard_hint(stage: int) -> str:

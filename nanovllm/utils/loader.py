@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +75,16 @@ class LoadReport:
 
 
 def load_weights(
-    model: nn.Module, folder: Path, device: torch.device, redundant: frozenset[str] = frozenset()
+    model: nn.Module,
+    folder: Path,
+    device: torch.device,
+    redundant: frozenset[str] = frozenset(),
+    check: Callable[[], None] = lambda: None,
 ) -> LoadReport:
     """Fill every parameter of `model` from the safetensors files in `folder`.
 
     `redundant`: checkpoint tensors that may be there and are not needed (lm_head.weight of a tied model).
+    `check`: called before each tensor; what it raises ends the loading.
     Raises ModelLoadError, before anything is allocated, when tensors are missing, unknown, twice there, or of
     another shape or dtype than the model's.
     """
@@ -93,6 +98,7 @@ def load_weights(
         parameters = materialise(model, device)
         for parameter_name, parts in plan.items():
             for part in parts:
+                check()
                 rows = parameters[parameter_name][part.row : part.row + part.num_rows]
                 if part.name is None:
                     rows.zero_()
