@@ -9,13 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from nanovllm.engine import worker_pool
+from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.shm_channel import ChannelWriter
 from nanovllm.engine.worker import WorkerStart, run_worker
+
+if TYPE_CHECKING:
+    from nanovllm.engine.model_runner import InFlightStep
 
 
 @dataclass(frozen=True)
@@ -96,3 +100,18 @@ def _happens_in(
 
 def _fail_at_length(_: object) -> None:
     raise LookupError("many kilobytes of reasons, " * 4000)
+
+
+def run_leaking_worker(start: WorkerStart) -> None:
+    """A worker that keeps ten objects of each step."""
+    from nanovllm.engine.model_runner import ModelRunner
+
+    submit = ModelRunner.submit
+    kept: list[object] = []
+
+    def leaking(runner: ModelRunner, batch: ScheduledBatch) -> InFlightStep:
+        kept.extend([number, kept] for number in range(10))
+        return submit(runner, batch)
+
+    ModelRunner.submit = leaking  # type: ignore[method-assign]
+    run_worker(start)

@@ -38,6 +38,9 @@ requests = st.builds(
     st.builds(
         SamplingParams,
         temperature=st.sampled_from([0.0, 0.0, 0.7, 1.3]),
+        top_k=st.sampled_from([0, 0, 0, 20]),
+        top_p=st.sampled_from([1.0, 1.0, 1.0, 0.7]),
+        min_p=st.sampled_from([0.0, 0.0, 0.0, 0.1]),
         seed=st.integers(0, 2**63 - 1),
         max_tokens=st.integers(1, 30) | st.integers(20, 30),
         ignore_eos=st.booleans(),
@@ -148,17 +151,24 @@ from tests.small_llm import *
 if __name__ == "__main__":
     with load({str(folder)!r}, tensor_parallel_size=2) as llm:
         generate(llm, [[1, 2, 3]])
+        llm.memory_report()
+        llm.llm_engine.executor.synchronize()
 """
     environment = {"NANOVLLM_LOG_LEVEL": "DEBUG", "NANOVLLM_LOG_FILE": str(log), "NANOVLLM_LOG_FORMAT": "json"}
     process = run_script(script, tmp_path, environment)
     process.communicate(timeout=60)
     assert process.returncode == 0
+    told: list[set[str]] = []
     for rank, path in enumerate((log, Path(f"{log}.rank1"))):
         records = [json.loads(line) for line in path.read_text().splitlines()]
         assert {record["rank"] for record in records} == {rank}
         operations = {record["operation"] for record in records if record["event"] == "communication"}
-        assert operations >= {"all_reduce", "all_gather", "receive STEP" if rank else "send STEP"}
-        assert ("send READY" if rank else "receive READY from rank 1") in operations
+        assert operations >= {"all_reduce", "all_gather"}
+        told.append(operations)
+    commands = {"JOIN", "STEP", "DIAGNOSE", "SYNCHRONIZE", "SHUTDOWN"}
+    reports = {"ATTACHED", "READY", "ANSWER"}
+    assert told[0] >= {f"send {kind}" for kind in commands} | {f"receive {kind} from rank 1" for kind in reports}
+    assert told[1] >= {f"receive {kind}" for kind in commands} | {f"send {kind}" for kind in reports}
 
 
 # ---- arguments

@@ -86,6 +86,7 @@ def run_worker(start: WorkerStart) -> None:
         status = 0
     except BaseException as error:
         text = FAILURE.pack(time.monotonic_ns()) + "".join(traceback.format_exception(error)).encode("utf-8", "replace")
+        log_communication(logger, f"send {MessageKind.FAILED.name}", len(text), start.rank, start.size)
         with suppress(ChannelError):  # nobody listens any more
             reports.send(MessageKind.FAILED, text, timeout=_REPORT_SECONDS)
         status = 1
@@ -107,7 +108,6 @@ def _attach(start: WorkerStart) -> tuple[ChannelReader, ChannelWriter]:
         os._exit(1)
 
     threading.Thread(target=end_with_the_parent, name="nanovllm-parent-watch", daemon=True).start()
-    reports.send(MessageKind.ATTACHED)
     return commands, reports
 
 
@@ -118,6 +118,7 @@ class _Worker:
         self.reports = reports
 
     def run(self) -> None:
+        self._send(MessageKind.ATTACHED)
         import torch
 
         from nanovllm.engine.model_plan import ModelPlan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import multiprocessing
 import os
 import time
@@ -86,6 +87,85 @@ def test_every_reader_gets_every_message(
     readers: list[Connection], lines: int, sizes: list[int], delays: tuple[float, ...], seed: int
 ) -> None:
     exchange(readers, 64 * lines, sizes, delays, seed)
+
+
+def record_sizes(size: int, capacity: int) -> list[int]:
+    """Bytes of the ring that the pieces of a message take: each a header's line and whole lines of content."""
+    limit = capacity // 4 - 64
+    pieces = [min(limit, size - offset) for offset in range(0, size, limit)] or [0]
+    return [64 + -(-piece // 64) * 64 for piece in pieces]
+
+
+READ = st.tuples(st.just("read"), st.integers(0, 2))
+SEND = st.tuples(st.just("send"), st.integers(0, 300) | st.integers(0, 3000))
+
+
+@settings(derandomize=True, deadline=None, database=None, max_examples=300)
+@given(
+    lines=st.integers(8, 64),
+    num_readers=st.integers(1, 3),
+    actions=st.lists(SEND | READ, min_size=10, max_size=60),
+)
+def test_the_ring_is_a_queue_that_takes_a_message_exactly_when_the_slowest_reader_has_made_room(
+    lines: int, num_readers: int, actions: list[tuple[str, int]]
+) -> None:
+    """Nobody waits here: every step's outcome is known from counting bytes. Readers stop between pieces, too."""
+    writer = ChannelWriter.create(num_readers, 64 * lines)
+    readers = [ChannelReader(writer.name, number) for number in range(num_readers)]
+    writer.unlink()
+    sent: list[bytes] = []
+    got: list[list[bytes]] = [[] for _ in readers]
+    acknowledged = [0] * num_readers
+    head = 0
+    is_broken = False
+    try:
+        for action, number in [*actions, *(("read", reader) for reader in range(num_readers))]:
+            if action == "read":
+                reader = number % num_readers
+                while (message := readers[reader].receive(timeout=0)) is not None:
+                    assert (message.kind, message.sequence) == (7, len(got[reader]))
+                    got[reader].append(bytes(message.payload))
+                acknowledged[reader] = head
+                assert got[reader] == sent
+                continue
+            payload = np.random.default_rng(head).bytes(number)
+            fitting = list(itertools.accumulate(record_sizes(number, 64 * lines)))
+            room = 64 * lines - (head - min(acknowledged))
+            if not is_broken and fitting[-1] <= room:
+                writer.send(7, payload, timeout=0)
+                sent.append(payload)
+                head += fitting[-1]
+                continue
+            with pytest.raises(ChannelError, match="cut short" if is_broken else "have not made room"):
+                writer.send(7, payload, timeout=0)
+            if not is_broken and fitting[0] <= room:  # its first pieces are in the ring, and nothing follows them
+                is_broken = True
+                head += max(size for size in fitting if size <= room)
+    finally:
+        for channel in (writer, *readers):
+            channel.close()
+
+
+def test_a_writer_that_stops_in_the_middle_holds_no_reader_up(channel: ChannelWriter) -> None:
+    """A reader that looks now and then gets the message whole, once it is."""
+    reader = ChannelReader(channel.name, 0)
+    payload = np.random.default_rng(0).bytes(2000)  # in eleven pieces, of which four find room
+    looks = []
+
+    def look() -> None:
+        looks.append(reader.receive(timeout=0))
+
+    channel.send(1, payload, while_waiting=look)
+    assert set(looks) == {None}
+    assert len(looks) >= 2
+    message = reader.receive(timeout=0)
+    assert message is not None
+    assert message.payload == payload
+    with pytest.raises(ChannelError, match="have not made room"):
+        channel.send(1, payload, timeout=0)
+    for timeout in (0, 0.01):  # the rest never comes
+        assert reader.receive(timeout=timeout) is None
+    reader.close()
 
 
 @pytest.mark.parametrize("capacity", [4096, 1 << 20])
