@@ -45,6 +45,30 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+def check_picture(folder: Path, script: str) -> None:
+    """A PNG of a picture's size, with something in it."""
+    path = folder / "picture.png"
+    assert f"Picture: {path}" in lesson(script, "--plot", str(path))
+    from matplotlib.image import imread
+
+    pixels = imread(path)
+    assert min(pixels.shape[:2]) > 300
+    assert pixels[..., :3].std() > 0.05
+
+
+def test_without_matplotlib_a_script_says_so_and_draws_in_the_terminal(tmp_path: Path) -> None:
+    code = (
+        "import runpy, sys; sys.modules['matplotlib'] = None;"
+        f"sys.path.insert(0, {str(LEARN)!r}); sys.argv = ['script', '--plot', 'picture.png'];"
+        f"runpy.run_path({str(LEARN / 'step2_continuous_batching.py')!r}, run_name='__main__')"
+    )
+    done = start([sys.executable, "-c", code], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "matplotlib is not installed, so picture.png is not drawn: pip install 'nanovllm[examples]'" in done.stdout
+    assert "▓█" in done.stdout
+    assert not (tmp_path / "picture.png").exists()
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_the_docstring_and_names_what_to_read(script: str) -> None:
     done = start([sys.executable, str(LEARN / f"{script}.py"), "--help"], ROOT)
@@ -100,3 +124,27 @@ def test_paged_attention_loses_no_block_and_changes_no_token(num_blocks: int) ->
     assert re.search(r"D goes on(?s:.)*?held by +BD +BD +D ", text), "and D has it back"
     assert "~" in text.split("was evicted")[0]
     assert "was evicted: its old tokens are forgotten" in one_line(text)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--requests", "20", "--max-num-seqs", "12", "--seed", "3")])
+def test_continuous_batching_takes_fewer_steps_and_shorter_waits(arguments: tuple[str, ...]) -> None:
+    text = lesson("step2_continuous_batching", *arguments)
+    figures = {
+        name: [float(figure.replace(",", "")) for figure in row.split()]
+        for name, row in re.findall(r"^  (static|continuous) +([\d., ]+)$", text, re.MULTILINE)
+    }
+    steps, mean_batch, wait, stay, speed = zip(figures["static"], figures["continuous"], strict=True)
+    assert steps[1] < steps[0]
+    assert mean_batch[1] > mean_batch[0]
+    assert wait[1] < wait[0]
+    assert stay[1] < stay[0]
+    assert min(speed) > 0
+    assert "whoever ran beside it: True" in text
+    charts = text.split("--- ")
+    assert "░" in charts[1].split("is not\n")[1]  # rows that wait for their group
+    assert "░" not in charts[2].split("is not\n")[1]
+
+
+def test_continuous_batching_draws_its_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    check_picture(tmp_path, "step2_continuous_batching")
