@@ -148,3 +148,18 @@ def test_continuous_batching_takes_fewer_steps_and_shorter_waits(arguments: tupl
 def test_continuous_batching_draws_its_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     check_picture(tmp_path, "step2_continuous_batching")
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+def test_prefix_caching_computes_only_what_is_new(block_size: int) -> None:
+    text = lesson("step2_prefix_caching", "--block-size", str(block_size))
+    found = re.findall(r"^  a?.* {2,}(\d)$", text.split("--- 2.")[0], re.MULTILINE)
+    assert found == ["2", "3", "1", "0"]
+    hits = [(int(cached), int(length)) for cached, length in re.findall(r" (\d+) of (\d+)   first token", text)]
+    assert [cached for cached, _ in hits] == [0] + [hits[1][0]] * 4
+    assert hits[1][0] % block_size == 0
+    assert 0.8 < hits[1][0] / hits[1][1] < 1
+    computed = numbers(r"Prompt tokens computed: ([\d,]+) instead of ([\d,]+)", one_line(text))
+    assert computed == [sum(length - cached for cached, length in hits), sum(length for _, length in hits)]
+    assert "the same answers with and without: True" in text
+    assert "the second question finds: 0 tokens" in text
