@@ -163,3 +163,44 @@ def test_prefix_caching_computes_only_what_is_new(block_size: int) -> None:
     assert computed == [sum(length - cached for cached, length in hits), sum(length for _, length in hits)]
     assert "the same answers with and without: True" in text
     assert "the second question finds: 0 tokens" in text
+
+
+def test_kv_quantization_is_checked_against_the_engine_and_orders_the_formats() -> None:
+    text = lesson("step2_kv_quantization")
+    assert "SIMULATED" in (LEARN / "step2_kv_quantization.py").read_text(encoding="utf-8").split('"""')[1]
+    assert "gave the same tokens for all 48 prompts: True" in one_line(text)
+    assert re.search(r"tiny +fp8 \(and int8\) +17,408 +1,088 +26\.6%", text)
+    assert re.search(
+        r"Qwen3-0\.6B's shape +fp8 \(and int8\) +946,176 +59,136 +51\.6%", text
+    )  # docs/kv-cache.md's figure
+    error = {
+        (name, int(layer), part): float(percent)
+        for name, layer, part, percent in re.findall(
+            r"^  (\w+) +layer (\d) (keys|values) +([\d.]+)%", text, re.MULTILINE
+        )
+    }
+    assert len(error) == 3 * 4 * 2
+    for layer in range(4):
+        for part in ("keys", "values"):
+            assert 0.1 < error["int8", layer, part] < error["fp8", layer, part] < error["int4", layer, part] < 25
+            assert error["fp8", layer, part] < 6.25  # half of the last of three bits of mantissa
+    drift = [
+        [float(x.rstrip("%")) for x in row.split()]
+        for row in re.findall(r"^  ([0-3] +[\d.]+%.*%)$", text, re.MULTILINE)
+    ]
+    assert [row[0] for row in drift] == [0, 1, 2, 3]
+    assert drift[3][4] > drift[0][4]  # what earlier layers lost adds up
+    rows = {
+        name: [int(figure) for figure in re.findall(r"(\d+) of", row)]
+        for name, row in re.findall(r"^  (\S+(?: \S+)*) {2,}(\d+ of.*)$", text, re.MULTILINE)
+    }
+    assert rows["float32"] == [24, 24, 24, 0]
+    assert rows["fp8, the engine's"] == rows["fp8, simulated"]
+    assert rows["fp8, simulated"][:2] == rows["int8, simulated"][:2] == [24, 24]
+    assert rows["int8, simulated"][3] <= rows["fp8, simulated"][3] < rows["int4, simulated"][3]
+    assert rows["fp8, simulated"][3] > 0
+
+
+def test_kv_quantization_draws_its_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    check_picture(tmp_path, "step2_kv_quantization")
