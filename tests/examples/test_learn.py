@@ -204,3 +204,28 @@ def test_kv_quantization_is_checked_against_the_engine_and_orders_the_formats() 
 def test_kv_quantization_draws_its_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     check_picture(tmp_path, "step2_kv_quantization")
+
+
+def test_tensor_parallel_shows_both_ranks_and_what_they_exchange() -> None:
+    text = lesson("step2_tensor_parallel")
+    assert re.search(r"layers\.0\.self_attn\.q_proj\.weight +\[256, 256\] +outputs +0 … 127 +128 … 255", text)
+    assert re.search(r"layers\.0\.self_attn\.k_proj\.weight +\[128, 256\] +outputs +0 … 63 +64 … 127", text)
+    assert re.search(r"layers\.0\.mlp\.down_proj\.weight +\[256, 512\] +inputs +0 … 255 +256 … 511", text)
+    assert re.search(r"layers\.0\.self_attn\.q_norm\.weight +\[64\] +whole +all +all", text)
+    one, two = numbers(r"Process (\d+) is rank 0(?s:.)*?Process (\d+) is rank 1", text)
+    assert one != two
+    assert "the same tokens: True" in text
+    whole, half = numbers(r"kv_cache +([\d,]+) +([\d,]+) +50\.0%", text)
+    assert half * 2 == whole
+    messages = text.split("--- 3.")[1].split("--- 4.")[0]
+    assert re.search(r"send STEP +prefill step", messages)
+    assert re.search(r"send STEP +11 × decode step", messages)
+    assert re.search(r"send SHUTDOWN", messages)
+    # The embedding, two for each of four layers, and the tokens: in prefill and in decode.
+    assert re.findall(r"(\w+) +\[(\d+), (?:256|2)\]", text.split("--- 4.")[1]) == [
+        *[("all_reduce", str(33))] * 9,
+        ("all_gather", "1"),
+        *[("all_reduce", "1")] * 9,
+        ("all_gather", "1"),
+    ]
+    assert "on both ranks the same in the same order: True" in one_line(text)
