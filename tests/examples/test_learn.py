@@ -229,3 +229,27 @@ def test_tensor_parallel_shows_both_ranks_and_what_they_exchange() -> None:
         ("all_gather", "1"),
     ]
     assert "on both ranks the same in the same order: True" in one_line(text)
+
+
+def test_profiling_says_where_a_step_goes(tmp_path: Path) -> None:
+    text = lesson("step3_profiling", "--steps", "8", "--output", str(tmp_path))
+    operators = text.split("--- 2.")[1].split("--- 3.")[0]
+    for tables in operators.split("decode: 8 tokens a step"):
+        shares = [float(share) for share in re.findall(r" ([\d.]+)%$", tables, re.MULTILINE)]
+        assert len(shares) == 8
+        assert shares == sorted(shares, reverse=True)
+        assert sum(shares) <= 100.5
+    # Four layers, four products each.
+    assert re.findall(r"mkldnn::_linear_pointwise +(\d+) ", operators) == ["16", "16"]
+    parts = re.findall(r"^ +(\w[\w ]*?) +([\d.]+)% +[█▏]* +([\d.]+)% ", text.split("--- 3.")[1], re.MULTILINE)
+    assert len(parts) == 13
+    for column in (1, 2):
+        assert 99 < sum(float(part[column]) for part in parts) < 101
+    prefill, decode = numbers(r"four products are (\d+)% of a prefill step and (\d+)% of a decode step", one_line(text))
+    assert prefill > decode
+    speed = {
+        name: float(figure) for name, figure in re.findall(r"^  (\w.*?) {2,}\d+ +[\d.]+ +([\d.]+)$", text, re.MULTILINE)
+    }
+    assert speed["prefill"] > speed["decode, 1 request"] > 0
+    for name in ("prefill", "decode", "decode_one"):
+        assert (tmp_path / name / "profile_rank0.json").stat().st_size > 10_000
