@@ -253,3 +253,23 @@ def test_profiling_says_where_a_step_goes(tmp_path: Path) -> None:
     assert speed["prefill"] > speed["decode, 1 request"] > 0
     for name in ("prefill", "decode", "decode_one"):
         assert (tmp_path / name / "profile_rank0.json").stat().st_size > 10_000
+
+
+def test_memory_adds_up_and_the_leak_check_finds_a_leak() -> None:
+    text = lesson("step3_memory")
+    assert "Memory of cpu" in text
+    assert re.search(r"together +11,021,312 bytes; the report says 11,021,312: True", text)
+    assert re.search(r"cache += \(3000 \+ 1\) × 65,536 = 196,673,536; the report says 196,673,536: True", text)
+    written, grown = (
+        float(figure) for figure in re.findall(r"^ +3000 +([\d.]+) +[\d.,]+ +([\d.]+)$", text, re.MULTILINE)[0]
+    )
+    assert 0.7 * written < grown < 1.4 * written
+    peaks = [
+        (int(tokens), int(size.replace(",", "")))
+        for tokens, size in re.findall(r"^ +(\d+) tokens +([\d,]+) bytes", text, re.MULTILINE)
+    ]
+    assert [tokens for tokens, _ in peaks] == [64, 128, 256, 512, 1024, 2048]
+    assert peaks[-1][1] / peaks[0][1] == pytest.approx(32, rel=0.1)  # as the tokens: no matrix of scores
+    (scores,) = numbers(r"would be ([\d,]+) bytes alone", one_line(text))
+    assert peaks[-1][1] < scores == 2048 * 2048 * 4 * 4
+    assert "the engine settles: True; with the leak: False" in text
