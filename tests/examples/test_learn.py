@@ -278,3 +278,42 @@ def test_memory_adds_up_and_the_leak_check_finds_a_leak() -> None:
     )
     assert honest < 20
     assert leaking >= 1000
+
+
+def test_scheduler_trace_tells_every_kind_of_decision(tmp_path: Path) -> None:
+    log, page = tmp_path / "run.jsonl", tmp_path / "report.html"
+    text = lesson("step3_scheduler_trace", "--keep", str(log), "--report", str(page))
+    trace = text.split("--- 2.")[1].split("--- 3.")[0]
+    for sentence in (
+        r"\+ A is admitted: 3 new block\(s\); 8 left",
+        r"> A: tokens 0 … 31 of 40; the step's tokens are spent",
+        r"> A: tokens 32 … 39 of 40; complete",
+        r"\? 5 waiting for tokens: the step has no more than 32",
+        r"\? 3 waiting for a row: all 3 are taken",
+        r"\? 4 waiting for blocks: \d are free",
+        r"- C, the youngest, is preempted: gives 5 block\(s\) back; 80 tokens to compute again",
+        r"\+ C is back, to be computed again: 3 new block\(s\) and 2 found in the prefix cache",
+        r"steps 6 … 14: decode, nothing to decide",
+    ):
+        assert re.search(sentence, trace), sentence
+    ended = dict(re.findall(r"= (\w) ended after (\d+) tokens", trace))
+    assert ended == {"A": "30", "B": "50", "C": "20", "D": "60", "E": "30", "F": "12"}
+    (num_steps,) = numbers(r"(\d+) steps, \d+ prompt tokens computed", one_line(text))
+    told = [
+        range(int(a), int(b or a) + 1) for a, b in re.findall(r"^  steps? +(\d+)(?: … (\d+))?", trace, re.MULTILINE)
+    ]
+    assert [step for steps in told for step in steps] == list(range(1, num_steps + 1))
+    (preemptions,) = numbers(r"(\d+) preemption\(s\)", text)
+    assert preemptions == trace.count("is preempted") == trace.count("is back") > 1
+    assert "<html" in page.read_text(encoding="utf-8")
+    # The script only reads: from the log that was kept it tells the same.
+    again = lesson("step3_scheduler_trace", "--log", str(log))
+    assert again.split("--- 2.")[1].split("--- 3.")[0] == trace
+
+
+def test_scheduler_trace_refuses_a_log_without_steps(tmp_path: Path) -> None:
+    log = tmp_path / "run.jsonl"
+    log.write_text('{"event": "engine.init", "mono": 1.0}\n')
+    done = start([sys.executable, str(LEARN / "step3_scheduler_trace.py"), "--log", str(log)], ROOT)
+    assert done.returncode == 1
+    assert "has no step in it. Make a log with NANOVLLM_LOG_LEVEL=DEBUG" in done.stderr
