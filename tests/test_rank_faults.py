@@ -142,7 +142,6 @@ def test_ctrl_c_while_rank_0_loads(folder: Path, monkeypatch: pytest.MonkeyPatch
         (2, "prefill", "raise"),
         (4, "decode", "kill"),
         (2, "decode", "raise"),
-        (2, "gather", "kill"),
         (2, "gather", "raise"),
         (2, "answer", "kill"),
     ],

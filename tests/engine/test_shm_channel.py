@@ -54,6 +54,8 @@ def readers() -> Iterator[list[Connection]]:
     for pipe, process in zip(pipes, processes, strict=True):
         pipe.send(None)
         process.join(10)
+        process.kill()  # where it hangs
+        process.join()
         assert process.exitcode == 0
 
 
@@ -173,13 +175,18 @@ def test_messages_of_many_mebibytes(readers: list[Connection], capacity: int) ->
     exchange(readers, capacity, [5 << 20, 0, (16 << 20) + 1, 1], (0.0, 0.002), 1)
 
 
+def answer(pipe: Connection) -> object:
+    assert pipe.poll(60), "a reader waits for ever"
+    return pipe.recv()
+
+
 def exchange(readers: list[Connection], capacity: int, sizes: list[int], delays: tuple[float, ...], seed: int) -> None:
     generator = np.random.default_rng(seed)
     writer = ChannelWriter.create(NUM_READERS, capacity)
     try:
         for pipe, delay in zip(readers, delays, strict=True):
             pipe.send((writer.name, delay))
-        assert [pipe.recv() for pipe in readers] == ["attached"] * NUM_READERS
+        assert [answer(pipe) for pipe in readers] == ["attached"] * NUM_READERS
         writer.unlink()
         expected = []
         for index, size in enumerate(sizes):
@@ -189,7 +196,7 @@ def exchange(readers: list[Connection], capacity: int, sizes: list[int], delays:
             expected.append((kind, index, digest(payload)))
         writer.send(STOP)
         for pipe in readers:
-            assert pipe.recv() == expected
+            assert answer(pipe) == expected
     finally:
         writer.unlink()
         writer.close()
