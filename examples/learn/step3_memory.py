@@ -41,7 +41,7 @@ def main() -> None:
     from _engine import open_engine, run
 
     from nanovllm import LLM, SamplingParams
-    from nanovllm.diagnostics.leak_check import check_leak
+    from nanovllm.diagnostics.leak_check import MemoryUse, check_leak
     from nanovllm.engine.kv_cache import KVCacheShape
     from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
 
@@ -91,14 +91,14 @@ def main() -> None:
         run(engine, [[1] * PROMPT_TOKENS], params)  # warm: what the first long step takes is not the cache's
         engine.reset_prefix_cache()
         draw = random.Random(0)
-        before, used = engine.diagnostics.used_bytes(), each
+        before, used = engine.diagnostics.memory_use()[0], each
         rows = [(used, "", f"{before / MB:,.1f}", "")]
         for quarter in range(1, 5):
             while used + each <= args.num_blocks * quarter // 4:
                 # Other tokens each time: the blocks of those before stay in the prefix cache.
                 run(engine, [[draw.randrange(250) for _ in range(PROMPT_TOKENS)]], params)
                 used += each
-            resident, written = engine.diagnostics.used_bytes(), (used - each) * shape.block_bytes
+            resident, written = engine.diagnostics.memory_use()[0], (used - each) * shape.block_bytes
             rows.append((used, f"{written / MB:,.1f}", f"{resident / MB:,.1f}", f"{(resident - before) / MB:,.1f}"))
         table(["blocks written", "newly written, MB", "process, MB", "grown by, MB"], rows, left=0)
         print()
@@ -156,9 +156,9 @@ def main() -> None:
             llm.generate("Hello", SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
             history.append([[number] for number in range(LEAKED_OBJECTS - 1)])
 
-        def measure() -> tuple[int, int]:
+        def measure() -> MemoryUse:
             engine = llm.llm_engine
-            return engine.diagnostics.used_bytes(), engine.scheduler.block_manager.num_used_blocks
+            return MemoryUse(*engine.diagnostics.memory_use(), engine.scheduler.block_manager.num_used_blocks)
 
         leaking = check_leak(leak, measure, num_runs=RUNS)
         print(f"{leaking}\n")
