@@ -210,3 +210,21 @@ def test_the_file_is_left_as_it_was(tmp_path: Path) -> None:
     load_weights(model, tmp_path, CPU)
     model.embed_tokens.weight.zero_()
     assert torch.equal(load_file(tmp_path / "model.safetensors")["embed_tokens.weight"], content["embed_tokens.weight"])
+
+
+def test_loading_ends_between_two_tensors_where_the_check_raises(tmp_path: Path) -> None:
+    """So that a rank does not go on for minutes with what nobody waits for."""
+    looks: list[bool] = []
+    model = Small()
+
+    def check() -> None:
+        looks.append(model.gate_up_proj.weight.is_meta)
+        if len(looks) == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        load_weights(model, write(tmp_path, tensors()), CPU, check=check)
+    assert looks == [False, False]
+    assert torch.equal(model.gate_up_proj.weight[:6], tensors()["gate_proj.weight"])
+    load_weights(model, tmp_path, CPU, check=lambda: looks.append(True))
+    assert len(looks) == 2 + 4  # gate, up, the table, and its padding, which is none
