@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from nanovllm.engine.llm_engine import LLMEngine
 
 CHART_WIDTH = 90  # columns
-REPEATS = 4  # the fastest run counts: other programs on this machine only ever slow one down
+REPEATS = 3  # the fastest run counts: other programs on this machine only ever slow one down
 
 
 @dataclass(frozen=True)

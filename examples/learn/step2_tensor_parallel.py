@@ -66,11 +66,12 @@ def main() -> None:
     print(f"\n  one rank : {alone.outputs[0].text!r}")
     print(f"  two ranks: {together.outputs[0].text!r}")
     print(f"  the same tokens: {alone.outputs[0].token_ids == together.outputs[0].token_ids}\n")
-    rows = [
-        (name, f"{getattr(one, name):,}", f"{getattr(half, name):,}", f"{getattr(half, name) / getattr(one, name):.1%}")
-        for name in ("weights", "kv_cache")
-    ]
-    table(["bytes on rank 0", "of one rank", "of two", "share"], rows)
+    parts = (half, *half.others)  # each rank's own report
+    rows = []
+    for name in ("weights", "kv_cache"):
+        whole, *shares = (getattr(report, name) for report in (one, *parts))
+        rows.append((name, f"{whole:,}", *(f"{share:,}" for share in shares), f"{shares[0] / whole:.1%}"))
+    table(["bytes", "one rank", *(f"rank {report.rank} of two" for report in parts), "share"], rows)
     print()
     say("Norms and the table of rotary positions are whole on each rank; all else is halved, the KV cache by heads.")
 
@@ -85,8 +86,6 @@ def main() -> None:
         operation = record["operation"]
         what = f"{next(kinds)} step" if operation == "send STEP" else MEANING.get(operation, "")
         messages.append((operation, what, f"{record['bytes']:,}"))
-    last = [record for record in records[1] if record.get("operation") == "receive SHUTDOWN"]
-    messages += [("send SHUTDOWN", MEANING["send SHUTDOWN"], str(record["bytes"])) for record in last]
     table(["message", "", "bytes"], fold(messages), left=2)
     print()
     say(
@@ -120,6 +119,8 @@ MEANING = {
     "send JOIN": "the port where the ranks meet",
     "receive ATTACHED from rank 1": "both ends are open",
     "receive READY from rank 1": "its half of the model is loaded",
+    "send DIAGNOSE": "memory_report() asks all ranks",
+    "receive ANSWER from rank 1": "its report",
     "send SHUTDOWN": "give the memory back and end",
 }
 

@@ -45,10 +45,10 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def check_picture(folder: Path, script: str) -> None:
+def check_picture(folder: Path, script: str, *arguments: str) -> None:
     """A PNG of a picture's size, with something in it."""
     path = folder / "picture.png"
-    assert f"Picture: {path}" in lesson(script, "--plot", str(path))
+    assert f"Picture: {path}" in lesson(script, *arguments, "--plot", str(path))
     from matplotlib.image import imread
 
     pixels = imread(path)
@@ -59,7 +59,7 @@ def check_picture(folder: Path, script: str) -> None:
 def test_without_matplotlib_a_script_says_so_and_draws_in_the_terminal(tmp_path: Path) -> None:
     code = (
         "import runpy, sys; sys.modules['matplotlib'] = None;"
-        f"sys.path.insert(0, {str(LEARN)!r}); sys.argv = ['script', '--plot', 'picture.png'];"
+        f"sys.path.insert(0, {str(LEARN)!r}); sys.argv = ['script', '--requests', '5', '--plot', 'picture.png'];"
         f"runpy.run_path({str(LEARN / 'step2_continuous_batching.py')!r}, run_name='__main__')"
     )
     done = start([sys.executable, "-c", code], tmp_path)
@@ -110,7 +110,7 @@ def test_basic_inference_asks_what_it_is_told_to() -> None:
 # ---- step 2
 
 
-@pytest.mark.parametrize("num_blocks", [12, 14, 18])
+@pytest.mark.parametrize("num_blocks", [12, 14])
 def test_paged_attention_loses_no_block_and_changes_no_token(num_blocks: int) -> None:
     text = lesson("step2_paged_attention", "--num-blocks", str(num_blocks))
     (preemptions, in_use) = numbers(r"(\d+) preemption\(s\); blocks in use at the end: (\d+)", text)
@@ -147,7 +147,7 @@ def test_continuous_batching_takes_fewer_steps_and_shorter_waits(arguments: tupl
 
 def test_continuous_batching_draws_its_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    check_picture(tmp_path, "step2_continuous_batching")
+    check_picture(tmp_path, "step2_continuous_batching", "--requests", "6")
 
 
 @pytest.mark.parametrize("block_size", [16, 64])
@@ -203,7 +203,7 @@ def test_kv_quantization_is_checked_against_the_engine_and_orders_the_formats() 
 
 def test_kv_quantization_draws_its_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    check_picture(tmp_path, "step2_kv_quantization")
+    check_picture(tmp_path, "step2_kv_quantization", "--prompts", "4")
 
 
 def test_tensor_parallel_shows_both_ranks_and_what_they_exchange() -> None:
@@ -215,12 +215,12 @@ def test_tensor_parallel_shows_both_ranks_and_what_they_exchange() -> None:
     one, two = numbers(r"Process (\d+) is rank 0(?s:.)*?Process (\d+) is rank 1", text)
     assert one != two
     assert "the same tokens: True" in text
-    whole, half = numbers(r"kv_cache +([\d,]+) +([\d,]+) +50\.0%", text)
-    assert half * 2 == whole
+    whole, half, other = numbers(r"kv_cache +([\d,]+) +([\d,]+) +([\d,]+) +50\.0%", text)
+    assert half == other == whole // 2
     messages = text.split("--- 3.")[1].split("--- 4.")[0]
     assert re.search(r"send STEP +prefill step", messages)
     assert re.search(r"send STEP +11 × decode step", messages)
-    assert re.search(r"send SHUTDOWN", messages)
+    assert len(re.findall(r"send SHUTDOWN +give the memory back", messages)) == 1
     # The embedding, two for each of four layers, and the tokens: in prefill and in decode.
     assert re.findall(r"(\w+) +\[(\d+), (?:256|2)\]", text.split("--- 4.")[1]) == [
         *[("all_reduce", str(33))] * 9,
