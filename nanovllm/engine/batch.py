@@ -3,13 +3,16 @@
 A `ScheduledBatch` is one int32 buffer made of changes. The same bytes go to the device in one copy
 and, with several ranks, through shared memory; each section is a view of them.
 
-    header         version, step, number of final chunks, the three words of `StepNeeds`, then the item count of each
+    header         version, step, number of final chunks, the four words of `StepNeeds`, then the item count of each
                    section
     closed         row                                    rows that are free again
     opened         row, num_tokens, temperature's bits, seed's low and high word, bits of top_k, top_p and min_p as
-                   float32
+                   float32, the seven words of `kernels.shape_logits.RowShaping.asked`
     opened_tokens  token id                               the opened rows' tokens, one after another
     blocks         row, index in its block table, block
+    edits          row, index, word                       of `RowShaping.edits`
+    masked         row                                    rows that may draw from now on what a mask allows, no more
+    mask_words     word                                   their masks, one after another, until the row is closed
     chunks         row, start, length                     prompt tokens to compute in this step
     decode_rows    row                                    rows that compute their last token
 
@@ -19,6 +22,7 @@ the final ones, and sample a token); a step samples for every decode row, then f
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,10 +33,14 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int32]
 
-VERSION = 5
+VERSION = 6
+NO_PENALTIES = (1.0, 0.0, 0.0)  # repetition, frequency, presence
 # Name and width (int32 words an item) of each section, in order.
-_SECTIONS = (("closed", 1), ("opened", 8), ("opened_tokens", 1), ("blocks", 3), ("chunks", 3), ("decode_rows", 1))
-_HEADER_FIELDS = 6
+_SECTIONS = (
+    *(("closed", 1), ("opened", 15), ("opened_tokens", 1), ("blocks", 3), ("edits", 3)),
+    *(("masked", 1), ("mask_words", 1), ("chunks", 3), ("decode_rows", 1)),
+)
+_HEADER_FIELDS = 7
 _HEADER_SIZE = _HEADER_FIELDS + len(_SECTIONS)
 
 
@@ -59,18 +67,36 @@ class StepNeeds:
     shares_prefix: bool = False  # a hint: enough decode rows begin with the same blocks for it to pay to look for them
     truncates: bool = False  # a row that samples uses top-k, top-p or min-p
     num_logprobs: int | None = None  # of the likeliest tokens, the most that such a row asks for; None: none asks
+    shapes_logits: bool = False  # such a row has penalties, biases, bans or a mask
 
     def words(self) -> tuple[int, ...]:
-        return self.shares_prefix, self.truncates, 0 if self.num_logprobs is None else self.num_logprobs + 1
+        asked = 0 if self.num_logprobs is None else self.num_logprobs + 1
+        return self.shares_prefix, self.truncates, asked, self.shapes_logits
 
     @classmethod
-    def of_words(cls, shares_prefix: int, truncates: int, asked: int) -> StepNeeds:
-        return cls(bool(shares_prefix), bool(truncates), int(asked) - 1 if asked else None)
+    def of_words(cls, shares_prefix: int, truncates: int, asked: int, shapes_logits: int) -> StepNeeds:
+        return cls(bool(shares_prefix), bool(truncates), int(asked) - 1 if asked else None, bool(shapes_logits))
 
     @property
     def all_logits(self) -> bool:
         """Whether whole rows of logits must be in one place, where the vocabulary is cut over ranks."""
-        return self.truncates or self.num_logprobs is not None
+        return self.truncates or self.shapes_logits or self.num_logprobs is not None
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How a row's logits change before a token is drawn, in the form of `kernels.shape_logits.RowShaping`."""
+
+    num_prompt_tokens: int = 0
+    penalties: tuple[float, float, float] = NO_PENALTIES
+    num_edits: int = 0
+    edits: tuple[int, ...] = ()
+    mask: IntArray | None = None  # [ceil(vocab_size / 32)], from the start; None: all tokens are allowed
+
+    def words(self) -> tuple[int, ...]:
+        """`RowShaping.asked`; a mask announces itself there when it comes."""
+        penalties = np.array(self.penalties, dtype=np.float32).view(np.int32).tolist()
+        return self.num_prompt_tokens, self.num_edits, self.penalties != NO_PENALTIES, 0, *penalties
 
 
 @dataclass(frozen=True)
@@ -82,6 +108,7 @@ class OpenedRow:
     temperature: float
     seed: int  # 64 bits
     truncation: tuple[float, float, float] = (0.0, 1.0, 0.0)  # top_k (0: off), top_p, min_p
+    shaping: Shaping | None = None
 
 
 @dataclass(frozen=True)
@@ -99,14 +126,24 @@ class ScheduledBatch:
         closed: Seq[int] = (),
         opened: Seq[OpenedRow] = (),
         blocks: Seq[tuple[int, int, int]] | IntArray = (),
+        token_masks: Mapping[int, IntArray] | None = None,
         chunks: Seq[tuple[int, int, int]] = (),
         num_final_chunks: int = 0,
         decode_rows: Seq[int] | npt.NDArray[np.integer[Any]] = (),
         needs: StepNeeds | None = None,
     ) -> ScheduledBatch:
-        """Packs the changes; see the module for what each tuple holds."""
+        """Packs the changes; see the module for what each tuple holds.
+
+        token_masks: rows' new masks [ceil(vocab_size / 32)], beside those that opened rows come with.
+        """
         num_opened_tokens = sum(len(item.token_ids) for item in opened)
-        counts = (len(closed), len(opened), num_opened_tokens, len(blocks), len(chunks), len(decode_rows))
+        shaped = [(item.row, item.shaping or Shaping()) for item in opened]
+        edits = [(row, *edit) for row, shaping in shaped for edit in enumerate(shaping.edits)]
+        masks = {row: shaping.mask for row, shaping in shaped if shaping.mask is not None} | dict(token_masks or {})
+        counts = (
+            *(len(closed), len(opened), num_opened_tokens, len(blocks), len(edits)),
+            *(len(masks), sum(map(len, masks.values())), len(chunks), len(decode_rows)),
+        )
         sections = _layout(counts)
         buffer: IntArray = np.empty(sections["decode_rows"].end, dtype=np.int32)
         buffer[:_HEADER_SIZE] = (VERSION, step, num_final_chunks, *(needs or StepNeeds()).words(), *counts)
@@ -117,6 +154,11 @@ class ScheduledBatch:
             batch.blocks[:] = blocks
         if chunks:
             batch.chunks[:] = chunks
+        if edits:
+            batch.edits[:] = edits
+        if masks:
+            batch.masked[:] = list(masks)
+            np.concatenate(list(masks.values()), out=batch.mask_words)
         if opened:
             items = batch.opened
             items[:, 0] = [item.row for item in opened]
@@ -124,6 +166,7 @@ class ScheduledBatch:
             items[:, 2] = np.array([item.temperature for item in opened], dtype=np.float32).view(np.int32)
             items[:, 3:5] = np.array([item.seed for item in opened], dtype=np.int64).view(np.int32).reshape(-1, 2)
             items[:, 5:8] = np.array([item.truncation for item in opened], dtype=np.float32).view(np.int32)
+            items[:, 8:] = [shaping.words() for _, shaping in shaped]
             np.concatenate([item.token_ids for item in opened], out=batch.opened_tokens)
         return batch
 
@@ -165,7 +208,7 @@ class ScheduledBatch:
         return self._view("closed")
 
     @cached_property
-    def opened(self) -> IntArray:  # [num_opened, 8]
+    def opened(self) -> IntArray:  # [num_opened, 15]
         return self._view("opened")
 
     @cached_property
@@ -175,6 +218,18 @@ class ScheduledBatch:
     @cached_property
     def blocks(self) -> IntArray:  # [num_blocks, 3]
         return self._view("blocks")
+
+    @cached_property
+    def edits(self) -> IntArray:  # [num_edit_words, 3]
+        return self._view("edits")
+
+    @cached_property
+    def masked(self) -> IntArray:  # [num_masked]
+        return self._view("masked")
+
+    @cached_property
+    def mask_words(self) -> IntArray:  # [num_masked * ceil(vocab_size / 32)]
+        return self._view("mask_words")
 
     @cached_property
     def chunks(self) -> IntArray:  # [num_chunks, 3]

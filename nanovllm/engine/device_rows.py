@@ -16,6 +16,7 @@ import torch
 from nanovllm.attention.interface import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.kernels.row_state import append_tokens, read_decode_tokens
+from nanovllm.kernels.shape_logits import RowShaping, shape_logits
 from nanovllm.kernels.shared_prefix import find_shared_prefixes
 from nanovllm.kernels.truncate import NO_TRUNCATION
 
@@ -37,7 +38,15 @@ class DeviceRows:
     block tables point into a cache of `null_block` blocks and the null block after them.
     """
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, null_block: int, device: torch.device):
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        null_block: int,
+        vocab_size: int,
+        device: torch.device,
+    ) -> None:
         num_rows = max_num_seqs + 1
         max_blocks = -(-max_model_len // block_size)
         self.null_row = max_num_seqs
@@ -52,6 +61,7 @@ class DeviceRows:
         self.seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
         # top_k, top_p, min_p: `kernels.truncate`
         self.truncations = torch.tensor([NO_TRUNCATION], device=device).repeat(num_rows, 1)
+        self.shaping = RowShaping.zeros(num_rows, vocab_size, device)
 
     def apply(self, batch: ScheduledBatch, words: torch.Tensor) -> None:
         """Makes the batch's changes; `words` is its buffer on the device, int32."""
@@ -69,13 +79,21 @@ class DeviceRows:
             self.lengths[rows] = num_tokens
             self.temperatures[rows] = temperature.contiguous().view(torch.float32)
             self.seeds[rows] = torch.stack(opened[3:5], dim=1).view(torch.int64).squeeze(1)
-            self.truncations[rows] = section("opened")[:, 5:].contiguous().view(torch.float32)
+            self.truncations[rows] = section("opened")[:, 5:8].contiguous().view(torch.float32)
+            self.shaping.asked[rows] = section("opened")[:, 8:]
             tokens = section("opened_tokens").squeeze(1)
             token_rows, positions = _expand(rows, torch.zeros_like(rows), num_tokens, len(tokens))
             self.token_ids[token_rows, positions] = tokens
         if batch.sections["blocks"].count:
             rows, indices, blocks = section("blocks").unbind(1)
             self.block_tables[rows, indices] = blocks
+        if batch.sections["edits"].count:
+            rows, indices, edits = section("edits").unbind(1)
+            self.shaping.edits[rows, indices] = edits
+        if batch.sections["masked"].count:
+            rows = section("masked").squeeze(1).long()
+            self.shaping.masks[rows] = section("mask_words").view(len(rows), -1)
+            self.shaping.asked[:, 3].index_fill_(0, rows, 1)
 
     def decode_inputs(self, rows: torch.Tensor, query_group: int | None = None) -> ModelInputs:
         """Each of `rows` [num_rows] int32 computes its last token. Runs inside a captured graph.
@@ -136,6 +154,10 @@ class DeviceRows:
     def append(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Adds one token to each of `rows` [num_rows] int32, except the null row. Runs inside a captured graph."""
         append_tokens(rows, token_ids, self.token_ids, self.lengths, self.null_row)
+
+    def shape(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """What tokens are drawn from: logits [num_rows, vocab_size] of `rows`, shaped. Runs inside a captured graph."""
+        return shape_logits(logits, rows, self.token_ids, self.lengths, self.shaping)
 
     def _slots(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         blocks = self.block_tables[rows, positions // self.block_size].long()

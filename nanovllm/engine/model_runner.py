@@ -235,8 +235,10 @@ class ModelRunner:
         events.runner_output.log(logger, rank=self.parallel.rank, logits=list(logits.shape))
         state = (self.rows.temperatures, self.rows.seeds, self.rows.lengths, rows)
         if in_one_place:
+            drawn_from = self.rows.shape(logits, rows) if needs.shapes_logits else logits
             truncation = (self.rows.temperatures, self.rows.truncations, rows)
-            token_ids = sample(logits, *state, keep_thresholds(logits, *truncation) if needs.truncates else None)
+            thresholds = keep_thresholds(drawn_from, *truncation) if needs.truncates else None
+            token_ids = sample(drawn_from, *state, thresholds)
         else:  # the ranks' winners are gathered, not their logits
             candidates = sample_candidates(logits, *state, first_token=head.first)
             token_ids = best_candidates(self.parallel.all_gather(candidates))
@@ -378,7 +380,8 @@ class ModelRunner:
 
     def _allocate(self, shape: KVCacheShape, num_blocks: int, max_num_seqs: int, max_model_len: int) -> None:
         try:
-            self.rows = DeviceRows(max_num_seqs, max_model_len, shape.block_size, num_blocks, self.device)
+            vocab_size = self.model.lm_head.vocab_size
+            self.rows = DeviceRows(max_num_seqs, max_model_len, shape.block_size, num_blocks, vocab_size, self.device)
             self.kv_caches = shape.allocate(num_blocks, self.device)
         except (MemoryError, RuntimeError, ValueError) as error:  # by size and device, numpy's, torch's or CUDA's
             raise OutOfMemoryError(

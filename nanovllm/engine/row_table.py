@@ -42,6 +42,7 @@ class RowTable:
         self.stopped: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # finished: what is in flight is dropped
         self.ignore_eos: BoolArray = np.zeros(num_rows, dtype=np.bool_)
         self.truncates: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # draws with top-k, top-p or min-p
+        self.shapes_logits: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # has penalties, biases, bans or a mask
         self.num_logprobs = np.full(num_rows, -1, dtype=np.int32)  # of the likeliest tokens; -1: no log-probabilities
         self.watched: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # has stop rules of its own
         self._free_rows = list(range(num_rows - 1, -1, -1))  # a stack: low rows first
@@ -88,6 +89,7 @@ class RowTable:
         self.stopped[row] = False
         self.ignore_eos[row] = sequence.params.ignore_eos
         self.truncates[row] = sequence.params.truncates
+        self.shapes_logits[row] = sequence.shaping is not None
         asked = sequence.params.logprobs
         self.num_logprobs[row] = -1 if asked is None else ALL_LOGPROBS if asked == -1 else asked
         self.watched[row] = sequence.watches_tokens
@@ -111,7 +113,8 @@ class RowTable:
         """Of a step that samples for these rows."""
         num_logprobs = int(self.num_logprobs[sampled].max(initial=-1))
         truncates = bool(self.truncates[sampled].any())
-        return StepNeeds(shares_prefix, truncates, None if num_logprobs < 0 else num_logprobs)
+        shapes_logits = bool(self.shapes_logits[sampled].any())
+        return StepNeeds(shares_prefix, truncates, None if num_logprobs < 0 else num_logprobs, shapes_logits)
 
     def schedulable_decode_rows(self) -> npt.NDArray[np.intp]:
         """Rows whose next token may be computed: decoding, and not at their limit."""

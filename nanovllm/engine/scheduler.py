@@ -254,7 +254,8 @@ class Scheduler:
         row = self.rows.open(sequence, num_cached, self._prefix_block(table))
         params = sequence.params
         truncation = (min(max(params.top_k, 0), 2**24), params.top_p, params.min_p)  # exact in float32
-        opened.append(OpenedRow(row, sequence.token_ids, params.temperature, sequence.seed, truncation))
+        asked = (params.temperature, sequence.seed, truncation, sequence.shaping)
+        opened.append(OpenedRow(row, sequence.token_ids, *asked))
         blocks.append(_appended(row, np.arange(len(table.blocks)), table.blocks))
         return sequence
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from nanovllm.engine.batch import IntArray
+from nanovllm.engine.batch import IntArray, Shaping
 from nanovllm.engine.block_manager import BlockTable
 from nanovllm.engine.detokenizer import StopStrings
 from nanovllm.outputs import FinishReason, RequestMetrics
@@ -59,6 +59,7 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     stop_strings: StopStrings | None = None
+    shaping: Shaping | None = None  # what it does to its logits, where it does anything
     # Seconds of the engine's clock
     arrival: float = 0.0
     queued: float = 0.0

@@ -117,6 +117,7 @@ FIELDS: Mapping[str, Field] = {
     "seq_id": Field(int, "the sequence, numbered by arrival"),
     "seqs": Field(list[str], "the sequences, 16 at most"),
     "shapes": Field(dict[str, object] | list[object], "shapes by name, or in order"),
+    "shapes_logits": Field(bool, "whether rows have penalties, biases, bans or a mask"),
     "shares_prefix": Field(bool, "whether common prefixes are read once for many rows"),
     "size": Field(int, "sequences in the batch"),
     "source": Field(str, "where it was set"),

@@ -259,7 +259,7 @@ graph_captured = Event(
     DEBUG,
     "engine.cuda_graph",
     "Captured the decode step for batch size {size} in {elapsed_ms:.0f}ms",
-    "shares_prefix truncates num_logprobs",
+    "shares_prefix truncates num_logprobs shapes_logits",
     unseen="a GPU, and CUDA graphs",
 )
 profile_started = Event(

@@ -9,12 +9,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.engine.batch import VERSION, OpenedRow, ScheduledBatch, StepNeeds
+from nanovllm.engine.batch import VERSION, OpenedRow, ScheduledBatch, Shaping, StepNeeds
 
-SECTIONS = ["closed", "opened", "opened_tokens", "blocks", "chunks", "decode_rows"]
-HEADER_SIZE = 6 + len(SECTIONS)
+SECTIONS = [
+    *("closed", "opened", "opened_tokens", "blocks", "edits", "masked", "mask_words", "chunks", "decode_rows"),
+]
+HEADER_SIZE = 7 + len(SECTIONS)
+MASK_WORDS = 2
 
 int32 = st.integers(-(2**31), 2**31 - 1)
+masks = st.lists(int32, min_size=MASK_WORDS, max_size=MASK_WORDS).map(lambda words: np.array(words, dtype=np.int32))
+shapings = st.builds(
+    Shaping,
+    num_prompt_tokens=st.integers(0, 99),
+    penalties=st.tuples(*[st.floats(-2, 2, width=32)] * 3),
+    num_edits=st.integers(0, 9),
+    edits=st.lists(int32, max_size=6).map(tuple),
+    mask=st.none() | masks,
+)
 opened_rows = st.builds(
     OpenedRow,
     row=st.integers(0, 1000),
@@ -22,13 +34,15 @@ opened_rows = st.builds(
     temperature=st.floats(0, 2, width=32),
     seed=st.integers(-(2**63), 2**63 - 1),
     truncation=st.tuples(*[st.floats(0, 100, width=32)] * 3),
+    shaping=st.none() | shapings,
 )
 triples = st.lists(st.tuples(int32, int32, int32), max_size=4)
 changes = st.fixed_dictionaries(
     {
         "closed": st.lists(int32, max_size=4),
-        "opened": st.lists(opened_rows, max_size=4),
+        "opened": st.lists(opened_rows, max_size=4, unique_by=lambda item: item.row),
         "blocks": triples,
+        "token_masks": st.dictionaries(st.integers(0, 9), masks, max_size=3),
         "chunks": triples,
         "decode_rows": st.lists(int32, max_size=4),
     }
@@ -37,11 +51,13 @@ changes = st.fixed_dictionaries(
 
 def example() -> ScheduledBatch:
     """Something in every section."""
+    shaping = Shaping(3, (1.5, 0.0, 1.0), 1, (9, 8, 7, 5, 0), np.array([6], dtype=np.int32))
     return ScheduledBatch.build(
         7,
         closed=[4],
-        opened=[OpenedRow(2, np.array([10, 11, 12], dtype=np.int32), 0.5, 2**40 + 3)],
+        opened=[OpenedRow(2, np.array([10, 11, 12], dtype=np.int32), 0.5, 2**40 + 3, shaping=shaping)],
         blocks=[(2, 0, 5), (0, 1, 6)],
+        token_masks={3: np.array([-1], dtype=np.int32)},
         chunks=[(2, 0, 3), (1, 4, 2)],
         num_final_chunks=1,
         decode_rows=[0, 3],
@@ -65,7 +81,18 @@ def test_what_is_built_is_read_back(step: int, values: dict[str, Any], num_final
         words = np.ascontiguousarray(batch.opened)
         assert words[:, 2].copy().view(np.float32).tolist() == [item.temperature for item in opened]
         assert words[:, 3:5].copy().view(np.int64).ravel().tolist() == [item.seed for item in opened]
-        assert words[:, 5:].copy().view(np.float32).tolist() == [list(item.truncation) for item in opened]
+        assert words[:, 5:8].copy().view(np.float32).tolist() == [list(item.truncation) for item in opened]
+        shaped = [(item.row, item.shaping or Shaping()) for item in opened]
+        assert words[:, 8:10].tolist() == [[shaping.num_prompt_tokens, shaping.num_edits] for _, shaping in shaped]
+        assert words[:, 10:12].tolist() == [[shaping.penalties != (1, 0, 0), 0] for _, shaping in shaped]
+        assert words[:, 12:].copy().view(np.float32).tolist() == [list(shaping.penalties) for _, shaping in shaped]
+        edits = [[row, index, word] for row, shaping in shaped for index, word in enumerate(shaping.edits)]
+        assert batch.edits.tolist() == edits
+        own = {row: shaping.mask.tolist() for row, shaping in shaped if shaping.mask is not None}
+        new = {row: mask.tolist() for row, mask in values["token_masks"].items()}
+        masked = batch.masked.tolist()
+        assert dict(zip(masked, batch.mask_words.reshape(-1, MASK_WORDS).tolist(), strict=True)) == {**own, **new}
+        assert len(set(masked)) == len(masked)  # once each: which of two would be the last is not defined on a GPU
         assert batch.opened_tokens.tolist() == [token for item in opened for token in item.token_ids.tolist()]
         assert batch.sampled_rows.tolist() == values["decode_rows"] + [c[0] for c in values["chunks"][:num_final]]
 
@@ -78,10 +105,13 @@ def test_sections_follow_the_header_in_the_order_in_which_they_apply() -> None:
         assert batch.sections[name].offset == offset
         offset = batch.sections[name].end
     assert offset == len(batch.buffer)
-    assert batch.buffer[:HEADER_SIZE].tolist() == [VERSION, 7, 1, 0, 0, 0, 1, 1, 3, 2, 2, 2]
+    assert batch.buffer[:HEADER_SIZE].tolist() == [VERSION, 7, 1, 0, 0, 0, 0, 1, 1, 3, 2, 5, 2, 2, 2, 2]
     assert batch.buffer[batch.sections["opened_tokens"].offset :].tolist() == [
         *[10, 11, 12],
         *[2, 0, 5, 0, 1, 6],
+        *[2, 0, 9, 2, 1, 8, 2, 2, 7, 2, 3, 5, 2, 4, 0],
+        *[2, 3],
+        *[6, -1],
         *[2, 0, 3, 1, 4, 2],
         *[0, 3],
     ]
@@ -94,10 +124,12 @@ def test_counts_of_tokens_and_samples() -> None:
     assert batch.sampled_rows.tolist() == [0, 3, 2]  # decode rows, then the chunks that end their prompt
 
 
+@pytest.mark.parametrize("shapes_logits", [False, True])
 @pytest.mark.parametrize("num_logprobs", [None, 0, 20])
 @pytest.mark.parametrize(("shares_prefix", "truncates"), [(False, False), (True, False), (False, True), (True, True)])
-def test_needs_stand_apart(shares_prefix: bool, truncates: bool, num_logprobs: int | None) -> None:
-    needs = StepNeeds(shares_prefix, truncates, num_logprobs)
+def test_needs_stand_apart(shares_prefix: bool, truncates: bool, num_logprobs: int | None, shapes_logits: bool) -> None:
+    needs = StepNeeds(shares_prefix, truncates, num_logprobs, shapes_logits)
+    assert needs.all_logits is (truncates or shapes_logits or num_logprobs is not None)
     assert ScheduledBatch.build(1, needs=needs).needs == needs
     assert ScheduledBatch.build(1).needs == StepNeeds()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm.engine.batch import OpenedRow, ScheduledBatch
+from nanovllm.engine.batch import OpenedRow, ScheduledBatch, Shaping
 from nanovllm.engine.device_rows import DeviceRows, ModelInputs
+from nanovllm.engine.shaping import token_mask
 
-NUM_ROWS, MAX_MODEL_LEN, NUM_BLOCKS = 4, 10, 100
+NUM_ROWS, MAX_MODEL_LEN, NUM_BLOCKS, VOCAB_SIZE = 4, 10, 100, 100
 CPU = torch.device("cpu")
 
 
@@ -146,7 +148,7 @@ def check_rows(rows: DeviceRows, model: Model) -> None:
 @given(st.data(), st.integers(1, 4))
 def test_random_batches_against_the_model(data: st.DataObject, block_size: int) -> None:
     model = Model(block_size)
-    rows = DeviceRows(NUM_ROWS, MAX_MODEL_LEN, block_size, NUM_BLOCKS, CPU)
+    rows = DeviceRows(NUM_ROWS, MAX_MODEL_LEN, block_size, NUM_BLOCKS, VOCAB_SIZE, CPU)
     for step in range(data.draw(st.integers(1, 6))):
         batch = draw_batch(data, model, step)
         words = torch.from_numpy(batch.buffer)
@@ -181,7 +183,7 @@ def test_random_batches_against_the_model(data: st.DataObject, block_size: int) 
 @pytest.fixture
 def two_rows() -> DeviceRows:
     """Row 0 with five tokens in blocks 3 and 4, row 2 with two tokens in block 7; blocks of four tokens."""
-    rows = DeviceRows(NUM_ROWS, MAX_MODEL_LEN, 4, NUM_BLOCKS, CPU)
+    rows = DeviceRows(NUM_ROWS, MAX_MODEL_LEN, 4, NUM_BLOCKS, VOCAB_SIZE, CPU)
     tokens = [np.array(t, dtype=np.int32) for t in ([1, 2, 3, 4, 5], [6, 7])]
     batch = ScheduledBatch.build(
         1,
@@ -257,3 +259,27 @@ def test_dtypes_are_those_the_kernels_read(two_rows: DeviceRows) -> None:
     assert {tensor.dtype for tensor in [inputs.input_ids, inputs.sampled_rows, *int32]} == {torch.int32}
     assert {tensor.dtype for tensor in [inputs.positions, inputs.attention.slot_mapping]} == {torch.int64}
     assert two_rows.seeds[0] == 2**62 + 1
+
+
+def test_a_row_has_the_shaping_it_was_opened_with_and_the_last_mask_that_came(two_rows: DeviceRows) -> None:
+    def apply(**changes: Any) -> None:
+        batch = ScheduledBatch.build(2, **changes)
+        two_rows.apply(batch, torch.from_numpy(batch.buffer))
+
+    state = two_rows.shaping
+    assert not state.asked[:, :4].any(), "rows that ask for nothing"
+    token = np.array([8], dtype=np.int32)
+    masks = [token_mask(allowed, VOCAB_SIZE) for allowed in ([31], [0, 99], [32])]
+    asking = Shaping(1, (1.5, -0.5, 0.25), 2, (1, 2, 3, 4, 5, 6), masks[0])
+    apply(closed=[2], opened=[OpenedRow(2, token, 0.0, 0, shaping=asking), OpenedRow(1, token, 0.0, 0)])
+    assert state.asked[2, :4].tolist() == [1, 2, 1, 1]
+    assert state.asked[2, 4:].view(torch.float32).tolist() == [1.5, -0.5, 0.25]
+    assert state.edits[2, :6].tolist() == [1, 2, 3, 4, 5, 6]
+    assert state.masks[2].tolist() == masks[0].tolist() == [-(2**31), 0, 0, 0]
+    apply(token_masks={2: masks[1], 0: masks[2]})
+    assert state.masks[2].tolist() == masks[1].tolist() == [1, 0, 0, 8]
+    assert state.masks[0].tolist() == [0, 1, 0, 0]
+    assert state.asked[:, 3].tolist() == [1, 0, 1, 0, 0]
+    assert not state.asked[1, :4].any()
+    apply(closed=[2], opened=[OpenedRow(2, token, 0.0, 0)])
+    assert not state.asked[2, 1:4].any(), "nothing of the last request is left"
