@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 
 from nanovllm.errors import InvalidArgumentError, checks_argument_names
 
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
+MAX_BIAS = 100.0
 
 
 @checks_argument_names
@@ -25,6 +26,18 @@ class SamplingParams:
     top_p: among the fewest likeliest tokens that have this much of the probability; above 0, 1: all.
     min_p: among tokens at least this much as likely as the likeliest; from 0 (all) to 1.
         Applied after temperature in the order min_p, top_k, top_p; top_p counts what the others leave.
+    presence_penalty: taken off the logit of each token that the output has, -2 to 2; below 0 it is more likely again.
+    frequency_penalty: the same, as many times as the output has the token.
+    repetition_penalty: above 0; the logit of each token that prompt or output has is divided by it, or, if it is
+        negative, multiplied. 1: none.
+    logit_bias: token ids and what is added to their logits, -100 to 100.
+    min_tokens: before so many tokens nothing ends the output but `max_tokens`: the end-of-sequence token and
+        `stop_token_ids` are not drawn, and a stop string does not count.
+    bad_words: texts that the output must not have, in the tokens that they have at its beginning and behind a space:
+        the last of them is not drawn where the others are the end of the output. Kept as a tuple.
+    allowed_token_ids: no other tokens are drawn. Kept as a tuple.
+        In the order repetition, frequency, presence penalty, bias, then bans, all before temperature. Where bans leave
+        none of the allowed tokens, which is refused if it can be seen beforehand, an allowed one is drawn all the same.
     logprobs: how many of the likeliest tokens' log-probabilities come with each token, 0 to 20 beside the token's
         own, -1: all. Raw: before temperature and whatever else changes logits.
     seed: a request with a seed draws the same tokens whatever runs beside it; None takes one from
@@ -51,6 +64,13 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)  # a dictionary has no hash
+    min_tokens: int = 0
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not math.isfinite(self.temperature) or not 0 <= self.temperature <= 2:
@@ -73,11 +93,51 @@ class SamplingParams:
         if self.logprobs is not None and (not _is_integer(self.logprobs) or not -1 <= self.logprobs <= MAX_LOGPROBS):
             raise InvalidArgumentError("logprobs", self.logprobs, f"0 to {MAX_LOGPROBS}, -1 for all tokens, or None")
         self._check_stop()
+        self._check_shaping()
 
     @property
     def truncates(self) -> bool:
         """Whether a token is drawn from fewer than all."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Whether a token is drawn from other logits than the model's."""
+        penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
+        others = (self.min_tokens, self.logit_bias, self.bad_words, self.allowed_token_ids)
+        return any(others) or penalties != (1.0, 0.0, 0.0)
+
+    def _check_shaping(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not _is_number(penalty := getattr(self, name)) or not -2 <= penalty <= 2:
+                raise InvalidArgumentError(name, penalty, "a number from -2 to 2 (0: none)")
+        penalty = self.repetition_penalty
+        if not _is_number(penalty) or not 1e-6 <= penalty <= 1e6:
+            raise InvalidArgumentError(
+                "repetition_penalty", penalty, "a number above 0 (1: none), no smaller than 1e-6 or larger than 1e6"
+            )
+        if not _is_integer(self.min_tokens) or not 0 <= self.min_tokens <= (self.max_tokens or self.min_tokens):
+            allowed = "an integer from 0 to max_tokens" + (f" ({self.max_tokens})" if self.max_tokens else "")
+            raise InvalidArgumentError("min_tokens", self.min_tokens, allowed)
+        bias: object = {} if self.logit_bias is None else self.logit_bias
+        if not isinstance(bias, Mapping) or not all(
+            _is_integer(token) and token >= 0 and _is_number(value) and -MAX_BIAS <= value <= MAX_BIAS
+            for token, value in bias.items()
+        ):
+            allowed = "a dictionary of token ids ≥ 0 and numbers from -100 to 100, or None"
+            hint = "To forbid tokens, give bad_words or allowed_token_ids."
+            raise InvalidArgumentError("logit_bias", self.logit_bias, allowed, hint)
+        words: object = () if self.bad_words is None else self.bad_words
+        if not isinstance(words, (list, tuple)) or not all(isinstance(word, str) and word.strip() for word in words):
+            raise InvalidArgumentError("bad_words", self.bad_words, "a list of strings, none of them blank, or None")
+        ids: object = self.allowed_token_ids
+        is_list = isinstance(ids, (list, tuple)) and all(_is_integer(token) and token >= 0 for token in ids)
+        if not (ids is None or (is_list and ids)):
+            raise InvalidArgumentError("allowed_token_ids", ids, "a list of at least one integer ≥ 0, or None for all")
+        object.__setattr__(self, "logit_bias", {int(token): float(value) for token, value in bias.items()} or None)
+        object.__setattr__(self, "bad_words", tuple(words) or None)
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(int(token) for token in self.allowed_token_ids))
 
     def _check_stop(self) -> None:
         stop: object = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop

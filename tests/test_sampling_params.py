@@ -11,6 +11,7 @@ import pytest
 
 from nanovllm import InvalidArgumentError, SamplingParams, UnknownArgumentError
 
+PENALTIES = ("presence_penalty", "frequency_penalty")
 SWITCHES = ("include_stop_str_in_output", "detokenize", "skip_special_tokens")
 
 
@@ -29,6 +30,13 @@ def test_defaults_are_those_of_nano_vllm() -> None:
         "include_stop_str_in_output": False,
         "detokenize": True,
         "skip_special_tokens": True,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "logit_bias": None,
+        "min_tokens": 0,
+        "bad_words": None,
+        "allowed_token_ids": None,
     }
 
 
@@ -46,6 +54,12 @@ def test_defaults_are_those_of_nano_vllm() -> None:
         *[("stop", value) for value in (None, ("a",), ("a", "\n\n"))],
         *[("stop_token_ids", value) for value in (None, (0,), (3, 7))],
         *[(name, value) for name in SWITCHES for value in (True, False)],
+        *[(name, value) for name in PENALTIES for value in (-2, -0.5, 0, 2.0)],
+        *[("repetition_penalty", value) for value in (1e-6, 0.5, 1, 1.3)],
+        *[("logit_bias", value) for value in (None, {0: -100}, {3: 1.5, 7: 100})],
+        *[("min_tokens", value) for value in (0, 64)],
+        *[("bad_words", value) for value in (None, ("a",), ("a", " b c"))],
+        *[("allowed_token_ids", value) for value in (None, (0,), (3, 7))],
     ],
 )
 def test_allowed(field: str, value: object) -> None:
@@ -67,6 +81,12 @@ def test_allowed(field: str, value: object) -> None:
         *[("stop", value) for value in ("", [""], ["a", 1], 3, b"a", {"a": 1})],
         *[("stop_token_ids", value) for value in (3, "3", [-1], [1.0], [True], ["a"])],
         *[(name, value) for name in SWITCHES for value in (1, None, "yes")],
+        *[(name, value) for name in PENALTIES for value in (-2.1, 2.1, math.nan, math.inf, "0", None, True)],
+        *[("repetition_penalty", value) for value in (0, -1, 1e-7, math.nan, math.inf, "1", None, True)],
+        *[("logit_bias", value) for value in ([1], {"1": 2}, {-1: 2}, {1.0: 2}, {1: "2"}, {1: 101}, {1: math.nan})],
+        *[("min_tokens", value) for value in (-1, 65, 1.0, None, True)],
+        *[("bad_words", value) for value in ("a", [""], [" "], ["a", 1], 3)],
+        *[("allowed_token_ids", value) for value in ([], (), 3, "3", [-1], [1.0], [True])],
     ],
 )
 def test_refused_with_field_value_and_what_is_allowed(field: str, value: object) -> None:
@@ -91,6 +111,34 @@ def test_refused_with_field_value_and_what_is_allowed(field: str, value: object)
 )
 def test_truncates(fields: dict[str, Any], truncates: bool) -> None:
     assert SamplingParams(**fields).truncates is truncates
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *[{name: 0.5} for name in (*PENALTIES, "repetition_penalty")],
+        *[{"logit_bias": {0: 0}}, {"min_tokens": 1}, {"bad_words": ["a"]}, {"allowed_token_ids": [0]}],
+    ],
+)
+def test_shapes_logits(fields: dict[str, Any]) -> None:
+    assert not SamplingParams(logit_bias={}, bad_words=[]).shapes_logits
+    assert SamplingParams(**fields).shapes_logits
+
+
+def test_what_is_changed_later_changes_nothing() -> None:
+    bias, words, allowed = {3: 1}, ["a"], [5]
+    params = SamplingParams(logit_bias=bias, bad_words=words, allowed_token_ids=allowed)
+    bias[4], words[0] = 2, "b"
+    allowed.append(6)
+    assert params == SamplingParams(logit_bias={3: 1.0}, bad_words=("a",), allowed_token_ids=(5,))
+    assert params != SamplingParams(logit_bias={3: 2.0}, bad_words=("a",), allowed_token_ids=(5,))
+    assert hash(params) == hash(dataclasses.replace(params))
+
+
+def test_min_tokens_have_no_bound_without_max_tokens() -> None:
+    assert SamplingParams(max_tokens=None, min_tokens=10**6).min_tokens == 10**6
+    with pytest.raises(InvalidArgumentError, match=r"min_tokens=9 .*from 0 to max_tokens \(8\)"):
+        SamplingParams(max_tokens=8, min_tokens=9)
 
 
 def test_stop_rules_are_kept_as_tuples() -> None:

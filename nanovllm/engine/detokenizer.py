@@ -37,11 +37,14 @@ class Detokenizer:
 class StopStrings:
     """The text of one output, watched for the strings that end it."""
 
-    def __init__(self, stop: tuple[str, ...], detokenizer: Detokenizer, include_stop: bool) -> None:
+    def __init__(
+        self, stop: tuple[str, ...], detokenizer: Detokenizer, include_stop: bool, min_tokens: int = 0
+    ) -> None:
         self.text = ""
         self._stop = stop
         self._detokenizer = detokenizer
         self._include_stop = include_stop
+        self._num_ignored = min_tokens  # tokens that complete no stop string
         self._overlap = max(map(len, stop)) - 1  # characters of a stop string that may have come before
 
     def add(self, token_id: int) -> str | None:
@@ -49,7 +52,8 @@ class StopStrings:
         start = max(0, len(self.text) - self._overlap)
         self.text += self._detokenizer.add(token_id)
         found = [(at, stop) for stop in self._stop if (at := self.text.find(stop, start)) >= 0]
-        if not found:
+        self._num_ignored -= 1
+        if not found or self._num_ignored >= 0:
             return None
         at, stop = min(found, key=lambda match: match[0])
         self.text = self.text[: at + len(stop) if self._include_stop else at]

@@ -119,6 +119,7 @@ class LLMEngine:
             raise InvalidArgumentError("request_id", request_id, "unique among the unfinished requests")
         stop_strings = self._tokenizing.stop_strings(params)
         text, token_ids = self._tokenizing.read(prompt)
+        shaping = self._tokenizing.shaping(params, len(token_ids))
         sequence = Sequence.from_prompt(
             self._num_arrivals,
             request_id,
@@ -129,6 +130,7 @@ class LLMEngine:
             prompt=text,
         )
         sequence.stop_strings = stop_strings
+        sequence.shaping = shaping
         if not self.has_unfinished_requests():
             self._statistics_line.start(arrival)
         self._num_arrivals += 1

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from nanovllm.config import EngineConfig, ResolvedConfig
-from nanovllm.engine.batch import IntArray
+from nanovllm.engine.batch import IntArray, Shaping
 from nanovllm.engine.detokenizer import Detokenizer, StopStrings, decode
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.shaping import shaping_of
 from nanovllm.errors import InvalidArgumentError, ModelLoadError, RequestTooLargeError
 from nanovllm.outputs import Logprob
 from nanovllm.sampling_params import SamplingParams
@@ -49,15 +50,14 @@ class Tokenizing:
         self._check_length(len(token_ids))
         return text, token_ids
 
-    def _encode(self, text: str) -> Any:
+    def _encode(self, text: str, field: str = "prompt", add_special_tokens: bool = True) -> Any:
         if self._tokenizer is None:
-            raise InvalidArgumentError(
-                "prompt", text, "token ids, since there is no tokenizer", "Leave skip_tokenizer_init out."
-            )
+            allowed = f"{'token ids' if field == 'prompt' else 'None'}, since there is no tokenizer"
+            raise InvalidArgumentError(field, text, allowed, "Leave skip_tokenizer_init out.")
         try:
-            return self._tokenizer.encode(text)
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeError) as error:  # lone surrogates, which no UTF-8 has
-            raise InvalidArgumentError("prompt", text, f"a text that can be encoded ({error})") from None
+            raise InvalidArgumentError(field, text, f"a text that can be encoded ({error})") from None
 
     def _check_token_ids(self, prompt: Any) -> IntArray:
         allowed = f"a text or a list of token ids from 0 to {self._resolved.vocab_size - 1}"
@@ -91,17 +91,36 @@ class Tokenizing:
 
     def stop_strings(self, params: SamplingParams) -> StopStrings | None:
         """What looks for the request's stop strings; None when it has none. Raises as `LLMEngine.add_request` says."""
-        vocab_size = self._resolved.vocab_size
-        for token in params.stop_token_ids or ():
-            if token >= vocab_size:
-                raise InvalidArgumentError("stop_token_ids", token, f"token ids from 0 to {vocab_size - 1}")
         if not params.stop:
             return None
         if self._tokenizer is None:
             hint = "Leave skip_tokenizer_init out, or give stop_token_ids."
             raise InvalidArgumentError("stop", params.stop, "None, since there is no tokenizer", hint)
         detokenizer = Detokenizer(self._tokenizer, params.skip_special_tokens)
-        return StopStrings(tuple(params.stop), detokenizer, params.include_stop_str_in_output)
+        return StopStrings(tuple(params.stop), detokenizer, params.include_stop_str_in_output, params.min_tokens)
+
+    def shaping(self, params: SamplingParams, num_prompt_tokens: int) -> Shaping | None:
+        """What the request does to its logits, if anything. Raises as `LLMEngine.add_request` says."""
+        vocab_size = self._resolved.vocab_size
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            for token in getattr(params, name) or ():
+                if token >= vocab_size:
+                    raise InvalidArgumentError(name, token, f"token ids from 0 to {vocab_size - 1}")
+        if not params.shapes_logits:
+            return None
+        ends = {*(() if params.ignore_eos else self._resolved.eos_token_ids), *(params.stop_token_ids or ())}
+        return shaping_of(params, num_prompt_tokens, ends, self._bad_words(params), vocab_size)
+
+    def _bad_words(self, params: SamplingParams) -> list[tuple[int, ...]]:
+        """As tokens, at the beginning of a text and behind a space."""
+        words: dict[tuple[int, ...], None] = {}  # in their order, each once
+        for word in params.bad_words or ():
+            for text in (word.lstrip(), f" {word.lstrip()}"):
+                token_ids = self._encode(text, "bad_words", add_special_tokens=False)
+                if not token_ids:
+                    raise InvalidArgumentError("bad_words", word, "texts of at least one token")
+                words[tuple(token_ids)] = None
+        return list(words)
 
     def output_text(self, sequence: Sequence) -> str:
         """The text of an output that has ended; "" without a tokenizer, or where none is wanted."""

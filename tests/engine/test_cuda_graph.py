@@ -164,6 +164,29 @@ def test_batches_with_and_without_truncation_take_their_own_graphs(load: Loader)
         assert (2, False) not in captured
 
 
+def test_shaped_rows_take_their_own_graphs_and_no_neighbour_notices(load: Loader) -> None:
+    prompts = prompts_of([5, 9, 2, 7])
+    fields: list[dict[str, Any]] = [
+        {},
+        {"repetition_penalty": 1.5, "frequency_penalty": 0.5, "presence_penalty": 0.5, "top_k": 9, "logprobs": 2},
+        {"logit_bias": {7: 3.0, 8: -100.0}, "min_tokens": 7, "stop_token_ids": [9], "temperature": 0.0},
+        {"allowed_token_ids": list(range(20, 320, 3)), "presence_penalty": 2.0},
+    ]
+    params = [SamplingParams(**{"seed": seq, "max_tokens": 16 - 3 * seq, **own}) for seq, own in enumerate(fields)]
+    with load(use_graphs=False, max_num_seqs=4) as llm:
+        expected = generate(llm, prompts, params)
+        assert expected[0] == generate(llm, prompts[:1], params[0])[0]
+        plain = [SamplingParams(seed=seq, max_tokens=p.max_tokens) for seq, p in enumerate(params)]
+        assert all(a != b for a, b in zip(expected[1:], generate(llm, prompts, plain)[1:], strict=True))
+    with load(use_graphs=True, max_num_seqs=4, pipeline_depth=2 if load.device == "cuda" else 1) as llm:
+        for _ in range(2):
+            assert generate(llm, prompts, params) == expected
+        graphs: Any = llm.llm_engine.executor._runner._graphs  # type: ignore[attr-defined]
+        captured = {(size, needs.shapes_logits) for size, needs in graphs._captured}
+        assert {(4, True), (1, False)} <= captured
+        assert (2, False) not in captured
+
+
 def test_logprobs_of_graphs_are_those_without(load: Loader) -> None:
     """Rows that ask for different numbers, for none, and for all, which runs without a graph."""
     prompts = prompts_of([3, 5, 8, 4])
