@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nanovllm import LLM, InvalidArgumentError, SamplingParams
+from nanovllm import LLM, InvalidArgumentError, OutOfMemoryError, SamplingParams
 from nanovllm.config import MAX_EDIT_WORDS
 from nanovllm.kernels.sample import sample_reference
 from nanovllm.kernels.truncate import keep_thresholds_reference
@@ -231,6 +231,20 @@ def test_what_the_engine_refuses_by_name_and_goes_on(fields: dict[str, Any], mes
         with pytest.raises(InvalidArgumentError, match=message):
             generate(llm, ["hello", "hello"], [SamplingParams(max_tokens=1), SamplingParams(**fields)])
         assert len(generate(llm, "hello", SamplingParams(max_tokens=2, ignore_eos=True))[0]["token_ids"]) == 2
+        assert_empty(llm)
+
+
+def test_too_little_memory_is_said_in_figures_and_the_engine_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    asking, plain = SamplingParams(presence_penalty=1, max_tokens=2), SamplingParams(max_tokens=2, ignore_eos=True)
+    with load() as llm:
+        monkeypatch.setattr("nanovllm.engine.device_rows.shape_logits", full)
+        assert len(generate(llm, "hello", plain)[0]["token_ids"]) == 2
+        with pytest.raises(OutOfMemoryError, match="masks need 0.00 GB .*CUDA out of memory Lower gpu_memory_util"):
+            generate(llm, "hello", asking)
+        assert len(generate(llm, "hello", plain)[0]["token_ids"]) == 2
         assert_empty(llm)
 
 

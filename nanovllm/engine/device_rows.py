@@ -15,10 +15,12 @@ import torch
 
 from nanovllm.attention.interface import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.errors import OutOfMemoryError
 from nanovllm.kernels.row_state import append_tokens, read_decode_tokens
 from nanovllm.kernels.shape_logits import RowShaping, shape_logits
 from nanovllm.kernels.shared_prefix import find_shared_prefixes
 from nanovllm.kernels.truncate import NO_TRUNCATION
+from nanovllm.utils.device_memory import GB
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,13 @@ class DeviceRows:
 
     def shape(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """What tokens are drawn from: logits [num_rows, vocab_size] of `rows`, shaped. Runs inside a captured graph."""
-        return shape_logits(logits, rows, self.token_ids, self.lengths, self.shaping)
+        try:
+            return shape_logits(logits, rows, self.token_ids, self.lengths, self.shaping)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"Penalties, biases, bans and masks need {logits.numel() * 4 / GB:.2f} GB and more for {len(rows)} "
+                f"rows, which {self.device} does not have left: {error} Lower gpu_memory_utilization, max_num_seqs."
+            ) from error
 
     def _slots(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         blocks = self.block_tables[rows, positions // self.block_size].long()

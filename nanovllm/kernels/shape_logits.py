@@ -180,14 +180,12 @@ def shape_logits(
     [all_rows, max_tokens] int32, lengths [all_rows] int32 and `shaping` each row's values are → [num_rows, vocab_size]
     fp32, new. What a mask leaves out is -inf.
     """
-    if not runs_triton(logits, use_triton):
+    if not len(logits) or not runs_triton(logits, use_triton):
         return shape_logits_reference(logits, rows, token_ids, lengths, shaping)
     vocab_size, options = logits.shape[1], pdl_options(logits.device)
     shaped = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     size = max(_PART // vocab_size, 1)
     for part, of_rows, out in zip(logits.split(size), rows.split(size), shaped.split(size), strict=True):
-        if not len(part):
-            break
         counts = torch.zeros(part.shape, dtype=torch.int32, device=part.device)  # [part's rows, vocab_size]
         added = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
         _read_history_kernel[(_HISTORY_PROGRAMS, len(part))](
