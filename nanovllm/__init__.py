@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanovllm.async_llm import AsyncLLM
     from nanovllm.engine.llm_engine import LLMEngine
     from nanovllm.errors import (
         BackendUnavailableError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         NanoVLLMError,
         OutOfMemoryError,
         RequestTooLargeError,
+        StepFailedError,
         UnknownArgumentError,
         WorkerError,
     )
@@ -35,6 +37,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BackendUnavailableError",
     "ChannelError",
     "CompletionOutput",
@@ -50,12 +53,14 @@ __all__ = [
     "RequestOutput",
     "RequestTooLargeError",
     "SamplingParams",
+    "StepFailedError",
     "UnknownArgumentError",
     "WorkerError",
 ]
 
 _HOMES = {
     "LLM": "nanovllm.llm",
+    "AsyncLLM": "nanovllm.async_llm",
     "LLMEngine": "nanovllm.engine.llm_engine",
     "SamplingParams": "nanovllm.sampling_params",
     "CompletionOutput": "nanovllm.outputs",

@@ -8,6 +8,7 @@
     ├── OutOfMemoryError                         the device cannot hold what was asked for
     ├── BackendUnavailableError                  an attention backend that cannot run here
     ├── InvalidStateError (also RuntimeError)    a call that does not fit what came before it
+    ├── StepFailedError                          a step raised: its requests are aborted, the engine goes on
     ├── ChannelError                             a message between processes that could not be handed over
     ├── WorkerError                              a rank's process died, raised, or did not start
     └── EngineDeadError                          the engine met an error that it cannot run on from
@@ -33,6 +34,7 @@ __all__ = [
     "NanoVLLMError",
     "OutOfMemoryError",
     "RequestTooLargeError",
+    "StepFailedError",
     "UnknownArgumentError",
     "WorkerError",
     "checks_argument_names",
@@ -94,6 +96,10 @@ class BackendUnavailableError(NanoVLLMError):
 
 class InvalidStateError(NanoVLLMError, RuntimeError):
     """A call that does not fit what came before it, such as a stop without a start."""
+
+
+class StepFailedError(NanoVLLMError):
+    """A step raised, and aborted what was running; the engine goes on. What it raised is the `__cause__`."""
 
 
 class ChannelError(NanoVLLMError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,10 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.metrics import EngineStatistics
 from nanovllm.engine.tokenizing import Prompt
 from nanovllm.errors import InvalidArgumentError
-from nanovllm.outputs import RequestOutput
+from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils import events
+from nanovllm.streaming import OutputStream
+from nanovllm.utils import env, events
 from nanovllm.utils.logger import flush_timed_sections, log_gpu_memory, log_rule, setup_logger
 
 if TYPE_CHECKING:
@@ -64,21 +65,37 @@ class LLM:
 
         prompts: a text, token ids, {"prompt": …}, {"prompt_token_ids": …}, or a list that mixes these.
         sampling_params: one for all, one for each, or None for the defaults.
-        Raises InvalidArgumentError, before anything runs, if any prompt is not allowed.
+        A request that is not allowed fails alone: its output has an `error` and no tokens, and a line of the log says
+        so. Raises InvalidArgumentError, before anything runs, if no request of the call is allowed.
         """
-        batch = _as_list(prompts)
-        if not batch:
-            return []
-        params = _params_for_each(sampling_params, len(batch))
+        return self._generate(_as_list(prompts), sampling_params, use_tqdm)
+
+    def stream(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+    ) -> Iterator[RequestOutput]:
+        """Completes each prompt, and yields what is new of each after every step.
+
+        The arguments are those of `generate`. `outputs[0]` holds the text, tokens and log-probabilities since the
+        request's last output; joined, they are what `generate` gives. Text that was shown never changes. `finished` and
+        `finish_reason` come with a request's last output. Requests keep the order of their prompts: the first's id
+        ends in the lowest number. Nothing runs before the first output is asked for; closing the iterator, or leaving
+        its loop, ends what is left.
+        """
+        engine = self.llm_engine
         request_ids: list[str] = []
         try:
-            for prompt, param in zip(batch, params, strict=True):
-                request_ids.append(f"generate-{next(self._counter)}")  # first: Ctrl-C may come in between
-                self.llm_engine.add_request(request_ids[-1], prompt, param)
-            return self._run(request_ids, use_tqdm)
-        except BaseException:  # Ctrl-C included: nothing of this call stays behind
-            self.llm_engine.discard_requests(request_ids)
-            raise
+            refused = self._add_requests(_as_list(prompts), sampling_params, request_ids)
+            queued = [request_id for request_id in request_ids if request_id not in refused]
+            streams = {request_id: OutputStream(engine, request_id, delta=True) for request_id in queued}
+            yield from refused.values()
+            while streams:
+                yield from self._step_streams(streams)
+        finally:
+            engine.discard_requests(request_ids)
+            while engine.is_draining:  # their blocks are free when no step in flight writes them
+                engine.hand_back(engine.step())
 
     def chat(
         self,
@@ -101,19 +118,13 @@ class LLM:
         conversations = list(messages) if isinstance(messages, (list, tuple)) else [messages]
         if conversations and isinstance(conversations[0], Mapping):
             conversations = [conversations]
-        for chat in conversations:
-            if not isinstance(chat, (list, tuple)) or not all(isinstance(message, Mapping) for message in chat):
-                raise InvalidArgumentError("messages", chat, "a list of messages, each {'role': …, 'content': …}")
         if tools is not None and (
             not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools)
         ):
             raise InvalidArgumentError("tools", tools, "a list of {'type': 'function', 'function': {…}}, or None")
         extra = {**(chat_template_kwargs or {}), **({"tools": list(tools)} if tools else {})}
-        prompts: list[Prompt] = [
-            tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True, **extra)
-            for chat in conversations
-        ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        prompts = [_as_prompt(tokenizer, chat, extra) for chat in conversations]
+        return self._generate(prompts, sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
@@ -177,7 +188,69 @@ class LLM:
     def __exit__(self, *exception: object) -> None:
         self.exit()
 
-    def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+    def _add_requests(
+        self,
+        batch: Seq[Prompt | InvalidArgumentError],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None,
+        request_ids: list[str],
+    ) -> dict[str, RequestOutput]:
+        """Queues what may be queued; `request_ids` gets the id of each. Returns the outputs of what is refused.
+
+        Raises the first error if there is nothing else.
+        """
+        params = _params_for_each(sampling_params, len(batch))
+        refused: dict[str, tuple[object, InvalidArgumentError]] = {}
+        for prompt, param in zip(batch, params, strict=True):
+            request_id = f"generate-{next(self._counter)}"
+            request_ids.append(request_id)  # first: Ctrl-C may come in between
+            try:
+                if isinstance(prompt, InvalidArgumentError):
+                    raise prompt
+                self.llm_engine.add_request(request_id, prompt, param)
+            except InvalidArgumentError as error:
+                refused[request_id] = prompt, error
+        if refused and len(refused) == len(batch):
+            raise refused[request_ids[0]][1]
+        for request_id, (_, reason) in refused.items():
+            events.request_failed.log(logger, request_id=request_id, error=_without_text(reason))
+        return {request_id: _refused(request_id, *why) for request_id, why in refused.items()}
+
+    def _generate(
+        self,
+        batch: Seq[Prompt | InvalidArgumentError],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        if not batch:
+            return []
+        request_ids: list[str] = []
+        try:
+            refused = self._add_requests(batch, sampling_params, request_ids)
+            queued = [request_id for request_id in request_ids if request_id not in refused]
+            outputs = {**refused, **self._run(queued, use_tqdm)}
+            return [outputs[request_id] for request_id in request_ids]
+        except BaseException:  # Ctrl-C included: nothing of this call stays behind
+            self.llm_engine.discard_requests(request_ids)
+            raise
+
+    def _step_streams(self, streams: dict[str, OutputStream]) -> list[RequestOutput]:
+        """What one step brings to `streams`, which loses those that end."""
+        shown: list[RequestOutput] = []
+        foreign: list[RequestOutput] = []
+        for output in self.llm_engine.step():
+            stream = streams.pop(output.request_id, None)
+            if stream is None:
+                foreign.append(output)
+            else:
+                shown.append(stream.end(output))
+        self.llm_engine.hand_back(foreign)
+        for stream in streams.values():
+            new = stream.read()
+            if new is not None:
+                shown.append(stream.grow(new))
+        return shown
+
+    def _run(self, request_ids: list[str], use_tqdm: bool) -> dict[str, RequestOutput]:
         engine = self.llm_engine
         before = engine.statistics.copy()
         log_rule(logger, "-")
@@ -209,7 +282,39 @@ class LLM:
             decode_time=done.decode_seconds,
         )
         log_gpu_memory(logger, device=engine.resolved.device, event=events.generation_memory)
-        return [outputs[request_id] for request_id in request_ids]
+        return outputs
+
+
+def _as_prompt(tokenizer: Any, chat: object, extra: Mapping[str, Any]) -> Prompt | InvalidArgumentError:
+    """One conversation through the chat template, or why that is not possible."""
+    if not isinstance(chat, (list, tuple)) or not all(isinstance(message, Mapping) for message in chat):
+        return InvalidArgumentError("messages", chat, "a list of messages, each {'role': …, 'content': …}")
+    try:
+        text: str = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True, **extra)
+    except Exception as error:  # whatever a template raises is about its input
+        return InvalidArgumentError("messages", chat, f"what the chat template takes ({type(error).__name__}: {error})")
+    return text
+
+
+def _refused(request_id: str, prompt: object, error: InvalidArgumentError) -> RequestOutput:
+    """In the place of a request that could not be queued."""
+    return RequestOutput(
+        request_id=request_id,
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=[],
+        outputs=[CompletionOutput(index=0, text="", token_ids=[], finish_reason="abort")],
+        finished=True,
+        num_cached_tokens=0,
+        metrics=None,
+        error=error,
+    )
+
+
+def _without_text(error: InvalidArgumentError) -> str:
+    """The error as the log may show it: what users wrote is in no log that did not ask for it."""
+    if env.log_prompts() or error.field not in ("prompt", "messages"):
+        return str(error)
+    return f"{error.field} must be {error.allowed}. {error.hint}".rstrip()
 
 
 def _speeds(done: EngineStatistics) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nanovllm.errors import NanoVLLMError
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -27,7 +29,7 @@ class CompletionOutput:
     text: decoded tokens, without the end-of-sequence token or what else ended it (`include_stop_str_in_output` keeps
         that); "" with detokenize=False and when the engine has no tokenizer.
     token_ids: every generated token, the end-of-sequence token included, and all tokens of a stop string.
-    finish_reason: "stop" (the model ended it), "length" (max_tokens or the model's length), "abort".
+    finish_reason: "stop" (the model ended it), "length" (max_tokens or the model's length), "abort"; None: it goes on.
     logprobs: of each generated token {token id: Logprob}, its own first, then the likeliest; None if not asked for.
     cumulative_logprob: the sum over the generated tokens; None if logprobs were not asked for.
     stop_reason: the stop string, or the one of `stop_token_ids`, that ended it; None for all else.
@@ -36,7 +38,7 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: list[int]
-    finish_reason: FinishReason
+    finish_reason: FinishReason | None
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
     stop_reason: int | str | None = None
@@ -87,7 +89,10 @@ class RequestOutput:
     """A request's result. nano-vllm's form works on the same object: `output["text"]`, `output["token_ids"]`.
 
     prompt: the text that was given, None when the prompt was token ids.
+    finished: False only in a stream, of an output that others of the same request follow.
     num_cached_tokens: prompt tokens whose keys and values were found in the prefix cache at first scheduling.
+    metrics: None before the request has finished, and when it was refused.
+    error: why it was refused or given up, with finish_reason "abort"; else None.
     """
 
     request_id: str
@@ -96,7 +101,8 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     num_cached_tokens: int
-    metrics: RequestMetrics
+    metrics: RequestMetrics | None
+    error: NanoVLLMError | None = None
 
     def __getitem__(self, key: str) -> Any:
         if key not in ("text", "token_ids"):

@@ -86,6 +86,7 @@ def errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with load() as llm:
         with pytest.raises(RequestTooLargeError):
             generate(llm, "many words " * 200)
+        generate(llm, "many words " * 200, "count from 3 to 9")
         for error in (RuntimeError("a kernel failed"), KeyboardInterrupt()):
 
             def fail(_: object, error: BaseException = error) -> None:

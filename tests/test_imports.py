@@ -19,7 +19,7 @@ FILES = sorted((ROOT / "nanovllm").rglob("*.py"))
 
 # From the face down: a module may import from its own level and from those after it.
 LEVELS = [
-    ("nanovllm", "nanovllm.llm", "nanovllm.report"),
+    ("nanovllm", "nanovllm.llm", "nanovllm.async_llm", "nanovllm.streaming", "nanovllm.report"),
     ("nanovllm.engine",),
     ("nanovllm.diagnostics",),
     ("nanovllm.models",),

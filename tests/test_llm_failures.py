@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm import EngineDeadError, InvalidArgumentError, RequestTooLargeError, SamplingParams
+from nanovllm import LLM, EngineDeadError, InvalidArgumentError, RequestTooLargeError, SamplingParams
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
 from tests.small_llm import GREEDY, assert_empty, generate, load, token_ids
 
@@ -25,13 +25,70 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("bad", "error"),
     [([], InvalidArgumentError), ([320], InvalidArgumentError), ([1] * 5000, RequestTooLargeError)],
 )
-def test_a_bad_request_raises_before_anything_runs(folder: Path, bad: list[int], error: type[Exception]) -> None:
+def test_a_call_of_which_nothing_is_allowed_raises_before_anything_runs(
+    folder: Path, bad: list[int], error: type[Exception]
+) -> None:
     with load(folder) as llm:
-        with pytest.raises(error):
-            generate(llm, [[1], [2], bad, [3]])
+        for prompts in ([bad], [bad, bad]):
+            with pytest.raises(error):
+                generate(llm, prompts)
+            with pytest.raises(error):
+                next(llm.stream(prompts, GREEDY))
         assert llm.llm_engine.statistics.num_steps == 0
         assert_empty(llm)
-        assert len(generate(llm, [[1], [2], [3]])) == 3
+
+
+def test_a_bad_request_in_a_batch_fails_alone_and_by_name(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wrong: Any = {"temperature": 0}
+    bad: list[tuple[Any, Any, str]] = [
+        ([], GREEDY, "prompt=[] is not allowed: it must be at least one token long."),
+        ([320], GREEDY, "prompt_token_ids=320 is not allowed: it must be a text or a list of token ids from 0 to 319."),
+        ([1] * 5000, GREEDY, "prompt='5000 tokens' is not allowed: it must be at most"),
+        ({"promt": [1]}, GREEDY, "prompt={'promt': [1]} is not allowed: it must be a dictionary with 'prompt'"),
+        (None, GREEDY, "prompt=None is not allowed"),
+        ([1], wrong, "sampling_params={'temperature': 0} is not allowed: it must be a SamplingParams."),
+        ([1], SamplingParams(stop_token_ids=[320]), "stop_token_ids=320 is not allowed: it must be token ids from 0"),
+    ]
+    good: list[Any] = [[10 + index] * 9 for index in range(len(bad) + 1)]
+    with load(folder) as llm:
+        expected = generate(llm, good)
+        prompts, params = [good[0]], [GREEDY]
+        for (prompt, param, _), fine in zip(bad, good[1:], strict=True):  # good and bad in turn
+            prompts += [prompt, fine]
+            params += [param, GREEDY]
+        caplog.clear()
+        outputs = generate(llm, prompts, params)
+        assert_empty(llm)
+    assert token_ids(outputs[::2]) == token_ids(expected)
+    assert all(output.error is None for output in outputs[::2])
+    lines = [record for record in caplog.records if record.event == "request.failed"]
+    for output, (_, _, message), line in zip(outputs[1::2], bad, lines, strict=True):
+        assert isinstance(output.error, InvalidArgumentError)
+        assert str(output.error).startswith(message)
+        assert (output.finished, output["text"], output["token_ids"], output.metrics) == (True, "", [], None)
+        assert output.outputs[0].finish_reason == "abort"
+        assert line.levelname == "WARNING"
+        assert f"Request {output.request_id} " in line.getMessage()
+        assert output.error.allowed in line.getMessage()
+        assert "promt" not in line.getMessage(), "a user's words"
+
+
+def test_a_bad_conversation_fails_alone() -> None:
+    chat = [{"role": "user", "content": "count from 3 to 9"}]
+    with LLM("tiny", device="cpu") as llm:
+        (expected,) = llm.chat(chat, GREEDY, use_tqdm=False)
+        bad: Any = ["not a message"]
+        outputs = llm.chat([chat, bad, chat], GREEDY, use_tqdm=False)
+        assert outputs[0].outputs == outputs[2].outputs == expected.outputs
+        assert "messages=['not a message'] is not allowed" in str(outputs[1].error)
+        template = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('users only') }}{% endif %}hello"
+        llm.get_tokenizer().chat_template = template
+        fine, refused = llm.chat([chat, [{"role": "robot"}]], GREEDY, use_tqdm=False)
+        assert (fine.prompt, fine.error) == ("hello", None)
+        assert "must be what the chat template takes (TemplateError: users only)" in str(refused.error)
+        with pytest.raises(InvalidArgumentError, match="messages="):
+            llm.chat(bad, GREEDY, use_tqdm=False)
+        assert_empty(llm)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -21,9 +21,9 @@ class Detokenizer:
         self._window: list[int] = []  # the newest tokens, from `_CONTEXT` before the oldest that is not wholly shown
         self._num_shown = 0  # characters of the window's text
 
-    def add(self, token_id: int) -> str:
-        """The characters that this token completes; "" when its character needs more tokens."""
-        self._window.append(token_id)
+    def add(self, *token_ids: int) -> str:
+        """The characters that these tokens complete; "" when a character needs more tokens."""
+        self._window += token_ids
         text = decode(self._tokenizer, self._window, self._skip_special_tokens)
         num_held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_HELD)
         new = text[self._num_shown : len(text) - num_held]

@@ -24,7 +24,7 @@ from nanovllm.engine.request_spans import close_request_spans, open_request_span
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.timeline import close_timeline, open_timeline, section
-from nanovllm.engine.tokenizing import Prompt, Tokenizing, load_tokenizer
+from nanovllm.engine.tokenizing import NewTokens, Prompt, Tokenizing, load_tokenizer
 from nanovllm.errors import EngineDeadError, InvalidArgumentError
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
@@ -166,6 +166,16 @@ class LLMEngine:
                 if self._spans is not None:
                     self._spans.record(sequence)
 
+    def sequence(self, request_id: str) -> Sequence | None:
+        """An unfinished request, for who shows it while it grows; None when there is none of this id."""
+        return self._requests.get(request_id)
+
+    def new_tokens(self, sequence: Sequence, start: int = 0) -> NewTokens:
+        """What is known of a sequence's output, from token `start` on. Only between steps."""
+        row = sequence.row
+        known = sequence.token_ids if row is None else self.scheduler.rows.known_tokens(row)
+        return self._tokenizing.new_tokens(sequence, known, start)
+
     def hand_back(self, outputs: Iterable[RequestOutput]) -> None:
         """Outputs of requests that the caller did not make: the next `step` returns them again."""
         self._unclaimed += outputs
@@ -173,6 +183,11 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has something to compute, to collect or to report."""
         return bool(self._requests or self._in_flight or self._unclaimed)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether it can do nothing any more: the device failed, or `exit` was called."""
+        return self._dead is not None
 
     @property
     def statistics(self) -> EngineStatistics:
@@ -271,7 +286,7 @@ class LLMEngine:
     def _finish(self, sequence: Sequence) -> RequestOutput:
         del self._requests[sequence.request_id]
         assert sequence.finish_reason is not None, "only ended sequences give an output"
-        token_ids = sequence.output_token_ids.tolist()
+        token_ids, logprobs = self.new_tokens(sequence)
         metrics = sequence.metrics()
         self.metrics.finish(sequence.finish_reason, metrics)
         if self._timeline is not None:
@@ -286,13 +301,14 @@ class LLMEngine:
             text=text,
             token_ids=token_ids,
             finish_reason=sequence.finish_reason,
-            **self._tokenizing.logprobs(sequence),
+            logprobs=logprobs,
+            cumulative_logprob=None if logprobs is None else sum(own.logprob for own in sequence.logprobs),
             stop_reason=sequence.stop_reason,
         )
         return RequestOutput(
             request_id=sequence.request_id,
             prompt=sequence.prompt,
-            prompt_token_ids=sequence.token_ids[: sequence.num_prompt_tokens].tolist(),
+            prompt_token_ids=sequence.prompt_token_ids,
             outputs=[completion],
             finished=True,
             num_cached_tokens=metrics.num_cached_tokens,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -69,6 +70,11 @@ class Sequence:
     finished: float | None = None
     preempted_at: list[float] = field(default_factory=list)
     resumed_at: list[float] = field(default_factory=list)  # of each preemption, once it has a row again
+
+    @functools.cached_property
+    def prompt_token_ids(self) -> list[int]:
+        token_ids: list[int] = self.token_ids[: self.num_prompt_tokens].tolist()
+        return token_ids
 
     @property
     def output_token_ids(self) -> IntArray:

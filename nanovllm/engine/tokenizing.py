@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -22,6 +22,19 @@ if TYPE_CHECKING:
 
 # A text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}.
 Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
+
+
+class NewTokens(NamedTuple):
+    """Output tokens of a request, and, where it asked for them, log-probabilities as `CompletionOutput` has them."""
+
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+
+    def extend(self, new: NewTokens) -> None:
+        """Takes in the tokens that follow."""
+        self.token_ids.extend(new.token_ids)
+        if self.logprobs is not None and new.logprobs is not None:
+            self.logprobs.extend(new.logprobs)
 
 
 class Tokenizing:
@@ -134,18 +147,20 @@ class Tokenizing:
             token_ids.pop()  # EOS, or the stop token
         return decode(self._tokenizer, token_ids, params.skip_special_tokens)
 
-    def logprobs(self, sequence: Sequence) -> dict[str, Any]:
-        """`CompletionOutput`'s logprobs and cumulative_logprob; nothing where the request asked for none."""
-        if sequence.params.logprobs is None:
-            return {}
+    def new_tokens(self, sequence: Sequence, token_ids: IntArray, start: int) -> NewTokens:
+        """Of `token_ids`, the sequence's prompt and output, the output tokens from `start` on."""
+        new = token_ids[sequence.num_prompt_tokens + start :].tolist()
+        return NewTokens(new, None if sequence.params.logprobs is None else self._logprobs(sequence, new, start))
+
+    def _logprobs(self, sequence: Sequence, token_ids: list[int], start: int) -> list[dict[int, Logprob]]:
         rows: list[dict[int, Logprob]] = []
-        for token_id, own in zip(sequence.output_token_ids.tolist(), sequence.logprobs, strict=True):
+        for token_id, own in zip(token_ids, sequence.logprobs[start:], strict=True):
             row = {token_id: Logprob(own.logprob, own.rank, self._token(token_id))}
             for rank, (top_id, logprob) in enumerate(zip(own.top_ids.tolist(), own.top.tolist(), strict=True), 1):
                 if top_id != token_id:
                     row[top_id] = Logprob(logprob, rank, self._token(top_id))
             rows.append(row)
-        return {"logprobs": rows, "cumulative_logprob": sum(own.logprob for own in sequence.logprobs)}
+        return rows
 
     def _token(self, token_id: int) -> str | None:
         return None if self._tokenizer is None else str(self._tokenizer.decode([token_id]))

@@ -133,6 +133,7 @@ sequence_finished = Event(
     "itl_ms e2e_ms preemptions",
 )
 request_output = Event("request.output", DEBUG, "engine.llm_engine", "Request {request_id} finished: {text!r}")
+request_failed = Event("request.failed", WARNING, "llm", "Request {request_id} is given up, the others go on: {error}")
 engine_statistics = Event(
     "engine.statistics",
     INFO,

@@ -47,6 +47,16 @@ def test_random_tokens_read_as_when_decoded_at_once(token_ids: list[int], skip_s
     assert len(whole) - len(shown) <= 3
 
 
+@given(token_lists, st.lists(st.integers(1, 5), min_size=30, max_size=30))
+def test_tokens_read_the_same_in_any_portions(token_ids: list[int], sizes: list[int]) -> None:
+    detokenizer = Detokenizer(TOKENIZER, True)
+    shown, rest = "", token_ids
+    for size in sizes:
+        shown += detokenizer.add(*rest[:size])
+        rest = rest[size:]
+        assert "".join(pieces(token_ids[: len(token_ids) - len(rest)])) == shown
+
+
 @given(st.text(alphabet="aé€漢😀\u200d👩 \n\u0301", max_size=20))
 def test_characters_are_never_shown_half(text: str) -> None:
     token_ids = encode(text)
