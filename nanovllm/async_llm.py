@@ -73,6 +73,8 @@ class AsyncLLM:
         Raises InvalidArgumentError and RequestTooLargeError for this request alone; StepFailedError when a step took
         this and all other requests with it, and EngineDeadError when the engine has ended.
         """
+        if not isinstance(delta, bool):
+            raise InvalidArgumentError("delta", delta, "True or False")
         request_id = f"async-{next(self._counter)}" if request_id is None else request_id
         request = _Request(request_id, prompt, sampling_params, delta)
         self._thread.open(request, self._running_loop())
@@ -186,8 +188,9 @@ class _EngineThread:
             if loop is not self._loop:  # the one before is closed
                 self._drop_all()
                 self._loop = loop
-            if request.request_id in self._open:
-                raise InvalidArgumentError("request_id", request.request_id, "unique among the unfinished requests")
+            if not isinstance(request.request_id, str) or request.request_id in self._open:
+                allowed = "a text, unique among the unfinished requests"
+                raise InvalidArgumentError("request_id", request.request_id, allowed)
             self._open[request.request_id] = request
             self._commands.put((self._add, request))
 

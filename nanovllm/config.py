@@ -6,6 +6,8 @@ Both are frozen: a value is checked where it is made and never changes after.
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral
@@ -131,13 +133,26 @@ class EngineConfig:
             if name in values:
                 raise InvalidArgumentError(given, value, f"given once: it is another name of {name}")
             values[name] = value
-        return cls(model=str(model), **values)
+        return cls(model=model, **values)
 
     def __post_init__(self) -> None:
-        # torch.bfloat16, torch.device("cpu") and 0 are as good as "bfloat16", "cpu" and "cuda:0".
+        # Paths, torch.bfloat16, torch.device("cpu") and 0 are as good as texts, "bfloat16", "cpu" and "cuda:0".
+        for name in ("model", "tokenizer", "revision"):
+            object.__setattr__(self, name, _as_text(name, getattr(self, name), is_needed=name == "model"))
         dtype = str(self.dtype).removeprefix("torch.")
-        object.__setattr__(self, "dtype", _DTYPE_ALIASES.get(dtype, dtype))
-        object.__setattr__(self, "device", f"cuda:{self.device}" if _is_integer(self.device) else str(self.device))
+        dtype = _DTYPE_ALIASES.get(dtype, dtype)
+        if dtype not in ("auto", *DTYPES):  # said in the words of the user
+            _check_choice("dtype", self.dtype, ("auto", *DTYPES))
+        object.__setattr__(self, "dtype", dtype)
+        device = f"cuda:{self.device}" if _is_integer(self.device) else str(self.device)
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
+            raise InvalidArgumentError("device", self.device, "'auto', 'cpu', 'cuda' or 'cuda:N'")
+        object.__setattr__(self, "device", device)
+        overrides: object = self.hf_overrides
+        if overrides is not None and not (
+            isinstance(overrides, Mapping) and all(isinstance(k, str) for k in overrides)
+        ):
+            raise InvalidArgumentError("hf_overrides", overrides, "a dictionary of fields of config.json, or None")
         for name in ("max_num_seqs", "max_num_batched_tokens"):
             _check_count(name, getattr(self, name))
         for name in (
@@ -149,14 +164,18 @@ class EngineConfig:
         for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init", "trust_remote_code"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidArgumentError(name, getattr(self, name), "True or False")
-        _check_choice("dtype", self.dtype, ("auto", *DTYPES))
         _check_choice("load_format", self.load_format, _LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES, "'auto' is the model's dtype.")
         if self.kv_cache_dtype == "fp8":
             object.__setattr__(self, "kv_cache_dtype", "fp8_e4m3")
         share = self.gpu_memory_utilization
-        if not isinstance(share, (int, float)) or not math.isfinite(share) or not 0 < share <= 1:
+        if (
+            not isinstance(share, (int, float))
+            or isinstance(share, bool)
+            or not math.isfinite(share)
+            or not 0 < share <= 1
+        ):
             raise InvalidArgumentError("gpu_memory_utilization", share, "a number above 0, at most 1")
         if not _is_integer(self.seed) or not 0 <= self.seed < 2**63:
             raise InvalidArgumentError("seed", self.seed, "an integer from 0 to 2**63 - 1")
@@ -165,8 +184,6 @@ class EngineConfig:
             timeout = getattr(self, name)
             if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout <= _MAX_TIMEOUT:
                 raise InvalidArgumentError(name, timeout, f"a number of seconds > 0, at most {_MAX_TIMEOUT} (a day)")
-        if self.device not in ("auto", "cpu") and self.device.partition(":")[0] != "cuda":
-            raise InvalidArgumentError("device", self.device, "'auto', 'cpu', 'cuda' or 'cuda:N'")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidArgumentError(
                 "max_num_batched_tokens",
@@ -202,6 +219,15 @@ class ResolvedConfig:
 def _check_count(name: str, value: Any) -> None:
     if not _is_integer(value) or value < 1:
         raise InvalidArgumentError(name, value, "an integer ≥ 1")
+
+
+def _as_text(name: str, value: object, *, is_needed: bool) -> str | None:
+    if value is None and not is_needed:
+        return None
+    if not isinstance(value, (str, os.PathLike)) or not str(value):
+        what = "a tag, a branch or a commit" if name == "revision" else "a folder, a Hugging Face id"
+        raise InvalidArgumentError(name, value, what + (", or 'tiny'" if is_needed else ", or None"))
+    return str(value)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...], hint: str = "") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,6 +122,12 @@ class LLM:
             not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools)
         ):
             raise InvalidArgumentError("tools", tools, "a list of {'type': 'function', 'function': {…}}, or None")
+        if chat_template_kwargs is not None and not (
+            isinstance(chat_template_kwargs, Mapping) and all(isinstance(name, str) for name in chat_template_kwargs)
+        ):
+            raise InvalidArgumentError(
+                "chat_template_kwargs", chat_template_kwargs, "a dictionary of the template's variables, or None"
+            )
         extra = {**(chat_template_kwargs or {}), **({"tools": list(tools)} if tools else {})}
         prompts = [_as_prompt(tokenizer, chat, extra) for chat in conversations]
         return self._generate(prompts, sampling_params, use_tqdm)
@@ -221,6 +227,8 @@ class LLM:
         sampling_params: SamplingParams | Seq[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
+        if not isinstance(use_tqdm, bool):
+            raise InvalidArgumentError("use_tqdm", use_tqdm, "True or False")
         if not batch:
             return []
         request_ids: list[str] = []
@@ -327,10 +335,9 @@ def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """A single prompt (text, dictionary, token ids) as a list of one."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
-    try:
-        batch: list[Any] = list(prompts)
-    except TypeError:
-        raise InvalidArgumentError("prompts", prompts, "a text, token ids, a dictionary, or a list of these") from None
+    if isinstance(prompts, (bytes, Set)) or not isinstance(prompts, Iterable):  # bytes are no text, sets have no order
+        raise InvalidArgumentError("prompts", prompts, "a text, token ids, a dictionary, or a list of these")
+    batch: list[Any] = list(prompts)
     return [batch] if batch and all(isinstance(item, (int, np.integer)) for item in batch) else batch
 
 
@@ -339,10 +346,9 @@ def _params_for_each(
 ) -> list[SamplingParams]:
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return [sampling_params or SamplingParams()] * num_prompts
-    try:
-        params = list(sampling_params)
-    except TypeError:
-        raise InvalidArgumentError("sampling_params", sampling_params, "a SamplingParams or a list of them") from None
+    if isinstance(sampling_params, (str, bytes, Mapping, Set)) or not isinstance(sampling_params, Iterable):
+        raise InvalidArgumentError("sampling_params", sampling_params, "a SamplingParams or a list of them")
+    params = list(sampling_params)
     if len(params) != num_prompts:
         raise InvalidArgumentError(
             "sampling_params", f"a list of {len(params)}", f"one for all, or one for each of the {num_prompts} prompts"

@@ -115,8 +115,8 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidArgumentError("sampling_params", params, "a SamplingParams")
-        if request_id in self._requests:
-            raise InvalidArgumentError("request_id", request_id, "unique among the unfinished requests")
+        if not isinstance(request_id, str) or request_id in self._requests:
+            raise InvalidArgumentError("request_id", request_id, "a text, unique among the unfinished requests")
         stop_strings = self._tokenizing.stop_strings(params)
         text, token_ids = self._tokenizing.read(prompt)
         shaping = self._tokenizing.shaping(params, len(token_ids))
