@@ -229,8 +229,11 @@ def test_what_leaves_no_token_is_refused_where_it_can_be_seen_and_bans_yield_whe
 def test_what_the_engine_refuses_by_name_and_goes_on(fields: dict[str, Any], message: str) -> None:
     with load() as llm:
         with pytest.raises(InvalidArgumentError, match=message):
-            generate(llm, ["hello", "hello"], [SamplingParams(max_tokens=1), SamplingParams(**fields)])
-        assert len(generate(llm, "hello", SamplingParams(max_tokens=2, ignore_eos=True))[0]["token_ids"]) == 2
+            generate(llm, "hello", SamplingParams(**fields))
+        good = SamplingParams(max_tokens=2, ignore_eos=True)
+        outputs = generate(llm, ["hello", "hello"], [SamplingParams(**fields), good])
+        assert isinstance(outputs[0].error, InvalidArgumentError)
+        assert len(outputs[1]["token_ids"]) == 2
         assert_empty(llm)
 
 
