@@ -92,6 +92,8 @@ class RequestOutput:
     finished: False only in a stream, of an output that others of the same request follow.
     num_cached_tokens: prompt tokens whose keys and values were found in the prefix cache at first scheduling.
     metrics: None before the request has finished, and when it was refused.
+    prompt_logprobs: of each prompt token {token id: Logprob}, its own first, then the likeliest; None for the first,
+        which nothing precedes. In a stream, with the last output. None if not asked for.
     error: why it was refused or given up, with finish_reason "abort"; else None.
     """
 
@@ -103,6 +105,7 @@ class RequestOutput:
     num_cached_tokens: int
     metrics: RequestMetrics | None
     error: NanoVLLMError | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
 
     def __getitem__(self, key: str) -> Any:
         if key not in ("text", "token_ids"):

@@ -40,6 +40,7 @@ class SamplingParams:
         none of the allowed tokens, which is refused if it can be seen beforehand, an allowed one is drawn all the same.
     logprobs: how many of the likeliest tokens' log-probabilities come with each token, 0 to 20 beside the token's
         own, -1: all. Raw: before temperature and whatever else changes logits.
+    prompt_logprobs: the same of each prompt token but the first. Such a prompt is computed whole, whatever is cached.
     seed: a request with a seed draws the same tokens whatever runs beside it; None takes one from
         the engine's seed and the order of arrival.
     stop: a string, or several, whose first occurrence in the text ends it; it may span tokens. Kept as a tuple.
@@ -59,6 +60,7 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
     include_stop_str_in_output: bool = False
@@ -90,8 +92,10 @@ class SamplingParams:
             raise InvalidArgumentError("top_p", self.top_p, "a number above 0, up to 1 (all tokens)")
         if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
             raise InvalidArgumentError("min_p", self.min_p, "a number from 0 (all tokens) to 1")
-        if self.logprobs is not None and (not _is_integer(self.logprobs) or not -1 <= self.logprobs <= MAX_LOGPROBS):
-            raise InvalidArgumentError("logprobs", self.logprobs, f"0 to {MAX_LOGPROBS}, -1 for all tokens, or None")
+        for name in ("logprobs", "prompt_logprobs"):
+            number = getattr(self, name)
+            if number is not None and (not _is_integer(number) or not -1 <= number <= MAX_LOGPROBS):
+                raise InvalidArgumentError(name, number, f"0 to {MAX_LOGPROBS}, -1 for all tokens, or None")
         self._check_stop()
         self._check_shaping()
 

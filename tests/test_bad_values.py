@@ -37,6 +37,20 @@ SAMPLING_PARAMS: Table = {
     "top_p": ("a number above 0, up to 1 (all tokens)", [0, -0.1, 1.01, math.nan, "1", None, True]),
     "min_p": ("a number from 0 (all tokens) to 1", [-0.1, 1.01, math.nan, "0", None, False]),
     "logprobs": ("0 to 20, -1 for all tokens, or None", [-2, 21, 1.0, "5", True]),
+    "prompt_logprobs": ("0 to 20, -1 for all tokens, or None", [-2, 21, 1.0, "5", True]),
+    "presence_penalty": ("a number from -2 to 2 (0: none)", [-2.1, 2.1, math.nan, "0", None, True]),
+    "frequency_penalty": ("a number from -2 to 2 (0: none)", [-2.1, 2.1, math.nan, "0", None, False]),
+    "repetition_penalty": (
+        "a number above 0 (1: none), no smaller than 1e-6 or larger than 1e6",
+        [0, -1, math.nan, math.inf, "1", None, True],
+    ),
+    "logit_bias": (
+        "a dictionary of token ids ≥ 0 and numbers from -100 to 100, or None",
+        [[1], 5, {-1: 1}, {1.5: 1}, {1: 101}, {1: math.nan}, {1: "2"}, {"1": 1}],
+    ),
+    "min_tokens": ("an integer from 0 to max_tokens (64)", [-1, 65, 1.0, "1", None, True]),
+    "bad_words": ("a list of strings, none of them blank, or None", ["word", [""], [" "], [5], 5]),
+    "allowed_token_ids": ("a list of at least one integer ≥ 0, or None for all", [[], [-1], [1.5], ["1"], 5, "5"]),
     "stop": (
         "a string, a list of strings, none of them empty, or None",
         ["", [""], ["a", 1], 3, b"a", {"a": 1}],

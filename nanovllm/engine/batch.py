@@ -14,6 +14,8 @@ and, with several ranks, through shared memory; each section is a view of them.
     masked         row                                    rows that may draw from now on what a mask allows, no more
     mask_words     word                                   their masks, one after another, until the row is closed
     chunks         row, start, length                     prompt tokens to compute in this step
+    scored         index among the chunks' tokens, row, position, count, likeliest tokens   tokens of the chunks whose
+                   next token, in the prompt, gets its log-probability
     decode_rows    row                                    rows that compute their last token
 
 The changes apply in this order. Chunks that reach the end of their row's tokens come first (they are
@@ -33,12 +35,12 @@ import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int32]
 
-VERSION = 6
+VERSION = 7
 NO_PENALTIES = (1.0, 0.0, 0.0)  # repetition, frequency, presence
 # Name and width (int32 words an item) of each section, in order.
 _SECTIONS = (
     *(("closed", 1), ("opened", 15), ("opened_tokens", 1), ("blocks", 3), ("edits", 3)),
-    *(("masked", 1), ("mask_words", 1), ("chunks", 3), ("decode_rows", 1)),
+    *(("masked", 1), ("mask_words", 1), ("chunks", 3), ("scored", 5), ("decode_rows", 1)),
 )
 _HEADER_FIELDS = 7
 _HEADER_SIZE = _HEADER_FIELDS + len(_SECTIONS)
@@ -129,6 +131,7 @@ class ScheduledBatch:
         token_masks: Mapping[int, IntArray] | None = None,
         chunks: Seq[tuple[int, int, int]] = (),
         num_final_chunks: int = 0,
+        scored: Seq[tuple[int, int, int, int, int]] = (),
         decode_rows: Seq[int] | npt.NDArray[np.integer[Any]] = (),
         needs: StepNeeds | None = None,
     ) -> ScheduledBatch:
@@ -142,7 +145,7 @@ class ScheduledBatch:
         masks = {row: shaping.mask for row, shaping in shaped if shaping.mask is not None} | dict(token_masks or {})
         counts = (
             *(len(closed), len(opened), num_opened_tokens, len(blocks), len(edits)),
-            *(len(masks), sum(map(len, masks.values())), len(chunks), len(decode_rows)),
+            *(len(masks), sum(map(len, masks.values())), len(chunks), len(scored), len(decode_rows)),
         )
         sections = _layout(counts)
         buffer: IntArray = np.empty(sections["decode_rows"].end, dtype=np.int32)
@@ -154,6 +157,8 @@ class ScheduledBatch:
             batch.blocks[:] = blocks
         if chunks:
             batch.chunks[:] = chunks
+        if scored:
+            batch.scored[:] = scored
         if edits:
             batch.edits[:] = edits
         if masks:
@@ -236,6 +241,10 @@ class ScheduledBatch:
         return self._view("chunks")
 
     @cached_property
+    def scored(self) -> IntArray:  # [num_scored, 5]
+        return self._view("scored")
+
+    @cached_property
     def decode_rows(self) -> IntArray:  # [num_decode_rows]
         return self._view("decode_rows")
 
@@ -258,12 +267,12 @@ class ScheduledBatch:
 
 @dataclass(frozen=True)
 class StepLogprobs:
-    """Of each of the batch's `sampled_rows`; the rows that did not ask may have them too."""
+    """Of each of the batch's `sampled_rows`, those included that did not ask, or of each token of a `scored` item."""
 
-    sampled: npt.NDArray[np.float32]  # [num_sampled_rows]
-    ranks: IntArray  # [num_sampled_rows], from 1
-    top_ids: IntArray  # [num_sampled_rows, num_top], likeliest first
-    top: npt.NDArray[np.float32]  # [num_sampled_rows, num_top]
+    tokens: npt.NDArray[np.float32]  # [num_tokens]
+    ranks: IntArray  # [num_tokens], from 1
+    top_ids: IntArray  # [num_tokens, num_top], likeliest first
+    top: npt.NDArray[np.float32]  # [num_tokens, num_top]
 
 
 @dataclass(frozen=True)
@@ -273,6 +282,7 @@ class StepResult:
     token_ids: IntArray  # [num_sampled_rows]
     gpu_ms: float | None = None  # time on the GPU, where it was measured
     logprobs: StepLogprobs | None = None  # where the batch asked
+    prompt_logprobs: tuple[StepLogprobs, ...] = ()  # of each item of `scored`
 
 
 def _layout(counts: Seq[int]) -> dict[str, Section]:

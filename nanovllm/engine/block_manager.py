@@ -75,13 +75,13 @@ class BlockManager:
         """How many blocks hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def allocate(self, seq_id: int, token_ids: IntArray) -> BlockTable | None:
+    def allocate(self, seq_id: int, token_ids: IntArray, *, share: bool = True) -> BlockTable | None:
         """Blocks for all of `token_ids`, the longest registered prefix shared; None when too few are free.
 
         At least the last token is left to compute, for a step must have a query to give logits.
-        The table's `num_registered` blocks are the shared ones.
+        The table's `num_registered` blocks are the shared ones; without `share` there are none.
         """
-        shared = self._match(token_ids)
+        shared = self._match(token_ids) if share else []
         num_blocks = self.blocks_for(len(token_ids))
         num_new = num_blocks - len(shared)
         revived = sum(cached.block in self._evictable for cached in shared) if self._evictable else 0

@@ -313,6 +313,7 @@ class LLMEngine:
             finished=True,
             num_cached_tokens=metrics.num_cached_tokens,
             metrics=metrics,
+            prompt_logprobs=self._tokenizing.prompt_logprobs(sequence),
         )
 
     def _recover(self, error: BaseException) -> None:

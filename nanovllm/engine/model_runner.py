@@ -26,7 +26,7 @@ from nanovllm.engine.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
 from nanovllm.engine.model_plan import ModelPlan
 from nanovllm.engine.warm_up import WarmUp
 from nanovllm.errors import OutOfMemoryError
-from nanovllm.kernels.logprobs import SampledTokens, token_logprobs
+from nanovllm.kernels.logprobs import SampledTokens, TokenLogprobs, token_logprobs
 from nanovllm.kernels.sample import best_candidates, sample, sample_candidates
 from nanovllm.kernels.truncate import keep_thresholds
 from nanovllm.layers.linear import pack_linear_weights
@@ -42,6 +42,7 @@ from nanovllm.utils.stopwatch import Stopwatch
 logger = setup_logger(__name__)
 
 _LOOK_SECONDS = 20e-6
+_SCORED_TOKENS = 256  # prompt tokens whose logits are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,15 @@ class InFlightStep:
         if self.done is not None:
             _wait_for(self.done, check)
         gpu_ms = self.began.elapsed_time(self.done) if self.began is not None and self.done is not None else None
-        asked = self.sampled.logprobs
-        logprobs = StepLogprobs(*(tensor.numpy() for tensor in asked.tensors())) if asked else None
-        return StepResult(self.sampled.token_ids.numpy(), gpu_ms, logprobs)
+        sampled = self.sampled
+        logprobs = _step_logprobs(sampled.logprobs) if sampled.logprobs else None
+        return StepResult(
+            sampled.token_ids.numpy(), gpu_ms, logprobs, tuple(map(_step_logprobs, sampled.prompt_logprobs))
+        )
+
+
+def _step_logprobs(logprobs: TokenLogprobs) -> StepLogprobs:
+    return StepLogprobs(*(tensor.numpy() for tensor in logprobs.tensors()))
 
 
 def _wait_for(event: torch.cuda.Event, check: Callable[[], None] | None) -> None:
@@ -170,7 +177,8 @@ class ModelRunner:
             with timed_section(logger, section, device=self.device, step=batch.step):
                 rows = words[batch.sections["decode_rows"].offset :]
                 if has_chunks:
-                    sampled = self._forward(self.rows.mixed_inputs(batch, words, self._shared_group(needs)), needs)
+                    inputs = self.rows.mixed_inputs(batch, words, self._shared_group(needs))
+                    sampled = self._forward(inputs, needs, batch)
                 elif self._graphs is not None and (needs.num_logprobs or 0) <= MAX_LOGPROBS:
                     sampled = self._graphs.replay(rows, needs)
                 else:  # a graph would hold memory for a log-probability of every token
@@ -220,13 +228,14 @@ class ModelRunner:
         """rows [num_rows] int32 → a token each. What a CUDA graph records."""
         return self._forward(self.rows.decode_inputs(rows, self._shared_group(needs)), needs)
 
-    def _forward(self, inputs: ModelInputs, needs: StepNeeds) -> SampledTokens:
-        """Computes, samples, and writes the tokens into their rows."""
+    def _forward(self, inputs: ModelInputs, needs: StepNeeds, batch: ScheduledBatch | None = None) -> SampledTokens:
+        """Computes, samples, and writes the tokens into their rows. batch: where it has chunks."""
         self._log_inputs(inputs)
         hidden = self.model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
         rows = inputs.sampled_rows
+        prompt_logprobs = () if batch is None else self._score(hidden, batch)
         if not len(rows):  # a chunk that ends before its prompt does
-            return SampledTokens(rows)
+            return SampledTokens(rows, None, prompt_logprobs)
         if inputs.sampled_tokens is not None:
             hidden = hidden[inputs.sampled_tokens]
         head = self.model.lm_head
@@ -243,9 +252,21 @@ class ModelRunner:
             candidates = sample_candidates(logits, *state, first_token=head.first)
             token_ids = best_candidates(self.parallel.all_gather(candidates))
         self.rows.append(rows, token_ids)
-        if needs.num_logprobs is None:
-            return SampledTokens(token_ids)
-        return SampledTokens(token_ids, token_logprobs(logits, token_ids, needs.num_logprobs))
+        logprobs = None if needs.num_logprobs is None else token_logprobs(logits, token_ids, needs.num_logprobs)
+        return SampledTokens(token_ids, logprobs, prompt_logprobs)
+
+    def _score(self, hidden: torch.Tensor, batch: ScheduledBatch) -> tuple[TokenLogprobs, ...]:
+        """Log-probabilities of prompt tokens, from the states [num_tokens, hidden_size] before them. Few at a time:
+        the logits of a whole prompt do not fit."""
+        scores = []
+        for index, row, position, count, num_top in batch.scored.tolist():
+            states = hidden[len(batch.decode_rows) + index :][:count].split(_SCORED_TOKENS)
+            token_ids = self.rows.token_ids[row, position + 1 :][:count].split(_SCORED_TOKENS)
+            parts = zip(states, token_ids, strict=True)
+            scores.append(
+                TokenLogprobs.join(token_logprobs(self.model.compute_logits(part), ids, num_top) for part, ids in parts)
+            )
+        return tuple(scores)
 
     def _upload(self, buffer: IntArray) -> torch.Tensor:
         words = torch.from_numpy(buffer)

@@ -17,6 +17,11 @@ BoolArray = npt.NDArray[np.bool_]
 ALL_LOGPROBS = 2**30  # more than there are tokens
 
 
+def num_asked(logprobs: int | None) -> int:
+    """Likeliest tokens that `SamplingParams.logprobs` asks for; -1: no log-probabilities at all."""
+    return -1 if logprobs is None else ALL_LOGPROBS if logprobs == -1 else logprobs
+
+
 class RowTable:
     """`num_rows` rows; each is free or holds one sequence from admission to release.
 
@@ -90,8 +95,7 @@ class RowTable:
         self.ignore_eos[row] = sequence.params.ignore_eos
         self.truncates[row] = sequence.params.truncates
         self.shapes_logits[row] = sequence.shaping is not None
-        asked = sequence.params.logprobs
-        self.num_logprobs[row] = -1 if asked is None else ALL_LOGPROBS if asked == -1 else asked
+        self.num_logprobs[row] = num_asked(sequence.params.logprobs)
         self.watched[row] = sequence.watches_tokens
         return row
 

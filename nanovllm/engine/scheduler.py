@@ -22,9 +22,9 @@ from nanovllm.config import MIN_SHARED_PREFIX, ResolvedConfig
 from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepLogprobs, StepResult
 from nanovllm.engine.block_manager import BlockManager, BlockTable
 from nanovllm.engine.metrics import EngineMetrics, Load
-from nanovllm.engine.row_table import BoolArray, RowTable
+from nanovllm.engine.row_table import BoolArray, RowTable, num_asked
 from nanovllm.engine.scheduler_lines import SchedulerLines
-from nanovllm.engine.sequence import Sequence, SequenceStatus, TokenLogprob
+from nanovllm.engine.sequence import Sequence, SequenceStatus, token_logprobs
 from nanovllm.outputs import FinishReason
 from nanovllm.utils import events
 from nanovllm.utils.logger import setup_logger
@@ -36,6 +36,7 @@ RowArray = npt.NDArray[np.intp]
 # Where reading a prefix once for all its rows pays: so many of them, and so many tokens that need not be read again.
 _MIN_SHARERS = 16
 _MIN_TOKENS_SAVED = 20_000
+_MAX_SCORES = 1 << 27  # log-probabilities of all tokens that a step gives for a prompt: 1 GB with their ids
 
 
 class Scheduler:
@@ -65,6 +66,7 @@ class Scheduler:
         self._leaving: list[int] = []  # rows to release as soon as no step in flight touches them
         self._closed: list[int] = []  # rows released since the last step was planned
         self._step = 0
+        self._max_tokens_scored_for_all = max(_MAX_SCORES // config.vocab_size, 1)
         self._lines = SchedulerLines(logger, self.rows)
         self._shares_prefix = False  # the last step's decode rows
 
@@ -95,7 +97,8 @@ class Scheduler:
         blocks: list[IntArray] = []  # each [num_new, 3]: row, index, block
         decode_rows, shares_prefix = self._arrange(self._schedule_decode(blocks))
         opened: list[OpenedRow] = []
-        chunks = self._schedule_prefill(self._prefill_budget(len(decode_rows)), opened, blocks)
+        scored: list[tuple[int, int, int, int, int]] = []
+        chunks = self._schedule_prefill(self._prefill_budget(len(decode_rows)), opened, blocks, scored)
         if not chunks and not len(decode_rows):
             return None
         # Only the last chunk can run out of budget, so the chunks that end their prompt come first.
@@ -110,6 +113,7 @@ class Scheduler:
             blocks=np.concatenate(blocks) if blocks else (),
             chunks=chunks,
             num_final_chunks=num_final,
+            scored=scored,
             decode_rows=decode_rows,
             needs=needs,
         )
@@ -212,17 +216,28 @@ class Scheduler:
         return coming
 
     def _schedule_prefill(
-        self, budget: int, opened: list[OpenedRow], blocks: list[IntArray]
+        self,
+        budget: int,
+        opened: list[OpenedRow],
+        blocks: list[IntArray],
+        scored: list[tuple[int, int, int, int, int]],
     ) -> list[tuple[int, int, int]]:
         chunks: list[tuple[int, int, int]] = []
-        while budget > 0:
+        num_planned = 0
+        while num_planned < budget:
             sequence = self._prefilling or self._admit(opened, blocks)
             if sequence is None:
                 break
             row = self._row(sequence)
             start, num_tokens = int(self.rows.num_computed[row]), int(self.rows.num_tokens[row])
-            end = min(num_tokens, start + budget)
-            budget -= end - start
+            end = min(num_tokens, start + budget - num_planned)
+            of_all_tokens = False
+            if sequence.wants_scores:
+                of_all_tokens = sequence.params.prompt_logprobs == -1
+                if of_all_tokens:
+                    end = min(end, start + self._max_tokens_scored_for_all)
+                scored += self._score(sequence, num_planned, start, end)
+            num_planned += end - start
             chunks.append((row, start, end - start))
             self.rows.num_computed[row] = end
             self.block_manager.register(sequence.block_table, self.rows.token_ids[row, :end])
@@ -230,14 +245,33 @@ class Scheduler:
             if end == num_tokens:
                 sequence.status = SequenceStatus.DECODING
                 self.rows.decoding[row] = True
+            if end < num_tokens or of_all_tokens:
+                break
         return chunks
+
+    def _score(self, sequence: Sequence, index: int, start: int, end: int) -> list[tuple[int, int, int, int, int]]:
+        """The batch's `scored` item for a chunk, whose first token is the step's prompt token `index`."""
+        first, last = max(start, sequence.num_scored), min(end, sequence.num_prompt_tokens - 1)
+        if first >= last:  # computed again after a preemption
+            return []
+        sequence.num_scored = last
+        return [
+            (
+                index + first - start,
+                self._row(sequence),
+                first,
+                last - first,
+                num_asked(sequence.params.prompt_logprobs),
+            )
+        ]
 
     def _admit(self, opened: list[OpenedRow], blocks: list[IntArray]) -> Sequence | None:
         """Gives the first waiting sequence a row and blocks for all its tokens, if both are there."""
         if not self.waiting or not self.rows.has_free_row:
             return None
         sequence = self.waiting[0]
-        table = self.block_manager.allocate(sequence.seq_id, sequence.token_ids)
+        # Log-probabilities of prompt tokens come from computing them: no cached prefix will do.
+        table = self.block_manager.allocate(sequence.seq_id, sequence.token_ids, share=not sequence.wants_scores)
         if table is None:
             return None
         self.waiting.popleft()
@@ -280,6 +314,9 @@ class Scheduler:
         live = ~rows.stopped[sampled]
         if result.logprobs is not None:
             self._note_logprobs(sampled, live, result.logprobs)
+        for (_, row, _, _, num_top), scores in zip(batch.scored.tolist(), result.prompt_logprobs, strict=True):
+            if not rows.stopped[row]:
+                rows.sequence(row).prompt_logprobs += token_logprobs(scores, num_top)
         sampled, token_ids = sampled[live], result.token_ids[live]
         rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids
         rows.num_tokens[sampled] += 1
@@ -309,10 +346,7 @@ class Scheduler:
     def _note_logprobs(self, sampled: IntArray, live: BoolArray, logprobs: StepLogprobs) -> None:
         asked = self.rows.num_logprobs[sampled]
         for index in np.flatnonzero(live & (asked >= 0)).tolist():
-            num_top = int(asked[index])
-            own = float(logprobs.sampled[index]), int(logprobs.ranks[index])
-            top_ids, top = logprobs.top_ids[index, :num_top].copy(), logprobs.top[index, :num_top].copy()
-            self.rows.sequence(int(sampled[index])).logprobs.append(TokenLogprob(*own, top_ids, top))
+            self.rows.sequence(int(sampled[index])).logprobs += token_logprobs(logprobs, int(asked[index]), [index])
 
     def abort(self, sequence: Sequence) -> None:
         """Ends `sequence` wherever it stands, with the tokens it has. A finished one stays as it is."""

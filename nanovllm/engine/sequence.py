@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from nanovllm.engine.batch import IntArray, Shaping
+from nanovllm.engine.batch import IntArray, Shaping, StepLogprobs
 from nanovllm.engine.block_manager import BlockTable
 from nanovllm.engine.detokenizer import StopStrings
 from nanovllm.outputs import FinishReason, RequestMetrics
@@ -36,6 +37,13 @@ class TokenLogprob:
     top: npt.NDArray[np.float32]  # [num_top]
 
 
+def token_logprobs(step: StepLogprobs, num_top: int, rows: Iterable[int] | None = None) -> Iterator[TokenLogprob]:
+    """Of `rows` of a step's log-probabilities (None: all), with as many of the likeliest as were asked for."""
+    for row in range(len(step.tokens)) if rows is None else rows:
+        top_ids, top = step.top_ids[row, :num_top].copy(), step.top[row, :num_top].copy()
+        yield TokenLogprob(float(step.tokens[row]), int(step.ranks[row]), top_ids, top)
+
+
 @dataclass(eq=False)
 class Sequence:
     """A request inside the engine.
@@ -56,6 +64,8 @@ class Sequence:
     row: int | None = None
     block_table: BlockTable = field(default_factory=BlockTable)
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of each output token, where asked for
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of each prompt token but the first
+    num_scored: int = 0  # of these, how many are there or on their way
     num_cached_tokens: int | None = None  # prefix-cache hits when first scheduled
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
@@ -79,6 +89,11 @@ class Sequence:
     @property
     def output_token_ids(self) -> IntArray:
         return self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether its prompt must be computed for log-probabilities that are not on their way yet."""
+        return self.params.prompt_logprobs is not None and self.num_scored < self.num_prompt_tokens - 1
 
     @property
     def watches_tokens(self) -> bool:

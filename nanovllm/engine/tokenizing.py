@@ -11,7 +11,7 @@ import numpy as np
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import IntArray, Shaping
 from nanovllm.engine.detokenizer import Detokenizer, StopStrings, decode
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, TokenLogprob
 from nanovllm.engine.shaping import shaping_of
 from nanovllm.errors import InvalidArgumentError, ModelLoadError, RequestTooLargeError
 from nanovllm.outputs import Logprob
@@ -150,11 +150,19 @@ class Tokenizing:
     def new_tokens(self, sequence: Sequence, token_ids: IntArray, start: int) -> NewTokens:
         """Of `token_ids`, the sequence's prompt and output, the output tokens from `start` on."""
         new = token_ids[sequence.num_prompt_tokens + start :].tolist()
-        return NewTokens(new, None if sequence.params.logprobs is None else self._logprobs(sequence, new, start))
+        asked = sequence.params.logprobs is not None
+        return NewTokens(new, self._logprobs(new, sequence.logprobs[start:]) if asked else None)
 
-    def _logprobs(self, sequence: Sequence, token_ids: list[int], start: int) -> list[dict[int, Logprob]]:
+    def prompt_logprobs(self, sequence: Sequence) -> list[dict[int, Logprob] | None] | None:
+        """`RequestOutput.prompt_logprobs`: of an aborted request as many as there are."""
+        if sequence.params.prompt_logprobs is None:
+            return None
+        scores = sequence.prompt_logprobs
+        return [None, *self._logprobs(sequence.prompt_token_ids[1 : len(scores) + 1], scores)]
+
+    def _logprobs(self, token_ids: list[int], scores: list[TokenLogprob]) -> list[dict[int, Logprob]]:
         rows: list[dict[int, Logprob]] = []
-        for token_id, own in zip(token_ids, sequence.logprobs[start:], strict=True):
+        for token_id, own in zip(token_ids, scores, strict=True):
             row = {token_id: Logprob(own.logprob, own.rank, self._token(token_id))}
             for rank, (top_id, logprob) in enumerate(zip(own.top_ids.tolist(), own.top.tolist(), strict=True), 1):
                 if top_id != token_id:

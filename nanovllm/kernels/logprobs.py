@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +12,22 @@ _PART = 1 << 23  # logits whose log-softmax is in memory at a time
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Of each sampled row. Ranks count from 1: one more than the tokens that are likelier."""
+    """Of one token in each row of logits. Ranks count from 1: one more than the tokens that are likelier."""
 
-    sampled: torch.Tensor  # [num_rows] fp32
+    tokens: torch.Tensor  # [num_rows] fp32
     ranks: torch.Tensor  # [num_rows] int32
     top_ids: torch.Tensor  # [num_rows, num_top] int32, likeliest first
     top: torch.Tensor  # [num_rows, num_top] fp32
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.sampled, self.ranks, self.top_ids, self.top
+        return self.tokens, self.ranks, self.top_ids, self.top
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> TokenLogprobs:
+        return TokenLogprobs(*map(function, self.tensors()))
+
+    @classmethod
+    def join(cls, parts: Iterable[TokenLogprobs]) -> TokenLogprobs:
+        return cls(*(torch.cat(tensors) for tensors in zip(*(part.tensors() for part in parts), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class SampledTokens:
 
     token_ids: torch.Tensor  # [num_rows] int32
     logprobs: TokenLogprobs | None = None  # where a row asked
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of each item of the batch's `scored`; a graph has none
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.token_ids, *(self.logprobs.tensors() if self.logprobs else ()))
@@ -37,23 +45,20 @@ class SampledTokens:
         return self.map(lambda tensor: tensor[:num_rows])
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SampledTokens:
-        logprobs = TokenLogprobs(*map(function, self.logprobs.tensors())) if self.logprobs else None
-        return SampledTokens(function(self.token_ids), logprobs)
+        logprobs = self.logprobs.map(function) if self.logprobs else None
+        return SampledTokens(function(self.token_ids), logprobs, tuple(x.map(function) for x in self.prompt_logprobs))
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> TokenLogprobs:
     """logits [num_rows, vocab_size], token_ids [num_rows] int32; num_top may be more than there are tokens."""
     size = max(_PART // logits.shape[1], 1)
-    parts = [
-        _logprobs_of_part(part, ids, min(num_top, logits.shape[1]))
-        for part, ids in zip(logits.split(size), token_ids.split(size), strict=True)
-    ]
-    return TokenLogprobs(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+    parts = zip(logits.split(size), token_ids.split(size), strict=True)
+    return TokenLogprobs.join(_logprobs_of_part(part, ids, min(num_top, logits.shape[1])) for part, ids in parts)
 
 
-def _logprobs_of_part(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> tuple[torch.Tensor, ...]:
+def _logprobs_of_part(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> TokenLogprobs:
     logprobs = logits.float().log_softmax(dim=-1)  # [num_rows, vocab_size]
-    sampled = logprobs.gather(1, token_ids.long().unsqueeze(1))  # [num_rows, 1]
-    ranks = (logprobs > sampled).sum(dim=1, dtype=torch.int32) + 1
+    own = logprobs.gather(1, token_ids.long().unsqueeze(1))  # [num_rows, 1]
+    ranks = (logprobs > own).sum(dim=1, dtype=torch.int32) + 1
     top, top_ids = logprobs.topk(num_top, dim=1)
-    return sampled.squeeze(1), ranks, top_ids.int(), top
+    return TokenLogprobs(own.squeeze(1), ranks, top_ids.int(), top)

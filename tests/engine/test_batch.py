@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from nanovllm.engine.batch import VERSION, OpenedRow, ScheduledBatch, Shaping, StepNeeds
 
 SECTIONS = [
-    *("closed", "opened", "opened_tokens", "blocks", "edits", "masked", "mask_words", "chunks", "decode_rows"),
+    *("closed", "opened", "opened_tokens", "blocks", "edits", "masked", "mask_words", "chunks", "scored"),
+    "decode_rows",
 ]
 HEADER_SIZE = 7 + len(SECTIONS)
 MASK_WORDS = 2
@@ -44,6 +45,7 @@ changes = st.fixed_dictionaries(
         "blocks": triples,
         "token_masks": st.dictionaries(st.integers(0, 9), masks, max_size=3),
         "chunks": triples,
+        "scored": st.lists(st.tuples(*[int32] * 5), max_size=3),
         "decode_rows": st.lists(int32, max_size=4),
     }
 )
@@ -60,6 +62,7 @@ def example() -> ScheduledBatch:
         token_masks={3: np.array([-1], dtype=np.int32)},
         chunks=[(2, 0, 3), (1, 4, 2)],
         num_final_chunks=1,
+        scored=[(0, 2, 0, 2, 20)],
         decode_rows=[0, 3],
     )
 
@@ -74,6 +77,7 @@ def test_what_is_built_is_read_back(step: int, values: dict[str, Any], num_final
         assert batch.closed.tolist() == values["closed"]
         assert list(map(tuple, batch.blocks.tolist())) == values["blocks"]
         assert list(map(tuple, batch.chunks.tolist())) == values["chunks"]
+        assert list(map(tuple, batch.scored.tolist())) == values["scored"]
         assert batch.decode_rows.tolist() == values["decode_rows"]
         opened = values["opened"]
         assert batch.opened[:, 0].tolist() == [item.row for item in opened]
@@ -105,7 +109,7 @@ def test_sections_follow_the_header_in_the_order_in_which_they_apply() -> None:
         assert batch.sections[name].offset == offset
         offset = batch.sections[name].end
     assert offset == len(batch.buffer)
-    assert batch.buffer[:HEADER_SIZE].tolist() == [VERSION, 7, 1, 0, 0, 0, 0, 1, 1, 3, 2, 5, 2, 2, 2, 2]
+    assert batch.buffer[:HEADER_SIZE].tolist() == [VERSION, 7, 1, 0, 0, 0, 0, 1, 1, 3, 2, 5, 2, 2, 2, 1, 2]
     assert batch.buffer[batch.sections["opened_tokens"].offset :].tolist() == [
         *[10, 11, 12],
         *[2, 0, 5, 0, 1, 6],
@@ -113,6 +117,7 @@ def test_sections_follow_the_header_in_the_order_in_which_they_apply() -> None:
         *[2, 3],
         *[6, -1],
         *[2, 0, 3, 1, 4, 2],
+        *[0, 2, 0, 2, 20],
         *[0, 3],
     ]
     assert batch.buffer.dtype == np.int32
