@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     )
     from nanovllm.llm import LLM
     from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from nanovllm.sampling_params import SamplingParams
+    from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -54,6 +54,7 @@ __all__ = [
     "RequestTooLargeError",
     "SamplingParams",
     "StepFailedError",
+    "StructuredOutputsParams",
     "UnknownArgumentError",
     "WorkerError",
 ]
@@ -63,6 +64,7 @@ _HOMES = {
     "AsyncLLM": "nanovllm.async_llm",
     "LLMEngine": "nanovllm.engine.llm_engine",
     "SamplingParams": "nanovllm.sampling_params",
+    "StructuredOutputsParams": "nanovllm.sampling_params",
     "CompletionOutput": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",
     "RequestMetrics": "nanovllm.outputs",

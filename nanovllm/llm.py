@@ -276,6 +276,9 @@ class LLM:
                         continue
                     wanted.remove(output.request_id)
                     outputs[output.request_id] = output
+                    if isinstance(output.error, InvalidArgumentError):
+                        why = _without_text(output.error)
+                        events.request_failed.log(logger, request_id=output.request_id, error=why)
                     bar.update()
                 if use_tqdm:
                     bar.set_postfix_str(_speeds(engine.statistics.since(before)), refresh=False)
@@ -320,7 +323,7 @@ def _refused(request_id: str, prompt: object, error: InvalidArgumentError) -> Re
 
 def _without_text(error: InvalidArgumentError) -> str:
     """The error as the log may show it: what users wrote is in no log that did not ask for it."""
-    if env.log_prompts() or error.field not in ("prompt", "messages"):
+    if env.log_prompts() or error.field.split(".")[0] not in ("prompt", "messages", "structured_outputs"):
         return str(error)
     return f"{error.field} must be {error.allowed}. {error.hint}".rstrip()
 

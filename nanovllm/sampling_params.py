@@ -2,16 +2,78 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from typing import Any
 
 from nanovllm.errors import InvalidArgumentError, checks_argument_names
 
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
 MAX_BIAS = 100.0
+
+
+@checks_argument_names
+@dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What an output must look like: exactly one of the first five. Needs `pip install 'nanovllm[structured]'`.
+
+    json: a JSON schema, as a dictionary or as text; kept as text. Properties come in the schema's order.
+    regex: what the whole text must match.
+    choice: the texts of which it must be one. Kept as a tuple.
+    grammar: EBNF (rules `name ::= …`, the first one `root`), or Lark (rules `name: …`, the first one `start`).
+    json_object: True for any JSON object.
+    disable_any_whitespace: with `json` and `json_object`, only the spaces that `json.dumps` writes.
+
+    Raises InvalidArgumentError (a ValueError) that names the field, for a value that is not allowed.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("json_object", "disable_any_whitespace"):
+            if not isinstance(getattr(self, name), (bool, type(None))):
+                raise InvalidArgumentError(f"structured_outputs.{name}", getattr(self, name), "True or False")
+        for name in ("regex", "grammar"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise InvalidArgumentError(f"structured_outputs.{name}", getattr(self, name), "a text")
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_text(self.json))
+        if self.choice is not None:
+            texts: object = self.choice
+            if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
+                raise InvalidArgumentError("structured_outputs.choice", texts, "a list of one or more texts")
+            object.__setattr__(self, "choice", tuple(texts))
+        kinds = [name for name in _KINDS if getattr(self, name) not in (None, False)]
+        if len(kinds) != 1:
+            raise InvalidArgumentError("structured_outputs", kinds, f"given exactly one of {', '.join(_KINDS)}")
+
+    @property
+    def kind(self) -> str:
+        """The one that is given."""
+        return next(name for name in _KINDS if getattr(self, name) not in (None, False))
+
+
+_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+def _schema_text(schema: object) -> str:
+    """Raises InvalidArgumentError for what is no JSON."""
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        allowed = "a JSON schema, as a dictionary or as text"
+        raise InvalidArgumentError("structured_outputs.json", schema, allowed, f"As JSON: {error}.") from None
+    return text
 
 
 @checks_argument_names
@@ -48,6 +110,9 @@ class SamplingParams:
     include_stop_str_in_output: leave the stop string, or the stop token's text, at the end of the text.
     detokenize: False gives token ids only, and "" for the text.
     skip_special_tokens: False shows special tokens in the text.
+    structured_outputs: what the output must look like, as a StructuredOutputsParams or a dictionary of its fields.
+        Where nothing more may come, the end-of-sequence token does, before `min_tokens` too; `bad_words` are drawn
+        where nothing else fits. `max_tokens` may cut it short.
 
     Raises InvalidArgumentError (a ValueError) that names the field, for a value that is not allowed.
     """
@@ -73,6 +138,7 @@ class SamplingParams:
     min_tokens: int = 0
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not _is_number(self.temperature) or not math.isfinite(self.temperature) or not 0 <= self.temperature <= 2:
@@ -98,6 +164,7 @@ class SamplingParams:
                 raise InvalidArgumentError(name, number, f"0 to {MAX_LOGPROBS}, -1 for all tokens, or None")
         self._check_stop()
         self._check_shaping()
+        self._check_structured_outputs()
 
     @property
     def truncates(self) -> bool:
@@ -155,6 +222,19 @@ class SamplingParams:
         # Tuples: a caller's list may change later, and params are compared and hashed.
         object.__setattr__(self, "stop", tuple(stop) or None)
         object.__setattr__(self, "stop_token_ids", tuple(int(token) for token in ids) or None)
+
+    def _check_structured_outputs(self) -> None:
+        asked: object = self.structured_outputs
+        if isinstance(asked, Mapping) and all(isinstance(name, str) for name in asked):
+            object.__setattr__(self, "structured_outputs", StructuredOutputsParams(**asked))
+        elif asked is not None and not isinstance(asked, StructuredOutputsParams):
+            allowed = "a StructuredOutputsParams, a dictionary of its fields, or None"
+            raise InvalidArgumentError("structured_outputs", asked, allowed)
+        if asked is not None and self.ignore_eos:
+            hint = "The output ends with the end-of-sequence token where nothing else may come."
+            raise InvalidArgumentError("ignore_eos", True, "False with structured_outputs", hint)
+        if asked is not None and self.allowed_token_ids is not None:
+            raise InvalidArgumentError("allowed_token_ids", self.allowed_token_ids, "None with structured_outputs")
 
 
 def _is_integer(value: object) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm import LLM, AsyncLLM, InvalidArgumentError, LLMEngine, SamplingParams
+from nanovllm import LLM, AsyncLLM, InvalidArgumentError, LLMEngine, SamplingParams, StructuredOutputsParams
 from nanovllm.config import EngineConfig
 from tests.small_llm import GREEDY, assert_empty, generate
 
@@ -59,6 +59,18 @@ SAMPLING_PARAMS: Table = {
     "include_stop_str_in_output": (SWITCH, NO_SWITCH),
     "detokenize": (SWITCH, NO_SWITCH),
     "skip_special_tokens": (SWITCH, NO_SWITCH),
+    "structured_outputs": (
+        "a StructuredOutputsParams, a dictionary of its fields, or None",
+        ["json", 3, [("regex", "a")], {1: 2}],
+    ),
+}
+STRUCTURED_OUTPUTS: Table = {
+    "json": ("a JSON schema, as a dictionary or as text", ["{", 3.5j, {1, 2}, {"type": object}]),
+    "regex": ("a text", [3, ["a"], b"a"]),
+    "choice": ("a list of one or more texts", ["yes", [], ["a", 1], {"a": 1}]),
+    "grammar": ("a text", [3, ["root"], b"root"]),
+    "json_object": (SWITCH, [1, "yes", {}]),
+    "disable_any_whitespace": (SWITCH, [1, "yes", []]),
 }
 
 SOURCE = "a folder, a Hugging Face id, or "
@@ -186,6 +198,12 @@ def test_sampling_params(field: str, value: object, allowed: str) -> None:
     check_field(refusal(lambda: SamplingParams(**kwargs)), field, value, allowed)
 
 
+@pytest.mark.parametrize(("field", "value", "allowed"), cases(STRUCTURED_OUTPUTS))
+def test_structured_outputs(field: str, value: object, allowed: str) -> None:
+    error = refusal(lambda: SamplingParams(structured_outputs={field: value}))
+    check_field(error, f"structured_outputs.{field}", value, allowed)
+
+
 @pytest.mark.parametrize(("field", "value", "allowed"), cases(ENGINE_CONFIG))
 @pytest.mark.parametrize("make", [LLM, AsyncLLM])
 def test_engine(make: Any, field: str, value: object, allowed: str) -> None:
@@ -256,6 +274,7 @@ def parameters(function: Callable[..., object]) -> set[str]:
 
 def test_every_field_is_in_a_table() -> None:
     assert {field.name for field in dataclasses.fields(SamplingParams)} == SAMPLING_PARAMS.keys()
+    assert {field.name for field in dataclasses.fields(StructuredOutputsParams)} == STRUCTURED_OUTPUTS.keys()
     assert {field.name for field in dataclasses.fields(EngineConfig)} == ENGINE_CONFIG.keys()
     assert parameters(LLM.generate) == {name for name, *_ in GENERATE}
     assert parameters(LLM.stream) == {name for name, *_ in STREAM}

@@ -125,6 +125,13 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
         llm.generate([[1, 2, 3]], GREEDY, use_tqdm=False)
 
 
+def a_grammar_that_leads_nowhere(_: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xgrammar", reason="the extra nanovllm[structured] is not installed")
+    with load() as llm:
+        asked = {"grammar": 'root ::= "planet" x\nx ::= x "y"'}
+        llm.generate(PROMPT, SamplingParams(structured_outputs=asked), use_tqdm=False)
+
+
 def a_wrong_level(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("NANOVLLM_LOG_LEVEL", "DEBUG,scheduler=LOUD")
@@ -161,6 +168,7 @@ WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [
     shared_prefixes,
     cuda_graphs,
     texts,
+    a_grammar_that_leads_nowhere,
     a_wrong_level,
     a_profile,
     spans,

@@ -75,7 +75,7 @@ def test_requirements(metadata: Message) -> None:
         "triton",
         "xxhash",
     }
-    assert set(metadata.get_all("Provides-Extra", [])) == {"dev", "examples", "flash-attn", "otel"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {"dev", "examples", "flash-attn", "otel", "structured"}
 
 
 def test_an_installed_wheel_works_from_any_folder(wheel: Path, tmp_path: Path) -> None:

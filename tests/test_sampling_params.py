@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm import InvalidArgumentError, SamplingParams, UnknownArgumentError
+from nanovllm import InvalidArgumentError, SamplingParams, StructuredOutputsParams, UnknownArgumentError
 
 PENALTIES = ("presence_penalty", "frequency_penalty")
 SWITCHES = ("include_stop_str_in_output", "detokenize", "skip_special_tokens")
@@ -37,6 +37,7 @@ def test_defaults_are_those_of_nano_vllm() -> None:
         "min_tokens": 0,
         "bad_words": None,
         "allowed_token_ids": None,
+        "structured_outputs": None,
     }
 
 
@@ -87,6 +88,7 @@ def test_allowed(field: str, value: object) -> None:
         *[("min_tokens", value) for value in (-1, 65, 1.0, None, True)],
         *[("bad_words", value) for value in ("a", [""], [" "], ["a", 1], 3)],
         *[("allowed_token_ids", value) for value in ([], (), 3, "3", [-1], [1.0], [True])],
+        *[("structured_outputs", value) for value in ("json", 3, [("regex", "a")], {1: 2})],
     ],
 )
 def test_refused_with_field_value_and_what_is_allowed(field: str, value: object) -> None:
@@ -155,6 +157,52 @@ def test_a_stop_string_needs_text() -> None:
     with pytest.raises(InvalidArgumentError, match="stop=.*None with detokenize=False"):
         SamplingParams(stop="a", detokenize=False)
     assert SamplingParams(stop_token_ids=[1], detokenize=False).stop_token_ids == (1,)
+
+
+def test_structured_outputs_may_be_a_dictionary() -> None:
+    params = SamplingParams(structured_outputs={"regex": "a+"})
+    assert params == SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
+    assert hash(params) == hash(dataclasses.replace(params))
+    with pytest.raises(UnknownArgumentError, match="no argument 'regexp'. Did you mean 'regex'"):
+        SamplingParams(structured_outputs={"regexp": "a+"})
+    with pytest.raises(InvalidArgumentError, match="ignore_eos=True.*False with structured_outputs"):
+        SamplingParams(structured_outputs={"regex": "a+"}, ignore_eos=True)
+    with pytest.raises(InvalidArgumentError, match=r"allowed_token_ids=\(3,\).*None with structured_outputs"):
+        SamplingParams(structured_outputs={"regex": "a+"}, allowed_token_ids=[3])
+
+
+def test_a_schema_is_kept_as_text_and_choices_as_a_tuple() -> None:
+    asked = StructuredOutputsParams(json={"type": "integer"})
+    assert (asked.json, asked.kind) == ('{"type": "integer"}', "json")
+    assert asked == StructuredOutputsParams(json='{"type": "integer"}')
+    assert StructuredOutputsParams(choice=["a", ""]).choice == ("a", "")
+    assert pickle.loads(pickle.dumps(asked)) == asked
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("", {}),
+        ("", {"json_object": False}),
+        ("", {"regex": "a", "choice": ["a"]}),
+        ("", {"json": {}, "json_object": True}),
+        ("json", {"json": "{"}),
+        ("json", {"json": {1, 2}}),
+        ("json", {"json": {"type": object}}),
+        ("regex", {"regex": 3}),
+        ("regex", {"regex": ["a"]}),
+        ("choice", {"choice": "yes"}),
+        ("choice", {"choice": []}),
+        ("choice", {"choice": ["a", 1]}),
+        ("grammar", {"grammar": b"root"}),
+        ("json_object", {"json_object": 1}),
+        ("disable_any_whitespace", {"json_object": True, "disable_any_whitespace": "no"}),
+    ],
+)
+def test_structured_outputs_are_refused_by_name(field: str, values: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        StructuredOutputsParams(**values)
+    assert caught.value.field == ("structured_outputs." + field).rstrip(".")
 
 
 def test_a_typo_is_answered_with_the_nearest_name() -> None:

@@ -23,6 +23,7 @@ from nanovllm.engine.metrics import EngineMetrics, EngineStatistics, StatisticsL
 from nanovllm.engine.request_spans import close_request_spans, open_request_spans
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.structured_outputs import Grammars
 from nanovllm.engine.timeline import close_timeline, open_timeline, section
 from nanovllm.engine.tokenizing import NewTokens, Prompt, Tokenizing, load_tokenizer
 from nanovllm.errors import EngineDeadError, InvalidArgumentError
@@ -77,6 +78,7 @@ class LLMEngine:
         try:
             self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, self.resolved.model)
             self._tokenizing = Tokenizing(self.tokenizer, self.resolved)
+            self._grammars = Grammars(self.tokenizer, self.resolved)
             self.metrics = EngineMetrics()
             self.scheduler = Scheduler(self.resolved, self.metrics, clock)
             self._statistics_line = StatisticsLine(env.log_stats_interval(), self.statistics)
@@ -131,6 +133,7 @@ class LLMEngine:
         )
         sequence.stop_strings = stop_strings
         sequence.shaping = shaping
+        self._grammars.start(sequence)
         if not self.has_unfinished_requests():
             self._statistics_line.start(arrival)
         self._num_arrivals += 1
@@ -214,6 +217,7 @@ class LLMEngine:
         """
         self._check_alive()
         try:
+            self._take_grammars()
             ended = [*self._aborted.values(), *self._step()]
             self._aborted.clear()
             unclaimed, self._unclaimed = self._unclaimed, []
@@ -221,6 +225,13 @@ class LLMEngine:
         except BaseException as error:
             self._recover(error)
             raise
+
+    def _take_grammars(self) -> None:
+        """What is compiled may run; a request whose grammar is of no use ends alone."""
+        idle = not self._in_flight and all(sequence.compiling for sequence in self._requests.values())
+        for sequence in self._grammars.collect(idle):
+            if self._requests.get(sequence.request_id) is sequence:
+                self.abort_request(sequence.request_id)
 
     def _step(self) -> list[Sequence]:
         if not self._in_flight:  # nothing was running: idle time belongs to no step
@@ -314,6 +325,7 @@ class LLMEngine:
             num_cached_tokens=metrics.num_cached_tokens,
             metrics=metrics,
             prompt_logprobs=self._tokenizing.prompt_logprobs(sequence),
+            error=sequence.error,
         )
 
     def _recover(self, error: BaseException) -> None:
@@ -357,6 +369,7 @@ class LLMEngine:
         self._close_spans()
         for pending in (self._requests, self._aborted, self._unclaimed, self._in_flight):
             pending.clear()
+        self._grammars.shutdown()
         self._shut_down()
         if self._trace is not None:
             self._trace.stop()

@@ -50,6 +50,7 @@ class RowTable:
         self.shapes_logits: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # has penalties, biases, bans or a mask
         self.num_logprobs = np.full(num_rows, -1, dtype=np.int32)  # of the likeliest tokens; -1: no log-probabilities
         self.watched: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # has stop rules of its own
+        self.guided: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # structured: its last token decides on the next
         self._free_rows = list(range(num_rows - 1, -1, -1))  # a stack: low rows first
 
     @property
@@ -94,9 +95,10 @@ class RowTable:
         self.stopped[row] = False
         self.ignore_eos[row] = sequence.params.ignore_eos
         self.truncates[row] = sequence.params.truncates
-        self.shapes_logits[row] = sequence.shaping is not None
+        self.shapes_logits[row] = sequence.shaping is not None or sequence.matcher is not None
         self.num_logprobs[row] = num_asked(sequence.params.logprobs)
         self.watched[row] = sequence.watches_tokens
+        self.guided[row] = sequence.matcher is not None
         return row
 
     def known_tokens(self, row: int) -> IntArray:
@@ -120,6 +122,12 @@ class RowTable:
         shapes_logits = bool(self.shapes_logits[sampled].any())
         return StepNeeds(shares_prefix, truncates, None if num_logprobs < 0 else num_logprobs, shapes_logits)
 
+    def token_masks(self, sampled: npt.NDArray[np.intp]) -> dict[int, IntArray]:
+        """What each guided row of these may draw now."""
+        guided = sampled[self.guided[sampled]].tolist()
+        return {row: matcher.mask for row in guided if (matcher := self.sequence(row).matcher) is not None}
+
     def schedulable_decode_rows(self) -> npt.NDArray[np.intp]:
-        """Rows whose next token may be computed: decoding, and not at their limit."""
-        return np.flatnonzero(self.decoding & (self.num_tokens + self.num_pending < self.max_num_tokens))
+        """Rows whose next token may be computed: decoding, not at their limit, with no token unread that decides it."""
+        unread = self.guided & (self.num_pending > 0)
+        return np.flatnonzero(self.decoding & ~unread & (self.num_tokens + self.num_pending < self.max_num_tokens))

@@ -105,17 +105,18 @@ class Scheduler:
         num_final = len(chunks) - (self._prefilling is not None) if chunks else 0
         self._step += 1
         final_rows = np.array([row for row, *_ in chunks[:num_final]], dtype=np.intp)
-        needs = self.rows.needs(np.append(decode_rows, final_rows), shares_prefix)
+        sampled = np.append(decode_rows, final_rows)
         batch = ScheduledBatch.build(
             self._step,
             closed=self._closed,
             opened=opened,
             blocks=np.concatenate(blocks) if blocks else (),
+            token_masks=self.rows.token_masks(sampled),
             chunks=chunks,
             num_final_chunks=num_final,
             scored=scored,
             decode_rows=decode_rows,
-            needs=needs,
+            needs=self.rows.needs(sampled, shares_prefix),
         )
         self._closed = []
         self.rows.steps_in_flight[decode_rows] += 1
@@ -266,15 +267,15 @@ class Scheduler:
         ]
 
     def _admit(self, opened: list[OpenedRow], blocks: list[IntArray]) -> Sequence | None:
-        """Gives the first waiting sequence a row and blocks for all its tokens, if both are there."""
-        if not self.waiting or not self.rows.has_free_row:
+        """Gives the first waiting sequence that is compiled a row and blocks for all its tokens, if both are there."""
+        sequence = next((sequence for sequence in self.waiting if not sequence.compiling), None)
+        if sequence is None or not self.rows.has_free_row:
             return None
-        sequence = self.waiting[0]
         # Log-probabilities of prompt tokens come from computing them: no cached prefix will do.
         table = self.block_manager.allocate(sequence.seq_id, sequence.token_ids, share=not sequence.wants_scores)
         if table is None:
             return None
-        self.waiting.popleft()
+        self.waiting.remove(sequence)
         sequence.status = SequenceStatus.PREFILLING
         sequence.block_table = table
         num_cached = table.num_registered * self.block_manager.block_size
@@ -337,7 +338,8 @@ class Scheduler:
             at_end[index] |= rows.sequence(int(sampled[index])).stops_at(int(token_ids[index]))
         ended = [self.rows.sequence(row) for row in sampled[at_end].tolist()]
         for sequence, eos in zip(ended, at_eos[at_end].tolist(), strict=True):
-            self._finish(sequence, "stop" if eos or sequence.stop_reason is not None else "length")
+            stopped = eos or sequence.stop_reason is not None
+            self._finish(sequence, "abort" if sequence.error is not None else "stop" if stopped else "length")
         self._release_leaving()
         num_seqs = len(batch.sampled_rows)
         events.batch_postprocess.log(logger, step=batch.step, num_finished=len(ended), num_seqs=num_seqs)

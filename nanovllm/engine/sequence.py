@@ -6,6 +6,7 @@ import enum
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +14,12 @@ import numpy.typing as npt
 from nanovllm.engine.batch import IntArray, Shaping, StepLogprobs
 from nanovllm.engine.block_manager import BlockTable
 from nanovllm.engine.detokenizer import StopStrings
+from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import FinishReason, RequestMetrics
 from nanovllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from nanovllm.engine.structured_outputs import TokenMatcher
 
 
 class SequenceStatus(enum.Enum):
@@ -71,6 +76,9 @@ class Sequence:
     stop_reason: int | str | None = None
     stop_strings: StopStrings | None = None
     shaping: Shaping | None = None  # what it does to its logits, where it does anything
+    compiling: bool = False  # waits for its matcher
+    matcher: TokenMatcher | None = None  # of structured outputs: it has followed every token that is known
+    error: InvalidArgumentError | None = None  # what ended it, with finish_reason "abort"
     # Seconds of the engine's clock
     arrival: float = 0.0
     queued: float = 0.0
@@ -98,15 +106,17 @@ class Sequence:
     @property
     def watches_tokens(self) -> bool:
         """Whether `stops_at` must see every token."""
-        return self.stop_strings is not None or self.params.stop_token_ids is not None
+        return self.matcher is not None or self.stop_strings is not None or self.params.stop_token_ids is not None
 
     def stops_at(self, token_id: int) -> bool:
-        """Takes the next token; True when the request's own stop rules end it there. EOS is not its business."""
+        """Takes the next token; True when the request's own rules end it there. EOS is not its business."""
+        if self.matcher is not None:
+            self.error = self.matcher.accept(token_id)
         if token_id in (self.params.stop_token_ids or ()):
             self.stop_reason = token_id
         elif self.stop_strings is not None:
             self.stop_reason = self.stop_strings.add(token_id)
-        return self.stop_reason is not None
+        return self.stop_reason is not None or self.error is not None
 
     def metrics(self) -> RequestMetrics:
         """Of a sequence that has ended."""

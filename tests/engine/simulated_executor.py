@@ -3,7 +3,8 @@
 Each slot of the simulated cache holds a digest of the prefix that was current when it was written. A
 step recomputes, for every token it computes, the digests of the whole context through the block table,
 and fails on the first that is not there: a block freed too early, shared too early, or owned twice.
-The next token is a function of the digest, so equal prefixes give equal tokens under any schedule.
+The next token is a function of the digest, so equal prefixes give equal tokens under any schedule. A row with a mask
+draws among what the mask allows.
 """
 
 from __future__ import annotations
@@ -48,8 +49,11 @@ def extend(digest: int, token: int) -> int:
     return (digest * 1_000_003 + token + 1) % (2**61 - 1)
 
 
-def next_token(digest: int) -> int:
-    return (digest >> 7) % VOCAB_SIZE
+def next_token(digest: int, mask: np.ndarray | None = None) -> int:
+    allowed = range(VOCAB_SIZE)
+    if mask is not None:
+        allowed = [token for token in allowed if mask[token // 32] >> (token % 32) & 1]
+    return allowed[(digest >> 7) % len(allowed)]
 
 
 def expected_output(prompt: list[int], max_tokens: int, max_model_len: int, ignore_eos: bool = False) -> list[int]:
@@ -80,6 +84,7 @@ class SimulatedExecutor:
         self.slots: dict[int, int] = {}
         self.tokens: dict[int, list[int]] = {}
         self.tables: dict[int, dict[int, int]] = {}
+        self.masks: dict[int, np.ndarray] = {}
         self.num_tokens_computed = 0
         self.fail_at_step: int | None = None
         self.is_shut_down = False
@@ -90,6 +95,7 @@ class SimulatedExecutor:
         batch = ScheduledBatch.from_buffer(batch.buffer.copy())  # what another rank would read
         for row in batch.closed.tolist():
             del self.tokens[row], self.tables[row]
+            self.masks.pop(row, None)
         offset = 0
         for row, length, *_ in batch.opened.tolist():
             assert row not in self.tokens, "a row was opened twice"
@@ -100,6 +106,8 @@ class SimulatedExecutor:
             assert index not in self.tables[row], "an entry of a block table was written twice"
             assert 0 <= block < self.resolved.num_blocks
             self.tables[row][index] = block
+        if len(batch.masked):
+            self.masks.update(zip(batch.masked.tolist(), batch.mask_words.reshape(len(batch.masked), -1), strict=True))
         work = [(row, len(self.tokens[row]) - 1, 1) for row in batch.decode_rows.tolist()]
         work += [tuple(chunk) for chunk in batch.chunks.tolist()]
         digests = {row: self._digests(row) for row, _, _ in work}
@@ -116,7 +124,7 @@ class SimulatedExecutor:
                 )
         sampled = []
         for row in batch.sampled_rows.tolist():
-            sampled.append(next_token(digests[row][-1]))
+            sampled.append(next_token(digests[row][-1], self.masks.get(row)))
             self.tokens[row].append(sampled[-1])
         assert batch.num_tokens <= self.resolved.max_num_batched_tokens
         for row, start, length in batch.chunks.tolist():
