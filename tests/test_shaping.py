@@ -124,6 +124,7 @@ def cases() -> tuple[Case, ...]:
             **{"min_tokens": 24, "bad_words": words, "allowed_token_ids": list(range(3, 300)), "logprobs": 3},
             **{"top_k": 40, "top_p": 0.95, "min_p": 0.001},
         },
+        {"temperature": 0, "min_tokens": 2, "stop_token_ids": [second]},  # would end it there, were it one less
     ]
     made = []
     for seq, own in enumerate(fields):
@@ -153,10 +154,12 @@ def test_every_field_changes_what_is_said() -> None:
     assert not any(word in text for word in cases()[11].params.bad_words or ())
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("arguments", [{}, TIGHT, {**TIGHT, "enable_prefix_caching": False}])
-def test_each_token_is_the_one_that_the_rules_say(arguments: dict[str, Any], depth: int) -> None:
-    with load(pipeline_depth=depth, **arguments) as llm:
+def test_each_token_is_the_one_that_the_rules_say(arguments: dict[str, Any], depth: int, device: str) -> None:
+    backend = "triton" if device == "cuda" else "torch"
+    with load(device=device, attention_backend=backend, pipeline_depth=depth, **arguments) as llm:
         for _ in range(2):  # the second time from the prefix cache, in rows that others had
             check(llm)
         check(llm, slice(None, None, -1))

@@ -155,7 +155,7 @@ def shape_logits_reference(
             edits = shaping.edits[row]
             items, words, said = edits[: num_edits * EDIT_WIDTH].view(-1, EDIT_WIDTH), edits.tolist(), output.tolist()
             fits = [
-                length < until and ending <= len(said) and said[len(said) - ending :] == words[start : start + ending]
+                length < until and said[max(len(said) - ending, 0) :] == words[start : start + ending]
                 for _, _, until, start, ending in items.tolist()
             ]
             out.index_add_(0, items[fits, 0], items[fits, 1].view(torch.float32))

@@ -11,7 +11,7 @@ from nanovllm.kernels.shape_logits import RowShaping, shape_logits
 from tests.kernels.inputs import DTYPES
 
 ALWAYS = 2**31 - 1
-MAX_TOKENS = 700
+MAX_TOKENS = 4500
 
 
 @dataclass
@@ -83,10 +83,11 @@ def random_rows(generator: torch.Generator, vocab_size: int) -> list[Asked]:
     ]
     return [
         Asked(tokens(5), tokens(9)),
-        Asked(tokens(600), tokens(90), penalties=(1.3, 0.5, -1.5)),
+        Asked(tokens(2200), tokens(2250), penalties=(1.3, 0.005, -1.5)),  # more than the programs take at a time
         Asked(tokens(5), penalties=(0.5, 0.0, 1.0)),
         Asked(tokens(5), tokens(400), penalties=(1.0, -0.25, 0.0)),
-        Asked(tokens(7), output[-2:], edits=edits),  # endings longer than the output, and an end of the prompt
+        # An ending that begins in the prompt is none.
+        Asked([*tokens(7), *output[-4:-2]], output[-2:], edits=edits),
         Asked(tokens(9), output, edits=edits),
         Asked(tokens(9), tokens(9), allowed=set(tokens(20))),
         Asked(tokens(5), tokens(9)),
