@@ -27,7 +27,7 @@ from nanovllm.engine.tokenizing import NewTokens, Prompt
 from nanovllm.errors import EngineDeadError, InvalidArgumentError, InvalidStateError, NanoVLLMError, StepFailedError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.streaming import OutputStream
+from nanovllm.streaming import OutputStream, check_streamable
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -75,6 +75,7 @@ class AsyncLLM:
         """
         if not isinstance(delta, bool):
             raise InvalidArgumentError("delta", delta, "True or False")
+        check_streamable(sampling_params)
         request_id = f"async-{next(self._counter)}" if request_id is None else request_id
         request = _Request(request_id, prompt, sampling_params, delta)
         self._thread.open(request, self._running_loop())

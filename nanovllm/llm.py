@@ -20,7 +20,7 @@ from nanovllm.engine.tokenizing import Prompt
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.streaming import OutputStream
+from nanovllm.streaming import OutputStream, check_streamable
 from nanovllm.utils import env, events
 from nanovllm.utils.logger import flush_timed_sections, log_gpu_memory, log_rule, setup_logger
 
@@ -86,7 +86,7 @@ class LLM:
         engine = self.llm_engine
         request_ids: list[str] = []
         try:
-            refused = self._add_requests(_as_list(prompts), sampling_params, request_ids)
+            refused = self._add_requests(_as_list(prompts), sampling_params, request_ids, in_stream=True)
             queued = [request_id for request_id in request_ids if request_id not in refused]
             streams = {request_id: OutputStream(engine, request_id, delta=True) for request_id in queued}
             yield from refused.values()
@@ -199,6 +199,8 @@ class LLM:
         batch: Seq[Prompt | InvalidArgumentError],
         sampling_params: SamplingParams | Seq[SamplingParams] | None,
         request_ids: list[str],
+        *,
+        in_stream: bool = False,
     ) -> dict[str, RequestOutput]:
         """Queues what may be queued; `request_ids` gets the id of each. Returns the outputs of what is refused.
 
@@ -212,6 +214,8 @@ class LLM:
             try:
                 if isinstance(prompt, InvalidArgumentError):
                     raise prompt
+                if in_stream:
+                    check_streamable(param)
                 self.llm_engine.add_request(request_id, prompt, param)
             except InvalidArgumentError as error:
                 refused[request_id] = prompt, error
@@ -288,7 +292,7 @@ class LLM:
         events.generation_complete.log(
             logger,
             num_steps=done.num_steps,
-            total_output_tokens=sum(len(output.outputs[0].token_ids) for output in outputs.values()),
+            total_output_tokens=sum(len(each.token_ids) for output in outputs.values() for each in output.outputs),
             prefill_time=done.prefill_seconds,
             decode_time=done.decode_seconds,
         )

@@ -81,6 +81,8 @@ def _schema_text(schema: object) -> str:
 class SamplingParams:
     """Sampling parameters of one request.
 
+    n: completions of the prompt, with seeds seed, seed + 1, …; prefix caching computes the prompt once for all. Must be
+        1 with temperature 0, which would give the same each time.
     temperature: 0 is greedy; up to 2, logits are divided by it before a token is drawn.
     max_tokens: the most tokens to generate; None goes on to the model's length.
     ignore_eos: generate past the end-of-sequence token, for benchmarks.
@@ -138,6 +140,7 @@ class SamplingParams:
     min_tokens: int = 0
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    n: int = 1
     structured_outputs: StructuredOutputsParams | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -152,6 +155,11 @@ class SamplingParams:
                 raise InvalidArgumentError(name, getattr(self, name), "True or False")
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed <= MAX_SEED):
             raise InvalidArgumentError("seed", self.seed, "an integer from 0 to 2**63 - 1, or None")
+        if not _is_integer(self.n) or self.n < 1 or (self.temperature == 0 and self.n > 1):
+            hint = "Greedy completions of one prompt are all the same." if self.temperature == 0 else ""
+            raise InvalidArgumentError("n", self.n, "an integer ≥ 1, and 1 with temperature 0", hint)
+        if self.seed is not None and self.seed > MAX_SEED - self.n + 1:
+            raise InvalidArgumentError("seed", self.seed, f"at most 2**63 - n (n={self.n}), as each has its own")
         if not _is_integer(self.top_k) or self.top_k < -1:
             raise InvalidArgumentError("top_k", self.top_k, "an integer ≥ 1, or 0 or -1 for all tokens")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:

@@ -7,8 +7,16 @@ from dataclasses import replace
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.tokenizing import NewTokens
-from nanovllm.errors import StepFailedError
+from nanovllm.errors import InvalidArgumentError, StepFailedError
 from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.sampling_params import SamplingParams
+
+
+def check_streamable(params: SamplingParams | None) -> None:
+    """Raises InvalidArgumentError for what can not be shown while it grows."""
+    if isinstance(params, SamplingParams) and params.n > 1:
+        hint = "Stream n requests with seeds of their own: they share the prompt's blocks."
+        raise InvalidArgumentError("n", params.n, "1 in a stream", hint)
 
 
 class OutputStream:

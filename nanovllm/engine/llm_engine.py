@@ -18,6 +18,7 @@ import xxhash
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch import ScheduledBatch, StepResult
+from nanovllm.engine.branches import Branches
 from nanovllm.engine.executor import Executor, StepHandle, make_executor
 from nanovllm.engine.metrics import EngineMetrics, EngineStatistics, StatisticsLine
 from nanovllm.engine.request_spans import close_request_spans, open_request_spans
@@ -95,6 +96,7 @@ class LLMEngine:
         # As `_shut_down`: what has not ended by then is in the timeline too.
         self._close_timeline = weakref.finalize(self, close_timeline, self._timeline, self._requests.values())
         self._close_spans = weakref.finalize(self, close_request_spans, self._spans)
+        self._branches: dict[str, Branches] = {}  # by the request's id, and by those of its sequences
         self._aborted: dict[str, Sequence] = {}  # not reported yet
         self._unclaimed: list[RequestOutput] = []  # handed back, reported by the next step
         self._in_flight: deque[_InFlight] = deque()
@@ -117,8 +119,10 @@ class LLMEngine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidArgumentError("sampling_params", params, "a SamplingParams")
-        if not isinstance(request_id, str) or request_id in self._requests:
+        if not isinstance(request_id, str) or request_id in self._requests or request_id in self._branches:
             raise InvalidArgumentError("request_id", request_id, "a text, unique among the unfinished requests")
+        if params.n > 1:
+            return self._add_branches(Branches(request_id, params), prompt)
         stop_strings = self._tokenizing.stop_strings(params)
         text, token_ids = self._tokenizing.read(prompt)
         shaping = self._tokenizing.shaping(params, len(token_ids))
@@ -151,23 +155,46 @@ class LLMEngine:
             )
         return request_id
 
+    def _add_branches(self, branches: Branches, prompt: Prompt) -> str:
+        taken = [name for name in branches.ids if name in self._requests or name in self._branches]
+        if taken:
+            raise InvalidArgumentError("request_id", taken[0], "unique: completions of a request take /0, /1, …")
+        self._branches[branches.request_id] = branches  # first: Ctrl-C may come in between
+        try:
+            for request_id, params in zip(branches.ids, branches.params, strict=True):
+                self.add_request(request_id, prompt, params)
+        except BaseException:
+            self.discard_requests([branches.request_id])
+            raise
+        self._branches |= dict.fromkeys(branches.ids, branches)
+        return branches.request_id
+
+    def _sequence_ids(self, request_id: str) -> list[str]:
+        """Those of a request's sequences: several where it has several completions."""
+        branches = self._branches.get(request_id)
+        return branches.ids if branches is not None and branches.request_id == request_id else [request_id]
+
     def abort_request(self, request_id: str) -> None:
         """Ends a request; the next `step` returns what it has so far. An unknown or finished id does nothing."""
         self._check_alive()
-        sequence = self._requests.get(request_id)
-        if sequence is not None and request_id not in self._aborted:
-            self.scheduler.abort(sequence)
-            self._aborted[request_id] = sequence
+        for name in self._sequence_ids(request_id):
+            sequence = self._requests.get(name)
+            if sequence is not None and name not in self._aborted:
+                self.scheduler.abort(sequence)
+                self._aborted[name] = sequence
 
     def discard_requests(self, request_ids: Iterable[str]) -> None:
         """Ends requests without an output; unknown and finished ids do nothing."""
         for request_id in request_ids:
-            sequence = self._requests.pop(request_id, None)
-            if sequence is not None:
-                self.scheduler.abort(sequence)
-                self._aborted.pop(request_id, None)
-                if self._spans is not None:
-                    self._spans.record(sequence)
+            for name in self._sequence_ids(request_id):
+                sequence = self._requests.pop(name, None)
+                if sequence is not None:
+                    self.scheduler.abort(sequence)
+                    self._aborted.pop(name, None)
+                    if self._spans is not None:
+                        self._spans.record(sequence)
+            if request_id in self._branches:
+                self._forget(self._branches[request_id])
 
     def sequence(self, request_id: str) -> Sequence | None:
         """An unfinished request, for who shows it while it grows; None when there is none of this id."""
@@ -221,7 +248,7 @@ class LLMEngine:
             ended = [*self._aborted.values(), *self._step()]
             self._aborted.clear()
             unclaimed, self._unclaimed = self._unclaimed, []
-            return unclaimed + [self._finish(sequence) for sequence in ended]
+            return unclaimed + self._join([self._finish(sequence) for sequence in ended])
         except BaseException as error:
             self._recover(error)
             raise
@@ -328,6 +355,22 @@ class LLMEngine:
             error=sequence.error,
         )
 
+    def _join(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        """The outputs of one request's completions become one, when the last of them has ended."""
+        joined: list[RequestOutput] = []
+        for output in outputs:
+            branches = self._branches.get(output.request_id)
+            whole = output if branches is None else branches.add(output)
+            if whole is not None:
+                joined.append(whole)
+                if branches is not None:
+                    self._forget(branches)
+        return joined
+
+    def _forget(self, branches: Branches) -> None:
+        for name in (branches.request_id, *branches.ids):
+            self._branches.pop(name, None)
+
     def _recover(self, error: BaseException) -> None:
         """Starts over with an empty scheduler: a step that stopped half-way leaves nothing that can be trusted."""
         if self._timeline is not None:
@@ -338,6 +381,7 @@ class LLMEngine:
             for sequence in self._requests.values():
                 self._spans.record(sequence, error)
         self._requests.clear()
+        self._branches.clear()
         self._aborted.clear()
         self._in_flight.clear()
         try:
@@ -367,7 +411,7 @@ class LLMEngine:
             self._dead = EngineDeadError("exit() was called")
         self._close_timeline()
         self._close_spans()
-        for pending in (self._requests, self._aborted, self._unclaimed, self._in_flight):
+        for pending in (self._requests, self._branches, self._aborted, self._unclaimed, self._in_flight):
             pending.clear()
         self._grammars.shutdown()
         self._shut_down()
