@@ -47,7 +47,7 @@ def main() -> None:
 
     heading("1. Text: the chat template says where the question ends and the answer begins")
     messages = [{"role": "user", "content": args.question}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     print(f"  {args.question!r}\n  becomes\n  {prompt!r}")
 
     heading("2. Text becomes token ids")

@@ -12,8 +12,12 @@ Read along: nanovllm/engine/block_manager.py (`allocate`, `register`, `_match`).
 from __future__ import annotations
 
 import statistics
+from typing import TYPE_CHECKING
 
 from _drawing import bar, begin, heading, lesson_parser, say, table, title
+
+if TYPE_CHECKING:
+    from nanovllm import RequestOutput
 
 SYSTEM = (
     "You are a careful assistant that lives in a small model. You add two numbers below 100, you count up to 100, you "
@@ -40,7 +44,7 @@ def main() -> None:
 
     import numpy as np
 
-    from nanovllm import LLM, RequestOutput, SamplingParams
+    from nanovllm import LLM, SamplingParams
     from nanovllm.engine.block_manager import BlockManager
 
     title("Step 2: prefix caching")
@@ -104,7 +108,7 @@ def main() -> None:
                 for question in QUESTIONS
             ]
             computed[enabled] = llm.llm_engine.statistics.since(before).num_prompt_tokens
-            first_token = [output.metrics.time_to_first_token or 0.0 for output in runs[enabled]]
+            first_token = [first_token_ms(output) for output in runs[enabled]]
             times[enabled] = statistics.median(first_token[1:])
             if enabled:
                 llm.reset_prefix_cache()
@@ -114,7 +118,7 @@ def main() -> None:
     for output, without in zip(runs[True], runs[False], strict=True):
         cached, length = output.num_cached_tokens, len(output.prompt_token_ids)
         drawn = bar(cached, longest, CELLS).replace("█", "▒") + bar(length - cached, longest, CELLS)
-        ttft, slow = (1e3 * (request.metrics.time_to_first_token or 0.0) for request in (output, without))
+        ttft, slow = first_token_ms(output), first_token_ms(without)
         times_ = f"first token after {ttft:5.1f} ms (without: {slow:5.1f} ms)"
         print(f"  {drawn:<{CELLS + 2}} {cached:>3} of {length}   {times_}")
     cached = runs[True][1].num_cached_tokens
@@ -123,7 +127,7 @@ def main() -> None:
         f"The first question found nothing. Each later one found {cached} tokens, {cached // size} blocks of {size}: "
         "the system prompt and the template around it, as far as whole blocks go. Prompt tokens computed: "
         f"{computed[True]:,} instead of {computed[False]:,}. Median time to the first token of the later four: "
-        f"{1e3 * times[True]:.1f} ms instead of {1e3 * times[False]:.1f} ms."
+        f"{times[True]:.1f} ms instead of {times[False]:.1f} ms."
     )
     same = [o.outputs[0].token_ids for o in runs[True]] == [o.outputs[0].token_ids for o in runs[False]]
     print(f"\n  the same answers with and without: {same}")
@@ -136,6 +140,12 @@ def main() -> None:
         "finely; try --block-size 64. What nobody holds is evicted when blocks are needed, least recently used first, "
         "tails before heads: step2_paged_attention.py draws it."
     )
+
+
+def first_token_ms(output: RequestOutput) -> float:
+    """From its arrival, in milliseconds."""
+    assert output.metrics is not None, "the request has finished"
+    return 1e3 * (output.metrics.time_to_first_token or 0.0)
 
 
 if __name__ == "__main__":
