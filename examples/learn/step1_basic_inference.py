@@ -52,6 +52,8 @@ def main() -> None:
 
     heading("2. Text becomes token ids")
     token_ids = tokenizer.encode(prompt)
+    if len(token_ids) >= runner.resolved.max_model_len:
+        parser.error(f"--question must be shorter than {runner.resolved.max_model_len} tokens, its template included")
     pieces = [tokenizer.decode([token_id]) for token_id in token_ids]
     print(f"  {len(prompt)} characters -> {len(token_ids)} tokens:\n")
     for first in range(0, len(token_ids), 8):

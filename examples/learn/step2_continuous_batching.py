@@ -108,13 +108,16 @@ def main() -> None:
     table(["", "steps", "mean batch", "mean wait (steps)", "mean stay (steps)", "tokens/s"], rows)
     speedup = static.seconds / continuous.seconds
     print()
-    say(
-        f"{static.num_steps / continuous.num_steps:.2f} times fewer steps for the same tokens, and here {speedup:.2f} "
-        "times the tokens/s. On a GPU a step takes nearly the same time for 1 request as for 4, since what takes time "
-        "is reading the weights, so tokens/s grow almost as steps fall; on a CPU a larger batch costs more. What "
-        "requests feel is the wait. (Our static batching is a kind one: who has ended costs nothing more. One that "
-        "pads its batch to the end computes the ░ too.)"
-    )
+    if static.num_steps == continuous.num_steps:
+        say("As many steps: nobody waited for a group here. Try fewer rows, or more requests.")
+    else:
+        say(
+            f"{static.num_steps / continuous.num_steps:.2f} times fewer steps for the same tokens, and here "
+            f"{speedup:.2f} times the tokens/s. On a GPU a step takes nearly the same time for 1 request as for 4, "
+            "since what takes time is reading the weights, so tokens/s grow almost as steps fall; on a CPU a larger "
+            "batch costs more. What requests feel is the wait. (Our static batching is a kind one: who has ended "
+            "costs nothing more. One that pads its batch to the end computes the ░ too.)"
+        )
     print(f"\n  the same tokens for every request, whoever ran beside it: {static.tokens == continuous.tokens}")
     save_plot(args.plot, lambda figure: plot(figure, requests, static, continuous), (10.0, 7.0))
 
