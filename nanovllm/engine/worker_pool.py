@@ -100,7 +100,7 @@ class WorkerPool:
     def send(self, kind: MessageKind, payload: Any = b"") -> None:
         """To all workers. Raises WorkerError when one is lost."""
         self.check()
-        self._log(f"send {kind.name}", memoryview(payload).nbytes)
+        self._log("send", kind, memoryview(payload).nbytes)
         self._commands.send(kind, payload, while_waiting=self.check)
 
     def ask(self, kind: MessageKind, question: bytes = b"") -> list[bytes]:
@@ -196,7 +196,7 @@ class WorkerPool:
             for rank, channel in self._reports.items():
                 while (message := channel.receive(timeout=0)) is not None:
                     kind = MessageKind(message.kind)
-                    self._log(f"receive {kind.name} from rank {rank}", len(message.payload))
+                    self._log("receive", kind, len(message.payload), rank)
                     if kind == MessageKind.FAILED:
                         text = message.payload[FAILURE.size :].decode("utf-8", "replace")
                         self._last_words[rank] = (*FAILURE.unpack_from(message.payload), text)
@@ -205,8 +205,10 @@ class WorkerPool:
                     else:
                         self._stage[rank] = kind
 
-    def _log(self, operation: str, num_bytes: int) -> None:
-        log_communication(logger, operation, num_bytes, 0, self.size)
+    def _log(self, verb: str, kind: MessageKind, num_bytes: int, sender: int = 0) -> None:
+        if logger.isEnabledFor(logging.DEBUG):
+            operation = f"{verb} {kind.name}" + (f" from rank {sender}" if sender else "")
+            log_communication(logger, operation, num_bytes, 0, self.size)
 
     # Loss and end
 
@@ -283,7 +285,7 @@ class WorkerPool:
                 return
             self._is_told_to_end = self._has_ended = True
             if gently and self.failure is None and self._is_ready:
-                self._log(f"send {MessageKind.SHUTDOWN.name}", 0)
+                self._log("send", MessageKind.SHUTDOWN, 0)
                 with suppress(ChannelError, WorkerError):
                     self._commands.send(MessageKind.SHUTDOWN, timeout=1.0)
                 deadline = time.monotonic() + _EXIT_SECONDS
