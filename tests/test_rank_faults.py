@@ -7,16 +7,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 from nanovllm import EngineDeadError, InvalidArgumentError, SamplingParams, WorkerError
-from nanovllm.engine import model_runner
-from nanovllm.engine.batch import VERSION
+from nanovllm.engine import model_runner, worker_pool
 from nanovllm.engine.worker import MessageKind
 from nanovllm.engine.worker_pool import WorkerPool
 from tests.faulty_worker import Fault, plant
@@ -27,7 +25,6 @@ from tests.rank_processes import (
     is_alive,
     nothing_stays_behind,
     pids_of,
-    run_script,
     segments,
     until,
 )
@@ -139,7 +136,6 @@ def test_ctrl_c_while_rank_0_loads(folder: Path, monkeypatch: pytest.MonkeyPatch
     ("size", "place", "how"),
     [
         (2, "prefill", "kill"),
-        (2, "prefill", "raise"),
         (4, "decode", "kill"),
         (2, "decode", "raise"),
         (2, "gather", "raise"),
@@ -165,7 +161,7 @@ def test_a_rank_that_is_killed_while_the_engine_is_idle(folder: Path) -> None:
         generate(llm, PROMPTS)
         os.kill(pids_of(llm)[0], signal.SIGKILL)
         assert until(lambda: executor_of(llm)._workers.failure is not None, 1)
-        error = raises_worker_error(lambda: generate(llm, PROMPTS))
+        error = raises_worker_error(llm.memory_report)
         assert str(error) == "Rank 1 was killed by SIGKILL."
 
 
@@ -177,14 +173,6 @@ def test_a_rank_that_is_killed_in_the_middle_of_its_last_word(
     plant(monkeypatch, fault)
     with load(folder, tensor_parallel_size=2) as llm:
         check_told(raises_worker_error(executor_of(llm).synchronize, diary), fault)
-
-
-def test_what_is_no_batch_is_told_with_the_worker_s_traceback(folder: Path) -> None:
-    with load(folder, tensor_parallel_size=2) as llm:
-        executor_of(llm)._workers.send(MessageKind.STEP, np.array([99, 98, 97], dtype=np.int32))
-        error = raises_worker_error(lambda: generate(llm, PROMPTS))
-        assert error.problem == f"failed: ValueError: not a scheduled batch of version {VERSION}: [99, 98, 97]"
-        assert "in from_buffer" in error.traceback
 
 
 def test_an_error_of_rank_0_ends_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,11 +243,20 @@ def test_a_rank_that_hangs_in_a_step(
 
 
 def test_rank_0_is_named_when_the_others_wait_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with load(folder, tensor_parallel_size=2, step_timeout=0.3) as llm:
+    """And time in which everybody was stopped, by Ctrl-Z or with the lid, is nobody's fault: the clock jumps."""
+    ahead = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0], sleep=time.sleep)
+    monkeypatch.setattr(worker_pool, "time", clock)
+    with load(folder, tensor_parallel_size=2, step_timeout=0.6) as llm:
+        with executor_of(llm)._workers.within("step_timeout"):
+            time.sleep(0.15)
+            ahead[0] += 1000
+            time.sleep(0.15)
+        generate(llm, PROMPTS)
         submit = executor_of(llm)._runner.submit
-        monkeypatch.setattr(executor_of(llm)._runner, "submit", lambda batch: (time.sleep(1), submit(batch))[1])
+        monkeypatch.setattr(executor_of(llm)._runner, "submit", lambda batch: (time.sleep(1.5), submit(batch))[1])
         error = raises_worker_error(lambda: generate(llm, PROMPTS), seconds=3)
-        assert error.problem.startswith("kept the others waiting for step_timeout=0.3 s (rank 1 waits).")
+        assert error.problem.startswith("kept the others waiting for step_timeout=0.6 s (rank 1 waits).")
         assert error.rank == 0
 
 
@@ -268,33 +265,6 @@ def test_a_message_that_nobody_reads_has_the_step_s_deadline(folder: Path) -> No
         os.kill(pids_of(llm)[0], signal.SIGSTOP)
         error = raises_worker_error(lambda: executor_of(llm)._ask(MessageKind.DIAGNOSE, bytes(8 << 20)), seconds=2)
         assert "step_timeout=0.3 s (rank 1 does not react)" in error.problem
-
-
-def test_time_in_which_everybody_was_stopped_does_not_count(folder: Path, tmp_path: Path) -> None:
-    """Ctrl-Z, and on with it later than the deadline."""
-    script = f"""
-import time
-from tests.small_llm import *
-if __name__ == "__main__":
-    with load({str(folder)!r}, tensor_parallel_size=2, step_timeout=0.8) as llm:
-        with llm.llm_engine.executor._workers.within("step_timeout"):
-            print("ready", flush=True)
-            for _ in range(11):
-                time.sleep(0.05)
-        generate(llm, [[1, 2]])
-"""
-    process = run_script(script, tmp_path)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        os.killpg(process.pid, signal.SIGSTOP)
-        time.sleep(1)
-        os.killpg(process.pid, signal.SIGCONT)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 0, errors
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("field", ["startup_timeout", "step_timeout"])
@@ -325,20 +295,19 @@ def test_a_rank_that_is_lost_while_it_ends(
 
 
 def test_two_engines_of_one_process(folder: Path) -> None:
-    """One is interrupted, one is never used; the end of one is not the other's."""
+    """One is interrupted, one is never used and loses its worker; the end of one is not the other's."""
     with load(folder) as one:
         expected = token_ids(generate(one, PROMPTS))
-    first, second, third = (load(folder, tensor_parallel_size=2, pipeline_depth=depth) for depth in (1, 2, 1))
+    first, second = (load(folder, tensor_parallel_size=2, pipeline_depth=depth) for depth in (1, 2))
     assert segments(os.getpid()) == []  # the names are gone as soon as all are attached
     assert token_ids(generate(first, PROMPTS)) == expected
     threading.Timer(0.15, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         generate(first, [[7, 8]] * 8, SamplingParams(max_tokens=250, ignore_eos=True))
     assert token_ids(generate(first, PROMPTS)) == expected
+    os.kill(pids_of(second)[0], signal.SIGKILL)
+    raises_worker_error(lambda: generate(second, PROMPTS))
     second.exit()
     second.exit()
-    os.kill(pids_of(third)[0], signal.SIGKILL)
-    raises_worker_error(lambda: generate(third, PROMPTS))
     assert token_ids(generate(first, PROMPTS)) == expected
-    third.exit()
     first.exit()
