@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 _TYPICAL_NUM_TOKENS = 64  # oneDNN picks the layout for a batch size; any other works with it too
+_EXACT = 64  # tokens; more are padded to one of eight sizes between two powers of two
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -33,5 +34,16 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     """[num_tokens, input_size] → [num_tokens, output_size]; `weight` may have come from `pack_weight`."""
     if not weight.is_mkldnn:
         return F.linear(hidden, weight, bias)
+    num_tokens = len(hidden)
+    missing = padded_size(num_tokens) - num_tokens
+    if missing:
+        hidden = F.pad(hidden, (0, 0, 0, missing))
     output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
-    return output
+    return output[:num_tokens] if missing else output
+
+
+def padded_size(num_tokens: int) -> int:
+    """oneDNN compiles, and keeps, code for every number of tokens that it meets, up to half a megabyte each time:
+    prompts of all lengths would fill gigabytes."""
+    step = 1 if num_tokens <= _EXACT else 1 << ((num_tokens - 1).bit_length() - 4)
+    return -(-num_tokens // step) * step
