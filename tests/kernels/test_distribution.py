@@ -63,20 +63,20 @@ def test_draws_follow_the_exact_distribution(
     row.allowed = ALLOWED if is_masked else row.allowed
     rows, *state = state_of([row], VOCAB_SIZE, device, [0])
     on_gpu = device.type == "cuda"  # in the interpreter 100,000 programs would take minutes
-    num_shaped = DRAWS if on_gpu else 1  # the reference goes row by row
-    shaped = shape_logits(
-        logits.to(device).expand(num_shaped, -1), rows.expand(num_shaped).contiguous(), *state, use_triton=on_gpu
-    ).expand(DRAWS, -1)
-    seeds, same = torch.arange(DRAWS, device=device), torch.zeros(DRAWS, dtype=torch.int32, device=device)
     temperatures = torch.tensor([temperature], device=device)
     truncations = torch.tensor([(top_k, top_p, min_p)], device=device)
-    thresholds = keep_thresholds(
-        shaped[:num_shaped], temperatures, truncations, same[:num_shaped], use_triton=on_gpu
-    ).expand(DRAWS)
-    tokens = sample(
-        shaped, temperatures.repeat(DRAWS), seeds, same + 3, seeds.int(), thresholds.contiguous(), use_triton=on_gpu
-    )
-    counted = torch.bincount(tokens.long(), minlength=VOCAB_SIZE).tolist()
+    tokens = []
+    for seeds in torch.arange(DRAWS, device=device).split(50_000):  # a launch has at most 65,535 rows
+        num_rows = len(seeds)
+        num_shaped = num_rows if on_gpu else 1  # the reference goes row by row
+        same = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        given = logits.to(device).expand(num_shaped, -1)
+        shaped = shape_logits(given, rows.expand(num_shaped).contiguous(), *state, use_triton=on_gpu)
+        thresholds = keep_thresholds(shaped, temperatures, truncations, same[:num_shaped], use_triton=on_gpu)
+        order = torch.arange(num_rows, dtype=torch.int32, device=device)
+        drawn_from = shaped.expand(num_rows, -1), temperatures.repeat(num_rows), seeds, same + 3, order
+        tokens.append(sample(*drawn_from, thresholds.expand(num_rows).contiguous(), use_triton=on_gpu))
+    counted = torch.bincount(torch.cat(tokens).long(), minlength=VOCAB_SIZE).tolist()
     check_chi_square(counted, exact(logits.tolist(), row, temperature, (top_k, top_p, min_p)))
 
 
