@@ -19,7 +19,7 @@ from nanovllm.engine.shm_channel import ChannelWriter
 from nanovllm.engine.worker import WorkerStart, run_worker
 
 if TYPE_CHECKING:
-    from nanovllm.engine.model_runner import InFlightStep
+    from nanovllm.engine.in_flight import InFlightStep
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,48 @@ class Branches:
         )
 
 
+class BranchTable:
+    """The requests of several completions that have not ended."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, Branches] = {}  # by the request's id, and by those of its sequences
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._of
+
+    def expect(self, branches: Branches) -> None:
+        """Knows the request, whose sequences come now."""
+        self._of[branches.request_id] = branches
+
+    def add(self, branches: Branches) -> None:
+        self._of |= dict.fromkeys(branches.ids, branches)
+
+    def sequence_ids(self, request_id: str) -> list[str]:
+        """Those of a request's sequences: several where it has several completions."""
+        branches = self._of.get(request_id)
+        return branches.ids if branches is not None and branches.request_id == request_id else [request_id]
+
+    def join(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        """The outputs of one request's completions become one, when the last of them has ended."""
+        joined: list[RequestOutput] = []
+        for output in outputs:
+            branches = self._of.get(output.request_id)
+            whole = output if branches is None else branches.add(output)
+            if whole is not None:
+                joined.append(whole)
+                self.forget(whole.request_id)
+        return joined
+
+    def forget(self, request_id: str) -> None:
+        branches = self._of.get(request_id)
+        if branches is not None and branches.request_id == request_id:
+            for name in (request_id, *branches.ids):
+                self._of.pop(name, None)
+
+    def clear(self) -> None:
+        self._of.clear()
+
+
 def _joined(metrics: list[RequestMetrics]) -> RequestMetrics:
     """From the first to the last of what any did; tokens and preemptions of all."""
 

@@ -18,7 +18,7 @@ import xxhash
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch import ScheduledBatch, StepResult
-from nanovllm.engine.branches import Branches
+from nanovllm.engine.branches import Branches, BranchTable
 from nanovllm.engine.executor import Executor, StepHandle, make_executor
 from nanovllm.engine.metrics import EngineMetrics, EngineStatistics, StatisticsLine
 from nanovllm.engine.request_spans import close_request_spans, open_request_spans
@@ -96,7 +96,7 @@ class LLMEngine:
         # As `_shut_down`: what has not ended by then is in the timeline too.
         self._close_timeline = weakref.finalize(self, close_timeline, self._timeline, self._requests.values())
         self._close_spans = weakref.finalize(self, close_request_spans, self._spans)
-        self._branches: dict[str, Branches] = {}  # by the request's id, and by those of its sequences
+        self._branches = BranchTable()
         self._aborted: dict[str, Sequence] = {}  # not reported yet
         self._unclaimed: list[RequestOutput] = []  # handed back, reported by the next step
         self._in_flight: deque[_InFlight] = deque()
@@ -159,25 +159,20 @@ class LLMEngine:
         taken = [name for name in branches.ids if name in self._requests or name in self._branches]
         if taken:
             raise InvalidArgumentError("request_id", taken[0], "unique: completions of a request take /0, /1, …")
-        self._branches[branches.request_id] = branches  # first: Ctrl-C may come in between
+        self._branches.expect(branches)  # first: Ctrl-C may come in between
         try:
             for request_id, params in zip(branches.ids, branches.params, strict=True):
                 self.add_request(request_id, prompt, params)
         except BaseException:
             self.discard_requests([branches.request_id])
             raise
-        self._branches |= dict.fromkeys(branches.ids, branches)
+        self._branches.add(branches)
         return branches.request_id
-
-    def _sequence_ids(self, request_id: str) -> list[str]:
-        """Those of a request's sequences: several where it has several completions."""
-        branches = self._branches.get(request_id)
-        return branches.ids if branches is not None and branches.request_id == request_id else [request_id]
 
     def abort_request(self, request_id: str) -> None:
         """Ends a request; the next `step` returns what it has so far. An unknown or finished id does nothing."""
         self._check_alive()
-        for name in self._sequence_ids(request_id):
+        for name in self._branches.sequence_ids(request_id):
             sequence = self._requests.get(name)
             if sequence is not None and name not in self._aborted:
                 self.scheduler.abort(sequence)
@@ -186,15 +181,14 @@ class LLMEngine:
     def discard_requests(self, request_ids: Iterable[str]) -> None:
         """Ends requests without an output; unknown and finished ids do nothing."""
         for request_id in request_ids:
-            for name in self._sequence_ids(request_id):
+            for name in self._branches.sequence_ids(request_id):
                 sequence = self._requests.pop(name, None)
                 if sequence is not None:
                     self.scheduler.abort(sequence)
                     self._aborted.pop(name, None)
                     if self._spans is not None:
                         self._spans.record(sequence)
-            if request_id in self._branches:
-                self._forget(self._branches[request_id])
+            self._branches.forget(request_id)
 
     def sequence(self, request_id: str) -> Sequence | None:
         """An unfinished request, for who shows it while it grows; None when there is none of this id."""
@@ -248,7 +242,7 @@ class LLMEngine:
             ended = [*self._aborted.values(), *self._step()]
             self._aborted.clear()
             unclaimed, self._unclaimed = self._unclaimed, []
-            return unclaimed + self._join([self._finish(sequence) for sequence in ended])
+            return unclaimed + self._branches.join([self._finish(sequence) for sequence in ended])
         except BaseException as error:
             self._recover(error)
             raise
@@ -354,22 +348,6 @@ class LLMEngine:
             prompt_logprobs=self._tokenizing.prompt_logprobs(sequence),
             error=sequence.error,
         )
-
-    def _join(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
-        """The outputs of one request's completions become one, when the last of them has ended."""
-        joined: list[RequestOutput] = []
-        for output in outputs:
-            branches = self._branches.get(output.request_id)
-            whole = output if branches is None else branches.add(output)
-            if whole is not None:
-                joined.append(whole)
-                if branches is not None:
-                    self._forget(branches)
-        return joined
-
-    def _forget(self, branches: Branches) -> None:
-        for name in (branches.request_id, *branches.ids):
-            self._branches.pop(name, None)
 
     def _recover(self, error: BaseException) -> None:
         """Starts over with an empty scheduler: a step that stopped half-way leaves nothing that can be trusted."""

@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ import torch
 from nanovllm.attention.selection import select_attention
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.diagnostics.rank import RankDiagnostics
-from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepLogprobs, StepNeeds, StepResult
+from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepNeeds
 from nanovllm.engine.cuda_graph import DecodeGraphs
 from nanovllm.engine.device_rows import DeviceRows, ModelInputs
+from nanovllm.engine.in_flight import InFlightStep, wait_for
 from nanovllm.engine.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
 from nanovllm.engine.model_plan import ModelPlan
 from nanovllm.engine.warm_up import WarmUp
@@ -41,40 +42,7 @@ from nanovllm.utils.stopwatch import Stopwatch
 
 logger = setup_logger(__name__)
 
-_LOOK_SECONDS = 20e-6
 _SCORED_TOKENS = 256  # prompt tokens whose logits are in memory at a time
-
-
-@dataclass(frozen=True)
-class InFlightStep:
-    """A launched step: its tokens are in `sampled` once `done` has passed (None: they are there)."""
-
-    sampled: SampledTokens  # on the host
-    done: torch.cuda.Event | None
-    began: torch.cuda.Event | None  # where somebody wants to know the time between the two
-
-    def wait(self, check: Callable[[], None] | None = None) -> StepResult:
-        if self.done is not None:
-            _wait_for(self.done, check)
-        gpu_ms = self.began.elapsed_time(self.done) if self.began is not None and self.done is not None else None
-        sampled = self.sampled
-        logprobs = _step_logprobs(sampled.logprobs) if sampled.logprobs else None
-        return StepResult(
-            sampled.token_ids.numpy(), gpu_ms, logprobs, tuple(map(_step_logprobs, sampled.prompt_logprobs))
-        )
-
-
-def _step_logprobs(logprobs: TokenLogprobs) -> StepLogprobs:
-    return StepLogprobs(*(tensor.numpy() for tensor in logprobs.tensors()))
-
-
-def _wait_for(event: torch.cuda.Event, check: Callable[[], None] | None) -> None:
-    if check is None:
-        event.synchronize()
-        return
-    while not event.query():
-        check()
-        time.sleep(_LOOK_SECONDS)
 
 
 class ModelRunner:
@@ -204,7 +172,7 @@ class ModelRunner:
 
         try:
             if (event := self._record_event(with_time=False)) is not None:
-                _wait_for(event, check)
+                wait_for(event, check)
         except TimeoutError:
             return False
         except RuntimeError:  # of CUDA's, met by whoever waited for the step

@@ -10,16 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nanovllm.engine.batch import IntArray, StepNeeds
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, num_asked
 
 BoolArray = npt.NDArray[np.bool_]
-
-ALL_LOGPROBS = 2**30  # more than there are tokens
-
-
-def num_asked(logprobs: int | None) -> int:
-    """Likeliest tokens that `SamplingParams.logprobs` asks for; -1: no log-probabilities at all."""
-    return -1 if logprobs is None else ALL_LOGPROBS if logprobs == -1 else logprobs
 
 
 class RowTable:

@@ -22,7 +22,7 @@ from nanovllm.config import MIN_SHARED_PREFIX, ResolvedConfig
 from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepLogprobs, StepResult
 from nanovllm.engine.block_manager import BlockManager, BlockTable
 from nanovllm.engine.metrics import EngineMetrics, Load
-from nanovllm.engine.row_table import BoolArray, RowTable, num_asked
+from nanovllm.engine.row_table import BoolArray, RowTable
 from nanovllm.engine.scheduler_lines import SchedulerLines
 from nanovllm.engine.sequence import Sequence, SequenceStatus, token_logprobs
 from nanovllm.outputs import FinishReason
@@ -237,7 +237,8 @@ class Scheduler:
                 of_all_tokens = sequence.params.prompt_logprobs == -1
                 if of_all_tokens:
                     end = min(end, start + self._max_tokens_scored_for_all)
-                scored += self._score(sequence, num_planned, start, end)
+                for first, count, num_top in sequence.score(start, end):
+                    scored.append((num_planned + first - start, row, first, count, num_top))
             num_planned += end - start
             chunks.append((row, start, end - start))
             self.rows.num_computed[row] = end
@@ -249,22 +250,6 @@ class Scheduler:
             if end < num_tokens or of_all_tokens:
                 break
         return chunks
-
-    def _score(self, sequence: Sequence, index: int, start: int, end: int) -> list[tuple[int, int, int, int, int]]:
-        """The batch's `scored` item for a chunk, whose first token is the step's prompt token `index`."""
-        first, last = max(start, sequence.num_scored), min(end, sequence.num_prompt_tokens - 1)
-        if first >= last:  # computed again after a preemption
-            return []
-        sequence.num_scored = last
-        return [
-            (
-                index + first - start,
-                self._row(sequence),
-                first,
-                last - first,
-                num_asked(sequence.params.prompt_logprobs),
-            )
-        ]
 
     def _admit(self, opened: list[OpenedRow], blocks: list[IntArray]) -> Sequence | None:
         """Gives the first waiting sequence that is compiled a row and blocks for all its tokens, if both are there."""

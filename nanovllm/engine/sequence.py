@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from nanovllm.engine.structured_outputs import TokenMatcher
 
 
+ALL_LOGPROBS = 2**30  # more than there are tokens
+
+
 class SequenceStatus(enum.Enum):
     """WAITING → PREFILLING → DECODING → FINISHED, with PREEMPTED on the way back to WAITING."""
 
@@ -40,6 +43,11 @@ class TokenLogprob:
     rank: int
     top_ids: IntArray  # [num_top]
     top: npt.NDArray[np.float32]  # [num_top]
+
+
+def num_asked(logprobs: int | None) -> int:
+    """Likeliest tokens that `SamplingParams.logprobs` asks for; -1: no log-probabilities at all."""
+    return -1 if logprobs is None else ALL_LOGPROBS if logprobs == -1 else logprobs
 
 
 def token_logprobs(step: StepLogprobs, num_top: int, rows: Iterable[int] | None = None) -> Iterator[TokenLogprob]:
@@ -102,6 +110,15 @@ class Sequence:
     def wants_scores(self) -> bool:
         """Whether its prompt must be computed for log-probabilities that are not on their way yet."""
         return self.params.prompt_logprobs is not None and self.num_scored < self.num_prompt_tokens - 1
+
+    def score(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """What computing tokens `start` … `end` gives log-probabilities of, at most one item: the first token whose
+        successor gets one, how many there are, how many of the likeliest are asked for."""
+        first, last = max(start, self.num_scored), min(end, self.num_prompt_tokens - 1)
+        if first >= last:  # computed again after a preemption
+            return []
+        self.num_scored = last
+        return [(first, last - first, num_asked(self.params.prompt_logprobs))]
 
     @property
     def watches_tokens(self) -> bool:
