@@ -88,6 +88,9 @@ def many_kinds(llm: LLM) -> list[SamplingParams]:
         *[SamplingParams(seed=seed, max_tokens=40, stop=["\ufffd\ufffd", "a "], **HOT) for seed in range(6)],
         *[SamplingParams(seed=seed, max_tokens=40, **HOT) for seed in range(6)],
         SamplingParams(temperature=0, max_tokens=1),
+        SamplingParams(temperature=0, max_tokens=40, min_tokens=12, stop=[stop, text[2:4], "no such text"]),
+        SamplingParams(temperature=0, max_tokens=20, prompt_logprobs=1, presence_penalty=1.0),
+        SamplingParams(seed=1, max_tokens=40, structured_outputs={"regex": "(é|[a-f]{2}){1,4}-[0-9]{1,5}"}),
     ]
 
 

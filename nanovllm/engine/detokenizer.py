@@ -45,13 +45,13 @@ class StopStrings:
         self._detokenizer = detokenizer
         self._include_stop = include_stop
         self._num_ignored = min_tokens  # tokens that complete no stop string
-        self._overlap = max(map(len, stop)) - 1  # characters of a stop string that may have come before
 
     def add(self, token_id: int) -> str | None:
         """The stop string that this token completes, the leftmost if several; `text` then ends there."""
-        start = max(0, len(self.text) - self._overlap)
+        known = len(self.text)
         self.text += self._detokenizer.add(token_id)
-        found = [(at, stop) for stop in self._stop if (at := self.text.find(stop, start)) >= 0]
+        starts = {stop: max(0, known + 1 - len(stop)) for stop in self._stop}  # a stop string ends in what is new
+        found = [(at, stop) for stop, start in starts.items() if (at := self.text.find(stop, start)) >= 0]
         self._num_ignored -= 1
         if not found or self._num_ignored >= 0:
             return None

@@ -98,6 +98,16 @@ def test_stop_strings_across_tokens() -> None:
     assert stopped(token_ids, stop, include=True)[:2] == (stop, text[:18])
 
 
+def test_a_stop_string_that_came_too_early_does_not_count_later() -> None:
+    """Its text may have been shown; that of a longer one, which also looks far back, must not bring it up again."""
+    text = "abcdefghij"
+    watch = StopStrings(("bc", "no such text"), Detokenizer(TOKENIZER, True), False, min_tokens=4)
+    token_ids = [token for character in text for token in encode(character)]
+    assert len(token_ids) == len(text)
+    assert [watch.add(token) for token in token_ids] == [None] * len(text)
+    assert watch.text == text
+
+
 @pytest.mark.parametrize("stop", ["xyzzy", "introduce yourself!"])
 def test_a_stop_string_that_does_not_come_ends_nothing(stop: str) -> None:
     token_ids = encode("introduce yourself in two words")
