@@ -1,0 +1,148 @@
+"""Drop-in proof: scripts for vLLM's offline API and nano-vllm's run with only the import changed.
+
+The scripts are ours, in the way that such scripts are written; none of them knows of this test. What is replaced is the
+package's name in import lines, nothing else.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nanovllm
+from nanovllm import LLM, SamplingParams
+
+ROOT = Path(nanovllm.__file__).resolve().parents[1]
+SCRIPTS = Path(__file__).parent / "scripts"
+TINY = str(ROOT / "nanovllm" / "assets" / "tiny-qwen3")
+IMPORT = re.compile(r"^(from|import) vllm\b", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM("tiny") as llm:
+        yield llm
+
+
+def with_our_import(name: str) -> str:
+    """The script's source; every line but those that import vLLM is as it was."""
+    source = (SCRIPTS / f"{name}.py").read_text(encoding="utf-8")
+    ours = IMPORT.sub(r"\1 nanovllm", source)
+    changed = [(old, new) for old, new in zip(source.splitlines(), ours.splitlines(), strict=True) if old != new]
+    assert bool(changed) == name.startswith("vllm"), "nano-vllm's package has our name"
+    assert all(old.replace("vllm", "nanovllm", 1) == new for old, new in changed)
+    assert "vllm" not in {module.partition(".")[0] for module in imported(ours)}
+    return ours
+
+
+def imported(source: str) -> list[str]:
+    names = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            names.append(node.module or "")
+        elif isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+    return names
+
+
+def run(name: str, folder: Path, model: str = TINY) -> list[str]:
+    """What the script prints, line by line."""
+    path = folder / f"{name}.py"
+    path.write_text(with_our_import(name), encoding="utf-8")
+    environment = {**os.environ, "NANOVLLM_LOG_LEVEL": "WARNING", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, str(path), model], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.splitlines()
+
+
+def texts(llm: LLM, prompts: list[Any], **params: Any) -> list[str]:
+    return [output["text"] for output in llm.generate(prompts, SamplingParams(**params), use_tqdm=False)]
+
+
+def test_basic(llm: LLM, tmp_path: Path) -> None:
+    lines = run("vllm_basic", tmp_path)
+    prompts = ["count from 3 to 9", "What is 27 + 58?", "reverse the word planet", "introduce yourself"]
+    expected = texts(llm, prompts, temperature=0.8, top_p=0.95, seed=11, max_tokens=16)
+    assert [line for line in lines if line.startswith("Prompt:")] == [f"Prompt:    {prompt!r}" for prompt in prompts]
+    assert [line for line in lines if line.startswith("Output:")] == [f"Output:    {text!r}" for text in expected]
+    (single,) = llm.generate(
+        prompts[0], SamplingParams(temperature=0, max_tokens=32, stop=[" 8", "\n"]), use_tqdm=False
+    )
+    completion = single.outputs[0]
+    assert lines[-2] == f"Single: {completion.text!r} {completion.finish_reason} {completion.stop_reason}"
+    assert lines[-1] == "Lengths: [1, 3, 5, 7]"
+
+
+def test_chat(llm: LLM, tmp_path: Path) -> None:
+    lines = run("vllm_chat", tmp_path)
+    prompts, answers = lines[::2], lines[1::2]
+    assert len(prompts) == 6
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = ast.literal_eval(prompt.removeprefix("Prompt: "))
+        assert answer == f"Generated text: {texts(llm, [text], temperature=0, max_tokens=48)[0]!r}"
+    assert answers[1:4] == [f"Generated text: {text!r}" for text in ("27 + 58 = 85", "tenalp", answers_itself(llm))]
+    assert (prompts[5], answers[5]) == (prompts[2], answers[2])
+    assert prompts[4] != prompts[1], "enable_thinking reached the template"
+
+
+def answers_itself(llm: LLM) -> str:
+    chat = [{"role": "user", "content": "introduce yourself"}]
+    return str(llm.chat(chat, SamplingParams(temperature=0, max_tokens=48), use_tqdm=False)[0]["text"])
+
+
+def test_logprobs(llm: LLM, tmp_path: Path) -> None:
+    lines = run("vllm_logprobs", tmp_path)
+    assert len(lines) == 2 * (6 + 2)
+    params = SamplingParams(temperature=0, max_tokens=6, logprobs=3, ignore_eos=True)
+    (output, _) = llm.generate(["What is 27 + 58?", "count from 3 to 9"], params, use_tqdm=False)
+    assert [int(line.split()[0]) for line in lines[:6]] == output["token_ids"]
+    assert lines[6] == f"cumulative {round(output.outputs[0].cumulative_logprob or 0, 4)}"
+    assert all(float(line.split()[1]) > 1 for line in lines if line.startswith("perplexity"))
+
+
+def test_prompt_token_ids(llm: LLM, tmp_path: Path) -> None:
+    lines = run("vllm_prompt_token_ids", tmp_path)
+    params = SamplingParams(temperature=0, max_tokens=8)
+    outputs = llm.generate(["count from 3 to 9", "What is 27 + 58?"], params, use_tqdm=False)
+    assert lines == [*[f"True True {output['token_ids']}" for output in outputs], "'' True", "cached True"]
+
+
+def test_structured_outputs(tmp_path: Path) -> None:
+    choice, regex, as_json, grammar = run("vllm_structured_outputs", tmp_path)
+    assert choice in ("choice: Positive", "choice: Negative")
+    assert re.fullmatch(r"regex: [a-z]{1,8}@[a-z]{1,8}\.com", regex)
+    car = ast.literal_eval(as_json.removeprefix("json: "))
+    assert car["brand"] in ("sedan", "truck")
+    assert 1990 <= car["year"] <= 2030
+    assert re.fullmatch(r"grammar: SELECT (id|name) FROM table_[1-3]", grammar)
+
+
+def test_nano_vllm_s_example(tmp_path: Path) -> None:
+    lines = [line for line in run("nano_vllm_example", tmp_path) if line]
+    assert len(lines) == 4
+    assert "introduce yourself" in lines[0]
+    assert "list all prime numbers within 100" in lines[2]
+    assert all(line.startswith("Completion: ") and len(line) > 20 for line in lines[1::2])
+
+
+def test_nano_vllm_s_benchmark(tmp_path: Path) -> None:
+    (line,) = run("nano_vllm_bench", tmp_path)
+    found = re.fullmatch(r"Total: (\d+)tok, Time: [\d.]+s, Throughput: ([\d.]+)tok/s", line)
+    assert found is not None
+    assert 24 * 10 <= int(found[1]) <= 24 * 32
+    assert float(found[2]) > 0
+
+
+def test_every_script_is_run() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert {path.stem for path in SCRIPTS.glob("*.py")} == set(re.findall(r'run\("(\w+)", tmp_path\)', source))
