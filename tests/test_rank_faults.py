@@ -252,6 +252,8 @@ def test_rank_0_is_named_when_the_others_wait_for_it(folder: Path, monkeypatch: 
             time.sleep(0.15)
             ahead[0] += 1000
             time.sleep(0.15)
+        time.sleep(0.5)
+        assert executor_of(llm)._workers.failure is None
         generate(llm, PROMPTS)
         submit = executor_of(llm)._runner.submit
         monkeypatch.setattr(executor_of(llm)._runner, "submit", lambda batch: (time.sleep(1.5), submit(batch))[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanovllm import LLM, InvalidStateError, SamplingParams
+from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics, answer
 from nanovllm.diagnostics.memory import MemoryReport
 from nanovllm.diagnostics.step_times import KINDS, StepTime, StepTimes, pack_step_times, unpack_step_times
 from nanovllm.engine import worker_pool
@@ -106,6 +108,30 @@ def test_a_profile_that_one_rank_can_not_write_is_none_of_any(llm: LLM, tmp_path
     generate(llm, PROMPTS)
     llm.stop_profile()
     assert len(list((tmp_path / "good").glob("*.json"))) == 2
+
+
+class FakeRank:
+    """Diagnostics of a rank, as far as its profiler goes."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error, self.profiles = error, False
+
+    def start_profile(self, folder: Path) -> None:
+        if self.error is not None:
+            raise self.error
+        self.profiles = True
+
+    def cancel_profile(self) -> None:
+        self.profiles = False
+
+
+@pytest.mark.parametrize("error", [None, OSError("no space left"), InvalidStateError("torch's profiler runs already")])
+def test_a_profile_runs_on_all_ranks_or_on_none(error: Exception | None) -> None:
+    own, ranks = FakeRank(), [FakeRank(), FakeRank(error), FakeRank()]
+    diagnostics = AllRanksDiagnostics(own, lambda question: [answer(rank, question) for rank in ranks])  # type: ignore[arg-type]
+    with nullcontext() if error is None else pytest.raises(InvalidStateError, match=f"On rank 2: {error}"):
+        diagnostics.start_profile(Path("profile"))
+    assert {rank.profiles for rank in (own, *ranks)} == {error is None}
 
 
 def test_a_rank_that_can_not_finish_its_profile_is_told_and_the_engine_goes_on(llm: LLM, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanovllm.errors import InvalidArgumentError
+from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.parallel import TensorParallel
 from tests.models.paged_model import load_model
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
@@ -33,6 +34,25 @@ def test_one_rank_needs_no_group() -> None:
     tensor = torch.ones(2, 3)
     assert TensorParallel().all_reduce(tensor) is tensor
     assert TensorParallel().all_gather_last_dim(tensor) is tensor
+
+
+@pytest.mark.parametrize("vocab_size", [5, 8, 321])
+def test_the_ranks_logits_are_the_vocabulary_s_without_padding(vocab_size: int) -> None:
+    """A padded row's logit is 0: were it among them, it could be drawn."""
+    torch.manual_seed(0)
+    table, hidden = torch.randn(vocab_size, 16), torch.randn(3, 16)
+    shares = []
+    for rank in range(4):
+        head = VocabParallelEmbedding(vocab_size, 16, TensorParallel(rank, 4), torch.float32)
+        head.to_empty(device="cpu")
+        rows = table[head.first : head.first + head.share]
+        with torch.no_grad():
+            head.weight.zero_()
+            head.weight[: len(rows)] = rows
+            shares.append(head.logits_share(hidden))
+    logits = torch.cat(shares, dim=1)
+    assert logits.shape == (3, vocab_size)
+    torch.testing.assert_close(logits, hidden @ table.T)
 
 
 @pytest.mark.parametrize(
