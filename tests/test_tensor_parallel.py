@@ -41,6 +41,12 @@ requests = st.builds(
         top_k=st.sampled_from([0, 0, 0, 20]),
         top_p=st.sampled_from([1.0, 1.0, 1.0, 0.7]),
         min_p=st.sampled_from([0.0, 0.0, 0.0, 0.1]),
+        # What a rank keeps of a row's earlier tokens, and must have again after a preemption.
+        frequency_penalty=st.sampled_from([0.0, 0.0, 0.0, 0.9]),
+        repetition_penalty=st.sampled_from([1.0, 1.0, 1.0, 1.3]),
+        logit_bias=st.sampled_from([None, None, None, {5: 4.0, 310: 3.0}]),
+        min_tokens=st.sampled_from([0, 0, 1]),
+        allowed_token_ids=st.sampled_from([None, None, None, None, (3, 80, 81, 160, 161, 300)]),
         seed=st.integers(0, 2**63 - 1),
         max_tokens=st.integers(1, 30) | st.integers(20, 30),
         ignore_eos=st.booleans(),
