@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nanovllm import SamplingParams
 from nanovllm.engine.sequence import Sequence
 from tests.engine.simulated_executor import _ROOT, EOS, VOCAB_SIZE, extend, next_token
-from tests.engine.test_schedules import Request, engines, make_engine, prompts, run
+from tests.engine.test_schedules import Request, check_output, engines, make_engine, prompts, run
 
 GUIDED = {"regex": "what is compiled is ours here"}
 
@@ -98,12 +98,6 @@ def test_answers_do_not_depend_on_the_schedule(
     engine._grammars = Compiler(delays)  # type: ignore[assignment]
     run(engine, wanted)
     for request in wanted:
-        expected = expected_output(request, max_model_len)
-        assert request.output is not None
-        if request.finish_reason == "abort":
-            assert request.output == expected[: len(request.output)]
-            assert request.aborted_at_step is not None
-        else:
-            assert request.output == expected
+        check_output(request, expected_output(request, max_model_len))
     assert engine.scheduler.block_manager.num_free_blocks == num_blocks
     assert engine.scheduler.rows.is_empty

@@ -147,15 +147,21 @@ def test_a_tiny_temperature_still_draws_among_equals(device, use_triton):
     assert 10 < int(draw(logits, 1e-4, rows, rows, use_triton).sum()) < 54
 
 
-@pytest.mark.parametrize("use_triton", [True, False])
-@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1.0])
-def test_broken_logits_still_give_valid_ids(device, temperature, use_triton):
+def broken_logits(device):
+    """Rows of NaN, of both infinities, and two with one token to draw: 77 and 4099."""
     logits = torch.zeros(5, 4100, device=device)
     logits[0] = torch.nan
     logits[1] = torch.inf
     logits[2] = -torch.inf
     logits[3, 77], logits[3, 78] = torch.inf, torch.nan
     logits[4], logits[4, 4099] = -torch.inf, 0.0
+    return logits
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1.0])
+def test_broken_logits_still_give_valid_ids(device, temperature, use_triton):
+    logits = broken_logits(device)
     rows = torch.arange(5, device=device)
     tokens = draw(logits, temperature, rows, rows, use_triton).tolist()
     assert all(0 <= token < 4100 for token in tokens)

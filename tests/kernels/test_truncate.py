@@ -8,6 +8,7 @@ import torch
 from nanovllm.kernels.sample import sample
 from nanovllm.kernels.truncate import NO_TRUNCATION, keep_thresholds
 from tests.kernels.inputs import DTYPES
+from tests.kernels.test_sample import broken_logits
 
 # Infinities are meant; numpy, below Triton's interpreter, reports them.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -92,12 +93,7 @@ def test_a_row_finds_its_parameters_and_not_its_neighbours(device, generator, us
 @pytest.mark.parametrize("use_triton", [True, False])
 @pytest.mark.parametrize("temperature", [1e-45, 1.0])
 def test_broken_logits_still_give_valid_ids(device, temperature, use_triton):
-    logits = torch.zeros(5, 4100, device=device)
-    logits[0] = torch.nan
-    logits[1] = torch.inf
-    logits[2] = -torch.inf
-    logits[3, 77], logits[3, 78] = torch.inf, torch.nan
-    logits[4], logits[4, 4099] = -torch.inf, 0.0
+    logits = broken_logits(device)
     rows = torch.arange(5, device=device)
     temperatures = torch.full((5,), temperature, device=device)
     for truncation in ON:
