@@ -79,8 +79,8 @@ def test_basic(llm: LLM, tmp_path: Path) -> None:
         prompts[0], SamplingParams(temperature=0, max_tokens=32, stop=[" 8", "\n"]), use_tqdm=False
     )
     completion = single.outputs[0]
-    assert lines[-2] == f"Single: {completion.text!r} {completion.finish_reason} {completion.stop_reason}"
-    assert lines[-1] == "Lengths: [1, 3, 5, 7]"
+    assert lines[-4] == f"Single: {completion.text!r} {completion.finish_reason} {completion.stop_reason}"
+    assert lines[-3:] == ["Several: [0, 1, 2]", "Different: True", "Lengths: [1, 3, 5, 7]"]
 
 
 def test_chat(llm: LLM, tmp_path: Path) -> None:

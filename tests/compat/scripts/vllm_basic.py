@@ -28,6 +28,10 @@ def main():
     (single,) = llm.generate(prompts[0], SamplingParams(temperature=0.0, max_tokens=32, stop=[" 8", "\n"]))
     completion = single.outputs[0]
     print("Single:", repr(completion.text), completion.finish_reason, completion.stop_reason)
+    # Several completions of one prompt.
+    (several,) = llm.generate([prompts[0]], SamplingParams(n=3, temperature=1.0, seed=5, max_tokens=8, ignore_eos=True))
+    print("Several:", [completion.index for completion in several.outputs])
+    print("Different:", len({tuple(completion.token_ids) for completion in several.outputs}) > 1)
     each = [SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True) for length in (1, 3, 5, 7)]
     print("Lengths:", [len(output.outputs[0].token_ids) for output in llm.generate(prompts, each, use_tqdm=False)])
 
