@@ -464,3 +464,23 @@ def test_ctrl_c() -> None:
     assert process.returncode not in (0, -signal.SIGSEGV, -signal.SIGABRT)
     assert stderr.strip().endswith("KeyboardInterrupt")
     assert stderr.count("Traceback") <= 2, stderr  # asyncio's own: the task was cancelled, because of Ctrl-C
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_streams_give_what_llm_gives() -> None:
+    """CUDA graphs are captured and replayed in the engine's thread, and two steps are in flight."""
+    settings: dict[str, Any] = {"device": "cuda", "dtype": "float32", "max_num_seqs": 64, "num_kvcache_blocks": 2048}
+    words = [f"count from {start} to {start + 3}" for start in range(100)]
+    with LLM("tiny", **settings) as llm:
+        expected = [output["text"] for output in llm.generate(words, SHORT, use_tqdm=False)]
+
+    async def test() -> None:
+        async with AsyncLLM("tiny", **settings) as engine:
+            leaving = engine.generate("introduce yourself", LONG)
+            await anext(leaving)
+            outputs = await asyncio.gather(*(collect(engine, word, SHORT) for word in words))
+            await leaving.aclose()
+            assert [parts[-1]["text"] for parts in outputs] == expected
+            await assert_empty(engine)
+
+    run(test())
