@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import EngineArguments, EngineConfig
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.tokenizing import NewTokens, Prompt
+from nanovllm.engine.tokenizing import Prompt
 from nanovllm.errors import EngineDeadError, InvalidArgumentError, InvalidStateError, NanoVLLMError, StepFailedError
 from nanovllm.outputs import RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.streaming import OutputStream, check_streamable
+from nanovllm.streaming import News, OutputStream, extend_news
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -75,7 +75,6 @@ class AsyncLLM:
         """
         if not isinstance(delta, bool):
             raise InvalidArgumentError("delta", delta, "True or False")
-        check_streamable(sampling_params)
         request_id = f"async-{next(self._counter)}" if request_id is None else request_id
         request = _Request(request_id, prompt, sampling_params, delta)
         self._thread.open(request, self._running_loop())
@@ -145,13 +144,13 @@ class _Request:
     def __init__(self, request_id: str, prompt: Prompt, params: SamplingParams | None, delta: bool) -> None:
         self.request_id, self.prompt, self.params, self.delta = request_id, prompt, params, delta
         self.stream: OutputStream | None = None  # made by the engine's thread, before there is any news
-        self.waiting: NewTokens | None = None  # what the consumer has not fetched
+        self.waiting: News | None = None  # what the consumer has not fetched
         self.end: RequestOutput | BaseException | None = None
         self.news, self.ended = asyncio.Event(), asyncio.Event()  # set in the event loop only
 
 
 _Command = Callable[[LLMEngine, _Request], None]
-_News = tuple[_Request, "NewTokens | RequestOutput | BaseException"]
+_Told = tuple[_Request, "News | RequestOutput | BaseException"]
 
 
 class _EngineThread:
@@ -271,7 +270,7 @@ class _EngineThread:
                 lost, self._running = self._running, {}
                 self._tell([(request, _step_failed(engine, error)) for request in lost.values()])
                 continue
-            news: list[_News] = [(self._running.pop(output.request_id), output) for output in outputs]
+            news: list[_Told] = [(self._running.pop(output.request_id), output) for output in outputs]
             for request in self._running.values():
                 new = request.stream.read() if request.stream is not None else None
                 if new is not None:
@@ -296,17 +295,17 @@ class _EngineThread:
             del self._running[request.request_id]
             engine.discard_requests([request.request_id])
 
-    def _tell(self, news: list[_News]) -> None:
+    def _tell(self, news: list[_Told]) -> None:
         """Leaves each request its news, and wakes the event loop unless it is about to wake anyway."""
         with self._lock:
             is_under_way = bool(self._to_wake)
             for request, what in news:
-                if not isinstance(what, NewTokens):
+                if not isinstance(what, dict):
                     request.end = request.end or what
                 elif request.waiting is None:
                     request.waiting = what
                 else:
-                    request.waiting.extend(what)
+                    extend_news(request.waiting, what)
                 self._to_wake[request] = None
             if self._to_wake and not is_under_way and self._loop is not None:
                 try:

@@ -20,7 +20,7 @@ from nanovllm.engine.tokenizing import Prompt
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.streaming import OutputStream, check_streamable
+from nanovllm.streaming import OutputStream
 from nanovllm.utils import env, events
 from nanovllm.utils.logger import flush_timed_sections, log_gpu_memory, log_rule, setup_logger
 
@@ -78,7 +78,8 @@ class LLM:
         """Completes each prompt, and yields what is new of each after every step.
 
         The arguments are those of `generate`. `outputs[0]` holds the text, tokens and log-probabilities since the
-        request's last output; joined, they are what `generate` gives. Text that was shown never changes. `finished` and
+        request's last output; with n > 1, `outputs` has those completions, by their `index`, that grew, and at the end
+        all of them. Joined, they are what `generate` gives. Text that was shown never changes. `finished` and
         `finish_reason` come with a request's last output. Requests keep the order of their prompts: the first's id
         ends in the lowest number. Nothing runs before the first output is asked for; closing the iterator, or leaving
         its loop, ends what is left.
@@ -86,7 +87,7 @@ class LLM:
         engine = self.llm_engine
         request_ids: list[str] = []
         try:
-            refused = self._add_requests(_as_list(prompts), sampling_params, request_ids, in_stream=True)
+            refused = self._add_requests(_as_list(prompts), sampling_params, request_ids)
             queued = [request_id for request_id in request_ids if request_id not in refused]
             streams = {request_id: OutputStream(engine, request_id, delta=True) for request_id in queued}
             yield from refused.values()
@@ -199,8 +200,6 @@ class LLM:
         batch: Seq[Prompt | InvalidArgumentError],
         sampling_params: SamplingParams | Seq[SamplingParams] | None,
         request_ids: list[str],
-        *,
-        in_stream: bool = False,
     ) -> dict[str, RequestOutput]:
         """Queues what may be queued; `request_ids` gets the id of each. Returns the outputs of what is refused.
 
@@ -214,8 +213,6 @@ class LLM:
             try:
                 if isinstance(prompt, InvalidArgumentError):
                     raise prompt
-                if in_stream:
-                    check_streamable(param)
                 self.llm_engine.add_request(request_id, prompt, param)
             except InvalidArgumentError as error:
                 refused[request_id] = prompt, error

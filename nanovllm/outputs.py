@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -60,6 +61,7 @@ class RequestMetrics:
     num_output_tokens: int
     num_cached_tokens: int  # of the prompt, found in the prefix cache when first scheduled
     num_preemptions: int
+    completions: tuple[RequestMetrics, ...] = ()  # with n > 1, of each; the above is then of all together
 
     @property
     def queue_time(self) -> float | None:
@@ -73,7 +75,11 @@ class RequestMetrics:
 
     @property
     def inter_token_latency(self) -> float | None:
-        """Mean seconds from one token to the next; None below two tokens."""
+        """Mean seconds from one token to the next of the same completion; None below two tokens."""
+        if self.completions:
+            gaps = [max(each.num_output_tokens - 1, 0) for each in self.completions]
+            means = [each.inter_token_latency or 0.0 for each in self.completions]
+            return sum(map(operator.mul, means, gaps)) / sum(gaps) if any(gaps) else None
         if self.first_token is None or self.last_token is None or self.num_output_tokens < 2:
             return None
         return (self.last_token - self.first_token) / (self.num_output_tokens - 1)

@@ -13,6 +13,7 @@ from nanovllm.errors import InvalidArgumentError, checks_argument_names
 
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
+MAX_N = 16384
 MAX_BIAS = 100.0
 
 
@@ -81,8 +82,8 @@ def _schema_text(schema: object) -> str:
 class SamplingParams:
     """Sampling parameters of one request.
 
-    n: completions of the prompt, with seeds seed, seed + 1, …; prefix caching computes the prompt once for all. Must be
-        1 with temperature 0, which would give the same each time.
+    n: completions of the prompt, up to 16384, with seeds seed, seed + 1, …; prefix caching computes the prompt once
+        for all. Must be 1 with temperature 0, which would give the same each time.
     temperature: 0 is greedy; up to 2, logits are divided by it before a token is drawn.
     max_tokens: the most tokens to generate; None goes on to the model's length.
     ignore_eos: generate past the end-of-sequence token, for benchmarks.
@@ -155,9 +156,9 @@ class SamplingParams:
                 raise InvalidArgumentError(name, getattr(self, name), "True or False")
         if self.seed is not None and (not _is_integer(self.seed) or not 0 <= self.seed <= MAX_SEED):
             raise InvalidArgumentError("seed", self.seed, "an integer from 0 to 2**63 - 1, or None")
-        if not _is_integer(self.n) or self.n < 1 or (self.temperature == 0 and self.n > 1):
+        if not _is_integer(self.n) or not 1 <= self.n <= MAX_N or (self.temperature == 0 and self.n > 1):
             hint = "Greedy completions of one prompt are all the same." if self.temperature == 0 else ""
-            raise InvalidArgumentError("n", self.n, "an integer ≥ 1, and 1 with temperature 0", hint)
+            raise InvalidArgumentError("n", self.n, f"an integer from 1 to {MAX_N}, and 1 with temperature 0", hint)
         if self.seed is not None and self.seed > MAX_SEED - self.n + 1:
             raise InvalidArgumentError("seed", self.seed, f"at most 2**63 - n (n={self.n}), as each has its own")
         if not _is_integer(self.top_k) or self.top_k < -1:

@@ -6,17 +6,21 @@ from dataclasses import replace
 
 from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.tokenizing import NewTokens
-from nanovllm.errors import InvalidArgumentError, StepFailedError
+from nanovllm.errors import StepFailedError
 from nanovllm.outputs import CompletionOutput, RequestOutput
-from nanovllm.sampling_params import SamplingParams
+
+News = dict[int, NewTokens]  # of those of a request's completions that have any, by index
 
 
-def check_streamable(params: SamplingParams | None) -> None:
-    """Raises InvalidArgumentError for what can not be shown while it grows."""
-    if isinstance(params, SamplingParams) and params.n > 1:
-        hint = "Stream n requests with seeds of their own: they share the prompt's blocks."
-        raise InvalidArgumentError("n", params.n, "1 in a stream", hint)
+def extend_news(news: News, newer: News) -> None:
+    """Takes in what follows."""
+    for index, tokens in newer.items():
+        if index in news:
+            news[index].extend(tokens)
+        else:
+            news[index] = tokens
 
 
 class OutputStream:
@@ -25,15 +29,57 @@ class OutputStream:
     `read` belongs to whoever runs the steps; `grow` and `end` to whoever wants outputs, in another thread if need be:
     text is made there, once for all tokens that came since the last output.
 
-    delta: outputs hold what is new since the one before; else all there is so far. Either way, text that was shown
-    never changes: half a character is held back, and so is what may turn out to begin a stop string.
+    delta: outputs hold what is new since the one before, of the completions that have anything new; else all there is
+    so far. Either way, text that was shown never changes: half a character is held back, and so is what may turn out
+    to begin a stop string. Of several completions, one that ends before the others tells its end with theirs.
     """
 
     def __init__(self, engine: LLMEngine, request_id: str, *, delta: bool) -> None:
-        sequence = engine.sequence(request_id)
-        assert sequence is not None, f"{request_id} has ended"
+        sequences = engine.sequences(request_id)
+        assert sequences, f"{request_id} has ended"
+        self._engine, self._request_id, self._delta = engine, request_id, delta
+        self._sequences = sequences
+        self._completions = [_CompletionStream(engine, *each, delta) for each in enumerate(sequences)]
+
+    def read(self) -> News | None:
+        """Tokens since the last call; None when there are none. For after a step that did not end the request.
+
+        Raises StepFailedError when a step of somebody else's failed, and the request is lost.
+        """
+        for sequence in self._sequences:
+            if sequence.finish_reason is None and self._engine.sequences(sequence.request_id) != [sequence]:
+                raise StepFailedError(f"A step failed: request {self._request_id!r} is lost.")
+        news = {index: new for index, each in enumerate(self._completions) if (new := each.read()) is not None}
+        return news or None
+
+    def grow(self, news: News) -> RequestOutput:
+        """The output that `news` makes."""
+        wanted = sorted(news) if self._delta else range(len(self._completions))
+        first = self._sequences[0]
+        return RequestOutput(
+            request_id=self._request_id,
+            prompt=first.prompt,
+            prompt_token_ids=first.prompt_token_ids,
+            outputs=[self._completions[index].grow(news.get(index)) for index in wanted],
+            finished=False,
+            num_cached_tokens=first.num_cached_tokens or 0,
+            metrics=None,
+        )
+
+    def end(self, final: RequestOutput) -> RequestOutput:
+        """The last output, from what the engine gave when the request ended."""
+        if not self._delta:
+            return final
+        streams = zip(self._completions, final.outputs, strict=True)
+        return replace(final, outputs=[each.end(completion) for each, completion in streams])
+
+
+class _CompletionStream:
+    """One of a request's completions."""
+
+    def __init__(self, engine: LLMEngine, index: int, sequence: Sequence, delta: bool) -> None:
         params = sequence.params
-        self._engine, self._sequence, self._delta = engine, sequence, delta
+        self._engine, self._index, self._sequence, self._delta = engine, index, sequence, delta
         self._num_read = 0
         has_text = engine.tokenizer is not None and params.detokenize
         self._detokenizer = Detokenizer(engine.tokenizer, params.skip_special_tokens) if has_text else None
@@ -44,58 +90,44 @@ class OutputStream:
         self._logprob = 0.0  # of them together
 
     def read(self) -> NewTokens | None:
-        """Tokens since the last call; None when there are none. For after a step that did not end the request.
-
-        Raises StepFailedError when a step of somebody else's failed, and the request is lost.
-        """
-        if self._engine.sequence(self._sequence.request_id) is not self._sequence:
-            raise StepFailedError(f"A step failed: request {self._sequence.request_id!r} is lost.")
+        if self._sequence.finish_reason is not None:  # its last token may have no text: `end` knows
+            return None
         new = self._engine.new_tokens(self._sequence, self._num_read)
         self._num_read += len(new.token_ids)
         return new if new.token_ids else None
 
-    def grow(self, new: NewTokens) -> RequestOutput:
-        """The output that `new` makes."""
-        if self._detokenizer is not None:
-            self._text += self._detokenizer.add(*new.token_ids)
-        self._tokens.extend(new)
-        if new.logprobs is not None:
-            rows = zip(new.token_ids, new.logprobs, strict=True)
-            self._logprob += sum(row[token_id].logprob for token_id, row in rows)
-        start, self._num_shown = self._num_shown, len(self._text) - _num_held(self._text, self._stop)
-        shown = new if self._delta else self._tokens
-        completion = CompletionOutput(
-            index=0,
+    def grow(self, new: NewTokens | None) -> CompletionOutput:
+        start = self._num_shown
+        if new is not None:
+            self._take(new)
+        shown = new if self._delta and new is not None else self._tokens
+        return CompletionOutput(
+            index=self._index,
             text=self._text[start if self._delta else 0 : self._num_shown],
             token_ids=list(shown.token_ids),
             finish_reason=None,
             logprobs=None if shown.logprobs is None else list(shown.logprobs),
             cumulative_logprob=None if shown.logprobs is None else self._logprob,
         )
-        return RequestOutput(
-            request_id=self._sequence.request_id,
-            prompt=self._sequence.prompt,
-            prompt_token_ids=self._sequence.prompt_token_ids,
-            outputs=[completion],
-            finished=False,
-            num_cached_tokens=self._sequence.num_cached_tokens or 0,
-            metrics=None,
-        )
 
-    def end(self, final: RequestOutput) -> RequestOutput:
-        """The last output, from what the engine gave when the request ended."""
-        if not self._delta:
-            return final
-        (completion,) = final.outputs
+    def _take(self, new: NewTokens) -> None:
+        if self._detokenizer is not None:
+            self._text += self._detokenizer.add(*new.token_ids)
+        self._tokens.extend(new)
+        if new.logprobs is not None:
+            rows = zip(new.token_ids, new.logprobs, strict=True)
+            self._logprob += sum(row[token_id].logprob for token_id, row in rows)
+        self._num_shown = len(self._text) - _num_held(self._text, self._stop)
+
+    def end(self, completion: CompletionOutput) -> CompletionOutput:
         num_tokens = len(self._tokens.token_ids)
         scores = completion.logprobs
-        rest = replace(
+        return replace(
             completion,
             text=completion.text[self._num_shown :],
             token_ids=completion.token_ids[num_tokens:],
             logprobs=None if scores is None else scores[num_tokens:],
         )
-        return replace(final, outputs=[rest])
 
 
 def _num_held(text: str, stop: tuple[str, ...]) -> int:

@@ -37,7 +37,7 @@ SAMPLING_PARAMS: Table = {
     "top_p": ("a number above 0, up to 1 (all tokens)", [0, -0.1, 1.01, math.nan, "1", None, True]),
     "min_p": ("a number from 0 (all tokens) to 1", [-0.1, 1.01, math.nan, "0", None, False]),
     "logprobs": ("0 to 20, -1 for all tokens, or None", [-2, 21, 1.0, "5", True]),
-    "n": ("an integer ≥ 1, and 1 with temperature 0", [0, -1, 1.0, "2", None, True]),
+    "n": ("an integer from 1 to 16384, and 1 with temperature 0", [0, -1, 16385, 1.0, "2", None, True]),
     "prompt_logprobs": ("0 to 20, -1 for all tokens, or None", [-2, 21, 1.0, "5", True]),
     "presence_penalty": ("a number from -2 to 2 (0: none)", [-2.1, 2.1, math.nan, "0", None, True]),
     "frequency_penalty": ("a number from -2 to 2 (0: none)", [-2.1, 2.1, math.nan, "0", None, False]),

@@ -38,6 +38,8 @@ def test_defaults_are_those_of_nano_vllm() -> None:
         "bad_words": None,
         "allowed_token_ids": None,
         "structured_outputs": None,
+        "prompt_logprobs": None,
+        "n": 1,
     }
 
 

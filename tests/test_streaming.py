@@ -136,11 +136,11 @@ def test_text_that_was_shown_never_changes(tiny: LLM, data: st.DataObject) -> No
         shown, at = "", 0
         while at < len(token_ids):
             size = data.draw(st.integers(1, 6))
-            shown += stream.grow(NewTokens(token_ids[at : at + size], None))["text"]
-            assert whole.grow(NewTokens(token_ids[at : at + size], None))["text"] == shown
+            shown += stream.grow({0: NewTokens(token_ids[at : at + size], None)})["text"]
+            assert whole.grow({0: NewTokens(token_ids[at : at + size], None)})["text"] == shown
             at += size
             assert text.startswith(shown)
-            known = stream._text
+            known = stream._completions[0]._text
             for string in stop:  # wherever it may still come, nothing of it was shown
                 assert not any(string.startswith(known[start:]) for start in range(len(shown)))
         longest = max([3, *(len(string) - 1 for string in stop)])

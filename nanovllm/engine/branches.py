@@ -35,11 +35,13 @@ class Branches:
         if len(self._outputs) < len(self.ids):
             return None
         outputs = [self._outputs[request_id] for request_id in self.ids]
+        errors = [output.error for output in outputs if output.error is not None]
         return replace(
             outputs[0],
             request_id=self.request_id,
             outputs=[replace(each.outputs[0], index=index) for index, each in enumerate(outputs)],
             metrics=_joined([each.metrics for each in outputs if each.metrics is not None]),
+            error=errors[0] if errors else None,
         )
 
 
@@ -63,6 +65,10 @@ class BranchTable:
         """Those of a request's sequences: several where it has several completions."""
         branches = self._of.get(request_id)
         return branches.ids if branches is not None and branches.request_id == request_id else [request_id]
+
+    def ids_but_first(self) -> set[str]:
+        """The sequences whose prompt another one has too."""
+        return {name for branches in self._of.values() for name in branches.ids[1:]}
 
     def join(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
         """The outputs of one request's completions become one, when the last of them has ended."""
@@ -99,4 +105,5 @@ def _joined(metrics: list[RequestMetrics]) -> RequestMetrics:
         finished=max(known("finished")),
         num_output_tokens=sum(each.num_output_tokens for each in metrics),
         num_preemptions=sum(each.num_preemptions for each in metrics),
+        completions=tuple(metrics),
     )

@@ -159,10 +159,11 @@ class LLMEngine:
         taken = [name for name in branches.ids if name in self._requests or name in self._branches]
         if taken:
             raise InvalidArgumentError("request_id", taken[0], "unique: completions of a request take /0, /1, …")
+        text, token_ids = self._tokenizing.read(prompt)  # once for all
         self._branches.expect(branches)  # first: Ctrl-C may come in between
         try:
             for request_id, params in zip(branches.ids, branches.params, strict=True):
-                self.add_request(request_id, prompt, params)
+                self.add_request(request_id, {"prompt": text, "prompt_token_ids": token_ids}, params)
         except BaseException:
             self.discard_requests([branches.request_id])
             raise
@@ -190,9 +191,9 @@ class LLMEngine:
                         self._spans.record(sequence)
             self._branches.forget(request_id)
 
-    def sequence(self, request_id: str) -> Sequence | None:
-        """An unfinished request, for who shows it while it grows; None when there is none of this id."""
-        return self._requests.get(request_id)
+    def sequences(self, request_id: str) -> list[Sequence]:
+        """A request's unfinished completions, for who shows them while they grow; [] when there is no such request."""
+        return [self._requests[name] for name in self._branches.sequence_ids(request_id) if name in self._requests]
 
     def new_tokens(self, sequence: Sequence, start: int = 0) -> NewTokens:
         """What is known of a sequence's output, from token `start` on. Only between steps."""
@@ -225,8 +226,9 @@ class LLMEngine:
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Tokens of the requests that are not running yet."""
-        return sum(len(sequence.token_ids) for sequence in self.scheduler.waiting)
+        """Tokens of the requests that are not running yet, those of several completions once."""
+        others = self._branches.ids_but_first()
+        return sum(len(each.token_ids) for each in self.scheduler.waiting if each.request_id not in others)
 
     # The loop
 
