@@ -1,4 +1,4 @@
-"""The two values that cross between deciding and computing.
+"""The two values that cross between deciding and computing, and the handle by which one waits for the other.
 
 A `ScheduledBatch` is one int32 buffer made of changes. The same bytes go to the device in one copy
 and, with several ranks, through shared memory; each section is a view of them.
@@ -24,11 +24,11 @@ the final ones, and sample a token); a step samples for every decode row, then f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -283,6 +283,14 @@ class StepResult:
     gpu_ms: float | None = None  # time on the GPU, where it was measured
     logprobs: StepLogprobs | None = None  # where the batch asked
     prompt_logprobs: tuple[StepLogprobs, ...] = ()  # of each item of `scored`
+
+
+class StepHandle(Protocol):
+    """A step in flight."""
+
+    def wait(self, check: Callable[[], None] | None = None) -> StepResult:
+        """Blocks until the step's tokens are on the host, or `check`, called over and over meanwhile, raises."""
+        ...
 
 
 def _layout(counts: Seq[int]) -> dict[str, Section]:

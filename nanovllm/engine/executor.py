@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from nanovllm.config import EngineConfig, ResolvedConfig
-from nanovllm.engine.batch import ScheduledBatch, StepResult
+from nanovllm.engine.batch import ScheduledBatch, StepHandle, StepResult
 from nanovllm.utils.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics
     from nanovllm.diagnostics.rank import RankDiagnostics
-
-
-class StepHandle(Protocol):
-    """A step in flight."""
-
-    def wait(self, check: Callable[[], None] | None = None) -> StepResult:
-        """Blocks until the step's tokens are on the host, or `check`, called over and over meanwhile, raises."""
-        ...
 
 
 class Executor(Protocol):

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.batch import ScheduledBatch, StepResult
+from nanovllm.engine.batch import ScheduledBatch, StepHandle, StepResult
 from nanovllm.engine.branches import Branches, BranchTable
-from nanovllm.engine.executor import Executor, StepHandle, make_executor
+from nanovllm.engine.executor import Executor, make_executor
 from nanovllm.engine.metrics import EngineMetrics, EngineStatistics, StatisticsLine
 from nanovllm.engine.request_spans import close_request_spans, open_request_spans
 from nanovllm.engine.scheduler import Scheduler

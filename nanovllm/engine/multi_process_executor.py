@@ -17,8 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.batch import ScheduledBatch, StepResult
-from nanovllm.engine.executor import StepHandle
+from nanovllm.engine.batch import ScheduledBatch, StepHandle, StepResult
 from nanovllm.engine.worker import NUMBER, MessageKind
 from nanovllm.engine.worker_pool import WorkerPool
 from nanovllm.errors import EngineDeadError, InvalidArgumentError

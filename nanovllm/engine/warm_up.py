@@ -8,8 +8,7 @@ from threading import Thread
 
 import numpy as np
 
-from nanovllm.engine.batch import OpenedRow, ScheduledBatch
-from nanovllm.engine.executor import StepHandle
+from nanovllm.engine.batch import OpenedRow, ScheduledBatch, StepHandle
 
 _PROMPT_LEN = 16
 
