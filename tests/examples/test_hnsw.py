@@ -249,7 +249,7 @@ def test_a_script_writes_figures_picture_and_report(script: str, tmp_path: Path)
     assert f"]({script}.png)" in report
     assert f"Made by `python examples/hnsw/{script}.py {' '.join([*SMALL, *SCRIPTS[script]])}` with Python" in report
     tables = [line for line in report.splitlines() if line.startswith("| ")]
-    assert len(tables) > 4
+    assert len(tables) >= 4  # title, rule, and at least two of ours
     assert all(line in done.stdout for line in tables), "the terminal shows what the report has"
 
     from matplotlib.image import imread
