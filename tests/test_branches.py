@@ -178,16 +178,18 @@ def test_streams_are_what_generate_gives(arguments: dict[str, Any]) -> None:
     kinds = [text_params, replace(text_params, ignore_eos=True, stop=None), replace(text_params, n=1)]
     prompt = "introduce yourself"
     with LLM("tiny", device="cpu", num_kvcache_blocks=64, **{"max_num_seqs": 8, **arguments}) as llm:
-        expected = [output.outputs for output in generate(llm, [prompt] * 3, kinds)]
+        free = generate(llm, prompt, kinds[1])[0].outputs
+        kinds.insert(1, replace(kinds[1], stop_token_ids=[free[1].token_ids[5], free[2].token_ids[9]]))
+        expected = [output.outputs for output in generate(llm, [prompt] * 4, kinds)]
         assert len({len(each.token_ids) for each in expected[0]}) > 1  # they end at different times
         parts: dict[str, list[RequestOutput]] = {}
-        for output in llm.stream([prompt] * 3, kinds):
+        for output in llm.stream([prompt] * 4, kinds):
             parts.setdefault(output.request_id, []).append(output)
         found = [streamed(parts[name]) for name in sorted(parts)]
         for one, other in zip(found, expected, strict=True):
             assert_same(one, other)
         assert all(len(part.outputs) == 1 for part in parts[max(parts)])
-        for _ in llm.stream(prompt, kinds[1]):
+        for _ in llm.stream(prompt, kinds[2]):
             break  # the iterator goes with the loop
         assert_empty(llm)
 
