@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nanovllm import LLM, Logprob, RequestOutput, SamplingParams
+from tests.engine.test_schedules import check_integrity
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
 from tests.small_llm import assert_empty, generate, load
 
@@ -90,6 +92,49 @@ def test_beside_rows_that_do_not_ask(folder: Path, expected: list[torch.Tensor])
         outputs = generate(llm, [PROMPTS[4], PROMPTS[4], PROMPTS[4]], [plain, asking(1), plain])
         assert [output.num_cached_tokens for output in outputs] == [0, 0, 60]
         check(outputs[1], expected[4], 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_schedules(folder: Path, seed: int) -> None:
+    """Those who ask and those who do not, with one and several completions, at any time, in a cache for few of them."""
+    drawn = random.Random(seed)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    block_size = drawn.choice([1, 2, 4, 8])
+    arguments: dict[str, Any] = {
+        "kvcache_block_size": block_size,
+        "num_kvcache_blocks": 104 // block_size + drawn.randrange(4),
+        "max_num_seqs": drawn.randint(4, 8),
+        "max_num_batched_tokens": drawn.randint(8, 16),  # prompts are preempted on the way, too
+        "pipeline_depth": drawn.randint(1, 3),
+        "enable_prefix_caching": seed % 3 != 0,
+    }
+    requests = {}
+    for index in range(12):
+        prompt = [*range(10, 10 + drawn.randrange(40)), *(drawn.randint(3, 319) for _ in range(drawn.randint(1, 24)))]
+        asked, number = drawn.choice([None, 0, 2, 5, -1]), drawn.choice([1, 1, 3])
+        params = SamplingParams(n=number, seed=index, max_tokens=drawn.randint(1, 20), prompt_logprobs=asked)
+        requests[str(index)] = drawn.randrange(25), prompt, params
+    with load(folder, dtype="float32", max_model_len=96, **arguments) as llm:
+        engine = llm.llm_engine
+        outputs: dict[str, RequestOutput] = {}
+        step = 0
+        while len(outputs) < len(requests):
+            for name, (arrives_at, prompt, params) in requests.items():
+                if arrives_at == step:
+                    engine.add_request(name, prompt, params)
+            outputs.update((output.request_id, output) for output in engine.step())
+            check_integrity(engine)
+            step += 1
+        assert engine.scheduler.num_preemptions > 0
+        for name, (_, prompt, params) in requests.items():
+            assert len(outputs[name].outputs) == params.n
+            if params.prompt_logprobs is None:
+                assert outputs[name].prompt_logprobs is None
+                continue
+            with torch.inference_mode():
+                expected = model(torch.tensor([prompt])).logits[0].log_softmax(-1)
+            number = params.prompt_logprobs
+            check(outputs[name], expected, expected.shape[1] if number == -1 else number)
 
 
 def test_an_aborted_request_has_what_there_is(folder: Path, expected: list[torch.Tensor]) -> None:

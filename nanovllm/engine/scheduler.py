@@ -36,7 +36,7 @@ RowArray = npt.NDArray[np.intp]
 # Where reading a prefix once for all its rows pays: so many of them, and so many tokens that need not be read again.
 _MIN_SHARERS = 16
 _MIN_TOKENS_SAVED = 20_000
-_MAX_SCORES = 1 << 27  # log-probabilities of all tokens that a step gives for a prompt: 1 GB with their ids
+_MAX_SCORES = 1 << 24  # log-probabilities of all tokens that a step gives for a prompt: 134 MB with their ids
 
 
 class Scheduler:
