@@ -60,7 +60,9 @@ SCHEDULES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("arguments", SCHEDULES)
+@pytest.mark.parametrize(
+    "arguments", [*SCHEDULES, pytest.param({"device": "cuda", "max_num_batched_tokens": 33}, marks=pytest.mark.gpu)]
+)
 def test_those_of_transformers(folder: Path, expected: list[torch.Tensor], arguments: dict[str, Any]) -> None:
     with load(folder, dtype="float32", max_model_len=96, **arguments) as llm:
         for _ in range(2):  # the second time the prefix cache knows all prompts
