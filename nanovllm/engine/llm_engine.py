@@ -364,6 +364,7 @@ class LLMEngine:
         self._branches.clear()
         self._aborted.clear()
         self._in_flight.clear()
+        self.scheduler = Scheduler(self.resolved, self.metrics, self._clock)  # first: Ctrl-C may end the wait
         try:
             self.executor.synchronize()
         except Exception:
@@ -376,7 +377,6 @@ class LLMEngine:
             error=repr(error),
             state="goes on" if self._dead is None else "can not go on",
         )
-        self.scheduler = Scheduler(self.resolved, self.metrics, self._clock)
 
     # The rest of the face
 

@@ -30,6 +30,6 @@ class BreakableExecutor(SimulatedExecutor):
         return super().collect(handle)
 
     def synchronize(self) -> None:
-        self._maybe_fail("synchronize")
         self.tokens.clear()
         self.tables.clear()
+        self._maybe_fail("synchronize")

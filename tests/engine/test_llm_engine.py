@@ -300,6 +300,20 @@ def test_a_device_that_is_out_of_order_ends_the_engine(caplog: pytest.LogCapture
     assert executor.is_shut_down
 
 
+def test_a_second_ctrl_c_while_the_first_waits_for_the_device() -> None:
+    engine, executor = make_engine(pipeline_depth=2)
+    for request_id in "abcdef":
+        engine.add_request(request_id, [1, 2, 3, 4, 5], greedy())
+    engine.step()
+    executor.failures = {"collect": KeyboardInterrupt(), "synchronize": KeyboardInterrupt()}
+    with pytest.raises(KeyboardInterrupt):
+        engine.step()
+    assert is_empty(engine)
+    engine.add_request("a", [1, 2, 3], greedy())
+    assert tokens(run(engine)["a"]) == expected_output([1, 2, 3], 5, 64, ignore_eos=True)
+    assert is_empty(engine)
+
+
 # ---- the end
 
 
