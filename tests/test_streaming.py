@@ -199,6 +199,17 @@ def test_other_calls_within_the_loop(folder: Path) -> None:
         assert_empty(llm)
 
 
+def test_a_stream_that_is_closed_leaves_nothing_that_ended_within_another_call(folder: Path) -> None:
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    with load(folder) as llm:
+        stream = llm.stream([[5], [6]], params)
+        next(stream)
+        generate(llm, [7], params)  # runs the stream's to their end
+        stream.close()
+        assert_empty(llm)
+        assert [output.request_id for output in llm.llm_engine.step()] == []
+
+
 def test_a_bad_request_fails_alone(tiny: LLM) -> None:
     prompts: list[Any] = ["introduce yourself", "", "count from 3 to 9"]
     parts = by_request(tiny.stream(prompts, GREEDY))

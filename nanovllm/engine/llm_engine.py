@@ -180,7 +180,9 @@ class LLMEngine:
                 self._aborted[name] = sequence
 
     def discard_requests(self, request_ids: Iterable[str]) -> None:
-        """Ends requests without an output; unknown and finished ids do nothing."""
+        """Ends requests without an output; unknown ids, and those whose output `step` has returned, do nothing."""
+        request_ids = dict.fromkeys(request_ids)
+        self._unclaimed = [output for output in self._unclaimed if output.request_id not in request_ids]
         for request_id in request_ids:
             for name in self._branches.sequence_ids(request_id):
                 sequence = self._requests.pop(name, None)
