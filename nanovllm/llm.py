@@ -269,21 +269,25 @@ class LLM:
         foreign: list[RequestOutput] = []  # of requests that someone queued before with add_request
         wanted = set(request_ids)
         use_tqdm = use_tqdm and logger.isEnabledFor(logging.INFO)  # who asks the log for silence means the bar, too
-        with ProgressBar(total=len(request_ids), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
-            while wanted or engine.is_draining:
-                for output in engine.step():
-                    if output.request_id not in wanted:
-                        foreign.append(output)
-                        continue
-                    wanted.remove(output.request_id)
-                    outputs[output.request_id] = output
-                    if isinstance(output.error, InvalidArgumentError):
-                        why = _without_text(output.error)
-                        events.request_failed.log(logger, request_id=output.request_id, error=why)
-                    bar.update()
-                if use_tqdm:
-                    bar.set_postfix_str(_speeds(engine.statistics.since(before)), refresh=False)
-        engine.hand_back(foreign)
+        try:
+            with ProgressBar(
+                total=len(request_ids), desc="Generating", dynamic_ncols=True, disable=not use_tqdm
+            ) as bar:
+                while wanted or engine.is_draining:
+                    for output in engine.step():
+                        if output.request_id not in wanted:
+                            foreign.append(output)
+                            continue
+                        wanted.remove(output.request_id)
+                        outputs[output.request_id] = output
+                        if isinstance(output.error, InvalidArgumentError):
+                            why = _without_text(output.error)
+                            events.request_failed.log(logger, request_id=output.request_id, error=why)
+                        bar.update()
+                    if use_tqdm:
+                        bar.set_postfix_str(_speeds(engine.statistics.since(before)), refresh=False)
+        finally:
+            engine.hand_back(foreign)
         done = engine.statistics.since(before)
         flush_timed_sections()
         events.generation_complete.log(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm import LLM, EngineDeadError, InvalidArgumentError, RequestTooLargeError, SamplingParams
+from nanovllm import LLM, EngineDeadError, InvalidArgumentError, RequestOutput, RequestTooLargeError, SamplingParams
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
 from tests.small_llm import GREEDY, assert_empty, generate, load, token_ids
 
@@ -166,6 +166,33 @@ def test_requests_of_the_engine_s_own_are_not_lost_in_a_generation(folder: Path)
                 outputs.update((output.request_id, output["token_ids"]) for output in engine.step())
             assert outputs == {"ends within": expected[0][:2], "ends after": expected[1]}
             assert_empty(llm)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_what_ended_within_a_generation_is_not_lost_with_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    with load(folder) as llm:
+        engine = llm.llm_engine
+        engine.add_request("mine", [5], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+        original, ended = engine.step, False
+
+        def step() -> list[RequestOutput]:
+            nonlocal ended
+            if ended:
+                raise error
+            outputs = original()
+            ended = bool(outputs)
+            return outputs
+
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "step", step)
+            with pytest.raises(error):
+                generate(llm, [[7]], SamplingParams(max_tokens=30, ignore_eos=True))
+        assert [output.request_id for output in engine.step()] == ["mine"]
+        while engine.is_draining:
+            engine.step()
+        assert_empty(llm)
 
 
 def test_use_after_exit(folder: Path) -> None:
