@@ -242,6 +242,14 @@ def test_a_grammar_that_leads_nowhere_ends_its_request_alone(tiny: LLM, grammar:
     assert_empty(tiny)
 
 
+def test_an_output_that_its_stop_rule_ends_at_a_dead_end_is_whole(tiny: LLM) -> None:
+    dead_end = {"grammar": 'root ::= "ab" x\nx ::= x "c"'}
+    (output,) = generate(tiny, "hello", SamplingParams(temperature=0, structured_outputs=dead_end, stop="b"))
+    assert output.error is None
+    completion = output.outputs[0]
+    assert (completion.text, completion.finish_reason, completion.stop_reason) == ("a", "stop", "b")
+
+
 def test_who_streams_gets_the_reason_too() -> None:
     async def ask(engine: AsyncLLM, asked: dict[str, Any] | None) -> str:
         text = ""

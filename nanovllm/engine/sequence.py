@@ -127,12 +127,12 @@ class Sequence:
 
     def stops_at(self, token_id: int) -> bool:
         """Takes the next token; True when the request's own rules end it there. EOS is not its business."""
-        if self.matcher is not None:
-            self.error = self.matcher.accept(token_id)
         if token_id in (self.params.stop_token_ids or ()):
             self.stop_reason = token_id
         elif self.stop_strings is not None:
             self.stop_reason = self.stop_strings.add(token_id)
+        if self.matcher is not None and self.stop_reason is None:
+            self.error = self.matcher.accept(token_id)
         return self.stop_reason is not None or self.error is not None
 
     def metrics(self) -> RequestMetrics:
