@@ -68,7 +68,7 @@ class StepNeeds:
 
     shares_prefix: bool = False  # a hint: enough decode rows begin with the same blocks for it to pay to look for them
     truncates: bool = False  # a row that samples uses top-k, top-p or min-p
-    num_logprobs: int | None = None  # of the likeliest tokens, the most that such a row asks for; None: none asks
+    num_logprobs: int | None = None  # of the likeliest tokens, at least what such rows ask for; None: none asks
     shapes_logits: bool = False  # such a row has penalties, biases, bans or a mask
 
     def words(self) -> tuple[int, ...]:

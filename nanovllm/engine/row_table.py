@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from nanovllm.engine.batch import IntArray, StepNeeds
 from nanovllm.engine.sequence import Sequence, num_asked
+from nanovllm.sampling_params import MAX_LOGPROBS
 
 BoolArray = npt.NDArray[np.bool_]
 
@@ -111,6 +112,8 @@ class RowTable:
     def needs(self, sampled: npt.NDArray[np.intp], shares_prefix: bool) -> StepNeeds:
         """Of a step that samples for these rows."""
         num_logprobs = int(self.num_logprobs[sampled].max(initial=-1))
+        if 0 < num_logprobs < MAX_LOGPROBS:  # brought, then cut to what each asked for: a graph for each would be many
+            num_logprobs = MAX_LOGPROBS
         truncates = bool(self.truncates[sampled].any())
         shapes_logits = bool(self.shapes_logits[sampled].any())
         return StepNeeds(shares_prefix, truncates, None if num_logprobs < 0 else num_logprobs, shapes_logits)
