@@ -53,14 +53,16 @@ class StructuredOutputsParams:
             if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(text, str) for text in texts):
                 raise InvalidArgumentError("structured_outputs.choice", texts, "a list of one or more texts")
             object.__setattr__(self, "choice", tuple(texts))
-        kinds = [name for name in _KINDS if getattr(self, name) not in (None, False)]
-        if len(kinds) != 1:
+        if len(kinds := self._given()) != 1:
             raise InvalidArgumentError("structured_outputs", kinds, f"given exactly one of {', '.join(_KINDS)}")
 
     @property
     def kind(self) -> str:
         """The one that is given."""
-        return next(name for name in _KINDS if getattr(self, name) not in (None, False))
+        return self._given()[0]
+
+    def _given(self) -> list[str]:
+        return [name for name in _KINDS if getattr(self, name) not in (None, False)]
 
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object")

@@ -54,12 +54,8 @@ class BranchTable:
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._of
 
-    def expect(self, branches: Branches) -> None:
-        """Knows the request, whose sequences come now."""
-        self._of[branches.request_id] = branches
-
     def add(self, branches: Branches) -> None:
-        self._of |= dict.fromkeys(branches.ids, branches)
+        self._of |= dict.fromkeys([branches.request_id, *branches.ids], branches)
 
     def sequence_ids(self, request_id: str) -> list[str]:
         """Those of a request's sequences: several where it has several completions."""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.batch import ScheduledBatch, StepHandle, StepResult
+from nanovllm.engine.batch import IntArray, ScheduledBatch, StepHandle, StepResult
 from nanovllm.engine.branches import Branches, BranchTable
 from nanovllm.engine.executor import Executor, make_executor
 from nanovllm.engine.metrics import EngineMetrics, EngineStatistics, StatisticsLine
@@ -121,11 +121,26 @@ class LLMEngine:
             raise InvalidArgumentError("sampling_params", params, "a SamplingParams")
         if not isinstance(request_id, str) or request_id in self._requests or request_id in self._branches:
             raise InvalidArgumentError("request_id", request_id, "a text, unique among the unfinished requests")
-        if params.n > 1:
-            return self._add_branches(Branches(request_id, params), prompt)
-        stop_strings = self._tokenizing.stop_strings(params)
         text, token_ids = self._tokenizing.read(prompt)
-        shaping = self._tokenizing.shaping(params, len(token_ids))
+        if params.n == 1:
+            self._add_sequence(request_id, text, token_ids, params, arrival)
+            return request_id
+        branches = Branches(request_id, params)
+        taken = [name for name in branches.ids if name in self._requests or name in self._branches]
+        if taken:
+            raise InvalidArgumentError("request_id", taken[0], "unique: completions of a request take /0, /1, …")
+        self._branches.add(branches)  # first: Ctrl-C may come in between
+        try:
+            for name, own in zip(branches.ids, branches.params, strict=True):
+                self._add_sequence(name, text, token_ids, own, arrival)
+        except BaseException:
+            self.discard_requests([request_id])
+            raise
+        return request_id
+
+    def _add_sequence(
+        self, request_id: str, text: str | None, token_ids: IntArray, params: SamplingParams, arrival: float
+    ) -> None:
         sequence = Sequence.from_prompt(
             self._num_arrivals,
             request_id,
@@ -135,8 +150,8 @@ class LLMEngine:
             seed=self._next_seed(),
             prompt=text,
         )
-        sequence.stop_strings = stop_strings
-        sequence.shaping = shaping
+        sequence.stop_strings = self._tokenizing.stop_strings(params)
+        sequence.shaping = self._tokenizing.shaping(params, len(token_ids))
         self._grammars.start(sequence)
         if not self.has_unfinished_requests():
             self._statistics_line.start(arrival)
@@ -153,22 +168,6 @@ class LLMEngine:
                 max_tokens=params.max_tokens,
                 **({"prompt": text} if env.log_prompts() else {}),
             )
-        return request_id
-
-    def _add_branches(self, branches: Branches, prompt: Prompt) -> str:
-        taken = [name for name in branches.ids if name in self._requests or name in self._branches]
-        if taken:
-            raise InvalidArgumentError("request_id", taken[0], "unique: completions of a request take /0, /1, …")
-        text, token_ids = self._tokenizing.read(prompt)  # once for all
-        self._branches.expect(branches)  # first: Ctrl-C may come in between
-        try:
-            for request_id, params in zip(branches.ids, branches.params, strict=True):
-                self.add_request(request_id, {"prompt": text, "prompt_token_ids": token_ids}, params)
-        except BaseException:
-            self.discard_requests([branches.request_id])
-            raise
-        self._branches.add(branches)
-        return branches.request_id
 
     def abort_request(self, request_id: str) -> None:
         """Ends a request; the next `step` returns what it has so far. An unknown or finished id does nothing."""

@@ -121,7 +121,7 @@ class Scheduler:
         self._closed = []
         self.rows.steps_in_flight[decode_rows] += 1
         self.rows.steps_in_flight[batch.chunks[:, 0]] += 1
-        self.rows.num_pending[batch.sampled_rows] += 1
+        self.rows.num_pending[sampled] += 1
         self._lines.scheduled(batch)
         return batch
 
@@ -232,13 +232,11 @@ class Scheduler:
             row = self._row(sequence)
             start, num_tokens = int(self.rows.num_computed[row]), int(self.rows.num_tokens[row])
             end = min(num_tokens, start + budget - num_planned)
-            of_all_tokens = False
-            if sequence.wants_scores:
-                of_all_tokens = sequence.params.prompt_logprobs == -1
-                if of_all_tokens:
-                    end = min(end, start + self._max_tokens_scored_for_all)
-                for first, count, num_top in sequence.score(start, end):
-                    scored.append((num_planned + first - start, row, first, count, num_top))
+            of_all_tokens = sequence.wants_scores and sequence.params.prompt_logprobs == -1
+            if of_all_tokens:
+                end = min(end, start + self._max_tokens_scored_for_all)
+            for first, count, num_top in sequence.score(start, end):
+                scored.append((num_planned + first - start, row, first, count, num_top))
             num_planned += end - start
             chunks.append((row, start, end - start))
             self.rows.num_computed[row] = end
@@ -274,8 +272,8 @@ class Scheduler:
         row = self.rows.open(sequence, num_cached, self._prefix_block(table))
         params = sequence.params
         truncation = (min(max(params.top_k, 0), 2**24), params.top_p, params.min_p)  # exact in float32
-        asked = (params.temperature, sequence.seed, truncation, sequence.shaping)
-        opened.append(OpenedRow(row, sequence.token_ids, *asked))
+        tokens, seed, shaping = sequence.token_ids, sequence.seed, sequence.shaping
+        opened.append(OpenedRow(row, tokens, params.temperature, seed, truncation, shaping))
         blocks.append(_appended(row, np.arange(len(table.blocks)), table.blocks))
         return sequence
 

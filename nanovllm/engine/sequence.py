@@ -115,7 +115,7 @@ class Sequence:
         """What computing tokens `start` … `end` gives log-probabilities of, at most one item: the first token whose
         successor gets one, how many there are, how many of the likeliest are asked for."""
         first, last = max(start, self.num_scored), min(end, self.num_prompt_tokens - 1)
-        if first >= last:  # computed again after a preemption
+        if not self.wants_scores or first >= last:  # not asked for, or computed again after a preemption
             return []
         self.num_scored = last
         return [(first, last - first, num_asked(self.params.prompt_logprobs))]
