@@ -15,8 +15,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from nanovllm import LLM, AsyncLLM, InvalidArgumentError, RequestOutput, SamplingParams, StructuredOutputsParams
+from tests.grammar_gate import gate
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
 from tests.small_llm import assert_empty, generate, load
+
+__all__ = ["gate"]  # a fixture
 
 pytest.importorskip("xgrammar", reason="the extra nanovllm[structured] is not installed")
 
@@ -277,23 +280,6 @@ def test_streamed_text_is_the_text(tiny: LLM) -> None:
     for output in tiny.stream([PROMPT] * 4, many):
         shown[ids.setdefault(output.request_id, len(ids))] += output["text"]
     assert sorted(shown.values()) == sorted(texts(generate(tiny, [PROMPT] * 4, many)))
-
-
-@pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
-    """Nothing is compiled before it is set."""
-    import xgrammar
-
-    gate = threading.Event()
-    compile_grammar = xgrammar.GrammarCompiler.compile_grammar
-
-    def slow(self: Any, grammar: Any) -> Any:
-        assert gate.wait(60)
-        return compile_grammar(self, grammar)
-
-    monkeypatch.setattr(xgrammar.GrammarCompiler, "compile_grammar", slow)
-    yield gate
-    gate.set()
 
 
 def test_others_run_while_one_compiles_and_it_runs_then(tiny: LLM, gate: threading.Event) -> None:

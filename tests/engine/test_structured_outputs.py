@@ -17,6 +17,9 @@ from nanovllm.engine.structured_outputs import Grammars, TokenMatcher
 from nanovllm.utils.checkpoint import resolve_model_folder
 from tests.engine.scheduler_driver import Driver
 from tests.engine.simulated_executor import make_config
+from tests.grammar_gate import gate
+
+__all__ = ["gate"]  # a fixture
 
 EOS = (509, 507)
 VOCAB_SIZE = 520  # eight more than the tokenizer has: a padded head
@@ -199,16 +202,7 @@ def test_it_is_read_and_compiled_once_for_all_that_ask_the_same(
     assert calls == ["[0-9]+"]
 
 
-def test_it_compiles_in_a_thread_and_the_caller_goes_on(grammars: Grammars, monkeypatch: pytest.MonkeyPatch) -> None:
-    xgrammar = pytest.importorskip("xgrammar")
-    gate = threading.Event()
-    compile_grammar = xgrammar.GrammarCompiler.compile_grammar
-
-    def slow(self: Any, grammar: Any) -> Any:
-        assert gate.wait(20)
-        return compile_grammar(self, grammar)
-
-    monkeypatch.setattr(xgrammar.GrammarCompiler, "compile_grammar", slow)
+def test_it_compiles_in_a_thread_and_the_caller_goes_on(grammars: Grammars, gate: threading.Event) -> None:
     waiting = sequence(regex="a")
     grammars.start(waiting)
     assert grammars.collect(idle=False) == grammars.collect(idle=True) == []
