@@ -192,7 +192,7 @@ def choose_defaults(args: argparse.Namespace, say: Say) -> None:
 
 
 def model_config(model: str) -> ModelConfig:
-    from nanovllm.utils.checkpoint import resolve_model_folder
+    from nanovllm.models.checkpoint import resolve_model_folder
 
     return BUILTIN_SHAPES[model] if model in BUILTIN_SHAPES else ModelConfig.from_folder(resolve_model_folder(model))
 

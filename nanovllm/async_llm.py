@@ -23,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import EngineArguments, EngineConfig
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.tokenizing import Prompt
+from nanovllm.engine_factory import make_engine
 from nanovllm.errors import EngineDeadError, InvalidArgumentError, InvalidStateError, NanoVLLMError, StepFailedError
 from nanovllm.outputs import RequestOutput
+from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.streaming import News, OutputStream, extend_news
 
@@ -238,7 +239,7 @@ class _EngineThread:
 
     def _run(self, config: EngineConfig) -> None:
         try:
-            engine = LLMEngine(config)
+            engine = make_engine(config)
         except BaseException as error:
             self._started.set_exception(error)
             return

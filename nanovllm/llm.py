@@ -14,14 +14,15 @@ from tqdm.auto import tqdm
 
 from nanovllm.config import EngineArguments, EngineConfig
 from nanovllm.diagnostics.leak_check import LeakCheck, MemoryUse, check_leak
-from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.metrics import EngineStatistics
-from nanovllm.engine.tokenizing import Prompt
+from nanovllm.engine_factory import make_engine
 from nanovllm.errors import InvalidArgumentError
+from nanovllm.logs import events
 from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.streaming import OutputStream
-from nanovllm.utils import env, events
+from nanovllm.utils import env
 from nanovllm.utils.logger import flush_timed_sections, log_gpu_memory, log_rule, setup_logger
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class LLM:
     """
 
     def __init__(self, model: str, **arguments: Unpack[EngineArguments]) -> None:
-        self.llm_engine = LLMEngine(EngineConfig.from_arguments(model, arguments))
+        self.llm_engine = make_engine(EngineConfig.from_arguments(model, arguments))
         self._counter = itertools.count()
 
     def generate(

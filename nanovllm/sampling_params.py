@@ -174,7 +174,7 @@ class SamplingParams:
             if number is not None and (not _is_integer(number) or not -1 <= number <= MAX_LOGPROBS):
                 raise InvalidArgumentError(name, number, f"0 to {MAX_LOGPROBS}, -1 for all tokens, or None")
         self._check_stop()
-        self._check_shaping()
+        self._check_logit_edits()
         self._check_structured_outputs()
 
     @property
@@ -183,13 +183,13 @@ class SamplingParams:
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @property
-    def shapes_logits(self) -> bool:
+    def edits_logits(self) -> bool:
         """Whether a token is drawn from other logits than the model's."""
         penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
         others = (self.min_tokens, self.logit_bias, self.bad_words, self.allowed_token_ids)
         return any(others) or penalties != (1.0, 0.0, 0.0)
 
-    def _check_shaping(self) -> None:
+    def _check_logit_edits(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
             if not _is_number(penalty := getattr(self, name)) or not -2 <= penalty <= 2:
                 raise InvalidArgumentError(name, penalty, "a number from -2 to 2 (0: none)")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nanovllm.engine.detokenizer import Detokenizer
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.tokenizing import NewTokens
 from nanovllm.errors import StepFailedError
 from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.requests.detokenizer import Detokenizer
+from nanovllm.requests.tokenization import NewTokens
 
 News = dict[int, NewTokens]  # of those of a request's completions that have any, by index
 

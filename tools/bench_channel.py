@@ -16,7 +16,7 @@ import struct
 import time
 from multiprocessing.connection import Connection
 
-from nanovllm.engine.shm_channel import ChannelReader, ChannelWriter
+from nanovllm.distributed.shm_channel import ChannelReader, ChannelWriter
 
 STOP, TIMED, BULK = 0, 1, 2
 SIZES = (64, 1024, 16 * 1024, 256 * 1024)

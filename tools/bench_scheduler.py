@@ -75,7 +75,7 @@ def make_engine(num_seqs: int, num_steps: int, block_size: int) -> LLMEngine:
         pipeline_depth=2,
     )
     config = EngineConfig("none", skip_tokenizer_init=True)
-    return LLMEngine(config, IdleExecutor(resolved))
+    return LLMEngine(config, lambda config, stopwatch: IdleExecutor(resolved))
 
 
 @dataclass(frozen=True)

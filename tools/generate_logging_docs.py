@@ -15,10 +15,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from nanovllm.logs.events import EVENTS
+from nanovllm.logs.fields import FIELDS, fields_of
+from nanovllm.logs.records import Event
 from nanovllm.utils import env
-from nanovllm.utils.event_fields import FIELDS, fields_of
-from nanovllm.utils.events import EVENTS
-from nanovllm.utils.log_records import Event
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "LOGGING.md"
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.utils.checkpoint import TINY_MODEL_FOLDER
+from nanovllm.models.checkpoint import TINY_MODEL_FOLDER
 
 MODES: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "inference_mode": torch.inference_mode,

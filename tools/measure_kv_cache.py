@@ -18,8 +18,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.models.checkpoint import resolve_model_folder
 from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
-from nanovllm.utils.checkpoint import resolve_model_folder
 from nanovllm.utils.device_memory import GB, describe_memory, free_cpu_memory
 from tools.bench_workloads import kv_bytes_per_token
 

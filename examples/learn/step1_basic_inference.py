@@ -28,8 +28,8 @@ def main() -> None:
     from nanovllm.engine.model_runner import ModelRunner
     from nanovllm.engine.scheduler import Scheduler
     from nanovllm.engine.sequence import Sequence
-    from nanovllm.engine.tokenizing import load_tokenizer
     from nanovllm.models.model_config import ModelConfig
+    from nanovllm.requests.tokenization import load_tokenizer
 
     title("Step 1: from text to token")
     config = EngineConfig("tiny", device="cpu", max_model_len=512, num_kvcache_blocks=32)

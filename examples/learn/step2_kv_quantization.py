@@ -7,7 +7,7 @@ could hold, in the float32 pages, at the place where it would store them. FP8 is
     python examples/learn/step2_kv_quantization.py
     python examples/learn/step2_kv_quantization.py --plot errors.png
 
-Read along: nanovllm/engine/kv_cache.py, nanovllm/kernels/qk_norm_rope_store.py (what is stored), docs/kv-cache.md.
+Read along: nanovllm/runner/kv_cache.py, nanovllm/kernels/qk_norm_rope_store.py (what is stored), docs/kv-cache.md.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def main() -> None:
     import torch
     from _engine import open_engine
 
-    from nanovllm.engine.kv_cache import KVCacheShape
     from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+    from nanovllm.runner.kv_cache import KVCacheShape
 
     title("Step 2: a KV cache in 8 bits")
     say(

@@ -7,7 +7,7 @@ same code that drives several GPUs.
     python examples/learn/step2_tensor_parallel.py
     python examples/learn/step2_tensor_parallel.py --max-tokens 20
 
-Read along: nanovllm/layers/linear.py, nanovllm/layers/embed_head.py, nanovllm/engine/multi_process_executor.py,
+Read along: nanovllm/layers/linear.py, nanovllm/layers/embed_head.py, nanovllm/distributed/multi_process_executor.py,
 docs/tensor-parallel.md.
 """
 
@@ -131,10 +131,10 @@ def show_weights() -> None:
 
     from nanovllm.attention.selection import select_attention
     from nanovllm.layers.parallel import TensorParallel
+    from nanovllm.layers.parameter import HasWeightParts
+    from nanovllm.models.checkpoint import resolve_model_folder
     from nanovllm.models.model_config import ModelConfig
     from nanovllm.models.registry import get_model_class
-    from nanovllm.utils.checkpoint import resolve_model_folder
-    from nanovllm.utils.loader import HasWeightParts
 
     config = ModelConfig.from_folder(resolve_model_folder("tiny"))
     device = torch.device("cpu")

@@ -3,7 +3,7 @@
     python examples/learn/step3_memory.py
     python examples/learn/step3_memory.py --num-blocks 5000
 
-Read along: nanovllm/diagnostics/memory.py, nanovllm/diagnostics/leak_check.py, nanovllm/engine/kv_cache.py and
+Read along: nanovllm/diagnostics/memory.py, nanovllm/diagnostics/leak_check.py, nanovllm/runner/kv_cache.py and
 docs/kv-cache.md, which works the sizes out for a GPU.
 """
 
@@ -42,8 +42,8 @@ def main() -> None:
 
     from nanovllm import LLM, SamplingParams
     from nanovllm.diagnostics.leak_check import MemoryUse, check_leak
-    from nanovllm.engine.kv_cache import KVCacheShape
     from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+    from nanovllm.runner.kv_cache import KVCacheShape
 
     title("Step 3: memory")
     settings = {"max_model_len": 2560, "max_num_batched_tokens": 2048, "num_kvcache_blocks": args.num_blocks}

@@ -11,7 +11,7 @@ reads.
 A log of your own: NANOVLLM_LOG_FORMAT=json NANOVLLM_LOG_LEVEL=DEBUG NANOVLLM_LOG_FILE=run.jsonl, on a GPU with
 NANOVLLM_OVERLAP=0 besides, so that the log of one step ends before that of the next begins.
 
-Read along: nanovllm/engine/scheduler.py, nanovllm/utils/events.py and LOGGING.md.
+Read along: nanovllm/engine/scheduler.py, nanovllm/logs/events.py and LOGGING.md.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from nanovllm.config import ATTENTION_BACKENDS
 from nanovllm.errors import BackendUnavailableError, InvalidArgumentError
 from nanovllm.kernels.paged_prefill_hopper import takes_on_hopper
 from nanovllm.kernels.triton_support import HAS_TRITON, INTERPRETED
-from nanovllm.utils import events
+from nanovllm.logs import events
 from nanovllm.utils.logger import setup_logger
 
 # Best first, each with what speaks for it. The order is measured: H200, bf16, 16 query and 8 KV heads of 128.

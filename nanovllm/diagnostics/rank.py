@@ -13,7 +13,7 @@ from nanovllm.diagnostics.memory import MemoryReport, measure_memory
 from nanovllm.diagnostics.profiler import RankProfiler
 from nanovllm.diagnostics.step_times import StepTime, StepTimes
 from nanovllm.errors import InvalidStateError, OutOfMemoryError
-from nanovllm.utils import events
+from nanovllm.logs import events
 from nanovllm.utils.device_memory import describe_memory
 from nanovllm.utils.logger import setup_logger
 

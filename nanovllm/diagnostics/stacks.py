@@ -19,7 +19,7 @@ _SIGNAL = signal.SIGUSR1
 _SECONDS = 0.2  # that a process may take to answer
 _BYTES = 1 << 16  # more than a pipe holds
 # Files whose functions wait for other ranks.
-_WAITING_PLACES = ("engine/rank_group.py", "engine/shm_channel.py", "layers/parallel.py")
+_WAITING_PLACES = ("distributed/process_group.py", "distributed/shm_channel.py", "layers/parallel.py")
 
 
 @dataclass(frozen=True)

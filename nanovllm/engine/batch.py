@@ -7,10 +7,10 @@ and, with several ranks, through shared memory; each section is a view of them.
                    section
     closed         row                                    rows that are free again
     opened         row, num_tokens, temperature's bits, seed's low and high word, bits of top_k, top_p and min_p as
-                   float32, the seven words of `kernels.shape_logits.RowShaping.asked`
+                   float32, the seven words of `kernels.edit_logits.RowLogitEdits.asked`
     opened_tokens  token id                               the opened rows' tokens, one after another
     blocks         row, index in its block table, block
-    edits          row, index, word                       of `RowShaping.edits`
+    edits          row, index, word                       of `RowLogitEdits.edits`
     masked         row                                    rows that may draw from now on what a mask allows, no more
     mask_words     word                                   their masks, one after another, until the row is closed
     chunks         row, start, length                     prompt tokens to compute in this step
@@ -69,25 +69,25 @@ class StepNeeds:
     shares_prefix: bool = False  # a hint: enough decode rows begin with the same blocks for it to pay to look for them
     truncates: bool = False  # a row that samples uses top-k, top-p or min-p
     num_logprobs: int | None = None  # of the likeliest tokens, at least what such rows ask for; None: none asks
-    shapes_logits: bool = False  # such a row has penalties, biases, bans or a mask
+    edits_logits: bool = False  # such a row has penalties, biases, bans or a mask
 
     def words(self) -> tuple[int, ...]:
         asked = 0 if self.num_logprobs is None else self.num_logprobs + 1
-        return self.shares_prefix, self.truncates, asked, self.shapes_logits
+        return self.shares_prefix, self.truncates, asked, self.edits_logits
 
     @classmethod
-    def of_words(cls, shares_prefix: int, truncates: int, asked: int, shapes_logits: int) -> StepNeeds:
-        return cls(bool(shares_prefix), bool(truncates), int(asked) - 1 if asked else None, bool(shapes_logits))
+    def of_words(cls, shares_prefix: int, truncates: int, asked: int, edits_logits: int) -> StepNeeds:
+        return cls(bool(shares_prefix), bool(truncates), int(asked) - 1 if asked else None, bool(edits_logits))
 
     @property
     def all_logits(self) -> bool:
         """Whether whole rows of logits must be in one place, where the vocabulary is cut over ranks."""
-        return self.truncates or self.shapes_logits or self.num_logprobs is not None
+        return self.truncates or self.edits_logits or self.num_logprobs is not None
 
 
 @dataclass(frozen=True)
-class Shaping:
-    """How a row's logits change before a token is drawn, in the form of `kernels.shape_logits.RowShaping`."""
+class LogitEdits:
+    """How a row's logits change before a token is drawn, in the form of `kernels.edit_logits.RowLogitEdits`."""
 
     num_prompt_tokens: int = 0
     penalties: tuple[float, float, float] = NO_PENALTIES
@@ -96,7 +96,7 @@ class Shaping:
     mask: IntArray | None = None  # [ceil(vocab_size / 32)], from the start; None: all tokens are allowed
 
     def words(self) -> tuple[int, ...]:
-        """`RowShaping.asked`; a mask announces itself there when it comes."""
+        """`RowLogitEdits.asked`; a mask announces itself there when it comes."""
         penalties = np.array(self.penalties, dtype=np.float32).view(np.int32).tolist()
         return self.num_prompt_tokens, self.num_edits, self.penalties != NO_PENALTIES, 0, *penalties
 
@@ -110,7 +110,7 @@ class OpenedRow:
     temperature: float
     seed: int  # 64 bits
     truncation: tuple[float, float, float] = (0.0, 1.0, 0.0)  # top_k (0: off), top_p, min_p
-    shaping: Shaping | None = None
+    logit_edits: LogitEdits | None = None
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,11 @@ class ScheduledBatch:
         token_masks: rows' new masks [ceil(vocab_size / 32)], beside those that opened rows come with.
         """
         num_opened_tokens = sum(len(item.token_ids) for item in opened)
-        shaped = [(item.row, item.shaping or Shaping()) for item in opened]
-        edits = [(row, *edit) for row, shaping in shaped for edit in enumerate(shaping.edits)]
-        masks = {row: shaping.mask for row, shaping in shaped if shaping.mask is not None} | dict(token_masks or {})
+        shaped = [(item.row, item.logit_edits or LogitEdits()) for item in opened]
+        edits = [(row, *edit) for row, logit_edits in shaped for edit in enumerate(logit_edits.edits)]
+        masks = {row: logit_edits.mask for row, logit_edits in shaped if logit_edits.mask is not None} | dict(
+            token_masks or {}
+        )
         counts = (
             *(len(closed), len(opened), num_opened_tokens, len(blocks), len(edits)),
             *(len(masks), sum(map(len, masks.values())), len(chunks), len(scored), len(decode_rows)),
@@ -171,7 +173,7 @@ class ScheduledBatch:
             items[:, 2] = np.array([item.temperature for item in opened], dtype=np.float32).view(np.int32)
             items[:, 3:5] = np.array([item.seed for item in opened], dtype=np.int64).view(np.int32).reshape(-1, 2)
             items[:, 5:8] = np.array([item.truncation for item in opened], dtype=np.float32).view(np.int32)
-            items[:, 8:] = [shaping.words() for _, shaping in shaped]
+            items[:, 8:] = [logit_edits.words() for _, logit_edits in shaped]
             np.concatenate([item.token_ids for item in opened], out=batch.opened_tokens)
         return batch
 
@@ -241,7 +243,7 @@ class ScheduledBatch:
         return self._view("chunks")
 
     @cached_property
-    def scored(self) -> IntArray:  # [num_scored, 5]
+    def scored(self) -> IntArray:  # [num_prompt_logprobs, 5]
         return self._view("scored")
 
     @cached_property

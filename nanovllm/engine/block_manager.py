@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import xxhash
 
 from nanovllm.engine.batch import IntArray
-from nanovllm.utils import events
+from nanovllm.logs import events
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from nanovllm.config import EngineConfig, ResolvedConfig
@@ -34,6 +35,9 @@ class Executor(Protocol):
     def diagnostics(self) -> RankDiagnostics | AllRanksDiagnostics:
         """Profiler and memory, for who asks; no step needs it."""
         ...
+
+
+ExecutorFactory = Callable[[EngineConfig, Stopwatch], Executor]
 
 
 class InProcessExecutor:
@@ -72,12 +76,3 @@ class InProcessExecutor:
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.shutdown()
-
-
-def make_executor(config: EngineConfig, stopwatch: Stopwatch | None = None) -> Executor:
-    """One rank in this process, or several processes."""
-    if config.tensor_parallel_size == 1:
-        return InProcessExecutor(config, stopwatch)
-    from nanovllm.engine.multi_process_executor import MultiProcessExecutor
-
-    return MultiProcessExecutor(config, stopwatch)

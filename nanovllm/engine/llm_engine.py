@@ -17,21 +17,22 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from nanovllm.config import EngineConfig
+from nanovllm.diagnostics.function_trace import start_function_trace
 from nanovllm.engine.batch import IntArray, ScheduledBatch, StepHandle, StepResult
-from nanovllm.engine.branches import Branches, BranchTable
-from nanovllm.engine.executor import Executor, make_executor
+from nanovllm.engine.executor import Executor, ExecutorFactory
 from nanovllm.engine.metrics import EngineMetrics, EngineStatistics, StatisticsLine
-from nanovllm.engine.request_spans import close_request_spans, open_request_spans
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.structured_outputs import Grammars
-from nanovllm.engine.timeline import close_timeline, open_timeline, section
-from nanovllm.engine.tokenizing import NewTokens, Prompt, Tokenizing, load_tokenizer
 from nanovllm.errors import EngineDeadError, InvalidArgumentError
+from nanovllm.logs import events
 from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.requests.grammar_compiler import GrammarCompiler
+from nanovllm.requests.parallel_sampling import Branches, BranchTable
+from nanovllm.requests.tokenization import NewTokens, Prompt, Tokenizing, load_tokenizer
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils import env, events
-from nanovllm.utils.function_trace import start_function_trace
+from nanovllm.tracing.request_spans import close_request_spans, open_request_spans
+from nanovllm.tracing.timeline import close_timeline, open_timeline, section
+from nanovllm.utils import env
 from nanovllm.utils.logger import configure_logging, log_rule, setup_logger
 from nanovllm.utils.stopwatch import Stopwatch
 
@@ -58,7 +59,7 @@ class LLMEngine:
     """
 
     def __init__(
-        self, config: EngineConfig, executor: Executor | None = None, clock: Callable[[], float] = time.monotonic
+        self, config: EngineConfig, make_executor: ExecutorFactory, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._clock = clock  # of every time that the engine tells; seconds
         configure_logging()
@@ -71,7 +72,7 @@ class LLMEngine:
         log_rule(logger)
         self.config = config
         stopwatch = Stopwatch()
-        self.executor: Executor = executor or make_executor(config, stopwatch)
+        self.executor: Executor = make_executor(config, stopwatch)
         # Also when the engine is collected, and when Python ends: the device's memory is not left to chance.
         self._shut_down = weakref.finalize(self, self.executor.shutdown)
         self.resolved = self.executor.resolved
@@ -79,7 +80,7 @@ class LLMEngine:
         try:
             self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, self.resolved.model)
             self._tokenizing = Tokenizing(self.tokenizer, self.resolved)
-            self._grammars = Grammars(self.tokenizer, self.resolved)
+            self._grammar_compiler = GrammarCompiler(self.tokenizer, self.resolved)
             self.metrics = EngineMetrics()
             self.scheduler = Scheduler(self.resolved, self.metrics, clock)
             self._statistics_line = StatisticsLine(env.log_stats_interval(), self.statistics)
@@ -151,8 +152,8 @@ class LLMEngine:
             prompt=text,
         )
         sequence.stop_strings = self._tokenizing.stop_strings(params)
-        sequence.shaping = self._tokenizing.shaping(params, len(token_ids))
-        self._grammars.start(sequence)
+        sequence.logit_edits = self._tokenizing.logit_edits(params, len(token_ids))
+        self._grammar_compiler.start(sequence)
         if not self.has_unfinished_requests():
             self._statistics_line.start(arrival)
         self._num_arrivals += 1
@@ -252,8 +253,8 @@ class LLMEngine:
 
     def _take_grammars(self) -> None:
         """What is compiled may run; a request whose grammar is of no use ends alone."""
-        idle = not self._in_flight and all(sequence.compiling for sequence in self._requests.values())
-        for sequence in self._grammars.collect(idle):
+        idle = not self._in_flight and all(sequence.waits_for_grammar for sequence in self._requests.values())
+        for sequence in self._grammar_compiler.collect(idle):
             if self._requests.get(sequence.request_id) is sequence:
                 self.abort_request(sequence.request_id)
 
@@ -394,7 +395,7 @@ class LLMEngine:
         self._close_spans()
         for pending in (self._requests, self._branches, self._aborted, self._unclaimed, self._in_flight):
             pending.clear()
-        self._grammars.shutdown()
+        self._grammar_compiler.shutdown()
         self._shut_down()
         if self._trace is not None:
             self._trace.stop()

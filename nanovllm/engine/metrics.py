@@ -10,8 +10,8 @@ import bisect
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, fields
 
+from nanovllm.logs import events
 from nanovllm.outputs import RequestMetrics
-from nanovllm.utils import events
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)

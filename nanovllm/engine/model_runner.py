@@ -20,21 +20,22 @@ from nanovllm.attention.selection import select_attention
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.diagnostics.rank import RankDiagnostics
 from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepNeeds
-from nanovllm.engine.cuda_graph import DecodeGraphs
-from nanovllm.engine.device_rows import DeviceRows, ModelInputs
-from nanovllm.engine.in_flight import InFlightStep, wait_for
-from nanovllm.engine.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
-from nanovllm.engine.model_plan import ModelPlan
-from nanovllm.engine.warm_up import WarmUp
 from nanovllm.errors import OutOfMemoryError
 from nanovllm.kernels.logprobs import SampledTokens, TokenLogprobs, token_logprobs
 from nanovllm.kernels.sample import best_candidates, sample, sample_candidates
 from nanovllm.kernels.truncate import keep_thresholds
 from nanovllm.layers.linear import pack_linear_weights
 from nanovllm.layers.parallel import TensorParallel
+from nanovllm.logs import events
 from nanovllm.models.registry import get_model_class
+from nanovllm.runner.cuda_graph import DecodeGraphs
+from nanovllm.runner.device_rows import DeviceRows, ModelInputs
+from nanovllm.runner.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
+from nanovllm.runner.model_plan import ModelPlan
+from nanovllm.runner.step_handle import LaunchedStep, wait_for
+from nanovllm.runner.warm_up import WarmUp
 from nanovllm.sampling_params import MAX_LOGPROBS
-from nanovllm.utils import env, events
+from nanovllm.utils import env
 from nanovllm.utils.device_memory import GB, free_memory
 from nanovllm.utils.loader import load_dummy_weights, load_weights, materialise
 from nanovllm.utils.logger import log_gpu_memory, setup_logger, shapes_of, timed_section
@@ -42,7 +43,7 @@ from nanovllm.utils.stopwatch import Stopwatch
 
 logger = setup_logger(__name__)
 
-_SCORED_TOKENS = 256  # prompt tokens whose logits are in memory at a time
+_PROMPT_LOGPROB_TOKENS = 256  # prompt tokens whose logits are in memory at a time
 
 
 class ModelRunner:
@@ -130,7 +131,7 @@ class ModelRunner:
 
     # Steps
 
-    def submit(self, batch: ScheduledBatch) -> InFlightStep:
+    def submit(self, batch: ScheduledBatch) -> LaunchedStep:
         """Launches a step and returns without waiting for the device."""
         has_chunks, has_decode = len(batch.chunks) > 0, len(batch.decode_rows) > 0
         needs = batch.needs
@@ -212,7 +213,7 @@ class ModelRunner:
         events.runner_output.log(logger, rank=self.parallel.rank, logits=list(logits.shape))
         state = (self.rows.temperatures, self.rows.seeds, self.rows.lengths, rows)
         if in_one_place:
-            drawn_from = self.rows.shape(logits, rows) if needs.shapes_logits else logits
+            drawn_from = self.rows.shape(logits, rows) if needs.edits_logits else logits
             truncation = (self.rows.temperatures, self.rows.truncations, rows)
             thresholds = keep_thresholds(drawn_from, *truncation) if needs.truncates else None
             token_ids = sample(drawn_from, *state, thresholds)
@@ -228,8 +229,8 @@ class ModelRunner:
         the logits of a whole prompt do not fit."""
         scores = []
         for index, row, position, count, num_top in batch.scored.tolist():
-            states = hidden[len(batch.decode_rows) + index :][:count].split(_SCORED_TOKENS)
-            token_ids = self.rows.token_ids[row, position + 1 :][:count].split(_SCORED_TOKENS)
+            states = hidden[len(batch.decode_rows) + index :][:count].split(_PROMPT_LOGPROB_TOKENS)
+            token_ids = self.rows.token_ids[row, position + 1 :][:count].split(_PROMPT_LOGPROB_TOKENS)
             parts = zip(states, token_ids, strict=True)
             scores.append(
                 TokenLogprobs.join(token_logprobs(self.model.compute_logits(part), ids, num_top) for part, ids in parts)
@@ -251,16 +252,16 @@ class ModelRunner:
         event.record(torch.cuda.current_stream(self.device))
         return event
 
-    def _download(self, sampled: SampledTokens, began: torch.cuda.Event | None) -> InFlightStep:
+    def _download(self, sampled: SampledTokens, began: torch.cuda.Event | None) -> LaunchedStep:
         if self.device.type == "cpu":
-            return InFlightStep(sampled, None, None)
+            return LaunchedStep(sampled, None, None)
 
         def to_host(tensor: torch.Tensor) -> torch.Tensor:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             return host.copy_(tensor, non_blocking=True)
 
         host = sampled.map(to_host)
-        return InFlightStep(host, self._record_event(with_time=began is not None), began)
+        return LaunchedStep(host, self._record_event(with_time=began is not None), began)
 
     # Start-up
 

@@ -41,10 +41,12 @@ class RowTable:
         self.stopped: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # finished: what is in flight is dropped
         self.ignore_eos: BoolArray = np.zeros(num_rows, dtype=np.bool_)
         self.truncates: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # draws with top-k, top-p or min-p
-        self.shapes_logits: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # has penalties, biases, bans or a mask
+        self.edits_logits: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # has penalties, biases, bans or a mask
         self.num_logprobs = np.full(num_rows, -1, dtype=np.int32)  # of the likeliest tokens; -1: no log-probabilities
         self.watched: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # has stop rules of its own
-        self.guided: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # structured: its last token decides on the next
+        self.has_grammar: BoolArray = np.zeros(
+            num_rows, dtype=np.bool_
+        )  # structured: its last token decides on the next
         self._free_rows = list(range(num_rows - 1, -1, -1))  # a stack: low rows first
 
     @property
@@ -89,10 +91,10 @@ class RowTable:
         self.stopped[row] = False
         self.ignore_eos[row] = sequence.params.ignore_eos
         self.truncates[row] = sequence.params.truncates
-        self.shapes_logits[row] = sequence.shaping is not None or sequence.matcher is not None
+        self.edits_logits[row] = sequence.logit_edits is not None or sequence.grammar is not None
         self.num_logprobs[row] = num_asked(sequence.params.logprobs)
         self.watched[row] = sequence.watches_tokens
-        self.guided[row] = sequence.matcher is not None
+        self.has_grammar[row] = sequence.grammar is not None
         return row
 
     def known_tokens(self, row: int) -> IntArray:
@@ -115,15 +117,15 @@ class RowTable:
         if 0 < num_logprobs < MAX_LOGPROBS:  # brought, then cut to what each asked for: a graph for each would be many
             num_logprobs = MAX_LOGPROBS
         truncates = bool(self.truncates[sampled].any())
-        shapes_logits = bool(self.shapes_logits[sampled].any())
-        return StepNeeds(shares_prefix, truncates, None if num_logprobs < 0 else num_logprobs, shapes_logits)
+        edits_logits = bool(self.edits_logits[sampled].any())
+        return StepNeeds(shares_prefix, truncates, None if num_logprobs < 0 else num_logprobs, edits_logits)
 
     def token_masks(self, sampled: npt.NDArray[np.intp]) -> dict[int, IntArray]:
         """What each guided row of these may draw now."""
-        guided = sampled[self.guided[sampled]].tolist()
-        return {row: matcher.mask for row in guided if (matcher := self.sequence(row).matcher) is not None}
+        guided = sampled[self.has_grammar[sampled]].tolist()
+        return {row: matcher.mask for row in guided if (matcher := self.sequence(row).grammar) is not None}
 
     def schedulable_decode_rows(self) -> npt.NDArray[np.intp]:
         """Rows whose next token may be computed: decoding, not at their limit, with no token unread that decides it."""
-        unread = self.guided & (self.num_pending > 0)
+        unread = self.has_grammar & (self.num_pending > 0)
         return np.flatnonzero(self.decoding & ~unread & (self.num_tokens + self.num_pending < self.max_num_tokens))

@@ -23,10 +23,10 @@ from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepLogpr
 from nanovllm.engine.block_manager import BlockManager, BlockTable
 from nanovllm.engine.metrics import EngineMetrics, Load
 from nanovllm.engine.row_table import BoolArray, RowTable
-from nanovllm.engine.scheduler_lines import SchedulerLines
+from nanovllm.engine.scheduler_log import SchedulerLines
 from nanovllm.engine.sequence import Sequence, SequenceStatus, token_logprobs
+from nanovllm.logs import events
 from nanovllm.outputs import FinishReason
-from nanovllm.utils import events
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
@@ -36,7 +36,7 @@ RowArray = npt.NDArray[np.intp]
 # Where reading a prefix once for all its rows pays: so many of them, and so many tokens that need not be read again.
 _MIN_SHARERS = 16
 _MIN_TOKENS_SAVED = 20_000
-_MAX_SCORES = 1 << 24  # log-probabilities of all tokens that a step gives for a prompt: 134 MB with their ids
+_MAX_PROMPT_LOGPROBS = 1 << 24  # log-probabilities of all tokens that a step gives for a prompt: 134 MB with their ids
 
 
 class Scheduler:
@@ -66,7 +66,7 @@ class Scheduler:
         self._leaving: list[int] = []  # rows to release as soon as no step in flight touches them
         self._closed: list[int] = []  # rows released since the last step was planned
         self._step = 0
-        self._max_tokens_scored_for_all = max(_MAX_SCORES // config.vocab_size, 1)
+        self._max_prompt_logprob_tokens = max(_MAX_PROMPT_LOGPROBS // config.vocab_size, 1)
         self._lines = SchedulerLines(logger, self.rows)
         self._shares_prefix = False  # the last step's decode rows
 
@@ -232,9 +232,9 @@ class Scheduler:
             row = self._row(sequence)
             start, num_tokens = int(self.rows.num_computed[row]), int(self.rows.num_tokens[row])
             end = min(num_tokens, start + budget - num_planned)
-            of_all_tokens = sequence.wants_scores and sequence.params.prompt_logprobs == -1
+            of_all_tokens = sequence.needs_prompt_logprobs and sequence.params.prompt_logprobs == -1
             if of_all_tokens:
-                end = min(end, start + self._max_tokens_scored_for_all)
+                end = min(end, start + self._max_prompt_logprob_tokens)
             for first, count, num_top in sequence.score(start, end):
                 scored.append((num_planned + first - start, row, first, count, num_top))
             num_planned += end - start
@@ -251,11 +251,13 @@ class Scheduler:
 
     def _admit(self, opened: list[OpenedRow], blocks: list[IntArray]) -> Sequence | None:
         """Gives the first waiting sequence that is compiled a row and blocks for all its tokens, if both are there."""
-        sequence = next((sequence for sequence in self.waiting if not sequence.compiling), None)
+        sequence = next((sequence for sequence in self.waiting if not sequence.waits_for_grammar), None)
         if sequence is None or not self.rows.has_free_row:
             return None
         # Log-probabilities of prompt tokens come from computing them: no cached prefix will do.
-        table = self.block_manager.allocate(sequence.seq_id, sequence.token_ids, share=not sequence.wants_scores)
+        table = self.block_manager.allocate(
+            sequence.seq_id, sequence.token_ids, share=not sequence.needs_prompt_logprobs
+        )
         if table is None:
             return None
         self.waiting.remove(sequence)
@@ -272,8 +274,8 @@ class Scheduler:
         row = self.rows.open(sequence, num_cached, self._prefix_block(table))
         params = sequence.params
         truncation = (min(max(params.top_k, 0), 2**24), params.top_p, params.min_p)  # exact in float32
-        tokens, seed, shaping = sequence.token_ids, sequence.seed, sequence.shaping
-        opened.append(OpenedRow(row, tokens, params.temperature, seed, truncation, shaping))
+        tokens, seed, logit_edits = sequence.token_ids, sequence.seed, sequence.logit_edits
+        opened.append(OpenedRow(row, tokens, params.temperature, seed, truncation, logit_edits))
         blocks.append(_appended(row, np.arange(len(table.blocks)), table.blocks))
         return sequence
 

@@ -6,21 +6,16 @@ import enum
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from nanovllm.engine.batch import IntArray, Shaping, StepLogprobs
+from nanovllm.engine.batch import IntArray, LogitEdits, StepLogprobs
 from nanovllm.engine.block_manager import BlockTable
-from nanovllm.engine.detokenizer import StopStrings
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import FinishReason, RequestMetrics
 from nanovllm.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from nanovllm.engine.structured_outputs import TokenMatcher
-
 
 ALL_LOGPROBS = 2**30  # more than there are tokens
 
@@ -33,6 +28,26 @@ class SequenceStatus(enum.Enum):
     DECODING = enum.auto()
     PREEMPTED = enum.auto()  # gives up its blocks as soon as no step in flight can write them
     FINISHED = enum.auto()
+
+
+class StopStringMatcher(Protocol):
+    """Watches the text of one output for the strings that end it (`requests.detokenizer`)."""
+
+    text: str  # of the output so far, without what a stop string cuts off
+
+    def add(self, token_id: int) -> str | None:
+        """Takes the next token; returns the stop string that it completes."""
+        ...
+
+
+class GrammarState(Protocol):
+    """Follows one output through its grammar (`requests.grammar_matcher`)."""
+
+    mask: IntArray  # [ceil(vocab_size / 32)]: bit t % 32 of word t // 32 is 1 where token t may come next
+
+    def accept(self, token_id: int) -> InvalidArgumentError | None:
+        """Takes the next token; returns an error when the grammar allows no token after it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -78,14 +93,14 @@ class Sequence:
     block_table: BlockTable = field(default_factory=BlockTable)
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of each output token, where asked for
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of each prompt token but the first
-    num_scored: int = 0  # of these, how many are there or on their way
+    num_prompt_logprobs: int = 0  # of these, how many are there or on their way
     num_cached_tokens: int | None = None  # prefix-cache hits when first scheduled
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
-    stop_strings: StopStrings | None = None
-    shaping: Shaping | None = None  # what it does to its logits, where it does anything
-    compiling: bool = False  # waits for its matcher
-    matcher: TokenMatcher | None = None  # of structured outputs: it has followed every token that is known
+    stop_strings: StopStringMatcher | None = None
+    logit_edits: LogitEdits | None = None  # what it does to its logits, where it does anything
+    waits_for_grammar: bool = False  # waits for its grammar to be compiled
+    grammar: GrammarState | None = None  # of structured outputs: it has followed every token that is known
     error: InvalidArgumentError | None = None  # what ended it, with finish_reason "abort"
     # Seconds of the engine's clock
     arrival: float = 0.0
@@ -107,23 +122,23 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     @property
-    def wants_scores(self) -> bool:
+    def needs_prompt_logprobs(self) -> bool:
         """Whether its prompt must be computed for log-probabilities that are not on their way yet."""
-        return self.params.prompt_logprobs is not None and self.num_scored < self.num_prompt_tokens - 1
+        return self.params.prompt_logprobs is not None and self.num_prompt_logprobs < self.num_prompt_tokens - 1
 
     def score(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """What computing tokens `start` … `end` gives log-probabilities of, at most one item: the first token whose
         successor gets one, how many there are, how many of the likeliest are asked for."""
-        first, last = max(start, self.num_scored), min(end, self.num_prompt_tokens - 1)
-        if not self.wants_scores or first >= last:  # not asked for, or computed again after a preemption
+        first, last = max(start, self.num_prompt_logprobs), min(end, self.num_prompt_tokens - 1)
+        if not self.needs_prompt_logprobs or first >= last:  # not asked for, or computed again after a preemption
             return []
-        self.num_scored = last
+        self.num_prompt_logprobs = last
         return [(first, last - first, num_asked(self.params.prompt_logprobs))]
 
     @property
     def watches_tokens(self) -> bool:
         """Whether `stops_at` must see every token."""
-        return self.matcher is not None or self.stop_strings is not None or self.params.stop_token_ids is not None
+        return self.grammar is not None or self.stop_strings is not None or self.params.stop_token_ids is not None
 
     def stops_at(self, token_id: int) -> bool:
         """Takes the next token; True when the request's own rules end it there. EOS is not its business."""
@@ -131,8 +146,8 @@ class Sequence:
             self.stop_reason = token_id
         elif self.stop_strings is not None:
             self.stop_reason = self.stop_strings.add(token_id)
-        if self.matcher is not None and self.stop_reason is None:
-            self.error = self.matcher.accept(token_id)
+        if self.grammar is not None and self.stop_reason is None:
+            self.error = self.grammar.accept(token_id)
         return self.stop_reason is not None or self.error is not None
 
     def metrics(self) -> RequestMetrics:

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from nanovllm.attention.interface import AttentionMetadata, DecodeBackend, LayerKVCache, PrefillBackend
-from nanovllm.utils import events
+from nanovllm.logs import events
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)

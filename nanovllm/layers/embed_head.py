@@ -10,8 +10,7 @@ from torch import nn
 
 from nanovllm.kernels.skinny_linear import skinny_linear, suits_skinny_linear
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.layers.parameter import empty_parameter
-from nanovllm.utils.loader import WeightPart
+from nanovllm.layers.parameter import WeightPart, empty_parameter
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from nanovllm.kernels.rms_norm import add_rms_norm, rms_norm
-from nanovllm.layers.parameter import empty_parameter
-from nanovllm.utils.loader import WeightPart
+from nanovllm.layers.parameter import WeightPart, empty_parameter
 
 
 class RMSNorm(nn.Module):

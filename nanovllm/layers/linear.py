@@ -15,13 +15,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from nanovllm.kernels.cpu_linear import linear, pack_weight
+from nanovllm.kernels.linear import linear, pack_weight
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.kernels.skinny_linear import skinny_linear, suits_skinny_linear
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.layers.parameter import empty_parameter
-from nanovllm.utils.loader import WeightPart
+from nanovllm.layers.parameter import WeightPart, empty_parameter
 
 
 def pack_linear_weights(model: nn.Module) -> None:

@@ -1,6 +1,10 @@
-"""How every layer declares its weights."""
+"""How every layer declares its parameters, and which parts of a checkpoint fill them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -9,3 +13,42 @@ from torch import nn
 def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     """A parameter without memory: the weight loader puts it on the device."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """Rows `row`, `row + 1`, … of a parameter come from indices `start` … `stop` along `dim` of a checkpoint tensor.
+
+    `name` None: these rows are padding that no checkpoint has, filled with zeros (`shape` is then theirs).
+    """
+
+    name: str | None
+    shape: tuple[int, ...]  # of the whole tensor in the checkpoint
+    dim: int = 0
+    start: int = 0
+    stop: int | None = None  # None: to the end
+    row: int = 0
+
+    @property
+    def source(self) -> tuple[slice, ...]:
+        return (*(slice(None),) * self.dim, slice(self.start, self.stop))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the parameter that this part fills."""
+        return len(range(self.shape[0])[self.source[0]])
+
+    @property
+    def shape_read(self) -> tuple[int, ...]:
+        """Of what is cut out of the checkpoint tensor."""
+        cut = len(range(self.shape[self.dim])[self.start : self.stop])
+        return (*self.shape[: self.dim], cut, *self.shape[self.dim + 1 :])
+
+
+@runtime_checkable
+class HasWeightParts(Protocol):
+    """A module that knows where its own parameters come from."""
+
+    def weight_parts(self, prefix: str) -> Mapping[str, Sequence[WeightPart]]:
+        """Name of each own parameter → its parts, ordered by row. `prefix` is the module's name in the model."""
+        ...

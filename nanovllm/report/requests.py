@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nanovllm.report.log_file import Record, count, number
-from nanovllm.report.sketches import QuantileSketch, Sample
+from nanovllm.report.quantiles import QuantileSketch, Sample
 
 DRAWN = 600  # requests; more rows than that no one tells apart
 _MOST_PENDING = 20_000

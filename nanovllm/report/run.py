@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.report.log_file import Record, count, number
+from nanovllm.report.quantiles import QuantileSketch, Timeline
 from nanovllm.report.requests import Requests
-from nanovllm.report.sketches import QuantileSketch, Timeline
 from nanovllm.report.steps import SlowSteps
 
 _MOST_TROUBLES = 20  # warnings and errors shown

@@ -6,9 +6,9 @@ from html import escape
 
 from nanovllm.report.charts import Series, duration_text, histogram, seconds_text, time_chart
 from nanovllm.report.gantt import gantt
+from nanovllm.report.quantiles import QuantileSketch
 from nanovllm.report.requests import DRAWN
 from nanovllm.report.run import Run
-from nanovllm.report.sketches import QuantileSketch
 
 _QUANTILES = ((0.5, "p50"), (0.9, "p90"), (0.99, "p99"))
 

@@ -24,12 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanovllm.utils import env, events
-from nanovllm.utils.device_memory import describe_memory
-from nanovllm.utils.log_formats import JsonFormatter, TextFormatter
-from nanovllm.utils.log_handlers import ConsoleHandler, LogFileHandler, formatter_of
-from nanovllm.utils.log_levels import LEVELS, levels_by_logger, parse_level, parse_level_spec
-from nanovllm.utils.log_records import (
+from nanovllm.logs import events
+from nanovllm.logs.formats import JsonFormatter, TextFormatter
+from nanovllm.logs.handlers import ConsoleHandler, LogFileHandler, formatter_of
+from nanovllm.logs.levels import LEVELS, levels_by_logger, parse_level, parse_level_spec
+from nanovllm.logs.records import (
     Event,
     ItemList,
     Listing,
@@ -38,7 +37,9 @@ from nanovllm.utils.log_records import (
     log_event,
     place_of,
 )
-from nanovllm.utils.timed_sections import flush_timed_sections, timed_section
+from nanovllm.logs.timed_sections import flush_timed_sections, timed_section
+from nanovllm.utils import env
+from nanovllm.utils.device_memory import describe_memory
 
 __all__ = [
     "Event",

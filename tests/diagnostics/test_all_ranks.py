@@ -19,11 +19,11 @@ from nanovllm import LLM, InvalidStateError, SamplingParams
 from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics, answer
 from nanovllm.diagnostics.memory import MemoryReport
 from nanovllm.diagnostics.step_times import KINDS, StepTime, StepTimes, pack_step_times, unpack_step_times
-from nanovllm.engine import worker_pool
-from tests.engine.test_timeline import read
-from tests.faulty_worker import run_leaking_worker
-from tests.rank_processes import ONLY_LINUX, folder, run_script
+from nanovllm.distributed import worker_pool
+from tests.distributed.faulty_worker import run_leaking_worker
+from tests.distributed.rank_processes import ONLY_LINUX, folder, run_script
 from tests.small_llm import GREEDY, generate, load, token_ids
+from tests.tracing.test_timeline import read
 
 __all__ = ["folder"]  # a fixture
 pytestmark = ONLY_LINUX

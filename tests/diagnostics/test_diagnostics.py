@@ -239,7 +239,7 @@ def test_a_cache_too_large_says_what_is_left(monkeypatch):
     def refuse(self: object, num_blocks: int, device: object) -> object:
         raise refused
 
-    monkeypatch.setattr("nanovllm.engine.kv_cache.KVCacheShape.allocate", refuse)
+    monkeypatch.setattr("nanovllm.runner.kv_cache.KVCacheShape.allocate", refuse)
     monkeypatch.setattr("nanovllm.engine.model_runner.free_memory", lambda device: 3 * 10**9)
     with pytest.raises(OutOfMemoryError, match=r"64 blocks of 0\.0001 GB.*has 3\.00 GB left.*below 45776 "):
         load()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.engine.batch import VERSION, OpenedRow, ScheduledBatch, Shaping, StepNeeds
+from nanovllm.engine.batch import VERSION, LogitEdits, OpenedRow, ScheduledBatch, StepNeeds
 
 SECTIONS = [
     *("closed", "opened", "opened_tokens", "blocks", "edits", "masked", "mask_words", "chunks", "scored"),
@@ -20,8 +20,8 @@ MASK_WORDS = 2
 
 int32 = st.integers(-(2**31), 2**31 - 1)
 masks = st.lists(int32, min_size=MASK_WORDS, max_size=MASK_WORDS).map(lambda words: np.array(words, dtype=np.int32))
-shapings = st.builds(
-    Shaping,
+all_logit_edits = st.builds(
+    LogitEdits,
     num_prompt_tokens=st.integers(0, 99),
     penalties=st.tuples(*[st.floats(-2, 2, width=32)] * 3),
     num_edits=st.integers(0, 9),
@@ -35,7 +35,7 @@ opened_rows = st.builds(
     temperature=st.floats(0, 2, width=32),
     seed=st.integers(-(2**63), 2**63 - 1),
     truncation=st.tuples(*[st.floats(0, 100, width=32)] * 3),
-    shaping=st.none() | shapings,
+    logit_edits=st.none() | all_logit_edits,
 )
 triples = st.lists(st.tuples(int32, int32, int32), max_size=4)
 changes = st.fixed_dictionaries(
@@ -53,11 +53,11 @@ changes = st.fixed_dictionaries(
 
 def example() -> ScheduledBatch:
     """Something in every section."""
-    shaping = Shaping(3, (1.5, 0.0, 1.0), 1, (9, 8, 7, 5, 0), np.array([6], dtype=np.int32))
+    logit_edits = LogitEdits(3, (1.5, 0.0, 1.0), 1, (9, 8, 7, 5, 0), np.array([6], dtype=np.int32))
     return ScheduledBatch.build(
         7,
         closed=[4],
-        opened=[OpenedRow(2, np.array([10, 11, 12], dtype=np.int32), 0.5, 2**40 + 3, shaping=shaping)],
+        opened=[OpenedRow(2, np.array([10, 11, 12], dtype=np.int32), 0.5, 2**40 + 3, logit_edits=logit_edits)],
         blocks=[(2, 0, 5), (0, 1, 6)],
         token_masks={3: np.array([-1], dtype=np.int32)},
         chunks=[(2, 0, 3), (1, 4, 2)],
@@ -86,13 +86,17 @@ def test_what_is_built_is_read_back(step: int, values: dict[str, Any], num_final
         assert words[:, 2].copy().view(np.float32).tolist() == [item.temperature for item in opened]
         assert words[:, 3:5].copy().view(np.int64).ravel().tolist() == [item.seed for item in opened]
         assert words[:, 5:8].copy().view(np.float32).tolist() == [list(item.truncation) for item in opened]
-        shaped = [(item.row, item.shaping or Shaping()) for item in opened]
-        assert words[:, 8:10].tolist() == [[shaping.num_prompt_tokens, shaping.num_edits] for _, shaping in shaped]
-        assert words[:, 10:12].tolist() == [[shaping.penalties != (1, 0, 0), 0] for _, shaping in shaped]
-        assert words[:, 12:].copy().view(np.float32).tolist() == [list(shaping.penalties) for _, shaping in shaped]
-        edits = [[row, index, word] for row, shaping in shaped for index, word in enumerate(shaping.edits)]
+        shaped = [(item.row, item.logit_edits or LogitEdits()) for item in opened]
+        assert words[:, 8:10].tolist() == [
+            [logit_edits.num_prompt_tokens, logit_edits.num_edits] for _, logit_edits in shaped
+        ]
+        assert words[:, 10:12].tolist() == [[logit_edits.penalties != (1, 0, 0), 0] for _, logit_edits in shaped]
+        assert words[:, 12:].copy().view(np.float32).tolist() == [
+            list(logit_edits.penalties) for _, logit_edits in shaped
+        ]
+        edits = [[row, index, word] for row, logit_edits in shaped for index, word in enumerate(logit_edits.edits)]
         assert batch.edits.tolist() == edits
-        own = {row: shaping.mask.tolist() for row, shaping in shaped if shaping.mask is not None}
+        own = {row: logit_edits.mask.tolist() for row, logit_edits in shaped if logit_edits.mask is not None}
         new = {row: mask.tolist() for row, mask in values["token_masks"].items()}
         masked = batch.masked.tolist()
         assert dict(zip(masked, batch.mask_words.reshape(-1, MASK_WORDS).tolist(), strict=True)) == {**own, **new}
@@ -129,12 +133,12 @@ def test_counts_of_tokens_and_samples() -> None:
     assert batch.sampled_rows.tolist() == [0, 3, 2]  # decode rows, then the chunks that end their prompt
 
 
-@pytest.mark.parametrize("shapes_logits", [False, True])
+@pytest.mark.parametrize("edits_logits", [False, True])
 @pytest.mark.parametrize("num_logprobs", [None, 0, 20])
 @pytest.mark.parametrize(("shares_prefix", "truncates"), [(False, False), (True, False), (False, True), (True, True)])
-def test_needs_stand_apart(shares_prefix: bool, truncates: bool, num_logprobs: int | None, shapes_logits: bool) -> None:
-    needs = StepNeeds(shares_prefix, truncates, num_logprobs, shapes_logits)
-    assert needs.all_logits is (truncates or shapes_logits or num_logprobs is not None)
+def test_needs_stand_apart(shares_prefix: bool, truncates: bool, num_logprobs: int | None, edits_logits: bool) -> None:
+    needs = StepNeeds(shares_prefix, truncates, num_logprobs, edits_logits)
+    assert needs.all_logits is (truncates or edits_logits or num_logprobs is not None)
     assert ScheduledBatch.build(1, needs=needs).needs == needs
     assert ScheduledBatch.build(1).needs == StepNeeds()
 

@@ -30,7 +30,9 @@ def make_engine(
     seed: int = 0, clock: Callable[[], float] = time.monotonic, **config: object
 ) -> tuple[LLMEngine, BreakableExecutor]:
     executor = BreakableExecutor(**config)
-    return LLMEngine(EngineConfig("simulated", skip_tokenizer_init=True, seed=seed), executor, clock), executor
+    return LLMEngine(
+        EngineConfig("simulated", skip_tokenizer_init=True, seed=seed), lambda config, stopwatch: executor, clock
+    ), executor
 
 
 def run(engine: LLMEngine) -> dict[str, RequestOutput]:

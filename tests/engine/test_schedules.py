@@ -15,7 +15,7 @@ from tests.engine.simulated_executor import VOCAB_SIZE, SimulatedExecutor, expec
 
 def make_engine(**changes: object) -> LLMEngine:
     executor = SimulatedExecutor(make_config(**changes))
-    return LLMEngine(EngineConfig("simulated", skip_tokenizer_init=True), executor)
+    return LLMEngine(EngineConfig("simulated", skip_tokenizer_init=True), lambda config, stopwatch: executor)
 
 
 def check_integrity(engine: LLMEngine) -> None:

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
+from nanovllm.kernels.logit_edits import edit_logits
 from nanovllm.kernels.sample import sample
-from nanovllm.kernels.shape_logits import shape_logits
 from nanovllm.kernels.truncate import keep_thresholds
-from tests.kernels.test_shape_logits import ALWAYS, Asked, expected, state_of
+from tests.kernels.test_logit_edits import ALWAYS, Asked, expected, state_of
 from tests.kernels.test_truncate import kept_by_the_rules
 
 VOCAB_SIZE, DRAWS = 32, 100_000
@@ -71,7 +71,7 @@ def test_draws_follow_the_exact_distribution(
         num_shaped = num_rows if on_gpu else 1  # the reference goes row by row
         same = torch.zeros(num_rows, dtype=torch.int32, device=device)
         given = logits.to(device).expand(num_shaped, -1)
-        shaped = shape_logits(given, rows.expand(num_shaped).contiguous(), *state, use_triton=on_gpu)
+        shaped = edit_logits(given, rows.expand(num_shaped).contiguous(), *state, use_triton=on_gpu)
         thresholds = keep_thresholds(shaped, temperatures, truncations, same[:num_shaped], use_triton=on_gpu)
         order = torch.arange(num_rows, dtype=torch.int32, device=device)
         drawn_from = shaped.expand(num_rows, -1), temperatures.repeat(num_rows), seeds, same + 3, order

@@ -15,8 +15,8 @@ from nanovllm.errors import ModelLoadError
 from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.linear import GatedParallelLinear
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.layers.parameter import empty_parameter
-from nanovllm.utils.loader import WeightPart, checkpoint_files, load_dummy_weights, load_weights, weight_plan
+from nanovllm.layers.parameter import WeightPart, empty_parameter
+from nanovllm.utils.loader import checkpoint_files, load_dummy_weights, load_weights, weight_plan
 
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]

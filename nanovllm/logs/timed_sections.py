@@ -1,0 +1,120 @@
+"""Timed sections: how long a part of the program took, on the host and on the GPU, without waiting for either."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import sys
+import time
+from collections import deque
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any
+
+from nanovllm.logs import events
+from nanovllm.logs.records import Place, place_of
+from nanovllm.utils.device_memory import cuda_index
+
+__all__ = ["flush_timed_sections", "timed_section"]
+
+
+def timed_section(
+    logger: logging.Logger, name: str, level: int = logging.DEBUG, device: object = None, **fields: Any
+) -> AbstractContextManager[object]:
+    """Logs `[START] name` and, also when the body raises, `[END] name - Elapsed: 12.34ms`.
+
+    `device` is where the body's work runs; None means the current CUDA device if this process uses one. On a CPU
+    `Elapsed` is wall time. On CUDA it is GPU time between two events, and the line adds the wall time apart, which
+    is then about the time to launch: nothing waits for the GPU here. The line itself follows when the events are
+    known to have passed: at the next section, in `flush_timed_sections()`, or when Python exits.
+    While a CUDA graph is being captured nothing runs on the GPU, so that there is only wall time.
+    Fields: `section`, `wall_ms`, `gpu_ms` (None where not measured), `failed`, and on both lines those given.
+    """
+    if not logger.isEnabledFor(level):
+        return _NO_SECTION
+    return _TimedSection(logger, level, device, {"section": name, **fields}, place_of(sys._getframe(1)))
+
+
+def flush_timed_sections() -> None:
+    """Wait for the GPU work of sections that have ended, and log their `[END]` lines: call it where waiting is fine."""
+    _log_passed_sections(wait=True)
+
+
+class _TimedSection:
+    """One section: measures, then waits in `_PENDING` until the GPU has passed its end."""
+
+    def __init__(
+        self, logger: logging.Logger, level: int, device: object, fields: dict[str, Any], place: Place
+    ) -> None:
+        self.logger, self.level, self.device, self.fields, self.place = logger, level, device, fields, place
+        self.start: Any = None  # torch.cuda.Event, where there is GPU time to measure
+        self.end: Any = None
+
+    def __enter__(self) -> None:
+        _log_passed_sections(wait=False)
+        events.section_start.emit(self.logger, self.level, self.fields, self.place)
+        self.start = _record_cuda_event(self.device)
+        self.began = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.wall_ms = (time.perf_counter() - self.began) * 1e3
+        self.failed = error is not None
+        if self.start is not None:
+            try:
+                self.end = _record_cuda_event(self.device)
+            except RuntimeError:  # CUDA itself has failed; the error of the body is the one to see
+                self.end = None
+        if self.end is not None:
+            _PENDING.append(self)
+        else:
+            self.log_end(None)
+
+    def log_end(self, gpu_ms: float | None) -> None:
+        if not self.logger.isEnabledFor(self.level):
+            return
+        if gpu_ms is None:
+            elapsed = f"{self.wall_ms:.2f}ms"
+        else:
+            elapsed = f"{gpu_ms:.2f}ms (GPU time; wall time {self.wall_ms:.2f}ms)"
+        fields = {**self.fields, "wall_ms": self.wall_ms, "gpu_ms": gpu_ms, "failed": self.failed}
+        events.section_end.emit(self.logger, self.level, fields, self.place, elapsed=elapsed)
+
+
+# Switched off, a section is this one object: nothing is made, measured or recorded.
+_NO_SECTION = nullcontext()
+# Sections that have ended on the CPU, oldest first; log output that is due, not state that anything depends on.
+_PENDING: deque[_TimedSection] = deque()
+atexit.register(flush_timed_sections)
+
+
+def _log_passed_sections(*, wait: bool) -> None:
+    """Log the end of pending sections in order, up to the first that the GPU has not passed yet (or wait for all)."""
+    if not _PENDING or sys.modules["torch"].cuda.is_current_stream_capturing():  # capture forbids asking events
+        return
+    while _PENDING:
+        section = _PENDING.popleft()
+        try:
+            if wait:
+                section.end.synchronize()
+            elif not section.end.query():
+                _PENDING.appendleft(section)
+                return
+            gpu_ms = section.start.elapsed_time(section.end)
+        except RuntimeError:  # a CUDA error is raised where the work is used, not by a log line
+            gpu_ms = None
+        section.log_end(gpu_ms)
+
+
+def _record_cuda_event(device: object) -> Any:
+    """A timing event recorded on the current stream of `device`; None where there is no GPU time to be had."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized() or torch.cuda.is_current_stream_capturing():
+        return None
+    index = torch.cuda.current_device() if device is None else cuda_index(device)
+    if index is None:
+        return None
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(index))
+    return event

@@ -1,0 +1,85 @@
+"""DecodeGraphs: the decode step recorded once for a batch size, then replayed with one launch.
+
+A graph holds the whole step, from reading the rows' last tokens to writing the sampled ones back. It is
+captured when its size is first needed; sizes between two captured ones run as the next larger, padded
+with the null row.
+"""
+
+from __future__ import annotations
+
+import bisect
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+
+from nanovllm.engine.batch import StepNeeds
+from nanovllm.kernels.logprobs import SampledTokens
+from nanovllm.logs import events
+from nanovllm.utils.logger import setup_logger
+
+logger = setup_logger(__name__)
+
+DecodeStep = Callable[[torch.Tensor, StepNeeds], SampledTokens]  # rows [size] int32 → a token each
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes that get a graph: 1, 2, 4, 8, then steps of 8 to 128 and of an eighth above, up to `max_num_seqs`."""
+    sizes = {1, 2, 4, max_num_seqs}
+    size = 8
+    while size < max_num_seqs:
+        sizes.add(size)
+        size += max(8, size // 64 * 8)
+    return sorted(size for size in sizes if size <= max_num_seqs)
+
+
+@dataclass(frozen=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    sampled: SampledTokens  # what a replay writes
+
+
+class DecodeGraphs:
+    """Captures `decode_step` by size and by what its rows need.
+
+    All graphs share one pool of memory, for only one runs at a time.
+    """
+
+    def __init__(self, decode_step: DecodeStep, max_num_seqs: int, null_row: int, device: torch.device) -> None:
+        self._decode_step = decode_step
+        self._null_row = null_row
+        self._device = device
+        self.sizes = graph_sizes(max_num_seqs)
+        self._rows = torch.full((max_num_seqs,), null_row, dtype=torch.int32, device=device)  # what replays read
+        self._captured: dict[tuple[int, StepNeeds], _Captured] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def replay(self, rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
+        """Decodes `rows` [num_rows] int32 → a token each, valid until the next replay."""
+        size = self.sizes[bisect.bisect_left(self.sizes, len(rows))]
+        captured = self._captured.get((size, needs))
+        if captured is None:
+            captured = self.capture(size, needs)
+        self._rows[: len(rows)] = rows
+        self._rows[len(rows) : size] = self._null_row
+        captured.graph.replay()
+        return captured.sampled.first(len(rows))
+
+    def capture(self, size: int, needs: StepNeeds) -> _Captured:
+        """Records the step for `size` rows. Only the null row is computed on, so that no sequence notices."""
+        started = time.perf_counter()
+        rows = self._rows[:size]
+        rows.fill_(self._null_row)
+        stream = torch.cuda.Stream(self._device)
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream):  # compiles kernels and lets libraries allocate before anything is recorded
+            self._decode_step(rows, needs)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream):
+            sampled = self._decode_step(rows, needs)
+        captured = self._captured[size, needs] = _Captured(graph, sampled)
+        elapsed_ms = (time.perf_counter() - started) * 1e3
+        events.graph_captured.log(logger, size=size, elapsed_ms=elapsed_ms, **asdict(needs))
+        return captured

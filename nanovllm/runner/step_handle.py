@@ -1,0 +1,47 @@
+"""Steps that a device was given, and the wait for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.engine.batch import StepLogprobs, StepResult
+from nanovllm.kernels.logprobs import SampledTokens, TokenLogprobs
+
+_LOOK_SECONDS = 20e-6
+
+
+@dataclass(frozen=True)
+class LaunchedStep:
+    """A launched step: its tokens are in `sampled` once `done` has passed (None: they are there)."""
+
+    sampled: SampledTokens  # on the host
+    done: torch.cuda.Event | None
+    began: torch.cuda.Event | None  # where somebody wants to know the time between the two
+
+    def wait(self, check: Callable[[], None] | None = None) -> StepResult:
+        if self.done is not None:
+            wait_for(self.done, check)
+        gpu_ms = self.began.elapsed_time(self.done) if self.began is not None and self.done is not None else None
+        sampled = self.sampled
+        logprobs = _step_logprobs(sampled.logprobs) if sampled.logprobs else None
+        return StepResult(
+            sampled.token_ids.numpy(), gpu_ms, logprobs, tuple(map(_step_logprobs, sampled.prompt_logprobs))
+        )
+
+
+def _step_logprobs(logprobs: TokenLogprobs) -> StepLogprobs:
+    return StepLogprobs(*(tensor.numpy() for tensor in logprobs.tensors()))
+
+
+def wait_for(event: torch.cuda.Event, check: Callable[[], None] | None) -> None:
+    """Returns when `event` has passed, or raises what `check` raises, called over and over meanwhile."""
+    if check is None:
+        event.synchronize()
+        return
+    while not event.query():
+        check()
+        time.sleep(_LOOK_SECONDS)

@@ -1,0 +1,486 @@
+"""AsyncLLM: many streams at a time, however they end, and an engine that is empty after each."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanovllm import (
+    LLM,
+    AsyncLLM,
+    EngineDeadError,
+    InvalidArgumentError,
+    InvalidStateError,
+    ModelLoadError,
+    RequestOutput,
+    RequestTooLargeError,
+    SamplingParams,
+    StepFailedError,
+    UnknownArgumentError,
+)
+from nanovllm import async_llm as module
+from tests.api.test_streaming import join, many_kinds
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG = SamplingParams(temperature=0, max_tokens=100_000, ignore_eos=True)
+SHORT = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[AsyncLLM]:
+    """Used from a new event loop by each test, after the one before is closed."""
+    with AsyncLLM("tiny", device="cpu", pipeline_depth=2, max_num_seqs=64) as engine:
+        yield engine
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 60))
+
+
+async def collect(engine: AsyncLLM, *args: Any, **kwargs: Any) -> list[RequestOutput]:
+    return [output async for output in engine.generate(*args, **kwargs)]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it does not come true")
+
+
+async def assert_empty(engine: AsyncLLM) -> None:
+    """Soon: the engine is on its own thread."""
+    inner, thread = engine._engine, engine._thread
+    scheduler = inner.scheduler
+    await until(
+        lambda: (
+            thread._commands.empty()
+            and not inner.has_unfinished_requests()
+            and scheduler.block_manager.num_used_blocks == 0
+            and scheduler.rows.is_empty
+            and not scheduler.waiting
+            and not (thread._running or thread._open or thread._to_wake)
+        )
+    )
+
+
+def num_used_blocks(engine: AsyncLLM) -> int:
+    return engine._engine.scheduler.block_manager.num_used_blocks
+
+
+# ---- outputs
+
+
+def test_outputs_are_those_of_llm(tiny: AsyncLLM) -> None:
+    with LLM("tiny", device="cpu", max_num_seqs=8) as llm:
+        params = many_kinds(llm)
+        prompts: list[Any] = ["introduce yourself"] * len(params)
+        expected = [output.outputs[0] for output in llm.generate(prompts, params, use_tqdm=False)]
+
+    async def test() -> None:
+        whole = await asyncio.gather(*(collect(tiny, *request) for request in zip(prompts, params, strict=True)))
+        parts = await asyncio.gather(
+            *(collect(tiny, *request, delta=True) for request in zip(prompts, params, strict=True))
+        )
+        await assert_empty(tiny)
+        assert [outputs[-1].outputs[0] for outputs in whole] == expected
+        assert [join(outputs) for outputs in parts] == expected
+        for outputs in whole:
+            assert [output.finished for output in outputs] == [False] * (len(outputs) - 1) + [True]
+            assert len({output.request_id for output in outputs}) == 1
+            for before, after in itertools.pairwise(outputs):
+                assert after["text"].startswith(before["text"])
+                assert after["token_ids"][: len(before["token_ids"])] == before["token_ids"]
+                assert len(after["token_ids"]) > len(before["token_ids"])
+                if before.outputs[0].logprobs is not None:
+                    assert after.outputs[0].logprobs[: len(before["token_ids"])] == before.outputs[0].logprobs
+
+    run(test())
+
+
+def test_a_thousand_streams_at_a_time(tiny: AsyncLLM) -> None:
+    words = [f"count from {start} to {start + 3}" for start in range(20)]
+    with LLM("tiny", device="cpu", max_num_seqs=8) as llm:
+        expected = [output["text"] for output in llm.generate(words, SHORT, use_tqdm=False)]
+        assert len(set(expected)) > 10
+
+    async def test() -> None:
+        async def stream(index: int) -> tuple[str, int]:
+            text, num_outputs = "", 0
+            async for output in tiny.generate(words[index % 20], SHORT, f"stream-{index}", delta=True):
+                assert output.request_id == f"stream-{index}"
+                text += output["text"]
+                num_outputs += 1
+            return text, num_outputs
+
+        found = await asyncio.gather(*(stream(index) for index in range(1000)))
+        await assert_empty(tiny)
+        texts = [text for text, _ in found]
+        assert texts == expected * 50
+        assert sum(num_outputs for _, num_outputs in found) > 1000, "they are streams, not results"
+
+    run(test())
+
+
+# ---- ends
+
+
+def test_a_consumer_that_leaves_ends_its_request(tiny: AsyncLLM) -> None:
+    """By break, by closing the generator, by cancellation while it waits, and before the request has run at all."""
+
+    async def test() -> None:
+        async for _ in tiny.generate("introduce yourself", LONG):
+            assert num_used_blocks(tiny) > 0
+            break
+        await assert_empty(tiny)
+
+        outputs = tiny.generate("introduce yourself", LONG)
+        await anext(outputs)
+        await outputs.aclose()
+        await assert_empty(tiny)
+
+        for seconds in (0, 0.02, 0.1):
+            tasks = [asyncio.create_task(collect(tiny, "introduce yourself", LONG)) for _ in range(5)]
+            await asyncio.sleep(seconds)
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+            assert all(isinstance(result, asyncio.CancelledError) for result in results)
+            await assert_empty(tiny)
+
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(collect(tiny, "introduce yourself", LONG, "r"), 0.1)
+        assert len(await collect(tiny, "introduce yourself", SHORT, "r")) <= 6, "the id is free again"
+        await assert_empty(tiny)
+
+    run(test())
+
+
+def test_abort(tiny: AsyncLLM) -> None:
+    async def test() -> None:
+        running = asyncio.create_task(collect(tiny, "introduce yourself", LONG, "r"))
+        await until(lambda: num_used_blocks(tiny) > 0)
+        await tiny.abort("r")
+        assert tiny._engine.sequences("r") == []
+        outputs = await running
+        assert outputs[-1].outputs[0].finish_reason == "abort"
+        assert 0 < len(outputs[-1]["token_ids"]) < 1000
+        await tiny.abort("r")
+        await tiny.abort("never seen")
+        await assert_empty(tiny)
+
+        # A consumer that is not there when it ends, and one that has not begun.
+        stream = tiny.generate("introduce yourself", LONG, "r")
+        await anext(stream)
+        await tiny.abort("r")
+        *_, last = [output async for output in stream]
+        assert (last.finished, last.outputs[0].finish_reason) == (True, "abort")
+        await assert_empty(tiny)
+
+    run(test())
+
+
+# ---- back-pressure
+
+
+def test_a_slow_consumer_gets_fewer_and_longer_outputs(tiny: AsyncLLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=120, ignore_eos=True)
+
+    async def test() -> None:
+        whole = await collect(tiny, "introduce yourself", params)
+        stream = tiny.generate("introduce yourself", params, "slow", delta=True)
+        parts = [await anext(stream)]
+        request = tiny._thread._open["slow"]
+        await until(lambda: request.end is not None)
+        await collect(tiny, "count from 3 to 9", SHORT)  # the engine does not wait for anybody
+        assert request.waiting is not None
+        assert len(request.waiting[0].token_ids) < 120
+        parts += [output async for output in stream]
+        assert len(parts) == 2
+        assert join(parts) == whole[-1].outputs[0]
+        await assert_empty(tiny)
+
+    run(test())
+
+
+def test_an_event_loop_that_is_busy_is_called_once(tiny: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    async def test() -> None:
+        loop = asyncio.get_running_loop()
+        original = loop.call_soon_threadsafe
+
+        def counted(callback: Callable[..., object], *args: Any, **kwargs: Any) -> asyncio.Handle:
+            calls.append(threading.current_thread().name)
+            return original(callback, *args, **kwargs)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+        streams = [tiny.generate("introduce yourself", SHORT, f"r{index}") for index in range(8)]
+        first = [await anext(stream) for stream in streams]
+        steps, before = tiny._engine.statistics.num_steps, len(calls)
+        deadline = time.monotonic() + 10
+        while tiny._engine.has_unfinished_requests():  # the loop does not turn meanwhile
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert tiny._engine.statistics.num_steps > steps + 1
+        assert calls[before:] in ([], ["nanovllm-engine"])
+        for stream in streams:
+            *_, last = [output async for output in stream]
+            assert len(last["token_ids"]) == 6
+        assert len(first) == 8
+        await assert_empty(tiny)
+
+    run(test())
+
+
+# ---- errors
+
+
+def test_a_bad_request_is_its_consumer_s_alone(tiny: AsyncLLM) -> None:
+    bad: list[tuple[Any, Any, type[Exception]]] = [
+        ("", SHORT, InvalidArgumentError),
+        ([1] * 100_000, SHORT, RequestTooLargeError),
+        ({"promt": "x"}, SHORT, InvalidArgumentError),
+        ("fine", {"temperature": 0}, InvalidArgumentError),
+        ("fine", SamplingParams(stop_token_ids=[10**6]), InvalidArgumentError),
+        (object(), SHORT, InvalidArgumentError),
+    ]
+
+    async def test() -> None:
+        (alone,) = [(await collect(tiny, "count from 3 to 9", SHORT))[-1]]
+        requests = [collect(tiny, prompt, params) for prompt, params, _ in bad]
+        good = [collect(tiny, "count from 3 to 9", SHORT) for _ in bad]
+        results = await asyncio.gather(*requests, *good, return_exceptions=True)
+        for result, (_, _, kind) in zip(results, bad, strict=False):
+            assert type(result) is kind
+        for result in results[len(bad) :]:
+            assert isinstance(result, list)
+            assert result[-1].outputs == alone.outputs
+        await assert_empty(tiny)
+
+        stream = tiny.generate("introduce yourself", LONG, "r")
+        await anext(stream)
+        with pytest.raises(InvalidArgumentError, match="request_id='r'.*unique"):
+            await collect(tiny, "count from 3 to 9", SHORT, "r")
+        assert not (await anext(stream)).finished
+        await stream.aclose()
+        await assert_empty(tiny)
+
+    run(test())
+
+
+@pytest.mark.parametrize("is_fatal", [False, True])
+def test_a_step_that_fails_reaches_all(is_fatal: bool) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device failed")
+
+    async def test() -> None:
+        with AsyncLLM("tiny", device="cpu") as engine:
+            (expected,) = [(await collect(engine, "count from 3 to 9", SHORT))[-1]]
+            executor = engine._engine.executor
+            with pytest.MonkeyPatch.context() as patch:
+                tasks = [asyncio.create_task(collect(engine, "introduce yourself", LONG)) for _ in range(4)]
+                await until(lambda: num_used_blocks(engine) > 0)
+                if is_fatal:
+                    patch.setattr(executor, "synchronize", fail)
+                patch.setattr(executor, "collect", fail)
+                errors = await asyncio.gather(*tasks, return_exceptions=True)
+            kind = EngineDeadError if is_fatal else StepFailedError
+            for error in errors:
+                assert type(error) is kind
+                assert "the device failed" in str(error)
+                assert isinstance(error.__cause__, RuntimeError)
+            assert len({id(error) for error in errors}) == 4, "a traceback of one's own"
+            if is_fatal:
+                with pytest.raises(EngineDeadError, match="the device failed"):
+                    await collect(engine, "count from 3 to 9", SHORT)
+            else:
+                assert (await collect(engine, "count from 3 to 9", SHORT))[-1].outputs == expected.outputs
+            await assert_empty(engine)
+
+    run(test())
+
+
+def test_an_error_of_ours_ends_the_engine_and_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever goes wrong in the thread, nobody waits for ever."""
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async def test() -> None:
+        with AsyncLLM("tiny", device="cpu") as engine:
+            monkeypatch.setattr(module._EngineThread, "_abort", fail)
+            task = asyncio.create_task(collect(engine, "introduce yourself", LONG, "r"))
+            await until(lambda: num_used_blocks(engine) > 0)
+            await engine.abort("r")
+            with pytest.raises(EngineDeadError) as caught:
+                await task
+            assert isinstance(caught.value.__cause__, ZeroDivisionError)
+            with pytest.raises(EngineDeadError):
+                await collect(engine, "introduce yourself", SHORT)
+
+    run(test())
+
+
+def test_what_making_it_raises(tmp_path: Path) -> None:
+    with pytest.raises(UnknownArgumentError, match="max_model_len"):
+        AsyncLLM("tiny", max_modle_len=64)  # type: ignore[call-arg]
+    with pytest.raises(ModelLoadError):
+        AsyncLLM(str(tmp_path), device="cpu")
+
+
+# ---- event loops
+
+
+def test_another_event_loop_is_refused_while_the_first_is_open(tiny: AsyncLLM) -> None:
+    async def test() -> None:
+        stream = tiny.generate("introduce yourself", LONG)
+        await anext(stream)
+        other = asyncio.new_event_loop()
+        try:
+            for call in (collect(tiny, "introduce yourself", SHORT), tiny.abort("r")):
+                with pytest.raises(InvalidStateError, match="serves another event loop"):
+                    await asyncio.to_thread(other.run_until_complete, call)
+        finally:
+            other.close()
+        assert not (await anext(stream)).finished
+        await stream.aclose()
+        await assert_empty(tiny)
+
+    run(test())
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_loop_that_was_closed_with_streams_open(tiny: AsyncLLM, comes_back: bool) -> None:
+    """Not as asyncio.run does it: nobody has closed the generators."""
+    loop = asyncio.new_event_loop()
+    left = [tiny.generate("introduce yourself", LONG, f"left-{index}") for index in range(3)]
+    for stream in left:
+        loop.run_until_complete(anext(stream))
+    loop.close()
+
+    async def test() -> None:
+        if comes_back:
+            assert (await collect(tiny, "introduce yourself", SHORT, "left-1"))[-1].finished
+        await assert_empty(tiny)
+
+    run(test())
+    del left
+
+
+# ---- the end
+
+
+def test_exit_tells_those_who_wait() -> None:
+    async def test() -> None:
+        engine = AsyncLLM("tiny", device="cpu")
+        task = asyncio.create_task(collect(engine, "introduce yourself", LONG))
+        await until(lambda: num_used_blocks(engine) > 0)
+        engine.exit()
+        engine.exit()
+        engine.shutdown()
+        assert not engine._thread._thread.is_alive()
+        with pytest.raises(EngineDeadError, match="exit"):
+            await task
+        with pytest.raises(EngineDeadError, match=r"exit\(\) was called.*make a new one"):
+            await collect(engine, "introduce yourself", SHORT)
+        await engine.abort("r")
+
+    run(test())
+
+
+def test_forgotten_it_ends_too() -> None:
+    engine = AsyncLLM("tiny", device="cpu")
+    run(_short(engine))
+    thread, inner = engine._thread._thread, weakref.ref(engine._engine)
+    del engine
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+    gc.collect()
+    assert inner() is None
+
+
+async def _short(engine: AsyncLLM) -> None:
+    async with engine:
+        assert len((await collect(engine, "introduce yourself", SHORT))[-1]["token_ids"]) == 6
+
+
+SCRIPT = """
+import asyncio
+from nanovllm import AsyncLLM, SamplingParams
+
+async def main():
+    engine = AsyncLLM("tiny", device="cpu")
+    shown = False
+    params = SamplingParams(temperature=0, max_tokens={max_tokens}, ignore_eos=True)
+    async for output in engine.generate("introduce yourself", params):
+        if not shown and len(output["token_ids"]) >= 6:
+            print("six", flush=True)
+            shown = True
+
+asyncio.run(main())
+"""
+
+
+def start(max_tokens: int) -> subprocess.Popen[str]:
+    environment = {**os.environ, "NANOVLLM_LOG_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(max_tokens=max_tokens)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_process_that_never_calls_exit_ends() -> None:
+    process = start(max_tokens=6)
+    stdout, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stdout, stderr) == (0, "six\n", "")
+
+
+def test_ctrl_c() -> None:
+    process = start(max_tokens=2000)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "six\n"
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode not in (0, -signal.SIGSEGV, -signal.SIGABRT)
+    assert stderr.strip().endswith("KeyboardInterrupt")
+    assert stderr.count("Traceback") <= 2, stderr  # asyncio's own: the task was cancelled, because of Ctrl-C
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_streams_give_what_llm_gives() -> None:
+    """CUDA graphs are captured and replayed in the engine's thread, and two steps are in flight."""
+    settings: dict[str, Any] = {"device": "cuda", "dtype": "float32", "max_num_seqs": 64, "num_kvcache_blocks": 2048}
+    words = [f"count from {start} to {start + 3}" for start in range(100)]
+    with LLM("tiny", **settings) as llm:
+        expected = [output["text"] for output in llm.generate(words, SHORT, use_tqdm=False)]
+
+    async def test() -> None:
+        async with AsyncLLM("tiny", **settings) as engine:
+            leaving = engine.generate("introduce yourself", LONG)
+            await anext(leaving)
+            outputs = await asyncio.gather(*(collect(engine, word, SHORT) for word in words))
+            await leaving.aclose()
+            assert [parts[-1]["text"] for parts in outputs] == expected
+            await assert_empty(engine)
+
+    run(test())

@@ -1,0 +1,250 @@
+"""example.py and bench.py, run as a user runs them; what bench.py counts, against figures worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bench import share_equal, spread_of
+from nanovllm.models.checkpoint import TINY_MODEL_FOLDER
+from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+from tests.models.qwen3_checkpoints import VARIANTS, make_qwen3_checkpoint
+from tools.bench_transformers import transformers_config
+from tools.bench_workloads import WORKLOADS, Requests, kv_bytes_per_token, peers_of, traffic, weights_per_step
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_script(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    # One thread: on cores that other work uses too, threads that wait for each other take minutes.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANOVLLM_LOG_LEVEL": "WARNING"}
+    command = [sys.executable, str(ROOT / name), *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+# example.py
+
+
+def test_example_answers_from_any_folder(tmp_path: Path) -> None:
+    done = run_script("example.py", "--device", "cpu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.split("\nPrompt: ")
+    primes = "2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89, 97"
+    assert f"list all prime numbers within 100\nCompletion: {primes}\n" in answers
+    assert "count from 7 to 15\nCompletion: 7, 8, 9, 10, 11, 12, 13, 14, 15\n" in answers
+    assert "reverse the word planet\nCompletion: tenalp\n" in answers
+    assert "What is 27 + 58?\nCompletion: 27 + 58 = 85\n" in answers
+    assert len(answers) == 6
+    assert "nanovllm" in answers[1]
+
+
+def test_example_names_a_model_that_is_not_there() -> None:
+    done = run_script("example.py", "--model", "./nowhere")
+    assert done.returncode == 1
+    assert "model='./nowhere': there is no such folder" in done.stderr
+
+
+# bench.py
+
+
+def test_bench_json_is_one_line_and_adds_up() -> None:
+    done = run_script(
+        *("bench.py", "--json", "--device", "cpu", "--model", "tiny", "--workload", "mixed", "shared"),
+        *("--num-seqs", "3", "--runs", "3", "--seed", "7"),
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()
+    report = json.loads(line)
+    assert [result["workload"] for result in report["results"]] == ["mixed", "shared"]
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["engine"]["prefill_backend"] == report["engine"]["decode_backend"] == "torch"
+    config = ModelConfig.from_folder(TINY_MODEL_FOLDER)
+    for result in report["results"]:
+        requests = WORKLOADS[result["workload"]].draw(3, config.vocab_size, seed=7)
+        assert result["num_prompt_tokens"] == requests.num_prompt_tokens
+        assert result["num_output_tokens"] == requests.num_output_tokens
+        # All three are prefilled in one step, so the longest output sets the number of steps.
+        assert result["num_steps"] == max(requests.output_lens)
+        assert result["mean_batch"] == pytest.approx(requests.num_output_tokens / result["num_steps"])
+        needed = traffic(config, 4, requests)
+        assert result["bytes_moved"] == result["num_steps"] * needed.weight_bytes + needed.kv_bytes
+        assert len(result["run_seconds"]) == 2
+        assert result["best_seconds"] == min(result["run_seconds"]) <= result["median_seconds"]
+        speed = requests.num_output_tokens / result["best_seconds"]
+        assert result["output_tokens_per_second"] == pytest.approx(speed)
+        assert result["bytes_per_second"] == pytest.approx(result["bytes_moved"] / result["best_seconds"])
+        share = result["bytes_per_second"] / report["copy_bytes_per_second"]
+        assert 0 < result["share_of_copy_bandwidth"] == pytest.approx(share)
+        assert result["peers_seconds"] == {}
+
+
+def test_bench_compares_with_transformers_on_the_same_weights() -> None:
+    arguments = ("--device", "cpu", "--load-format", "dummy", "--num-seqs", "4", "--runs", "2")
+    done = run_script("bench.py", *arguments, "--temperature", "0", "--compare", "transformers")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Without a GPU: the tiny checkpoint and the workload 'mixed'")
+    assert "all prompts in one batch, padded on the left" in done.stdout
+    (result,) = json.loads(done.stdout.splitlines()[-1])["results"]
+    theirs = result["transformers"]
+    assert theirs["equal_tokens"] == 1.0
+    assert theirs["ratio_of_best"] == pytest.approx(theirs["best_seconds"] / result["best_seconds"])
+    assert f"nanovllm is {theirs['ratio_of_best']:.2f}× as fast" in done.stdout
+
+
+def test_bench_measures_what_logging_costs() -> None:
+    done = run_script("bench.py", "--json", "--device", "cpu", "--logging-overhead", "--num-seqs", "1", "--pairs", "2")
+    assert done.returncode == 0, done.stderr
+    levels = {entry["level"]: entry for entry in json.loads(done.stdout)["logging_overhead"]}
+    assert list(levels) == ["WARNING", "INFO", "DEBUG"]
+    assert levels["WARNING"]["bytes_written"] == 0
+    assert 0 < levels["INFO"]["bytes_written"] < levels["DEBUG"]["bytes_written"] / 10
+    assert all(len(entry["shares"]) == 2 and entry["off_seconds"] > 0 for entry in levels.values())
+    assert done.stderr == ""  # the lines that were measured went elsewhere
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pairs", "1"], "--pairs must be at least 2"),
+        (["--runs", "1"], "--runs must be at least 2"),
+        (["--num-seqs", "0"], "'0' is not an integer ≥ 1"),
+        (["--workload", "clasic"], "invalid choice: 'clasic'"),
+        (
+            ["--model", "tiny", "--workload", "long"],
+            "workload 'long' has requests of 8256 tokens, and 'tiny' takes 4096",
+        ),
+        (["--model", "qwen3-8b", "--load-format", "auto"], "give load_format='dummy'"),
+    ],
+)
+def test_bench_argument_errors_are_one_message(arguments: list[str], message: str) -> None:
+    done = run_script("bench.py", "--device", "cpu", *arguments)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.gpu
+def test_bench_on_a_gpu() -> None:
+    arguments = ("--workload", "single", "wide", "--num-seqs", "8", "--runs", "2", "--compare", "transformers")
+    done = run_script("bench.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["model"] == "qwen3-0.6b"
+    assert report["engine"]["dtype"] == "bfloat16"
+    assert report["engine"]["use_cuda_graphs"]
+    assert report["copy_bytes_per_second"] > 1e11
+    for result in report["results"]:
+        assert 0 < result["share_of_copy_bandwidth"] < 1
+        assert result["transformers"]["best_seconds"] > 0
+
+
+# What bench.py counts
+
+
+def test_classic_is_nano_vllms_benchmark() -> None:
+    config = BUILTIN_SHAPES["qwen3-0.6b"]
+    requests = WORKLOADS["classic"].draw(256, config.vocab_size, seed=0)
+    assert requests.num_prompt_tokens == 142_827
+    assert requests.num_output_tokens == 133_966
+    assert max(map(max, requests.prompts)) == 10_000
+    needed = traffic(config, 2, requests)
+    assert 13.6e12 <= needed.kv_bytes <= 13.9e12
+    assert needed.weight_bytes == pytest.approx(1.19e9, rel=0.005)
+    assert kv_bytes_per_token(config, 2) == 114_688
+    # One byte a component, and four for each head of 128 of them.
+    assert kv_bytes_per_token(config, 2, fp8_cache=True) == 28 * 2 * 8 * (128 + 4)
+    assert traffic(config, 2, requests, fp8_cache=True).kv_bytes * 256 == needed.kv_bytes * 132
+
+
+def test_traffic_by_hand() -> None:
+    """Prompts of 5 and 3 tokens that share 2, outputs of 4 and 2: contexts 6, 7, 8 and 4 are read."""
+    config = BUILTIN_SHAPES["qwen3-0.6b"]
+    prompts = [[0] * 5, [0] * 3]
+    apart = traffic(config, 2, Requests(prompts, [4, 2], shared_len=0))
+    assert apart.kv_bytes == (6 + 7 + 8 + 4) * 114_688
+    shared = traffic(config, 2, Requests(prompts, [4, 2], shared_len=2))
+    assert shared.kv_bytes == (4 + 5 + 6 + 2 + 3 * 2) * 114_688  # the shared tokens once in each of three steps
+    assert shared.total(num_steps=4) == 4 * shared.weight_bytes + shared.kv_bytes
+
+
+def count_weights(folder: Path) -> int:
+    return sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+
+
+def test_every_weight_of_the_tiny_checkpoint_is_read() -> None:
+    num_weights = count_weights(TINY_MODEL_FOLDER)
+    assert weights_per_step(ModelConfig.from_folder(TINY_MODEL_FOLDER)) == num_weights
+
+
+@pytest.mark.parametrize("variant", ["untied", "bias"])
+def test_the_embedding_of_an_untied_model_is_not_read(tmp_path: Path, variant: str) -> None:
+    config = ModelConfig.from_folder(make_qwen3_checkpoint(tmp_path, **VARIANTS[variant]))
+    assert weights_per_step(config) == count_weights(tmp_path) - config.vocab_size * config.hidden_size
+
+
+@pytest.mark.parametrize("name", BUILTIN_SHAPES)
+def test_shapes_mean_the_same_in_transformers(name: str) -> None:
+    shape = BUILTIN_SHAPES[name]
+    read_back = ModelConfig.from_dict(
+        {**transformers_config(shape).to_dict(), "eos_token_id": list(shape.eos_token_ids), "dtype": shape.dtype}
+    )
+    assert read_back == shape
+
+
+def test_workloads_draw_ids_that_the_model_has() -> None:
+    requests = WORKLOADS["shared"].draw(4, vocab_size=512, seed=1)
+    assert max(map(max, requests.prompts)) < 512
+    assert len({tuple(prompt[:2048]) for prompt in requests.prompts}) == 1
+    assert len({tuple(prompt[2048:]) for prompt in requests.prompts}) == 4
+    assert all(len(prompt) + 64 == WORKLOADS["shared"].longest for prompt in requests.prompts)
+
+
+def test_peers_stand_beside_the_same_work_only() -> None:
+    assert peers_of("qwen3-0.6b", "classic", 256)["nano-vllm"] == 6.74
+    assert peers_of("Qwen/Qwen3-0.6B", "wide", 2048)["vLLM"] == 4.27
+    assert peers_of("qwen3-0.6b", "classic", 255) == {}
+    assert peers_of("qwen3-8b", "classic", 256) == {}
+    assert peers_of("qwen3-0.6b", "long", 32, fp8_cache=True) == {"vLLM": 2.75}
+    assert peers_of("qwen3-0.6b", "wide", 2048, fp8_cache=True) == {}
+    assert peers_of("qwen3-0.6b", "mixed", 64) == {}
+
+
+def test_spread_and_agreement() -> None:
+    assert spread_of([2.0, 1.0, 4.0]) == {
+        "run_seconds": [2.0, 1.0, 4.0],
+        "best_seconds": 1.0,
+        "median_seconds": 2.0,
+        "spread": 1.5,
+    }
+    assert share_equal([[1, 2], [3, 4]], [[1, 2], [3, 5]]) == 0.75
+
+
+# tools
+
+
+def test_the_scheduler_is_measured_at_every_size() -> None:
+    done = run_script("tools/bench_scheduler.py", "--num-seqs", "1", "64", "--steps", "40")
+    assert done.returncode == 0, done.stderr
+    header, *rows = done.stdout.splitlines()
+    assert header.startswith("sequences")
+    assert [int(row.split()[0]) for row in rows] == [1, 64]
+    one, many = (float(row.split()[1]) for row in rows)
+    assert 0 < many < 20 * one, "a step's cost must hardly grow with the number of sequences"
+
+
+def test_the_time_between_tokens_is_measured_for_every_limit() -> None:
+    done = run_script(
+        *("tools/bench_latency.py", "--model", "tiny", "--load-format", "auto"),
+        *("--running", "2", "--context", "16", "--prompts", "2", "--prompt", "600"),
+    )
+    assert done.returncode == 0, done.stderr
+    limits = [line.split()[0] for line in done.stdout.splitlines()[2:]]
+    assert limits == ["None", "8192", "4096", "2048", "1024", "512"]

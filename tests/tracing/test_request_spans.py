@@ -1,0 +1,275 @@
+"""Spans of requests, as a collector receives them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nanovllm
+from nanovllm import SamplingParams
+from nanovllm.tracing import request_spans
+from tests.engine.test_llm_engine import greedy, make_engine, run
+
+pytest.importorskip("opentelemetry.sdk", reason="the extra nanovllm[otel] is not installed")
+
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+
+ROOT = Path(nanovllm.__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quiet_exporter() -> None:
+    """Its thread may try once more after a test has ended its collector: no other test is to meet its warning."""
+    logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+
+
+class Collector(ThreadingHTTPServer):
+    """Keeps what is posted. `answers`: cleared, it takes requests and never answers."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Receiver)
+        self.requests: list[tuple[str, dict[str, str], ExportTraceServiceRequest]] = []
+        self.answers = threading.Event()
+        self.answers.set()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    @property
+    def spans(self) -> dict[str, Span]:
+        """By request id."""
+        found = {}
+        for _, _, message in self.requests:
+            for resource in message.resource_spans:
+                for scope in resource.scope_spans:
+                    found.update({attributes_of(span)["gen_ai.response.id"]: span for span in scope.spans})
+        return found
+
+
+class Receiver(BaseHTTPRequestHandler):
+    server: Collector
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.answers.wait(60)
+        self.server.requests.append((self.path, dict(self.headers), ExportTraceServiceRequest.FromString(body)))
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def value_of(value: Any) -> Any:
+    kind = value.WhichOneof("value")
+    return [value_of(item) for item in value.array_value.values] if kind == "array_value" else getattr(value, kind)
+
+
+def attributes_of(of: Any) -> dict[str, Any]:
+    return {item.key: value_of(item.value) for item in of.attributes}
+
+
+@pytest.fixture
+def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
+    for name in [name for name in os.environ if name.startswith("OTEL_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Collector() as server:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", server.url)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        yield server
+        server.answers.set()
+        server.shutdown()
+        thread.join()
+
+
+def test_a_request_is_a_span(collector: Collector) -> None:
+    before = time.time()
+    engine, _ = make_engine(max_num_seqs=1)
+    engine.add_request("a", [1, 2, 3], SamplingParams(temperature=0.5, max_tokens=4, ignore_eos=True, seed=7))
+    engine.add_request("b", [4], greedy(1))
+    outputs = run(engine)
+    engine.exit()
+    assert {path for path, _, _ in collector.requests} == {"/v1/traces"}
+    assert collector.spans.keys() == {"a", "b"}
+    span, metrics = collector.spans["a"], outputs["a"].metrics
+    assert span.name == "text_completion simulated"
+    assert span.kind == Span.SPAN_KIND_INTERNAL
+    assert span.status.code == Status.STATUS_CODE_UNSET
+    assert attributes_of(span) == {
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.provider.name": "nanovllm",
+        "gen_ai.request.model": "simulated",
+        "gen_ai.response.model": "simulated",
+        "gen_ai.response.id": "a",
+        "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.max_tokens": 4,
+        "gen_ai.request.seed": 7,
+        "gen_ai.usage.input_tokens": 3,
+        "gen_ai.usage.cache_read.input_tokens": 0,
+        "gen_ai.usage.output_tokens": 4,
+        "gen_ai.response.finish_reasons": ["length"],
+        "nanovllm.preemptions": 0,
+        "nanovllm.queue_time": metrics.queue_time,
+        "nanovllm.time_to_first_token": metrics.time_to_first_token,
+        "nanovllm.inter_token_latency": metrics.inter_token_latency,
+        "nanovllm.end_to_end": metrics.end_to_end,
+    }
+    start, end = span.start_time_unix_nano / 1e9, span.end_time_unix_nano / 1e9
+    assert before - 0.01 <= start <= end <= time.time() + 0.01  # the time of day
+    assert end - start == pytest.approx(metrics.end_to_end, abs=1e-5)
+    (event,) = span.events
+    assert event.name == "nanovllm.first_token"
+    assert event.time_unix_nano / 1e9 - start == pytest.approx(metrics.time_to_first_token, abs=1e-5)
+    other = attributes_of(collector.spans["b"])
+    assert "gen_ai.request.seed" not in other
+    assert "nanovllm.inter_token_latency" not in other  # of one token
+
+
+def test_a_span_tells_of_preemptions_and_cached_tokens(collector: Collector) -> None:
+    engine, _ = make_engine(num_blocks=8)
+    for index in range(3):
+        engine.add_request(f"{index}", [5, 5, 5, 5, index], greedy(14))
+    outputs = run(engine)
+    engine.exit()
+    assert engine.statistics.num_preemptions
+    for request_id, span in collector.spans.items():
+        attributes, metrics = attributes_of(span), outputs[request_id].metrics
+        assert attributes["nanovllm.preemptions"] == metrics.num_preemptions
+        assert [event.name for event in span.events].count("nanovllm.preempted") == metrics.num_preemptions
+        assert attributes["gen_ai.usage.cache_read.input_tokens"] == metrics.num_cached_tokens
+    assert any(output.num_cached_tokens for output in outputs.values())
+
+
+def test_requests_that_do_not_end_well(collector: Collector) -> None:
+    engine, executor = make_engine(max_num_seqs=1)
+    for request_id in ("aborted", "discarded", "lost"):
+        engine.add_request(request_id, [1, 2], greedy(9))
+    engine.step()
+    engine.abort_request("aborted")
+    engine.discard_requests(["discarded"])
+    engine.step()
+    executor.failures["collect"] = RuntimeError("the device failed")
+    with pytest.raises(RuntimeError):
+        engine.step()
+    engine.exit()
+    found = {request_id: attributes_of(span) for request_id, span in collector.spans.items()}
+    assert {name: values["gen_ai.response.finish_reasons"] for name, values in found.items()} == {
+        "aborted": ["abort"],
+        "discarded": ["abort"],
+        "lost": ["error"],
+    }
+    assert found["aborted"]["gen_ai.usage.output_tokens"] == 1
+    assert "nanovllm.time_to_first_token" not in found["discarded"]
+    assert found["lost"]["error.type"] == "RuntimeError"
+    lost = collector.spans["lost"]
+    assert lost.status.code == Status.STATUS_CODE_ERROR
+    assert "the device failed" in lost.status.message
+    assert lost.end_time_unix_nano > lost.start_time_unix_nano
+
+
+def test_the_caller_s_span_is_the_parent(collector: Collector) -> None:
+    from opentelemetry.sdk.trace import TracerProvider
+
+    engine, _ = make_engine()
+    with TracerProvider().get_tracer("application").start_as_current_span("mine") as mine:
+        engine.add_request("a", [1], greedy(2))
+        run(engine)
+    engine.exit()
+    assert collector.spans["a"].trace_id == mine.get_span_context().trace_id.to_bytes(16, "big")
+    assert collector.spans["a"].parent_span_id == mine.get_span_context().span_id.to_bytes(8, "big")
+
+
+@pytest.mark.parametrize("name", ["nanovllm", "shop"])
+def test_the_standard_variables_hold(collector: Collector, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    if name != "nanovllm":
+        monkeypatch.setenv("OTEL_SERVICE_NAME", name)
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "deployment=test")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "x-key=secret")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", f"{collector.url}/elsewhere")
+    monkeypatch.delenv("OTEL_EXPORTER_OTLP_ENDPOINT")
+    engine, _ = make_engine()
+    engine.add_request("a", [1], greedy(2))
+    run(engine)
+    engine.exit()
+    (path, headers, message) = collector.requests[0]
+    assert path == "/elsewhere"
+    assert headers["x-key"] == "secret"
+    resource = attributes_of(message.resource_spans[0].resource)
+    assert (resource["service.name"], resource["deployment"]) == (name, "test")
+
+
+@pytest.mark.parametrize("way", ["silent", "absent"])
+def test_a_collector_that_does_not_answer_holds_nobody_up(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    if way == "absent":
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(request_spans, "_CLOSE_SECONDS", 0.3)
+    monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")  # posts at once
+    monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")  # and is full soon
+    collector.answers.clear()
+    engine, _ = make_engine()
+    started = time.monotonic()
+    for index in range(20):
+        engine.add_request(f"{index}", [1], greedy(2))
+        assert run(engine).keys() == {f"{index}"}
+    assert time.monotonic() - started < 2
+    engine.exit()
+    assert time.monotonic() - started < 4
+
+
+def run_python(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
+    environment |= {"NANOVLLM_LOG_LEVEL": "WARNING", **variables}
+    command = [sys.executable, "-c", script]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
+
+
+SCRIPT = """
+import sys
+from tests.engine.test_llm_engine import greedy, make_engine, run
+engine, _ = make_engine()
+engine.add_request("a", [1], greedy(2))
+run(engine)
+"""
+
+
+def test_a_python_that_ends_without_exit_sends_its_spans(collector: Collector) -> None:
+    result = run_python(SCRIPT, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert collector.spans.keys() == {"a"}
+
+
+def test_nothing_is_imported_where_nobody_asked() -> None:
+    check = "assert not any(name.startswith('opentelemetry') for name in sys.modules); assert engine._spans is None"
+    result = run_python(f"{SCRIPT}\n{check}")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_without_the_extra_a_line_says_what_to_install(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    with caplog.at_level(logging.INFO, "nanovllm"):
+        engine, _ = make_engine()
+    engine.add_request("a", [1], greedy(2))
+    assert run(engine).keys() == {"a"}
+    engine.exit()
+    assert f"No spans go to {collector.url}: pip install 'nanovllm[otel]'" in caplog.text
+    assert not collector.requests
