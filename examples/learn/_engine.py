@@ -7,9 +7,10 @@ from typing import Any
 
 from nanovllm import RequestOutput, SamplingParams
 from nanovllm.config import EngineConfig
-from nanovllm.engine.executor import InProcessExecutor
+from nanovllm.engine.in_process_executor import InProcessExecutor
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine_factory import default_observers
 
 
 class OpenExecutor(InProcessExecutor):
@@ -25,7 +26,7 @@ def open_engine(**settings: Any) -> tuple[LLMEngine, ModelRunner]:
     """`settings` are LLM's arguments. The engine is a context manager; the runner is its one rank."""
     config = EngineConfig.from_arguments("tiny", {"device": "cpu", **settings})
     executor = OpenExecutor(config)
-    return LLMEngine(config, lambda config, stopwatch: executor), executor.runner
+    return LLMEngine(config, lambda config, stopwatch: executor, default_observers(config)), executor.runner
 
 
 def run(
