@@ -1,6 +1,6 @@
-"""Tensor parallelism (Megatron-LM, Shoeybi et al., 2019, arXiv:1909.08053): who this rank is, and the collectives.
+"""Tensor parallelism (Megatron-LM, Shoeybi et al., 2019, arXiv:1909.08053): a rank's shares, and the collectives.
 
-Every layer is handed its `TensorParallel` when it is built; at size 1 the collectives do nothing.
+Every layer gets its `TensorParallel` when it is built; at size 1 the collectives do nothing.
 """
 
 from __future__ import annotations
@@ -31,8 +31,33 @@ class Group(Protocol):
 
 
 @dataclass(frozen=True)
+class Shard:
+    """What a rank has of a dimension of `total` entries: entries `start` … `stop`."""
+
+    total: int
+    start: int
+    stop: int
+
+    @classmethod
+    def whole(cls, total: int) -> Shard:
+        return cls(total, 0, total)
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_cut(self) -> bool:
+        return self.size < self.total
+
+    def __mul__(self, width: int) -> Shard:
+        """Returns the same shard where each entry is `width` entries: of heads, that of their components."""
+        return Shard(self.total * width, self.start * width, self.stop * width)
+
+
+@dataclass(frozen=True)
 class TensorParallel:
-    """Rank `rank` of `size`; `group` joins them (None at size 1), `one_shot` adds up what is small, where it can."""
+    """Rank `rank` of `size`. `group` joins the ranks (None at size 1); `one_shot` adds up small tensors, if present."""
 
     rank: int = 0
     size: int = 1
@@ -44,6 +69,11 @@ class TensorParallel:
         if value % self.size:
             raise InvalidArgumentError("tensor_parallel_size", self.size, f"a divisor of the model's {field}={value}")
         return value // self.size
+
+    def shard(self, field: str, total: int) -> Shard:
+        """This rank's even share of a dimension. Raises InvalidArgumentError when it cannot be shared evenly."""
+        share = self.divide(field, total)
+        return Shard(total, self.rank * share, (self.rank + 1) * share)
 
     def divide_kv_heads(self, num_kv_heads: int) -> int:
         """KV heads on this rank; ranks share one head when there are fewer heads than ranks."""
@@ -60,7 +90,7 @@ class TensorParallel:
         return self.rank * num_kv_heads // self.size
 
     def all_reduce(self, tensor: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """The sum over ranks, in place, and of `residual`, which the ranks have in common."""
+        """Returns the sum over the ranks, plus `residual` (the same on every rank). The sum is made in place."""
         if self.size > 1:
             started = time.perf_counter()
             if self.one_shot is not None and self.one_shot.takes(tensor):
