@@ -17,6 +17,7 @@ from nanovllm.attention.selection import select_attention
 from nanovllm.config import ResolvedConfig
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+from nanovllm.models.model_context import ModelContext
 from nanovllm.models.registry import get_model_class
 from nanovllm.utils.loader import load_dummy_weights, weight_plan
 from tools.bench_workloads import Requests
@@ -87,7 +88,8 @@ def _dummy_checkpoint(
 ) -> dict[str, torch.Tensor]:
     """The engine's dummy weights (a function of seed, device and shape) under their names in a checkpoint."""
     attention = select_attention("torch", device, dtype, shape.head_dim, None)  # not used: nothing is computed
-    model = get_model_class(shape.architecture)(shape, attention, TensorParallel(), dtype, device)
+    context = ModelContext(config=shape, backends=attention, parallel=TensorParallel(), dtype=dtype, device=device)
+    model = get_model_class(shape.architecture)(context)
     load_dummy_weights(model, device, seed)
     parameters = dict(model.named_parameters())
     checkpoint = {

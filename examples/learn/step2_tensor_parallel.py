@@ -134,6 +134,7 @@ def show_weights() -> None:
     from nanovllm.layers.parameter import HasWeightParts
     from nanovllm.models.checkpoint import resolve_model_folder
     from nanovllm.models.model_config import ModelConfig
+    from nanovllm.models.model_context import ModelContext
     from nanovllm.models.registry import get_model_class
 
     config = ModelConfig.from_folder(resolve_model_folder("tiny"))
@@ -142,7 +143,10 @@ def show_weights() -> None:
     parts: list[dict[str, Any]] = []
     for rank in range(SIZE):
         model_class = get_model_class(config.architecture)
-        model = model_class(config, attention, TensorParallel(rank, SIZE), torch.float32, device)
+        parallel = TensorParallel(rank, SIZE)
+        model = model_class(
+            ModelContext(config=config, backends=attention, parallel=parallel, dtype=torch.float32, device=device)
+        )
         named: dict[str, Any] = {}
         for prefix, module in model.named_modules():
             if isinstance(module, HasWeightParts):

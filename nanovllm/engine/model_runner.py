@@ -24,9 +24,10 @@ from nanovllm.errors import OutOfMemoryError
 from nanovllm.kernels.logprobs import SampledTokens, TokenLogprobs, token_logprobs
 from nanovllm.kernels.sample import best_candidates, sample, sample_candidates
 from nanovllm.kernels.truncate import keep_thresholds
-from nanovllm.layers.linear import pack_linear_weights
+from nanovllm.layers.linear_method import finish_loading
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.logs import events
+from nanovllm.models.model_context import ModelContext
 from nanovllm.models.registry import get_model_class
 from nanovllm.runner.cuda_graph import DecodeGraphs
 from nanovllm.runner.device_rows import DeviceRows, ModelInputs
@@ -89,9 +90,14 @@ class ModelRunner:
         use_graphs = self.device.type == "cuda" and not config.enforce_eager and attention.decode.supports_cuda_graphs
         with torch.inference_mode(), self._on_device():
             stopwatch.lap("configuration")
-            self.model = get_model_class(plan.model_config.architecture)(
-                plan.model_config, attention, self.parallel, plan.dtype, self.device
+            context = ModelContext(
+                config=plan.model_config,
+                backends=attention,
+                parallel=self.parallel,
+                dtype=plan.dtype,
+                device=self.device,
             )
+            self.model = get_model_class(plan.model_config.architecture)(context)
             self._load(plan, config, shape, check)
             stopwatch.lap("weights")
             num_blocks = self.parallel.minimum(self._num_blocks(config, shape, plan.max_model_len), self.device)
@@ -293,8 +299,7 @@ class ModelRunner:
                 report = load_dummy_weights(model, self.device, config.seed)
             else:
                 report = load_weights(model, plan.folder, self.device, model.redundant_weights, check)
-            if self.device.type == "cpu":
-                pack_linear_weights(model)
+            finish_loading(model)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"The {sum(weight.nbytes for weight in model.parameters()) / GB:.2f} GB of {name}'s weights do "
