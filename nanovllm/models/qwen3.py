@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from nanovllm.attention.interface import AttentionMetadata, LayerKVCache
-from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
+from nanovllm.kernels.qk_norm_rope_store import QKNorm, qk_norm_rope_store
 from nanovllm.layers.attention import Attention, AttentionBackends
 from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
@@ -52,8 +52,14 @@ class Qwen3Attention(nn.Module):
         qkv, residual = self.qkv_proj(hidden, residual, norm)
         query, key, value = self.qkv_proj.split_heads(qkv)  # [num_tokens, heads, head_dim] each
         query = qk_norm_rope_store(
-            *(query, key, value, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps, cos_sin_cache, positions),
-            *(kv_cache.key, kv_cache.value, metadata.slot_mapping, kv_cache.key_scale, kv_cache.value_scale),
+            query,
+            key,
+            value,
+            norm=QKNorm(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps),
+            cos_sin_cache=cos_sin_cache,
+            positions=positions,
+            kv_cache=kv_cache,
+            slot_mapping=metadata.slot_mapping,
         )
         attended = self.attention(query, metadata, kv_cache)  # [num_tokens, num_heads, head_dim]
         hidden, residual = self.o_proj(attended.flatten(1), residual)  # [num_tokens, hidden_size]
