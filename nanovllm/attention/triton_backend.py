@@ -11,7 +11,7 @@ from nanovllm.kernels.paged_decode_fp8 import paged_decode_fp8
 from nanovllm.kernels.paged_prefill import paged_prefill
 from nanovllm.kernels.paged_prefill_hopper import takes_queries_on_hopper
 
-_MAX_COPIED_KEYS = 4  # of an FP8 cache, for each query: beyond it, the copy costs more than it saves
+_MAX_COPIED_KEYS = 4  # of an FP8 cache, for each query: where more are read, the copy is work and memory of its own
 
 
 class TritonBackend:
@@ -25,62 +25,16 @@ class TritonBackend:
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
     ) -> torch.Tensor:
         """query [num_tokens, num_heads, head_dim] → the same shape and dtype."""
-        key, value, key_scale, value_scale = kv_cache.key, kv_cache.value, kv_cache.key_scale, kv_cache.value_scale
-        block_tables, context_lens = metadata.block_tables, metadata.context_lens
-        if key_scale is not None and value_scale is not None and _worth_copying(query, kv_cache, metadata):
-            key, value, block_tables = dequantize_pages(
-                key_cache=key,
-                value_cache=value,
-                key_scale=key_scale,
-                value_scale=value_scale,
-                block_tables=block_tables,
-                context_lens=context_lens,
-                max_context_len=metadata.max_seqlen_k,
-                dtype=query.dtype,
-            )
-            key_scale = value_scale = None
-        return paged_prefill(
-            query,
-            key_cache=key,
-            value_cache=value,
-            block_tables=block_tables,
-            cu_seqlens_q=metadata.cu_seqlens_q,
-            context_lens=context_lens,
-            max_seqlen_q=metadata.max_seqlen_q,
-            scale=scale,
-            key_scale=key_scale,
-            value_scale=value_scale,
-            use_triton=True,
-        )
+        if kv_cache.is_quantized and _worth_copying(query, kv_cache, metadata):
+            kv_cache, metadata = dequantize_pages(kv_cache, metadata, query.dtype)
+        return paged_prefill(query, kv_cache, metadata, scale, use_triton=True)
 
     def decode(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
     ) -> torch.Tensor:
         """query [num_seqs, num_heads, head_dim] → the same shape and dtype; may be captured in a CUDA graph."""
-        if kv_cache.key_scale is not None and kv_cache.value_scale is not None:
-            return paged_decode_fp8(
-                query,
-                kv_cache.key,
-                kv_cache.value,
-                kv_cache.key_scale,
-                kv_cache.value_scale,
-                metadata.block_tables,
-                metadata.context_lens,
-                metadata.max_context_len,
-                scale,
-                use_triton=True,
-            )
-        return paged_decode(
-            query,
-            kv_cache.key,
-            kv_cache.value,
-            metadata.block_tables,
-            metadata.context_lens,
-            metadata.max_context_len,
-            scale,
-            metadata.shared,
-            use_triton=True,
-        )
+        attend = paged_decode_fp8 if kv_cache.is_quantized else paged_decode
+        return attend(query, kv_cache, metadata, scale, use_triton=True)
 
 
 def _worth_copying(query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nanovllm.attention.interface import AttentionMetadata, LayerKVCache
-from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
+from nanovllm.kernels.qk_norm_rope_store import QKNorm, qk_norm_rope_store
 from nanovllm.layers.attention import Attention
 from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.layernorm import RMSNorm
@@ -37,7 +37,7 @@ class StepInputs:
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query attention with rotary positions, and with a norm on query and key heads where a model sets one."""
+    """Grouped-query attention with rotary positions."""
 
     def __init__(self, context: ModelContext, *, qkv_bias: bool = False, output_bias: bool = False) -> None:
         super().__init__()
@@ -53,10 +53,11 @@ class DecoderAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             context, config.num_heads * config.head_dim, config.hidden_size, bias=output_bias
         )
-        self.q_norm: RMSNorm | None = None
-        self.k_norm: RMSNorm | None = None
-        self.norm_eps = config.rms_norm_eps
         self.attention = Attention(config.head_dim, context.backends)
+
+    def qk_norm(self) -> QKNorm | None:
+        """The norm on query and key heads; None where a model has none."""
+        return None
 
     def forward(
         self,
@@ -69,19 +70,14 @@ class DecoderAttention(nn.Module):
         qkv, residual = self.qkv_proj(hidden, residual, norm)
         query, key, value = self.qkv_proj.split_heads(qkv)  # [num_tokens, heads, head_dim] each
         query = qk_norm_rope_store(
-            query=query,
-            key=key,
-            value=value,
-            query_weight=None if self.q_norm is None else self.q_norm.weight,
-            key_weight=None if self.k_norm is None else self.k_norm.weight,
-            eps=self.norm_eps,
+            query,
+            key,
+            value,
+            norm=self.qk_norm(),
             cos_sin_cache=step.cos_sin_cache,
             positions=step.positions,
-            key_cache=kv_cache.key,
-            value_cache=kv_cache.value,
+            kv_cache=kv_cache,
             slot_mapping=step.metadata.slot_mapping,
-            key_scale=kv_cache.key_scale,
-            value_scale=kv_cache.value_scale,
         )
         attended = self.attention(query, step.metadata, kv_cache)  # [num_tokens, num_heads, head_dim]
         hidden, residual = self.o_proj(attended.flatten(1), residual)  # [num_tokens, hidden_size]

@@ -5,6 +5,7 @@ The decoder of `models.decoder` with an RMS norm on every query and key head.
 
 from __future__ import annotations
 
+from nanovllm.kernels.qk_norm_rope_store import QKNorm
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.models.decoder import DecoderAttention, DecoderForCausalLM, DecoderLayer, DecoderModel, GatedMLP
 from nanovllm.models.model_context import ModelContext
@@ -20,6 +21,9 @@ class Qwen3Attention(DecoderAttention):
         super().__init__(context, qkv_bias=config.attention_bias, output_bias=config.attention_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context.dtype)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context.dtype)
+
+    def qk_norm(self) -> QKNorm:
+        return QKNorm(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
 
 
 class Qwen3DecoderLayer(DecoderLayer):
