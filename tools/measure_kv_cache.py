@@ -18,10 +18,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.benchmarks.traffic import kv_bytes_per_token
 from nanovllm.models.checkpoint import resolve_model_folder
 from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
 from nanovllm.utils.device_memory import GB, describe_memory, free_cpu_memory
-from tools.bench_workloads import kv_bytes_per_token
 
 MB = 10**6
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1}

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanovllm import LLM, SamplingParams
-from tools.bench_workloads import WORKLOADS, Requests
+from nanovllm.benchmarks.workloads import WORKLOADS, Requests
 
 # What is changed, each alone, against the defaults. The cache of the last ones is too small for all requests at once.
 SETTINGS: tuple[dict[str, Any], ...] = (
