@@ -1,6 +1,6 @@
 """Microseconds that the engine's own work takes a step, without a model: `python tools/bench_scheduler.py`.
 
-An executor that computes nothing answers every step at once, so what is left is planning, packing, bookkeeping and
+The executor computes nothing and answers every step at once. What remains is planning, packing, bookkeeping and
 output, as in a run with a GPU. Decode is steady: every row gets a token, and one row in `block_size` a new block.
 """
 
@@ -35,7 +35,7 @@ class Answered:
 
 
 class IdleExecutor:
-    """Every token is 1, and there at once."""
+    """Computes nothing: every token is 1."""
 
     def __init__(self, resolved: ResolvedConfig) -> None:
         self.resolved = resolved
