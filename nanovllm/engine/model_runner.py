@@ -19,19 +19,19 @@ import torch
 from nanovllm.attention.selection import select_attention
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.diagnostics.rank import RankDiagnostics
-from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepNeeds
+from nanovllm.engine.batch import Chunk, IntArray, OpenedRow, ScheduledBatch, StepNeeds
 from nanovllm.errors import OutOfMemoryError
-from nanovllm.kernels.logprobs import SampledTokens, TokenLogprobs, token_logprobs
-from nanovllm.kernels.sample import best_candidates, sample, sample_candidates
-from nanovllm.kernels.truncate import keep_thresholds
+from nanovllm.kernels.logprobs import SampledTokens, TokenLogprobs
 from nanovllm.layers.linear import pack_linear_weights
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.logs import events
 from nanovllm.models.registry import get_model_class
 from nanovllm.runner.cuda_graph import DecodeGraphs
+from nanovllm.runner.device_batch import DeviceBatch
 from nanovllm.runner.device_rows import DeviceRows, ModelInputs
 from nanovllm.runner.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
 from nanovllm.runner.model_plan import ModelPlan
+from nanovllm.runner.sampler import Sampler, prompt_logprobs
 from nanovllm.runner.step_handle import LaunchedStep, wait_for
 from nanovllm.runner.warm_up import WarmUp
 from nanovllm.sampling_params import MAX_LOGPROBS
@@ -42,8 +42,6 @@ from nanovllm.utils.logger import log_gpu_memory, setup_logger, shapes_of, timed
 from nanovllm.utils.stopwatch import Stopwatch
 
 logger = setup_logger(__name__)
-
-_PROMPT_LOGPROB_TOKENS = 256  # prompt tokens whose logits are in memory at a time
 
 
 class ModelRunner:
@@ -92,6 +90,7 @@ class ModelRunner:
             self.model = get_model_class(plan.model_config.architecture)(
                 plan.model_config, attention, self.parallel, plan.dtype, self.device
             )
+            self.sampler = Sampler(self.parallel, self.model.lm_head.first)
             self._load(plan, config, shape, check)
             stopwatch.lap("weights")
             num_blocks = self.parallel.minimum(self._num_blocks(config, shape, plan.max_model_len), self.device)
@@ -140,13 +139,13 @@ class ModelRunner:
         section = self._sections[has_chunks, has_decode]
         with torch.inference_mode(), self._on_device():
             began = self._record_event() if self._traces or logger.isEnabledFor(logging.DEBUG) else None
-            words = self._upload(batch.buffer)
-            self.rows.apply(batch, words)
+            uploaded = DeviceBatch(batch, self._upload(batch.buffer))
+            self.rows.apply(uploaded)
             self._log_preparing(batch)
             with timed_section(logger, section, device=self.device, step=batch.step):
-                rows = words[batch.sections["decode_rows"].offset :]
+                rows = uploaded.values("decode_rows")
                 if has_chunks:
-                    inputs = self.rows.mixed_inputs(batch, words, self._shared_group(needs))
+                    inputs = self.rows.mixed_inputs(uploaded, self._shared_group(needs))
                     sampled = self._forward(inputs, needs, batch)
                 elif self._graphs is not None and (needs.num_logprobs or 0) <= MAX_LOGPROBS:
                     sampled = self._graphs.replay(rows, needs)
@@ -201,41 +200,35 @@ class ModelRunner:
         """Computes, samples, and writes the tokens into their rows. batch: where it has chunks."""
         self._log_inputs(inputs)
         hidden = self.model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
+        of_prompts = () if batch is None else self._prompt_logprobs(hidden, batch)
         rows = inputs.sampled_rows
-        prompt_logprobs = () if batch is None else self._score(hidden, batch)
         if not len(rows):  # a chunk that ends before its prompt does
-            return SampledTokens(rows, None, prompt_logprobs)
+            return SampledTokens(rows, None, of_prompts)
         if inputs.sampled_tokens is not None:
             hidden = hidden[inputs.sampled_tokens]
-        head = self.model.lm_head
-        in_one_place = self.parallel.size == 1 or needs.all_logits
-        logits = self.model.compute_logits(hidden) if in_one_place else head.logits_share(hidden)
-        events.runner_output.log(logger, rank=self.parallel.rank, logits=list(logits.shape))
-        state = (self.rows.temperatures, self.rows.seeds, self.rows.lengths, rows)
-        if in_one_place:
-            drawn_from = self.rows.shape(logits, rows) if needs.edits_logits else logits
-            truncation = (self.rows.temperatures, self.rows.truncations, rows)
-            thresholds = keep_thresholds(drawn_from, *truncation) if needs.truncates else None
-            token_ids = sample(drawn_from, *state, thresholds)
-        else:  # the ranks' winners are gathered, not their logits
-            candidates = sample_candidates(logits, *state, first_token=head.first)
-            token_ids = best_candidates(self.parallel.all_gather(candidates))
-        self.rows.append(rows, token_ids)
-        logprobs = None if needs.num_logprobs is None else token_logprobs(logits, token_ids, needs.num_logprobs)
-        return SampledTokens(token_ids, logprobs, prompt_logprobs)
+        logits = self._logits(hidden, needs)
+        sampled = self.sampler(logits, rows, self.rows, needs)
+        self.rows.append(rows, sampled.token_ids)
+        return replace(sampled, prompt_logprobs=of_prompts)
 
-    def _score(self, hidden: torch.Tensor, batch: ScheduledBatch) -> tuple[TokenLogprobs, ...]:
-        """Log-probabilities of prompt tokens, from the states [num_tokens, hidden_size] before them. Few at a time:
-        the logits of a whole prompt do not fit."""
-        scores = []
-        for index, row, position, count, num_top in batch.scored.tolist():
-            states = hidden[len(batch.decode_rows) + index :][:count].split(_PROMPT_LOGPROB_TOKENS)
-            token_ids = self.rows.token_ids[row, position + 1 :][:count].split(_PROMPT_LOGPROB_TOKENS)
-            parts = zip(states, token_ids, strict=True)
-            scores.append(
-                TokenLogprobs.join(token_logprobs(self.model.compute_logits(part), ids, num_top) for part, ids in parts)
+    def _logits(self, hidden: torch.Tensor, needs: StepNeeds) -> torch.Tensor:
+        takes_all = self.sampler.takes_all_logits(needs)
+        logits = self.model.compute_logits(hidden) if takes_all else self.model.lm_head.logits_share(hidden)
+        events.runner_output.log(logger, rank=self.parallel.rank, logits=list(logits.shape))
+        return logits
+
+    def _prompt_logprobs(self, hidden: torch.Tensor, batch: ScheduledBatch) -> tuple[TokenLogprobs, ...]:
+        """hidden: of the batch's decode rows and chunks, [num_tokens, hidden_size]."""
+        of_chunks = hidden[len(batch.decode_rows) :]
+        return tuple(
+            prompt_logprobs(
+                hidden=of_chunks[item.chunk_token :][: item.num_tokens],
+                token_ids=self.rows.token_ids[item.row, item.position + 1 :][: item.num_tokens],
+                compute_logits=self.model.compute_logits,
+                num_top=item.num_top,
             )
-        return tuple(scores)
+            for item in batch.prompt_logprobs
+        )
 
     def _upload(self, buffer: IntArray) -> torch.Tensor:
         words = torch.from_numpy(buffer)
@@ -346,7 +339,7 @@ class ModelRunner:
         prefill = ScheduledBatch.build(
             0,
             opened=[OpenedRow(row, tokens[:length], temperature=1.0, seed=0) for row, length in enumerate(lengths)],
-            chunks=[(row, 0, length) for row, length in enumerate(lengths)],
+            chunks=[Chunk(row, 0, length) for row, length in enumerate(lengths)],
             num_final_chunks=num_seqs,
         )
         decode = ScheduledBatch.build(0, decode_rows=range(num_seqs))

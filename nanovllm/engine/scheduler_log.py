@@ -34,7 +34,7 @@ class SchedulerLines:
     def scheduled(self, batch: ScheduledBatch) -> None:
         if len(batch.chunks) and self._logger.isEnabledFor(logging.INFO):
             size, batched_tokens = len(batch.chunks), batch.num_prefill_tokens
-            seqs = first_items(batch.chunks.tolist(), lambda chunk: self._describe(chunk[0], cached=chunk[1]))
+            seqs = first_items(list(batch.chunks), lambda chunk: self._describe(chunk["row"], cached=chunk["start"]))
             events.batch_prefill.log(self._logger, step=batch.step, size=size, batched_tokens=batched_tokens, seqs=seqs)
         if not len(batch.decode_rows):
             return

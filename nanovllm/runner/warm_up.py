@@ -8,7 +8,7 @@ from threading import Thread
 
 import numpy as np
 
-from nanovllm.engine.batch import OpenedRow, ScheduledBatch, StepHandle
+from nanovllm.engine.batch import Chunk, OpenedRow, ScheduledBatch, StepHandle
 
 _PROMPT_LEN = 16
 
@@ -22,7 +22,9 @@ class WarmUp:
 
     def __init__(self, submit: Callable[[ScheduledBatch], StepHandle], max_num_seqs: int) -> None:
         opened = OpenedRow(0, np.zeros(_PROMPT_LEN, dtype=np.int32), temperature=1.0, seed=0)
-        prefill = ScheduledBatch.build(0, opened=[opened], chunks=[(0, 0, _PROMPT_LEN)], num_final_chunks=1)
+        prefill = ScheduledBatch.build(
+            0, opened=[opened], chunks=[Chunk(row=0, start=0, length=_PROMPT_LEN)], num_final_chunks=1
+        )
         # Attention over one sequence and over many are different kernels.
         decodes = [ScheduledBatch.build(0, decode_rows=range(rows)) for rows in (1, max_num_seqs)]
         self._submit = submit
