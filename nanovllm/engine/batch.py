@@ -19,7 +19,15 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nanovllm.kernels.columns import LOGIT_EDITS, NO_TRUNCATION, TRUNCATION, WORD_BYTES, num_words
+from nanovllm.kernels.columns import (
+    LOGIT_EDITS,
+    NO_TRUNCATION,
+    TRUNCATION,
+    WORD_BYTES,
+    column_of,
+    columns_of,
+    num_words,
+)
 
 IntArray = npt.NDArray[np.int32]
 RecordArray = npt.NDArray[np.void]
@@ -89,6 +97,8 @@ _HEADER = np.dtype(
     ]
 )
 _HEADER_SIZE = num_words(_HEADER)
+_STEP, _NUM_FINAL_CHUNKS = column_of(_HEADER, "step"), column_of(_HEADER, "num_final_chunks")
+_NEEDS, _COUNTS = columns_of(_HEADER, "needs"), columns_of(_HEADER, "counts")
 
 
 class Section(NamedTuple):
@@ -97,6 +107,10 @@ class Section(NamedTuple):
     offset: int
     end: int
     record: np.dtype[Any]
+
+    def view(self, buffer: IntArray) -> npt.NDArray[Any]:
+        """The section's items, as a view of the buffer."""
+        return buffer[self.offset : self.end].view(self.record)
 
 
 @dataclass(frozen=True)
@@ -116,8 +130,8 @@ class StepNeeds:
         return self.shares_prefix, self.truncates, num_logprobs, self.edits_logits
 
     @classmethod
-    def from_record(cls, record: np.void) -> StepNeeds:
-        shares_prefix, truncates, num_logprobs, edits_logits = record.item()
+    def from_record(cls, record: Seq[int]) -> StepNeeds:
+        shares_prefix, truncates, num_logprobs, edits_logits = record
         return cls(
             shares_prefix=bool(shares_prefix),
             truncates=bool(truncates),
@@ -172,6 +186,9 @@ class ScheduledBatch:
 
     buffer: IntArray
     sections: dict[str, Section]
+    blocks: RecordArray  # [num_blocks], a view of its section, as are the next two
+    chunks: RecordArray  # [num_chunks]
+    decode_rows: IntArray  # [num_decode_rows]
 
     @classmethod
     def build(
@@ -213,35 +230,38 @@ class ScheduledBatch:
         buffer: IntArray = np.empty(sections["decode_rows"].end, dtype=np.int32)
         header = (VERSION, step, num_final_chunks, (needs or StepNeeds()).record(), counts)
         buffer[:_HEADER_SIZE].view(_HEADER)[0] = header
-        batch = cls(buffer, sections)
         for name, items in contents.items():
             if len(items):
-                batch.section(name)[:] = items
-        return batch
+                sections[name].view(buffer)[:] = items
+        return cls._over(buffer, sections)
 
     @classmethod
     def from_buffer(cls, buffer: IntArray) -> ScheduledBatch:
         """Reads a batch from its bytes without copying. Raises ValueError for a buffer of another version or size."""
         if len(buffer) < _HEADER_SIZE or buffer[0] != VERSION:
             raise ValueError(f"not a scheduled batch of version {VERSION}: {buffer[:_HEADER_SIZE].tolist()}")
-        sections = _layout(buffer[:_HEADER_SIZE].view(_HEADER)[0]["counts"].item())
+        sections = _layout(buffer[_COUNTS].tolist())
         if len(buffer) != sections["decode_rows"].end:
             raise ValueError(f"a scheduled batch of {sections['decode_rows'].end} words came as {len(buffer)}")
-        return cls(buffer, sections)
+        return cls._over(buffer, sections)
+
+    @classmethod
+    def _over(cls, buffer: IntArray, sections: dict[str, Section]) -> ScheduledBatch:
+        return cls(
+            buffer=buffer,
+            sections=sections,
+            blocks=sections["blocks"].view(buffer),
+            chunks=sections["chunks"].view(buffer),
+            decode_rows=sections["decode_rows"].view(buffer),
+        )
 
     def section(self, name: str) -> npt.NDArray[Any]:
         """The section's items, as a view of the buffer."""
-        section = self.sections[name]
-        return self.buffer[section.offset : section.end].view(section.record)
-
-    @cached_property
-    def _header(self) -> np.void:
-        header: np.void = self.buffer[:_HEADER_SIZE].view(_HEADER)[0]
-        return header
+        return self.sections[name].view(self.buffer)
 
     @property
     def step(self) -> int:
-        return int(self._header["step"])
+        return int(self.buffer[_STEP])
 
     @property
     def kind(self) -> str:
@@ -251,31 +271,19 @@ class ScheduledBatch:
 
     @property
     def num_final_chunks(self) -> int:
-        return int(self._header["num_final_chunks"])
+        return int(self.buffer[_NUM_FINAL_CHUNKS])
 
     @property
     def needs(self) -> StepNeeds:
-        return StepNeeds.from_record(self._header["needs"])
+        return StepNeeds.from_record(self.buffer[_NEEDS].tolist())
 
-    @cached_property
-    def blocks(self) -> RecordArray:  # [num_blocks]
-        return self.section("blocks")
-
-    @cached_property
-    def chunks(self) -> RecordArray:  # [num_chunks]
-        return self.section("chunks")
-
-    @cached_property
+    @property
     def final_chunks(self) -> RecordArray:  # [num_final_chunks]
         return self.chunks[: self.num_final_chunks]
 
-    @cached_property
+    @property
     def prompt_logprobs(self) -> list[PromptLogprobs]:
         return list(map(PromptLogprobs._make, self.section("prompt_logprobs").tolist()))
-
-    @cached_property
-    def decode_rows(self) -> IntArray:  # [num_decode_rows]
-        return self.section("decode_rows")
 
     @cached_property
     def sampled_rows(self) -> IntArray:
