@@ -1,4 +1,4 @@
-"""Compiles the kernels beside the loading of the weights: each takes long, and they do not need each other."""
+"""WarmUp: compiles the kernels while the weights load. Each takes long, and neither needs the other."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PROMPT_LEN = 16
 
 
 class WarmUp:
-    """Runs small steps in the background, on whatever the weights hold by then: their results are nobody's.
+    """Runs small steps in the background, on weights that may not be loaded yet: the results are discarded.
 
     Triton compiles a kernel when it is first launched, and lets other threads run meanwhile.
-    submit: ModelRunner's; rows and an empty cache must be there.
+    submit: launches a step of a model runner, whose rows and an empty cache are allocated.
     """
 
     def __init__(self, submit: Callable[[ScheduledBatch], StepHandle], max_num_seqs: int) -> None:
@@ -37,6 +37,6 @@ class WarmUp:
             thread.join()
 
     def _run(self, batches: Sequence[ScheduledBatch]) -> None:
-        with suppress(Exception):  # what fails here fails again in the largest steps, which say what to do about it
+        with suppress(Exception):  # an error here comes again in the largest steps, where it is reported
             for batch in batches:
                 self._submit(batch).wait()
