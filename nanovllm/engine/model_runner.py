@@ -53,11 +53,11 @@ class ModelRunner:
         check: Callable[[], None] = lambda: None,  # called while the weights load; what it raises ends that
     ) -> None:
         self.parallel = parallel or TensorParallel()
-        startup = Startup(config, self.parallel, stopwatch or Stopwatch())
+        startup = Startup(config, self.parallel, stopwatch or Stopwatch(), logger)
         self.device = startup.device
         self._query_group = startup.query_group
         self._graphs: DecodeGraphs | None = None
-        self._log = StepLog(self.parallel.rank)
+        self._log = StepLog(logger, self.parallel.rank)
         self._traces = env.trace_file() is not None
         with torch.inference_mode(), self._on_device():
             self.model = startup.build_model()
