@@ -14,15 +14,12 @@ class InProcessExecutor:
 
     def __init__(self, config: EngineConfig, stopwatch: Stopwatch | None = None) -> None:
         self._runner: ModelRunner | None = ModelRunner(config, stopwatch=stopwatch)
+        self._diagnostics: RankDiagnostics | None = None
         self.resolved = self._runner.resolved
 
     def submit(self, batch: ScheduledBatch) -> StepHandle:
         assert self._runner is not None, "the executor was shut down"
-        try:
-            return self._runner.submit(batch)
-        except Exception as error:
-            self._runner.diagnostics.explain(error, batch.num_tokens, self.resolved)
-            raise
+        return self._runner.submit(batch)
 
     def collect(self, handle: StepHandle) -> StepResult:
         return handle.wait()
@@ -34,9 +31,13 @@ class InProcessExecutor:
     @property
     def diagnostics(self) -> RankDiagnostics:
         assert self._runner is not None, "the executor was shut down"
-        return self._runner.diagnostics
+        if self._diagnostics is None:
+            self._diagnostics = RankDiagnostics(self._runner)
+        return self._diagnostics
 
     def shutdown(self) -> None:
         runner, self._runner = self._runner, None
+        if self._diagnostics is not None:
+            self._diagnostics.close()
         if runner is not None:
             runner.shutdown()

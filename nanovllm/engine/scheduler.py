@@ -19,7 +19,17 @@ import numpy as np
 import numpy.typing as npt
 
 from nanovllm.config import MIN_SHARED_PREFIX, ResolvedConfig
-from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepLogprobs, StepResult
+from nanovllm.engine.batch import (
+    BLOCKS,
+    Chunk,
+    IntArray,
+    OpenedRow,
+    PromptLogprobs,
+    RecordArray,
+    ScheduledBatch,
+    StepLogprobs,
+    StepResult,
+)
 from nanovllm.engine.block_manager import BlockManager, BlockTable
 from nanovllm.engine.observer import EngineObserver, Preemption
 from nanovllm.engine.row_table import BoolArray, RowTable
@@ -89,17 +99,17 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """Returns the next step, or None when nothing can run before a step in flight is collected."""
         self.now = self._clock()
-        blocks: list[IntArray] = []  # each [num_new, 3]: row, index, block
+        blocks: list[RecordArray] = []  # of BLOCKS, each [num_new]
         decode_rows, shares_prefix = self._arrange(self._schedule_decode(blocks))
         opened: list[OpenedRow] = []
-        scored: list[tuple[int, int, int, int, int]] = []
-        chunks = self._schedule_prefill(self._prefill_budget(len(decode_rows)), opened, blocks, scored)
+        prompt_logprobs: list[PromptLogprobs] = []
+        chunks = self._schedule_prefill(self._prefill_budget(len(decode_rows)), opened, blocks, prompt_logprobs)
         if not chunks and not len(decode_rows):
             return None
         # Only the last chunk can run out of budget, so the chunks that end their prompt come first.
         num_final = len(chunks) - (self._prefilling is not None) if chunks else 0
         self._step += 1
-        final_rows = np.array([row for row, *_ in chunks[:num_final]], dtype=np.intp)
+        final_rows = np.array([chunk.row for chunk in chunks[:num_final]], dtype=np.intp)
         sampled = np.append(decode_rows, final_rows)
         batch = ScheduledBatch.build(
             self._step,
@@ -109,13 +119,13 @@ class Scheduler:
             token_masks=self.rows.token_masks(sampled),
             chunks=chunks,
             num_final_chunks=num_final,
-            scored=scored,
+            prompt_logprobs=prompt_logprobs,
             decode_rows=decode_rows,
             needs=self.rows.needs(sampled, shares_prefix),
         )
         self._closed = []
         self.rows.steps_in_flight[decode_rows] += 1
-        self.rows.steps_in_flight[batch.chunks[:, 0]] += 1
+        self.rows.steps_in_flight[batch.chunks["row"]] += 1
         self.rows.num_pending[sampled] += 1
         self._observer.batch_scheduled(batch, self.rows)
         return batch
@@ -127,7 +137,7 @@ class Scheduler:
             return min(budget, self.max_prefill_tokens_beside_decode)
         return budget
 
-    def _schedule_decode(self, blocks: list[IntArray]) -> RowArray:
+    def _schedule_decode(self, blocks: list[RecordArray]) -> RowArray:
         rows = self._make_room()
         needy = self._rows_without_room(rows)
         if len(needy):
@@ -206,10 +216,10 @@ class Scheduler:
         self,
         budget: int,
         opened: list[OpenedRow],
-        blocks: list[IntArray],
-        scored: list[tuple[int, int, int, int, int]],
-    ) -> list[tuple[int, int, int]]:
-        chunks: list[tuple[int, int, int]] = []
+        blocks: list[RecordArray],
+        prompt_logprobs: list[PromptLogprobs],
+    ) -> list[Chunk]:
+        chunks: list[Chunk] = []
         num_planned = 0
         while num_planned < budget:
             sequence = self._prefilling or self._admit(opened, blocks)
@@ -221,10 +231,11 @@ class Scheduler:
             of_all_tokens = sequence.needs_prompt_logprobs and sequence.params.prompt_logprobs == -1
             if of_all_tokens:
                 end = min(end, start + self._max_prompt_logprob_tokens)
-            for first, count, num_top in sequence.score(start, end):
-                scored.append((num_planned + first - start, row, first, count, num_top))
+            planned = sequence.plan_prompt_logprobs(start, end, row, num_planned)
+            if planned is not None:
+                prompt_logprobs.append(planned)
             num_planned += end - start
-            chunks.append((row, start, end - start))
+            chunks.append(Chunk(row, start, end - start))
             self.rows.num_computed[row] = end
             self.block_manager.register(sequence.block_table, self.rows.token_ids[row, :end])
             self._prefilling = sequence if end < num_tokens else None
@@ -235,7 +246,7 @@ class Scheduler:
                 break
         return chunks
 
-    def _admit(self, opened: list[OpenedRow], blocks: list[IntArray]) -> Sequence | None:
+    def _admit(self, opened: list[OpenedRow], blocks: list[RecordArray]) -> Sequence | None:
         """Gives the first waiting sequence that can run a row, and blocks for all its tokens, if both are free."""
         sequence = next((sequence for sequence in self.waiting if not sequence.waits_for_grammar), None)
         if sequence is None or not self.rows.has_free_row:
@@ -259,8 +270,16 @@ class Scheduler:
         row = self.rows.open(sequence, num_cached, self._prefix_block(table))
         params = sequence.params
         truncation = (min(max(params.top_k, 0), 2**24), params.top_p, params.min_p)  # exact in float32
-        tokens, seed, logit_edits = sequence.token_ids, sequence.seed, sequence.logit_edits
-        opened.append(OpenedRow(row, tokens, params.temperature, seed, truncation, logit_edits))
+        opened.append(
+            OpenedRow(
+                row=row,
+                token_ids=sequence.token_ids,
+                temperature=params.temperature,
+                seed=sequence.seed,
+                truncation=truncation,
+                logit_edits=sequence.logit_edits,
+            )
+        )
         blocks.append(_appended(row, np.arange(len(table.blocks)), table.blocks))
         return sequence
 
@@ -282,20 +301,20 @@ class Scheduler:
         rows = self.rows
         now = self.now = self._clock()
         rows.steps_in_flight[batch.decode_rows] -= 1
-        rows.steps_in_flight[batch.chunks[:, 0]] -= 1
+        rows.steps_in_flight[batch.chunks["row"]] -= 1
         sampled = batch.sampled_rows
         rows.num_pending[sampled] -= 1
         live = ~rows.stopped[sampled]
         if result.logprobs is not None:
             self._note_logprobs(sampled, live, result.logprobs)
-        for (_, row, _, _, num_top), scores in zip(batch.scored.tolist(), result.prompt_logprobs, strict=True):
-            if not rows.stopped[row]:
-                rows.sequence(row).prompt_logprobs += token_logprobs(scores, num_top)
+        for planned, logprobs in zip(batch.prompt_logprobs, result.prompt_logprobs, strict=True):
+            if not rows.stopped[planned.row]:
+                rows.sequence(planned.row).prompt_logprobs += token_logprobs(logprobs, planned.num_top)
         sampled, token_ids = sampled[live], result.token_ids[live]
         rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids
         rows.num_tokens[sampled] += 1
         rows.last_token[sampled] = now
-        for row in batch.chunks[: batch.num_final_chunks, 0].tolist():
+        for row in batch.final_chunks["row"].tolist():
             if not rows.stopped[row] and rows.sequence(row).first_token is None:
                 rows.sequence(row).first_token = now
                 self._observer.first_token(rows.sequence(row))
@@ -379,8 +398,8 @@ class Scheduler:
         return sequence.row
 
 
-def _appended(rows: npt.ArrayLike, indices: npt.ArrayLike, blocks: list[int]) -> IntArray:
-    """[num_blocks, 3]: the items of a batch's section `blocks`."""
-    items: IntArray = np.empty((len(blocks), 3), dtype=np.int32)
-    items[:, 0], items[:, 1], items[:, 2] = rows, indices, blocks
+def _appended(rows: npt.ArrayLike, indices: npt.ArrayLike, blocks: list[int]) -> RecordArray:
+    """[num_blocks]: the items of a batch's section `blocks`."""
+    items: RecordArray = np.empty(len(blocks), dtype=BLOCKS)
+    items["row"], items["index"], items["block"] = rows, indices, blocks
     return items

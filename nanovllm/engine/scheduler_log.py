@@ -49,7 +49,9 @@ class SchedulerLog(EngineObserver):
                 step=batch.step,
                 size=len(batch.chunks),
                 batched_tokens=batch.num_prefill_tokens,
-                seqs=first_items(batch.chunks.tolist(), lambda chunk: _describe(rows, chunk[0], cached=chunk[1])),
+                seqs=first_items(
+                    list(batch.chunks), lambda chunk: _describe(rows, chunk["row"], cached=chunk["start"])
+                ),
             )
         if len(batch.decode_rows):
             self._log_decode(batch, rows)

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nanovllm.engine.batch import IntArray, LogitEdits, StepLogprobs
+from nanovllm.engine.batch import NO_LOGPROBS, IntArray, LogitEdits, PromptLogprobs, StepLogprobs
 from nanovllm.engine.block_manager import BlockTable
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import FinishReason, RequestMetrics
@@ -61,8 +61,8 @@ class TokenLogprob:
 
 
 def num_asked(logprobs: int | None) -> int:
-    """Returns how many of the most likely tokens `SamplingParams.logprobs` asks for; -1: no log-probabilities."""
-    return -1 if logprobs is None else ALL_LOGPROBS if logprobs == -1 else logprobs
+    """Returns how many of the most likely tokens `SamplingParams.logprobs` asks for; NO_LOGPROBS: none."""
+    return NO_LOGPROBS if logprobs is None else ALL_LOGPROBS if logprobs == -1 else logprobs
 
 
 def token_logprobs(step: StepLogprobs, num_top: int, rows: Iterable[int] | None = None) -> Iterator[TokenLogprob]:
@@ -126,14 +126,22 @@ class Sequence:
         """Whether prompt tokens have to be computed for log-probabilities that no step has computed yet."""
         return self.params.prompt_logprobs is not None and self.num_prompt_logprobs < self.num_prompt_tokens - 1
 
-    def score(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """What computing tokens `start` … `end` gives log-probabilities of, at most one item: the first token whose
-        successor gets one, how many there are, how many of the likeliest are asked for."""
+    def plan_prompt_logprobs(self, start: int, end: int, row: int, num_planned: int) -> PromptLogprobs | None:
+        """The log-probabilities that a chunk of tokens `start` … `end` of `row` gives, or None.
+
+        num_planned: tokens of the step's chunks before this one.
+        """
         first, last = max(start, self.num_prompt_logprobs), min(end, self.num_prompt_tokens - 1)
         if not self.needs_prompt_logprobs or first >= last:  # not asked for, or computed again after a preemption
-            return []
+            return None
         self.num_prompt_logprobs = last
-        return [(first, last - first, num_asked(self.params.prompt_logprobs))]
+        return PromptLogprobs(
+            chunk_token=num_planned + first - start,
+            row=row,
+            position=first,
+            num_tokens=last - first,
+            num_top=num_asked(self.params.prompt_logprobs),
+        )
 
     @property
     def watches_tokens(self) -> bool:

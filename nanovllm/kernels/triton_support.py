@@ -52,6 +52,7 @@ __all__ = [
     "INTERPRETED",
     "LOG2_E",
     "TensorDescriptor",
+    "constant",
     "fence_async_shared",
     "gl",
     "gluon_jit",
@@ -74,6 +75,11 @@ __all__ = [
 
 
 LOG2_E = 1.4426950408889634  # exp2(x · LOG2_E) is exp(x); exp2 is the exponential that the hardware has
+
+
+def constant(value: int) -> Any:
+    """A number of the module that its kernels may name: `tl.constexpr`, or the number where there is no Triton."""
+    return tl.constexpr(value) if HAS_TRITON else value
 
 
 def jit(function: Callable[..., Any]) -> Any:

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from nanovllm.config import BIAS_WIDTH, MAX_BIAS_WORDS
+from nanovllm.config import MAX_BIAS_WORDS
 from nanovllm.engine.batch import IntArray, LogitEdits
 from nanovllm.errors import InvalidArgumentError
+from nanovllm.kernels.columns import BIAS_WIDTH
 from nanovllm.sampling_params import SamplingParams
 
 _ALWAYS = 2**31 - 1

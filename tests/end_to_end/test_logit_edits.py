@@ -246,7 +246,7 @@ def test_too_little_memory_is_said_in_figures_and_the_engine_goes_on(monkeypatch
 
     asking, plain = SamplingParams(presence_penalty=1, max_tokens=2), SamplingParams(max_tokens=2, ignore_eos=True)
     with load() as llm:
-        monkeypatch.setattr("nanovllm.runner.device_rows.edit_logits", full)
+        monkeypatch.setattr("nanovllm.runner.sampler.edit_logits", full)
         assert len(generate(llm, "hello", plain)[0]["token_ids"]) == 2
         with pytest.raises(OutOfMemoryError, match="masks need 0.00 GB .*CUDA out of memory Lower gpu_memory_util"):
             generate(llm, "hello", asking)

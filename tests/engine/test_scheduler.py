@@ -313,7 +313,7 @@ def test_a_sequence_in_prefill_is_preempted_too() -> None:
     assert second.status is SequenceStatus.WAITING
     assert batch.decode_rows.tolist() == [first.row]
     assert chunks(batch) == []
-    assert batch.closed.tolist() == [1]
+    assert batch.section("closed").tolist() == [1]
 
 
 def test_blocks_that_steps_in_flight_write_are_counted_as_coming() -> None:
