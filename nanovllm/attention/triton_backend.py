@@ -11,7 +11,7 @@ from nanovllm.kernels.paged_decode_fp8 import paged_decode_fp8
 from nanovllm.kernels.paged_prefill import paged_prefill
 from nanovllm.kernels.paged_prefill_hopper import takes_queries_on_hopper
 
-_MAX_COPIED_KEYS = 4  # of an FP8 cache, for each query: where more are read, the copy is work and memory of its own
+_MAX_COPIED_KEYS = 4  # of an FP8 cache, for each query: beyond it, the copy costs more than it saves
 
 
 class TritonBackend:
@@ -28,14 +28,28 @@ class TritonBackend:
         key, value, key_scale, value_scale = kv_cache.key, kv_cache.value, kv_cache.key_scale, kv_cache.value_scale
         block_tables, context_lens = metadata.block_tables, metadata.context_lens
         if key_scale is not None and value_scale is not None and _worth_copying(query, kv_cache, metadata):
-            caches = (key, value, key_scale, value_scale)
             key, value, block_tables = dequantize_pages(
-                *caches, block_tables, context_lens, metadata.max_seqlen_k, query.dtype
+                key_cache=key,
+                value_cache=value,
+                key_scale=key_scale,
+                value_scale=value_scale,
+                block_tables=block_tables,
+                context_lens=context_lens,
+                max_context_len=metadata.max_seqlen_k,
+                dtype=query.dtype,
             )
             key_scale = value_scale = None
         return paged_prefill(
-            *(query, key, value, block_tables, metadata.cu_seqlens_q, context_lens, metadata.max_seqlen_q, scale),
-            *(key_scale, value_scale),
+            query,
+            key_cache=key,
+            value_cache=value,
+            block_tables=block_tables,
+            cu_seqlens_q=metadata.cu_seqlens_q,
+            context_lens=context_lens,
+            max_seqlen_q=metadata.max_seqlen_q,
+            scale=scale,
+            key_scale=key_scale,
+            value_scale=value_scale,
             use_triton=True,
         )
 

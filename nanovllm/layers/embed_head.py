@@ -14,7 +14,7 @@ from nanovllm.layers.parameter import WeightPart, empty_parameter
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rank r holds rows r · share … of the table; behind the last token the last ranks' rows are zero padding.
+    """Rank r holds rows r · share … of the table; rows past the last token are zero padding.
 
     One class for the embedding and the LM head, as tied models use one table for both. Rows are looked up in it, so
     it is neither quantised nor packed.

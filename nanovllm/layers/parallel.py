@@ -20,9 +20,9 @@ logger = setup_logger(__name__)
 
 
 class Group(Protocol):
-    """What joins the ranks: torch's `ProcessGroup`, or one of its backends (`ProcessGroupNCCL`, `ProcessGroupGloo`).
+    """The collectives of torch's `ProcessGroup`, or of one of its backends (`ProcessGroupNCCL`, `ProcessGroupGloo`).
 
-    Called themselves, these need no process-wide default group, so that two engines can live in one process.
+    Calling them directly needs no process-wide default group, so that two engines can live in one process.
     """
 
     def allreduce(self, tensors: list[torch.Tensor], /) -> Any: ...
@@ -102,7 +102,7 @@ class TensorParallel:
         return tensor if residual is None else tensor.add_(residual)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The ranks' tensors [...] one after another: [size, ...]."""
+        """Returns the ranks' tensors [...] one after another: [size, ...]."""
         stacked = tensor.new_empty((self.size, *tensor.shape))
         started = time.perf_counter()
         self._members._allgather_base(stacked.flatten(0, 1), tensor.contiguous()).wait()
@@ -110,11 +110,11 @@ class TensorParallel:
         return stacked
 
     def all_gather_last_dim(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The ranks' tensors [rows, n] side by side: [rows, size · n]."""
+        """Returns the ranks' tensors [rows, n] side by side: [rows, size · n]."""
         return tensor if self.size == 1 else self.all_gather(tensor).movedim(0, -2).flatten(-2)
 
     def minimum(self, value: int, device: torch.device) -> int:
-        """The least of the ranks' values. Waits for all ranks."""
+        """Returns the smallest of the ranks' values. Waits for all ranks."""
         return value if self.size == 1 else int(self.all_gather(torch.tensor([value], device=device)).min())
 
     @property

@@ -4,8 +4,8 @@ A pre-norm transformer with grouped-query attention, rotary positions and a gate
 layers from these parts and says what differs. Tokens of all sequences of a step lie in one flat batch.
 
 Layers add to one stream, which is `hidden + residual`, or `hidden` alone where residual is None: the last addition may
-wait, so that it can be one kernel with the next norm. Norms are handed to the products that follow them, for the same
-reason.
+wait, so that it can be one kernel with the next norm. A norm is an argument of the product that follows it, for the
+same reason.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from nanovllm.models.model_config import ModelConfig
 class ModelContext(LayerContext):
     """Shape, backends, rank, dtype, device, and how weights are stored and multiplied.
 
-    Layers know only the part of it that `LayerContext` has: they are handed their sizes, not a config.
+    Layers know only the part of it that `LayerContext` has: their sizes are arguments, and they never see a config.
     """
 
     config: ModelConfig

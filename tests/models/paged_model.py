@@ -1,4 +1,4 @@
-"""Runs a model over a paged cache, step by step, with blocks handed out in a shuffled order."""
+"""Runs a model over a paged cache, step by step, with blocks allocated in a shuffled order."""
 
 from __future__ import annotations
 

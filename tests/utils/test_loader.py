@@ -214,7 +214,7 @@ def test_the_file_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_loading_ends_between_two_tensors_where_the_check_raises(tmp_path: Path) -> None:
-    """So that a rank does not go on for minutes with what nobody waits for."""
+    """So that a rank does not go on loading for minutes after the engine gave up."""
     looks: list[bool] = []
     model = Small()
 
