@@ -98,7 +98,7 @@ class FlashAttention4Prefill:
 
 
 def flash_attn_problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Returns why FlashAttention 2 cannot run here, or None. Tries a small call: builds differ in their kernels."""
+    """Returns why FlashAttention 2 cannot run here, or None. Builds differ in their kernels: it tries a small call."""
     try:
         backend = FlashAttentionBackend()
     except Exception as error:  # a build for another torch fails with many kinds of errors
