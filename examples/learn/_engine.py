@@ -23,7 +23,7 @@ class OpenExecutor(InProcessExecutor):
 
 def open_engine(**settings: Any) -> tuple[LLMEngine, ModelRunner]:
     """`settings` are LLM's arguments. The engine is a context manager; the runner is its one rank."""
-    config = EngineConfig.from_arguments("tiny", {"device": "cpu", **settings})
+    config = EngineConfig("tiny", **{"device": "cpu", **settings})
     executor = OpenExecutor(config)
     return LLMEngine(config, lambda config, stopwatch: executor), executor.runner
 
