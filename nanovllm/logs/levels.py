@@ -88,10 +88,7 @@ def levels_by_logger(spec: LevelSpec, package: str, logger_names: Iterable[str])
         components = name.split(".")
         for depth in range(1, len(components) + 1):
             path = ".".join(components[:depth])
-            for part in (
-                path.removeprefix(package + "."),
-                components[depth - 1],
-            ):  # a path takes precedence over a bare name
+            for part in (path.removeprefix(package + "."), components[depth - 1]):  # the path takes precedence
                 if part in spec.parts:
                     levels[path] = spec.parts[part]
                     break
