@@ -1,4 +1,4 @@
-"""nanovllm: an LLM inference engine you can read in an afternoon.
+"""nanovllm: an LLM inference engine whose main path you can read in an afternoon.
 
     from nanovllm import LLM, SamplingParams
     llm = LLM("tiny")

@@ -10,7 +10,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, InitVar, dataclass, field
+from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from nanovllm.errors import InvalidArgumentError, UnknownArgumentError
@@ -58,17 +58,16 @@ def _device_name(value: object) -> str:
 _MODEL = Rule("a folder, a Hugging Face id, or 'tiny'", _is_text, str)
 _TOKENIZER = Rule("a folder, a Hugging Face id", _is_text, str).or_none()
 _REVISION = Rule("a tag, a branch or a commit", _is_text, str).or_none()
-_DTYPE = Rule(
-    choice("auto", *DTYPES).allowed, lambda value: _dtype_name(value) in ("auto", *DTYPES), convert=_dtype_name
+_DTYPE = replace(
+    choice("auto", *DTYPES), accepts=lambda value: _dtype_name(value) in ("auto", *DTYPES), convert=_dtype_name
 )
 _DEVICE = Rule(
     "'auto', 'cpu', 'cuda' or 'cuda:N'",
     lambda value: re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", _device_name(value)) is not None,
     convert=_device_name,
 )
-_KV_CACHE_DTYPE = Rule(
-    choice("auto", "fp8", "fp8_e4m3").allowed,
-    lambda value: value in ("auto", "fp8", "fp8_e4m3"),
+_KV_CACHE_DTYPE = replace(
+    choice("auto", "fp8", "fp8_e4m3"),
     convert=lambda value: "fp8_e4m3" if value == "fp8" else value,
     hint="'auto' is the model's dtype.",
 )

@@ -155,10 +155,9 @@ _STRUCTURED_OUTPUTS = Rule(
 class SamplingParams:
     """Sampling parameters of one request.
 
-    The logits of a token are changed in this order: repetition, frequency and presence penalty, logit_bias, bans
-    (bad_words, allowed_token_ids, min_tokens), the structure of structured_outputs, temperature, min_p, top_k, top_p.
-    If bans leave none of the allowed tokens, an allowed token is sampled all the same; a request for which this can be
-    seen beforehand is refused.
+    They apply in this order: repetition, frequency and presence penalty, logit_bias, bans (bad_words,
+    allowed_token_ids, min_tokens), temperature, min_p, top_k, top_p. If bans leave none of the allowed tokens, one of
+    the allowed tokens is sampled anyway; a request for which this is known in advance is refused.
 
     Raises InvalidArgumentError (a ValueError), which names the field, for a value that is not allowed.
     """
@@ -178,7 +177,10 @@ class SamplingParams:
         0, _TOP_K, "Sample only from the k most likely tokens, and those as likely as the last of them."
     )
     top_p: float = argument(
-        1.0, _TOP_P, "Sample only from the fewest most likely tokens whose probabilities sum to this or more."
+        1.0,
+        _TOP_P,
+        "Sample only from the fewest most likely tokens whose probabilities, of those left by min_p and top_k, sum to "
+        "this or more.",
     )
     min_p: float = argument(
         0.0, _MIN_P, "Sample only from tokens whose probability is at least this fraction of the most likely token's."

@@ -86,12 +86,15 @@ def argument(default: T, rule: Rule, help: str, *, hash: bool | None = None) -> 
 
 
 def declaration(rule: Rule, help: str) -> dict[str, Any]:
-    """Metadata of a field without a default: type checkers must see `dataclasses.field` itself there."""
+    """Returns the metadata of a declared field without a default, `x: int = field(metadata=declaration(…))`.
+
+    Type checkers take a field for required only if they see `dataclasses.field` itself.
+    """
     return {_KEY: (rule, help)}
 
 
 def arguments_of(cls: type) -> Iterator[Argument]:
-    """The declared arguments of a dataclass in order, those that are `InitVar` included."""
+    """Yields the declared arguments of a dataclass in order, including `InitVar` ones."""
     for each in cls.__dataclass_fields__.values():  # type: ignore[attr-defined]  # dataclasses.fields() omits InitVar
         if _KEY in each.metadata:
             yield Argument(each.name, each.default, *each.metadata[_KEY])
@@ -120,7 +123,7 @@ def _rules_of(cls: Hashable) -> list[tuple[str, object, Rule]]:
 
 
 def arguments_doc(cls: type) -> str:
-    """Every declared argument with its default, its meaning and the values it allows, as text for `help()`."""
+    """Returns the text for `help()`: each declared argument with its default, its meaning and the values it allows."""
     entries = []
     for each in arguments_of(cls):
         head = each.name if each.default is MISSING else f"{each.name} = {each.default!r}"
@@ -143,8 +146,8 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def choice(*allowed: object, hint: str = "") -> Rule:
-    return Rule("one of " + ", ".join(map(repr, allowed)), lambda value: value in allowed, hint=hint)
+def choice(*allowed: object) -> Rule:
+    return Rule("one of " + ", ".join(map(repr, allowed)), lambda value: value in allowed)
 
 
 COUNT = Rule("an integer ≥ 1", lambda value: is_integer(value) and value >= 1)
