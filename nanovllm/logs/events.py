@@ -18,7 +18,7 @@ rule = Event("rule", INFO, "engine.llm_engine llm", "{line}")
 engine_init = Event("engine.init", INFO, "engine.llm_engine", "Initializing LLMEngine")
 engine_model = Event("engine.model", INFO, "engine.llm_engine", "Model: {model}")
 engine_config = Event(
-    "engine.config", INFO, "engine.llm_engine", "Configuration: {all_fields}", others="all arguments by name"
+    "engine.config", INFO, "engine.llm_engine", "Configuration: {all_fields}", others="every argument by its name"
 )
 runner_init = Event("runner.init", INFO, "engine.model_runner", "Initializing ModelRunner (rank {rank})")
 attention_selected = Event(
@@ -65,7 +65,7 @@ kv_cache_allocated = Event(
     "Allocating {num_blocks} KV cache blocks, total_size={total_gb:.2f}GB",
 )
 engine_resolved = Event(
-    "engine.resolved", INFO, "engine.llm_engine", "Resolved: {all_fields}", others="all settings by name"
+    "engine.resolved", INFO, "engine.llm_engine", "Resolved: {all_fields}", others="every setting by its name"
 )
 engine_startup = Event(
     "engine.startup", INFO, "engine.llm_engine", "Start-up: {total_seconds:.2f}s, of which {parts}", "seconds"
