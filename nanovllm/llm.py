@@ -162,7 +162,8 @@ class LLM:
 
     def memory_report(self) -> MemoryReport:
         """Where the device's memory went, in bytes, and in `others` that of the other ranks; `print` shows tables."""
-        return self.llm_engine.diagnostics.memory_report()
+        report: MemoryReport = self.llm_engine.diagnostics.memory_report()
+        return report
 
     def check_memory_leak(
         self,

@@ -7,6 +7,7 @@ from typing import Any
 
 from nanovllm import RequestOutput, SamplingParams
 from nanovllm.config import EngineConfig
+from nanovllm.diagnostics import make_diagnostics
 from nanovllm.engine.executor import InProcessExecutor
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
@@ -24,7 +25,7 @@ class OpenExecutor(InProcessExecutor):
 def open_engine(**settings: Any) -> tuple[LLMEngine, ModelRunner]:
     """`settings` are LLM's arguments. The engine is a context manager; the runner is its one rank."""
     config = EngineConfig.from_arguments("tiny", {"device": "cpu", **settings})
-    executor = OpenExecutor(config)
+    executor = OpenExecutor(config, make_diagnostics=make_diagnostics)
     return LLMEngine(config, lambda config, stopwatch: executor), executor.runner
 
 

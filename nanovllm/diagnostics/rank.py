@@ -1,18 +1,20 @@
-"""RankDiagnostics: what one rank tells of its device, its memory and its kernels."""
+"""RankDiagnostics: the profiler and the memory of one rank."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from nanovllm.attention.interface import LayerKVCache
-from nanovllm.config import ResolvedConfig
+from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics, answer
 from nanovllm.diagnostics.memory import MemoryReport, measure_memory
 from nanovllm.diagnostics.profiler import RankProfiler
-from nanovllm.diagnostics.step_times import StepTime, StepTimes
-from nanovllm.errors import InvalidStateError, OutOfMemoryError
+from nanovllm.errors import InvalidStateError
+from nanovllm.layers.parallel import TensorParallel
 from nanovllm.logs import events
 from nanovllm.utils.device_memory import describe_memory
 from nanovllm.utils.logger import setup_logger
@@ -20,24 +22,48 @@ from nanovllm.utils.logger import setup_logger
 logger = setup_logger(__name__)
 
 
-class RankDiagnostics:
-    """Made by the rank's runner, of what it owns. `graph_pool`: that of its CUDA graphs, None where it has none."""
+class RankRunner(Protocol):
+    """What diagnostics read of a rank's model runner."""
 
-    def __init__(
-        self,
-        rank: int,
-        device: torch.device,
-        model: torch.nn.Module,
-        kv_caches: list[LayerKVCache],
-        graph_pool: tuple[int, int] | None,
-    ) -> None:
-        self._rank, self._device, self._model = rank, device, model
-        self._kv_caches, self._graph_pool = kv_caches, graph_pool
+    @property
+    def parallel(self) -> TensorParallel: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def model(self) -> torch.nn.Module: ...
+
+    @property
+    def kv_caches(self) -> Sequence[LayerKVCache]: ...
+
+    @property
+    def graph_pool(self) -> tuple[int, int] | None:
+        """The memory pool of the CUDA graphs; None without graphs."""
+        ...
+
+
+class RankDiagnostics:
+    """The profiler and the memory of the rank that `runner` computes."""
+
+    def __init__(self, runner: RankRunner) -> None:
+        self._runner: RankRunner | None = runner
+        self._rank, self._device = runner.parallel.rank, runner.device
         self._profiler: RankProfiler | None = None
-        self.step_times = StepTimes()  # kept where a timeline is written, by ranks above 0
+
+    def of_all_ranks(self, ask: Callable[[bytes], list[bytes]]) -> AllRanksDiagnostics:
+        """Returns the diagnostics of every rank, for rank 0. ask: sends a question, returns the others' answers."""
+        return AllRanksDiagnostics(self, ask)
+
+    def answer(self, question: bytes | bytearray) -> bytes:
+        """Returns this rank's answer to a question of rank 0."""
+        return answer(self, question)
 
     def start_profile(self, folder: Path) -> None:
-        """Raises InvalidStateError when a profile runs, InvalidArgumentError when `folder` can not be written."""
+        """Starts a profile.
+
+        Raises InvalidStateError when a profile is running, InvalidArgumentError when `folder` cannot be written.
+        """
         if self._profiler is not None:
             raise InvalidStateError(
                 f"A profile runs already, into {self._profiler.folder}: call stop_profile before start_profile."
@@ -46,7 +72,10 @@ class RankDiagnostics:
         events.profile_started.log(logger, folder=str(folder), rank=self._rank)
 
     def stop_profile(self) -> str:
-        """Writes the trace and the table, logs the table, and returns it. Raises InvalidStateError if none runs."""
+        """Writes the trace and the table, logs the table and returns it.
+
+        Raises InvalidStateError when no profile is running.
+        """
         if self._profiler is None:
             raise InvalidStateError("No profile runs: call start_profile(folder) before stop_profile.")
         profiler, self._profiler = self._profiler, None
@@ -61,23 +90,13 @@ class RankDiagnostics:
         return table
 
     def memory_report(self) -> MemoryReport:
-        return measure_memory(self._rank, self._device, self._model, self._kv_caches, self._graph_pool)
-
-    def explain(self, error: Exception, num_tokens: int, resolved: ResolvedConfig) -> None:
-        """Raises OutOfMemoryError, with the numbers and the way out, for torch's error on a step of so many tokens."""
-        if not isinstance(error, torch.OutOfMemoryError):
-            return
-        blocks, tokens = resolved.num_blocks, resolved.max_num_batched_tokens
-        raise OutOfMemoryError(
-            f"A step of {num_tokens} tokens ran out of memory: {error} {describe_memory(self._device)[0]}. The largest "
-            "steps fitted when the engine started: end other processes on this device, or leave steps more room, with "
-            f"num_kvcache_blocks={blocks * 9 // 10} instead of {blocks} (or gpu_memory_utilization a tenth lower), or "
-            f"max_num_batched_tokens={max(tokens // 2, resolved.max_num_seqs)} instead of {tokens}."
-        ) from error
+        """Returns where the device's memory is, without waiting for the device."""
+        assert self._runner is not None, "diagnostics were closed"
+        return measure_memory(self._runner)
 
     def memory_use(self) -> tuple[int, int]:
-        """Bytes in use once garbage is collected (torch's on a GPU, the process's resident ones on a CPU), and the
-        Python objects that the collector tracks.
+        """Returns the bytes in use after a garbage collection (torch's on a GPU, the process's resident ones on a
+        CPU) and the number of Python objects that the collector tracks.
         """
         gc.collect()
         if self._device.type == "cuda":
@@ -86,17 +105,13 @@ class RankDiagnostics:
             used = int(describe_memory(self._device)[1].get("resident_bytes", 0))
         return used, len(gc.get_objects())
 
-    def other_step_times(self) -> dict[int, list[StepTime]]:
-        """Of one rank there are none."""
-        return {}
-
     def cancel_profile(self) -> None:
-        """A profile that runs ends and is lost."""
+        """Ends a running profile without writing it."""
         if self._profiler is not None:
             self._profiler.cancel()
         self._profiler = None
 
     def close(self) -> None:
-        """Lets go of what the runner owns, of a profile that runs, too."""
+        """Cancels a running profile and releases the runner."""
         self.cancel_profile()
-        del self._model, self._kv_caches
+        self._runner = None

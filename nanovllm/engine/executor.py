@@ -1,17 +1,73 @@
-"""Where the model runs. The engine submits steps and collects their results in the same order."""
+"""Executor: runs an engine's batches. The engine submits steps and collects their results in the same order."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import ScheduledBatch, StepHandle, StepResult
+from nanovllm.errors import InvalidStateError
 from nanovllm.utils.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics
-    from nanovllm.diagnostics.rank import RankDiagnostics
+    from nanovllm.engine.model_runner import ModelRunner
+
+
+class Diagnostics(Protocol):
+    """Profiler and memory of all ranks. No step needs it: the package `diagnostics` implements it."""
+
+    def start_profile(self, folder: Path) -> None: ...
+
+    def stop_profile(self) -> str: ...
+
+    def cancel_profile(self) -> None: ...
+
+    def memory_report(self) -> Any:
+        """Returns a report whose type is the implementation's."""
+        ...
+
+    def memory_use(self) -> tuple[int, int]: ...
+
+
+class RankDiagnostics(Diagnostics, Protocol):
+    """Diagnostics of one rank. Rank 0 asks the others in bytes whose meaning only the implementation knows."""
+
+    def of_all_ranks(self, ask: Callable[[bytes], list[bytes]]) -> Diagnostics: ...
+
+    def answer(self, question: bytes | bytearray) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
+class FunctionTrace(Protocol):
+    """A trace of function calls that runs in a process."""
+
+    def stop(self) -> None: ...
+
+
+# Both are sent to worker processes, so they must be functions or classes of a module.
+MakeDiagnostics = Callable[["ModelRunner"], RankDiagnostics]
+StartTrace = Callable[[int], FunctionTrace | None]  # gets the rank
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """When a rank ran a step, in seconds of the monotonic clock, which all processes of a machine share.
+
+    began, ended: on the host; on a GPU the time of the launch, on a CPU that of the whole step.
+    gpu_began, gpu_ended: on the GPU; NaN without one.
+    """
+
+    step: int
+    kind: str
+    began: float
+    ended: float
+    gpu_began: float = math.nan
+    gpu_ended: float = math.nan
 
 
 class Executor(Protocol):
@@ -24,16 +80,20 @@ class Executor(Protocol):
     def collect(self, handle: StepHandle) -> StepResult: ...
 
     def synchronize(self) -> None:
-        """Waits until nothing is in flight, whatever became of it. Raises if the device can not go on."""
+        """Waits until no step is in flight. Raises when the device cannot continue."""
         ...
 
     def shutdown(self) -> None:
-        """Gives the device's memory back. Calling it again does nothing."""
+        """Frees the device's memory. Calling it again does nothing."""
+        ...
+
+    def other_step_times(self) -> dict[int, Sequence[StepTime]]:
+        """Returns the steps of ranks 1, 2, … since the last call, by rank. Recorded only for a timeline."""
         ...
 
     @property
-    def diagnostics(self) -> RankDiagnostics | AllRanksDiagnostics:
-        """Profiler and memory, for who asks; no step needs it."""
+    def diagnostics(self) -> Diagnostics:
+        """Profiler and memory. Raises InvalidStateError when the executor was built without diagnostics."""
         ...
 
 
@@ -43,22 +103,24 @@ ExecutorFactory = Callable[[EngineConfig, Stopwatch], Executor]
 class InProcessExecutor:
     """One rank, in this process."""
 
-    def __init__(self, config: EngineConfig, stopwatch: Stopwatch | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        stopwatch: Stopwatch | None = None,
+        make_diagnostics: MakeDiagnostics | None = None,
+    ) -> None:
         stopwatch = stopwatch or Stopwatch()
-        # Imported here: torch begins with the runner, and deciding does not need it.
+        # Imported here because it imports torch, which deciding does not need.
         from nanovllm.engine.model_runner import ModelRunner
 
         stopwatch.lap("imports")
         self._runner: ModelRunner | None = ModelRunner(config, stopwatch=stopwatch)
+        self._diagnostics = None if make_diagnostics is None else make_diagnostics(self._runner)
         self.resolved = self._runner.resolved
 
     def submit(self, batch: ScheduledBatch) -> StepHandle:
         assert self._runner is not None, "the executor was shut down"
-        try:
-            return self._runner.submit(batch)
-        except Exception as error:
-            self._runner.diagnostics.explain(error, batch.num_tokens, self.resolved)
-            raise
+        return self._runner.submit(batch)
 
     def collect(self, handle: StepHandle) -> StepResult:
         return handle.wait()
@@ -67,12 +129,26 @@ class InProcessExecutor:
         if self._runner is not None:
             self._runner.synchronize()
 
+    def other_step_times(self) -> dict[int, Sequence[StepTime]]:
+        return {}
+
     @property
-    def diagnostics(self) -> RankDiagnostics:
-        assert self._runner is not None, "the executor was shut down"
-        return self._runner.diagnostics
+    def diagnostics(self) -> Diagnostics:
+        return existing(self._diagnostics)
 
     def shutdown(self) -> None:
         runner, self._runner = self._runner, None
+        if self._diagnostics is not None:
+            self._diagnostics.close()
         if runner is not None:
             runner.shutdown()
+
+
+def existing(diagnostics: RankDiagnostics | None) -> RankDiagnostics:
+    """Returns `diagnostics`. Raises InvalidStateError when there are none."""
+    if diagnostics is None:
+        raise InvalidStateError(
+            "This engine has no diagnostics: pass make_diagnostics=nanovllm.diagnostics.make_diagnostics to its "
+            "executor, or build the engine with LLM or AsyncLLM."
+        )
+    return diagnostics

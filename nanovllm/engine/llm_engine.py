@@ -12,14 +12,12 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 import xxhash
 
 from nanovllm.config import EngineConfig
-from nanovllm.diagnostics.function_trace import start_function_trace
 from nanovllm.engine.batch import IntArray, ScheduledBatch, StepHandle, StepResult
-from nanovllm.engine.executor import Executor, ExecutorFactory
+from nanovllm.engine.executor import Diagnostics, Executor, ExecutorFactory
 from nanovllm.engine.metrics import EngineMetrics, EngineStatistics, StatisticsLine
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
@@ -35,10 +33,6 @@ from nanovllm.tracing.timeline import close_timeline, open_timeline, section
 from nanovllm.utils import env
 from nanovllm.utils.logger import configure_logging, log_rule, setup_logger
 from nanovllm.utils.stopwatch import Stopwatch
-
-if TYPE_CHECKING:
-    from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics
-    from nanovllm.diagnostics.rank import RankDiagnostics
 
 logger = setup_logger(__name__)
 
@@ -59,11 +53,15 @@ class LLMEngine:
     """
 
     def __init__(
-        self, config: EngineConfig, make_executor: ExecutorFactory, clock: Callable[[], float] = time.monotonic
+        self,
+        config: EngineConfig,
+        make_executor: ExecutorFactory,
+        clock: Callable[[], float] = time.monotonic,
+        on_exit: Callable[[], None] = lambda: None,
     ) -> None:
         self._clock = clock  # of every time that the engine tells; seconds
         configure_logging()
-        self._trace = start_function_trace(rank=0)
+        self._on_exit = on_exit
         log_rule(logger)
         events.engine_init.log(logger)
         events.engine_model.log(logger, model=config.model)
@@ -397,11 +395,10 @@ class LLMEngine:
             pending.clear()
         self._grammar_compiler.shutdown()
         self._shut_down()
-        if self._trace is not None:
-            self._trace.stop()
+        self._on_exit()
 
     @property
-    def diagnostics(self) -> RankDiagnostics | AllRanksDiagnostics:
+    def diagnostics(self) -> Diagnostics:
         """Profiler and memory of the device."""
         self._check_alive()
         return self.executor.diagnostics

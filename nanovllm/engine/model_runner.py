@@ -18,7 +18,6 @@ import torch
 
 from nanovllm.attention.selection import select_attention
 from nanovllm.config import EngineConfig, ResolvedConfig
-from nanovllm.diagnostics.rank import RankDiagnostics
 from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepNeeds
 from nanovllm.errors import OutOfMemoryError
 from nanovllm.kernels.logprobs import SampledTokens, TokenLogprobs, token_logprobs
@@ -32,6 +31,7 @@ from nanovllm.runner.cuda_graph import DecodeGraphs
 from nanovllm.runner.device_rows import DeviceRows, ModelInputs
 from nanovllm.runner.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
 from nanovllm.runner.model_plan import ModelPlan
+from nanovllm.runner.out_of_memory import step_out_of_memory
 from nanovllm.runner.step_handle import LaunchedStep, wait_for
 from nanovllm.runner.warm_up import WarmUp
 from nanovllm.sampling_params import MAX_LOGPROBS
@@ -107,8 +107,6 @@ class ModelRunner:
                 )  # the largest first: the others fit into its memory
                 stopwatch.lap("first CUDA graph")
         log_gpu_memory(logger, device=self.device, event=events.kv_cache_memory)
-        pool = self._graphs.pool if self._graphs else None
-        self.diagnostics = RankDiagnostics(self.parallel.rank, self.device, self.model, self.kv_caches, pool)
         self.resolved = ResolvedConfig(
             model=str(plan.folder or config.model),
             device=str(self.device),
@@ -131,8 +129,24 @@ class ModelRunner:
 
     # Steps
 
+    @property
+    def graph_pool(self) -> tuple[int, int] | None:
+        """The memory pool of the CUDA graphs; None without graphs."""
+        return None if self._graphs is None else self._graphs.pool
+
     def submit(self, batch: ScheduledBatch) -> LaunchedStep:
-        """Launches a step and returns without waiting for the device."""
+        """Launches a step and returns without waiting for the device.
+
+        Raises OutOfMemoryError, with the settings to change, when the step does not fit.
+        """
+        try:
+            return self._submit(batch)
+        except torch.OutOfMemoryError as error:
+            if not hasattr(self, "resolved"):  # a warm-up step: the caller knows what it tried
+                raise
+            raise step_out_of_memory(error, batch.num_tokens, self.device, self.resolved) from error
+
+    def _submit(self, batch: ScheduledBatch) -> LaunchedStep:
         has_chunks, has_decode = len(batch.chunks) > 0, len(batch.decode_rows) > 0
         needs = batch.needs
         if needs.shares_prefix and not self._uses_shared_prefixes:
@@ -184,7 +198,6 @@ class ModelRunner:
         """Gives the memory back; the runner can not be used after."""
         with suppress(RuntimeError):  # a device out of order: whoever waited for it has heard of it
             self.synchronize()
-        self.diagnostics.close()
         del self.model, self.rows, self.kv_caches, self._graphs
         gc.collect()
         if self.device.type == "cuda":

@@ -284,7 +284,7 @@ worker_lost = Event(
 communication = Event(
     "communication",
     DEBUG,
-    "layers.parallel distributed.worker_process distributed.worker_pool",
+    "layers.parallel distributed.worker_process distributed.worker_messages",
     "[Rank {rank}/{world_size}] {operation}: {details}",
     "elapsed_ms",
     optional="shapes bytes",

@@ -205,12 +205,12 @@ def test_too_few_runs_tell_nothing(num_runs):
 
 def test_out_of_memory_in_a_step_says_what_was_asked_and_what_to_change(llm, monkeypatch):
     runner = llm.llm_engine.executor._runner
-    submit = runner.submit
+    submit = runner._submit
 
     def fails(batch: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(runner, "submit", fails)
+    monkeypatch.setattr(runner, "_submit", fails)
     with pytest.raises(OutOfMemoryError) as caught:
         llm.generate(PROMPT, PARAMS, use_tqdm=False)
     config = llm.llm_engine.resolved
@@ -219,7 +219,7 @@ def test_out_of_memory_in_a_step_says_what_was_asked_and_what_to_change(llm, mon
     half = f"max_num_batched_tokens={config.max_num_batched_tokens // 2} instead of {config.max_num_batched_tokens}"
     assert half in str(caught.value)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
-    monkeypatch.setattr(runner, "submit", submit)
+    monkeypatch.setattr(runner, "_submit", submit)
     assert len(llm.generate(PROMPT, PARAMS, use_tqdm=False)[0].outputs[0].token_ids) == 4
 
 

@@ -143,6 +143,41 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, which shows the circle
 
 
+# Optional packages, and who may import them besides themselves: everything else meets them behind an interface that
+# it owns. `engine_factory` puts them together.
+OPTIONAL = {
+    "nanovllm.diagnostics": {"nanovllm.llm", "nanovllm.async_llm", "nanovllm.engine_factory"},
+    "nanovllm.tracing": {"nanovllm.engine_factory", "nanovllm.engine.llm_engine"},
+    "nanovllm.report": {"nanovllm", "nanovllm.cli"},
+}
+
+
+def uses(source: str, module: str, package: str, is_package: bool = False) -> bool:
+    names = {name for name, node in imports(source, module, is_package) if not isinstance(node, ast.Constant)}
+    return any(name == package or name.startswith(f"{package}.") for name in names)
+
+
+@pytest.mark.parametrize("package", OPTIONAL)
+def test_the_core_does_not_import_an_optional_package(package: str) -> None:
+    found = {
+        module
+        for module, path in MODULES.items()
+        if uses(path.read_text(encoding="utf-8"), module, package, path.name == "__init__.py")
+    }
+    inside = {module for module in found if module == package or module.startswith(f"{package}.")}
+    assert found - inside <= OPTIONAL[package]
+
+
+def test_an_import_of_an_optional_package_is_seen_in_a_function_and_for_types() -> None:
+    for source in (
+        "def f():\n    from nanovllm.diagnostics.rank import RankDiagnostics",
+        "if TYPE_CHECKING:\n    from nanovllm.diagnostics import memory",
+        "from nanovllm import diagnostics",
+    ):
+        assert uses(source, "nanovllm.engine.executor", "nanovllm.diagnostics")
+    assert not uses("from nanovllm.engine import executor", "nanovllm.runner.startup", "nanovllm.diagnostics")
+
+
 # ---- what an import costs
 
 
