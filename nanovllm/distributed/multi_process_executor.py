@@ -49,6 +49,9 @@ class MultiProcessExecutor:
         start_trace: StartTrace | None = None,
     ) -> None:
         stopwatch = stopwatch or Stopwatch()
+        from nanovllm.runner.cpu_threads import choose_cpu_threads, load_torch
+
+        is_fresh = load_torch(config.device)
         import torch
 
         from nanovllm.runner.model_plan import ModelPlan
@@ -60,6 +63,8 @@ class MultiProcessExecutor:
         self._parallel: TensorParallel | None = None
         self._diagnostics: RankDiagnostics | None = None
         self._error: BaseException | None = None
+        if plan.device.type == "cpu":
+            choose_cpu_threads(is_fresh, size)
         num_threads = max(1, torch.get_num_threads() // size)
         self._workers = WorkerPool(configs[1:], num_threads, make_diagnostics, start_trace)
         # When Python exits, this runs before multiprocessing ends its remaining children.

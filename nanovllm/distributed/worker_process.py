@@ -27,6 +27,7 @@ from nanovllm.distributed.stacks import answer_with_stacks
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.executor import MakeDiagnostics, RankDiagnostics, StartTrace, existing
 from nanovllm.errors import ChannelError
+from nanovllm.runner.cpu_threads import load_torch
 from nanovllm.utils import env
 from nanovllm.utils.logger import configure_logging, flush_timed_sections, log_communication, setup_logger
 
@@ -122,6 +123,7 @@ class _Worker:
 
     def run(self) -> None:
         self._send(MessageKind.ATTACHED)
+        load_torch(self.start.config.device)
         import torch
 
         from nanovllm.distributed.process_group import join_ranks, leave_ranks, open_store

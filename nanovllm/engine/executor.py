@@ -110,10 +110,15 @@ class InProcessExecutor:
         make_diagnostics: MakeDiagnostics | None = None,
     ) -> None:
         stopwatch = stopwatch or Stopwatch()
+        from nanovllm.runner.cpu_threads import choose_cpu_threads, load_torch, uses_cpu
+
+        is_fresh = load_torch(config.device)
         # Imported here because it imports torch, which deciding does not need.
         from nanovllm.engine.model_runner import ModelRunner
 
         stopwatch.lap("imports")
+        if uses_cpu(config.device):
+            choose_cpu_threads(is_fresh)
         self._runner: ModelRunner | None = ModelRunner(config, stopwatch=stopwatch)
         self._diagnostics = None if make_diagnostics is None else make_diagnostics(self._runner)
         self.resolved = self._runner.resolved
