@@ -19,7 +19,7 @@ from nanovllm.utils.logger import setup_logger
 logger = setup_logger(__name__)
 
 _ROUNDS, _PRODUCTS = 4, 8
-_SLOWER = 2.0  # all threads must take this many times as long as one before one is used
+_SLOWER = 3.0  # all threads must take this many times as long as one before one is used
 
 
 def load_torch(device: str) -> bool:
