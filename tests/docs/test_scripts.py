@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,17 +14,13 @@ from bench import share_equal, spread_of
 from nanovllm.models.checkpoint import TINY_MODEL_FOLDER
 from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
 from tests.models.qwen3_checkpoints import VARIANTS, make_qwen3_checkpoint
+from tests.processes import ROOT, run_python
 from tools.bench_transformers import transformers_config
 from tools.bench_workloads import WORKLOADS, Requests, kv_bytes_per_token, peers_of, traffic, weights_per_step
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def run_script(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    # One thread: on cores that other work uses too, threads that wait for each other take minutes.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANOVLLM_LOG_LEVEL": "WARNING"}
-    command = [sys.executable, str(ROOT / name), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return run_python(str(ROOT / name), *arguments, cwd=cwd, NANOVLLM_LOG_LEVEL="WARNING")
 
 
 # example.py
@@ -98,6 +92,7 @@ def test_bench_compares_with_transformers_on_the_same_weights() -> None:
     assert f"nanovllm is {theirs['ratio_of_best']:.2f}× as fast" in done.stdout
 
 
+@pytest.mark.heavy("a measurement: twelve runs and more of a generation of 256 tokens")
 def test_bench_measures_what_logging_costs() -> None:
     done = run_script("bench.py", "--json", "--device", "cpu", "--logging-overhead", "--num-seqs", "1", "--pairs", "2")
     assert done.returncode == 0, done.stderr
