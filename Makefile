@@ -1,16 +1,19 @@
-# Two commands do everything, set-up included: `make demo` and `make test`.
+# Three commands do everything, set-up included: `make demo`, `make test` and `make test-heavy`.
 
 PYTHON ?= python3
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
+# A worker for each core. A file's tests stay together, since they share its engines; tests/conftest.py orders the files.
+PYTEST := python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test check format lint types unit gpu-test count wheel clean
+.PHONY: help demo test test-heavy check format lint types unit heavy gpu-test count wheel clean
 
 help:
 	@echo "make demo    run example.py on the checkpoint that ships"
-	@echo "make test    format check, lint, types, tests: what CI runs"
-	@echo "make check   the same without the set-up (an environment of your own)"
+	@echo "make test    format check, lint, types, tests: what every change must keep green"
+	@echo "make test-heavy  the tests that take long, and property tests with all their examples; CI runs both"
+	@echo "make check, make heavy  the same without the set-up (an environment of your own)"
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make gpu-test  the tests that need a CUDA device (an environment of your own)"
 	@echo "make count   lines of code by folder, file, function and path, against the limits"
@@ -20,6 +23,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(MAKE) --no-print-directory check
+
+test-heavy: $(VENV)/.dev
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(MAKE) --no-print-directory heavy
 
 check: lint types unit count
 
@@ -35,7 +41,10 @@ types:
 	mypy
 
 unit:
-	python -m pytest
+	$(PYTEST) -m "not heavy"
+
+heavy:
+	$(PYTEST) -m "heavy or hypothesis" --hypothesis-profile=long
 
 gpu-test:
 	python -m pytest -m gpu

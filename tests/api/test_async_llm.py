@@ -5,12 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import itertools
-import os
 import signal
 import subprocess
-import sys
 import threading
-import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -33,8 +30,9 @@ from nanovllm import (
 )
 from nanovllm import async_llm as module
 from tests.api.test_streaming import join, many_kinds
+from tests.processes import WATCHDOG, start_python
+from tests.processes import until as wait_in_this_thread
 
-ROOT = Path(__file__).resolve().parents[2]
 LONG = SamplingParams(temperature=0, max_tokens=100_000, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
@@ -47,7 +45,7 @@ def tiny() -> Iterator[AsyncLLM]:
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, 60))
+    asyncio.run(asyncio.wait_for(test, WATCHDOG))
 
 
 async def collect(engine: AsyncLLM, *args: Any, **kwargs: Any) -> list[RequestOutput]:
@@ -55,7 +53,7 @@ async def collect(engine: AsyncLLM, *args: Any, **kwargs: Any) -> list[RequestOu
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(2000):
+    for _ in range(20_000):
         if condition():
             return
         await asyncio.sleep(0.005)
@@ -232,10 +230,8 @@ def test_an_event_loop_that_is_busy_is_called_once(tiny: AsyncLLM, monkeypatch: 
         streams = [tiny.generate("introduce yourself", SHORT, f"r{index}") for index in range(8)]
         first = [await anext(stream) for stream in streams]
         steps, before = tiny._engine.statistics.num_steps, len(calls)
-        deadline = time.monotonic() + 10
-        while tiny._engine.has_unfinished_requests():  # the loop does not turn meanwhile
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        # The event loop does not turn meanwhile.
+        assert wait_in_this_thread(lambda: not tiny._engine.has_unfinished_requests())
         assert tiny._engine.statistics.num_steps > steps + 1
         assert calls[before:] in ([], ["nanovllm-engine"])
         for stream in streams:
@@ -438,20 +434,12 @@ asyncio.run(main())
 
 
 def start(max_tokens: int) -> subprocess.Popen[str]:
-    environment = {**os.environ, "NANOVLLM_LOG_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT.format(max_tokens=max_tokens)],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return start_python("-c", SCRIPT.format(max_tokens=max_tokens), NANOVLLM_LOG_LEVEL="WARNING")
 
 
 def test_a_process_that_never_calls_exit_ends() -> None:
     process = start(max_tokens=6)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate(timeout=WATCHDOG)
     assert (process.returncode, stdout, stderr) == (0, "six\n", "")
 
 
@@ -460,7 +448,7 @@ def test_ctrl_c() -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "six\n"
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=WATCHDOG)
     assert process.returncode not in (0, -signal.SIGSEGV, -signal.SIGABRT)
     assert stderr.strip().endswith("KeyboardInterrupt")
     assert stderr.count("Traceback") <= 2, stderr  # asyncio's own: the task was cancelled, because of Ctrl-C

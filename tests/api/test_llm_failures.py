@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 import time
@@ -128,7 +129,10 @@ def test_what_interrupts_a_generation_leaves_the_engine_as_it_was(
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_ctrl_c_at_any_moment(folder: Path, depth: int) -> None:
-    """A real signal, a little later each time: while requests are added, in a step, between steps, at the end."""
+    """A real signal, a little later each time: while requests are added, in a step, between steps, at the end.
+
+    Where the machine is faster than it was a moment ago, a signal comes too late: then it is tried again.
+    """
     prompts = [[10 + i] * 9 for i in range(40)]
     num_interrupted = 0
     with load(folder, pipeline_depth=depth) as llm:
@@ -136,7 +140,9 @@ def test_ctrl_c_at_any_moment(folder: Path, depth: int) -> None:
         started = time.perf_counter()
         generate(llm, prompts)
         elapsed = time.perf_counter() - started
-        for moment in range(16):
+        for moment in itertools.islice(itertools.cycle(range(16)), 160):
+            if moment == 0 and num_interrupted > 3:
+                break
             timer = threading.Timer(moment / 16 * elapsed, signal.raise_signal, [signal.SIGINT])
             try:
                 timer.start()

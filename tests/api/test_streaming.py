@@ -23,6 +23,7 @@ from nanovllm import (
 from nanovllm.requests.output_builder import NewTokens
 from nanovllm.streaming import OutputStream
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
+from tests.properties import examples
 from tests.small_llm import GREEDY, assert_empty, generate, load
 
 PROMPTS: list[Any] = ["introduce yourself", "count from 3 to 9", [5, 6, 7], {"prompt": "What is 27 + 58?"}]
@@ -119,7 +120,7 @@ def test_joined_they_are_what_generate_gives(tiny: LLM, settings: dict[str, Any]
             assert [len(part["token_ids"]) for part in parts] == [1] * len(completion.token_ids)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(60), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_text_that_was_shown_never_changes(tiny: LLM, data: st.DataObject) -> None:
     """Random tokens in random portions, with stop strings that begin in the text and do not come."""

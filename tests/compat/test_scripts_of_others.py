@@ -7,20 +7,16 @@ package's name in import lines, nothing else.
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import nanovllm
 from nanovllm import LLM, SamplingParams
+from tests.processes import ROOT, run_python
 
-ROOT = Path(nanovllm.__file__).resolve().parents[1]
 SCRIPTS = Path(__file__).parent / "scripts"
 TINY = str(ROOT / "nanovllm" / "assets" / "tiny-qwen3")
 IMPORT = re.compile(r"^(from|import) vllm\b", re.MULTILINE)
@@ -57,10 +53,7 @@ def run(name: str, folder: Path, model: str = TINY) -> list[str]:
     """What the script prints, line by line."""
     path = folder / f"{name}.py"
     path.write_text(with_our_import(name), encoding="utf-8")
-    environment = {**os.environ, "NANOVLLM_LOG_LEVEL": "WARNING", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, str(path), model], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = run_python(str(path), model, cwd=folder, NANOVLLM_LOG_LEVEL="WARNING")
     assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.splitlines()
 

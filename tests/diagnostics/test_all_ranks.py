@@ -22,7 +22,8 @@ from nanovllm.distributed import worker_pool
 from nanovllm.distributed.step_times import KINDS, StepTimes, pack_step_times, unpack_step_times
 from nanovllm.engine.executor import StepTime
 from tests.distributed.faulty_worker import run_leaking_worker
-from tests.distributed.rank_processes import ONLY_LINUX, folder, run_script
+from tests.distributed.rank_processes import ONLY_LINUX, folder, start_script
+from tests.processes import WATCHDOG
 from tests.small_llm import GREEDY, generate, load, token_ids
 from tests.tracing.test_timeline import read
 
@@ -183,8 +184,8 @@ if __name__ == "__main__":
     llm = load({str(folder)!r}, tensor_parallel_size=2)
     generate(llm, [[1, 2, 3]] * 3, SamplingParams(max_tokens=90, ignore_eos=True))
 """
-    process = run_script(script, tmp_path, {"NANOVLLM_TRACE_FILE": str(tmp_path / "trace.json")})
-    _, errors = process.communicate(timeout=60)
+    process = start_script(script, tmp_path, NANOVLLM_TRACE_FILE=str(tmp_path / "trace.json"))
+    _, errors = process.communicate(timeout=WATCHDOG)
     assert process.returncode == 0, errors
     check_timeline(tmp_path / "trace.json", 90)
 

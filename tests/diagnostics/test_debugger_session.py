@@ -14,20 +14,17 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
 
-import nanovllm
+from tests.processes import PATIENCE, ROOT, until
 
 pytest.importorskip("debugpy", reason="pip install debugpy")
 
-ROOT = Path(nanovllm.__file__).resolve().parents[1]
 PARALLEL = ROOT / "nanovllm" / "layers" / "parallel.py"
-SECONDS = 90.0  # for anything to happen, on a machine that is busy
 
 
 class Session:
@@ -67,7 +64,7 @@ class Session:
     def answer(self, number: int) -> dict[str, Any]:
         """Answers need not come in order: those to others are dropped, which nobody waits for."""
         while True:
-            answer = self._answers.get(timeout=SECONDS)
+            answer = self._answers.get(timeout=PATIENCE)
             if answer["request_seq"] == number:
                 assert answer["success"], answer
                 body: dict[str, Any] = answer.get("body") or {}
@@ -78,7 +75,7 @@ class Session:
 
     def event(self, name: str) -> dict[str, Any]:
         with self._new_event:
-            assert self._new_event.wait_for(lambda: not self._queue(name).empty(), SECONDS), f"no {name}"
+            assert self._new_event.wait_for(lambda: not self._queue(name).empty(), PATIENCE), f"no {name}"
             return self._queue(name).get()
 
     def has(self, name: str) -> bool:
@@ -134,13 +131,6 @@ def first_line(function: str) -> int:
     raise AssertionError(f"no {function} in {PARALLEL}")
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_a_step_lets_all_threads_run(adapter: Session, tmp_path: Path) -> None:
     """One that waits for another thread ends at once; were the others stopped, it would wait for its whole limit."""
     script = tmp_path / "waits.py"
@@ -183,7 +173,7 @@ def test_both_ranks_stop_and_one_steps_over_a_collective(adapter: Session) -> No
             children[-1].begin("attach", attach, PARALLEL, line)
         return any(child.has("stopped") for child in children)
 
-    wait_until(a_child_stopped)
+    assert until(a_child_stopped)
     (worker,) = [child for child in children if child.has("stopped")]
     threads = [session.event("stopped")["threadId"] for session in (adapter, worker)]
     assert adapter.evaluate(threads[0], "self.rank, self.size") == "(0, 2)"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import run_python
 
 GENERATE = """
 import os, threading
@@ -25,12 +23,8 @@ print("\\nTHREADS", started, "PROCESSES", processes)
 
 
 def run(arguments: list[str], commands: str, log_file: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("NANOVLLM_")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NANOVLLM_LOG_LEVEL": "DEBUG"}
-    environment |= {"NANOVLLM_LOG_FILE": str(log_file), "NANOVLLM_LOG_FORMAT": "json"}
-    done = subprocess.run(
-        [sys.executable, *arguments], input=commands, env=environment, capture_output=True, text=True, timeout=120
-    )
+    log = {"NANOVLLM_LOG_LEVEL": "DEBUG", "NANOVLLM_LOG_FILE": str(log_file), "NANOVLLM_LOG_FORMAT": "json"}
+    done = run_python(*arguments, stdin=commands, **log)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -15,8 +14,8 @@ from nanovllm.errors import InvalidArgumentError
 from nanovllm.logs import decode_rule as decode_log
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.stopwatch import Stopwatch
+from tests.processes import run_python, start_python
 
-ROOT = Path(__file__).resolve().parents[2]
 LINE = re.compile(r"(\d+\.\d{6}) (.{15}) (call  |return) +(\d+)  ( *)(\S+\.py):(\d+) (\S+)$")
 Row = tuple[float, str, str, int, str, str]  # time, thread, event, depth, place, function
 
@@ -164,8 +163,7 @@ def test_a_hang_leaves_its_last_call_on_disk(tmp_path):
         "stopwatch.Stopwatch()\n"
     )
     path = tmp_path / "trace.txt"
-    command = [sys.executable, "-c", script, str(path)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    with start_python("-c", script, str(path)) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "hangs\n"
         process.kill()
@@ -185,13 +183,8 @@ def test_the_engine_starts_it_and_ends_it(tmp_path):
         "    llm.generate([[5, 6, 7]], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)\n"
         "assert sys.getprofile() is None\n"
     )
-    environment = {
-        "NANOVLLM_TRACE_FUNCTION": str(path),
-        "NANOVLLM_LOG_LEVEL": "WARNING",
-        "PATH": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=True, timeout=120)
+    done = run_python("-c", script, NANOVLLM_TRACE_FUNCTION=str(path), NANOVLLM_LOG_LEVEL="WARNING")
+    assert done.returncode == 0, done.stderr
     functions = [row[5] for row in rows(path) if row[2] == "call"]
     assert functions.count("schedule") >= 3
     for name in ("add_request", "step", "submit", "collect", "update", "compute_logits"):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 
 from nanovllm import LLM
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
+from tests.processes import start_python
 
 ONLY_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc and /dev/shm")
 SHARED_MEMORY = Path("/dev/shm")
@@ -55,28 +55,11 @@ def session_of(session: int) -> list[int]:
     return [pid for pid, state, _, its_session in processes() if its_session == session and state != "Z"]
 
 
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
-
-
-def run_script(script: str, folder: Path, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
-    """In a session of its own, whose number is its process's."""
+def start_script(script: str, folder: Path, **variables: str) -> subprocess.Popen[str]:
+    """Starts a script that is a file, as an engine of several ranks needs it, in a session of its own."""
     path = folder / "script.py"
     path.write_text(script)
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **(environment or {})}
-    return subprocess.Popen(
-        [sys.executable, str(path)],
-        cwd=root,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return start_python(str(path), **variables)
 
 
 @pytest.fixture(scope="module")

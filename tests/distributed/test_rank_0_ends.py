@@ -14,11 +14,11 @@ from tests.distributed.rank_processes import (
     ONLY_LINUX,
     folder,
     nothing_stays_behind,
-    run_script,
     segments,
     session_of,
-    until,
+    start_script,
 )
+from tests.processes import PATIENCE, until
 from tests.small_llm import generate, load, token_ids
 
 __all__ = ["folder", "nothing_stays_behind"]  # fixtures
@@ -48,7 +48,7 @@ if __name__ == "__main__":
     "end", ["SIGKILL", "SIGKILL while loading", "SIGINT", "SIGINT while loading", "exception", "unused"]
 )
 def test_nothing_outlives_rank_0(folder: Path, tmp_path: Path, end: str) -> None:
-    process = run_script(ENDLESS.format(end=end, folder=str(folder)), tmp_path, {"NANOVLLM_LOG_LEVEL": "ERROR"})
+    process = start_script(ENDLESS.format(end=end, folder=str(folder)), tmp_path, NANOVLLM_LOG_LEVEL="ERROR")
     session = process.pid
     try:
         assert process.stdout is not None
@@ -59,7 +59,7 @@ def test_nothing_outlives_rank_0(folder: Path, tmp_path: Path, end: str) -> None
                 os.killpg(session, signal.SIGINT)  # as a terminal does: to all of them
             else:
                 process.kill()
-        _, errors = process.communicate(timeout=20)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert until(lambda: not session_of(session))
         assert segments(session) == []
         assert "leaked" not in errors
@@ -77,11 +77,11 @@ def test_everything_of_one_engine_is_killed_and_the_next_starts_beside_another(f
     with load(folder, tensor_parallel_size=2) as other:
         expected = token_ids(generate(other, PROMPTS))
         for end in ("SIGKILL", "SIGKILL while loading"):
-            process = run_script(ENDLESS.format(end=end, folder=str(folder)), tmp_path)
+            process = start_script(ENDLESS.format(end=end, folder=str(folder)), tmp_path)
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate(timeout=20)
+            process.communicate(timeout=PATIENCE)
             assert until(lambda session=process.pid: not session_of(session))  # type: ignore[misc]
             assert len(segments(process.pid)) == (0 if end == "SIGKILL" else 2)
             assert token_ids(generate(other, PROMPTS)) == expected

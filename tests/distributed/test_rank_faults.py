@@ -1,12 +1,18 @@
-"""Whatever becomes of a rank, at whatever place: rank 0 says so within a second, and nothing stays behind."""
+"""Whatever becomes of a rank, at whatever place: rank 0 says so, and nothing stays behind.
+
+No test measures how fast. Engines here have deadlines of ten minutes unless a test sets one, so an error that comes
+before `PATIENCE` is over came because of the fault; where the deadline itself is tested, it passes on a condition.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,9 +20,10 @@ from typing import Any
 import pytest
 
 from nanovllm import EngineDeadError, InvalidArgumentError, SamplingParams, WorkerError
-from nanovllm.distributed import worker_pool
+from nanovllm.distributed import stacks, worker_pool
 from nanovllm.distributed.worker_pool import WorkerPool
 from nanovllm.distributed.worker_process import MessageKind
+from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.runner import startup
 from tests.distributed.faulty_worker import Fault, plant
 from tests.distributed.rank_processes import (
@@ -27,14 +34,13 @@ from tests.distributed.rank_processes import (
     nothing_stays_behind,
     pids_of,
     segments,
-    until,
 )
+from tests.processes import PATIENCE, until
 from tests.small_llm import generate, load, token_ids
 
 __all__ = ["folder", "nothing_stays_behind"]  # fixtures
 pytestmark = [ONLY_LINUX, pytest.mark.usefixtures("nothing_stays_behind")]
 
-SECOND = 1.3  # with what a machine of two cores needs to get to it
 PROMPTS = [[1, 2, 3], [4, 5]]
 
 
@@ -43,14 +49,47 @@ def diary(tmp_path: Path) -> Path:
     return tmp_path / "diary"
 
 
-def raises_worker_error(function: Callable[[], Any], diary: Path | None = None, seconds: float = SECOND) -> WorkerError:
-    """Within so many seconds from now, or from what the diary has."""
+@pytest.fixture(autouse=True)
+def news_that_come_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine: of the worker behind a collective's failure, and of a stack that was asked for."""
+    monkeypatch.setattr(worker_pool, "_GRACE_SECONDS", 10.0)
+    monkeypatch.setattr(stacks, "_SECONDS", 0.5)
+
+
+def raises_worker_error(function: Callable[[], Any]) -> WorkerError:
     started = time.monotonic()
     with pytest.raises(WorkerError) as caught:
         function()
-    since = time.monotonic() - (started if diary is None else float(diary.read_text()))
-    assert since < seconds
+    assert time.monotonic() - started < PATIENCE
     return caught.value
+
+
+def pass_deadline_when(
+    monkeypatch: pytest.MonkeyPatch, states: str, is_time: Callable[[WorkerPool], bool] = lambda pool: True
+) -> None:
+    """The deadline of what ranks do together passes when `is_time` and they are at `states`, whenever that is here."""
+    within = WorkerPool.within
+
+    @contextmanager
+    def watched(pool: WorkerPool, field: str) -> Iterator[None]:
+        with within(pool, field):
+            limit = pool._limit
+            assert limit is not None
+
+            def look() -> None:
+                while pool._limit is limit and not (is_time(pool) and states_of(pool) == states):
+                    time.sleep(0.02)
+                limit.left = 0.0
+
+            threading.Thread(target=look, daemon=True).start()
+            yield
+
+    monkeypatch.setattr(WorkerPool, "within", watched)
+
+
+def states_of(pool: WorkerPool) -> str:
+    pids = {rank: process.pid for rank, process in pool._processes.items()}
+    return stacks.find_late_rank(pids, pool._stacks, pool._messages.stages, worker_pool._STAGES).states
 
 
 def check_told(error: WorkerError, fault: Fault) -> None:
@@ -85,7 +124,7 @@ def test_a_rank_that_is_lost_while_it_starts(
 ) -> None:
     fault = Fault(1, place, how, diary)
     plant(monkeypatch, fault)
-    check_told(raises_worker_error(lambda: load(folder, tensor_parallel_size=2), diary), fault)
+    check_told(raises_worker_error(lambda: load(folder, tensor_parallel_size=2)), fault)
 
 
 @pytest.mark.parametrize("checks", [True, False], ids=["between tensors", "in one long call"])
@@ -103,12 +142,12 @@ def test_a_rank_that_fails_while_rank_0_loads(
             arguments[-1]()
 
     monkeypatch.setattr(startup, "load_weights", never_done)
-    check_told(raises_worker_error(lambda: load(folder, tensor_parallel_size=2), diary), fault)
+    check_told(raises_worker_error(lambda: load(folder, tensor_parallel_size=2)), fault)
     loading = set(threading.enumerate()) - others
     assert len(loading) == (0 if checks else 1)
     is_over.set()
     for thread in loading:
-        thread.join(5)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
@@ -118,7 +157,7 @@ def test_ctrl_c_while_rank_0_loads(folder: Path, monkeypatch: pytest.MonkeyPatch
     def takes_long(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         try:
-            for _ in range(1000):
+            while True:
                 time.sleep(0.01)
                 arguments[-1]()
         finally:
@@ -127,7 +166,7 @@ def test_ctrl_c_while_rank_0_loads(folder: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(startup, "load_weights", takes_long)
     with pytest.raises(KeyboardInterrupt):
         load(folder, tensor_parallel_size=2)
-    assert ended.is_set()
+    assert ended.wait(PATIENCE)
 
 
 # ---- in steps
@@ -151,8 +190,8 @@ def test_a_rank_that_is_lost_in_a_step(
     with load(folder, tensor_parallel_size=size) as llm:
         pids = pids_of(llm)
         call = executor_of(llm).synchronize if place == "answer" else lambda: generate(llm, PROMPTS)
-        check_told(raises_worker_error(call, diary), fault)
-        assert until(lambda: not any(map(is_alive, pids)), 1)
+        check_told(raises_worker_error(call), fault)
+        assert until(lambda: not any(map(is_alive, pids)))
         with pytest.raises(EngineDeadError, match="was killed by SIGKILL" if how == "kill" else "on purpose"):
             generate(llm, PROMPTS)
 
@@ -161,7 +200,7 @@ def test_a_rank_that_is_killed_while_the_engine_is_idle(folder: Path) -> None:
     with load(folder, tensor_parallel_size=2) as llm:
         generate(llm, PROMPTS)
         os.kill(pids_of(llm)[0], signal.SIGKILL)
-        assert until(lambda: executor_of(llm)._workers.failure is not None, 1)
+        assert until(lambda: executor_of(llm)._workers.failure is not None)
         error = raises_worker_error(llm.memory_report)
         assert str(error) == "Rank 1 was killed by SIGKILL."
 
@@ -173,7 +212,7 @@ def test_a_rank_that_is_killed_in_the_middle_of_its_last_word(
     fault = Fault(1, "last word", "kill", diary)
     plant(monkeypatch, fault)
     with load(folder, tensor_parallel_size=2) as llm:
-        check_told(raises_worker_error(executor_of(llm).synchronize, diary), fault)
+        check_told(raises_worker_error(executor_of(llm).synchronize), fault)
 
 
 def test_an_error_of_rank_0_ends_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +222,7 @@ def test_an_error_of_rank_0_ends_the_others(folder: Path, monkeypatch: pytest.Mo
         started = time.monotonic()
         with pytest.raises(ZeroDivisionError):
             generate(llm, PROMPTS)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < PATIENCE
         assert not any(map(is_alive, pids))
         with pytest.raises(EngineDeadError, match="division by zero"):
             generate(llm, PROMPTS)
@@ -194,31 +233,22 @@ def test_an_error_of_rank_0_ends_the_others(folder: Path, monkeypatch: pytest.Mo
 
 def test_start_up_has_a_deadline_that_names_the_missing_rank(folder: Path) -> None:
     match = r"Rank 1 kept the others waiting for startup_timeout=0\.05 s \(rank 1 (has not started|is loading)"
-    started = time.monotonic()
-    with pytest.raises(WorkerError, match=match):
-        load(folder, tensor_parallel_size=2, startup_timeout=0.05)
-    assert time.monotonic() - started < 5
+    error = raises_worker_error(lambda: load(folder, tensor_parallel_size=2, startup_timeout=0.05))
+    assert re.match(match, str(error)), error
 
 
 def test_a_rank_that_hangs_while_it_loads(folder: Path, monkeypatch: pytest.MonkeyPatch, diary: Path) -> None:
     """The deadline comes when the others are ready, however long that takes here."""
     plant(monkeypatch, Fault(2, "cache", "spin", diary))
-    wait = WorkerPool.wait_until_ready
+    states = "rank 1 waits, rank 2 is loading, and is at work, rank 3 waits"
 
-    def at_ready(pool: WorkerPool) -> bool:
-        stages = pool._messages.stages
-        return stages[1] == stages[3] == MessageKind.READY
+    def is_time(pool: WorkerPool) -> bool:
+        return diary.exists() and pool._messages.stages[1] == pool._messages.stages[3] == MessageKind.READY
 
-    def wait_with_less_patience(pool: WorkerPool) -> None:
-        assert until(lambda: (pool._messages.read_reports(), at_ready(pool))[1], 30)
-        assert pool._limit is not None
-        pool._limit.left = 0.1
-        wait(pool)
-
-    monkeypatch.setattr(WorkerPool, "wait_until_ready", wait_with_less_patience)
-    error = raises_worker_error(lambda: load(folder, tensor_parallel_size=4), diary, 10)
+    pass_deadline_when(monkeypatch, states, is_time)
+    error = raises_worker_error(lambda: load(folder, tensor_parallel_size=4))
     assert error.rank == 2
-    assert "startup_timeout=600 s (rank 1 waits, rank 2 is loading, and is at work, rank 3 waits)" in error.problem
+    assert f"startup_timeout=600 s ({states})" in error.problem
     assert "in happen" in error.traceback
 
 
@@ -235,13 +265,13 @@ def test_a_rank_that_hangs_in_a_step(
 ) -> None:
     late = 2 if how == "spin" else 1
     plant(monkeypatch, Fault(late, place, how, diary))
-    with load(folder, tensor_parallel_size=2 * late, step_timeout=0.7) as llm:
+    with load(folder, tensor_parallel_size=2 * late) as llm:
         pids = pids_of(llm)
+        pass_deadline_when(monkeypatch, states, lambda pool: diary.exists())
         call = executor_of(llm).synchronize if place == "answer" else lambda: generate(llm, PROMPTS)
-        error = raises_worker_error(call, diary, 0.7 + SECOND)
-        assert time.monotonic() - float(diary.read_text()) >= 0.5
+        error = raises_worker_error(call)
         assert error.rank == late
-        problem = f"kept the others waiting for step_timeout=0.7 s ({states}). Raise it if that is too short"
+        problem = f"kept the others waiting for step_timeout=300 s ({states}). Raise it if that is too short"
         assert error.problem.startswith(problem)
         assert ("in happen" in error.traceback) == (how == "spin")
         assert not any(map(is_alive, pids))
@@ -252,25 +282,33 @@ def test_rank_0_is_named_when_the_others_wait_for_it(folder: Path, monkeypatch: 
     ahead = [0.0]
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0], sleep=time.sleep)
     monkeypatch.setattr(worker_pool, "time", clock)
-    with load(folder, tensor_parallel_size=2, step_timeout=0.6) as llm:
-        with executor_of(llm)._workers.within("step_timeout"):
-            time.sleep(0.15)
+    with load(folder, tensor_parallel_size=2) as llm:
+        pool, runner = executor_of(llm)._workers, executor_of(llm)._runner
+        with pool.within("step_timeout"):
+            limit = pool._limit
+            limit.left = left = 500.0
             ahead[0] += 1000
-            time.sleep(0.15)
-        time.sleep(0.5)
-        assert executor_of(llm)._workers.failure is None
+            assert until(lambda: limit.left <= left - 0.3)  # two looks and more
+            assert limit.left > left - PATIENCE
+        left = limit.left
+        time.sleep(0.3)
+        assert limit.left >= left - 0.2, "a look may be under way, but nothing counts outside of the block"
+        assert pool.failure is None
         generate(llm, PROMPTS)
-        submit = executor_of(llm)._runner.submit
-        monkeypatch.setattr(executor_of(llm)._runner, "submit", lambda batch: (time.sleep(1.5), submit(batch))[1])
-        error = raises_worker_error(lambda: generate(llm, PROMPTS), seconds=3)
-        assert error.problem.startswith("kept the others waiting for step_timeout=0.6 s (rank 1 waits).")
+        submit = runner.submit
+        monkeypatch.setattr(runner, "submit", lambda batch: (until(lambda: pool.failure is not None), submit(batch))[1])
+        pass_deadline_when(monkeypatch, "rank 1 waits")
+        error = raises_worker_error(lambda: generate(llm, PROMPTS))
+        assert error.problem.startswith("kept the others waiting for step_timeout=300 s (rank 1 waits).")
         assert error.rank == 0
 
 
 def test_a_message_that_nobody_reads_has_the_step_s_deadline(folder: Path) -> None:
     with load(folder, tensor_parallel_size=2, step_timeout=0.3) as llm:
         os.kill(pids_of(llm)[0], signal.SIGSTOP)
-        error = raises_worker_error(lambda: executor_of(llm)._ask(MessageKind.DIAGNOSE, bytes(8 << 20)), seconds=2)
+        started = time.monotonic()
+        error = raises_worker_error(lambda: executor_of(llm)._ask(MessageKind.DIAGNOSE, bytes(8 << 20)))
+        assert time.monotonic() - started >= 0.3
         assert "step_timeout=0.3 s (rank 1 does not react)" in error.problem
 
 
@@ -289,28 +327,45 @@ def test_a_rank_that_is_lost_while_it_ends(
     folder: Path, monkeypatch: pytest.MonkeyPatch, diary: Path, how: str
 ) -> None:
     plant(monkeypatch, Fault(1, "exit", how, diary))
-    monkeypatch.setattr("nanovllm.distributed.worker_pool._EXIT_SECONDS", 0.5)
     llm = load(folder, tensor_parallel_size=2)
     generate(llm, PROMPTS)
     pids = pids_of(llm)
-    started = time.monotonic()
+    (process,) = executor_of(llm)._workers._processes.values()
+    join, limits = process.join, []
+
+    def join_once_it_is_lost(timeout: float | None = None) -> None:
+        limits.append(timeout)
+        assert until(diary.exists)
+        join(None if timeout is None or how == "kill" else 0.1)
+
+    monkeypatch.setattr(process, "join", join_once_it_is_lost)
     llm.exit()
-    assert diary.exists()
-    assert time.monotonic() - started < 2
+    assert limits[0] is not None
+    assert 0 < limits[0] <= 5
     llm.exit()
     assert not any(map(is_alive, pids))
 
 
-def test_two_engines_of_one_process(folder: Path) -> None:
+def test_two_engines_of_one_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is interrupted, one is never used and loses its worker; the end of one is not the other's."""
     with load(folder) as one:
         expected = token_ids(generate(one, PROMPTS))
     first, second = (load(folder, tensor_parallel_size=2, pipeline_depth=depth) for depth in (1, 2))
     assert segments(os.getpid()) == []  # the names are gone as soon as all are attached
     assert token_ids(generate(first, PROMPTS)) == expected
-    threading.Timer(0.15, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        generate(first, [[7, 8]] * 8, SamplingParams(max_tokens=250, ignore_eos=True))
+    submit, num_steps = first.llm_engine.executor.submit, 0
+
+    def interrupt_the_thirtieth(batch: ScheduledBatch) -> Any:
+        nonlocal num_steps
+        num_steps += 1
+        if num_steps == 30:
+            signal.raise_signal(signal.SIGINT)
+        return submit(batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(first.llm_engine.executor, "submit", interrupt_the_thirtieth)
+        with pytest.raises(KeyboardInterrupt):
+            generate(first, [[7, 8]] * 8, SamplingParams(max_tokens=250, ignore_eos=True))
     assert token_ids(generate(first, PROMPTS)) == expected
     os.kill(pids_of(second)[0], signal.SIGKILL)
     raises_worker_error(lambda: generate(second, PROMPTS))

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from nanovllm.distributed.shm_channel import ChannelReader, ChannelWriter, remove_stale_segments
 from nanovllm.errors import ChannelError
+from tests.properties import examples
 
 STOP = 0
 NUM_READERS = 2
@@ -71,7 +72,7 @@ def channel() -> Iterator[ChannelWriter]:
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=60,
+    max_examples=examples(60),
     phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
@@ -102,7 +103,7 @@ READ = st.tuples(st.just("read"), st.integers(0, 2))
 SEND = st.tuples(st.just("send"), st.integers(0, 300) | st.integers(0, 3000))
 
 
-@settings(derandomize=True, deadline=None, database=None, max_examples=300)
+@settings(derandomize=True, deadline=None, database=None, max_examples=examples(300))
 @given(
     lines=st.integers(8, 64),
     num_readers=st.integers(1, 3),
@@ -220,7 +221,7 @@ def test_a_slow_reader_holds_the_writer_back_until_the_deadline(channel: Channel
     started = time.monotonic()
     with pytest.raises(ChannelError, match=r"readers \[0\] have not made room for 64 bytes in time"):
         channel.send(1, bytes([8]) * 64, timeout=0.05)
-    assert 0.05 <= time.monotonic() - started < 1
+    assert time.monotonic() - started >= 0.05
     first = reader.receive()
     assert first is not None
     channel.send(1, bytes([8]) * 64, timeout=0.05)  # nothing was written of the one that did not fit
@@ -252,9 +253,9 @@ def test_waiting_may_be_broken_off(channel: ChannelWriter) -> None:
 
 def test_waiting_costs_no_core(channel: ChannelWriter) -> None:
     reader = ChannelReader(channel.name, 0)
-    used = time.process_time()
+    used = time.thread_time()
     assert reader.receive(timeout=0.5) is None
-    assert time.process_time() - used < 0.1
+    assert time.thread_time() - used < 0.1
     reader.close()
 
 

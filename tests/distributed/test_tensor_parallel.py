@@ -14,10 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm import LLM, InvalidArgumentError, SamplingParams
-from tests.distributed.rank_processes import ONLY_LINUX, executor_of, folder, nothing_stays_behind, pids_of, run_script
+from tests.distributed.rank_processes import (
+    ONLY_LINUX,
+    executor_of,
+    folder,
+    nothing_stays_behind,
+    pids_of,
+    start_script,
+)
 from tests.end_to_end.test_real_schedules import DETERMINISTIC
 from tests.engine.test_schedules import Request, run
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
+from tests.processes import WATCHDOG
 from tests.small_llm import assert_empty, generate, load, token_ids
 
 __all__ = ["folder", "nothing_stays_behind"]  # fixtures
@@ -163,8 +171,8 @@ if __name__ == "__main__":
         llm.llm_engine.executor.synchronize()
 """
     environment = {"NANOVLLM_LOG_LEVEL": "DEBUG", "NANOVLLM_LOG_FILE": str(log), "NANOVLLM_LOG_FORMAT": "json"}
-    process = run_script(script, tmp_path, environment)
-    process.communicate(timeout=60)
+    process = start_script(script, tmp_path, **environment)
+    process.communicate(timeout=WATCHDOG)
     assert process.returncode == 0
     told: list[set[str]] = []
     for rank, path in enumerate((log, Path(f"{log}.rank1"))):

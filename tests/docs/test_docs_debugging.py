@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-import nanovllm
+from tests.processes import ROOT, WATCHDOG, environment
 
-ROOT = Path(nanovllm.__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -67,13 +66,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(recipe: Recipe, folder: Path) -> str:
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("NANOVLLM_", "CUDA_LAUNCH"))
-    }
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    variables = environment(PATH=f"{folder / 'bin'}:{os.environ['PATH']}")
+    variables.pop("CUDA_LAUNCH_BLOCKING", None)
     shell = [sys.executable] if recipe.language == "python" else ["bash", "-euo", "pipefail"]
     done = subprocess.run(
-        [*shell, "-c", recipe.code], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        [*shell, "-c", recipe.code], cwd=folder, env=variables, capture_output=True, text=True, timeout=WATCHDOG
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import ast
 import doctest
-import os
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-import nanovllm
+from tests.processes import ROOT, run_python
 
-ROOT = Path(nanovllm.__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 GUIDES = (*("kv-cache", "prefill-and-decode", "weights", "qwen3", "inference-mode", "choosing-settings", "vs-vllm"),)
 # The module of the package that has the options of a thin script.
@@ -84,6 +80,7 @@ def test_a_command_names_a_script_and_options_that_exist(guide: str) -> None:
             assert f'"{option}"' in source, f"{guide}: {script} {option}"
 
 
+@pytest.mark.heavy("a measurement, which says nothing that another test does not check")
 @pytest.mark.parametrize(
     ("command", "shows"),
     [
@@ -93,11 +90,7 @@ def test_a_command_names_a_script_and_options_that_exist(guide: str) -> None:
     ],
 )
 def test_the_scripts_that_give_the_guides_their_figures_run(command: str, shows: str) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANOVLLM_CPU_KVCACHE_GB": "0.2"}
     script, *arguments = command.split()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / script), *arguments],
-        **{"env": environment, "capture_output": True, "text": True, "timeout": 300},
-    )
+    done = run_python(str(ROOT / "tools" / script), *arguments, NANOVLLM_CPU_KVCACHE_GB="0.2")
     assert done.returncode == 0, done.stderr
     assert re.search(shows, done.stdout), done.stdout

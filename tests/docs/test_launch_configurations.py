@@ -8,9 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import nanovllm
+from tests.processes import ROOT
 
-ROOT = Path(nanovllm.__file__).resolve().parents[1]
 LAUNCH: dict[str, Any] = json.loads((ROOT / ".vscode" / "launch.json").read_text(encoding="utf-8"))
 CONFIGURATIONS = {configuration["name"]: configuration for configuration in LAUNCH["configurations"]}
 TEXT = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")

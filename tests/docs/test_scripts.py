@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,15 +13,11 @@ from nanovllm.benchmarks.traffic import traffic
 from nanovllm.benchmarks.workloads import WORKLOADS
 from nanovllm.models.checkpoint import TINY_MODEL_FOLDER
 from nanovllm.models.model_config import ModelConfig
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT, run_python
 
 
 def run_script(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    # One thread: on cores that other work uses too, threads that wait for each other take minutes.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NANOVLLM_LOG_LEVEL": "WARNING"}
-    command = [sys.executable, str(ROOT / name), *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return run_python(str(ROOT / name), *arguments, cwd=cwd, NANOVLLM_LOG_LEVEL="WARNING")
 
 
 # example.py
@@ -93,6 +87,7 @@ def test_bench_compares_with_transformers_on_the_same_weights() -> None:
     assert f"nanovllm is {theirs['ratio_of_best']:.2f}× as fast" in done.stdout
 
 
+@pytest.mark.heavy("a measurement: twelve runs and more of a generation of 256 tokens")
 def test_bench_measures_what_logging_costs() -> None:
     done = run_script("bench.py", "--json", "--device", "cpu", "--logging-overhead", "--num-seqs", "1", "--pairs", "2")
     assert done.returncode == 0, done.stderr

@@ -140,6 +140,7 @@ def check(before: Held, after: Held, most: int = MOST_BLOCKS) -> list[str]:
     ]
 
 
+@pytest.mark.heavy("ten rounds of 900 requests, the last one traced")
 def test_nothing_grows_in_9000_requests() -> None:
     number = 0
     with LLM("tiny", max_num_seqs=64, **SETTINGS) as llm:

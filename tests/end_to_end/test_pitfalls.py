@@ -7,12 +7,8 @@ from __future__ import annotations
 
 import ast
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +21,8 @@ from nanovllm.runner.kv_cache import GB, GPUMemory, KVCacheShape
 from tests.engine.scheduler_driver import Driver
 from tests.engine.simulated_executor import VOCAB_SIZE, expected_output
 from tests.engine.test_schedules import Request, make_engine, run
+from tests.processes import ROOT, run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 HERE = "tests/end_to_end/test_pitfalls.py"
 GRAPHS, SCHEDULES = "tests/runner/test_cuda_graph.py", "tests/engine/test_schedules.py"
 REAL, ENGINE, LLM_TESTS = (
@@ -188,10 +184,7 @@ def test_a_process_that_never_calls_exit_ends() -> None:
         "chat = [{'role': 'user', 'content': 'What is 27 + 58?'}]\n"
         "print(llm.chat(chat, SamplingParams(temperature=0))[0]['text'])\n"
     )
-    environment = {**os.environ, "NANOVLLM_LOG_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = run_python("-c", script, NANOVLLM_LOG_LEVEL="WARNING")
     assert (done.returncode, done.stdout, done.stderr) == (0, "27 + 58 = 85\n", "")
 
 

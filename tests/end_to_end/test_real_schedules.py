@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from nanovllm import LLM, SamplingParams
 from tests.engine.test_schedules import check_integrity
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
+from tests.properties import examples
 
 MAX_MODEL_LEN = 96
 ON_CPU = {"device": "cpu"}
@@ -128,7 +129,7 @@ def check(folder: Path, roomy: LLM, where: dict[str, Any], arguments: dict[str, 
             assert answers_as_they_arrive(llm, requests) == answers(roomy, requests)
 
 
-@settings(DETERMINISTIC, max_examples=15)
+@settings(DETERMINISTIC, max_examples=examples(15))
 @given(arguments=engine_arguments([1, 2, 3, 8, 16, 32]), spare=st.integers(0, 4), drawn=rounds)
 def test_the_same_tokens_under_any_schedule(
     folder: Path, roomy: LLM, arguments: dict[str, Any], spare: int, drawn: list[list[Request]]
@@ -136,7 +137,7 @@ def test_the_same_tokens_under_any_schedule(
     check(folder, roomy, ON_CPU, arguments, spare, drawn)
 
 
-@settings(DETERMINISTIC, max_examples=10)
+@settings(DETERMINISTIC, max_examples=examples(10))
 @given(arguments=engine_arguments([1, 3, 16]), spare=st.integers(0, 4), drawn=rounds)
 def test_the_same_tokens_under_any_schedule_with_an_fp8_cache(
     folder: Path, roomy_fp8: LLM, arguments: dict[str, Any], spare: int, drawn: list[list[Request]]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from nanovllm import LLM, AsyncLLM, InvalidArgumentError, RequestOutput, SamplingParams, StructuredOutputsParams
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
+from tests.properties import examples
 from tests.requests.grammar_gate import gate
 from tests.small_llm import assert_empty, generate, load
 
@@ -386,7 +387,7 @@ def fits(value: Any, schema: dict[str, Any]) -> bool:
 
 
 @settings(
-    max_examples=40,
+    max_examples=examples(40),
     derandomize=True,
     deadline=None,
     database=None,

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from nanovllm.engine import block_manager
 from nanovllm.engine.block_manager import BlockManager, BlockTable
+from tests.properties import examples
 
 
 def ids(*token_ids: int) -> np.ndarray:
@@ -202,7 +203,7 @@ class WeakHashMachine(BlockManagerMachine):
         self.weak.stop()
 
 
-_SETTINGS = settings(max_examples=200, stateful_step_count=40, deadline=None)
+_SETTINGS = settings(max_examples=examples(200), stateful_step_count=40, deadline=None)
 TestAgainstTheModel = BlockManagerMachine.TestCase
 TestAgainstTheModel.settings = _SETTINGS
 TestWeakHash = WeakHashMachine.TestCase

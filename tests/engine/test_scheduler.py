@@ -13,6 +13,7 @@ from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from tests.engine.scheduler_driver import TOKEN, Driver, fill_the_cache
 from tests.engine.simulated_executor import EOS
+from tests.properties import examples
 
 
 def chunks(batch: ScheduledBatch | None) -> list[tuple[int, ...]]:
@@ -359,7 +360,7 @@ def test_the_last_one_left_gives_nothing_back() -> None:
     assert driver.metrics.totals.num_preemptions == 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 @given(
     requests=st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=2, max_size=8),
     block_size=st.sampled_from([1, 2, 4]),

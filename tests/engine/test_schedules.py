@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nanovllm import LLMEngine, SamplingParams
 from nanovllm.config import EngineConfig
 from tests.engine.simulated_executor import VOCAB_SIZE, SimulatedExecutor, expected_output, make_config
+from tests.properties import examples
 
 
 def make_engine(**changes: object) -> LLMEngine:
@@ -87,7 +88,7 @@ def check_output(request: Request, expected: list[int]) -> None:
         assert request.output == expected
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(400), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(engines, st.lists(requests, min_size=1, max_size=12), st.integers(0, 20))
 def test_answers_do_not_depend_on_the_schedule(
     engine_values: dict[str, int], wanted: list[Request], spare_blocks: int

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.examples.test_learn import LEARN, check_picture, lesson, one_line, start
+from tests.examples.test_learn import LEARN, check_picture, lesson, one_line
+from tests.processes import run_python
 
 SCRIPT = "attention_variance"
 ARGUMENTS = ("--dims", "4", "64", "1024", "--queries", "300")
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("attention_variance") / "picture.png"
+
+
+@pytest.fixture(scope="module")
+def text(picture: Path) -> str:
+    """What the script prints; it runs once."""
+    return lesson(SCRIPT, *ARGUMENTS, "--plot", str(picture))
 
 
 def figures(section: str, text: str) -> dict[tuple[int, bool], float]:
@@ -24,8 +35,8 @@ def figures(section: str, text: str) -> dict[tuple[int, bool], float]:
     return found
 
 
-def test_the_variance_is_the_dimension_and_after_the_division_one() -> None:
-    rows = re.findall(r"^  (\d+) +([\d.]+) +(\d+) +([\d.]+) +1$", lesson(SCRIPT, *ARGUMENTS), re.MULTILINE)
+def test_the_variance_is_the_dimension_and_after_the_division_one(text: str) -> None:
+    rows = re.findall(r"^  (\d+) +([\d.]+) +(\d+) +([\d.]+) +1$", text, re.MULTILINE)
     assert [int(row[0]) for row in rows] == [4, 64, 1024]
     for dim, variance, expected, divided in rows:
         assert dim == expected
@@ -33,16 +44,16 @@ def test_the_variance_is_the_dimension_and_after_the_division_one() -> None:
         assert float(divided) == pytest.approx(1, rel=0.05)
 
 
-def test_entropy_falls_without_the_division_and_stays_with_it() -> None:
+def test_entropy_falls_without_the_division_and_stays_with_it(text: str) -> None:
     """Of normal logits of variance 1, softmax has about ln n − 1/2 nats."""
-    entropy = figures("2", lesson(SCRIPT, *ARGUMENTS))
+    entropy = figures("2", text)
     assert entropy[4, False] > 3 * entropy[64, False] > 9 * entropy[1024, False] > 0
     for dim in (4, 64, 1024):
         assert entropy[dim, True] == pytest.approx(math.log(128) - 0.5, abs=0.05)
 
 
-def test_the_gradient_vanishes_without_the_division_and_stays_with_it() -> None:
-    gradient = figures("3", lesson(SCRIPT, *ARGUMENTS))
+def test_the_gradient_vanishes_without_the_division_and_stays_with_it(text: str) -> None:
+    gradient = figures("3", text)
     assert gradient[1024, False] < gradient[4, False] / 100
     divided = [gradient[dim, True] for dim in (4, 64, 1024)]
     assert max(divided) < 1.15 * min(divided)
@@ -50,18 +61,17 @@ def test_the_gradient_vanishes_without_the_division_and_stays_with_it() -> None:
     assert divided[-1] == pytest.approx(math.exp(0.5) / 128, rel=0.3)
 
 
-def test_the_checkpoint_answers_with_its_own_scale_only() -> None:
-    rows = re.findall(r"^  ([\d.]+) +([\d.]+) +(\d+)/40 +(-?[\d.]+)", lesson(SCRIPT, *ARGUMENTS), re.MULTILINE)
+def test_the_checkpoint_answers_with_its_own_scale_only(text: str) -> None:
+    rows = re.findall(r"^  ([\d.]+) +([\d.]+) +(\d+)/40 +(-?[\d.]+)", text, re.MULTILINE)
     right = {float(factor): int(count) for factor, _, count, _ in rows}
     assert right[1] == 40
     assert right[0.125] == right[0.5] == 0
     assert [scale for factor, scale, _, _ in rows if factor in ("1", "8")] == ["0.1250", "1.0000"]
-    assert "It answers best at times 1." in one_line(lesson(SCRIPT, *ARGUMENTS))
+    assert "It answers best at times 1." in one_line(text)
 
 
-def test_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    check_picture(tmp_path, SCRIPT)
+def test_picture(picture: Path, text: str) -> None:
+    check_picture(text, picture)
 
 
 def test_help_names_what_to_read_and_nonsense_is_refused() -> None:
@@ -70,6 +80,6 @@ def test_help_names_what_to_read_and_nonsense_is_refused() -> None:
     files = re.findall(r"nanovllm/[\w/]+\.py", shown)
     assert len(files) == 2
     assert all((LEARN.parents[1] / file).is_file() for file in files)
-    done = start([sys.executable, str(LEARN / f"{SCRIPT}.py"), "--keys", "1"], LEARN)
+    done = run_python(str(LEARN / f"{SCRIPT}.py"), "--keys", "1")
     assert done.returncode == 2
     assert "--keys and --queries 2 or more" in done.stderr

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.processes import run_python
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "hnsw"
 sys.path.insert(0, str(FOLDER))  # its scripts are run from there, and import each other so
@@ -37,6 +38,9 @@ def recall(index: HNSW, queries: FloatArray, k: int, ef_search: int) -> float:
     return found / (k * len(queries))
 
 
+LARGE_INDEX = pytest.mark.heavy("an index of 2,000 vectors with the README's settings, in pure Python")
+
+
 @pytest.fixture(scope="module")
 def index() -> HNSW:
     index = HNSW(64, max_m=16, ef_construction=200)
@@ -47,11 +51,13 @@ def index() -> HNSW:
 # The graph.
 
 
+@LARGE_INDEX
 def test_recall_with_the_settings_of_the_readme(index: HNSW) -> None:
     """On 2,000 vectors, since 10,000 take half a minute; a walk finds more among fewer, hence the stricter bound."""
     assert recall(index, random_vectors(200, 64, seed=1), k=10, ef_search=100) >= 0.99
 
 
+@LARGE_INDEX
 def test_ef_search_and_ef_construction_each_raise_recall(index: HNSW) -> None:
     queries = random_vectors(200, 64, seed=1)
     few, more, most = (recall(index, queries, 10, ef_search) for ef_search in (10, 40, 100))
@@ -62,12 +68,14 @@ def test_ef_search_and_ef_construction_each_raise_recall(index: HNSW) -> None:
     assert recall(hasty, queries, 10, 40) + 0.05 < more
 
 
+@LARGE_INDEX
 def test_a_walk_computes_a_part_of_the_distances(index: HNSW) -> None:
     before = index.num_distances
     index.search(random_vectors(1, 64, seed=1)[0], k=10, ef_search=20)
     assert 50 < index.num_distances - before < len(index) / 2
 
 
+@LARGE_INDEX
 def test_the_graph_is_what_it_must_be(index: HNSW) -> None:
     index.check_integrity()
     degrees = [len(neighbours) for neighbours in index.layers[0].values()]
@@ -213,8 +221,7 @@ def run_script(name: str, *arguments: str, without: tuple[str, ...] = ()) -> sub
         f"import runpy, sys; sys.modules.update(dict.fromkeys({without!r})); sys.path.insert(0, {str(FOLDER)!r});"
         f"sys.argv = [{name!r}, *{arguments!r}]; runpy.run_path({str(FOLDER / name)!r}, run_name='__main__')"
     )
-    command = [sys.executable, "-c", code] if without else [sys.executable, str(FOLDER / name), *arguments]
-    done = subprocess.run(command, env={**os.environ}, capture_output=True, text=True, timeout=120)
+    done = run_python("-c", code) if without else run_python(str(FOLDER / name), *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not done.stderr
     return done
@@ -297,7 +304,6 @@ def test_help_and_refusals(script: str) -> None:
     shown = run_script(f"{script}.py", "--help").stdout
     for argument in ("--num-vectors", "--dim", "--queries", "--seed", "--out", "--max-m", "--ef-search"):
         assert argument in shown
-    command = [sys.executable, str(FOLDER / f"{script}.py"), "--max-m", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = run_python(str(FOLDER / f"{script}.py"), "--max-m", "1")
     assert done.returncode == 2
     assert "argument --max-m: 1: must be at least 2" in done.stderr

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import functools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-import nanovllm
+from tests.processes import ROOT, run_python
 
-ROOT = Path(nanovllm.__file__).resolve().parents[1]
 LEARN = ROOT / "examples" / "learn"
 SCRIPTS = sorted(path.stem for path in LEARN.glob("step*.py"))
-
-
-def start(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("NANOVLLM_")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=180)
 
 
 @functools.cache
 def lesson(script: str, *arguments: str) -> str:
     """What the script prints; run once. Nothing else is heard of it: no log, no warning."""
-    done = start([sys.executable, str(LEARN / f"{script}.py"), *arguments], ROOT)
+    done = run_python(str(LEARN / f"{script}.py"), *arguments)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
     assert done.stderr == ""
     return done.stdout
@@ -45,13 +35,11 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def check_picture(folder: Path, script: str, *arguments: str) -> None:
-    """A PNG of a picture's size, with something in it."""
-    path = folder / "picture.png"
-    assert f"Picture: {path}" in lesson(script, *arguments, "--plot", str(path))
-    from matplotlib.image import imread
-
-    pixels = imread(path)
+def check_picture(text: str, path: Path) -> None:
+    """`path`, which the lesson drew, is a PNG of a picture's size, with something in it."""
+    image = pytest.importorskip("matplotlib.image")
+    assert f"Picture: {path}" in text
+    pixels = image.imread(path)
     assert min(pixels.shape[:2]) > 300
     assert pixels[..., :3].std() > 0.05
 
@@ -62,7 +50,7 @@ def test_without_matplotlib_a_script_says_so_and_draws_in_the_terminal(tmp_path:
         f"sys.path.insert(0, {str(LEARN)!r}); sys.argv = ['script', '--requests', '5', '--plot', 'picture.png'];"
         f"runpy.run_path({str(LEARN / 'step2_continuous_batching.py')!r}, run_name='__main__')"
     )
-    done = start([sys.executable, "-c", code], tmp_path)
+    done = run_python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "matplotlib is not installed, so picture.png is not drawn: pip install 'nanovllm[examples]'" in done.stdout
     assert "▓█" in done.stdout
@@ -71,7 +59,7 @@ def test_without_matplotlib_a_script_says_so_and_draws_in_the_terminal(tmp_path:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_is_the_docstring_and_names_what_to_read(script: str) -> None:
-    done = start([sys.executable, str(LEARN / f"{script}.py"), "--help"], ROOT)
+    done = run_python(str(LEARN / f"{script}.py"), "--help")
     assert done.returncode == 0, done.stderr
     assert f"python examples/learn/{script}.py" in done.stdout
     files = re.findall(r"nanovllm/[\w/]+\.py", done.stdout)
@@ -126,9 +114,14 @@ def test_paged_attention_loses_no_block_and_changes_no_token(num_blocks: int) ->
     assert "was evicted: its old tokens are forgotten" in one_line(text)
 
 
-@pytest.mark.parametrize("arguments", [(), ("--requests", "20", "--max-num-seqs", "12", "--seed", "3")])
-def test_continuous_batching_takes_fewer_steps_and_shorter_waits(arguments: tuple[str, ...]) -> None:
-    text = lesson("step2_continuous_batching", *arguments)
+@pytest.mark.parametrize(
+    ("arguments", "draws"), [((), True), (("--requests", "20", "--max-num-seqs", "12", "--seed", "3"), False)]
+)
+def test_continuous_batching_takes_fewer_steps_and_shorter_waits(
+    arguments: tuple[str, ...], draws: bool, tmp_path: Path
+) -> None:
+    picture = tmp_path / "picture.png"
+    text = lesson("step2_continuous_batching", *arguments, *(("--plot", str(picture)) if draws else ()))
     figures = {
         name: [float(figure.replace(",", "")) for figure in row.split()]
         for name, row in re.findall(r"^  (static|continuous) +([\d., ]+)$", text, re.MULTILINE)
@@ -143,11 +136,8 @@ def test_continuous_batching_takes_fewer_steps_and_shorter_waits(arguments: tupl
     charts = text.split("--- ")
     assert "░" in charts[1].split("is not\n")[1]  # rows that wait for their group
     assert "░" not in charts[2].split("is not\n")[1]
-
-
-def test_continuous_batching_draws_its_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    check_picture(tmp_path, "step2_continuous_batching", "--requests", "6")
+    if draws:
+        check_picture(text, picture)
 
 
 @pytest.mark.parametrize("block_size", [16, 64])
@@ -165,8 +155,8 @@ def test_prefix_caching_computes_only_what_is_new(block_size: int) -> None:
     assert "the second question finds: 0 tokens" in text
 
 
-def test_kv_quantization_is_checked_against_the_engine_and_orders_the_formats() -> None:
-    text = lesson("step2_kv_quantization")
+def test_kv_quantization_is_checked_against_the_engine_and_orders_the_formats(tmp_path: Path) -> None:
+    text = lesson("step2_kv_quantization", "--plot", str(tmp_path / "picture.png"))
     assert "SIMULATED" in (LEARN / "step2_kv_quantization.py").read_text(encoding="utf-8").split('"""')[1]
     assert "gave the same tokens for all 48 prompts: True" in one_line(text)
     assert re.search(r"tiny +fp8 \(and int8\) +17,408 +1,088 +26\.6%", text)
@@ -199,11 +189,7 @@ def test_kv_quantization_is_checked_against_the_engine_and_orders_the_formats() 
     assert rows["fp8, simulated"][:2] == rows["int8, simulated"][:2] == [24, 24]
     assert rows["int8, simulated"][3] <= rows["fp8, simulated"][3] < rows["int4, simulated"][3]
     assert rows["fp8, simulated"][3] > 0
-
-
-def test_kv_quantization_draws_its_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    check_picture(tmp_path, "step2_kv_quantization", "--prompts", "4")
+    check_picture(text, tmp_path / "picture.png")
 
 
 def test_tensor_parallel_shows_both_ranks_and_what_they_exchange() -> None:
@@ -314,6 +300,6 @@ def test_scheduler_trace_tells_every_kind_of_decision(tmp_path: Path) -> None:
 def test_scheduler_trace_refuses_a_log_without_steps(tmp_path: Path) -> None:
     log = tmp_path / "run.jsonl"
     log.write_text('{"event": "engine.init", "mono": 1.0}\n')
-    done = start([sys.executable, str(LEARN / "step3_scheduler_trace.py"), "--log", str(log)], ROOT)
+    done = run_python(str(LEARN / "step3_scheduler_trace.py"), "--log", str(log))
     assert done.returncode == 1
     assert "has no step in it. Make a log with NANOVLLM_LOG_LEVEL=DEBUG" in done.stderr

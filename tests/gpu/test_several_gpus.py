@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, WorkerError
+from tests.processes import WATCHDOG
 
 COUNT = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(COUNT < 2, reason="fewer than two GPUs")]
@@ -57,11 +58,11 @@ def test_a_rank_that_is_killed_while_it_decodes_ends_the_others(size: int) -> No
         threading.Timer(0.2, kill).start()
         with pytest.raises(WorkerError, match="was killed by SIGKILL"):
             llm.generate(prompts(16), replace(DRAWN, max_tokens=900), use_tqdm=False)
-        assert time.perf_counter() - killed[0] < 2
+        assert time.perf_counter() - killed[0] < WATCHDOG
     finally:
         started = time.perf_counter()
         llm.exit()
-    assert time.perf_counter() - started < 4
+    assert time.perf_counter() - started < WATCHDOG
     assert not multiprocessing.active_children()
     with load(size) as again:
         assert len(again.generate(prompts(2), DRAWN, use_tqdm=False)) == 2

@@ -118,4 +118,4 @@ def test_waiting_for_a_rank_that_never_comes_can_be_broken_off():
     for _ in range(3):
         all_reduce(torch.ones(10, device=device))
     torch.cuda.synchronize()
-    assert 0.2 < time.perf_counter() - started < 5
+    assert 0.2 < time.perf_counter() - started < 60  # the watchdog of a hang

@@ -16,6 +16,7 @@ from nanovllm.kernels.shared_prefix import (
     find_shared_prefixes_reference,
 )
 from tests.kernels.inputs import DTYPES, TOLERANCES, relative_error
+from tests.properties import examples
 
 
 def batch(device, generator, lengths, groups, block_size):
@@ -30,7 +31,7 @@ def batch(device, generator, lengths, groups, block_size):
     return tables.to(device), torch.tensor(lengths, dtype=torch.int32, device=device)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(data=st.data())
 def test_what_tiles_share_is_found(data):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,7 +55,7 @@ def test_what_tiles_share_is_found(data):
     assert got.tile_rows.tolist() == expected.tile_rows.tolist()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(data=st.data())
 def test_the_reference_gives_tiles_that_can_be_read_once(data):
     """Each tile's rows really have the pages that it reads, keep a token of their own, and are in no other tile."""

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from nanovllm.errors import BackendUnavailableError
 from nanovllm.kernels.triton_support import next_power_of_2, pdl_options, runs_triton
+from tests.processes import run_python
 
 WITHOUT_TRITON = """
 import sys
@@ -24,7 +22,8 @@ except Exception as error:
 
 
 def test_kernels_import_and_run_without_triton():
-    result = subprocess.run([sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=True)
+    result = run_python("-c", WITHOUT_TRITON)
+    assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["[[1.0, 1.0, 1.0, 1.0]]", "BackendUnavailableError"]
 
 

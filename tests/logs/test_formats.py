@@ -8,7 +8,6 @@ import logging
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -23,8 +22,8 @@ import torch
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.logs.formats import JsonFormatter, TextFormatter
 from nanovllm.utils.logger import configure_logging, log_event, setup_logger
+from tests.processes import run_python
 
-ROOT = Path(__file__).parents[2]
 TEXT_LINE = re.compile(r"\[[\d\- :,]+\] \[nanovllm\.tests\] \[(?P<level>[A-Z]+)\] (?P<message>.*)")
 
 
@@ -241,12 +240,6 @@ def test_configure_logging_0_writes_no_file(monkeypatch: pytest.MonkeyPatch, tmp
     assert logging.getLogger("nanovllm").handlers == []
 
 
-def run_script(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("NANOVLLM_")}
-    variables.update(environment, PYTHONPATH=str(ROOT))
-    return subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, timeout=60)
-
-
 SAY = """
 import logging, os, signal
 from nanovllm.utils.logger import log_event, setup_logger
@@ -259,7 +252,7 @@ for n in range(100):
 def test_a_killed_program_s_file_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     environment = {"NANOVLLM_LOG_FILE": str(path), "NANOVLLM_LOG_FORMAT": "json"}
-    done = run_script(SAY + "os.kill(os.getpid(), signal.SIGKILL)", **environment)
+    done = run_python("-c", SAY + "os.kill(os.getpid(), signal.SIGKILL)", **environment)
     assert done.returncode == -signal.SIGKILL
     assert [entry["n"] for entry in json_lines(path.read_text())] == list(range(100))
 
@@ -269,7 +262,7 @@ def test_a_killed_program_s_file_is_whole(tmp_path: Path) -> None:
     [("NANOVLLM_LOG_FORMAT", "xml", "text or json"), ("NANOVLLM_CONFIGURE_LOGGING", "no", "0 or 1")],
 )
 def test_a_wrong_value_is_refused_with_the_allowed_ones(variable: str, value: str, allowed: str) -> None:
-    done = run_script(SAY, **{variable: value})
+    done = run_python("-c", SAY, **{variable: value})
     assert done.returncode == 1
     assert f"{variable}='{value}' is not allowed: it must be {allowed}." in done.stderr.splitlines()[-1]
 

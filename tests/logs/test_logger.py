@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +25,8 @@ from nanovllm.utils.logger import (
     setup_logger,
     timed_section,
 )
+from tests.processes import run_python
 
-ROOT = Path(__file__).parents[2]
 LINE = re.compile(
     r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\] \[(?P<name>[\w.]+)\] \[(?P<level>[A-Z]+)\] (?P<message>.*)$"
 )
@@ -54,9 +52,8 @@ def debug_logger(name="nanovllm.test_logger"):
 
 def run_script(script, **environment):
     """Standard output and error of a fresh Python that runs `script`."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("NANOVLLM_")}
-    variables.update(environment, PYTHONPATH=str(ROOT))
-    done = subprocess.run([sys.executable, "-c", script], env=variables, capture_output=True, text=True, check=True)
+    done = run_python("-c", script, **environment)
+    assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
 
 

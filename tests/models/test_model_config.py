@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from nanovllm.errors import ModelLoadError, UnknownArgumentError
 from nanovllm.layers.rope_parameters import RopeParameters
 from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
 from tests.models.qwen3_checkpoints import VARIANTS, make_qwen3_checkpoint
+from tests.processes import run_python
 
 # Qwen/Qwen3-0.6B as published.
 QWEN3_06B: dict[str, Any] = {
@@ -211,5 +210,6 @@ def test_reading_a_config_imports_neither_torch_nor_transformers() -> None:
         "import sys; from nanovllm.models.model_config import ModelConfig; "
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"

@@ -17,6 +17,7 @@ from nanovllm.models.model_context import ModelContext
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from tests.models.paged_model import TORCH_BACKENDS, PagedModel, fp32_context, load_model
 from tests.models.qwen3_checkpoints import VARIANTS, load_reference, make_qwen3_checkpoint
+from tests.processes import WATCHDOG
 
 TOLERANCE = 1e-4
 LENGTHS = (13, 1, 30)
@@ -138,7 +139,7 @@ class ThreadGroup:
     """A process group of threads: the collectives that `TensorParallel` uses, over a barrier."""
 
     def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=30)
+        self.barrier = threading.Barrier(size, timeout=WATCHDOG)
         self.local = threading.local()
         self.slots: list[Any] = [None] * size
 
@@ -194,7 +195,7 @@ def test_ranks_together_equal_one(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=60)
+        thread.join(timeout=WATCHDOG)
     for result in results:
         difference = largest_difference(result, expected)
         print(f"{size} ranks: largest logit difference {difference:.2e}")

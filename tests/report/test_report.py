@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 import tracemalloc
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
@@ -19,9 +17,9 @@ from nanovllm.report.log_file import LogFile
 from nanovllm.report.page import render
 from nanovllm.report.run import Run
 from nanovllm.report.summary import MOST_RUNS, summarise
+from tests.processes import run_python
 from tests.report.synthetic_log import BOOT, Line, finished, line, simulated, startup, write
 
-ROOT = Path(__file__).resolve().parents[2]
 SVG = re.compile(r"<svg .*?</svg>", re.DOTALL)
 
 
@@ -415,17 +413,8 @@ def test_a_long_log_in_text_is_refused_early(tmp_path):
 
 
 def test_the_command(tmp_path, known):
-    command = [
-        sys.executable,
-        "-X",
-        "importtime",
-        "-m",
-        "nanovllm.report",
-        str(known),
-        "-o",
-        str(tmp_path / "page.html"),
-    ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_python("-X", "importtime", "-m", "nanovllm.report", str(known), "-o", str(tmp_path / "page.html"))
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "page.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     assert "1 engine(s)" in done.stdout
     imported = {row.rpartition("|")[2].strip() for row in done.stderr.splitlines()}

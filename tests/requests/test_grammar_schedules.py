@@ -12,6 +12,7 @@ from nanovllm import SamplingParams, StructuredOutputsParams
 from nanovllm.engine.sequence import Sequence
 from tests.engine.simulated_executor import _ROOT, EOS, VOCAB_SIZE, extend, next_token
 from tests.engine.test_schedules import Request, check_output, engines, make_engine, prompts, run
+from tests.properties import examples
 
 GUIDED = {"regex": "what is compiled is ours here"}
 
@@ -84,7 +85,7 @@ requests = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(300), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     engines,
     st.lists(requests, min_size=1, max_size=12),

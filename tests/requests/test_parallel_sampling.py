@@ -24,6 +24,7 @@ from nanovllm.requests.parallel_sampling import ParallelSampling
 from tests.engine.simulated_executor import expected_output
 from tests.engine.test_schedules import check_integrity, engines, make_engine
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
+from tests.properties import examples
 from tests.small_llm import assert_empty, generate, load
 
 PROMPT = [(7 * position) % 300 + 5 for position in range(37)]
@@ -297,7 +298,7 @@ wanted = st.builds(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples(200), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(engines, st.lists(wanted, min_size=1, max_size=6), st.integers(0, 12))
 def test_under_any_schedule(engine_values: dict[str, Any], requests: list[Wanted], spare_blocks: int) -> None:
     """Blocks are counted after every step, in a memory that fails where a block is not what it should be."""

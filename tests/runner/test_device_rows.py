@@ -16,6 +16,7 @@ from nanovllm.kernels.columns import LOGIT_EDITS
 from nanovllm.requests.logit_edits import token_mask
 from nanovllm.runner.device_batch import DeviceBatch
 from nanovllm.runner.device_rows import DeviceRows, ModelInputs
+from tests.properties import examples
 
 NUM_ROWS, MAX_MODEL_LEN, NUM_BLOCKS, VOCAB_SIZE = 4, 10, 100, 100
 CPU = torch.device("cpu")
@@ -150,7 +151,7 @@ def check_rows(rows: DeviceRows, model: Model) -> None:
     assert set(rows.block_tables[rows.null_row].tolist()) == {NUM_BLOCKS}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(st.data(), st.integers(1, 4))
 def test_random_batches_against_the_model(data: st.DataObject, block_size: int) -> None:
     model = Model(block_size)

@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +17,8 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import ROOT
+
 CHECKPOINT = ROOT / "nanovllm" / "assets" / "tiny-qwen3"
 sys.path.append(str(ROOT / "tools"))
 corpus = importlib.import_module("tiny_corpus")

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +13,8 @@ import pytest
 from nanovllm.engine.batch import StepResult
 from tests.engine.simulated_executor import Handle
 from tests.engine.test_llm_engine import greedy, make_engine, run
+from tests.processes import WATCHDOG, start_python, until
 
-ROOT = Path(__file__).parents[2]
 Event = dict[str, Any]
 
 ENDLESS = """
@@ -130,22 +126,12 @@ def test_what_a_failed_step_lost_and_what_never_ended_is_there(path: Path) -> No
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 1), (signal.SIGKILL, -signal.SIGKILL)])
 def test_the_file_is_valid_after_ctrl_c_and_kill(path: Path, sent: signal.Signals, status: int) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NANOVLLM_LOG_LEVEL": "WARNING"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", ENDLESS],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    )
+    process = start_python("-c", ENDLESS, NANOVLLM_TRACE_FILE=str(path), NANOVLLM_LOG_LEVEL="WARNING")
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    deadline = time.monotonic() + 60
-    while len(json.loads(path.read_text("utf-8"))) < 1000 and time.monotonic() < deadline:
-        time.sleep(0.1)
+    assert until(lambda: len(json.loads(path.read_text("utf-8"))) >= 1000)
     process.send_signal(sent)
-    process.wait(60)
+    process.wait(WATCHDOG)
     events = read(path)
     assert len(named(events, "decode")) > 100
     if sent == signal.SIGINT:
