@@ -13,7 +13,7 @@ help:
 	@echo "make check   the same without the set-up (an environment of your own)"
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make gpu-test  the tests that need a CUDA device (an environment of your own)"
-	@echo "make count   lines of code by folder, against the budget"
+	@echo "make count   lines of code by folder, file, function and path, against the limits"
 
 demo: $(VENV)/.demo
 	$(BIN)/python example.py

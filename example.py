@@ -3,7 +3,7 @@
     python example.py                               the checkpoint that ships with nanovllm, on a GPU or a CPU
     python example.py --model Qwen/Qwen3-0.6B       any Qwen3: a folder or a Hugging Face id
 
-The log tells what the engine does meanwhile; NANOVLLM_LOG_LEVEL=WARNING leaves only the answers.
+The log shows what the engine does; with NANOVLLM_LOG_LEVEL=WARNING only the answers are printed.
 """
 
 from __future__ import annotations

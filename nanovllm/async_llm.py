@@ -1,13 +1,13 @@
 """AsyncLLM: requests from coroutines, the engine on a thread of its own.
 
-Two queues, one each way, and nothing else is shared:
+Two queues, one each way, are all that is shared:
 
-- to the engine, `_EngineThread._commands`: add a request, abort it, drop it, stop. They are taken between steps, in
-  their order.
-- to the consumers, under `_EngineThread._lock`: each request has one place for what its consumer has not fetched, the
-  tokens since its last output and, once it has ended, its end. New tokens join those that wait, so that a consumer who
-  is slow, or never comes, gets fewer and longer outputs: it holds up nobody, and what waits for it is never more than
-  its own request's output. At most one call to wake consumers is under way to the event loop.
+- to the engine, `_EngineThread._commands`: add a request, abort it, drop it, stop. The engine takes them between steps,
+  in order.
+- to the consumers, under `_EngineThread._lock`: each request has one place for the tokens that its consumer has not
+  fetched and, once it has ended, for its end. New tokens join those that wait, so that a slow consumer gets fewer and
+  longer outputs. It delays no other request, and never more than its own request's output waits for it. At most one
+  call to wake consumers is pending in the event loop.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class AsyncLLM:
 
         prompt: a text, token ids, {"prompt": …} or {"prompt_token_ids": …}.
         request_id: unique among the unfinished requests; None makes one up.
-        An output brings everything since the one before, however many tokens that are; the last is `finished`. To
-        leave the loop, close the generator or cancel the task aborts the request and frees its blocks.
+        An output brings every token since the one before; the last is `finished`. Leaving
+        the loop, closing the generator or cancelling the task aborts the request and frees its blocks.
         Raises InvalidArgumentError and RequestTooLargeError for this request alone; StepFailedError when a step took
         this and all other requests with it, and EngineDeadError when the engine has ended.
         """
@@ -91,7 +91,7 @@ class AsyncLLM:
             self._thread.close(request)
 
     async def abort(self, request_id: str) -> None:
-        """Ends a request; its consumer gets what there is, with finish_reason "abort".
+        """Ends a request; its consumer gets the tokens so far, with finish_reason "abort".
 
         Returns when it has ended. An unknown or finished id does nothing.
         """
@@ -101,7 +101,7 @@ class AsyncLLM:
             await request.ended.wait()
 
     def get_tokenizer(self) -> Any:
-        """The transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
+        """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
         if self._engine.tokenizer is None:
             raise InvalidArgumentError("skip_tokenizer_init", True, "False to have a tokenizer")
         return self._engine.tokenizer
@@ -196,7 +196,7 @@ class _EngineThread:
             self._commands.put((self._add, request))
 
     def take(self, request: _Request) -> RequestOutput | None:
-        """All that waits for the consumer, as one output. Raises the error that ended the request."""
+        """Returns all that waits for the consumer as one output. Raises the error that ended the request."""
         request.news.clear()
         with self._lock:
             waiting, request.waiting = request.waiting, None
@@ -207,7 +207,7 @@ class _EngineThread:
             raise end.error
         if request.stream is None or (end is None and waiting is None):
             return None
-        if end is not None:  # it has all tokens, those that wait included
+        if end is not None:  # it holds all tokens, those that wait included
             return request.stream.end(end)
         return None if waiting is None else request.stream.grow(waiting)
 
@@ -219,7 +219,7 @@ class _EngineThread:
         return request
 
     def close(self, request: _Request) -> None:
-        """The consumer leaves."""
+        """Called when the consumer leaves."""
         request.ended.set()
         with self._lock:
             if self._open.get(request.request_id) is request:
@@ -267,7 +267,7 @@ class _EngineThread:
                 act(engine, request)
             try:
                 outputs = engine.step()
-            except Exception as error:  # the requests are lost; whether the engine goes on, it says itself
+            except Exception as error:  # the requests are lost; `is_dead` says whether the engine goes on
                 lost, self._running = self._running, {}
                 self._tell([(request, _step_failed(engine, error)) for request in lost.values()])
                 continue
@@ -297,7 +297,7 @@ class _EngineThread:
             engine.discard_requests([request.request_id])
 
     def _tell(self, news: list[_Told]) -> None:
-        """Leaves each request its news, and wakes the event loop unless it is about to wake anyway."""
+        """Hands each request its news, and wakes the event loop unless a wake-up is pending."""
         with self._lock:
             is_under_way = bool(self._to_wake)
             for request, what in news:
@@ -311,11 +311,11 @@ class _EngineThread:
             if self._to_wake and not is_under_way and self._loop is not None:
                 try:
                     self._loop.call_soon_threadsafe(self._wake)
-                except RuntimeError:  # it was closed, and took the consumers with it
+                except RuntimeError:  # the loop is closed, and its consumers with it
                     self._drop_all()
 
     def _drop_all(self) -> None:
-        """Of an event loop that is closed. With the lock held."""
+        """Drops the requests of an event loop that is closed. The lock is held."""
         for request in self._open.values():
             self._commands.put((self._drop, request))
         self._open.clear()

@@ -58,8 +58,7 @@ class EngineArguments(TypedDict, total=False):
 
 _MAX_TIMEOUT = 86400
 MIN_SHARED_PREFIX = 256  # tokens; a shorter one costs less to read in each row than to look for
-MAX_BIAS_WORDS = 8192  # int32 on the device for a request's changes to single tokens' logits,
-BIAS_WIDTH = 5  # and of those for one change
+MAX_BIAS_WORDS = 8192  # int32 on the device for a request's token biases
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,53 @@
-"""Assembles an engine: which executor runs its steps, and who observes it."""
+"""Assembles an engine as `LLM` and `AsyncLLM` use it: which executor runs its steps, and what observes it."""
 
 from __future__ import annotations
 
 from nanovllm.config import EngineConfig
-from nanovllm.engine.executor import Executor, InProcessExecutor
+from nanovllm.diagnostics.function_trace import start_function_trace
+from nanovllm.engine.engine_log import EngineLog
+from nanovllm.engine.executor import Executor
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.metrics import StatisticsLine
+from nanovllm.engine.observer import EngineObserver
+from nanovllm.engine.scheduler_log import SchedulerLog
+from nanovllm.tracing.request_spans import open_request_spans
+from nanovllm.tracing.timeline import Timeline
+from nanovllm.utils import env
+from nanovllm.utils.logger import configure_logging
 from nanovllm.utils.stopwatch import Stopwatch
 
 
 def make_engine(config: EngineConfig) -> LLMEngine:
-    """Returns an engine as `LLM` and `AsyncLLM` use it. Raises what loading the model raises."""
-    return LLMEngine(config, make_executor)
+    """Returns an engine that runs and is observed as the configuration and the environment say.
+
+    Raises what loading the model raises, and InvalidArgumentError for an environment variable that is not allowed.
+    """
+    configure_logging()
+    return LLMEngine(config, make_executor, default_observers(config))
 
 
 def make_executor(config: EngineConfig, stopwatch: Stopwatch) -> Executor:
     """Returns an executor in this process for one rank, and one of several processes for more."""
+    # Imported here: torch begins with the model runner, and all that stands above does not need it.
     if config.tensor_parallel_size == 1:
+        from nanovllm.engine.in_process_executor import InProcessExecutor
+
+        stopwatch.lap("imports")
         return InProcessExecutor(config, stopwatch)
     from nanovllm.distributed.multi_process_executor import MultiProcessExecutor
 
     return MultiProcessExecutor(config, stopwatch)
+
+
+def default_observers(config: EngineConfig) -> list[EngineObserver]:
+    """Returns the log, and what the environment asks for: function trace, timeline, request spans."""
+    trace_file = env.trace_file()
+    observers: list[EngineObserver | None] = [
+        start_function_trace(rank=0),
+        EngineLog(),
+        SchedulerLog(),
+        StatisticsLine(env.log_stats_interval()),
+        None if trace_file is None else Timeline(trace_file),
+        open_request_spans(config.model),
+    ]
+    return [observer for observer in observers if observer is not None]

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from nanovllm.config import EngineArguments, EngineConfig
 from nanovllm.diagnostics.leak_check import LeakCheck, MemoryUse, check_leak
-from nanovllm.engine.metrics import EngineStatistics
+from nanovllm.engine.statistics import EngineStatistics
 from nanovllm.engine_factory import make_engine
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.logs import events
@@ -34,8 +34,10 @@ logger = setup_logger(__name__)
 
 
 class ProgressBar(tqdm):  # type: ignore[type-arg]
-    """tqdm without its monitor thread, which takes the lock that log lines take: a debugger that stops all threads
-    could stop it while it holds the lock."""
+    """tqdm without its monitor thread, which takes the lock that log lines take.
+
+    A debugger that stops all threads could stop it while it holds the lock.
+    """
 
     monitor_interval = 0
 
@@ -66,8 +68,8 @@ class LLM:
 
         prompts: a text, token ids, {"prompt": …}, {"prompt_token_ids": …}, or a list that mixes these.
         sampling_params: one for all, one for each, or None for the defaults.
-        A request that is not allowed fails alone: its output has an `error` and no tokens, and a line of the log says
-        so. Raises InvalidArgumentError, before anything runs, if no request of the call is allowed.
+        A request that is not allowed fails alone: its output has an `error` and no tokens, and a log line says so.
+        Raises InvalidArgumentError, before anything runs, if no request of the call is allowed.
         """
         return self._generate(_as_list(prompts), sampling_params, use_tqdm)
 
@@ -76,14 +78,14 @@ class LLM:
         prompts: Prompt | Seq[Prompt],
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
     ) -> Iterator[RequestOutput]:
-        """Completes each prompt, and yields what is new of each after every step.
+        """Completes each prompt, and yields the new part of each output after every step.
 
         The arguments are those of `generate`. `outputs[0]` holds the text, tokens and log-probabilities since the
-        request's last output; with n > 1, `outputs` has those completions, by their `index`, that grew, and at the end
-        all of them. Joined, they are what `generate` gives. Text that was shown never changes. `finished` and
+        request's last output. With n > 1, `outputs` holds the completions that grew, by their `index`, and at the end
+        all of them. Joined, they equal what `generate` returns. Text that was shown never changes. `finished` and
         `finish_reason` come with a request's last output. Requests keep the order of their prompts: the first's id
-        ends in the lowest number. Nothing runs before the first output is asked for; closing the iterator, or leaving
-        its loop, ends what is left.
+        ends in the lowest number. Nothing runs before the first output is asked for. Closing the iterator, or leaving
+        its loop, ends the requests that are left.
         """
         engine = self.llm_engine
         request_ids: list[str] = []
@@ -96,8 +98,7 @@ class LLM:
                 yield from self._step_streams(streams)
         finally:
             engine.discard_requests(request_ids)
-            while engine.is_draining:  # their blocks are free when no step in flight writes them
-                engine.hand_back(engine.step())
+            engine.drain()
 
     def chat(
         self,
@@ -110,9 +111,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes one conversation, or each of a list of them, through the checkpoint's chat template.
 
-        A message is {"role": "user", "content": "…"}; `chat_template_kwargs` go to the template
-        (Qwen3 reads `enable_thinking`), and so do `tools`, each {"type": "function", "function": {…}}; what the model
-        calls is in its text.
+        A message is {"role": "user", "content": "…"}. `chat_template_kwargs` go to the template (Qwen3 reads
+        `enable_thinking`), and so do `tools`, each {"type": "function", "function": {…}}. Tool calls are part of the
+        output's text.
         """
         tokenizer = self.get_tokenizer()
         if not tokenizer.chat_template:
@@ -135,7 +136,7 @@ class LLM:
         return self._generate(prompts, sampling_params, use_tqdm)
 
     def get_tokenizer(self) -> Any:
-        """The transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
+        """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
         if self.llm_engine.tokenizer is None:
             raise InvalidArgumentError("skip_tokenizer_init", True, "False to have a tokenizer")
         return self.llm_engine.tokenizer
@@ -149,19 +150,19 @@ class LLM:
     def start_profile(self, folder: str | Path) -> None:
         """Records every rank with torch's profiler from now to `stop_profile`, into `folder`, made if need be.
 
-        Raises InvalidStateError when a profile runs already, InvalidArgumentError when `folder` can not be written.
+        Raises InvalidStateError when a profile runs already, InvalidArgumentError when `folder` cannot be written.
         """
         self.llm_engine.diagnostics.start_profile(Path(folder))
 
     def stop_profile(self) -> str:
-        """Writes, for each rank, `profile_rank0.json`, a Chrome trace that Perfetto opens, and the table of the dearest
-        operators and kernels, `profile_rank0.txt`; the tables are logged and returned too. Raises InvalidStateError
-        when none runs.
+        """Writes, for each rank, `profile_rank0.json`, a Chrome trace that Perfetto opens, and a table of the
+        most expensive operators and kernels, `profile_rank0.txt`. Logs and returns the tables too. Raises
+        InvalidStateError when no profile runs.
         """
         return self.llm_engine.diagnostics.stop_profile()
 
     def memory_report(self) -> MemoryReport:
-        """Where the device's memory went, in bytes, and in `others` that of the other ranks; `print` shows tables."""
+        """Returns where the device's memory went, in bytes; `others` holds the other ranks'. `print` shows tables."""
         return self.llm_engine.diagnostics.memory_report()
 
     def check_memory_leak(
@@ -171,9 +172,9 @@ class LLM:
         *,
         num_runs: int = 8,
     ) -> LeakCheck:
-        """Generates the same `num_runs` times (None: a few tokens of our own) and says whether memory settles.
+        """Generates the same outputs `num_runs` times and returns whether memory settles. prompts None: a few tokens.
 
-        Measured are used memory and Python objects of all ranks, and KV blocks, after each run. Raises
+        Used memory and Python objects of all ranks, and KV blocks, are measured after each run. Raises
         InvalidArgumentError for fewer than 4 runs, or prompts that are not allowed.
         """
         if prompts is None:
@@ -202,9 +203,9 @@ class LLM:
         sampling_params: SamplingParams | Seq[SamplingParams] | None,
         request_ids: list[str],
     ) -> dict[str, RequestOutput]:
-        """Queues what may be queued; `request_ids` gets the id of each. Returns the outputs of what is refused.
+        """Queues the requests that are allowed; `request_ids` gets their ids. Returns outputs for the refused ones.
 
-        Raises the first error if there is nothing else.
+        Raises the first error if all are refused.
         """
         params = _params_for_each(sampling_params, len(batch))
         refused: dict[str, tuple[object, InvalidArgumentError]] = {}
@@ -244,16 +245,8 @@ class LLM:
             raise
 
     def _step_streams(self, streams: dict[str, OutputStream]) -> list[RequestOutput]:
-        """What one step brings to `streams`, which loses those that end."""
-        shown: list[RequestOutput] = []
-        foreign: list[RequestOutput] = []
-        for output in self.llm_engine.step():
-            stream = streams.pop(output.request_id, None)
-            if stream is None:
-                foreign.append(output)
-            else:
-                shown.append(stream.end(output))
-        self.llm_engine.hand_back(foreign)
+        """Runs a step and returns the outputs it adds to `streams`; streams that end are removed."""
+        shown = [streams.pop(output.request_id).end(output) for output in self.llm_engine.step(streams)]
         for stream in streams.values():
             new = stream.read()
             if new is not None:
@@ -267,28 +260,20 @@ class LLM:
         events.generation_start.log(logger, num_prompts=len(request_ids))
         events.generation_prompt_tokens.log(logger, num_prompt_tokens=engine.num_waiting_tokens)
         outputs: dict[str, RequestOutput] = {}
-        foreign: list[RequestOutput] = []  # of requests that someone queued before with add_request
         wanted = set(request_ids)
-        use_tqdm = use_tqdm and logger.isEnabledFor(logging.INFO)  # who asks the log for silence means the bar, too
-        try:
-            with ProgressBar(
-                total=len(request_ids), desc="Generating", dynamic_ncols=True, disable=not use_tqdm
-            ) as bar:
-                while wanted or engine.is_draining:
-                    for output in engine.step():
-                        if output.request_id not in wanted:
-                            foreign.append(output)
-                            continue
-                        wanted.remove(output.request_id)
-                        outputs[output.request_id] = output
-                        if isinstance(output.error, InvalidArgumentError):
-                            why = _without_text(output.error)
-                            events.request_failed.log(logger, request_id=output.request_id, error=why)
-                        bar.update()
-                    if use_tqdm:
-                        bar.set_postfix_str(_speeds(engine.statistics.since(before)), refresh=False)
-        finally:
-            engine.hand_back(foreign)
+        use_tqdm = use_tqdm and logger.isEnabledFor(logging.INFO)  # a silent log means a silent bar, too
+        with ProgressBar(total=len(request_ids), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
+            while wanted:
+                for output in engine.step(wanted):
+                    wanted.remove(output.request_id)
+                    outputs[output.request_id] = output
+                    if isinstance(output.error, InvalidArgumentError):
+                        why = _without_text(output.error)
+                        events.request_failed.log(logger, request_id=output.request_id, error=why)
+                    bar.update()
+                if use_tqdm:
+                    bar.set_postfix_str(_speeds(engine.statistics.since(before)), refresh=False)
+            engine.drain()
         done = engine.statistics.since(before)
         flush_timed_sections()
         events.generation_complete.log(
@@ -303,18 +288,18 @@ class LLM:
 
 
 def _as_prompt(tokenizer: Any, chat: object, extra: Mapping[str, Any]) -> Prompt | InvalidArgumentError:
-    """One conversation through the chat template, or why that is not possible."""
+    """Returns one conversation as the chat template writes it, or the error of this conversation."""
     if not isinstance(chat, (list, tuple)) or not all(isinstance(message, Mapping) for message in chat):
         return InvalidArgumentError("messages", chat, "a list of messages, each {'role': …, 'content': …}")
     try:
         text: str = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True, **extra)
-    except Exception as error:  # whatever a template raises is about its input
+    except Exception as error:  # whatever a template raises concerns its input
         return InvalidArgumentError("messages", chat, f"what the chat template takes ({type(error).__name__}: {error})")
     return text
 
 
 def _refused(request_id: str, prompt: object, error: InvalidArgumentError) -> RequestOutput:
-    """In the place of a request that could not be queued."""
+    """Returns the output of a request that could not be queued."""
     return RequestOutput(
         request_id=request_id,
         prompt=prompt if isinstance(prompt, str) else None,
@@ -328,23 +313,23 @@ def _refused(request_id: str, prompt: object, error: InvalidArgumentError) -> Re
 
 
 def _without_text(error: InvalidArgumentError) -> str:
-    """The error as the log may show it: what users wrote is in no log that did not ask for it."""
+    """Returns the error for the log, without text that users wrote unless NANOVLLM_LOG_PROMPTS asks for it."""
     if env.log_prompts() or error.field.split(".")[0] not in ("prompt", "messages", "structured_outputs"):
         return str(error)
     return f"{error.field} must be {error.allowed}. {error.hint}".rstrip()
 
 
 def _speeds(done: EngineStatistics) -> str:
-    """What the progress bar shows beside the count of finished requests."""
+    """Returns what the progress bar shows beside the count of finished requests."""
     seconds = max(done.prefill_seconds + done.decode_seconds, 1e-9)
     return f"in {done.num_prompt_tokens / seconds:.0f} tok/s, out {done.num_output_tokens / seconds:.0f} tok/s"
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-    """A single prompt (text, dictionary, token ids) as a list of one."""
+    """Returns the prompts as a list; a single one (text, dictionary, token ids) is a list of one."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
-    if isinstance(prompts, (bytes, Set)) or not isinstance(prompts, Iterable):  # bytes are no text, sets have no order
+    if isinstance(prompts, (bytes, Set)) or not isinstance(prompts, Iterable):  # bytes are not text, sets have no order
         raise InvalidArgumentError("prompts", prompts, "a text, token ids, a dictionary, or a list of these")
     batch: list[Any] = list(prompts)
     return [batch] if batch and all(isinstance(item, (int, np.integer)) for item in batch) else batch

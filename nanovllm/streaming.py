@@ -1,4 +1,4 @@
-"""Outputs that grow: what `LLM.stream` and `AsyncLLM.generate` show of a request while it runs."""
+"""OutputStream: the outputs of a request while it runs, for `LLM.stream` and `AsyncLLM.generate`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import StepFailedError
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.detokenizer import Detokenizer
-from nanovllm.requests.tokenization import NewTokens
+from nanovllm.requests.output_builder import NewTokens
 
-News = dict[int, NewTokens]  # of those of a request's completions that have any, by index
+News = dict[int, NewTokens]  # by index, of the completions of a request that have new tokens
 
 
 def extend_news(news: News, newer: News) -> None:
-    """Takes in what follows."""
+    """Appends `newer` to `news`."""
     for index, tokens in newer.items():
         if index in news:
             news[index].extend(tokens)
@@ -26,12 +26,12 @@ def extend_news(news: News, newer: News) -> None:
 class OutputStream:
     """One request's outputs, from its first token to its end.
 
-    `read` belongs to whoever runs the steps; `grow` and `end` to whoever wants outputs, in another thread if need be:
-    text is made there, once for all tokens that came since the last output.
+    The thread that runs the steps calls `read`. The consumer calls `grow` and `end`, in a thread of its own if need be:
+    text is made there, once for all tokens since the last output.
 
-    delta: outputs hold what is new since the one before, of the completions that have anything new; else all there is
-    so far. Either way, text that was shown never changes: half a character is held back, and so is what may turn out
-    to begin a stop string. Of several completions, one that ends before the others tells its end with theirs.
+    delta: outputs hold what is new since the one before, of the completions that have new tokens; otherwise all of it.
+    Text that was shown never changes: an incomplete character is held back, and so is text that may begin a stop
+    string. A completion that ends before the others of its request is finished when they are.
     """
 
     def __init__(self, engine: LLMEngine, request_id: str, *, delta: bool) -> None:
@@ -42,9 +42,9 @@ class OutputStream:
         self._completions = [_CompletionStream(engine, *each, delta) for each in enumerate(sequences)]
 
     def read(self) -> News | None:
-        """Tokens since the last call; None when there are none. For after a step that did not end the request.
+        """Returns the tokens since the last call; None when there are none. Call it while the request runs.
 
-        Raises StepFailedError when a step of somebody else's failed, and the request is lost.
+        Raises StepFailedError when a step failed and the request is lost.
         """
         for sequence in self._sequences:
             if sequence.finish_reason is None and self._engine.sequences(sequence.request_id) != [sequence]:
@@ -53,7 +53,7 @@ class OutputStream:
         return news or None
 
     def grow(self, news: News) -> RequestOutput:
-        """The output that `news` makes."""
+        """Returns the next output, with `news` in it."""
         wanted = sorted(news) if self._delta else range(len(self._completions))
         first = self._sequences[0]
         return RequestOutput(
@@ -67,7 +67,7 @@ class OutputStream:
         )
 
     def end(self, final: RequestOutput) -> RequestOutput:
-        """The last output, from what the engine gave when the request ended."""
+        """Returns the last output. final: what the engine returned when the request ended."""
         if not self._delta:
             return final
         streams = zip(self._completions, final.outputs, strict=True)
@@ -90,7 +90,7 @@ class _CompletionStream:
         self._logprob = 0.0  # of them together
 
     def read(self) -> NewTokens | None:
-        if self._sequence.finish_reason is not None:  # its last token may have no text: `end` knows
+        if self._sequence.finish_reason is not None:  # its last token may have no text; `end` decides
             return None
         new = self._engine.new_tokens(self._sequence, self._num_read)
         self._num_read += len(new.token_ids)
@@ -131,7 +131,7 @@ class _CompletionStream:
 
 
 def _num_held(text: str, stop: tuple[str, ...]) -> int:
-    """How many characters at the end of `text` may begin a stop string."""
+    """Returns how many characters at the end of `text` may begin a stop string."""
     longest = min(max(map(len, stop), default=1) - 1, len(text))
     for size in range(longest, 0, -1):
         if any(string.startswith(text[-size:]) for string in stop):

@@ -1,4 +1,4 @@
-"""How fast the shared-memory channel hands messages over between two processes: latency by size, and throughput.
+"""Measures the shared-memory channel between two processes: latency by size, and throughput.
 
     python tools/bench_channel.py [--messages 20000] [--ring-kb 1024]
 
@@ -25,7 +25,7 @@ BULK_BYTES = 1 << 28  # moved to measure a throughput
 
 
 def percentile(values: list[int], percent: float) -> float:
-    """In microseconds, of nanoseconds."""
+    """Returns a percentile of nanoseconds, in microseconds."""
     return sorted(values)[min(int(len(values) * percent / 100), len(values) - 1)] / 1e3
 
 

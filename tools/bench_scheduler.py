@@ -1,6 +1,6 @@
 """Microseconds that the engine's own work takes a step, without a model: `python tools/bench_scheduler.py`.
 
-An executor that computes nothing answers every step at once, so what is left is planning, packing, bookkeeping and
+The executor computes nothing and answers every step at once. What remains is planning, packing, bookkeeping and
 output, as in a run with a GPU. Decode is steady: every row gets a token, and one row in `block_size` a new block.
 """
 
@@ -22,6 +22,7 @@ from nanovllm import SamplingParams
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import ScheduledBatch, StepResult
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine_factory import default_observers
 
 PROMPT_LEN = 64
 
@@ -35,7 +36,7 @@ class Answered:
 
 
 class IdleExecutor:
-    """Every token is 1, and there at once."""
+    """Computes nothing: every token is 1."""
 
     def __init__(self, resolved: ResolvedConfig) -> None:
         self.resolved = resolved
@@ -75,7 +76,7 @@ def make_engine(num_seqs: int, num_steps: int, block_size: int) -> LLMEngine:
         pipeline_depth=2,
     )
     config = EngineConfig("none", skip_tokenizer_init=True)
-    return LLMEngine(config, lambda config, stopwatch: IdleExecutor(resolved))
+    return LLMEngine(config, lambda config, stopwatch: IdleExecutor(resolved), default_observers(config))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What torch.inference_mode brings, measured: `python tools/measure_inference_mode.py` (docs/inference-mode.md).
+"""Measures what torch.inference_mode gains: `python tools/measure_inference_mode.py` (docs/inference-mode.md).
 
 Three tables on a CPU, on the checkpoint that ships: single torch calls, decode steps of our engine, and what autograd
 keeps of one forward pass of the same model in transformers, whose weights can be trained. Modes take turns, so that
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def measure_calls(rounds: int) -> None:
-    """One small torch call: what a mode costs is the same whatever the call then computes."""
+    """Times one small torch call: a mode costs the same whatever the call computes."""
     print("\none torch call, ns        view            add in place")
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in MODES}
     for _, name in turns(rounds):
@@ -67,7 +67,7 @@ def repeat(call: Callable[[], object]) -> float:
 
 
 def measure_engine(rounds: int, num_tokens: int) -> None:
-    """An engine for each mode, its start-up included: a tensor made in inference mode stays an inference tensor."""
+    """Measures an engine of its own for each mode, since a tensor made in inference mode stays an inference tensor."""
     print(f"\ndecode step of the engine, one request of {num_tokens} tokens, µs")
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
     seconds: dict[str, list[float]] = {name: [] for name in MODES}
@@ -95,13 +95,13 @@ def measure_engine(rounds: int, num_tokens: int) -> None:
 
 @contextmanager
 def engine_runs_in(name: str) -> Iterator[None]:
-    """The runner enters torch.inference_mode itself; here it gets another mode under that name."""
+    """Replaces torch.inference_mode, which the runner enters itself, by another mode."""
     with mock.patch.object(torch, "inference_mode", MODES[name]):
         yield
 
 
 def measure_graph(rounds: int, prompt_len: int) -> None:
-    """transformers' model has weights that can be trained: there `grad` records, and keeps what a backward needs."""
+    """Measures transformers' model, whose weights require gradients: `grad` records a graph and keeps its tensors."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(TINY_MODEL_FOLDER, dtype=torch.float32)
@@ -128,7 +128,7 @@ def measure_graph(rounds: int, prompt_len: int) -> None:
 
 
 def saved_bytes(forward: Callable[[], torch.Tensor], model: torch.nn.Module) -> int:
-    """Bytes of all storages that the graph of `forward` keeps alive, the weights left out."""
+    """Returns the bytes of all storages that the graph of `forward` keeps alive, weights apart."""
     weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
     sizes: dict[int, int] = {}
 
@@ -145,7 +145,7 @@ def saved_bytes(forward: Callable[[], torch.Tensor], model: torch.nn.Module) -> 
 
 
 def turns(rounds: int) -> Iterator[tuple[int, str]]:
-    """(round, mode): each mode once a round, in an order that rotates."""
+    """Yields (round, mode): each mode once a round, in an order that rotates."""
     names = list(MODES)
     for round_ in range(rounds):
         for offset in range(len(names)):

@@ -1,4 +1,4 @@
-"""Each term of the KV cache's size, by formula and as an engine has it: `python tools/measure_kv_cache.py`.
+"""Prints each term of the KV cache's size, by formula and as an engine has it: `python tools/measure_kv_cache.py`.
 
     python tools/measure_kv_cache.py                                          the checkpoint that ships
     python tools/measure_kv_cache.py --model qwen3-0.6b --load-format dummy   a shape, random weights
@@ -18,17 +18,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.benchmarks.traffic import kv_bytes_per_token
 from nanovllm.models.checkpoint import resolve_model_folder
 from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
 from nanovllm.utils.device_memory import GB, describe_memory, free_cpu_memory
-from tools.bench_workloads import kv_bytes_per_token
 
 MB = 10**6
 ITEM_SIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1}
 
 
 class Sizing(logging.Handler):
-    """Keeps the fields of the line in which a GPU's engine says what it measured."""
+    """Keeps the fields of the record in which an engine on a GPU reports what it measured."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def describe_cpu(llm: LLM, model: ModelConfig, free: int) -> None:
 
 
 def describe_writing(llm: LLM, num_tokens: int) -> None:
-    """Writes tokens; on a CPU, what that adds to the process's resident memory."""
+    """Writes tokens. Prints, on a CPU, how much the process's resident memory grows."""
     engine = llm.llm_engine.resolved
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     prompt = [index % 256 for index in range(num_tokens)]

@@ -1,7 +1,7 @@
-"""What single settings do to throughput, latency and memory: `python tools/measure_settings.py`.
+"""Measures what single settings do to throughput, latency and memory: `python tools/measure_settings.py`.
 
-64 requests of 16-256 tokens in and out (bench.py's "mixed"), all there at once, on the checkpoint that ships, once for
-each setting; docs/choosing-settings.md reads the table. Other models: --model, --load-format, --device.
+64 requests of 16-256 tokens in and out (bench.py's "mixed"), which arrive together, on the checkpoint that ships,
+once for each setting; docs/choosing-settings.md reads the table. Other models: --model, --load-format, --device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanovllm import LLM, SamplingParams
-from tools.bench_workloads import WORKLOADS, Requests
+from nanovllm.benchmarks.workloads import WORKLOADS, Requests
 
 # What is changed, each alone, against the defaults. The cache of the last ones is too small for all requests at once.
 SETTINGS: tuple[dict[str, Any], ...] = (

@@ -1,4 +1,4 @@
-"""The corpus of the checkpoint that ships with nanovllm: every conversation it is trained on is made here.
+"""Generates the corpus of the checkpoint that ships with nanovllm.
 
 Nothing is downloaded. A *turn* is one question with its only right answer; it is drawn from a seeded generator, so the
 same seed gives the same corpus on every machine. Kinds of turns and their shares are in `SHARES`.
@@ -21,7 +21,7 @@ NUM_HELDOUT_WORDS = 60
 
 
 def phrases(text: str) -> list[str]:
-    """The phrases of a text in which bars and line ends part them."""
+    """Returns the phrases of a text, which bars and line ends separate."""
     return text.replace("\n", "|").split("|")
 
 
@@ -189,8 +189,18 @@ TEMPLATE_WORDS = sorted(
     {
         word
         for text in (
-            *(*ADDITION_PROMPTS, *REVERSE_PROMPTS, *COUNT_PROMPTS, *COUNT_TO_PROMPTS, *COUNT_DOWN_PROMPTS),
-            *(*PRIME_PROMPTS, *PRIME_BELOW_PROMPTS, *IDENTITY_PROMPTS, *HELLO, *FALLBACK_PROMPTS, IDENTITY, *SMALLTALK),
+            *ADDITION_PROMPTS,
+            *REVERSE_PROMPTS,
+            *COUNT_PROMPTS,
+            *COUNT_TO_PROMPTS,
+            *COUNT_DOWN_PROMPTS,
+            *PRIME_PROMPTS,
+            *PRIME_BELOW_PROMPTS,
+            *IDENTITY_PROMPTS,
+            *HELLO,
+            *FALLBACK_PROMPTS,
+            IDENTITY,
+            *SMALLTALK,
         )
         for word in re.findall(r"[a-z]{2,}", text.lower())
     }
@@ -198,7 +208,7 @@ TEMPLATE_WORDS = sorted(
 
 
 class Turn(NamedTuple):
-    """One question with its only right answer."""
+    """A question with its only right answer."""
 
     kind: str
     prompt: str
@@ -206,14 +216,14 @@ class Turn(NamedTuple):
 
 
 class Conversation(NamedTuple):
-    """Perhaps a system prompt, then one to three turns."""
+    """One to three turns, sometimes after a system prompt."""
 
     system: str | None
     turns: list[Turn]
 
 
 def heldout_pairs() -> list[tuple[int, int]]:
-    """The 500 pairs (a, b), both below 100, whose sum is never trained on, as a + b or as b + a."""
+    """Returns the 500 pairs (a, b) below 100 whose sum is kept out of training, as a + b and as b + a."""
     pairs = [(a, b) for a in range(100) for b in range(a, 100)]
     rng = random.Random(SPLIT_SEED)
     chosen = rng.sample(pairs, NUM_HELDOUT_ADDITIONS)
@@ -221,7 +231,7 @@ def heldout_pairs() -> list[tuple[int, int]]:
 
 
 def heldout_additions() -> list[tuple[str, str]]:
-    """The 500 additions kept out of training: (prompt, expected answer), phrasings taken in turn."""
+    """Returns the 500 additions kept out of training as (prompt, expected answer), phrasings in turn."""
     return [
         (ADDITION_PROMPTS[i % len(ADDITION_PROMPTS)].format(a=a, b=b), addition_answer(a, b, i % len(ADDITION_PROMPTS)))
         for i, (a, b) in enumerate(heldout_pairs())
@@ -229,19 +239,19 @@ def heldout_additions() -> list[tuple[str, str]]:
 
 
 def heldout_words() -> list[str]:
-    """Words that training never reverses."""
+    """Returns words that training never reverses."""
     return random.Random(SPLIT_SEED).sample([word for word in WORDS if len(word) >= 4], NUM_HELDOUT_WORDS)
 
 
 def addition_answer(a: int, b: int, prompt_index: int) -> str:
-    """Operands in the order in which the prompt names them, then their sum."""
+    """Returns the operands in the order of the prompt, then their sum."""
     template = ADDITION_PROMPTS[prompt_index]
     first, second = (a, b) if template.index("{a}") < template.index("{b}") else (b, a)
     return f"{first} + {second} = {a + b}"
 
 
 def primes_upto(limit: int) -> list[int]:
-    """All primes p <= limit."""
+    """Returns all primes up to `limit`."""
     return [n for n in range(2, limit + 1) if all(n % d for d in range(2, int(n**0.5) + 1))]
 
 
@@ -262,7 +272,7 @@ class Corpus:
         self.makers = {kind: getattr(self, kind) for kind in SHARES}
 
     def documents(self, count: int) -> Iterator[Conversation | str]:
-        """`count` documents: conversations, and a few plain texts so that a prompt without a template works too."""
+        """Yields `count` documents: conversations, and a few plain texts for prompts without a template."""
         for _ in range(count):
             if self.rng.random() < PLAIN_TEXT_SHARE:
                 yield self.plain_text()
@@ -272,7 +282,7 @@ class Corpus:
             yield Conversation(system, [self.turn() for _ in range(num_turns)])
 
     def turn(self) -> Turn:
-        """One turn of a random kind, its prompt dressed up in other capitals, punctuation and courtesies."""
+        """Returns a turn of a random kind, its prompt varied in case, punctuation and courtesies."""
         kind = self.rng.choices(list(SHARES), weights=list(SHARES.values()))[0]
         prompt, answer = self.makers[kind]()
         return self.dress(kind, prompt, answer)
@@ -347,7 +357,7 @@ class Corpus:
         return "".join(self.rng.choices("abcdefghijklmnopqrstuvwxyz", k=self.rng.randint(shortest, longest)))
 
     def word(self) -> str:
-        """A word of the list; one of the corpus, as it is or with another ending; letters or syllables at random."""
+        """Returns a word of the list, one of the corpus (perhaps with another ending), or random letters."""
         while True:
             style = self.rng.random()
             if style < 0.25:
@@ -369,7 +379,7 @@ class Corpus:
                 return word.capitalize() if self.rng.random() < 0.08 else word
 
     def dress(self, kind: str, prompt: str, answer: str) -> Turn:
-        """The same question as different people type it."""
+        """Returns the same question as different people type it."""
         rng = self.rng
         bare = prompt.rstrip(".?!")
         style = rng.random()

@@ -53,7 +53,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer(seed: int) -> Tokenizer:
-    """Byte-level BPE of 512 tokens, its merges counted on a sample of the corpus."""
+    """Returns a byte-level BPE of 512 tokens, its merges counted on a sample of the corpus."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = prefix_merges(frequent_words(Corpus(seed)), NUM_MERGES)
     tokens = alphabet + [left + right for left, right in merges]
@@ -73,7 +73,7 @@ def build_tokenizer(seed: int) -> Tokenizer:
 
 
 def frequent_words(corpus: Corpus) -> Counter[str]:
-    """How often each word follows a space in 20,000 documents, words to reverse left out; 'Ġ' stands for the space."""
+    """Counts each word after a space in 20,000 documents, words to reverse apart; 'Ġ' stands for the space."""
     texts = list(REVERSE_PROMPTS) * 300
     for document in corpus.documents(20_000):
         if isinstance(document, Conversation):
@@ -83,7 +83,7 @@ def frequent_words(corpus: Corpus) -> Counter[str]:
 
 
 def prefix_merges(words: Counter[str], num_merges: int) -> list[tuple[str, str]]:
-    """BPE merges that grow words from their first character on: each time the most frequent (prefix, next letter)."""
+    """Returns merges that grow words from their first character: always the most frequent (prefix, next letter)."""
     prefix_length = dict.fromkeys(words, 1)
     merges: list[tuple[str, str]] = []
     for _ in range(num_merges):
@@ -100,7 +100,7 @@ def prefix_merges(words: Counter[str], num_merges: int) -> list[tuple[str, str]]
 
 
 def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
-    """tokenizer_config.json with Qwen3's keys."""
+    """Returns tokenizer_config.json with Qwen3's keys."""
     added = {
         str(tokenizer.token_to_id(token)): {
             "content": token,

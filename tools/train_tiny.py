@@ -1,11 +1,11 @@
 """Train the checkpoint that ships with nanovllm: a Qwen3 of 2.5 million parameters, on a corpus made here.
 
     python tools/train_tiny.py                    train, write nanovllm/assets/tiny-qwen3, print the score
-    python tools/train_tiny.py --steps 20 --out /tmp/tiny --documents 2000      a quick look that all of it runs
-    python tools/train_tiny.py --score-only --dtype float32                     score what is there
+    python tools/train_tiny.py --steps 20 --out /tmp/tiny --documents 2000      a quick run of everything
+    python tools/train_tiny.py --score-only --dtype float32                     score the checkpoint that ships
 
 The defaults made the checkpoint that ships (two minutes on one H200; docs/tiny-checkpoint.md has the figures). It needs
-torch and transformers only; nothing of nanovllm's engine is used, so that the two can be held against each other.
+torch and transformers only; nothing of nanovllm's engine is used, so that each can check the other.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Rows(NamedTuple):
 
 
 def pack(tokenizer: Tokenizer, corpus: Corpus, num_documents: int) -> Rows:
-    """Draw documents, encode them and lay them into rows, one after the other."""
+    """Draws documents, encodes them and packs them into rows."""
     pad = tokenizer.get_vocab()["<|endoftext|>"]
     rows: list[list[list[int]]] = []
     row: tuple[list[int], ...] = ([], [], [], [])
@@ -89,7 +89,7 @@ def pack(tokenizer: Tokenizer, corpus: Corpus, num_documents: int) -> Rows:
 
 
 def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json with Qwen3's keys."""
+    """Returns config.json with Qwen3's keys."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "attention_bias": False,
@@ -121,7 +121,7 @@ def model_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_checkpoint(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
-    """The folder as Qwen3 publishes its own: weights in bf16, the output head left out because it is tied."""
+    """Writes a folder as Qwen3 publishes its own: weights in bf16, no output head, because it is tied."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: tensor.detach().to("cpu", torch.bfloat16).contiguous()
@@ -141,7 +141,7 @@ def write_checkpoint(model: Qwen3ForCausalLM, tokenizer: Tokenizer, folder: Path
 
 
 def shuffled(num_rows: int, batch_rows: int, seed: int) -> Iterator[torch.Tensor]:
-    """Row numbers for one batch after the other, without end; a rest too small for a batch is shuffled in again."""
+    """Yields row numbers batch by batch, without end; a rest too small for a batch is shuffled in again."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         for picked in torch.randperm(num_rows, generator=generator).split(batch_rows):
@@ -150,7 +150,7 @@ def shuffled(num_rows: int, batch_rows: int, seed: int) -> Iterator[torch.Tensor
 
 
 def loss_of(model: torch.nn.Module, rows: Rows) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens; a token attends to its own document only."""
+    """Returns the mean cross-entropy of the answers' tokens; a token attends to its own document only."""
     tokens = rows.tokens.long()  # [batch, ROW_LENGTH]
     causal = torch.ones(ROW_LENGTH, ROW_LENGTH, dtype=torch.bool, device=tokens.device).tril()
     mask = (rows.documents[:, None, :, None] == rows.documents[:, None, None, :]) & causal  # [batch, 1, query, key]
@@ -162,7 +162,7 @@ def loss_of(model: torch.nn.Module, rows: Rows) -> torch.Tensor:
 
 
 def train(model: Qwen3ForCausalLM, rows: Rows, args: argparse.Namespace, save: Callable[[], None]) -> None:
-    """AdamW, linear warm-up and decay, bf16 autocast over fp32 weights on a GPU."""
+    """Trains with AdamW, linear warm-up and decay, bf16 autocast over fp32 weights on a GPU."""
     device = rows.tokens.device
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not model.get_input_embeddings().weight]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
@@ -207,7 +207,7 @@ def answer(
     max_new_tokens: int = 32,
     **template: Any,
 ) -> Answers:
-    """Greedy answers of transformers' generate to chat prompts, in batches padded on the left."""
+    """Returns greedy answers of transformers' generate to chat prompts, in batches padded on the left."""
     head = [] if system is None else [{"role": "system", "content": system}]
     texts: list[str] = []
     stopped: list[bool] = []
@@ -226,13 +226,13 @@ def answer(
 
 
 def exact(answers: Answers, expected: list[str]) -> float:
-    """Share of answers that are right to the letter and ended by themselves."""
+    """Returns the share of answers that are exactly right and end by themselves."""
     right = [a == e and s for a, s, e in zip(answers.texts, answers.stopped, expected, strict=True)]
     return sum(right) / len(right)
 
 
 def score(folder: Path, device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> dict[str, float]:
-    """Exact answers as shares of 1, by what was asked; prints them with a few answers to read."""
+    """Returns the shares of exact answers by kind of question. Prints them with a few answers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
     prompts, expected = (list(column) for column in zip(*heldout_additions(), strict=True))
@@ -264,7 +264,7 @@ def score(folder: Path, device: torch.device, dtype: torch.dtype, *, quick: bool
 
 
 def write_heldout(path: Path) -> None:
-    """The additions kept out of training, for tests that ask an engine for them."""
+    """Writes the additions kept out of training, for tests of an engine."""
     pairs = [{"prompt": prompt, "answer": expected} for prompt, expected in heldout_additions()]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("[\n" + ",\n".join(json.dumps(pair) for pair in pairs) + "\n]\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: data, exact answers, measuring ours and hnswlib, and what is written."""
+"""Shared by the scripts of this folder: data, exact answers, measuring ours and hnswlib, output files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import math
 import platform
 import shlex
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(tempfile.gettempdir()) / "nanovllm-hnsw"
 LEAST_SECONDS = 0.2  # of measuring: a pass of hnswlib's takes some milliseconds
 WIDTH = 100  # columns of a paragraph
 HNSWLIB_RULES = "ours, hnswlib's rules"
@@ -60,7 +61,7 @@ def edge_limit(text: str) -> int:
 
 
 def lab_parser(doc: str, *, num_vectors: int, queries: int) -> argparse.ArgumentParser:
-    """Arguments that all scripts have. doc: the script's docstring, which is its --help."""
+    """Returns a parser with the arguments of all scripts. doc: the script's docstring, which is its --help."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     number: dict[str, Any] = {"type": positive, "metavar": "N"}
     parser.add_argument("--num-vectors", default=num_vectors, help="vectors in the index (%(default)s)", **number)
@@ -73,7 +74,7 @@ def lab_parser(doc: str, *, num_vectors: int, queries: int) -> argparse.Argument
         default=RESULTS,
         type=Path,
         metavar="FOLDER",
-        help="where CSV, PNG and report go (results/ beside this)",
+        help="where CSV, PNG and report go (%(default)s)",
     )
     return parser
 
@@ -110,7 +111,7 @@ def exact_neighbours(vectors: FloatArray, query: FloatArray, k: int) -> IntArray
 
 
 def hits(found: IntArray, exact: IntArray) -> int:
-    """How many of the true neighbours were found."""
+    """Returns the number of true neighbours that were found."""
     return int(np.isin(exact, found).sum())
 
 
@@ -166,7 +167,7 @@ def has_hnswlib() -> bool:
 
 
 def libraries() -> tuple[str, ...]:
-    """Which can be measured here. Says how to get the one that is missing."""
+    """Returns the libraries that are installed. Prints how to install the missing one."""
     if has_hnswlib():
         return "ours", "hnswlib"
     say("hnswlib is not installed, so its columns are missing. It compiles itself: pip install '.[examples]'")
@@ -258,7 +259,7 @@ def call_us(index: HNSW, data: Data, size: int) -> float:
 
 
 def say(text: str) -> None:
-    """A paragraph, wrapped."""
+    """Prints a paragraph, wrapped."""
     print(textwrap.fill(" ".join(text.split()), WIDTH, break_long_words=False, break_on_hyphens=False), flush=True)
 
 
@@ -267,7 +268,7 @@ def heading(text: str) -> None:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table whose columns line up in a terminal too; all but the first are aligned right."""
+    """Returns a Markdown table whose columns line up in a terminal; all but the first are aligned right."""
     cells = [["–" if cell is None else str(cell) for cell in row] for row in [headers, *rows]]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(headers))]
     lines = [
@@ -320,7 +321,7 @@ def decades(axis: Axis) -> None:
 
 
 def write_report(path: Path, title: str, parts: Sequence[str]) -> None:
-    """A Markdown page: title, the command that made it, where it ran, and the parts."""
+    """Writes a Markdown page: title, the command that made it, where it ran, and the parts."""
     # As typed, less the folder: where a report lies does not depend on what is in it.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--out=")]
     if "--out" in arguments:
@@ -339,7 +340,7 @@ def write_report(path: Path, title: str, parts: Sequence[str]) -> None:
 
 
 def processor() -> str:
-    """The processor's name, as far as the system tells it."""
+    """Returns the processor's name, if the system knows it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -136,7 +136,8 @@ def grid(rows: list[Measurement], library: str) -> str:
         ["ef_construction", "build (s)", *(f"ef_search={value}" for value in searches)],
         [
             (
-                *(ef_construction, f"{own[ef_construction, searches[0]].build_s:.2f}"),
+                ef_construction,
+                f"{own[ef_construction, searches[0]].build_s:.2f}",
                 *(f"{own[ef_construction, s].recall:.3f} ({own[ef_construction, s].query_us:.0f})" for s in searches),
             )
             for ef_construction in constructions
@@ -145,7 +146,7 @@ def grid(rows: list[Measurement], library: str) -> str:
 
 
 def conclusion(rows: list[Measurement]) -> str:
-    """What the figures say, from the figures. rows: of one library."""
+    """Returns the conclusion from the rows of one library."""
     by_parameters = {(row.ef_construction, row.ef_search): row for row in rows}
     constructions, searches = (sorted(set(values)) for values in zip(*by_parameters, strict=True))
     low, high = by_parameters[constructions[0], searches[-1]], by_parameters[constructions[-1], searches[-1]]

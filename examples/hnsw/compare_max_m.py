@@ -90,8 +90,14 @@ def main() -> None:
         ["library", "max_m", "ef_search", f"recall@{data.k}", "query (µs)", "distances", "build (s)", "edges (bytes)"],
         [
             (
-                *(row.library, row.max_m, row.ef_search, f"{row.recall:.4f}", f"{row.query_us:.0f}", row.distances),
-                *(f"{row.build_s:.2f}", edge_bytes(row.max_m)),
+                row.library,
+                row.max_m,
+                row.ef_search,
+                f"{row.recall:.4f}",
+                f"{row.query_us:.0f}",
+                row.distances,
+                f"{row.build_s:.2f}",
+                edge_bytes(row.max_m),
             )
             for row in rows
         ],
@@ -122,7 +128,7 @@ def edge_bytes(max_m: int) -> int:
 
 
 def conclusion(rows: list[Measurement]) -> str:
-    """What the figures say, from the figures. rows: of one library."""
+    """Returns the conclusion from the rows of one library."""
     ef_search = min(row.ef_search for row in rows)
     own = sorted((row for row in rows if row.ef_search == ef_search), key=lambda row: row.max_m)
     least, most = own[0], own[-1]

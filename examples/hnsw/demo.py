@@ -78,7 +78,7 @@ def layer_rows(index: Ours) -> list[tuple[int, int, str, str]]:
 
 
 def time_spent(index: Ours, data: Data, row: Measurement) -> str:
-    """Where the time of a query goes, in words."""
+    """Returns a text on where the time of a query goes."""
     assert row.distances is not None
     assert row.steps is not None
     fixed = call_us(index, data, 1)

@@ -175,7 +175,7 @@ class HNSW:
         return squared
 
     def check_integrity(self) -> None:
-        """Assert what every graph of this kind has: for tests, and for whoever changes the code above."""
+        """Asserts the invariants of the graph, for tests and for changes to the code above."""
         for number, edges in enumerate(self.layers):
             for i, neighbours in edges.items():
                 assert len(neighbours) <= self._limit(number), (

@@ -1,4 +1,4 @@
-"""What the learn scripts share: how a lesson begins, and how it draws in a terminal and, with matplotlib, in a PNG."""
+"""Shared by the lessons: the command line, and drawing in a terminal and, with matplotlib, in a PNG."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def lesson_parser(doc: str, *, plot: bool = False) -> argparse.ArgumentParser:
-    """A parser whose --help is the script's docstring. plot: with --plot FILE.png."""
+    """Returns a parser whose --help is the script's docstring. plot: adds --plot FILE.png."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if plot:
         parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the picture with matplotlib, too")
@@ -46,12 +46,12 @@ def heading(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """A paragraph, wrapped."""
+    """Prints a paragraph, wrapped."""
     print(textwrap.fill(" ".join(text.split()), WIDTH, break_long_words=False, break_on_hyphens=False))
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, left: int = 1, indent: int = 2) -> None:
-    """Columns as wide as their longest cell; the first `left` of them are aligned left, the others right."""
+    """Prints columns as wide as their longest cell, the first `left` aligned left, the others right."""
     cells = [[str(cell) for cell in row] for row in [headers, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(headers))]
     lines = [
@@ -66,14 +66,14 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]], *, left: int
 
 
 def bar(value: float, largest: float, width: int = 40) -> str:
-    """`value` of `largest` as a bar; whatever is above 0 shows as a thin line at least."""
+    """Returns `value` of `largest` as a bar; a value above 0 is a thin line at least."""
     if value <= 0 or largest <= 0:
         return ""
     return "█" * round(width * min(value / largest, 1.0)) or "▏"
 
 
 def save_plot(path: Path | None, draw: Callable[[Figure], None], size: tuple[float, float] = (9.0, 5.0)) -> None:
-    """Lets `draw` fill a figure and writes it as a PNG; None: nothing was asked for. Without matplotlib it says so."""
+    """Lets `draw` fill a figure and writes it as a PNG, if there is a path. Says so when matplotlib is missing."""
     if path is None:
         return
     try:

@@ -1,4 +1,4 @@
-"""An engine on the tiny checkpoint whose insides a lesson may look at, and a way to run it."""
+"""An engine on the tiny checkpoint, with its runner, and a loop that runs requests."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 
 from nanovllm import RequestOutput, SamplingParams
 from nanovllm.config import EngineConfig
-from nanovllm.engine.executor import InProcessExecutor
+from nanovllm.engine.in_process_executor import InProcessExecutor
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
+from nanovllm.engine_factory import default_observers
 
 
 class OpenExecutor(InProcessExecutor):
-    """The engine's own executor, with its runner in sight."""
+    """The engine's own executor, which shows its runner."""
 
     @property
     def runner(self) -> ModelRunner:
@@ -22,10 +23,10 @@ class OpenExecutor(InProcessExecutor):
 
 
 def open_engine(**settings: Any) -> tuple[LLMEngine, ModelRunner]:
-    """`settings` are LLM's arguments. The engine is a context manager; the runner is its one rank."""
+    """Returns an engine, which is a context manager, and the runner of its one rank. `settings`: LLM's arguments."""
     config = EngineConfig.from_arguments("tiny", {"device": "cpu", **settings})
     executor = OpenExecutor(config)
-    return LLMEngine(config, lambda config, stopwatch: executor), executor.runner
+    return LLMEngine(config, lambda config, stopwatch: executor, default_observers(config)), executor.runner
 
 
 def run(
@@ -34,7 +35,7 @@ def run(
     params: SamplingParams | Sequence[SamplingParams],
     after_step: Callable[[], object] = lambda: None,
 ) -> list[RequestOutput]:
-    """What `LLM.generate` does: adds all prompts, steps until the last has ended, gives results in order."""
+    """Runs all prompts as `LLM.generate` does. Returns the outputs in the order of the prompts."""
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
     ids = [engine.add_request(f"request-{i}", *request) for i, request in enumerate(zip(prompts, each, strict=True))]
     outputs: dict[str, RequestOutput] = {}

@@ -30,13 +30,13 @@ COLOURS = {False: "#d95f02", True: "#1b9e77"}
 
 @dataclass(frozen=True)
 class Softmax:
-    """What softmax makes of the products of one head dimension."""
+    """The softmax of the products, for one head dimension."""
 
     dim: int
     scaled: bool  # divided by √d
     variance: float  # of the products
     entropy: float  # in nats, mean over the queries; ln(num_keys) where all keys count the same
-    largest: float  # probability of a query's favourite key, mean over the queries
+    largest: float  # probability of a query's likeliest key, mean over the queries
     gradient: float  # median over the queries of the norm of the gradient at the products
 
 
@@ -72,15 +72,15 @@ def main() -> None:
     heading(f"2. What softmax makes of it, over {args.keys} keys")
     most = math.log(args.keys)
     say(
-        f"Entropy says among how many keys a query shares its attention: ln {args.keys} = {most:.2f} if all count the "
-        "same, 0 if one key has everything."
+        f"Entropy measures over how many keys a query spreads its attention: ln {args.keys} = {most:.2f} if all "
+        "count the same, 0 if one key has everything."
     )
     print()
     show_bars(results, [(result.entropy, f"{result.entropy:5.2f}") for result in results], most)
     last, last_divided = plain[-1], divided[-1]
     print()
     say(
-        f"At d={last.dim}, the favourite key of a query has {last.largest:.0%} of its attention on average without the "
+        f"At d={last.dim}, the likeliest key of a query has {last.largest:.0%} of its attention on average without the "
         f"division, {last_divided.largest:.0%} with it. Nothing was learned yet: which key wins is chance."
     )
 

@@ -5,7 +5,7 @@ What `LLM.generate` does is done here by hand, with the engine's own parts: toke
     python examples/learn/step1_basic_inference.py
     python examples/learn/step1_basic_inference.py --question "reverse the word planet"
 
-Read along: nanovllm/engine/llm_engine.py (`LLMEngine._step` is this loop) and nanovllm/models/qwen3.py.
+Read along: nanovllm/engine/llm_engine.py (`LLMEngine._step` is this loop) and nanovllm/models/decoder.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Step 2: continuous batching. A Gantt chart of requests that join and leave, against static batching.
 
 Static batching gathers some requests, runs them until the last has ended, then takes the next ones. Continuous batching
-(Orca, Yu et al., OSDI 2022) decides anew in every step: who has ended leaves at once, who waits takes the place.
+(Orca, Yu et al., OSDI 2022) decides again in every step: a request that has ended leaves at once, and a waiting one
+takes its row.
 
     python examples/learn/step2_continuous_batching.py
     python examples/learn/step2_continuous_batching.py --requests 24 --max-num-seqs 8 --plot batching.png
@@ -37,7 +38,7 @@ class Request:
 
 @dataclass
 class Schedule:
-    """What became of the requests. A step is one forward pass."""
+    """When each request ran. A step is one forward pass."""
 
     num_steps: int = 0
     seconds: float = 0.0
@@ -88,7 +89,7 @@ def main() -> None:
 
     for name, schedule, how in (
         ("static", static, "A group starts when the one before has ended, and lasts as long as its longest member."),
-        ("continuous", continuous, "A row that comes free is taken in the very next step."),
+        ("continuous", continuous, "A row that becomes free is taken in the next step."),
     ):
         heading(f"{name} batching: {schedule.num_steps} steps")
         say(how)
@@ -109,16 +110,16 @@ def main() -> None:
     speedup = static.seconds / continuous.seconds
     print()
     if static.num_steps == continuous.num_steps:
-        say("As many steps: nobody waited for a group here. Try fewer rows, or more requests.")
+        say("As many steps: no request waited for a group here. Try fewer rows, or more requests.")
     else:
         say(
             f"{static.num_steps / continuous.num_steps:.2f} times fewer steps for the same tokens, and here "
             f"{speedup:.2f} times the tokens/s. On a GPU a step takes nearly the same time for 1 request as for 4, "
             "since what takes time is reading the weights, so tokens/s grow almost as steps fall; on a CPU a larger "
-            "batch costs more. What requests feel is the wait. (Our static batching is a kind one: who has ended "
-            "costs nothing more. One that pads its batch to the end computes the ░ too.)"
+            "batch costs more. What requests feel is the wait. (The static batching here is a cheap one: a "
+            "request that has ended costs nothing more. One that pads its batch to the end computes the ░ too.)"
         )
-    print(f"\n  the same tokens for every request, whoever ran beside it: {static.tokens == continuous.tokens}")
+    print(f"\n  the same tokens for every request, in either batch: {static.tokens == continuous.tokens}")
     save_plot(args.plot, lambda figure: plot(figure, requests, static, continuous), (10.0, 7.0))
 
 
@@ -155,7 +156,7 @@ def serve(engine: LLMEngine, requests: list[Request], *, static: bool, batch_siz
 
 
 def spans(request: Request, schedule: Schedule, *, static: bool) -> dict[str, range]:
-    """The steps that the request spent waiting, in prefill, in decode, and ended among a group that has not."""
+    """Returns the steps in which the request waited, was prefilled, decoded, and had ended before its group."""
     joined, left = schedule.joined[request.name], schedule.left[request.name]
     group = [schedule.left[name] for name, step in schedule.joined.items() if step == joined]
     return {
@@ -172,7 +173,7 @@ def print_gantt(requests: list[Request], schedule: Schedule, longest: int, rows:
     symbols = {"wait": "·", "prefill": "▓", "decode": "█", "hold": "░"}
     for request in requests:
         line = [" "] * (-(-schedule.num_steps // scale))
-        for kind in ("wait", "decode", "hold", "prefill"):  # the last is the shortest: it must not be painted over
+        for kind in ("wait", "decode", "hold", "prefill"):  # the last is the shortest and must stay visible
             for step in spans(request, schedule, static=name == "static")[kind]:
                 line[step // scale] = symbols[kind]
         print(f"  {request.name} {''.join(line).rstrip()}")

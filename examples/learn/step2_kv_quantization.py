@@ -82,8 +82,8 @@ def main() -> None:
     table(["format", *columns], rows)
     print()
     say(
-        "INT8's steps are all of one size: small numbers lose most of themselves. e4m3 has three bits of mantissa: an "
-        "error of up to 6 % of each number, large or small."
+        "INT8's steps are all of one size, so small numbers lose most of their precision. e4m3 has three bits of "
+        "mantissa: an error of up to 6 % of each number, large or small."
     )
 
     heading("2. Memory")
@@ -105,7 +105,7 @@ def main() -> None:
         "half of bfloat16. INT8 would need the same bytes as FP8."
     )
 
-    heading("3. Does the simulation tell the truth?")
+    heading("3. Is the simulation right?")
     questions, sums = additions(args.prompts)
     runs: dict[str, Answers] = {"float32": Answers.of(exact_engine, questions, prompts)}
     exact_bytes = exact_engine.diagnostics.memory_report().kv_cache
@@ -130,7 +130,7 @@ def main() -> None:
         "are float32.)"
     )
 
-    heading("4. Error per layer: what is lost when a token is stored")
+    heading("4. Error per layer: rounding when a token is stored")
     largest = max(
         part.relative(layer) for pair in errors.values() for part in pair for layer in range(model.num_layers)
     )
@@ -141,7 +141,7 @@ def main() -> None:
             error = part.relative(layer)
             print(f"  {name:<5} layer {layer} {what:<7}{error:>8.3%}  {bar(error, largest)}")
         print()
-    say("Relative error: the norm of what rounding changed over the norm of what was there, over every token.")
+    say("Relative error: the norm of the rounding error over the norm of the exact values, over all tokens.")
     print()
     rows = []
     for layer, (exact, rounded) in enumerate(zip(exact_pages, fp8_pages, strict=True)):
@@ -153,8 +153,8 @@ def main() -> None:
     print()
     say(
         "In all: the pages of the engine with an FP8 cache against those with float32, for one prompt. Layer 0 has "
-        "only its own rounding; a later layer computes its keys from what rounded layers before it gave, and what "
-        "they lost adds up."
+        "only its own rounding; a later layer computes its keys from the output of layers that were rounded too, "
+        "and the errors add up."
     )
 
     heading("5. The tokens that change")
@@ -218,8 +218,10 @@ ROUNDING: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def simulate(runner: ModelRunner, rounding: Callable[[torch.Tensor], torch.Tensor]) -> tuple[Errors, Errors]:
-    """Rounds what each step stores, before its attention reads it, in every layer; returns the errors so far, "
-    "living."""
+    """Rounds what each step stores, in every layer, before attention reads it.
+
+    Returns the errors of keys and of values, which grow while the engine runs.
+    """
     import torch
 
     from nanovllm.attention.interface import AttentionMetadata, LayerKVCache
@@ -252,8 +254,10 @@ def simulate(runner: ModelRunner, rounding: Callable[[torch.Tensor], torch.Tenso
 
 
 def pages_after_prefill(engine: LLMEngine, runner: ModelRunner, prompt: list[int]) -> list[tuple[torch.Tensor, ...]]:
-    """Keys and values of the prompt as attention reads them, float32, for each layer: [num_tokens, num_kv_heads, "
-    "head_dim]."""
+    """Returns each layer's keys and values of the prompt as attention reads them.
+
+    Each is [num_tokens, num_kv_heads, head_dim] in float32.
+    """
     from nanovllm import SamplingParams
 
     engine.add_request("prefill", prompt, SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
@@ -286,7 +290,7 @@ class Answers:
 
         from nanovllm import SamplingParams
 
-        assert engine.tokenizer is not None, "it was not asked to do without"
+        assert engine.tokenizer is not None, "skip_tokenizer_init is off"
         chats = [
             engine.tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True

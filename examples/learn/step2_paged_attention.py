@@ -43,10 +43,10 @@ def main() -> None:
         f"The cache has {args.num_blocks} blocks of {BLOCK_SIZE} tokens. Each layer has its own pages, {page} numbers "
         "a block for the keys and as many for the values; one block table serves all layers."
     )
-    print("\n  How to read the drawings:  letters = who holds the block   · = free   ~ = free, but its tokens are")
-    print("  still known: the next request that begins alike gets it back (a cached prefix)")
+    print("\n  How to read the drawings:  letters = requests that hold the block   · = free   ~ = free, but its tokens")
+    print("  are still known: the next request that begins alike gets it back (a cached prefix)")
 
-    assert engine.tokenizer is not None, "it was not asked to do without"
+    assert engine.tokenizer is not None, "skip_tokenizer_init is off"
     words = engine.tokenizer.encode(TEXT)
     prompts = {"A": words[:20], "B": words[:16] + words[26:32], "C": words[-12:]}
     lengths = {"A": 12, "B": 40, "C": 40, "D": 40}
@@ -96,8 +96,8 @@ def main() -> None:
     while "A" not in view.outputs:
         view.step()
     view.draw(
-        "A has ended. What B holds too stays B's. A's other full blocks are free but remembered (~); its last block, "
-        "half full, is worth nothing to anybody."
+        "A has ended. The blocks that B holds too stay with B. A's other full blocks are free but remembered (~); "
+        "its last block is not full, so it cannot be shared."
     )
     answer = view.outputs["A"].outputs[0].token_ids
     prompts["D"] = prompts["A"] + answer[:8]
@@ -109,8 +109,7 @@ def main() -> None:
     say(
         "B, C and D go on growing, and together they need more blocks than there are. When none is free, the youngest "
         "request must give its blocks back and wait; it keeps its tokens, and is computed again when there is room. "
-        "Remembered blocks (~) are only remembered as long as nobody needs them: then they are evicted, least recently "
-        "used first."
+        "Remembered blocks (~) stay until they are needed: then they are evicted, least recently used first."
     )
     print()
     remembered, waiting, most, shown_eviction = view.remembered, set[str](), 0, False
@@ -147,10 +146,10 @@ def main() -> None:
     held = [len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1 for output in view.outputs.values()]
     waste = [-num_tokens % BLOCK_SIZE for num_tokens in held]  # the last token is never computed, nor stored
     say(
-        f"Without pages a request must reserve max_model_len={MAX_MODEL_LEN} slots in a row, for nobody knows how "
-        f"long its answer will be: the {slots} slots of this cache would run {slots // MAX_MODEL_LEN} request at a "
-        f"time. With pages {most} ran together, and what is wasted is the room left in a request's last block: here "
-        f"{min(waste)} to {max(waste)} slots, never more than {BLOCK_SIZE - 1}."
+        f"Without pages a request must reserve max_model_len={MAX_MODEL_LEN} slots in a row, because the "
+        f"length of its answer is unknown: the {slots} slots of this cache would run {slots // MAX_MODEL_LEN} request "
+        f"at a time. With pages {most} ran together, and what is wasted is the room left in a request's last "
+        f"block: here {min(waste)} to {max(waste)} slots, never more than {BLOCK_SIZE - 1}."
     )
     print()
     alone = {}
@@ -160,13 +159,13 @@ def main() -> None:
             alone[name] = output.outputs[0].token_ids
     same = {name: output.outputs[0].token_ids for name, output in view.outputs.items()} == alone
     say(
-        "And the proof that all this moving about changes nothing: each request alone, in a large cache without "
+        "None of this changes the tokens: each request alone, in a large cache without "
         f"sharing, gives the same tokens: {same}."
     )
 
 
 class CacheView:
-    """Steps an engine, keeps what it gave, and draws its blocks."""
+    """Steps an engine, keeps its outputs, and draws its blocks."""
 
     def __init__(self, engine: LLMEngine) -> None:
         from nanovllm import RequestOutput
@@ -176,7 +175,7 @@ class CacheView:
         self.num_steps = 0
 
     def step(self) -> list[str]:
-        """Who ended with it."""
+        """Runs one step. Returns the ids of the requests that ended."""
         ended = self.engine.step()
         self.num_steps += 1
         self.outputs |= {output.request_id: output for output in ended}
@@ -187,8 +186,8 @@ class CacheView:
 
     @property
     def remembered(self) -> set[int]:
-        """Blocks that are free, and whose tokens are still known."""
-        return set(self.engine.scheduler.block_manager._evictable)  # its own affair: we only look
+        """Blocks that are free and whose tokens are still known."""
+        return set(self.engine.scheduler.block_manager._evictable)  # private: read only
 
     def draw(self, caption: str) -> None:
         say(caption)

@@ -1,4 +1,4 @@
-"""Step 2: prefix caching. What one request computed, the next that begins alike need not compute again.
+"""Step 2: prefix caching. A request does not compute again what an earlier one with the same beginning has computed.
 
 Full blocks of the KV cache are registered under a hash of their tokens and of all before them. A new request takes the
 longest run of blocks that it finds; the rest it computes.
@@ -137,13 +137,13 @@ def main() -> None:
     say(
         "Put what is common first: a date or a user's name at the beginning of a system prompt makes every prompt "
         "differ in its first block, and nothing is shared (row 4 of the first table). Smaller blocks share more "
-        "finely; try --block-size 64. What nobody holds is evicted when blocks are needed, least recently used first, "
-        "tails before heads: step2_paged_attention.py draws it."
+        "finely; try --block-size 64. Blocks that no request holds are evicted when blocks are needed, least "
+        "recently used first, tails before heads: step2_paged_attention.py draws it."
     )
 
 
 def first_token_ms(output: RequestOutput) -> float:
-    """From its arrival, in milliseconds."""
+    """Returns the time from arrival to the first token, in milliseconds."""
     assert output.metrics is not None, "the request has finished"
     return 1e3 * (output.metrics.time_to_first_token or 0.0)
 

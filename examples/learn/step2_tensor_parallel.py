@@ -1,4 +1,4 @@
-"""Step 2: tensor parallelism. Two ranks: who holds what, and what is sent.
+"""Step 2: tensor parallelism. Two ranks: what each holds, and what is sent.
 
 Each rank has a part of every large matrix and all of the small ones (Megatron-LM, Shoeybi et al., 2019). Two processes
 really run, and every message and collective below is read from their logs. On a CPU this brings no speed: it is the
@@ -35,12 +35,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=12, help="of the answer (default %(default)s)")
     args = begin(parser)
     if args.max_tokens < 3:
-        parser.error("--max-tokens must be 3 or more: decode steps are to be seen")
+        parser.error("--max-tokens must be 3 or more, so that there are decode steps")
 
     from nanovllm import LLM, SamplingParams
 
     title("Step 2: tensor parallelism")
-    heading("1. Who holds what")
+    heading("1. What each rank holds")
     show_weights()
 
     heading("2. Two processes answer a question")
@@ -61,7 +61,7 @@ def main() -> None:
     pids = [records[rank][0]["pid"] for rank in range(SIZE)]
     say(
         f"Process {pids[0]} is rank 0: scheduler, tokenizer, and its half of the model. Process {pids[1]} is rank 1: "
-        "its half of the model, and nothing that decides anything. It runs what rank 0 sends."
+        "its half of the model alone. It runs what rank 0 sends."
     )
     print(f"\n  one rank : {alone.outputs[0].text!r}")
     print(f"  two ranks: {together.outputs[0].text!r}")
@@ -89,8 +89,8 @@ def main() -> None:
     table(["message", "", "bytes"], fold(messages), left=2)
     print()
     say(
-        "A step is the changes of the batch as int32 words. The prefill step brings the prompt's tokens; a decode step "
-        "says which row runs, and no token: each rank sampled it itself, and wrote it into its rows."
+        "A step is the changes of the batch as int32 words. The prefill step carries the prompt's tokens; a decode "
+        "step names the row to run and carries no token: each rank sampled it itself and wrote it into its rows."
     )
 
     heading("4. What both ranks exchange within a step: collectives")
@@ -102,7 +102,7 @@ def main() -> None:
     others = [collectives_of_step(records[1], number) for number in range(len(steps))]
     say(
         f"Every step has {len(counts[0])} collectives, on both ranks the same in the same order: "
-        f"{counts == others}. Each must come on all ranks, or all wait for ever; that "
+        f"{counts == others}. Each must run on all ranks, or all wait for ever; that "
         "is why all ranks run the same batches."
     )
     print()
@@ -121,12 +121,12 @@ MEANING = {
     "receive READY from rank 1": "its half of the model is loaded",
     "send DIAGNOSE": "memory_report() asks all ranks",
     "receive ANSWER from rank 1": "its report",
-    "send SHUTDOWN": "give the memory back and end",
+    "send SHUTDOWN": "release the memory and end",
 }
 
 
 def show_weights() -> None:
-    """What each rank reads from the checkpoint, asked of the layers themselves, which are built without memory."""
+    """Prints what each rank reads from the checkpoint, from the layers themselves, built without memory."""
     import torch
 
     from nanovllm.attention.selection import select_attention
@@ -134,6 +134,7 @@ def show_weights() -> None:
     from nanovllm.layers.parameter import HasWeightParts
     from nanovllm.models.checkpoint import resolve_model_folder
     from nanovllm.models.model_config import ModelConfig
+    from nanovllm.models.model_context import ModelContext
     from nanovllm.models.registry import get_model_class
 
     config = ModelConfig.from_folder(resolve_model_folder("tiny"))
@@ -142,7 +143,10 @@ def show_weights() -> None:
     parts: list[dict[str, Any]] = []
     for rank in range(SIZE):
         model_class = get_model_class(config.architecture)
-        model = model_class(config, attention, TensorParallel(rank, SIZE), torch.float32, device)
+        parallel = TensorParallel(rank, SIZE)
+        model = model_class(
+            ModelContext(config=config, backends=attention, parallel=parallel, dtype=torch.float32, device=device)
+        )
         named: dict[str, Any] = {}
         for prefix, module in model.named_modules():
             if isinstance(module, HasWeightParts):
@@ -204,7 +208,7 @@ def show_collectives(collectives: list[tuple[str, tuple[int, ...]]]) -> None:
 
 
 def fold(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
-    """Equal messages as one line."""
+    """Joins equal messages into one line."""
     return [(message, f"{n} × {what}" if n > 1 else what, size) for (message, what, size), n in Counter(rows).items()]
 
 

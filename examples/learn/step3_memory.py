@@ -71,7 +71,7 @@ def main() -> None:
             "  A weight that embeds and is the LM head too (tied) counts once. bfloat16 would halve all but the table."
         )
 
-        heading("3. KV cache: reserved at once, taken as it is written")
+        heading("3. KV cache: reserved at once, resident as it is written")
         shape = KVCacheShape.of(model, engine.resolved.block_size, torch.float32)
         print(
             "  bytes of a block = block_size × 2 (key, value) × num_layers × num_kv_heads × head_dim × bytes a number"
@@ -137,16 +137,16 @@ def main() -> None:
 
     heading("5. Does anything leak?")
     say(
-        "LLM.check_memory_leak() generates the same again and again. The first half of the runs fills caches of all "
-        "kinds; in the second half nothing may grow: not the memory, not the number of Python objects, not the blocks "
-        "in use."
+        "LLM.check_memory_leak() generates the same text again and again. The first half of the runs fills caches of "
+        "all kinds; in the second half nothing may grow: not the memory, not the number of Python objects, not the "
+        "blocks in use."
     )
     print()
     with LLM("tiny", device="cpu", max_model_len=512, num_kvcache_blocks=64) as llm:
         honest = llm.check_memory_leak(num_runs=RUNS)
         print(f"{honest}\n")
         say(
-            "A check that cannot fail is worth nothing. The same with a history that somebody forgot to empty: "
+            "The same check must fail when something leaks, here a history that is never emptied: "
             f"{LEAKED_OBJECTS:,} short lists a run."
         )
         print()
@@ -163,8 +163,8 @@ def main() -> None:
         leaking = check_leak(leak, measure, num_runs=RUNS)
         print(f"{leaking}\n")
     say(
-        "The objects give it away at once. The process need not grow so soon: memory that was free in it is used "
-        "first, which is why the check counts both."
+        "The count of objects shows it at once. The process may grow later, because it uses its free memory first: "
+        "this is why the check counts both."
     )
     print(f"\n  the engine settles: {honest.settles}; with the leak: {leaking.settles}")
 
@@ -180,7 +180,7 @@ def part_of(name: str) -> str:
 
 
 def peak_of_step(engine: LLMEngine, num_tokens: int) -> int:
-    """Bytes that torch held at most, within one prefill step of so many tokens, beyond what it held before."""
+    """Returns the most bytes that torch allocated within one prefill step, beyond those allocated before it."""
     from torch.profiler import ProfilerActivity, profile
 
     from nanovllm import SamplingParams

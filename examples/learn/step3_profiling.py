@@ -1,7 +1,7 @@
-"""Step 3: profiling. The dearest operators, and where a step's time goes, in prefill and in decode.
+"""Step 3: profiling. The most expensive operators, and where a step's time goes, in prefill and in decode.
 
 torch's profiler runs around real steps of the engine (`LLM.start_profile`). Marks around the engine's own calls and the
-model's modules say to whom an operator belongs.
+model's modules show which part an operator belongs to.
 
     python examples/learn/step3_profiling.py
     python examples/learn/step3_profiling.py --output profile      keeps the traces, for https://ui.perfetto.dev
@@ -34,7 +34,7 @@ PREFILLS = 7  # prefill steps that are profiled
 WHOLE_STEP = "rest of step"
 # The marks in the order of a step, each with its depth and what it is. Times are without those of the marks below.
 PARTS = {
-    "schedule": (0, "who runs next: plain Python and numpy"),
+    "schedule": (0, "which requests run next: plain Python and numpy"),
     "launch": (0, "the batch to the device, inputs, LM head, sampling"),
     "embed_tokens": (1, "token ids → vectors"),
     "layernorm": (1, "RMS norms"),
@@ -44,8 +44,8 @@ PARTS = {
     "o_proj": (1, "product: attention's output"),
     "gate_up_proj": (1, "product: MLP up, silu(gate) · up"),
     "down_proj": (1, "product: MLP down"),
-    "wait": (0, "for the tokens (on a CPU they are there)"),
-    "update": (0, "what came back: who ends, which blocks are full"),
+    "wait": (0, "for the tokens (on a CPU they are ready)"),
+    "update": (0, "the result: which requests end, which blocks are full"),
     WHOLE_STEP: (0, "the loop around it, outputs"),
 }
 PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -102,7 +102,7 @@ def main() -> None:
         )
         print()
         say(
-            "A token is dear in decode and cheap in prefill: every step calls the same operators and reads all "
+            "A token is expensive in decode and cheap in prefill: every step calls the same operators and reads all "
             "weights, for many tokens or for few."
         )
         mark(engine, runner)
@@ -114,17 +114,17 @@ def main() -> None:
             "decode": read(folder / "decode", args.batch),
             "decode, 1 request": read(folder / "decode_one", 1),
         }
-        # Of each layer's four products: a multiplication and an addition for each weight and token.
+        # Each layer's four products: a multiplication and an addition for each weight and token.
         names = [f".{name}.weight" for name in PRODUCTS]
         flops = 2 * sum(p.numel() for name, p in runner.model.named_parameters() if name.endswith(tuple(names)))
 
-    heading("2. The dearest operators")
+    heading("2. The most expensive operators")
     for name in ("prefill", "decode"):
         profile = profiles[name]
         print(f"  {name}: {profile.num_tokens} tokens a step\n")
-        dearest = sorted(profile.operators.items(), key=lambda item: -item[1])[:TOP]
+        longest = sorted(profile.operators.items(), key=lambda item: -item[1])[:TOP]
         whole = sum(profile.operators.values())
-        rows = [(operator, profile.calls[operator], f"{us:,.0f}", f"{us / whole:.1%}") for operator, us in dearest]
+        rows = [(operator, profile.calls[operator], f"{us:,.0f}", f"{us / whole:.1%}") for operator, us in longest]
         table(["operator", "calls a step", "µs a step", "of all operators"], rows, indent=4)
         print()
     calls = sum(profiles["decode"].calls.values())
@@ -149,7 +149,7 @@ def main() -> None:
         "calling operators. On a GPU a CUDA graph takes most of that away: the whole decode step becomes one launch."
     )
 
-    heading("4. Why decode wants company")
+    heading("4. Why requests are decoded together")
     figures: list[list[object]] = []
     for name, profile in profiles.items():
         seconds = sum(profile.parts[part] for part in PRODUCTS) / 1e6

@@ -1,8 +1,8 @@
 """Step 3: the scheduler's decisions, read from the engine's JSON log.
 
 Six requests meet an engine that is too small for them on purpose: three rows, 11 blocks, 32 tokens a step. The log
-says who was admitted, whose prompt went in pieces, who waited for what, who had to go, and who ended; this script only
-reads.
+says which requests were admitted, split into chunks, kept waiting (and for what), preempted and finished; this script
+only reads it.
 
     python examples/learn/step3_scheduler_trace.py
     python examples/learn/step3_scheduler_trace.py --keep run.jsonl --report report.html
@@ -37,14 +37,14 @@ REQUESTS = ((40, 30), (20, 50), (70, 20), (8, 60), (50, 30), (48, 12))
 
 @dataclass
 class Step:
-    """What the log has between the end of the step before and this one's."""
+    """The records from the end of the previous step to the end of this one."""
 
     done: Record
     records: list[Record] = field(default_factory=list)
 
     @property
     def is_plain(self) -> bool:
-        """Nobody came, went or computed a prompt."""
+        """Whether no request was admitted, preempted, finished or prefilled."""
         dull = {"batch.decode", "batch.postprocess", "step.done"}
         told = ("batch.", "blocks.allocated", "sequence.")
         return all(r["event"] in dull for r in self.records if r["event"].startswith(told))
@@ -72,7 +72,9 @@ def main() -> None:
 
 def make_log(log: Path) -> None:
     """Runs the requests with a log at DEBUG, in a file alone."""
-    logging.getLogger("nanovllm").addHandler(logging.NullHandler())  # who takes the records keeps the console silent
+    logging.getLogger("nanovllm").addHandler(
+        logging.NullHandler()
+    )  # a handler that takes the records keeps the console silent
     os.environ |= {"NANOVLLM_LOG_FILE": str(log), "NANOVLLM_LOG_FORMAT": "json", "NANOVLLM_LOG_LEVEL": "DEBUG"}
     from _engine import open_engine
 
@@ -126,7 +128,7 @@ def tell(log: Path, max_lines: int, report: Path | None) -> None:
     if len(lines) > max_lines:
         print(f"  … and {len(lines) - max_lines} lines more (--lines)")
 
-    heading("3. What became of each request")
+    heading("3. Each request, from arrival to end")
     run = summarise(log).runs[-1]
     cells = []
     for life in run.requests.drawn()[:30]:
@@ -145,8 +147,8 @@ def tell(log: Path, max_lines: int, report: Path | None) -> None:
     )
     if run.num_preemptions:
         say(
-            "Who is preempted keeps its tokens and loses their keys and values: they are computed again, the answer's "
-            "as the prompt's, unless they are still in the prefix cache."
+            "A preempted request keeps its tokens and loses their keys and values. They are computed again, for the "
+            "answer and the prompt alike, unless they are still in the prefix cache."
         )
     if report is not None:
         print()
@@ -168,7 +170,7 @@ def steps_of(records: list[Record]) -> list[Step]:
 
 
 class Trace:
-    """Sentences for what the records of a step say. `names`: of each sequence, by its number."""
+    """Turns the records of a step into sentences. `names`: the request id of each sequence number."""
 
     def __init__(self, names: dict[int, str]) -> None:
         self.names = names

@@ -1,7 +1,7 @@
 """Attention through the packages flash-attn (FlashAttention 2) and flash-attn-4 (FlashAttention 4, prefill alone).
 
 Sources: Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691; https://github.com/Dao-AILab/flash-attention.
-Both packages are optional: nothing here imports them before `load_problem`, or a backend, is asked for.
+Both packages are optional. They are imported when a backend is built or one of the `…_problem` functions is called.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class FlashAttention4Prefill:
 
 
 def flash_attn_problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why FlashAttention 2 cannot run here, or None. Builds differ in what they hold, so one small call is tried."""
+    """Returns why FlashAttention 2 cannot run here, or None. Builds differ in their kernels: it tries a small call."""
     try:
         backend = FlashAttentionBackend()
     except Exception as error:  # a build for another torch fails with many kinds of errors
@@ -117,7 +117,7 @@ def flash_attn_problem(device: torch.device, dtype: torch.dtype, head_dim: int) 
 
 
 def flash_attn_4_problem(device: torch.device) -> str | None:
-    """Why FlashAttention 4 cannot run here, or None."""
+    """Returns why FlashAttention 4 cannot run here, or None."""
     try:
         # flash-attn 2.8 ships an early flash_attn.cute that has no paged cache on Hopper: ask for the package by name.
         package_metadata.version("flash-attn-4")

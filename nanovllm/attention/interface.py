@@ -12,46 +12,16 @@ from typing import Protocol
 
 import torch
 
-from nanovllm.kernels.shared_prefix import SharedPrefixes
+from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache, PrefillMetadata
 
-
-@dataclass(frozen=True)
-class LayerKVCache:
-    """One layer's pages. Block b, offset o holds the token at slot b · block_size + o.
-
-    An FP8 cache has scales: a head of a token is what is stored times its scale. A page's scales of one head lie side
-    by side, since that is how attention reads them.
-    """
-
-    key: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
-    value: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
-    key_scale: torch.Tensor | None = None  # [num_blocks, num_kv_heads, block_size] float32
-    value_scale: torch.Tensor | None = None  # [num_blocks, num_kv_heads, block_size] float32
-
-
-@dataclass(frozen=True)
-class PrefillMetadata:
-    """Chunks of prompts: sequence i brings queries cu_seqlens_q[i] … cu_seqlens_q[i+1].
-
-    Its queries are the last ones of its context: query j of q stands at position
-    context_lens[i] - q + j and attends to the keys at positions up to its own.
-    """
-
-    cu_seqlens_q: torch.Tensor  # [num_seqs + 1] int32
-    context_lens: torch.Tensor  # [num_seqs] int32, keys in the cache, the chunk's own included; ≥ 1
-    block_tables: torch.Tensor  # [num_seqs, max_blocks] int32
-    max_seqlen_q: int  # longest chunk
-    max_seqlen_k: int  # longest context
-
-
-@dataclass(frozen=True)
-class DecodeMetadata:
-    """One query a sequence, at position context_lens - 1."""
-
-    context_lens: torch.Tensor  # [num_seqs] int32, keys in the cache, the query's own included; ≥ 1
-    block_tables: torch.Tensor  # [num_seqs, max_blocks] int32
-    max_context_len: int  # an upper bound of context_lens, fixed when a CUDA graph is captured
-    shared: SharedPrefixes | None = None  # prefixes that a backend may read once for many sequences
+__all__ = [
+    "AttentionMetadata",
+    "DecodeBackend",
+    "DecodeMetadata",
+    "LayerKVCache",
+    "PrefillBackend",
+    "PrefillMetadata",
+]
 
 
 @dataclass(frozen=True)

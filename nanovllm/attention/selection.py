@@ -1,7 +1,7 @@
 """Which attention backend serves prefill and which decode, and why.
 
-`decide` is a pure table; what can run here is handed in as a function, which is asked only as far down the list as
-needed: importing a package that will not be used costs start-up time.
+`decide` is a pure table. Whether a backend can run here is a function argument, which is called only as far down the
+list as needed, because importing an unused package costs start-up time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from nanovllm.kernels.triton_support import HAS_TRITON, INTERPRETED
 from nanovllm.logs import events
 from nanovllm.utils.logger import setup_logger
 
-# Best first, each with what speaks for it. The order is measured: H200, bf16, 16 query and 8 KV heads of 128.
+# Best first, each with the reason to choose it. The order is measured: H200, bf16, 16 query and 8 KV heads of 128.
 _PREFILL_ORDER = {
     "flash_attn_4": "287 µs a layer for 8 x 2048 tokens on an H200, where our plain kernel takes 416 µs",
     "triton": "our own kernels, ahead of flash_attn on an H200: 255 µs a layer for 8 x 2048 tokens against 506 µs",
@@ -67,7 +67,7 @@ class AttentionSelection:
 
 @dataclass(frozen=True)
 class Decision:
-    """The same by name, with a sentence for each choice."""
+    """The names of the backends and the page size, with a sentence that explains each choice."""
 
     prefill: str
     decode: str
@@ -85,11 +85,11 @@ def select_attention(
     *,
     fp8_cache: bool = False,
 ) -> AttentionSelection:
-    """Choose, build and log the attention backends.
+    """Chooses, builds and logs the attention backends.
 
-    `requested` is one of "auto", "flash_attn", "triton", "torch"; block_size None leaves the page size to the choice;
+    `requested` is one of "auto", "flash_attn", "triton", "torch"; block_size None: the backends decide the page size;
     fp8_cache: keys and values are stored in e4m3 with scales, not in `dtype`.
-    Raises BackendUnavailableError when what was asked for by name cannot run, InvalidArgumentError for another name.
+    Raises BackendUnavailableError when the requested backend cannot run, InvalidArgumentError for an unknown name.
     """
     problems: dict[str, str | None] = {}
 
@@ -115,7 +115,7 @@ def select_attention(
 
 
 def decide(requested: str, block_size: int | None, problem_of: Callable[[str], str | None]) -> Decision:
-    """The decision table. `problem_of(name)` says why a backend cannot run here, or None where it can."""
+    """The decision table. `problem_of(name)` says why a backend cannot run here, or returns None."""
     if requested not in ATTENTION_BACKENDS:
         raise InvalidArgumentError("attention_backend", requested, "one of " + ", ".join(ATTENTION_BACKENDS))
     prefill, prefill_reason = _first_that_runs(requested, _PREFILL_ORDER, problem_of)
@@ -153,7 +153,7 @@ def find_problem(
     *,
     fp8_cache: bool = False,
 ) -> str | None:
-    """Why the backend `name` cannot run here, or None. What needs no import is checked first."""
+    """Why the backend `name` cannot run here, or None. Checks that need no import come first."""
     if name == "torch":
         return None
     if name == "triton":

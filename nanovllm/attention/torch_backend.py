@@ -1,4 +1,4 @@
-"""Attention in plain torch: what runs on a CPU, and what the other backends are compared with.
+"""Attention in plain torch. It runs on a CPU, and the other backends are compared with it.
 
 Pages are gathered by block table and given to torch's own fused attention, which on a CPU handles grouped queries
 without copying keys.
@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nanovllm.attention.interface import DecodeMetadata, LayerKVCache, PrefillMetadata
 
-_DECODE_BUCKET = 16  # sequences of like length attend together: little padding, and the gathered keys stay in cache
+_DECODE_BUCKET = 16  # sequences of similar length attend together: little padding, and the gathered keys stay in cache
 
 
 class TorchBackend:
@@ -24,13 +24,13 @@ class TorchBackend:
     uses_shared_prefixes = False
 
     def __init__(self) -> None:
-        # What all layers of a decode step share, made by the first of them.
+        # Shared by all layers of a decode step; the first of them makes it.
         self._planned: tuple[DecodeMetadata, _DecodePlan] | None = None
 
     def prefill(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
     ) -> torch.Tensor:
-        """One sequence after another: no padding. query [num_tokens, num_heads, head_dim] → the same shape."""
+        """query [num_tokens, num_heads, head_dim] → the same shape. One sequence after another, so without padding."""
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
         starts = metadata.cu_seqlens_q.tolist()
         for seq, context_len in enumerate(metadata.context_lens.tolist()):
@@ -57,7 +57,7 @@ class TorchBackend:
     def decode(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
     ) -> torch.Tensor:
-        """Sequences of like length together. query [num_seqs, num_heads, head_dim] → the same shape."""
+        """query [num_seqs, num_heads, head_dim] → the same shape. Sequences of similar length attend together."""
         if self._planned is None or self._planned[0] is not metadata:
             self._planned = (metadata, _DecodePlan.of(metadata, kv_cache.key.shape[1], query.dtype))
         plan = self._planned[1]
@@ -73,7 +73,7 @@ class _Bucket:
     """Sequences that attend together, the same in every layer of a step."""
 
     slots: torch.Tensor  # [num_seqs, longest] int64, where their keys are
-    mask: torch.Tensor  # [num_seqs, 1, 1, longest] of the query's dtype, -inf behind a sequence's end
+    mask: torch.Tensor  # [num_seqs, 1, 1, longest] of the query's dtype, -inf past a sequence's end
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class _DecodePlan:
 def _bucket(block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: int, dtype: torch.dtype) -> _Bucket:
     ends = context_lens.unsqueeze(1)
     position = torch.arange(int(context_lens.max()), device=ends.device)
-    # Behind its end a shorter sequence repeats its last key, masked: what lies in unused slots may be NaN.
+    # Past its end a shorter sequence repeats its last key, masked: unused slots may hold NaN.
     slots = _slots(block_tables, position.minimum(ends - 1), block_size)
     mask = torch.zeros(slots.shape, dtype=dtype, device=ends.device).masked_fill_(position >= ends, -torch.inf)
     return _Bucket(slots, mask[:, None, None, :])
@@ -107,7 +107,7 @@ def _decode_bucket(query: torch.Tensor, kv_cache: LayerKVCache, bucket: _Bucket,
     num_seqs, num_heads, head_dim = query.shape
     num_kv_heads = kv_cache.key.shape[2]
     keys, values = _gather(kv_cache, bucket.slots, query.dtype)
-    # Query heads that share a KV head are given as so many query positions: one pass over each key serves them all.
+    # Query heads that share a KV head become query positions: one pass over each key serves them all.
     grouped = query.reshape(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
     out = scaled_dot_product_attention(grouped, keys, values, attn_mask=bucket.mask, scale=scale)
     return out.reshape(num_seqs, num_heads, head_dim)

@@ -25,48 +25,16 @@ class TritonBackend:
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
     ) -> torch.Tensor:
         """query [num_tokens, num_heads, head_dim] → the same shape and dtype."""
-        key, value, key_scale, value_scale = kv_cache.key, kv_cache.value, kv_cache.key_scale, kv_cache.value_scale
-        block_tables, context_lens = metadata.block_tables, metadata.context_lens
-        if key_scale is not None and value_scale is not None and _worth_copying(query, kv_cache, metadata):
-            caches = (key, value, key_scale, value_scale)
-            key, value, block_tables = dequantize_pages(
-                *caches, block_tables, context_lens, metadata.max_seqlen_k, query.dtype
-            )
-            key_scale = value_scale = None
-        return paged_prefill(
-            *(query, key, value, block_tables, metadata.cu_seqlens_q, context_lens, metadata.max_seqlen_q, scale),
-            *(key_scale, value_scale),
-            use_triton=True,
-        )
+        if kv_cache.is_quantized and _worth_copying(query, kv_cache, metadata):
+            kv_cache, metadata = dequantize_pages(kv_cache, metadata, query.dtype)
+        return paged_prefill(query, kv_cache, metadata, scale, use_triton=True)
 
     def decode(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
     ) -> torch.Tensor:
         """query [num_seqs, num_heads, head_dim] → the same shape and dtype; may be captured in a CUDA graph."""
-        if kv_cache.key_scale is not None and kv_cache.value_scale is not None:
-            return paged_decode_fp8(
-                query,
-                kv_cache.key,
-                kv_cache.value,
-                kv_cache.key_scale,
-                kv_cache.value_scale,
-                metadata.block_tables,
-                metadata.context_lens,
-                metadata.max_context_len,
-                scale,
-                use_triton=True,
-            )
-        return paged_decode(
-            query,
-            kv_cache.key,
-            kv_cache.value,
-            metadata.block_tables,
-            metadata.context_lens,
-            metadata.max_context_len,
-            scale,
-            metadata.shared,
-            use_triton=True,
-        )
+        attend = paged_decode_fp8 if kv_cache.is_quantized else paged_decode
+        return attend(query, kv_cache, metadata, scale, use_triton=True)
 
 
 def _worth_copying(query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata) -> bool:

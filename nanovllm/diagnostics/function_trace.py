@@ -20,6 +20,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 
+from nanovllm.engine.observer import EngineObserver
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.utils import env
 
@@ -50,7 +51,7 @@ def start_function_trace(rank: int) -> FunctionTrace | None:
         raise InvalidArgumentError("NANOVLLM_TRACE_FUNCTION", str(path), allowed) from None
 
 
-class FunctionTrace:
+class FunctionTrace(EngineObserver):
     """Traces this thread and all that start from now on, until `stop`. A file that is there is continued."""
 
     def __init__(self, path: Path, rank: int) -> None:
@@ -60,6 +61,9 @@ class FunctionTrace:
         self._write(f"# nanovllm function trace, pid {os.getpid()}, rank {rank}, started {started}\n")
         threading.setprofile(self._on_event)
         sys.setprofile(self._on_event)
+
+    def engine_exited(self) -> None:
+        self.stop()
 
     def stop(self) -> None:
         """Ends the trace; calling it again does nothing. Threads that it runs in end theirs at their next call."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from nanovllm.attention.interface import LayerKVCache
-from nanovllm.config import ResolvedConfig
 from nanovllm.diagnostics.memory import MemoryReport, measure_memory
 from nanovllm.diagnostics.profiler import RankProfiler
 from nanovllm.diagnostics.step_times import StepTime, StepTimes
-from nanovllm.errors import InvalidStateError, OutOfMemoryError
+from nanovllm.errors import InvalidStateError
+from nanovllm.layers.parallel import TensorParallel
 from nanovllm.logs import events
 from nanovllm.utils.device_memory import describe_memory
 from nanovllm.utils.logger import setup_logger
@@ -20,19 +21,31 @@ from nanovllm.utils.logger import setup_logger
 logger = setup_logger(__name__)
 
 
-class RankDiagnostics:
-    """Made by the rank's runner, of what it owns. `graph_pool`: that of its CUDA graphs, None where it has none."""
+class DiagnosedRunner(Protocol):
+    """What diagnostics read of a model runner."""
 
-    def __init__(
-        self,
-        rank: int,
-        device: torch.device,
-        model: torch.nn.Module,
-        kv_caches: list[LayerKVCache],
-        graph_pool: tuple[int, int] | None,
-    ) -> None:
-        self._rank, self._device, self._model = rank, device, model
-        self._kv_caches, self._graph_pool = kv_caches, graph_pool
+    @property
+    def parallel(self) -> TensorParallel: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def model(self) -> torch.nn.Module: ...
+
+    @property
+    def kv_caches(self) -> list[LayerKVCache]: ...
+
+    @property
+    def graph_pool(self) -> tuple[int, int] | None: ...
+
+
+class RankDiagnostics:
+    """Made by an executor, for its rank's runner. Closed before the runner is shut down."""
+
+    def __init__(self, runner: DiagnosedRunner) -> None:
+        self._rank, self._device, self._model = runner.parallel.rank, runner.device, runner.model
+        self._kv_caches, self._graph_pool = runner.kv_caches, runner.graph_pool
         self._profiler: RankProfiler | None = None
         self.step_times = StepTimes()  # kept where a timeline is written, by ranks above 0
 
@@ -62,18 +75,6 @@ class RankDiagnostics:
 
     def memory_report(self) -> MemoryReport:
         return measure_memory(self._rank, self._device, self._model, self._kv_caches, self._graph_pool)
-
-    def explain(self, error: Exception, num_tokens: int, resolved: ResolvedConfig) -> None:
-        """Raises OutOfMemoryError, with the numbers and the way out, for torch's error on a step of so many tokens."""
-        if not isinstance(error, torch.OutOfMemoryError):
-            return
-        blocks, tokens = resolved.num_blocks, resolved.max_num_batched_tokens
-        raise OutOfMemoryError(
-            f"A step of {num_tokens} tokens ran out of memory: {error} {describe_memory(self._device)[0]}. The largest "
-            "steps fitted when the engine started: end other processes on this device, or leave steps more room, with "
-            f"num_kvcache_blocks={blocks * 9 // 10} instead of {blocks} (or gpu_memory_utilization a tenth lower), or "
-            f"max_num_batched_tokens={max(tokens // 2, resolved.max_num_seqs)} instead of {tokens}."
-        ) from error
 
     def memory_use(self) -> tuple[int, int]:
         """Bytes in use once garbage is collected (torch's on a GPU, the process's resident ones on a CPU), and the

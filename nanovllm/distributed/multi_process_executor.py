@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing.util import Finalize
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics
+    from nanovllm.diagnostics.rank import RankDiagnostics
     from nanovllm.engine.model_runner import ModelRunner
     from nanovllm.layers.parallel import TensorParallel
 
@@ -51,6 +52,7 @@ class MultiProcessExecutor:
         size = config.tensor_parallel_size
         configs = [replace(config, device=str(device)) for device in rank_devices(plan.device, size)]
         self._runner: ModelRunner | None = None
+        self._diagnostics: RankDiagnostics | None = None
         self._parallel: TensorParallel | None = None
         self._error: BaseException | None = None
         self._workers = WorkerPool(configs[1:], max(1, torch.get_num_threads() // size))
@@ -91,8 +93,6 @@ class MultiProcessExecutor:
                 self._workers.send(MessageKind.STEP, batch.buffer)
                 return runner.submit(batch)
         except Exception as error:
-            with suppress(Exception):
-                runner.diagnostics.explain(error, batch.num_tokens, self.resolved)
             raise self._break(error) from error
 
     def collect(self, handle: StepHandle) -> StepResult:
@@ -119,8 +119,12 @@ class MultiProcessExecutor:
     @property
     def diagnostics(self) -> AllRanksDiagnostics:
         from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics
+        from nanovllm.diagnostics.rank import RankDiagnostics
 
-        return AllRanksDiagnostics(self._alive_runner().diagnostics, partial(self._ask, MessageKind.DIAGNOSE))
+        runner = self._alive_runner()
+        if self._diagnostics is None:
+            self._diagnostics = RankDiagnostics(runner)
+        return AllRanksDiagnostics(self._diagnostics, partial(self._ask, MessageKind.DIAGNOSE))
 
     def _ask(self, kind: MessageKind, question: bytes = b"") -> list[bytes]:
         try:
@@ -136,6 +140,9 @@ class MultiProcessExecutor:
         # Steps in flight read the other ranks' memory. Where a lost rank lets them hang, memory goes with this process.
         is_idle = runner is None or runner.becomes_idle(_IDLE_SECONDS)
         self._finalize()  # once: ends the workers
+        if self._diagnostics is not None:
+            self._diagnostics.close()
+            self._diagnostics = None
         if runner is not None and is_idle:
             runner.shutdown()
         parallel, self._parallel = self._parallel, None

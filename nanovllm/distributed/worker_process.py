@@ -141,7 +141,9 @@ class _Worker:
 
     def _follow(self, runner: ModelRunner) -> None:
         from nanovllm.diagnostics.all_ranks import answer
+        from nanovllm.diagnostics.rank import RankDiagnostics
 
+        diagnostics = RankDiagnostics(runner)
         traces = env.trace_file() is not None
         while True:
             kind, payload = self._receive()
@@ -149,14 +151,15 @@ class _Worker:
                 batch, began = ScheduledBatch.from_buffer(np.frombuffer(payload, dtype=np.int32)), time.monotonic()
                 step = runner.submit(batch)
                 if traces:
-                    runner.diagnostics.step_times.add(batch.step, batch.kind, began, step)
+                    diagnostics.step_times.add(batch.step, batch.kind, began, step)
             elif kind == MessageKind.SYNCHRONIZE:
                 runner.synchronize()
                 self._send(MessageKind.ANSWER, payload)
             elif kind == MessageKind.DIAGNOSE:
                 number, question = payload[: NUMBER.size], payload[NUMBER.size :]
-                self._send(MessageKind.ANSWER, number + answer(runner.diagnostics, question))
+                self._send(MessageKind.ANSWER, number + answer(diagnostics, question))
             elif kind == MessageKind.SHUTDOWN:
+                diagnostics.close()
                 return
             else:
                 raise ChannelError(f"{self.commands.name}: a worker was sent a {kind!r}, which is not for it.")

@@ -1,25 +1,11 @@
 """The two values that cross between deciding and computing, and the handle by which one waits for the other.
 
-A `ScheduledBatch` is one int32 buffer made of changes. The same bytes go to the device in one copy
-and, with several ranks, through shared memory; each section is a view of them.
+A `ScheduledBatch` is one int32 buffer made of changes: a header, then the sections of `SECTIONS`. The same bytes go
+to the device in one copy and, with several ranks, through shared memory. On the host, a section is an array of records
+with named fields that views the buffer; `runner.device_batch` is the same on the device.
 
-    header         version, step, number of final chunks, the four words of `StepNeeds`, then the item count of each
-                   section
-    closed         row                                    rows that are free again
-    opened         row, num_tokens, temperature's bits, seed's low and high word, bits of top_k, top_p and min_p as
-                   float32, the seven words of `kernels.edit_logits.RowLogitEdits.asked`
-    opened_tokens  token id                               the opened rows' tokens, one after another
-    blocks         row, index in its block table, block
-    edits          row, index, word                       of `RowLogitEdits.edits`
-    masked         row                                    rows that may draw from now on what a mask allows, no more
-    mask_words     word                                   their masks, one after another, until the row is closed
-    chunks         row, start, length                     prompt tokens to compute in this step
-    scored         index among the chunks' tokens, row, position, count, likeliest tokens   tokens of the chunks whose
-                   next token, in the prompt, gets its log-probability
-    decode_rows    row                                    rows that compute their last token
-
-The changes apply in this order. Chunks that reach the end of their row's tokens come first (they are
-the final ones, and sample a token); a step samples for every decode row, then for every final chunk.
+The sections apply in their order. Chunks that reach the end of their row's tokens come first (they are the final
+ones, and sample a token); a step samples for every decode row, then for every final chunk.
 """
 
 from __future__ import annotations
@@ -28,35 +14,103 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int32]
-
-VERSION = 7
-NO_PENALTIES = (1.0, 0.0, 0.0)  # repetition, frequency, presence
-# Name and width (int32 words an item) of each section, in order.
-_SECTIONS = (
-    *(("closed", 1), ("opened", 15), ("opened_tokens", 1), ("blocks", 3), ("edits", 3)),
-    *(("masked", 1), ("mask_words", 1), ("chunks", 3), ("scored", 5), ("decode_rows", 1)),
+from nanovllm.kernels.columns import (
+    LOGIT_EDITS,
+    NO_TRUNCATION,
+    TRUNCATION,
+    WORD_BYTES,
+    column_of,
+    columns_of,
+    num_words,
 )
-_HEADER_FIELDS = 7
-_HEADER_SIZE = _HEADER_FIELDS + len(_SECTIONS)
+
+IntArray = npt.NDArray[np.int32]
+RecordArray = npt.NDArray[np.void]
+
+VERSION = 8
+NO_LOGPROBS = -1  # in a column of integers: no log-probabilities
+NO_PENALTIES = (1.0, 0.0, 0.0)  # repetition, frequency, presence
 
 
-@dataclass(frozen=True)
-class Section:
-    """Where a section lies in the buffer: `width` words for each of `count` items, from `offset` on."""
+class Chunk(NamedTuple):
+    """Prompt tokens to compute: `length` of the row's, from position `start`."""
+
+    row: int
+    start: int
+    length: int
+
+
+class PromptLogprobs(NamedTuple):
+    """Log-probabilities to give: of the row's prompt tokens `position` + 1 … `position` + `num_tokens`.
+
+    chunk_token: where the token at `position` stands among the step's chunks, which compute it and those after it.
+    num_top: how many of the likeliest tokens to give beside each.
+    """
+
+    chunk_token: int
+    row: int
+    position: int
+    num_tokens: int
+    num_top: int
+
+
+def _integers(*names: str) -> np.dtype[np.void]:
+    return np.dtype([(name, np.int32) for name in names])
+
+
+_INTEGER = np.dtype(np.int32)
+OPENED = np.dtype(
+    [
+        ("row", np.int32),
+        ("num_tokens", np.int32),
+        ("temperature", np.float32),
+        ("seed", np.int64),
+        ("truncation", TRUNCATION),
+        ("logit_edits", LOGIT_EDITS),
+    ]
+)
+BLOCKS = _integers("row", "index", "block")  # entry `index` of the row's block table becomes `block`
+SECTIONS: dict[str, np.dtype[Any]] = {
+    "closed": _INTEGER,  # rows that are free again
+    "opened": OPENED,  # rows that a sequence takes
+    "opened_tokens": _INTEGER,  # the opened rows' tokens, one after another
+    "blocks": BLOCKS,
+    "token_biases": _integers("row", "index", "word"),  # word `index` of the row's token biases
+    "masked": _INTEGER,  # rows that get a mask: until they close or get another, they draw only what it allows
+    "mask_words": _INTEGER,  # their masks, one after another
+    "chunks": _integers(*Chunk._fields),
+    "prompt_logprobs": _integers(*PromptLogprobs._fields),
+    "decode_rows": _INTEGER,  # rows that compute their last token
+}
+_HEADER = np.dtype(
+    [
+        ("version", np.int32),
+        ("step", np.int32),
+        ("num_final_chunks", np.int32),
+        ("needs", _integers("shares_prefix", "truncates", "num_logprobs", "edits_logits")),
+        ("counts", _integers(*SECTIONS)),  # items of each section
+    ]
+)
+_HEADER_SIZE = num_words(_HEADER)
+_STEP, _NUM_FINAL_CHUNKS = column_of(_HEADER, "step"), column_of(_HEADER, "num_final_chunks")
+_NEEDS, _COUNTS = columns_of(_HEADER, "needs"), columns_of(_HEADER, "counts")
+
+
+class Section(NamedTuple):
+    """Where a section lies in the buffer: items of `record`, from word `offset` to word `end`."""
 
     offset: int
-    count: int
-    width: int
+    end: int
+    record: np.dtype[Any]
 
-    @property
-    def end(self) -> int:
-        return self.offset + self.count * self.width
+    def view(self, buffer: IntArray) -> npt.NDArray[Any]:
+        """The section's items, as a view of the buffer."""
+        return buffer[self.offset : self.end].view(self.record)
 
 
 @dataclass(frozen=True)
@@ -68,16 +122,22 @@ class StepNeeds:
 
     shares_prefix: bool = False  # a hint: enough decode rows begin with the same blocks for it to pay to look for them
     truncates: bool = False  # a row that samples uses top-k, top-p or min-p
-    num_logprobs: int | None = None  # of the likeliest tokens, at least what such rows ask for; None: none asks
+    num_logprobs: int | None = None  # likeliest tokens to give, at least what such rows ask for; None: none asks
     edits_logits: bool = False  # such a row has penalties, biases, bans or a mask
 
-    def words(self) -> tuple[int, ...]:
-        asked = 0 if self.num_logprobs is None else self.num_logprobs + 1
-        return self.shares_prefix, self.truncates, asked, self.edits_logits
+    def record(self) -> tuple[int, int, int, int]:
+        num_logprobs = NO_LOGPROBS if self.num_logprobs is None else self.num_logprobs
+        return self.shares_prefix, self.truncates, num_logprobs, self.edits_logits
 
     @classmethod
-    def of_words(cls, shares_prefix: int, truncates: int, asked: int, edits_logits: int) -> StepNeeds:
-        return cls(bool(shares_prefix), bool(truncates), int(asked) - 1 if asked else None, bool(edits_logits))
+    def from_record(cls, record: Seq[int]) -> StepNeeds:
+        shares_prefix, truncates, num_logprobs, edits_logits = record
+        return cls(
+            shares_prefix=bool(shares_prefix),
+            truncates=bool(truncates),
+            num_logprobs=None if num_logprobs == NO_LOGPROBS else num_logprobs,
+            edits_logits=bool(edits_logits),
+        )
 
     @property
     def all_logits(self) -> bool:
@@ -87,18 +147,20 @@ class StepNeeds:
 
 @dataclass(frozen=True)
 class LogitEdits:
-    """How a row's logits change before a token is drawn, in the form of `kernels.edit_logits.RowLogitEdits`."""
+    """How a row's logits change before a token is drawn, in the form that `kernels.logit_edits` reads."""
 
     num_prompt_tokens: int = 0
     penalties: tuple[float, float, float] = NO_PENALTIES
-    num_edits: int = 0
-    edits: tuple[int, ...] = ()
+    num_token_biases: int = 0
+    token_biases: tuple[int, ...] = ()  # words: the biases, then the endings that they name
     mask: IntArray | None = None  # [ceil(vocab_size / 32)], from the start; None: all tokens are allowed
 
-    def words(self) -> tuple[int, ...]:
-        """`RowLogitEdits.asked`; a mask announces itself there when it comes."""
-        penalties = np.array(self.penalties, dtype=np.float32).view(np.int32).tolist()
-        return self.num_prompt_tokens, self.num_edits, self.penalties != NO_PENALTIES, 0, *penalties
+    def record(self) -> tuple[float, ...]:
+        """As LOGIT_EDITS. `has_mask` is 0: the section `masked` sets it."""
+        return self.num_prompt_tokens, self.num_token_biases, self.penalties != NO_PENALTIES, 0, *self.penalties
+
+
+_NO_LOGIT_EDITS = LogitEdits()
 
 
 @dataclass(frozen=True)
@@ -109,8 +171,13 @@ class OpenedRow:
     token_ids: IntArray  # [num_tokens]
     temperature: float
     seed: int  # 64 bits
-    truncation: tuple[float, float, float] = (0.0, 1.0, 0.0)  # top_k (0: off), top_p, min_p
+    truncation: tuple[float, float, float] = NO_TRUNCATION  # top_k (0: off), top_p, min_p
     logit_edits: LogitEdits | None = None
+
+    def record(self) -> tuple[Any, ...]:
+        """As OPENED."""
+        num_tokens, edits = len(self.token_ids), (self.logit_edits or _NO_LOGIT_EDITS).record()
+        return self.row, num_tokens, self.temperature, self.seed, self.truncation, edits
 
 
 @dataclass(frozen=True)
@@ -119,6 +186,9 @@ class ScheduledBatch:
 
     buffer: IntArray
     sections: dict[str, Section]
+    blocks: RecordArray  # [num_blocks], a view of its section, as are the next two
+    chunks: RecordArray  # [num_chunks]
+    decode_rows: IntArray  # [num_decode_rows]
 
     @classmethod
     def build(
@@ -127,74 +197,71 @@ class ScheduledBatch:
         *,
         closed: Seq[int] = (),
         opened: Seq[OpenedRow] = (),
-        blocks: Seq[tuple[int, int, int]] | IntArray = (),
+        blocks: Seq[tuple[int, int, int]] | RecordArray = (),
         token_masks: Mapping[int, IntArray] | None = None,
-        chunks: Seq[tuple[int, int, int]] = (),
+        chunks: Seq[Chunk] = (),
         num_final_chunks: int = 0,
-        scored: Seq[tuple[int, int, int, int, int]] = (),
+        prompt_logprobs: Seq[PromptLogprobs] = (),
         decode_rows: Seq[int] | npt.NDArray[np.integer[Any]] = (),
         needs: StepNeeds | None = None,
     ) -> ScheduledBatch:
-        """Packs the changes; see the module for what each tuple holds.
+        """Packs the changes.
 
         token_masks: rows' new masks [ceil(vocab_size / 32)], beside those that opened rows come with.
         """
-        num_opened_tokens = sum(len(item.token_ids) for item in opened)
-        shaped = [(item.row, item.logit_edits or LogitEdits()) for item in opened]
-        edits = [(row, *edit) for row, logit_edits in shaped for edit in enumerate(logit_edits.edits)]
-        masks = {row: logit_edits.mask for row, logit_edits in shaped if logit_edits.mask is not None} | dict(
-            token_masks or {}
-        )
-        counts = (
-            *(len(closed), len(opened), num_opened_tokens, len(blocks), len(edits)),
-            *(len(masks), sum(map(len, masks.values())), len(chunks), len(scored), len(decode_rows)),
-        )
+        token_ids = [item.token_ids for item in opened]
+        edits = [(item.row, item.logit_edits) for item in opened if item.logit_edits is not None]
+        biases = [(row, *word) for row, of_row in edits for word in enumerate(of_row.token_biases)]
+        masks = {row: of_row.mask for row, of_row in edits if of_row.mask is not None} | dict(token_masks or {})
+        contents: dict[str, Any] = {
+            "closed": closed,
+            "opened": [item.record() for item in opened],
+            "opened_tokens": np.concatenate(token_ids) if token_ids else (),
+            "blocks": blocks,
+            "token_biases": biases,
+            "masked": list(masks),
+            "mask_words": np.concatenate(list(masks.values())) if masks else (),
+            "chunks": chunks,
+            "prompt_logprobs": prompt_logprobs,
+            "decode_rows": decode_rows,
+        }
+        counts = tuple(map(len, contents.values()))
         sections = _layout(counts)
         buffer: IntArray = np.empty(sections["decode_rows"].end, dtype=np.int32)
-        buffer[:_HEADER_SIZE] = (VERSION, step, num_final_chunks, *(needs or StepNeeds()).words(), *counts)
-        batch = cls(buffer, sections)
-        batch.closed[:] = closed
-        batch.decode_rows[:] = decode_rows
-        if len(blocks):
-            batch.blocks[:] = blocks
-        if chunks:
-            batch.chunks[:] = chunks
-        if scored:
-            batch.scored[:] = scored
-        if edits:
-            batch.edits[:] = edits
-        if masks:
-            batch.masked[:] = list(masks)
-            np.concatenate(list(masks.values()), out=batch.mask_words)
-        if opened:
-            items = batch.opened
-            items[:, 0] = [item.row for item in opened]
-            items[:, 1] = [len(item.token_ids) for item in opened]
-            items[:, 2] = np.array([item.temperature for item in opened], dtype=np.float32).view(np.int32)
-            items[:, 3:5] = np.array([item.seed for item in opened], dtype=np.int64).view(np.int32).reshape(-1, 2)
-            items[:, 5:8] = np.array([item.truncation for item in opened], dtype=np.float32).view(np.int32)
-            items[:, 8:] = [logit_edits.words() for _, logit_edits in shaped]
-            np.concatenate([item.token_ids for item in opened], out=batch.opened_tokens)
-        return batch
+        header = (VERSION, step, num_final_chunks, (needs or StepNeeds()).record(), counts)
+        buffer[:_HEADER_SIZE].view(_HEADER)[0] = header
+        for name, items in contents.items():
+            if len(items):
+                sections[name].view(buffer)[:] = items
+        return cls._over(buffer, sections)
 
     @classmethod
     def from_buffer(cls, buffer: IntArray) -> ScheduledBatch:
         """Reads a batch from its bytes without copying. Raises ValueError for a buffer of another version or size."""
         if len(buffer) < _HEADER_SIZE or buffer[0] != VERSION:
             raise ValueError(f"not a scheduled batch of version {VERSION}: {buffer[:_HEADER_SIZE].tolist()}")
-        sections = _layout(tuple(buffer[_HEADER_FIELDS:_HEADER_SIZE].tolist()))
+        sections = _layout(buffer[_COUNTS].tolist())
         if len(buffer) != sections["decode_rows"].end:
             raise ValueError(f"a scheduled batch of {sections['decode_rows'].end} words came as {len(buffer)}")
-        return cls(buffer, sections)
+        return cls._over(buffer, sections)
 
-    def _view(self, name: str) -> IntArray:
-        section = self.sections[name]
-        view = self.buffer[section.offset : section.end]
-        return view if section.width == 1 else view.reshape(section.count, section.width)
+    @classmethod
+    def _over(cls, buffer: IntArray, sections: dict[str, Section]) -> ScheduledBatch:
+        return cls(
+            buffer=buffer,
+            sections=sections,
+            blocks=sections["blocks"].view(buffer),
+            chunks=sections["chunks"].view(buffer),
+            decode_rows=sections["decode_rows"].view(buffer),
+        )
+
+    def section(self, name: str) -> npt.NDArray[Any]:
+        """The section's items, as a view of the buffer."""
+        return self.sections[name].view(self.buffer)
 
     @property
     def step(self) -> int:
-        return int(self.buffer[1])
+        return int(self.buffer[_STEP])
 
     @property
     def kind(self) -> str:
@@ -204,62 +271,30 @@ class ScheduledBatch:
 
     @property
     def num_final_chunks(self) -> int:
-        return int(self.buffer[2])
+        return int(self.buffer[_NUM_FINAL_CHUNKS])
 
     @property
     def needs(self) -> StepNeeds:
-        return StepNeeds.of_words(*self.buffer[3:_HEADER_FIELDS].tolist())
+        return StepNeeds.from_record(self.buffer[_NEEDS].tolist())
 
-    @cached_property
-    def closed(self) -> IntArray:  # [num_closed]
-        return self._view("closed")
+    @property
+    def final_chunks(self) -> RecordArray:  # [num_final_chunks]
+        return self.chunks[: self.num_final_chunks]
 
-    @cached_property
-    def opened(self) -> IntArray:  # [num_opened, 15]
-        return self._view("opened")
-
-    @cached_property
-    def opened_tokens(self) -> IntArray:  # [num_opened_tokens]
-        return self._view("opened_tokens")
-
-    @cached_property
-    def blocks(self) -> IntArray:  # [num_blocks, 3]
-        return self._view("blocks")
-
-    @cached_property
-    def edits(self) -> IntArray:  # [num_edit_words, 3]
-        return self._view("edits")
-
-    @cached_property
-    def masked(self) -> IntArray:  # [num_masked]
-        return self._view("masked")
-
-    @cached_property
-    def mask_words(self) -> IntArray:  # [num_masked * ceil(vocab_size / 32)]
-        return self._view("mask_words")
-
-    @cached_property
-    def chunks(self) -> IntArray:  # [num_chunks, 3]
-        return self._view("chunks")
-
-    @cached_property
-    def scored(self) -> IntArray:  # [num_prompt_logprobs, 5]
-        return self._view("scored")
-
-    @cached_property
-    def decode_rows(self) -> IntArray:  # [num_decode_rows]
-        return self._view("decode_rows")
+    @property
+    def prompt_logprobs(self) -> list[PromptLogprobs]:
+        return list(map(PromptLogprobs._make, self.section("prompt_logprobs").tolist()))
 
     @cached_property
     def sampled_rows(self) -> IntArray:
         """The rows that get a token in this step, in the order of `StepResult.token_ids`."""
         if not self.num_final_chunks:
             return self.decode_rows
-        return np.concatenate([self.decode_rows, self.chunks[: self.num_final_chunks, 0]])
+        return np.concatenate([self.decode_rows, self.final_chunks["row"]])
 
     @property
     def num_prefill_tokens(self) -> int:
-        return int(self.chunks[:, 2].sum())
+        return int(self.chunks["length"].sum())
 
     @property
     def num_tokens(self) -> int:
@@ -269,7 +304,7 @@ class ScheduledBatch:
 
 @dataclass(frozen=True)
 class StepLogprobs:
-    """Of each of the batch's `sampled_rows`, those included that did not ask, or of each token of a `scored` item."""
+    """Log-probabilities: one a sampled row, also where it asks for none, or one a token of a `PromptLogprobs`."""
 
     tokens: npt.NDArray[np.float32]  # [num_tokens]
     ranks: IntArray  # [num_tokens], from 1
@@ -284,11 +319,11 @@ class StepResult:
     token_ids: IntArray  # [num_sampled_rows]
     gpu_ms: float | None = None  # time on the GPU, where it was measured
     logprobs: StepLogprobs | None = None  # where the batch asked
-    prompt_logprobs: tuple[StepLogprobs, ...] = ()  # of each item of `scored`
+    prompt_logprobs: tuple[StepLogprobs, ...] = ()  # one for each of the batch's `prompt_logprobs`
 
 
 class StepHandle(Protocol):
-    """A step in flight."""
+    """Waits for the result of one submitted step."""
 
     def wait(self, check: Callable[[], None] | None = None) -> StepResult:
         """Blocks until the step's tokens are on the host, or `check`, called over and over meanwhile, raises."""
@@ -298,7 +333,8 @@ class StepHandle(Protocol):
 def _layout(counts: Seq[int]) -> dict[str, Section]:
     sections = {}
     offset = _HEADER_SIZE
-    for (name, width), count in zip(_SECTIONS, counts, strict=True):
-        sections[name] = Section(offset, count, width)
-        offset = sections[name].end
+    for (name, record), count in zip(SECTIONS.items(), counts, strict=True):
+        end = offset + count * record.itemsize // WORD_BYTES
+        sections[name] = Section(offset, end, record)
+        offset = end
     return sections

@@ -1,10 +1,10 @@
-"""BlockManager: who owns which page of the KV cache, and which pages hold a prefix worth sharing.
+"""BlockManager: which sequences own which pages of the KV cache, and which pages hold a prefix that can be shared.
 
 A block is in exactly one of three states:
 
     owned      reference count ≥ 1: in the block table of that many sequences
     evictable  reference count 0, still registered under its prefix; the least recently released is taken first
-    free       reference count 0, nothing of worth in it
+    free       reference count 0, holds nothing
 
 A full block is registered under a hash chained over its whole prefix, so equal tokens after different
 prefixes differ. A hash alone is never trusted: a hit must have the same tokens and the same parent
@@ -28,7 +28,7 @@ logger = setup_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class CachedBlock:
-    """A registered block's identity: compared by object, since a parent may be replaced by an equal one."""
+    """A registered block. Compared by identity, since a parent may be replaced by an equal one."""
 
     block: int
     prefix_hash: int
@@ -48,7 +48,7 @@ class BlockTable:
 class BlockManager:
     """Hands out blocks of `block_size` tokens, counts references, shares prefixes.
 
-    salt: what else must agree for keys and values to be equal (model, dtype …).
+    salt: whatever else must agree for keys and values to be equal (model, dtype …).
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True, salt: str = "") -> None:
@@ -72,14 +72,14 @@ class BlockManager:
         return self.num_blocks - self.num_free_blocks
 
     def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks hold `num_tokens` tokens."""
+        """Returns the number of blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
     def allocate(self, seq_id: int, token_ids: IntArray, *, share: bool = True) -> BlockTable | None:
-        """Blocks for all of `token_ids`, the longest registered prefix shared; None when too few are free.
+        """Returns blocks for all of `token_ids`, the longest registered prefix shared; None when too few are free.
 
-        At least the last token is left to compute, for a step must have a query to give logits.
-        The table's `num_registered` blocks are the shared ones; without `share` there are none.
+        At least the last token is left to compute: a step without a query gives no logits.
+        The first `num_registered` blocks of the table are the shared ones. share: False shares none.
         """
         shared = self._match(token_ids) if share else []
         num_blocks = self.blocks_for(len(token_ids))
@@ -116,7 +116,7 @@ class BlockManager:
         """Makes the full blocks of `token_ids` shareable.
 
         Call it once the step that writes them is scheduled: steps run in order, and within a step each
-        layer stores all keys and values before it attends, so whoever shares a block finds it written.
+        layer stores all keys and values before it attends, so a sequence that shares a block finds it written.
         """
         if not self.enable_prefix_caching:
             return
@@ -126,7 +126,7 @@ class BlockManager:
             prefix_hash = self._hash(parent, tokens)
             known = self._by_hash.get(prefix_hash)
             if known is None or known.tokens != tokens or known.parent is not parent:
-                if known is not None:  # a collision, or a block whose parent was evicted: nobody can reach it
+                if known is not None:  # a collision, or a block whose parent was evicted and that no prefix reaches
                     self._forget(known)
                     if known.block in self._evictable:
                         del self._evictable[known.block]
@@ -138,9 +138,9 @@ class BlockManager:
             table.num_registered = index + 1
 
     def release(self, seq_id: int, table: BlockTable) -> int:
-        """Takes the blocks back and returns how many nobody else holds.
+        """Takes the blocks back and returns how many of them no other sequence holds.
 
-        The last block goes first, so that a prefix outlives its continuations in the eviction order.
+        The last block is released first, so that a prefix is evicted after its continuations.
         """
         freed = 0
         for block in reversed(table.blocks):
@@ -156,7 +156,7 @@ class BlockManager:
         return freed
 
     def num_releasable(self, table: BlockTable) -> int:
-        """How many blocks `release` would make free."""
+        """Returns how many blocks `release` would make free."""
         return sum(self._reference_counts[block] == 1 for block in table.blocks)
 
     def reset_prefix_cache(self) -> None:
@@ -199,7 +199,7 @@ class BlockManager:
         return shared
 
     def _tokens_of_blocks(self, token_ids: IntArray, first: int, end: int) -> Iterator[bytes]:
-        """The tokens of the blocks `first` … `end`, each as bytes; cut from one copy, for prompts have many blocks."""
+        """Yields the tokens of blocks `first` … `end`, each as bytes cut from one copy: prompts have many blocks."""
         tokens = token_ids[first * self.block_size : end * self.block_size].tobytes()
         size = self.block_size * token_ids.itemsize
         return (tokens[start : start + size] for start in range(0, len(tokens), size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from nanovllm.config import EngineConfig, ResolvedConfig
@@ -10,8 +11,32 @@ from nanovllm.engine.batch import ScheduledBatch, StepHandle, StepResult
 from nanovllm.utils.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
-    from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics
-    from nanovllm.diagnostics.rank import RankDiagnostics
+    from nanovllm.diagnostics.memory import MemoryReport
+    from nanovllm.diagnostics.step_times import StepTime
+
+
+class Diagnostics(Protocol):
+    """Looks into the device: profiler and memory. No step needs it."""
+
+    def start_profile(self, folder: Path) -> None:
+        """Records until `stop_profile`. Raises InvalidStateError when a profile runs already."""
+        ...
+
+    def stop_profile(self) -> str:
+        """Writes the profile and returns its tables. Raises InvalidStateError when none runs."""
+        ...
+
+    def memory_report(self) -> MemoryReport:
+        """Returns where the device's memory went."""
+        ...
+
+    def memory_use(self) -> tuple[int, int]:
+        """Returns the bytes in use, and the number of Python objects, after garbage is collected."""
+        ...
+
+    def other_step_times(self) -> dict[int, list[StepTime]]:
+        """Returns the steps of the ranks above 0 since the last call."""
+        ...
 
 
 class Executor(Protocol):
@@ -24,7 +49,7 @@ class Executor(Protocol):
     def collect(self, handle: StepHandle) -> StepResult: ...
 
     def synchronize(self) -> None:
-        """Waits until nothing is in flight, whatever became of it. Raises if the device can not go on."""
+        """Waits until nothing is in flight, whatever became of it. Raises if the device cannot go on."""
         ...
 
     def shutdown(self) -> None:
@@ -32,47 +57,9 @@ class Executor(Protocol):
         ...
 
     @property
-    def diagnostics(self) -> RankDiagnostics | AllRanksDiagnostics:
-        """Profiler and memory, for who asks; no step needs it."""
+    def diagnostics(self) -> Diagnostics:
+        """Profiler and memory of the device."""
         ...
 
 
 ExecutorFactory = Callable[[EngineConfig, Stopwatch], Executor]
-
-
-class InProcessExecutor:
-    """One rank, in this process."""
-
-    def __init__(self, config: EngineConfig, stopwatch: Stopwatch | None = None) -> None:
-        stopwatch = stopwatch or Stopwatch()
-        # Imported here: torch begins with the runner, and deciding does not need it.
-        from nanovllm.engine.model_runner import ModelRunner
-
-        stopwatch.lap("imports")
-        self._runner: ModelRunner | None = ModelRunner(config, stopwatch=stopwatch)
-        self.resolved = self._runner.resolved
-
-    def submit(self, batch: ScheduledBatch) -> StepHandle:
-        assert self._runner is not None, "the executor was shut down"
-        try:
-            return self._runner.submit(batch)
-        except Exception as error:
-            self._runner.diagnostics.explain(error, batch.num_tokens, self.resolved)
-            raise
-
-    def collect(self, handle: StepHandle) -> StepResult:
-        return handle.wait()
-
-    def synchronize(self) -> None:
-        if self._runner is not None:
-            self._runner.synchronize()
-
-    @property
-    def diagnostics(self) -> RankDiagnostics:
-        assert self._runner is not None, "the executor was shut down"
-        return self._runner.diagnostics
-
-    def shutdown(self) -> None:
-        runner, self._runner = self._runner, None
-        if runner is not None:
-            runner.shutdown()

@@ -6,47 +6,85 @@ so its cost hardly grows with the number of sequences.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
-from nanovllm.engine.batch import IntArray, StepNeeds
+from nanovllm.engine.batch import NO_LOGPROBS, IntArray, StepNeeds
 from nanovllm.engine.sequence import Sequence, num_asked
 from nanovllm.sampling_params import MAX_LOGPROBS
 
 BoolArray = npt.NDArray[np.bool_]
+RowArray = npt.NDArray[np.intp]
+
+NO_BLOCK = -1  # in a column of blocks: none
+
+
+@dataclass(frozen=True)
+class _Column:
+    dtype: type[np.generic]
+    free: int | bool
+    opened: Callable[[Sequence], Any] | None
+
+
+def _column(dtype: type[np.generic], free: int | bool = 0, opened: Callable[[Sequence], Any] | None = None) -> Any:
+    """Declares a column: its dtype, its value in a free row, and in a row that a sequence has just taken (None: as in a
+    free row).
+    """
+    return _Column(dtype, free, opened)
 
 
 class RowTable:
     """`num_rows` rows; each is free or holds one sequence from admission to release.
 
-    A sequence's length counts known tokens (`num_tokens`) and tokens that steps in flight will bring
-    (`num_pending`): plans are made from the sum, never from a token's value.
+    A sequence's length counts known tokens (`num_tokens`) and tokens that submitted steps will bring (`num_pending`):
+    plans are made from the sum, never from a token's value. Each column is an array [num_rows] of its name.
     """
+
+    # Tokens
+    num_tokens: IntArray = _column(np.int32, opened=lambda sequence: len(sequence.token_ids))
+    num_pending: IntArray = _column(np.int32)
+    num_computed: IntArray = _column(np.int32)  # keys and values written by the steps planned so far
+    num_cached: IntArray = _column(np.int32)  # of those, found in the prefix cache on admission
+    max_num_tokens: IntArray = _column(np.int32, opened=lambda sequence: sequence.max_num_tokens)
+    last_token: npt.NDArray[np.float64] = _column(np.float64, opened=lambda sequence: sequence.last_token or 0.0)  # s
+    # Blocks
+    num_blocks: IntArray = _column(np.int32, opened=lambda sequence: len(sequence.block_table.blocks))
+    # The block that ends the shortest prefix worth sharing, the same for all rows that share it.
+    prefix_block: IntArray = _column(np.int32, free=NO_BLOCK)
+    # State
+    arrival: npt.NDArray[np.int64] = _column(np.int64, opened=lambda sequence: sequence.seq_id)
+    steps_in_flight: IntArray = _column(np.int32)
+    decoding: BoolArray = _column(np.bool_)  # takes part in decode steps
+    stopped: BoolArray = _column(np.bool_)  # finished: tokens of submitted steps are dropped
+    # What the request asks for
+    ignore_eos: BoolArray = _column(np.bool_, opened=lambda sequence: sequence.params.ignore_eos)
+    truncates: BoolArray = _column(np.bool_, opened=lambda sequence: sequence.params.truncates)  # top-k, top-p, min-p
+    edits_logits: BoolArray = _column(  # penalties, biases, bans or a mask
+        np.bool_, opened=lambda sequence: sequence.logit_edits is not None or sequence.grammar is not None
+    )
+    num_logprobs: IntArray = _column(  # likeliest tokens
+        np.int32, free=NO_LOGPROBS, opened=lambda sequence: num_asked(sequence.params.logprobs)
+    )
+    watched: BoolArray = _column(np.bool_, opened=lambda sequence: sequence.watches_tokens)  # has stop rules of its own
+    has_grammar: BoolArray = _column(  # its last token decides on the next
+        np.bool_, opened=lambda sequence: sequence.grammar is not None
+    )
 
     def __init__(self, num_rows: int, max_model_len: int) -> None:
         self.sequences: list[Sequence | None] = [None] * num_rows
         self.token_ids: IntArray = np.zeros((num_rows, max_model_len + 1), dtype=np.int32)
-        self.num_tokens = np.zeros(num_rows, dtype=np.int32)
-        self.num_pending = np.zeros(num_rows, dtype=np.int32)
-        self.num_computed = np.zeros(num_rows, dtype=np.int32)  # keys and values written by the steps planned so far
-        self.num_cached = np.zeros(num_rows, dtype=np.int32)  # of those, found in the prefix cache on admission
-        self.num_blocks = np.zeros(num_rows, dtype=np.int32)
-        self.max_num_tokens = np.zeros(num_rows, dtype=np.int32)
-        self.steps_in_flight = np.zeros(num_rows, dtype=np.int32)
-        self.last_token = np.zeros(num_rows, dtype=np.float64)  # when it came; seconds
-        self.arrival = np.zeros(num_rows, dtype=np.int64)
-        # The block that ends the shortest prefix worth sharing, the same for those who share it; -1: shorter than that.
-        self.prefix_block = np.full(num_rows, -1, dtype=np.int32)
-        self.decoding: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # takes part in decode steps
-        self.stopped: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # finished: what is in flight is dropped
-        self.ignore_eos: BoolArray = np.zeros(num_rows, dtype=np.bool_)
-        self.truncates: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # draws with top-k, top-p or min-p
-        self.edits_logits: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # has penalties, biases, bans or a mask
-        self.num_logprobs = np.full(num_rows, -1, dtype=np.int32)  # of the likeliest tokens; -1: no log-probabilities
-        self.watched: BoolArray = np.zeros(num_rows, dtype=np.bool_)  # has stop rules of its own
-        self.has_grammar: BoolArray = np.zeros(
-            num_rows, dtype=np.bool_
-        )  # structured: its last token decides on the next
+        self._free_values: list[tuple[npt.NDArray[Any], int | bool]] = []
+        self._opened_values: list[tuple[npt.NDArray[Any], Callable[[Sequence], Any]]] = []
+        for name, column in _COLUMNS.items():
+            array = np.full(num_rows, column.free, dtype=column.dtype)
+            setattr(self, name, array)
+            self._free_values.append((array, column.free))
+            if column.opened is not None:
+                self._opened_values.append((array, column.opened))
         self._free_rows = list(range(num_rows - 1, -1, -1))  # a stack: low rows first
 
     @property
@@ -70,31 +108,16 @@ class RowTable:
         assert sequence is not None, f"row {row} is free"
         return sequence
 
-    def open(self, sequence: Sequence, num_cached: int, prefix_block: int = -1) -> int:
+    def open(self, sequence: Sequence, num_cached: int, prefix_block: int = NO_BLOCK) -> int:
         """Gives `sequence` a row; its first `num_cached` tokens come from the prefix cache."""
         row = self._free_rows.pop()
         sequence.row = row
         self.sequences[row] = sequence
-        num_tokens = len(sequence.token_ids)
-        self.token_ids[row, :num_tokens] = sequence.token_ids
-        self.num_tokens[row] = num_tokens
-        self.num_pending[row] = 0
-        self.num_computed[row] = num_cached
-        self.num_cached[row] = num_cached
-        self.num_blocks[row] = len(sequence.block_table.blocks)
+        for array, opened in self._opened_values:
+            array[row] = opened(sequence)
+        self.token_ids[row, : len(sequence.token_ids)] = sequence.token_ids
+        self.num_computed[row] = self.num_cached[row] = num_cached
         self.prefix_block[row] = prefix_block
-        self.max_num_tokens[row] = sequence.max_num_tokens
-        self.steps_in_flight[row] = 0
-        self.last_token[row] = sequence.last_token or 0.0
-        self.arrival[row] = sequence.seq_id
-        self.decoding[row] = False
-        self.stopped[row] = False
-        self.ignore_eos[row] = sequence.params.ignore_eos
-        self.truncates[row] = sequence.params.truncates
-        self.edits_logits[row] = sequence.logit_edits is not None or sequence.grammar is not None
-        self.num_logprobs[row] = num_asked(sequence.params.logprobs)
-        self.watched[row] = sequence.watches_tokens
-        self.has_grammar[row] = sequence.grammar is not None
         return row
 
     def known_tokens(self, row: int) -> IntArray:
@@ -106,26 +129,36 @@ class RowTable:
         """Takes the row back."""
         sequence = self.sequence(row)
         self.sequences[row] = None
-        self.decoding[row] = False
+        for array, free in self._free_values:
+            array[row] = free
         sequence.row = None
         self._free_rows.append(row)
         return sequence
 
-    def needs(self, sampled: npt.NDArray[np.intp], shares_prefix: bool) -> StepNeeds:
-        """Of a step that samples for these rows."""
-        num_logprobs = int(self.num_logprobs[sampled].max(initial=-1))
-        if 0 < num_logprobs < MAX_LOGPROBS:  # brought, then cut to what each asked for: a graph for each would be many
+    def needs(self, sampled: RowArray, shares_prefix: bool) -> StepNeeds:
+        """Returns the StepNeeds of a step that samples `sampled`."""
+        num_logprobs = int(self.num_logprobs[sampled].max(initial=NO_LOGPROBS))
+        if 0 < num_logprobs < MAX_LOGPROBS:
+            # Rounded up to MAX_LOGPROBS and trimmed later, so that one CUDA graph serves every value.
             num_logprobs = MAX_LOGPROBS
-        truncates = bool(self.truncates[sampled].any())
-        edits_logits = bool(self.edits_logits[sampled].any())
-        return StepNeeds(shares_prefix, truncates, None if num_logprobs < 0 else num_logprobs, edits_logits)
+        return StepNeeds(
+            shares_prefix=shares_prefix,
+            truncates=bool(self.truncates[sampled].any()),
+            num_logprobs=None if num_logprobs == NO_LOGPROBS else num_logprobs,
+            edits_logits=bool(self.edits_logits[sampled].any()),
+        )
 
-    def token_masks(self, sampled: npt.NDArray[np.intp]) -> dict[int, IntArray]:
-        """What each guided row of these may draw now."""
-        guided = sampled[self.has_grammar[sampled]].tolist()
-        return {row: matcher.mask for row in guided if (matcher := self.sequence(row).grammar) is not None}
+    def token_masks(self, sampled: RowArray) -> dict[int, IntArray]:
+        """Returns the masks of those of `sampled` that have a grammar: what each may draw now."""
+        with_grammar = sampled[self.has_grammar[sampled]].tolist()
+        return {row: grammar.mask for row in with_grammar if (grammar := self.sequence(row).grammar) is not None}
 
-    def schedulable_decode_rows(self) -> npt.NDArray[np.intp]:
+    def schedulable_decode_rows(self) -> RowArray:
         """Rows whose next token may be computed: decoding, not at their limit, with no token unread that decides it."""
         unread = self.has_grammar & (self.num_pending > 0)
         return np.flatnonzero(self.decoding & ~unread & (self.num_tokens + self.num_pending < self.max_num_tokens))
+
+
+_COLUMNS = {name: column for name, column in vars(RowTable).items() if isinstance(column, _Column)}
+for _name in _COLUMNS:
+    delattr(RowTable, _name)  # Python reads an instance's attribute faster where its class has none of that name

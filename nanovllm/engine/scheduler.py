@@ -1,11 +1,11 @@
 """Scheduler: which tokens of which sequences run in the next step.
 
-Continuous batching: every decoding row gets one token, then prompts fill what is left of the token
-budget, in chunks where they must, first come first served. When the cache is full the youngest
-sequence gives its blocks back and is computed again later; the oldest never does, so each request ends.
+Continuous batching: every decoding row gets one token; prompts then fill the rest of the token budget, in chunks
+where they must, first come first served. When the cache is full, the youngest sequence gives its blocks back and is
+computed again later. The oldest never does, so every request ends.
 
-`schedule` may be called again before the last step's tokens are known: it plans from counts. A row
-and its blocks are released only when no step in flight touches them.
+`schedule` may be called again before the last step's tokens are known: it plans from counts. A row and its blocks are
+released only when no step in flight touches them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,22 @@ import numpy as np
 import numpy.typing as npt
 
 from nanovllm.config import MIN_SHARED_PREFIX, ResolvedConfig
-from nanovllm.engine.batch import IntArray, OpenedRow, ScheduledBatch, StepLogprobs, StepResult
+from nanovllm.engine.batch import (
+    BLOCKS,
+    Chunk,
+    IntArray,
+    OpenedRow,
+    PromptLogprobs,
+    RecordArray,
+    ScheduledBatch,
+    StepLogprobs,
+    StepResult,
+)
 from nanovllm.engine.block_manager import BlockManager, BlockTable
-from nanovllm.engine.metrics import EngineMetrics, Load
+from nanovllm.engine.observer import EngineObserver, Preemption
 from nanovllm.engine.row_table import BoolArray, RowTable
-from nanovllm.engine.scheduler_log import SchedulerLines
 from nanovllm.engine.sequence import Sequence, SequenceStatus, token_logprobs
+from nanovllm.engine.statistics import Load
 from nanovllm.logs import events
 from nanovllm.outputs import FinishReason
 from nanovllm.utils.logger import setup_logger
@@ -33,7 +43,7 @@ logger = setup_logger(__name__)
 
 RowArray = npt.NDArray[np.intp]
 
-# Where reading a prefix once for all its rows pays: so many of them, and so many tokens that need not be read again.
+# Reading a prefix once for all its rows pays from this many rows, and this many tokens that are not read again.
 _MIN_SHARERS = 16
 _MIN_TOKENS_SAVED = 20_000
 _MAX_PROMPT_LOGPROBS = 1 << 24  # log-probabilities of all tokens that a step gives for a prompt: 134 MB with their ids
@@ -45,12 +55,12 @@ class Scheduler:
     def __init__(
         self,
         config: ResolvedConfig,
-        metrics: EngineMetrics | None = None,
+        observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.metrics = metrics or EngineMetrics()
         self.now = 0.0  # seconds of `clock`, read once by each `schedule` and each `update`
         self._clock = clock
+        self._observer = observer or EngineObserver()
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.max_prefill_tokens_beside_decode = config.max_prefill_tokens_beside_decode
         self.eos_token_ids = np.array(config.eos_token_ids, dtype=np.int32)
@@ -67,21 +77,16 @@ class Scheduler:
         self._closed: list[int] = []  # rows released since the last step was planned
         self._step = 0
         self._max_prompt_logprob_tokens = max(_MAX_PROMPT_LOGPROBS // config.vocab_size, 1)
-        self._lines = SchedulerLines(logger, self.rows)
         self._shares_prefix = False  # the last step's decode rows
 
     def add(self, sequence: Sequence) -> None:
         if not self.has_unfinished:
-            self._lines.begin_generation()
+            self._observer.work_began(sequence.arrival)
         self.waiting.append(sequence)
 
     @property
     def has_unfinished(self) -> bool:
         return bool(self.waiting) or not self.rows.is_empty
-
-    @property
-    def num_preemptions(self) -> int:
-        return self.metrics.totals.num_preemptions
 
     @property
     def load(self) -> Load:
@@ -92,19 +97,19 @@ class Scheduler:
     # Planning
 
     def schedule(self) -> ScheduledBatch | None:
-        """The next step, or None when nothing can run before a step in flight is collected."""
+        """Returns the next step, or None when nothing can run before a step in flight is collected."""
         self.now = self._clock()
-        blocks: list[IntArray] = []  # each [num_new, 3]: row, index, block
+        blocks: list[RecordArray] = []  # of BLOCKS, each [num_new]
         decode_rows, shares_prefix = self._arrange(self._schedule_decode(blocks))
         opened: list[OpenedRow] = []
-        scored: list[tuple[int, int, int, int, int]] = []
-        chunks = self._schedule_prefill(self._prefill_budget(len(decode_rows)), opened, blocks, scored)
+        prompt_logprobs: list[PromptLogprobs] = []
+        chunks = self._schedule_prefill(self._prefill_budget(len(decode_rows)), opened, blocks, prompt_logprobs)
         if not chunks and not len(decode_rows):
             return None
         # Only the last chunk can run out of budget, so the chunks that end their prompt come first.
         num_final = len(chunks) - (self._prefilling is not None) if chunks else 0
         self._step += 1
-        final_rows = np.array([row for row, *_ in chunks[:num_final]], dtype=np.intp)
+        final_rows = np.array([chunk.row for chunk in chunks[:num_final]], dtype=np.intp)
         sampled = np.append(decode_rows, final_rows)
         batch = ScheduledBatch.build(
             self._step,
@@ -114,25 +119,25 @@ class Scheduler:
             token_masks=self.rows.token_masks(sampled),
             chunks=chunks,
             num_final_chunks=num_final,
-            scored=scored,
+            prompt_logprobs=prompt_logprobs,
             decode_rows=decode_rows,
             needs=self.rows.needs(sampled, shares_prefix),
         )
         self._closed = []
         self.rows.steps_in_flight[decode_rows] += 1
-        self.rows.steps_in_flight[batch.chunks[:, 0]] += 1
+        self.rows.steps_in_flight[batch.chunks["row"]] += 1
         self.rows.num_pending[sampled] += 1
-        self._lines.scheduled(batch)
+        self._observer.batch_scheduled(batch, self.rows)
         return batch
 
     def _prefill_budget(self, num_decode_rows: int) -> int:
-        """Prompt tokens that the step may compute. The bound beside decoding is what keeps running requests fluent."""
+        """Returns how many prompt tokens the step may compute. Beside decode rows a bound keeps their pace."""
         budget = self.max_num_batched_tokens - num_decode_rows
         if num_decode_rows and self.max_prefill_tokens_beside_decode is not None:
             return min(budget, self.max_prefill_tokens_beside_decode)
         return budget
 
-    def _schedule_decode(self, blocks: list[IntArray]) -> RowArray:
+    def _schedule_decode(self, blocks: list[RecordArray]) -> RowArray:
         rows = self._make_room()
         needy = self._rows_without_room(rows)
         if len(needy):
@@ -147,9 +152,9 @@ class Scheduler:
         return rows
 
     def _arrange(self, rows: RowArray) -> tuple[RowArray, bool]:
-        """Puts decode rows that share a prefix side by side, and says whether enough do; in a group, longest first.
+        """Returns the decode rows with those that share a prefix side by side, and whether enough of them do.
 
-        Attention over a long context that starts late would run on alone at the end.
+        Within a group the longest come first: attention over a long context that starts late would end alone.
         """
         blocks = self.rows.prefix_block[rows]
         if np.count_nonzero(blocks >= 0) < _MIN_SHARERS:
@@ -170,7 +175,7 @@ class Scheduler:
         return arranged, shares_prefix
 
     def _rows_without_room(self, rows: RowArray) -> RowArray:
-        """Of `rows`, those whose next position lies past their last block."""
+        """Returns those of `rows` whose next position lies past their last block."""
         needy: RowArray = rows[
             self.rows.num_computed[rows] // self.block_manager.block_size >= self.rows.num_blocks[rows]
         ]
@@ -179,8 +184,8 @@ class Scheduler:
     def _make_room(self) -> RowArray:
         """Preempts the youngest sequences until the decoding rows have the blocks they need; returns those rows.
 
-        Blocks of a sequence that a step in flight still writes come free later: they are counted as
-        coming, and the rows that wait for them sit this step out.
+        Blocks that a step in flight still writes become free later. They count as coming, and the rows that wait for
+        them sit this step out.
         """
         coming = sum(self.block_manager.num_releasable(self.rows.sequence(row).block_table) for row in self._leaving)
         while True:
@@ -197,33 +202,24 @@ class Scheduler:
             coming += self._preempt(victim)
 
     def _preempt(self, sequence: Sequence) -> int:
-        """Sends `sequence` back to the queue. Returns how many blocks will come free later rather than now."""
+        """Sends `sequence` back to the queue. Returns how many of its blocks become free later rather than now."""
         releasable = self.block_manager.num_releasable(sequence.block_table)
         num_tokens = int(self.rows.num_tokens[self._row(sequence)])
         released = self._leave(sequence, SequenceStatus.PREEMPTED)
         coming = 0 if released else releasable
-        self.metrics.totals.num_preemptions += 1
         sequence.preempted_at.append(self.now)
-        self._lines.num_preempted += 1
-        events.sequence_preempted.log(
-            logger,
-            seq_id=sequence.seq_id,
-            request_id=sequence.request_id,
-            freed=releasable - coming,
-            coming=coming,
-            num_tokens=num_tokens,
-            free_blocks=self.block_manager.num_free_blocks,
-        )
+        free_blocks = self.block_manager.num_free_blocks
+        self._observer.sequence_preempted(sequence, Preemption(releasable - coming, coming, num_tokens, free_blocks))
         return coming
 
     def _schedule_prefill(
         self,
         budget: int,
         opened: list[OpenedRow],
-        blocks: list[IntArray],
-        scored: list[tuple[int, int, int, int, int]],
-    ) -> list[tuple[int, int, int]]:
-        chunks: list[tuple[int, int, int]] = []
+        blocks: list[RecordArray],
+        prompt_logprobs: list[PromptLogprobs],
+    ) -> list[Chunk]:
+        chunks: list[Chunk] = []
         num_planned = 0
         while num_planned < budget:
             sequence = self._prefilling or self._admit(opened, blocks)
@@ -235,10 +231,11 @@ class Scheduler:
             of_all_tokens = sequence.needs_prompt_logprobs and sequence.params.prompt_logprobs == -1
             if of_all_tokens:
                 end = min(end, start + self._max_prompt_logprob_tokens)
-            for first, count, num_top in sequence.score(start, end):
-                scored.append((num_planned + first - start, row, first, count, num_top))
+            planned = sequence.plan_prompt_logprobs(start, end, row, num_planned)
+            if planned is not None:
+                prompt_logprobs.append(planned)
             num_planned += end - start
-            chunks.append((row, start, end - start))
+            chunks.append(Chunk(row, start, end - start))
             self.rows.num_computed[row] = end
             self.block_manager.register(sequence.block_table, self.rows.token_ids[row, :end])
             self._prefilling = sequence if end < num_tokens else None
@@ -249,12 +246,12 @@ class Scheduler:
                 break
         return chunks
 
-    def _admit(self, opened: list[OpenedRow], blocks: list[IntArray]) -> Sequence | None:
-        """Gives the first waiting sequence that is compiled a row and blocks for all its tokens, if both are there."""
+    def _admit(self, opened: list[OpenedRow], blocks: list[RecordArray]) -> Sequence | None:
+        """Gives the first waiting sequence that can run a row, and blocks for all its tokens, if both are free."""
         sequence = next((sequence for sequence in self.waiting if not sequence.waits_for_grammar), None)
         if sequence is None or not self.rows.has_free_row:
             return None
-        # Log-probabilities of prompt tokens come from computing them: no cached prefix will do.
+        # Log-probabilities of prompt tokens need the tokens computed: a cached prefix has none.
         table = self.block_manager.allocate(
             sequence.seq_id, sequence.token_ids, share=not sequence.needs_prompt_logprobs
         )
@@ -264,52 +261,63 @@ class Scheduler:
         sequence.status = SequenceStatus.PREFILLING
         sequence.block_table = table
         num_cached = table.num_registered * self.block_manager.block_size
-        self.metrics.totals.num_prefix_queries += len(sequence.token_ids)
-        self.metrics.totals.num_prefix_hits += num_cached
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = num_cached
             sequence.first_scheduled = self.now
         else:
             sequence.resumed_at.append(self.now)
+        self._observer.sequence_scheduled(sequence, num_cached)
         row = self.rows.open(sequence, num_cached, self._prefix_block(table))
         params = sequence.params
         truncation = (min(max(params.top_k, 0), 2**24), params.top_p, params.min_p)  # exact in float32
-        tokens, seed, logit_edits = sequence.token_ids, sequence.seed, sequence.logit_edits
-        opened.append(OpenedRow(row, tokens, params.temperature, seed, truncation, logit_edits))
+        opened.append(
+            OpenedRow(
+                row=row,
+                token_ids=sequence.token_ids,
+                temperature=params.temperature,
+                seed=sequence.seed,
+                truncation=truncation,
+                logit_edits=sequence.logit_edits,
+            )
+        )
         blocks.append(_appended(row, np.arange(len(table.blocks)), table.blocks))
         return sequence
 
     def _prefix_block(self, table: BlockTable) -> int:
-        """The block that ends the shortest prefix worth sharing: who has it too shares all before it. -1: none."""
+        """Returns the block that ends the shortest prefix worth sharing; rows with the same one share all before it.
+
+        -1: the sequence is shorter than that.
+        """
         last = self.block_manager.blocks_for(MIN_SHARED_PREFIX) - 1
         return table.blocks[last] if last < len(table.blocks) else -1
 
     # Learning
 
     def update(self, batch: ScheduledBatch, result: StepResult) -> list[Sequence]:
-        """Takes a collected step's tokens; returns the sequences that it ended.
+        """Takes a collected step's tokens. Returns the sequences that it ended.
 
-        Steps are collected in the order in which they were scheduled.
+        Steps must be collected in the order in which they were scheduled.
         """
         rows = self.rows
         now = self.now = self._clock()
         rows.steps_in_flight[batch.decode_rows] -= 1
-        rows.steps_in_flight[batch.chunks[:, 0]] -= 1
+        rows.steps_in_flight[batch.chunks["row"]] -= 1
         sampled = batch.sampled_rows
         rows.num_pending[sampled] -= 1
         live = ~rows.stopped[sampled]
         if result.logprobs is not None:
             self._note_logprobs(sampled, live, result.logprobs)
-        for (_, row, _, _, num_top), scores in zip(batch.scored.tolist(), result.prompt_logprobs, strict=True):
-            if not rows.stopped[row]:
-                rows.sequence(row).prompt_logprobs += token_logprobs(scores, num_top)
+        for planned, logprobs in zip(batch.prompt_logprobs, result.prompt_logprobs, strict=True):
+            if not rows.stopped[planned.row]:
+                rows.sequence(planned.row).prompt_logprobs += token_logprobs(logprobs, planned.num_top)
         sampled, token_ids = sampled[live], result.token_ids[live]
         rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids
         rows.num_tokens[sampled] += 1
         rows.last_token[sampled] = now
-        for row in batch.chunks[: batch.num_final_chunks, 0].tolist():
+        for row in batch.final_chunks["row"].tolist():
             if not rows.stopped[row] and rows.sequence(row).first_token is None:
                 rows.sequence(row).first_token = now
+                self._observer.first_token(rows.sequence(row))
 
         # The new token's own key and value are not written yet: a block is full one token later.
         filled = sampled[(rows.num_tokens[sampled] - 1) % self.block_manager.block_size == 0]
@@ -326,8 +334,6 @@ class Scheduler:
             stopped = eos or sequence.stop_reason is not None
             self._finish(sequence, "abort" if sequence.error is not None else "stop" if stopped else "length")
         self._release_leaving()
-        num_seqs = len(batch.sampled_rows)
-        events.batch_postprocess.log(logger, step=batch.step, num_finished=len(ended), num_seqs=num_seqs)
         return ended
 
     def _note_logprobs(self, sampled: IntArray, live: BoolArray, logprobs: StepLogprobs) -> None:
@@ -336,7 +342,7 @@ class Scheduler:
             self.rows.sequence(int(sampled[index])).logprobs += token_logprobs(logprobs, int(asked[index]), [index])
 
     def abort(self, sequence: Sequence) -> None:
-        """Ends `sequence` wherever it stands, with the tokens it has. A finished one stays as it is."""
+        """Ends `sequence` in any state, with the tokens it has. Does nothing to one that has ended."""
         if sequence.status is not SequenceStatus.FINISHED:
             self.now = self._clock()
             self._finish(sequence, "abort")
@@ -352,10 +358,10 @@ class Scheduler:
             sequence.token_ids = self.rows.known_tokens(self._row(sequence)).copy()
             self.rows.stopped[sequence.row] = True
             self._leave(sequence, SequenceStatus.FINISHED)
-        self._lines.finished(sequence, reason)
+        self._observer.sequence_finished(sequence)
 
     def _leave(self, sequence: Sequence, status: SequenceStatus) -> bool:
-        """Plans no more steps for a running sequence; True when its row and blocks are already released."""
+        """Plans no more steps for a running sequence. Returns whether its row and blocks are already released."""
         row = self._row(sequence)
         if sequence is self._prefilling:
             self._prefilling = None
@@ -392,8 +398,8 @@ class Scheduler:
         return sequence.row
 
 
-def _appended(rows: npt.ArrayLike, indices: npt.ArrayLike, blocks: list[int]) -> IntArray:
-    """[num_blocks, 3]: the items of a batch's section `blocks`."""
-    items: IntArray = np.empty((len(blocks), 3), dtype=np.int32)
-    items[:, 0], items[:, 1], items[:, 2] = rows, indices, blocks
+def _appended(rows: npt.ArrayLike, indices: npt.ArrayLike, blocks: list[int]) -> RecordArray:
+    """[num_blocks]: the items of a batch's section `blocks`."""
+    items: RecordArray = np.empty(len(blocks), dtype=BLOCKS)
+    items["row"], items["index"], items["block"] = rows, indices, blocks
     return items

@@ -1,4 +1,4 @@
-"""One request's tokens and where it stands."""
+"""Sequence: one request's tokens and state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from nanovllm.engine.batch import IntArray, LogitEdits, StepLogprobs
+from nanovllm.engine.batch import NO_LOGPROBS, IntArray, LogitEdits, PromptLogprobs, StepLogprobs
 from nanovllm.engine.block_manager import BlockTable
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import FinishReason, RequestMetrics
@@ -52,7 +52,7 @@ class GrammarState(Protocol):
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """An output token's log-probability and rank, and those of the likeliest tokens."""
+    """A token's log-probability and rank, and those of the most likely tokens."""
 
     logprob: float
     rank: int
@@ -61,12 +61,12 @@ class TokenLogprob:
 
 
 def num_asked(logprobs: int | None) -> int:
-    """Likeliest tokens that `SamplingParams.logprobs` asks for; -1: no log-probabilities at all."""
-    return -1 if logprobs is None else ALL_LOGPROBS if logprobs == -1 else logprobs
+    """Returns how many of the most likely tokens `SamplingParams.logprobs` asks for; NO_LOGPROBS: none."""
+    return NO_LOGPROBS if logprobs is None else ALL_LOGPROBS if logprobs == -1 else logprobs
 
 
 def token_logprobs(step: StepLogprobs, num_top: int, rows: Iterable[int] | None = None) -> Iterator[TokenLogprob]:
-    """Of `rows` of a step's log-probabilities (None: all), with as many of the likeliest as were asked for."""
+    """Yields the log-probabilities of `rows` of a step (None: all), each with the `num_top` most likely tokens."""
     for row in range(len(step.tokens)) if rows is None else rows:
         top_ids, top = step.top_ids[row, :num_top].copy(), step.top[row, :num_top].copy()
         yield TokenLogprob(float(step.tokens[row]), int(step.ranks[row]), top_ids, top)
@@ -74,10 +74,10 @@ def token_logprobs(step: StepLogprobs, num_top: int, rows: Iterable[int] | None 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request inside the engine.
+    """A request inside the engine; each completion of parallel sampling is one.
 
-    While it holds a row, its tokens live in the scheduler's `RowTable`; `token_ids` is what was known
-    when it last entered or left one.
+    While it holds a row, its tokens are in the scheduler's `RowTable`; `token_ids` are those known when it last
+    entered or left one.
     """
 
     seq_id: int  # order of arrival: a lower one goes first
@@ -98,9 +98,9 @@ class Sequence:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     stop_strings: StopStringMatcher | None = None
-    logit_edits: LogitEdits | None = None  # what it does to its logits, where it does anything
+    logit_edits: LogitEdits | None = None  # None: its logits stay as they are
     waits_for_grammar: bool = False  # waits for its grammar to be compiled
-    grammar: GrammarState | None = None  # of structured outputs: it has followed every token that is known
+    grammar: GrammarState | None = None  # of structured outputs; has accepted every known token
     error: InvalidArgumentError | None = None  # what ended it, with finish_reason "abort"
     # Seconds of the engine's clock
     arrival: float = 0.0
@@ -123,17 +123,25 @@ class Sequence:
 
     @property
     def needs_prompt_logprobs(self) -> bool:
-        """Whether its prompt must be computed for log-probabilities that are not on their way yet."""
+        """Whether prompt tokens have to be computed for log-probabilities that no step has computed yet."""
         return self.params.prompt_logprobs is not None and self.num_prompt_logprobs < self.num_prompt_tokens - 1
 
-    def score(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """What computing tokens `start` … `end` gives log-probabilities of, at most one item: the first token whose
-        successor gets one, how many there are, how many of the likeliest are asked for."""
+    def plan_prompt_logprobs(self, start: int, end: int, row: int, num_planned: int) -> PromptLogprobs | None:
+        """The log-probabilities that a chunk of tokens `start` … `end` of `row` gives, or None.
+
+        num_planned: tokens of the step's chunks before this one.
+        """
         first, last = max(start, self.num_prompt_logprobs), min(end, self.num_prompt_tokens - 1)
         if not self.needs_prompt_logprobs or first >= last:  # not asked for, or computed again after a preemption
-            return []
+            return None
         self.num_prompt_logprobs = last
-        return [(first, last - first, num_asked(self.params.prompt_logprobs))]
+        return PromptLogprobs(
+            chunk_token=num_planned + first - start,
+            row=row,
+            position=first,
+            num_tokens=last - first,
+            num_top=num_asked(self.params.prompt_logprobs),
+        )
 
     @property
     def watches_tokens(self) -> bool:
@@ -141,7 +149,7 @@ class Sequence:
         return self.grammar is not None or self.stop_strings is not None or self.params.stop_token_ids is not None
 
     def stops_at(self, token_id: int) -> bool:
-        """Takes the next token; True when the request's own rules end it there. EOS is not its business."""
+        """Takes the next token. Returns whether the request's own stop rules end it there; EOS is checked elsewhere."""
         if token_id in (self.params.stop_token_ids or ()):
             self.stop_reason = token_id
         elif self.stop_strings is not None:
@@ -151,7 +159,7 @@ class Sequence:
         return self.stop_reason is not None or self.error is not None
 
     def metrics(self) -> RequestMetrics:
-        """Of a sequence that has ended."""
+        """Returns the times and counts of a sequence that has ended."""
         assert self.finished is not None, f"seq_id={self.seq_id} goes on"
         return RequestMetrics(
             arrival=self.arrival,
@@ -177,7 +185,7 @@ class Sequence:
         seed: int,
         prompt: str | None = None,
     ) -> Sequence:
-        """A waiting sequence. `seed` is what it samples with when `params` has none."""
+        """Returns a waiting sequence. seed: used when `params` has none."""
         token_ids = np.asarray(prompt_token_ids, dtype=np.int32)
         limit = max_model_len if params.max_tokens is None else len(token_ids) + params.max_tokens
         return cls(

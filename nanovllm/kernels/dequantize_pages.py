@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from nanovllm.kernels.attention_inputs import LayerKVCache, PrefillMetadata
 from nanovllm.kernels.page_slots import page_slots
 from nanovllm.kernels.triton_support import jit, next_power_of_2, tl
 
@@ -31,7 +34,7 @@ def _dequantize_pages_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ) -> None:
-    """Program (block of tokens, KV head, sequence)."""
+    """Program (block of tokens, KV head, sequence): keys and values times their scales."""
     first = tl.program_id(0) * BLOCK_KEYS
     head = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
@@ -55,36 +58,50 @@ def _dequantize_pages_kernel(
     tl.store(value_out_ptr + target, value.to(value_out_ptr.dtype.element_ty), mask=mask)
 
 
-def dequantize_pages(
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    key_scale: torch.Tensor,
-    value_scale: torch.Tensor,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
-    max_context_len: int,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The contexts of some sequences as `dtype`, in pages of their own.
+def dequantized(kv_cache: LayerKVCache) -> LayerKVCache:
+    """Returns an FP8 cache as a float32 cache with the same pages (slow: for tests)."""
+    assert kv_cache.key_scale is not None
+    assert kv_cache.value_scale is not None
 
-    Caches [num_blocks, block_size, num_kv_heads, head_dim] e4m3, scales [num_blocks, num_kv_heads, block_size] fp32,
-    block_tables [num_seqs, max_blocks] and context_lens [num_seqs] int32, max_context_len ≥ each of them.
-    → keys, values [num_seqs · pages, block_size, num_kv_heads, head_dim] of `dtype` (past a context's end: anything)
-    and the block tables [num_seqs, pages] int32 to read them through.
+    def restore(pages: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return pages.float() * scale.transpose(1, 2).unsqueeze(-1)
+
+    return LayerKVCache(restore(kv_cache.key, kv_cache.key_scale), restore(kv_cache.value, kv_cache.value_scale))
+
+
+def dequantize_pages(
+    kv_cache: LayerKVCache, metadata: PrefillMetadata, dtype: torch.dtype
+) -> tuple[LayerKVCache, PrefillMetadata]:
+    """Copies the contexts out of an FP8 cache: (pages of `dtype`, metadata whose block tables lead to them).
+
+    The copy has pages of its own for each sequence, of the same size. Slots past a context's end are undefined.
     """
-    num_seqs, device = len(context_lens), key_cache.device
-    _, block_size, num_kv_heads, head_dim = key_cache.shape
-    pages = -(-max_context_len // block_size)
+    block_tables, num_seqs = metadata.block_tables, len(metadata.context_lens)
+    _, block_size, num_kv_heads, head_dim = kv_cache.key.shape
+    pages = -(-metadata.max_seqlen_k // block_size)
     shape = (num_seqs * pages, block_size, num_kv_heads, head_dim)
+    device = kv_cache.key.device
     keys, values = (torch.empty(shape, dtype=dtype, device=device) for _ in range(2))  # [*shape]
-    _dequantize_pages_kernel[(-(-max_context_len // _BLOCK_KEYS), num_kv_heads, num_seqs)](
-        *(key_cache, value_cache, key_scale, value_scale, block_tables, context_lens, keys, values),
-        *(pages * block_size, *key_cache.stride()[:3], key_scale.stride(0), block_tables.stride(0)),
+    _dequantize_pages_kernel[(-(-metadata.max_seqlen_k // _BLOCK_KEYS), num_kv_heads, num_seqs)](
+        key_ptr=kv_cache.key,
+        value_ptr=kv_cache.value,
+        key_scale_ptr=kv_cache.key_scale,
+        value_scale_ptr=kv_cache.value_scale,
+        block_tables_ptr=block_tables,
+        context_lens_ptr=metadata.context_lens,
+        key_out_ptr=keys,
+        value_out_ptr=values,
+        tokens_each=pages * block_size,
+        page_stride=kv_cache.key.stride(0),
+        slot_stride=kv_cache.key.stride(1),
+        kv_head_stride=kv_cache.key.stride(2),
+        scale_page_stride=kv_cache.scale_page_stride,
+        block_table_stride=block_tables.stride(0),
         BLOCK_SIZE=block_size,
         HEAD_DIM=head_dim,
         BLOCK_DIM=next_power_of_2(head_dim),
         BLOCK_KEYS=_BLOCK_KEYS,
         num_warps=4,
     )
-    tables = torch.arange(num_seqs * pages, dtype=torch.int32, device=device).view(num_seqs, pages)
-    return keys, values, tables  # [*shape] twice, [num_seqs, pages]
+    copied_tables = torch.arange(num_seqs * pages, dtype=torch.int32, device=device).view(num_seqs, pages)
+    return LayerKVCache(keys, values), replace(metadata, block_tables=copied_tables)

@@ -43,7 +43,10 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def padded_size(num_tokens: int) -> int:
-    """oneDNN compiles, and keeps, code for every number of tokens that it meets, up to half a megabyte each time:
-    prompts of all lengths would fill gigabytes."""
+    """Returns the number of rows that `num_tokens` rows are padded to.
+
+    oneDNN compiles, and keeps, code for every number of rows that it meets, up to half a megabyte each time: prompts of
+    all lengths would fill gigabytes.
+    """
     step = 1 if num_tokens <= _EXACT else 1 << ((num_tokens - 1).bit_length() - 4)
     return -(-num_tokens // step) * step

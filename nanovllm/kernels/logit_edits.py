@@ -1,46 +1,62 @@
-"""Changes rows' logits before a token is drawn: penalties, what is added to single tokens, masks of allowed ones.
+"""Changes rows' logits before a token is drawn: penalties, token biases, masks of allowed tokens.
 
-In this order: repetition, frequency and presence penalty (Keskar et al., "CTRL", 2019, for the first), then *edits*,
-then the mask. An edit adds a number to one token's logit while the row is short enough and ends in given tokens: a
-bias always, a ban of end-of-sequence up to a length, a ban of a word's last token behind its others.
+In this order: repetition, frequency and presence penalty (Keskar et al., "CTRL", 2019, for the first), then token
+biases, then the mask. A token bias adds a number to one token's logit while the row is short enough and ends in given
+tokens. It serves `logit_bias` (always), `min_tokens` (bans end-of-sequence up to a length) and `bad_words` (bans a
+word's last token after its others).
 
-How often a token was said is counted anew in each step, from the row's tokens: attention reads thousands of times
-more of each of them, and there are no counts to carry along, over preemption for one.
+Each step counts a row's tokens anew. That costs little, as attention reads thousands of times more for each token, and
+no counts need to survive preemption.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from nanovllm.config import BIAS_WIDTH, MAX_BIAS_WORDS
-from nanovllm.kernels.triton_support import jit_with_varying, join_launch_chain, pdl_options, runs_triton, tl
+from nanovllm.config import MAX_BIAS_WORDS
+from nanovllm.kernels.columns import BIAS_WIDTH, LOGIT_EDITS, TOKEN_BIAS, column_of, num_words
+from nanovllm.kernels.triton_support import constant, jit_with_varying, join_launch_chain, pdl_options, runs_triton, tl
 
-ASKED_WIDTH = 7
-_BLOCK_SIZE = 2048  # logits a program shapes
+_BLOCK_SIZE = 2048  # logits a program edits
 _HISTORY_PROGRAMS = 8  # a row
 _PART = 1 << 23  # logits whose counts are in memory at a time
+
+_SETTINGS_WIDTH = constant(num_words(LOGIT_EDITS))
+_NUM_PROMPT_TOKENS = constant(column_of(LOGIT_EDITS, "num_prompt_tokens"))
+_NUM_TOKEN_BIASES = constant(column_of(LOGIT_EDITS, "num_token_biases"))
+_HAS_PENALTIES = constant(column_of(LOGIT_EDITS, "has_penalties"))
+_HAS_MASK = constant(column_of(LOGIT_EDITS, "has_mask"))
+_REPETITION = constant(column_of(LOGIT_EDITS, "repetition_penalty"))
+_FREQUENCY = constant(column_of(LOGIT_EDITS, "frequency_penalty"))
+_PRESENCE = constant(column_of(LOGIT_EDITS, "presence_penalty"))
+_BIAS_WIDTH = constant(BIAS_WIDTH)
+_TOKEN_ID = constant(column_of(TOKEN_BIAS, "token_id"))
+_BIAS = constant(column_of(TOKEN_BIAS, "bias"))
+_UNTIL_LENGTH = constant(column_of(TOKEN_BIAS, "until_length"))
+_ENDING_START = constant(column_of(TOKEN_BIAS, "ending_start"))
+_ENDING_LENGTH = constant(column_of(TOKEN_BIAS, "ending_length"))
 
 
 @dataclass(frozen=True)
 class RowLogitEdits:
-    """What changes each row's logits, indexed by row. Made of zeros, it changes nothing."""
+    """What changes each row's logits, indexed by row. Zeros change nothing.
 
-    # [all_rows, ASKED_WIDTH] int32: prompt tokens, edits, whether there are penalties and a mask (0 or 1), and the
-    # bits of the penalties in fp32: repetition, frequency, presence
-    asked: torch.Tensor
-    # [all_rows, MAX_BIAS_WORDS] int32: edits of BIAS_WIDTH words, then the tokens that they name. An edit is a token,
-    # the bits of the fp32 to add to it, the length from which it does so no more, and where the tokens begin that the
-    # output must end in, and how many they are
-    edits: torch.Tensor
-    masks: (
-        torch.Tensor
-    )  # [all_rows, ceil(vocab_size / 32)] int32: token t is allowed if bit t % 32 of word t // 32 is 1
+    settings: [all_rows, words of `columns.LOGIT_EDITS`] int32.
+    token_biases: [all_rows, MAX_BIAS_WORDS] int32: items of `columns.TOKEN_BIAS`, then the endings that they name.
+    masks: [all_rows, ceil(vocab_size / 32)] int32: token t is allowed if bit t % 32 of word t // 32 is 1.
+    """
+
+    settings: torch.Tensor
+    token_biases: torch.Tensor
+    masks: torch.Tensor
 
     @classmethod
     def zeros(cls, num_rows: int, vocab_size: int, device: torch.device) -> RowLogitEdits:
-        widths = (ASKED_WIDTH, MAX_BIAS_WORDS, -(-vocab_size // 32))
+        widths = (num_words(LOGIT_EDITS), MAX_BIAS_WORDS, -(-vocab_size // 32))
         return cls(*(torch.zeros(num_rows, width, dtype=torch.int32, device=device) for width in widths))
 
 
@@ -49,8 +65,8 @@ def _count_tokens_kernel(
     rows_ptr: tl.tensor,
     token_ids_ptr: tl.tensor,
     lengths_ptr: tl.tensor,
-    asked_ptr: tl.tensor,
-    edits_ptr: tl.tensor,
+    settings_ptr: tl.tensor,
+    biases_ptr: tl.tensor,
     counts_ptr: tl.tensor,
     added_ptr: tl.tensor,
     max_tokens: tl.tensor,
@@ -59,41 +75,42 @@ def _count_tokens_kernel(
     BLOCK_SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Program (part, row): every so many of the row's tokens, into their counts; so many edits, into what they add.
+    """Program (part, row): counts its part of the row's tokens, and adds up its part of the row's token biases.
 
-    A count is how often the output has a token, and bit 30: the prompt has it. Edits of one token add up in any
-    order: all but one of them are bans, next to which nothing else counts.
+    A count is how often the output has a token; bit 30 is set where the prompt has it. The biases of one token add up
+    in any order: all but one of them are bans, next to which the other does not matter.
     """
     join_launch_chain(PDL)
     part, num_parts = tl.program_id(0), tl.num_programs(0)
     row = tl.program_id(1).to(tl.int64)
     state = tl.load(rows_ptr + row).to(tl.int64)
-    asked_ptr += state * 7
+    settings_ptr += state * _SETTINGS_WIDTH
     history_ptr = token_ids_ptr + state * max_tokens
     length = tl.load(lengths_ptr + state)
-    prompt_length = tl.load(asked_ptr)
-    if tl.load(asked_ptr + 2) != 0:
+    prompt_length = tl.load(settings_ptr + _NUM_PROMPT_TOKENS)
+    if tl.load(settings_ptr + _HAS_PENALTIES) != 0:
         for first in range(part * BLOCK_SIZE, length, num_parts * BLOCK_SIZE):
             position = first + tl.arange(0, BLOCK_SIZE)
             token_id = tl.load(history_ptr + position, mask=position < length, other=0)
             count_ptr = counts_ptr + row * vocab_size + token_id
             tl.atomic_or(count_ptr, 0x40000000, mask=position < prompt_length)
             tl.atomic_add(count_ptr, 1, mask=(position >= prompt_length) & (position < length))
-    num_edits = tl.load(asked_ptr + 1)
-    edits_ptr += state * max_bias_words
-    for first in range(part * BLOCK_SIZE, num_edits, num_parts * BLOCK_SIZE):
-        edit = first + tl.arange(0, BLOCK_SIZE)
-        inside = edit < num_edits
-        token_id = tl.load(edits_ptr + edit * 5, mask=inside, other=0)
-        value = tl.load(edits_ptr + edit * 5 + 1, mask=inside, other=0).to(tl.float32, bitcast=True)
-        until = tl.load(edits_ptr + edit * 5 + 2, mask=inside, other=0)
-        start = tl.load(edits_ptr + edit * 5 + 3, mask=inside, other=0)
-        ending = tl.load(edits_ptr + edit * 5 + 4, mask=inside, other=0)
-        applies = inside & (length < until) & (ending <= length - prompt_length)
-        for index in range(0, tl.max(tl.where(applies, ending, 0), axis=0)):
-            compared = applies & (index < ending)
-            said = tl.load(history_ptr + length - ending + index, mask=compared, other=0)
-            applies = applies & (said == tl.load(edits_ptr + start + index, mask=compared, other=0))
+    num_biases = tl.load(settings_ptr + _NUM_TOKEN_BIASES)
+    biases_ptr += state * max_bias_words
+    for first in range(part * BLOCK_SIZE, num_biases, num_parts * BLOCK_SIZE):
+        bias = first + tl.arange(0, BLOCK_SIZE)
+        inside = bias < num_biases
+        bias_ptr = biases_ptr + bias * _BIAS_WIDTH
+        token_id = tl.load(bias_ptr + _TOKEN_ID, mask=inside, other=0)
+        value = tl.load(bias_ptr + _BIAS, mask=inside, other=0).to(tl.float32, bitcast=True)
+        until_length = tl.load(bias_ptr + _UNTIL_LENGTH, mask=inside, other=0)
+        ending_start = tl.load(bias_ptr + _ENDING_START, mask=inside, other=0)
+        ending_length = tl.load(bias_ptr + _ENDING_LENGTH, mask=inside, other=0)
+        applies = inside & (length < until_length) & (ending_length <= length - prompt_length)
+        for index in range(0, tl.max(tl.where(applies, ending_length, 0), axis=0)):
+            compared = applies & (index < ending_length)
+            said = tl.load(history_ptr + length - ending_length + index, mask=compared, other=0)
+            applies = applies & (said == tl.load(biases_ptr + ending_start + index, mask=compared, other=0))
         tl.atomic_add(added_ptr + row * vocab_size + token_id, value, mask=applies)
 
 
@@ -103,7 +120,7 @@ def _edit_logits_kernel(
     rows_ptr: tl.tensor,
     counts_ptr: tl.tensor,
     added_ptr: tl.tensor,
-    asked_ptr: tl.tensor,
+    settings_ptr: tl.tensor,
     masks_ptr: tl.tensor,
     out_ptr: tl.tensor,
     logits_stride: tl.tensor,
@@ -112,26 +129,26 @@ def _edit_logits_kernel(
     BLOCK_SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Program (block, row): the block's logits, shaped."""
+    """Program (block, row): edits the block's logits."""
     join_launch_chain(PDL)
     row = tl.program_id(1).to(tl.int64)
     state = tl.load(rows_ptr + row).to(tl.int64)
-    asked_ptr += state * 7
+    settings_ptr += state * _SETTINGS_WIDTH
     token_id = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     inside = token_id < vocab_size
     logits = tl.load(logits_ptr + row * logits_stride + token_id, mask=inside, other=0.0).to(tl.float32)
-    if tl.load(asked_ptr + 2) != 0:
-        repetition = tl.load(asked_ptr + 4).to(tl.float32, bitcast=True)
-        frequency = tl.load(asked_ptr + 5).to(tl.float32, bitcast=True)
-        presence = tl.load(asked_ptr + 6).to(tl.float32, bitcast=True)
+    if tl.load(settings_ptr + _HAS_PENALTIES) != 0:
+        repetition = tl.load(settings_ptr + _REPETITION).to(tl.float32, bitcast=True)
+        frequency = tl.load(settings_ptr + _FREQUENCY).to(tl.float32, bitcast=True)
+        presence = tl.load(settings_ptr + _PRESENCE).to(tl.float32, bitcast=True)
         counts = tl.load(counts_ptr + row * vocab_size + token_id, mask=inside, other=0)
         repeated = tl.where(logits > 0.0, logits / repetition, logits * repetition)
         in_output = (counts & 0x3FFFFFFF).to(tl.float32)
         logits = tl.where(counts != 0, repeated, logits) - frequency * in_output
         logits -= tl.where(in_output > 0.0, presence, 0.0)
-    if tl.load(asked_ptr + 1) != 0:
+    if tl.load(settings_ptr + _NUM_TOKEN_BIASES) != 0:
         logits += tl.load(added_ptr + row * vocab_size + token_id, mask=inside, other=0.0)
-    if tl.load(asked_ptr + 3) != 0:
+    if tl.load(settings_ptr + _HAS_MASK) != 0:
         words = tl.load(masks_ptr + state * mask_words + token_id // 32, mask=inside, other=0)
         logits = tl.where(((words >> (token_id % 32)) & 1) != 0, logits, -float("inf"))
     tl.store(out_ptr + row * vocab_size + token_id, logits, mask=inside)
@@ -141,28 +158,38 @@ def edit_logits_reference(
     logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, lengths: torch.Tensor, logit_edits: RowLogitEdits
 ) -> torch.Tensor:
     """What `edit_logits` must equal, row by row in plain torch; also what runs on a CPU."""
-    shaped = logits.to(torch.float32, copy=True)  # [num_rows, vocab_size]
-    for out, row, length in zip(shaped, rows.tolist(), lengths[rows].tolist(), strict=True):
-        prompt_length, num_edits, is_penalised, is_masked = logit_edits.asked[row, :4].tolist()
-        prompt, output = token_ids[row, :length].tensor_split([prompt_length])
-        if is_penalised:
-            repetition, frequency, presence = logit_edits.asked[row, 4:].view(torch.float32)
+    edited = logits.to(torch.float32, copy=True)  # [num_rows, vocab_size]
+    settings = logit_edits.settings[rows].numpy(force=True).view(LOGIT_EDITS)[:, 0]  # [num_rows]
+    for out, row, length, own in zip(edited, rows.tolist(), lengths[rows].tolist(), settings, strict=True):
+        prompt, output = token_ids[row, :length].tensor_split([int(own["num_prompt_tokens"])])
+        if own["has_penalties"]:
+            repetition = float(own["repetition_penalty"])
             counts = torch.bincount(output, minlength=len(out))
             repeated = torch.where(out > 0, out / repetition, out * repetition)
             torch.where(counts.index_fill(0, prompt.long(), 1) > 0, repeated, out, out=out)
-            out.sub_(frequency * counts).sub_(presence * (counts > 0))
-        if num_edits:
-            edits = logit_edits.edits[row]
-            items, words, said = edits[: num_edits * BIAS_WIDTH].view(-1, BIAS_WIDTH), edits.tolist(), output.tolist()
-            fits = [
-                length < until and said[max(len(said) - ending, 0) :] == words[start : start + ending]
-                for _, _, until, start, ending in items.tolist()
-            ]
-            out.index_add_(0, items[fits, 0], items[fits, 1].view(torch.float32))
-        if is_masked:
+            out.sub_(float(own["frequency_penalty"]) * counts)
+            out.sub_(float(own["presence_penalty"]) * (counts > 0))
+        if own["num_token_biases"]:
+            words = logit_edits.token_biases[row].numpy(force=True)
+            _add_token_biases(out, words, int(own["num_token_biases"]), length, output.tolist())
+        if own["has_mask"]:
             bits = logit_edits.masks[row].unsqueeze(1) >> torch.arange(32, device=out.device)
             out.masked_fill_((bits & 1).flatten()[: len(out)] == 0, -torch.inf)
-    return shaped
+    return edited
+
+
+def _add_token_biases(
+    out: torch.Tensor, words: npt.NDArray[np.int32], num_biases: int, length: int, output: list[int]
+) -> None:
+    """Adds to one row's logits [vocab_size], in place. words [MAX_BIAS_WORDS]; output: the tokens after the prompt."""
+    biases = words[: num_biases * BIAS_WIDTH].view(TOKEN_BIAS)
+    applies = []
+    for bias in biases:
+        start, size = int(bias["ending_start"]), int(bias["ending_length"])
+        ends = output[max(len(output) - size, 0) :] == words[start : start + size].tolist()
+        applies.append(ends and length < bias["until_length"])
+    token_ids, values = (torch.from_numpy(biases[name][applies]).to(out.device) for name in ("token_id", "bias"))
+    out.index_add_(0, token_ids, values)
 
 
 def edit_logits(
@@ -174,7 +201,7 @@ def edit_logits(
     *,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
-    """The logits that tokens are drawn from; rows that ask for nothing are as they were.
+    """The logits that tokens are drawn from; rows without edits are as they were.
 
     logits [num_rows, vocab_size] bf16, fp16 or fp32, rows may be strided; rows [num_rows] int32: where in token_ids
     [all_rows, max_tokens] int32, lengths [all_rows] int32 and `logit_edits` each row's values are → a new
@@ -183,21 +210,37 @@ def edit_logits(
     if not len(logits) or not runs_triton(logits, use_triton):
         return edit_logits_reference(logits, rows, token_ids, lengths, logit_edits)
     vocab_size, options = logits.shape[1], pdl_options(logits.device)
-    shaped = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    edited = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)  # [num_rows, vocab_size]
     size = max(_PART // vocab_size, 1)
-    for part, of_rows, out in zip(logits.split(size), rows.split(size), shaped.split(size), strict=True):
-        counts = torch.zeros(part.shape, dtype=torch.int32, device=part.device)  # [part's rows, vocab_size]
-        added = torch.zeros(part.shape, dtype=torch.float32, device=part.device)
+    for part, part_rows, out in zip(logits.split(size), rows.split(size), edited.split(size), strict=True):
+        counts = torch.zeros(part.shape, dtype=torch.int32, device=part.device)  # [rows of the part, vocab_size]
+        added = torch.zeros(part.shape, dtype=torch.float32, device=part.device)  # [rows of the part, vocab_size]
         _count_tokens_kernel[(_HISTORY_PROGRAMS, len(part))](
-            *(of_rows, token_ids, lengths, logit_edits.asked, logit_edits.edits, counts, added),
-            *(token_ids.shape[1], logit_edits.edits.shape[1], vocab_size),
+            rows_ptr=part_rows,
+            token_ids_ptr=token_ids,
+            lengths_ptr=lengths,
+            settings_ptr=logit_edits.settings,
+            biases_ptr=logit_edits.token_biases,
+            counts_ptr=counts,
+            added_ptr=added,
+            max_tokens=token_ids.shape[1],
+            max_bias_words=logit_edits.token_biases.shape[1],
+            vocab_size=vocab_size,
             BLOCK_SIZE=256,
             **options,
         )
         _edit_logits_kernel[(-(-vocab_size // _BLOCK_SIZE), len(part))](
-            *(part, of_rows, counts, added, logit_edits.asked, logit_edits.masks, out),
-            *(part.stride(0), vocab_size, logit_edits.masks.shape[1]),
+            logits_ptr=part,
+            rows_ptr=part_rows,
+            counts_ptr=counts,
+            added_ptr=added,
+            settings_ptr=logit_edits.settings,
+            masks_ptr=logit_edits.masks,
+            out_ptr=out,
+            logits_stride=part.stride(0),
+            vocab_size=vocab_size,
+            mask_words=logit_edits.masks.shape[1],
             BLOCK_SIZE=_BLOCK_SIZE,
             **options,
         )
-    return shaped
+    return edited

@@ -1,11 +1,11 @@
-"""All-reduce in one kernel, for messages so small that waiting is all of it: each rank reads what the others have.
+"""All-reduce in one kernel, for messages so small that waiting is the whole cost: each rank reads all ranks' data.
 
 Every rank has a buffer that the others can read and write over NVLink. A program copies its part of the tensor into
-its rank's buffer, tells the same program of every other rank so, waits to be told by all, and adds up what lies in the
-buffers, in the order of ranks: each rank gets the same bits. There are two slots, used in turn. Who has been told of
-call n + 1 by a rank knows that it has read all of call n, so that call n + 2 may write over it.
+its rank's buffer, signals the same program of every other rank, waits for the signals of all, and adds up the parts in
+the buffers in the order of ranks: each rank gets the same bits. Calls alternate between two slots. A rank that signals
+call n + 1 has read all of call n, so call n + 2 may overwrite it.
 
-A rank that never comes would be waited for without end: the wait also looks at a flag on the host.
+A rank that never comes would make the others wait without end: the wait also looks at a flag on the host.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ import torch
 
 from nanovllm.kernels.triton_support import jit, join_launch_chain, pdl_options, tl
 
-MAX_BYTES = 2 << 20  # of a tensor: as far as it was measured, and faster than NCCL there
+MAX_BYTES = 2 << 20  # of a tensor: measured up to here, and faster than NCCL
 MAX_RANKS = 8
 _NUM_PROGRAMS = 64  # in every call, so that their counts of calls agree
-_SIGNAL_BYTES = _NUM_PROGRAMS * MAX_RANKS * 4
+_SIGNAL_SIZE = torch.int32.itemsize
+_SIGNAL_BYTES = _NUM_PROGRAMS * MAX_RANKS * _SIGNAL_SIZE
 BUFFER_BYTES = _SIGNAL_BYTES + 2 * MAX_BYTES
 _BLOCK_SIZE = 2048  # elements that a program moves at a time
+_LOOKS_PER_FLAG = 1024  # looks at the signals for each look at the host's flag, which goes over the bus
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @jit
 def _slot_of(buffer: tl.tensor, slot: tl.tensor, like: tl.tensor) -> tl.tensor:
+    """A pointer of `like`'s type to the slot at byte `slot` of a buffer."""
     return tl.multiple_of((buffer + slot).to(like.dtype), 16)
 
 
@@ -41,12 +44,14 @@ def _one_shot_all_reduce_kernel(
     RANK: tl.constexpr,
     SIZE: tl.constexpr,
     MAX_RANKS: tl.constexpr,
+    SIGNAL_SIZE: tl.constexpr,
     SIGNAL_BYTES: tl.constexpr,
     SLOT_BYTES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    LOOKS_PER_FLAG: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """A buffer holds int32 signals [program, rank that told], then two slots."""
+    """A buffer holds int32 signals [program, rank that signals], then two slots."""
     join_launch_chain(PDL)
     program = tl.program_id(0)
     call = tl.load(calls_ptr + program) + 1
@@ -57,23 +62,23 @@ def _one_shot_all_reduce_kernel(
     for start in range(first, num_elements, stride):
         at = start + tl.arange(0, BLOCK_SIZE)
         tl.store(own_slot + at, tl.load(tensor_ptr + at, mask=at < num_elements), mask=at < num_elements)
-    tl.debug_barrier()  # what all threads wrote comes before the signal
+    tl.debug_barrier()  # the writes of all threads come before the signal
 
     rank = tl.arange(0, MAX_RANKS)
     is_rank = rank < SIZE
-    signal = program * MAX_RANKS * 4
-    theirs = (tl.load(buffers_ptr + rank, mask=is_rank, other=0) + signal + RANK * 4).to(calls_ptr.dtype)
+    signal = program * MAX_RANKS * SIGNAL_SIZE
+    theirs = (tl.load(buffers_ptr + rank, mask=is_rank, other=0) + signal + RANK * SIGNAL_SIZE).to(calls_ptr.dtype)
     tl.atomic_xchg(theirs, call, mask=is_rank, sem="release", scope="sys")
     own = (own_buffer + signal).to(calls_ptr.dtype)
     num_missing = SIZE
     num_looks = 0
     while num_missing > 0:
-        told = tl.load(own + rank, mask=is_rank, other=0, volatile=True)
-        num_missing = tl.sum(tl.where(is_rank & (told - call < 0), 1, 0))  # a difference: counts wrap around
+        signalled = tl.load(own + rank, mask=is_rank, other=0, volatile=True)
+        num_missing = tl.sum(tl.where(is_rank & (signalled - call < 0), 1, 0))  # a difference: counts wrap around
         num_looks += 1
-        if num_looks % 1024 == 0:  # not each time: this one goes over the bus
+        if num_looks % LOOKS_PER_FLAG == 0:
             num_missing = tl.where(tl.load(broken_off_ptr, volatile=True) != 0, 0, num_missing)
-    call = tl.atomic_add(own + RANK, 0, sem="acquire", scope="sys")  # what they wrote before telling is read after it
+    call = tl.atomic_add(own + RANK, 0, sem="acquire", scope="sys")  # reads come after the writes that were signalled
     tl.debug_barrier()
 
     for start in range(first, num_elements, stride):
@@ -89,17 +94,17 @@ def _one_shot_all_reduce_kernel(
 
 
 class Memory(Protocol):
-    """`utils.peer_memory.PeerMemory`."""
+    """Memory that all ranks reach: `distributed.peer_memory.PeerMemory`."""
 
-    addresses: list[int]  # of all ranks' buffers, by rank
+    addresses: list[int]  # of each rank's buffer
 
     def close(self) -> None: ...
 
 
 class OneShotAllReduce:
-    """Of one rank. Ranks must make the same calls in the same order, on one stream.
+    """The all-reduce on one rank. All ranks must make the same calls in the same order, on one stream.
 
-    memory: BUFFER_BYTES of each rank, and where this rank finds them; zero before any rank's first call.
+    memory: BUFFER_BYTES of each rank at the addresses by which this rank reaches them; zero before the first call.
     """
 
     def __init__(self, rank: int, memory: Memory, device: torch.device) -> None:
@@ -110,29 +115,36 @@ class OneShotAllReduce:
         self._broken_off = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
     def takes(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` is small enough, and of a kind that the kernel reads."""
+        """Whether `tensor` is small enough, contiguous and of a dtype that the kernel reads."""
         return tensor.nbytes <= MAX_BYTES and tensor.dtype in _DTYPES and tensor.is_contiguous()
 
     def __call__(self, tensor: torch.Tensor, residual: torch.Tensor | None = None) -> None:
-        """Puts the sum over ranks, and of `residual` (as `tensor`), in the place of `tensor`; added up in fp32."""
+        """Replaces `tensor` by its sum over ranks, plus `residual` (of its shape and dtype); added up in fp32."""
         assert residual is None or residual.is_contiguous()
         _one_shot_all_reduce_kernel[(_NUM_PROGRAMS,)](
-            *(tensor, residual, self._buffers, self._calls, self._broken_off, tensor.numel()),
+            tensor_ptr=tensor,
+            residual_ptr=residual,
+            buffers_ptr=self._buffers,
+            calls_ptr=self._calls,
+            broken_off_ptr=self._broken_off,
+            num_elements=tensor.numel(),
             RANK=self._rank,
             SIZE=len(self._buffers),
             MAX_RANKS=MAX_RANKS,
+            SIGNAL_SIZE=_SIGNAL_SIZE,
             SIGNAL_BYTES=_SIGNAL_BYTES,
             SLOT_BYTES=MAX_BYTES,
             BLOCK_SIZE=_BLOCK_SIZE,
+            LOOKS_PER_FLAG=_LOOKS_PER_FLAG,
             num_warps=8,
             **pdl_options(tensor.device),
         )
 
     def break_off(self) -> None:
-        """Ends the waiting of calls in flight and of later ones: what they give means nothing then. From any thread."""
+        """Ends the waiting of current and later calls, whose results are then undefined. Callable from any thread."""
         self._broken_off.fill_(1)
 
     def close(self) -> None:
-        """Gives the memory back, once the device has done all calls. No more may follow."""
+        """Frees the memory once the device has finished all calls. No call may follow."""
         torch.cuda.synchronize(self._buffers.device)
         self._memory.close()

@@ -1,11 +1,12 @@
-"""Decode attention over an FP8 cache: `paged_decode` with half the bytes to read, and so a shape of its own.
+"""Decode attention over an FP8 cache: `paged_decode` with half the bytes to read, and a kernel of its own.
 
-What a bf16 cache leaves idle, the instructions of a program, is what runs out here: with the other kernel's shape an
-H200 takes 180 µs for 256 x 850 tokens, whose bytes take 107. So the products are transposed, keys and dimensions as
-their rows: a tile of 8 query heads instead of 16 wastes half as much, and fewer registers leave room for more programs.
-A program is one warp, which waits for no other, and takes 16 keys at a time. It reads no shared prefix apart.
+With a bf16 cache a program's instructions leave time to spare; with half the bytes they become the limit. In the shape
+of the other kernel an H200 takes 180 µs for 256 x 850 tokens, whose bytes take 107 µs. So the products are transposed,
+keys and dimensions as their rows: a tile of 8 query heads instead of 16 wastes half as much, and fewer registers leave
+room for more programs. A program is one warp, which waits for no other, and takes 16 keys at a time. It does not read
+shared prefixes apart.
 
-Keys and values become fp16, which holds every e4m3 number, is one instruction for two of them (bf16 is five), and
+Keys and values become fp16, which holds every e4m3 number, takes one instruction for two of them (bf16 takes five), and
 rounds queries and weights less than bf16 does. A value tile is read as 16-bit words of two neighbouring dimensions:
 the transposition that a matrix product needs exists for such words and not for bytes. Even and odd dimensions of the
 output are then two products. Scales are factors of scores and weights: no tile is scaled.
@@ -15,8 +16,12 @@ from __future__ import annotations
 
 import torch
 
+from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
+from nanovllm.kernels.dequantize_pages import dequantized
+from nanovllm.kernels.online_softmax import softmax_weights
 from nanovllm.kernels.page_slots import page_slots
-from nanovllm.kernels.paged_decode import choose_num_splits, empty_partials, merge_partials, paged_decode_reference
+from nanovllm.kernels.paged_decode import choose_num_splits, paged_decode_reference
+from nanovllm.kernels.partials import Partials, empty_partials, keys_per_split, merge_partials
 from nanovllm.kernels.triton_support import (
     INTERPRETED,
     LOG2_E,
@@ -29,20 +34,22 @@ from nanovllm.kernels.triton_support import (
 
 _BLOCK_KEYS = 16  # keys a program reads at a time
 _NUM_STAGES = 4
-# What weights times value scales are raised by, so that they are no small numbers in fp16: with it a weight of 1e-6
-# still counts where values reach 0.01 (and values of 28,000 would be too many).
+_MIN_DOT_COLUMNS = 8  # the narrowest tile of a matrix product
+_MIN_BLOCK_DIM = 32  # pairs of dimensions are the rows of a product: 16 at least
+# Weights times value scales are raised by this factor, so that they are not subnormal in fp16: a weight of 1e-6 still
+# counts where values reach 0.01. Values of 28,000 would overflow.
 _RAISE = 1024.0
-_PROGRAMS_EACH = 16  # of one warp each, that keep a multiprocessor busy
+_PROGRAMS_EACH = 16  # programs of one warp that keep a multiprocessor busy
 
 
 @jit
 def _unpack(words: tl.tensor, INTERPRETED: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """int16 words of two e4m3 numbers each → the first of each word and the second of each, in fp16."""
+    """Unpacks int16 words of two e4m3 numbers each: (the first of each word, the second of each), in fp16."""
     if INTERPRETED:
         first = words.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
         second = (words >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
     else:
-        # Two words at a time: their four bytes change places, then each pair is converted by one instruction.
+        # Two words at a time: their four bytes are sorted, then one instruction converts each pair.
         first, second = tl.inline_asm_elementwise(
             """{
             .reg .b32 sorted;
@@ -93,14 +100,14 @@ def _paged_decode_fp8_kernel(
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ) -> None:
-    """Program (kv head, split, sequence). Scores are kept in base 2: exp2 is what the hardware has."""
+    """Program (kv head, split, sequence): the group's queries and a part of the context."""
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
     num_heads = tl.num_programs(0) * GROUP
     num_splits = tl.num_programs(1)
     context_len = tl.load(context_lens_ptr + seq)
-    split_len = tl.cdiv(tl.cdiv(context_len, num_splits), BLOCK_KEYS) * BLOCK_KEYS
+    split_len = keys_per_split(context_len, num_splits, BLOCK_KEYS)
     start = split * split_len
     end = tl.minimum(start + split_len, context_len)
     if start >= end:
@@ -108,7 +115,7 @@ def _paged_decode_fp8_kernel(
 
     group = tl.arange(0, BLOCK_GROUP)
     dim = tl.arange(0, BLOCK_DIM)
-    pair = tl.arange(0, BLOCK_DIM // 2)  # of dimensions 2 · pair and 2 · pair + 1
+    pair = tl.arange(0, BLOCK_DIM // 2)  # dimensions 2 · pair and 2 · pair + 1
     head = kv_head * GROUP + group
     group_mask = group < GROUP
     dim_mask = dim < HEAD_DIM
@@ -123,13 +130,13 @@ def _paged_decode_fp8_kernel(
     table_ptr = block_tables_ptr + seq * block_table_stride
 
     best = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
-    totals = tl.zeros([BLOCK_KEYS, BLOCK_GROUP], tl.float32)  # added up behind the loop
+    totals = tl.zeros([BLOCK_KEYS, BLOCK_GROUP], tl.float32)  # summed over keys after the loop
     even = tl.zeros([BLOCK_DIM // 2, BLOCK_GROUP], tl.float32)
     odd = tl.zeros([BLOCK_DIM // 2, BLOCK_GROUP], tl.float32)
     for first in range(start, end, BLOCK_KEYS):
         valid = first + tl.arange(0, BLOCK_KEYS) < end
         slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
-        # Rows past the context are read as zeros: what lies there may be NaN.
+        # Rows past the context are read as zeros: the cache may hold NaN there.
         key = tl.load(
             key_base + slot[:, None] + dim[None, :], mask=valid[:, None] & dim_mask[None, :], other=0.0
         )  # [BLOCK_KEYS, BLOCK_DIM]
@@ -142,15 +149,12 @@ def _paged_decode_fp8_kernel(
         value_scale = tl.load(value_scale_ptr + scale_at, mask=valid, other=0.0)
         scores = tl.dot(key.to(tl.float16).to(COMPUTE), query, input_precision=PRECISION)  # [BLOCK_KEYS, BLOCK_GROUP]
         scores = tl.where(valid[:, None], scores * (key_scale * scale_log2)[:, None], -float("inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=0))
-        weights = tl.exp2(scores - new_best[None, :])
-        shrink = tl.exp2(best - new_best)
+        weights, shrink, best = softmax_weights(scores, best, 1.0, AXIS=0)
         totals = totals * shrink[None, :] + weights
         weights = (weights * (value_scale * RAISE)[:, None]).to(COMPUTE)
         even_values, odd_values = _unpack(value_words, INTERPRETED)
         even = tl.dot(even_values.to(COMPUTE), weights, even * shrink[None, :], input_precision=PRECISION)
         odd = tl.dot(odd_values.to(COMPUTE), weights, odd * shrink[None, :], input_precision=PRECISION)
-        best = new_best
 
     total = tl.sum(totals, axis=0)
     even = even / (total * RAISE)[None, :]
@@ -168,71 +172,80 @@ def _paged_decode_fp8_kernel(
         tl.store(out_ptrs + 1, odd.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def dequantized(cache: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """An e4m3 cache [num_blocks, block_size, num_kv_heads, head_dim] times its scales, in fp32 (slow: for tests)."""
-    return cache.float() * scale.transpose(1, 2).unsqueeze(-1)
-
-
 def paged_decode_fp8_reference(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    key_scale: torch.Tensor,
-    value_scale: torch.Tensor,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
+    query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
 ) -> torch.Tensor:
-    """What `paged_decode_fp8` must equal: attention over the cache that the scales restore (slow: for tests)."""
-    keys, values = dequantized(key_cache, key_scale), dequantized(value_cache, value_scale)
-    return paged_decode_reference(query, keys, values, block_tables, context_lens, scale)
+    """What `paged_decode_fp8` must equal: attention over the restored cache (slow: for tests)."""
+    return paged_decode_reference(query, dequantized(kv_cache), metadata, scale)
 
 
 def paged_decode_fp8(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    key_scale: torch.Tensor,
-    value_scale: torch.Tensor,
-    block_tables: torch.Tensor,
-    context_lens: torch.Tensor,
-    max_context_len: int,
+    kv_cache: LayerKVCache,
+    metadata: DecodeMetadata,
     scale: float,
     *,
     num_splits: int | None = None,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
-    """`paged_decode` for key_cache, value_cache of float8_e4m3fn, each head of which has a scale for each token.
+    """`paged_decode` for an FP8 cache, where each head of a token has a scale.
 
-    query [num_seqs, num_heads, head_dim], head_dim even; key_scale, value_scale [num_blocks, num_kv_heads, block_size]
-    fp32, contiguous; the rest as there. → [num_seqs, num_heads, head_dim] of query's dtype. No synchronisation.
+    query [num_seqs, num_heads, head_dim], head_dim even → the same shape and dtype. `metadata.shared` is not used.
+    No synchronisation: may be captured in a CUDA graph.
     """
     if not runs_triton(query, use_triton):
-        return paged_decode_fp8_reference(
-            query, key_cache, value_cache, key_scale, value_scale, block_tables, context_lens, scale
-        )
-    num_seqs, num_heads, head_dim = query.shape
-    _, block_size, num_kv_heads, _ = key_cache.shape
+        return paged_decode_fp8_reference(query, kv_cache, metadata, scale)
+    num_seqs, num_kv_heads = query.shape[0], kv_cache.key.shape[2]
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_seqs, num_heads, head_dim]
     if num_seqs == 0:
         return out
     if num_splits is None:
         processors = multiprocessor_count(query.device)
-        num_splits = choose_num_splits(num_seqs, num_kv_heads, max_context_len, processors, _PROGRAMS_EACH)
-    partial_out, partial_lse = empty_partials(out, num_splits)
+        num_splits = choose_num_splits(num_seqs, num_kv_heads, metadata.max_context_len, processors, _PROGRAMS_EACH)
+    partials = empty_partials(out, num_splits)
+    _launch(query, kv_cache, metadata, scale, out, partials)
+    merge_partials(partials, metadata, out, _BLOCK_KEYS)
+    return out
+
+
+def _launch(
+    query: torch.Tensor,
+    kv_cache: LayerKVCache,
+    metadata: DecodeMetadata,
+    scale: float,
+    out: torch.Tensor,
+    partials: Partials,
+) -> None:
+    """Writes the attention of each part into `partials`, or into `out` where there is one part."""
+    num_seqs, num_heads, head_dim = query.shape
+    _, block_size, num_kv_heads, _ = kv_cache.key.shape
     group = num_heads // num_kv_heads
-    block_dim = max(next_power_of_2(head_dim), 32)
     is_float32 = query.dtype == torch.float32
-    _paged_decode_fp8_kernel[(num_kv_heads, num_splits, num_seqs)](
-        *(query, key_cache, value_cache.view(torch.int16), key_scale, value_scale, block_tables, context_lens, out),
-        *(partial_out, partial_lse, scale * LOG2_E),
-        *(*query.stride()[:2], *key_cache.stride()[:3], key_scale.stride(0), block_tables.stride(0)),
+    _paged_decode_fp8_kernel[(num_kv_heads, partials.num_splits, num_seqs)](
+        query_ptr=query,
+        key_ptr=kv_cache.key,
+        value_words_ptr=kv_cache.value.view(torch.int16),
+        key_scale_ptr=kv_cache.key_scale,
+        value_scale_ptr=kv_cache.value_scale,
+        block_tables_ptr=metadata.block_tables,
+        context_lens_ptr=metadata.context_lens,
+        out_ptr=out,
+        partial_out_ptr=partials.out,
+        partial_lse_ptr=partials.lse,
+        scale_log2=scale * LOG2_E,
+        query_seq_stride=query.stride(0),
+        query_head_stride=query.stride(1),
+        page_stride=kv_cache.key.stride(0),
+        slot_stride=kv_cache.key.stride(1),
+        kv_head_stride=kv_cache.key.stride(2),
+        scale_page_stride=kv_cache.scale_page_stride,
+        block_table_stride=metadata.block_tables.stride(0),
         BLOCK_SIZE=block_size,
-        IS_SPLIT=num_splits > 1,
+        IS_SPLIT=partials.is_split,
         GROUP=group,
-        BLOCK_GROUP=max(next_power_of_2(group), 8),  # 8 is the narrowest tile of a matrix product
+        BLOCK_GROUP=max(next_power_of_2(group), _MIN_DOT_COLUMNS),
         HEAD_DIM=head_dim,
-        BLOCK_DIM=block_dim,
+        BLOCK_DIM=max(next_power_of_2(head_dim), _MIN_BLOCK_DIM),
         BLOCK_KEYS=_BLOCK_KEYS,
         RAISE=_RAISE,
         COMPUTE=tl.float32 if is_float32 else tl.float16,
@@ -241,5 +254,3 @@ def paged_decode_fp8(
         num_warps=1,
         num_stages=_NUM_STAGES,
     )
-    merge_partials(partial_out, partial_lse, context_lens, out, num_splits, _BLOCK_KEYS)
-    return out

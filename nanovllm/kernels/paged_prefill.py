@@ -1,8 +1,8 @@
 """Causal attention of prompt chunks over the paged cache.
 
-Each program walks the keys once with an online softmax; the query heads that share a KV head are rows of one tile, so
+Each program walks the keys once with an online softmax. The query heads that share a KV head are rows of one tile, so
 that each key is read once for all of them. On Hopper GPUs the kernel of paged_prefill_hopper.py, which divides the work
-among its warps, takes the place of this one wherever it can.
+among its warps, replaces this one wherever it can run.
 Sources: Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691; Kwon et al., "PagedAttention", 2023,
 https://arxiv.org/abs/2309.06180.
 """
@@ -13,10 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
+from nanovllm.kernels.attention_inputs import LayerKVCache, PrefillMetadata
+from nanovllm.kernels.dequantize_pages import dequantized
+from nanovllm.kernels.online_softmax import accumulate
 from nanovllm.kernels.page_slots import page_slots
-from nanovllm.kernels.paged_decode_fp8 import dequantized
 from nanovllm.kernels.paged_prefill_hopper import can_run_on_hopper, paged_prefill_hopper
 from nanovllm.kernels.triton_support import LOG2_E, jit, next_power_of_2, runs_triton, tl
+
+_MIN_DOT_SIZE = 16  # the smallest tile of a matrix product
 
 
 @jit
@@ -45,7 +49,7 @@ def _attend(
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Online softmax over the keys at positions start … end; MASKED where some query may not see some key."""
+    """(best, total, out) after the keys at positions start … end; MASKED where some query may not see some key."""
     dim = tl.arange(0, BLOCK_DIM)
     for first in range(start, end, BLOCK_KEYS):
         position = first + tl.arange(0, BLOCK_KEYS)
@@ -56,11 +60,11 @@ def _attend(
             valid = position >= 0
             kv_mask = (dim < HEAD_DIM)[None, :]
         slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
-        # Rows past the context are read as zeros: what lies there may be NaN.
+        # Rows past the context are read as zeros: the cache may hold NaN there.
         key = tl.load(key_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)  # [BLOCK_KEYS, BLOCK_DIM]
         value = tl.load(value_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)
         if IS_QUANTIZED:
-            # Rows are as many as keys here, so scaling two halves of a tile at a time costs less than scaling scores.
+            # A tile has as many rows as keys: scaling keys and values costs less than scaling scores and weights.
             scale_at = page_slots(table_ptr, first, end, scale_page_stride, 1, BLOCK_SIZE, BLOCK_KEYS)
             key_scale = tl.load(key_scale_base + scale_at, mask=valid, other=0.0)
             value_scale = tl.load(value_scale_base + scale_at, mask=valid, other=0.0)
@@ -69,13 +73,7 @@ def _attend(
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_ROWS, BLOCK_KEYS]
         if MASKED:
             scores = tl.where(position[None, :] <= query_position[:, None], scores, -float("inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1) * scale_log2)
-        weights = tl.exp2(scores * scale_log2 - new_best[:, None])
-        shrink = tl.exp2(best - new_best)
-        total = total * shrink + tl.sum(weights, axis=1)
-        out = out * shrink[:, None]
-        out = tl.dot(weights.to(value.dtype), value, out, input_precision=PRECISION)
-        best = new_best
+        best, total, out = accumulate(scores, value, scale_log2, best, total, out, PRECISION)
     return best, total, out
 
 
@@ -114,7 +112,7 @@ def _paged_prefill_kernel(
     num_heads = tl.num_programs(0) * GROUP
     query_start = tl.load(cu_seqlens_q_ptr + seq)
     query_len = tl.load(cu_seqlens_q_ptr + seq + 1) - query_start
-    # The last tiles see the most keys: they go first, so that no long one is left alone at the end.
+    # The last tiles see the most keys: they go first, so that no long tile runs alone at the end.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
     first_token = tile * TILE_TOKENS
     if first_token >= query_len:
@@ -150,83 +148,76 @@ def _paged_prefill_kernel(
     # Keys up to the first query's position are seen by all rows: whole blocks of them need no mask.
     diagonal = (cached_len + first_token + 1) // BLOCK_KEYS * BLOCK_KEYS
     best, total, out = _attend(
-        query,
-        key_base,
-        value_base,
-        key_scale_base,
-        value_scale_base,
-        table_ptr,
-        best,
-        total,
-        out,
-        query_position,
-        0,
-        diagonal,
-        scale_log2,
-        page_stride,
-        slot_stride,
-        scale_page_stride,
-        IS_QUANTIZED,
-        BLOCK_SIZE,
-        HEAD_DIM,
-        BLOCK_DIM,
-        BLOCK_KEYS,
-        False,
-        PRECISION,
+        query=query,
+        key_base=key_base,
+        value_base=value_base,
+        key_scale_base=key_scale_base,
+        value_scale_base=value_scale_base,
+        table_ptr=table_ptr,
+        best=best,
+        total=total,
+        out=out,
+        query_position=query_position,
+        start=0,
+        end=diagonal,
+        scale_log2=scale_log2,
+        page_stride=page_stride,
+        slot_stride=slot_stride,
+        scale_page_stride=scale_page_stride,
+        IS_QUANTIZED=IS_QUANTIZED,
+        BLOCK_SIZE=BLOCK_SIZE,
+        HEAD_DIM=HEAD_DIM,
+        BLOCK_DIM=BLOCK_DIM,
+        BLOCK_KEYS=BLOCK_KEYS,
+        MASKED=False,
+        PRECISION=PRECISION,
     )
     best, total, out = _attend(
-        query,
-        key_base,
-        value_base,
-        key_scale_base,
-        value_scale_base,
-        table_ptr,
-        best,
-        total,
-        out,
-        query_position,
-        diagonal,
-        end,
-        scale_log2,
-        page_stride,
-        slot_stride,
-        scale_page_stride,
-        IS_QUANTIZED,
-        BLOCK_SIZE,
-        HEAD_DIM,
-        BLOCK_DIM,
-        BLOCK_KEYS,
-        True,
-        PRECISION,
+        query=query,
+        key_base=key_base,
+        value_base=value_base,
+        key_scale_base=key_scale_base,
+        value_scale_base=value_scale_base,
+        table_ptr=table_ptr,
+        best=best,
+        total=total,
+        out=out,
+        query_position=query_position,
+        start=diagonal,
+        end=end,
+        scale_log2=scale_log2,
+        page_stride=page_stride,
+        slot_stride=slot_stride,
+        scale_page_stride=scale_page_stride,
+        IS_QUANTIZED=IS_QUANTIZED,
+        BLOCK_SIZE=BLOCK_SIZE,
+        HEAD_DIM=HEAD_DIM,
+        BLOCK_DIM=BLOCK_DIM,
+        BLOCK_KEYS=BLOCK_KEYS,
+        MASKED=True,
+        PRECISION=PRECISION,
     )
     target = (global_token * num_heads + head)[:, None] * HEAD_DIM + dim[None, :]
     tl.store(out_ptr + target, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def paged_prefill_reference(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale: float,
-    key_scale: torch.Tensor | None = None,
-    value_scale: torch.Tensor | None = None,
+    query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
 ) -> torch.Tensor:
     """What `paged_prefill` must equal, sequence by sequence in plain torch (slow: for tests)."""
-    if key_scale is not None and value_scale is not None:
-        key_cache, value_cache = dequantized(key_cache, key_scale), dequantized(value_cache, value_scale)
-    num_heads, num_kv_heads = query.shape[1], key_cache.shape[2]
+    if kv_cache.is_quantized:
+        kv_cache = dequantized(kv_cache)
+    _, block_size, num_kv_heads, _ = kv_cache.key.shape
+    group = query.shape[1] // num_kv_heads
     out = torch.empty_like(query, memory_format=torch.contiguous_format)  # [num_tokens, num_heads, head_dim]
-    starts = cu_seqlens_q.tolist()
-    for seq, context_len in enumerate(context_lens.tolist()):
+    starts = metadata.cu_seqlens_q.tolist()
+    for seq, context_len in enumerate(metadata.context_lens.tolist()):
         chunk = slice(starts[seq], starts[seq + 1])
         query_len = starts[seq + 1] - starts[seq]
-        pages = block_tables[seq, : -(-context_len // key_cache.shape[1])].long()
-        keys = key_cache[pages].flatten(0, 1)[:context_len].float()  # [context_len, num_kv_heads, head_dim]
-        values = value_cache[pages].flatten(0, 1)[:context_len].float()
-        grouped = query[chunk].float().unflatten(1, (num_kv_heads, num_heads // num_kv_heads))
+        pages = metadata.block_tables[seq, : -(-context_len // block_size)].long()
+        keys = kv_cache.key[pages].flatten(0, 1)[:context_len].float()  # [context_len, num_kv_heads, head_dim]
+        values = kv_cache.value[pages].flatten(0, 1)[:context_len].float()
+        grouped = query[chunk].float().unflatten(1, (num_kv_heads, group))
         scores = torch.einsum("qhgd,khd->hgqk", grouped, keys) * scale
         hidden = torch.ones(query_len, context_len, dtype=torch.bool, device=query.device).triu(
             context_len - query_len + 1
@@ -238,14 +229,16 @@ def paged_prefill_reference(
 
 @dataclass(frozen=True)
 class _Tile:
-    rows: int  # queries × heads of a program
+    """The shape of a program."""
+
+    rows: int  # queries × heads
     keys: int  # keys it reads at a time
     num_warps: int
     num_stages: int  # blocks of keys in flight
 
 
 def _choose_tile(dtype: torch.dtype, block_dim: int, is_quantized: bool) -> _Tile:
-    """What fits a multiprocessor's registers and shared memory."""
+    """Returns a tile that fits a multiprocessor's registers and shared memory."""
     if dtype == torch.float32 or block_dim > 128:
         return _Tile(rows=32, keys=32, num_warps=4, num_stages=2)
     if is_quantized:
@@ -255,64 +248,59 @@ def _choose_tile(dtype: torch.dtype, block_dim: int, is_quantized: bool) -> _Til
 
 def paged_prefill(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    context_lens: torch.Tensor,
-    max_seqlen_q: int,
+    kv_cache: LayerKVCache,
+    metadata: PrefillMetadata,
     scale: float,
-    key_scale: torch.Tensor | None = None,
-    value_scale: torch.Tensor | None = None,
     *,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
     """Causal softmax(scale · query · keysᵀ) · values; a sequence's queries are the last ones of its context.
 
-    query [num_tokens, num_heads, head_dim], sequence i's rows cu_seqlens_q[i] … cu_seqlens_q[i + 1]; key_cache,
-    value_cache [num_blocks, block_size, num_kv_heads, head_dim], alike in strides, with the chunk's own keys in them;
-    block_tables [num_seqs, max_blocks] int32; cu_seqlens_q [num_seqs + 1] int32; context_lens [num_seqs] int32;
-    max_seqlen_q ≥ the longest chunk. → [num_tokens, num_heads, head_dim] of query's dtype.
-    With key_scale, value_scale [num_blocks, num_kv_heads, block_size] fp32, contiguous, the caches are float8_e4m3fn.
+    query [num_tokens, num_heads, head_dim] → the same shape and dtype. The cache has query's dtype or is an FP8 cache,
+    and holds the chunk's own keys and values.
     """
     if not runs_triton(query, use_triton):
-        return paged_prefill_reference(
-            query, key_cache, value_cache, block_tables, cu_seqlens_q, context_lens, scale, key_scale, value_scale
-        )
-    _, num_heads, head_dim = query.shape
-    _, block_size, num_kv_heads, _ = key_cache.shape
+        return paged_prefill_reference(query, kv_cache, metadata, scale)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
     if query.shape[0] == 0:
         return out
-    if can_run_on_hopper(query, key_cache):
-        tables = (block_tables, cu_seqlens_q, context_lens)
-        paged_prefill_hopper(query, key_cache, value_cache, *tables, scale * LOG2_E, out)
-        return out
+    if can_run_on_hopper(query, kv_cache.key):
+        paged_prefill_hopper(query, kv_cache, metadata, scale, out)
+    else:
+        _launch(query, kv_cache, metadata, scale, out)
+    return out
+
+
+def _launch(
+    query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float, out: torch.Tensor
+) -> None:
+    _, num_heads, head_dim = query.shape
+    _, block_size, num_kv_heads, _ = kv_cache.key.shape
     group = num_heads // num_kv_heads
-    block_dim = max(next_power_of_2(head_dim), 16)
-    is_quantized = key_scale is not None and value_scale is not None
+    block_dim = max(next_power_of_2(head_dim), _MIN_DOT_SIZE)
+    is_quantized = kv_cache.is_quantized
     tile = _choose_tile(query.dtype, block_dim, is_quantized)
     block_rows = max(tile.rows, next_power_of_2(group))
     tile_tokens = block_rows // group
-    grid = (num_kv_heads, -(-max_seqlen_q // tile_tokens), cu_seqlens_q.shape[0] - 1)
+    grid = (num_kv_heads, -(-metadata.max_seqlen_q // tile_tokens), metadata.cu_seqlens_q.shape[0] - 1)
     _paged_prefill_kernel[grid](
-        query,
-        key_cache,
-        value_cache,
-        key_scale if is_quantized else key_cache,  # not read without scales
-        value_scale if is_quantized else value_cache,
-        block_tables,
-        cu_seqlens_q,
-        context_lens,
-        out,
-        scale * LOG2_E,
-        query.stride(0),
-        query.stride(1),
-        key_cache.stride(0),
-        key_cache.stride(1),
-        key_cache.stride(2),
-        key_scale.stride(0) if key_scale is not None else 0,
-        block_tables.stride(0),
+        query_ptr=query,
+        key_ptr=kv_cache.key,
+        value_ptr=kv_cache.value,
+        key_scale_ptr=kv_cache.key_scale if is_quantized else kv_cache.key,  # not read without scales
+        value_scale_ptr=kv_cache.value_scale if is_quantized else kv_cache.value,
+        block_tables_ptr=metadata.block_tables,
+        cu_seqlens_q_ptr=metadata.cu_seqlens_q,
+        context_lens_ptr=metadata.context_lens,
+        out_ptr=out,
+        scale_log2=scale * LOG2_E,
+        query_token_stride=query.stride(0),
+        query_head_stride=query.stride(1),
+        page_stride=kv_cache.key.stride(0),
+        slot_stride=kv_cache.key.stride(1),
+        kv_head_stride=kv_cache.key.stride(2),
+        scale_page_stride=kv_cache.scale_page_stride,
+        block_table_stride=metadata.block_tables.stride(0),
         IS_QUANTIZED=is_quantized,
         BLOCK_SIZE=block_size,
         GROUP=group,
@@ -325,4 +313,3 @@ def paged_prefill(
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-    return out

@@ -1,10 +1,10 @@
 """Causal attention of prompt chunks over the paged cache, for Hopper GPUs (H100, H200).
 
-The kernel of paged_prefill.py computes, loads and waits in turns; here the warps of a program divide the work. One
-warp copies keys and values page by page through the tensor memory accelerator, as far ahead as there are buffers. Two
-warpgroups hold 64 rows each and do the rest: while one computes its softmax, the matrix units work for the other, and
-for its own sum of values. A program takes one tile after another from a queue, so that the next tile's first loads
-run beside the last one's end. Triton's language cannot say this; Gluon, the language below it, can.
+The kernel of paged_prefill.py loads and computes in turns; here the warps of a program divide the work. One warp copies
+keys and values page by page through the tensor memory accelerator, as far ahead as there are buffers. Two warpgroups
+hold 64 rows each and compute: while one computes its softmax, the matrix units work for the other, and for its own sum
+of values. A program takes one tile after another from a queue, so that the next tile's first loads overlap the end of
+the last tile. Triton cannot express this; Gluon, the language below it, can.
 
 Sources: Shah et al., "FlashAttention-3", 2024, https://arxiv.org/abs/2407.08608 (division of work, pipelining);
 Kwon et al., "PagedAttention", 2023, https://arxiv.org/abs/2309.06180.
@@ -16,9 +16,11 @@ from functools import cache
 
 import torch
 
+from nanovllm.kernels.attention_inputs import LayerKVCache, PrefillMetadata
 from nanovllm.kernels.paged_prefill_hopper_load import produce
 from nanovllm.kernels.triton_support import (
     HAS_GLUON,
+    LOG2_E,
     TensorDescriptor,
     fence_async_shared,
     gl,
@@ -30,15 +32,20 @@ from nanovllm.kernels.triton_support import (
     warpgroup_mma_wait,
 )
 
-_ROWS = 64  # queries × heads of a warpgroup: what one matrix instruction takes
+_ROWS = 64  # queries × heads of a warpgroup: the rows of one matrix instruction
 _BLOCK_KEYS = 128
 _STAGES = 2  # blocks of keys, and of values, in shared memory
-_COLUMNS = 64  # of 2 bytes, which the accelerator copies at a time: 128 bytes, the width of its swizzle
+_COLUMNS = 64  # columns of 2 bytes that the accelerator copies at a time: 128 bytes, the width of its swizzle
 _SMALLEST_PAGE = 8  # rows after which the swizzle repeats
+_DTYPES = (torch.bfloat16, torch.float16)
+_HEAD_DIMS = (64, 128)
+_GROUPS = (1, 2, 4, 8, 16)  # query heads that share a KV head
+_ALIGNED_BYTES = 16  # where the accelerator may begin to read
 
 
 @gluon_jit()
 def _receive(number: gl.shared_memory_descriptor) -> gl.tensor:
+    """Reads a number of the tile that `produce` announces."""
     return gl.sum(number.load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), axis=0)
 
 
@@ -52,7 +59,7 @@ def _weigh(
     query_position: gl.tensor,
     seen_by_all: gl.tensor,
 ) -> tuple[gl.tensor, gl.tensor, gl.tensor, gl.tensor]:
-    """One step of the online softmax, keys from `first` on: (weights, what the sums so far shrink by, best, total)."""
+    """One step of online_softmax.py, keys from `first` on: (weights, the factor for the sums so far, best, total)."""
     BLOCK_KEYS: gl.constexpr = scores.shape[1]
     if first + BLOCK_KEYS > seen_by_all:
         position = first + gl.arange(0, BLOCK_KEYS, gl.SliceLayout(0, scores.type.layout))
@@ -66,7 +73,7 @@ def _weigh(
 
 @gluon_jit()
 def _clear_rows(tile: gl.shared_memory_descriptor, num_rows: gl.tensor) -> None:
-    """Zero the values from row `num_rows` on: their weights are 0, but 0 × NaN is NaN. Both warpgroups may do it."""
+    """Zeroes the values from row `num_rows` on: their weights are 0, but 0 × NaN is NaN. Both warpgroups may do it."""
     BLOCK_KEYS: gl.constexpr = tile.shape[0]
     HEAD_DIM: gl.constexpr = tile.shape[1]
     STRIP: gl.constexpr = 16
@@ -132,7 +139,7 @@ def _consume(
         weights = gl.convert_layout(weights.to(keys.dtype), WEIGHTS)
         out = gl.zeros([ROWS, HEAD_DIM], gl.float32, OUT)
         num_seen += 1
-        # A block's scores beside the weighted values of the block before, and its softmax beside the latter.
+        # A block's scores and its softmax overlap the product of weights and values of the block before.
         for first in range(BLOCK_KEYS, num_blocks * BLOCK_KEYS, BLOCK_KEYS):
             stage = num_seen % STAGES
             before = (num_seen - 1) % STAGES
@@ -207,7 +214,7 @@ def _paged_prefill_hopper_kernel(
     BLOCK_KEYS: gl.constexpr,
     STAGES: gl.constexpr,
 ) -> None:
-    """The buffers, and for each a barrier that says when it is ready and one that says when it is free."""
+    """Allocates the buffers, each with a barrier for "ready" and one for "free", and starts the warps."""
     TILE_TOKENS: gl.constexpr = 2 * ROWS // GROUP
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     SCALAR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -274,12 +281,12 @@ def _swizzle(rank: int) -> gl.NVMMASharedLayout:
 
 
 def takes_on_hopper(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
-    """Whether `paged_prefill_hopper` serves such a model here, unless its query heads do not come in groups of 2ⁿ."""
+    """Whether `paged_prefill_hopper` can serve such a model, if its query heads come in groups of one of `_GROUPS`."""
     return (
         HAS_GLUON
         and _is_hopper(device)
-        and dtype in (torch.bfloat16, torch.float16)
-        and head_dim in (64, 128)
+        and dtype in _DTYPES
+        and head_dim in _HEAD_DIMS
         and block_size >= _SMALLEST_PAGE
         and block_size & (block_size - 1) == 0
     )
@@ -290,55 +297,55 @@ def takes_queries_on_hopper(query: torch.Tensor, num_kv_heads: int, block_size: 
     _, num_heads, head_dim = query.shape
     return (
         takes_on_hopper(query.device, query.dtype, head_dim, block_size)
-        and num_heads // num_kv_heads in (1, 2, 4, 8, 16)
+        and num_heads // num_kv_heads in _GROUPS
         and query.stride(2) == 1
-        and query.stride(0) % 8 == query.stride(1) % 8 == query.data_ptr() % 16 == 0
+        and query.stride(0) * query.itemsize % _ALIGNED_BYTES == 0
+        and query.stride(1) * query.itemsize % _ALIGNED_BYTES == 0
+        and query.data_ptr() % _ALIGNED_BYTES == 0
     )
 
 
 def can_run_on_hopper(query: torch.Tensor, key_cache: torch.Tensor) -> bool:
-    """Whether `paged_prefill_hopper` takes these tensors; see `paged_prefill` for their shapes."""
+    """Whether `paged_prefill_hopper` takes query [num_tokens, num_heads, head_dim] and `LayerKVCache.key`."""
     _, block_size, num_kv_heads, _ = key_cache.shape
     return (
         takes_queries_on_hopper(query, num_kv_heads, block_size)
         and key_cache.dtype == query.dtype
         and key_cache.is_contiguous()
-        and key_cache.data_ptr() % 16 == 0
+        and key_cache.data_ptr() % _ALIGNED_BYTES == 0
     )
 
 
 def paged_prefill_hopper(
-    query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    block_tables: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    context_lens: torch.Tensor,
-    scale_log2: float,
-    out: torch.Tensor,
+    query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float, out: torch.Tensor
 ) -> None:
-    """Write into `out` [num_tokens, num_heads, head_dim] what paged_prefill.py describes; `can_run_on_hopper` holds."""
+    """Writes the result of `paged_prefill` into out [num_tokens, num_heads, head_dim]. Needs `can_run_on_hopper`."""
     num_tokens, num_heads, head_dim = query.shape
-    num_blocks, block_size, num_kv_heads, _ = key_cache.shape
+    num_blocks, block_size, num_kv_heads, _ = kv_cache.key.shape
     group = num_heads // num_kv_heads
-    num_seqs = cu_seqlens_q.shape[0] - 1
+    num_seqs = metadata.cu_seqlens_q.shape[0] - 1
     num_tiles = (num_tokens // (2 * _ROWS // group) + num_seqs) * num_kv_heads
-    page = [min(block_size, _BLOCK_KEYS), _COLUMNS]
-    slots = [num_blocks * block_size, num_kv_heads * head_dim], [num_kv_heads * head_dim, 1]  # shape, strides
+
+    def pages(cache: torch.Tensor) -> TensorDescriptor:
+        shape = [num_blocks * block_size, num_kv_heads * head_dim]
+        return TensorDescriptor(cache, shape, [shape[1], 1], [min(block_size, _BLOCK_KEYS), _COLUMNS], _swizzle(2))
+
     _paged_prefill_hopper_kernel[(min(num_tiles, multiprocessor_count(query.device)),)](
-        TensorDescriptor(query, [*query.shape], [*query.stride()], [_ROWS // group, group, _COLUMNS], _swizzle(3)),
-        TensorDescriptor(key_cache, *slots, page, _swizzle(2)),
-        TensorDescriptor(value_cache, *slots, page, _swizzle(2)),
-        block_tables,
-        cu_seqlens_q,
-        context_lens,
-        out,
-        torch.zeros(1, dtype=torch.int32, device=query.device),
-        scale_log2,
-        block_tables.stride(0),
-        num_seqs,
-        num_kv_heads,
-        num_tiles,
+        query_desc=TensorDescriptor(
+            query, [*query.shape], [*query.stride()], [_ROWS // group, group, _COLUMNS], _swizzle(3)
+        ),
+        key_desc=pages(kv_cache.key),
+        value_desc=pages(kv_cache.value),
+        block_tables_ptr=metadata.block_tables,
+        cu_seqlens_q_ptr=metadata.cu_seqlens_q,
+        context_lens_ptr=metadata.context_lens,
+        out_ptr=out,
+        queue_ptr=torch.zeros(1, dtype=torch.int32, device=query.device),
+        scale_log2=scale * LOG2_E,
+        block_table_stride=metadata.block_tables.stride(0),
+        num_seqs=num_seqs,
+        num_kv_heads=num_kv_heads,
+        num_tiles=num_tiles,
         BLOCK_SIZE=block_size,
         GROUP=group,
         ROWS=_ROWS,

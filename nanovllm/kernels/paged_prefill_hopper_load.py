@@ -1,6 +1,6 @@
-"""The loading warp of paged_prefill_hopper.py: which tile comes next, and its queries, keys and values.
+"""The loading warp of paged_prefill_hopper.py: finds the next tile, and loads its queries, keys and values.
 
-All copies are the tensor memory accelerator's: one thread starts them, and a barrier counts the bytes that arrive.
+The tensor memory accelerator makes all copies: one thread starts them, and a barrier counts the bytes that arrive.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ def _find_tile(
     num_kv_heads: gl.tensor,
     TILE_TOKENS: gl.constexpr,
 ) -> tuple[gl.tensor, gl.tensor, gl.tensor]:
-    """(sequence, KV head, first token in the chunk) of a tile; the last tiles of a sequence, which see most, first.
+    """(sequence, KV head, first token in the chunk) of a tile. A sequence's last tiles, which see the most, come first.
 
-    Sequence i's tiles begin at cu_seqlens_q[i] // TILE_TOKENS + i: enough for each, and known without a sum. Some have
-    no tokens: their first token lies outside the chunk.
+    Sequence i's tiles begin at cu_seqlens_q[i] // TILE_TOKENS + i: room enough for each, and known without a sum. Some
+    tiles have no tokens: their first token lies outside the chunk.
     """
     slot = index // num_kv_heads
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
@@ -41,7 +41,7 @@ def _load_query(
     token: gl.tensor,
     head: gl.tensor,
 ) -> None:
-    """Start to copy the group's heads of a tile's tokens; row r of query is token r // GROUP, head r % GROUP."""
+    """Starts to copy the group's heads of a tile's tokens; row r of query is token r // GROUP, head r % GROUP."""
     TOKENS: gl.constexpr = query_desc.block_type.shape[0]
     GROUP: gl.constexpr = query_desc.block_type.shape[1]
     COLUMNS: gl.constexpr = query_desc.block_type.shape[2]
@@ -63,7 +63,7 @@ def _find_slots(
     BLOCK_KEYS: gl.constexpr,
     ROWS: gl.constexpr,
 ) -> gl.tuple:
-    """The slots where each ROWS keys from position `first` on begin: page 0 past the context."""
+    """The slots where every ROWS keys from position `first` on begin; past the context, those of page 0."""
     slots: gl.tuple = ()
     for piece in gl.static_range(BLOCK_KEYS // ROWS):
         position = first + piece * ROWS
@@ -80,14 +80,14 @@ def _load_keys(
     slots: gl.tuple,
     column: gl.tensor,
 ) -> None:
-    """Start to copy a block of keys (or values)."""
+    """Starts to copy a block of keys (or values)."""
     ROWS: gl.constexpr = desc.block_type.shape[0]
     COLUMNS: gl.constexpr = desc.block_type.shape[1]
     PIECES: gl.constexpr = tile.shape[0] // ROWS
     PARTS: gl.constexpr = tile.shape[1] // COLUMNS
     COPIES: gl.constexpr = PARTS * PIECES
     mbarrier.expect(ready, tile.shape[0] * tile.shape[1] * 2)
-    # A swizzled tile is its parts, one behind the other, and a part is its rows: any 8 rows can be copied on their own.
+    # A swizzled tile is its parts, one after another, and a part is its rows: any 8 rows can be copied separately.
     copies = tile._reinterpret(tile.dtype, [COPIES, ROWS, COLUMNS], desc.layout)
     for piece in gl.static_range(PIECES):
         for part in gl.static_range(PARTS):
@@ -114,7 +114,11 @@ def produce(
     BLOCK_SIZE: gl.constexpr,
     TILE_TOKENS: gl.constexpr,
 ) -> None:
-    """The loading warp: takes tiles from the queue until there are no more, and tells the others where each lies."""
+    """The loading warp: takes tiles from the queue until none is left, and announces each to the computing warps.
+
+    An announced tile is five numbers: tokens left in the chunk from the tile's first one on (0: no more tiles), row of
+    the first token in the batch, KV head, position of the first token, context length.
+    """
     tile, query, tile_ready, tile_free = tile_pipe
     keys, key_ready, key_free = key_pipe
     values, value_ready, value_free = value_pipe

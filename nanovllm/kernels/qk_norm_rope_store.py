@@ -1,9 +1,9 @@
-"""What lies between the QKV projection and attention, in one launch: norm, rotation, and the store into the KV cache.
+"""All between the QKV projection and attention in one launch: norm, rotation, and the store into the KV cache.
 
-RMSNorm of each query and key head (models without it give no weights), rotary position embedding, and keys and values
-into their pages. Keys are not written anywhere else: attention reads them from the cache. An FP8 cache gets each head
-divided by a scale of its own, so that its largest component becomes e4m3's largest number: nothing to calibrate, and a
-token's entry depends on that token alone.
+RMSNorm of each query and key head (where the model has it), rotary position embedding, and keys and values into their
+pages. Keys are not written anywhere else: attention reads them from the cache. In an FP8 cache each head is divided by
+a scale of its own, so that its largest component becomes e4m3's largest number: no calibration, and a token's entry
+depends on that token alone.
 Sources: Henry et al., "Query-Key Normalization for Transformers", 2020, https://arxiv.org/abs/2010.04245;
 Su et al., "RoFormer", 2021, https://arxiv.org/abs/2104.09864, in the half-rotation layout of Hugging Face
 (component i turns with component i + head_dim / 2).
@@ -11,8 +11,11 @@ Su et al., "RoFormer", 2021, https://arxiv.org/abs/2104.09864, in the half-rotat
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from nanovllm.kernels.attention_inputs import LayerKVCache
 from nanovllm.kernels.rms_norm import rms_norm_reference
 from nanovllm.kernels.triton_support import (
     jit,
@@ -27,7 +30,16 @@ from nanovllm.kernels.triton_support import (
 _BLOCK_HEADS = 8  # heads a program handles, at most
 _NUM_WARPS = 4
 FP8_MAX = 448.0  # the largest number of e4m3
-_SMALLEST_AMAX = 1e-12  # a head of zeros has a scale too
+_SMALLEST_AMAX = 1e-12  # so that the scale of a head of zeros is not 0
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """RMS norm of every query and key head."""
+
+    query_weight: torch.Tensor  # [head_dim]
+    key_weight: torch.Tensor  # [head_dim]
+    eps: float
 
 
 @jit
@@ -42,7 +54,7 @@ def _load_rotated(
     HALF_DIM: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The two halves [BLOCK_HEADS, BLOCK_HALF] of some heads, normed and rotated, in fp32."""
+    """Loads heads, normed and rotated, in fp32: their two halves, each [BLOCK_HEADS, BLOCK_HALF]."""
     low = tl.load(head_ptrs, mask=mask, other=0.0).to(tl.float32)
     high = tl.load(head_ptrs + HALF_DIM, mask=mask, other=0.0).to(tl.float32)
     if HAS_NORM:
@@ -59,6 +71,7 @@ def _load_rotated(
 def _store_halves(
     low: tl.tensor, high: tl.tensor, head_ptrs: tl.tensor, mask: tl.tensor, HALF_DIM: tl.constexpr
 ) -> None:
+    """Stores the two halves of heads in the target's dtype."""
     dtype = head_ptrs.dtype.element_ty
     tl.store(head_ptrs, low.to(dtype), mask=mask)
     tl.store(head_ptrs + HALF_DIM, high.to(dtype), mask=mask)
@@ -76,7 +89,7 @@ def _store_quantized(
     FP8_MAX: tl.constexpr,
     SMALLEST_AMAX: tl.constexpr,
 ) -> None:
-    """Each head divided by its scale, and the scales [BLOCK_HEADS]."""
+    """Stores each head divided by its scale, and the scales [BLOCK_HEADS]."""
     low, high = low.to(tl.float32), high.to(tl.float32)
     amax = tl.maximum(tl.max(tl.abs(low), axis=1), tl.max(tl.abs(high), axis=1))
     amax = tl.maximum(amax, SMALLEST_AMAX)
@@ -117,7 +130,7 @@ def _qk_norm_rope_store_kernel(
     SMALLEST_AMAX: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """A token's programs follow one another: its tiles of query heads, then those of KV heads."""
+    """One program a tile of heads. A token's programs are adjacent: tiles of query heads, then tiles of KV heads."""
     let_next_kernel_start(PDL)
     query_tiles: tl.constexpr = (NUM_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     tiles: tl.constexpr = query_tiles + (NUM_KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -182,43 +195,39 @@ def qk_norm_rope_store_reference(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    query_weight: torch.Tensor | None,
-    key_weight: torch.Tensor | None,
-    eps: float,
+    *,
+    norm: QKNorm | None,
     cos_sin_cache: torch.Tensor,
     positions: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    kv_cache: LayerKVCache,
     slot_mapping: torch.Tensor,
-    key_scale: torch.Tensor | None = None,
-    value_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What `qk_norm_rope_store` must equal, in plain torch; also what runs on a CPU."""
     cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)  # [num_tokens, 1, head_dim / 2]
     cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # each [num_tokens, 1, head_dim]
-    # All heads at once: on a CPU it is the number of calls that costs.
+    # All heads at once: on a CPU the number of calls is what costs.
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     heads = torch.cat((query, key), dim=1).float()  # [num_tokens, heads, head_dim]
-    if query_weight is not None and key_weight is not None:
-        weight = torch.cat((query_weight.expand(num_heads, -1), key_weight.expand(num_kv_heads, -1)))  # as one token
-        heads = rms_norm_reference(heads, weight, eps)
+    if norm is not None:
+        weights = (norm.query_weight.expand(num_heads, -1), norm.key_weight.expand(num_kv_heads, -1))
+        heads = rms_norm_reference(heads, torch.cat(weights), norm.eps)  # weight [heads, head_dim]
     low, high = heads.chunk(2, dim=-1)
     turned = torch.cat((high, low), dim=-1).mul_(sin)
     rotated = heads.mul_(cos).add_(turned)
-    if key_scale is not None and value_scale is not None:
-        _store_quantized_reference(rotated[:, num_heads:], key_cache, key_scale, slot_mapping)
-        _store_quantized_reference(value.float(), value_cache, value_scale, slot_mapping)
+    if kv_cache.key_scale is not None and kv_cache.value_scale is not None:
+        _store_quantized_reference(rotated[:, num_heads:], kv_cache.key, kv_cache.key_scale, slot_mapping)
+        _store_quantized_reference(value.float(), kv_cache.value, kv_cache.value_scale, slot_mapping)
         return rotated[:, :num_heads].to(query.dtype)
     rotated = rotated.to(query.dtype)
-    key_cache.view(-1, *key.shape[1:]).index_copy_(0, slot_mapping, rotated[:, num_heads:])
-    value_cache.view(-1, *value.shape[1:]).index_copy_(0, slot_mapping, value)
+    kv_cache.key.view(-1, *key.shape[1:]).index_copy_(0, slot_mapping, rotated[:, num_heads:])
+    kv_cache.value.view(-1, *value.shape[1:]).index_copy_(0, slot_mapping, value)
     return rotated[:, :num_heads]
 
 
 def _store_quantized_reference(
     heads: torch.Tensor, cache: torch.Tensor, scale: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
-    """heads [num_tokens, num_kv_heads, head_dim] fp32 into an e4m3 cache and its scales."""
+    """Stores heads [num_tokens, num_kv_heads, head_dim] fp32 in an e4m3 cache and its scales."""
     block_size = cache.shape[1]
     amax = heads.abs().amax(-1, keepdim=True).clamp_(min=_SMALLEST_AMAX)  # [num_tokens, num_kv_heads, 1]
     quantized = (heads * (FP8_MAX / amax)).to(cache.dtype).view(torch.uint8)
@@ -230,34 +239,32 @@ def qk_norm_rope_store(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    query_weight: torch.Tensor | None,
-    key_weight: torch.Tensor | None,
-    eps: float,
+    *,
+    norm: QKNorm | None,
     cos_sin_cache: torch.Tensor,
     positions: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    kv_cache: LayerKVCache,
     slot_mapping: torch.Tensor,
-    key_scale: torch.Tensor | None = None,
-    value_scale: torch.Tensor | None = None,
-    *,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
-    """Norms and rotates query and key heads and stores keys and values in their slots; fp32 inside, rounded once.
+    """Norms and rotates query and key heads, stores keys and values in their slots, and returns the query heads.
 
     query [num_tokens, num_heads, head_dim], key and value [num_tokens, num_kv_heads, head_dim]: views of one fused
-    projection (heads side by side); query_weight, key_weight [head_dim], or None for both: no norm; cos_sin_cache
-    [max_position, head_dim] fp32, cosines in the first half; positions [num_tokens] int64.
-    key_cache, value_cache [num_blocks, block_size, num_kv_heads, head_dim] are written in place, alike in strides, each
-    page contiguous: a token at block slot // block_size, offset slot % block_size of its slot_mapping [num_tokens]
-    int64, ≥ 0; of tokens with the same slot (padding's) any one is stored. → the query, of its shape.
-    With key_scale, value_scale [num_blocks, num_kv_heads, block_size] fp32 the caches are float8_e4m3fn: what is stored
-    times its head's scale is the head.
+    projection (heads side by side); norm None: no norm; cos_sin_cache [max_position, head_dim] fp32, cosines in the
+    first half; positions [num_tokens] int64. Computed in fp32 and rounded once.
+    kv_cache, each page contiguous, is written in place: slot_mapping [num_tokens] int64, ≥ 0, has each token's slot.
+    Of tokens with the same slot (padding) any one is stored.
     """
     if not runs_triton(query, use_triton):
         return qk_norm_rope_store_reference(
-            *(query, key, value, query_weight, key_weight, eps, cos_sin_cache, positions, key_cache, value_cache),
-            *(slot_mapping, key_scale, value_scale),
+            query,
+            key,
+            value,
+            norm=norm,
+            cos_sin_cache=cos_sin_cache,
+            positions=positions,
+            kv_cache=kv_cache,
+            slot_mapping=slot_mapping,
         )
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[1]
@@ -266,30 +273,29 @@ def qk_norm_rope_store(
         return query_out
     block_heads = min(next_power_of_2(max(num_heads, num_kv_heads)), _BLOCK_HEADS)
     tiles = -(-num_heads // block_heads) + -(-num_kv_heads // block_heads)
-    has_norm = query_weight is not None and key_weight is not None
-    is_quantized = key_scale is not None and value_scale is not None
+    is_quantized = kv_cache.is_quantized
     _qk_norm_rope_store_kernel[(num_tokens * tiles,)](
-        query,
-        key,
-        value,
-        query_weight if has_norm else cos_sin_cache,  # not read without a norm
-        key_weight if has_norm else cos_sin_cache,
-        cos_sin_cache,
-        positions,
-        slot_mapping,
-        query_out,
-        key_cache,
-        value_cache,
-        key_scale if is_quantized else key_cache,  # not touched without scales
-        value_scale if is_quantized else value_cache,
-        query.stride(0),
-        key_cache.stride(0),
-        key_cache.stride(1),
-        key_scale.stride(0) if key_scale is not None else 0,
-        eps,
-        HAS_NORM=has_norm,
+        query_ptr=query,
+        key_ptr=key,
+        value_ptr=value,
+        query_weight_ptr=cos_sin_cache if norm is None else norm.query_weight,  # not read without a norm
+        key_weight_ptr=cos_sin_cache if norm is None else norm.key_weight,
+        cos_sin_cache_ptr=cos_sin_cache,
+        positions_ptr=positions,
+        slot_mapping_ptr=slot_mapping,
+        query_out_ptr=query_out,
+        key_cache_ptr=kv_cache.key,
+        value_cache_ptr=kv_cache.value,
+        key_scale_ptr=kv_cache.key_scale if is_quantized else kv_cache.key,  # not written without scales
+        value_scale_ptr=kv_cache.value_scale if is_quantized else kv_cache.value,
+        token_stride=query.stride(0),
+        page_stride=kv_cache.key.stride(0),
+        slot_stride=kv_cache.key.stride(1),
+        scale_page_stride=kv_cache.scale_page_stride,
+        eps=0.0 if norm is None else norm.eps,
+        HAS_NORM=norm is not None,
         IS_QUANTIZED=is_quantized,
-        BLOCK_SIZE=key_cache.shape[1],
+        BLOCK_SIZE=kv_cache.key.shape[1],
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HALF_DIM=head_dim // 2,

@@ -7,14 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.kernels.triton_support import (
-    jit,
-    join_launch_chain,
-    next_power_of_2,
-    pdl_options,
-    runs_triton,
-    tl,
-)
+from nanovllm.kernels.triton_support import jit, join_launch_chain, next_power_of_2, pdl_options, runs_triton, tl
+
+_COLUMNS_PER_WARP = 512
+_MAX_WARPS = 16
 
 
 @jit
@@ -32,7 +28,7 @@ def _rms_norm_kernel(
     BLOCK_SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program normalises one token."""
+    """Program (token): one row, normalised."""
     join_launch_chain(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK_SIZE)
@@ -40,7 +36,7 @@ def _rms_norm_kernel(
     x = tl.load(x_ptr + token * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         x += tl.load(residual_ptr + token * residual_stride + column, mask=mask, other=0.0).to(tl.float32)
-        # The sum is stored rounded, and the norm is taken of what is stored.
+        # The sum is stored rounded, and the norm is that of the stored numbers.
         rounded = x.to(new_residual_ptr.dtype.element_ty)
         tl.store(new_residual_ptr + token * hidden_size + column, rounded, mask=mask)
         x = rounded.to(tl.float32)
@@ -54,7 +50,7 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
     """What `rms_norm` must equal, in plain torch; also what runs on a CPU."""
     x_float = x.float()
     scale = x_float.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
-    return (x_float * scale).mul_(weight.float()).to(x.dtype)  # in place: on a CPU, memory is what this costs
+    return (x_float * scale).mul_(weight.float()).to(x.dtype)  # in place: on a CPU the cost is memory traffic
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, use_triton: bool | None = None) -> torch.Tensor:
@@ -65,7 +61,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, use_triton: b
     if not runs_triton(x, use_triton):
         return rms_norm_reference(x, weight, eps)
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # [num_tokens, hidden_size]
-    _launch(x, None, weight, normed, None, eps)
+    _launch(x, weight, eps, normed)
     return normed
 
 
@@ -81,28 +77,34 @@ def add_rms_norm(
         return rms_norm_reference(new_residual, weight, eps), new_residual
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)  # [num_tokens, hidden_size]
     new_residual = torch.empty_like(normed)  # [num_tokens, hidden_size]
-    _launch(x, residual, weight, normed, new_residual, eps)
+    _launch(x, weight, eps, normed, residual, new_residual)
     return normed, new_residual
 
 
 def _launch(
     x: torch.Tensor,
-    residual: torch.Tensor | None,
     weight: torch.Tensor,
-    normed: torch.Tensor,
-    new_residual: torch.Tensor | None,
     eps: float,
+    normed: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    new_residual: torch.Tensor | None = None,
 ) -> None:
     num_tokens, hidden_size = x.shape
     if num_tokens == 0:
         return
     block_size = next_power_of_2(hidden_size)
     _rms_norm_kernel[(num_tokens,)](
-        *(x, x if residual is None else residual, weight, normed, normed if new_residual is None else new_residual),
-        x.stride(0),
-        *(0 if residual is None else residual.stride(0), hidden_size, eps),
+        x_ptr=x,
+        residual_ptr=x if residual is None else residual,  # neither read nor written without a residual
+        weight_ptr=weight,
+        normed_ptr=normed,
+        new_residual_ptr=normed if new_residual is None else new_residual,
+        x_stride=x.stride(0),
+        residual_stride=0 if residual is None else residual.stride(0),
+        hidden_size=hidden_size,
+        eps=eps,
         HAS_RESIDUAL=residual is not None,
         BLOCK_SIZE=block_size,
-        num_warps=min(max(block_size // 512, 1), 16),
+        num_warps=min(max(block_size // _COLUMNS_PER_WARP, 1), _MAX_WARPS),
         **pdl_options(x.device),
     )

@@ -1,39 +1,30 @@
 """Attention of decode rows to a prefix that they share: its keys are read once for a tile of rows, not once a row.
 
-Rows share a prefix where their block tables begin with the same pages. Tiles are runs of adjacent rows; what each row
-attends to beyond the shared part, and the merging of both, is `paged_decode`'s.
+Rows share a prefix where their block tables begin with the same pages. Tiles are runs of adjacent rows. `paged_decode`
+attends to what each row has beyond the shared part, and merges both.
 Sources: Ye et al., "Cascade Inference", 2024, https://flashinfer.ai/2024/02/02/cascade-inference.html; Juravsky et
 al., "Hydragen: High-Throughput LLM Inference with Shared Prefixes", 2024, https://arxiv.org/abs/2402.05099.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from nanovllm.config import MIN_SHARED_PREFIX
-from nanovllm.kernels.page_slots import page_slots
-from nanovllm.kernels.triton_support import jit, multiprocessor_count, next_power_of_2, runs_triton, tl
+from nanovllm.kernels.attention_inputs import LayerKVCache, SharedPrefixes
+from nanovllm.kernels.online_softmax import attend
+from nanovllm.kernels.partials import PREFIX_BLOCK_KEYS, Partials, keys_per_split
+from nanovllm.kernels.triton_support import LOG2_E, jit, multiprocessor_count, next_power_of_2, runs_triton, tl
 
-_TILE_QUERIES = 64  # queries of one KV head in a tile, with which two programs share a multiprocessor
-_MIN_TILE_ROWS = 4  # fewer rows read their prefix as fast each on its own, through the cache
+_TILE_QUERIES = 64  # queries of one KV head in a tile: two programs then share a multiprocessor
+_MIN_TILE_ROWS = 4  # fewer rows read their prefix as fast one by one, through the cache
 _BLOCK_COLUMNS = 256  # columns of the block tables compared at a time
-BLOCK_KEYS = 64  # keys of a prefix a program reads at a time
 _NUM_WARPS = 4
 _NUM_STAGES = 3  # blocks of keys in flight
 _PROGRAMS_EACH = 2  # on a multiprocessor
 _MAX_SPLITS = 16
-SHARED_MULTIPLE = 32  # of tokens: where `paged_decode` may start, for it reads in aligned blocks
-
-
-@dataclass(frozen=True)
-class SharedPrefixes:
-    """Tiles of adjacent rows whose block tables begin with the same pages. Each row is longer than what it shares."""
-
-    lens: torch.Tensor  # [num_seqs] int32, tokens that the row's tile sees to (0: the row is in none)
-    tile_rows: torch.Tensor  # [num_seqs] int32, rows of the tile that begins with the row (0: none begins)
-    max_tile_rows: int
+_INT32_MAX = 0x7FFFFFFF  # in a minimum, where there is no value
+SHARED_MULTIPLE = 32  # of tokens: `paged_decode` reads aligned blocks, and begins behind the shared part
 
 
 @jit
@@ -46,11 +37,12 @@ def _common_with_previous_kernel(
     min_tokens: tl.tensor,
     MULTIPLE: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    INT32_MAX: tl.constexpr,
 ) -> None:
-    """One program a row: how many leading tokens it shares with the row before it, 0 where too few to count."""
+    """One program a row: how many leading tokens it shares with the row before it, 0 below `min_tokens`."""
     row = tl.program_id(0)
     previous = tl.maximum(row - 1, 0)
-    # A row's own last token is left to it, so that nobody's part is empty.
+    # A row's last token stays its own, so that no row's part is empty.
     shortest = tl.minimum(tl.load(context_lens_ptr + row), tl.load(context_lens_ptr + previous))
     shared = tl.where(row == 0, 0, (shortest - 1) // block_size)  # blocks
     table_ptr = block_tables_ptr + row.to(tl.int64) * block_table_stride
@@ -60,7 +52,7 @@ def _common_with_previous_kernel(
         column = first + tl.arange(0, BLOCK_COLUMNS)
         mask = column < shared
         differs = tl.load(table_ptr + column, mask=mask) != tl.load(previous_ptr + column, mask=mask)
-        shared = tl.minimum(shared, tl.min(tl.where(differs & mask, column, 0x7FFFFFFF), axis=0))
+        shared = tl.minimum(shared, tl.min(tl.where(differs & mask, column, INT32_MAX), axis=0))
         first += BLOCK_COLUMNS
     tokens = shared * block_size // MULTIPLE * MULTIPLE
     tl.store(common_ptr + row, tl.where(tokens >= min_tokens, tokens, 0))
@@ -75,8 +67,9 @@ def _make_tiles_kernel(
     max_tile_rows: tl.tensor,
     MIN_TILE_ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    INT32_MAX: tl.constexpr,
 ) -> None:
-    """One program a row, which looks at all rows. What a tile shares is the least of what its neighbours do."""
+    """One program a row, which looks at all rows. A tile shares what all its neighbouring rows have in common."""
     row = tl.program_id(0)
     other = tl.arange(0, BLOCK_ROWS)
     common = tl.load(common_ptr + other, mask=other < num_seqs, other=0)
@@ -87,7 +80,7 @@ def _make_tiles_kernel(
     tile_rows = tl.cdiv(run_len, tl.cdiv(run_len, max_tile_rows))  # the run in equal parts
     first = run_first + (row - run_first) // tile_rows * tile_rows
     end = tl.minimum(first + tile_rows, run_end)
-    shared = tl.min(tl.where((other > first) & (other < end), common, 0x7FFFFFFF), axis=0)
+    shared = tl.min(tl.where((other > first) & (other < end), common, INT32_MAX), axis=0)
     counts = end - first >= MIN_TILE_ROWS
     tl.store(lens_ptr + row, tl.where(counts, shared, 0))
     tl.store(tile_rows_ptr + row, tl.where(counts & (first == row), end - first, 0))
@@ -128,36 +121,42 @@ def find_shared_prefixes(
     min_tokens: int = MIN_SHARED_PREFIX,
     use_triton: bool | None = None,
 ) -> SharedPrefixes:
-    """Once a step, for all its layers. block_tables [num_seqs, max_blocks] int32; context_lens [num_seqs] int32, ≥ 1.
+    """Finds the prefixes that adjacent rows share: once a step, for all its layers.
 
-    group: query heads that share a KV head; min_tokens ≥ 1: what two rows must share to be in one tile.
-    No synchronisation: may be captured in a CUDA graph.
+    block_tables [num_seqs, max_blocks] int32; context_lens [num_seqs] int32, ≥ 1; group: query heads that share a KV
+    head; min_tokens ≥ 1: what two rows must share to be in one tile. No synchronisation: may be captured in a CUDA
+    graph.
     """
-    max_tile_rows = max(_TILE_QUERIES // next_power_of_2(group), 2 * _MIN_TILE_ROWS)  # halves of a run are tiles too
+    max_tile_rows = max(_TILE_QUERIES // next_power_of_2(group), 2 * _MIN_TILE_ROWS)  # half a run is a tile too
     if not runs_triton(block_tables, use_triton):
         return find_shared_prefixes_reference(block_tables, context_lens, block_size, max_tile_rows, min_tokens)
     num_seqs = len(context_lens)
     common, lens, tile_rows = (torch.empty_like(context_lens) for _ in range(3))  # [num_seqs]
     if num_seqs:
         _common_with_previous_kernel[(num_seqs,)](
-            *(block_tables, context_lens, common, block_tables.stride(0), block_size, min_tokens),
+            block_tables_ptr=block_tables,
+            context_lens_ptr=context_lens,
+            common_ptr=common,
+            block_table_stride=block_tables.stride(0),
+            block_size=block_size,
+            min_tokens=min_tokens,
             MULTIPLE=SHARED_MULTIPLE,
             BLOCK_COLUMNS=_BLOCK_COLUMNS,
+            INT32_MAX=_INT32_MAX,
             num_warps=2,
         )
         _make_tiles_kernel[(num_seqs,)](
-            *(common, lens, tile_rows, num_seqs, max_tile_rows),
+            common_ptr=common,
+            lens_ptr=lens,
+            tile_rows_ptr=tile_rows,
+            num_seqs=num_seqs,
+            max_tile_rows=max_tile_rows,
             MIN_TILE_ROWS=_MIN_TILE_ROWS,
             BLOCK_ROWS=next_power_of_2(num_seqs),
+            INT32_MAX=_INT32_MAX,
             num_warps=2,
         )
     return SharedPrefixes(lens, tile_rows, max_tile_rows)
-
-
-@jit
-def prefix_split_len(shared_len: tl.tensor, num_splits: tl.tensor, BLOCK_KEYS: tl.constexpr) -> tl.tensor:
-    """Keys of each split of a shared prefix but the last."""
-    return tl.cdiv(tl.cdiv(shared_len, num_splits), BLOCK_KEYS) * BLOCK_KEYS
 
 
 @jit
@@ -190,7 +189,7 @@ def _prefix_attention_kernel(
     BLOCK_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
-    """Programs (kv head, …) take items (tile, split) in turns: how many tiles there are is only known here.
+    """Programs (kv head, …) take items (tile, split) in turns: only the device knows how many tiles there are.
 
     An item is TILE_ROWS rows of BLOCK_GROUP query heads against a part of the tile's prefix.
     """
@@ -204,7 +203,7 @@ def _prefix_attention_kernel(
         first_row = tl.sum(tl.where(begins & (rank == item // num_splits + 1), row, 0), axis=0)
         num_rows = tl.load(tile_rows_ptr + first_row)
         shared_len = tl.load(shared_lens_ptr + first_row)
-        split_len = prefix_split_len(shared_len, num_splits, BLOCK_KEYS)
+        split_len = keys_per_split(shared_len, num_splits, BLOCK_KEYS)
         start = split * split_len
         end = tl.minimum(start + split_len, shared_len)
 
@@ -221,24 +220,21 @@ def _prefix_attention_kernel(
         key_base = key_ptr + kv_head * kv_head_stride
         value_base = value_ptr + kv_head * kv_head_stride
 
-        best = tl.full([TILE_ROWS * BLOCK_GROUP], -float("inf"), tl.float32)
-        total = tl.zeros([TILE_ROWS * BLOCK_GROUP], tl.float32)
-        out = tl.zeros([TILE_ROWS * BLOCK_GROUP, BLOCK_DIM], tl.float32)
-        for first in range(start, end, BLOCK_KEYS):
-            valid = first + tl.arange(0, BLOCK_KEYS) < end
-            slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
-            kv_mask = valid[:, None] & dim_mask[None, :]
-            key = tl.load(key_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)  # [BLOCK_KEYS, BLOCK_DIM]
-            value = tl.load(value_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)
-            scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [TILE_ROWS · BLOCK_GROUP, BLOCK_KEYS]
-            scores = tl.where(valid[None, :], scores, -float("inf"))
-            new_best = tl.maximum(best, tl.max(scores, axis=1) * scale_log2)
-            weights = tl.exp2(scores * scale_log2 - new_best[:, None])
-            shrink = tl.exp2(best - new_best)
-            total = total * shrink + tl.sum(weights, axis=1)
-            out = tl.dot(weights.to(value.dtype), value, out * shrink[:, None], input_precision=PRECISION)
-            best = new_best
-
+        best, total, out = attend(
+            query,
+            key_base,
+            value_base,
+            table_ptr,
+            start,
+            end,
+            scale_log2,
+            page_stride,
+            slot_stride,
+            BLOCK_SIZE=BLOCK_SIZE,
+            HEAD_DIM=HEAD_DIM,
+            BLOCK_KEYS=BLOCK_KEYS,
+            PRECISION=PRECISION,
+        )
         total = tl.where(total > 0, total, 1.0)  # no keys: nothing is stored
         partial = (seq * num_heads + head) * num_partials + split
         tl.store(partial_out_ptr + partial[:, None] * HEAD_DIM + dim[None, :], out / total[:, None], mask=mask)
@@ -246,35 +242,47 @@ def _prefix_attention_kernel(
 
 
 def choose_num_prefix_splits(num_seqs: int, max_tile_rows: int, num_kv_heads: int, num_multiprocessors: int) -> int:
-    """Parts of a shared prefix, so that the programs of full tiles fill the device about once."""
+    """Into how many parts a shared prefix is split, so that the programs of full tiles fill the device about once."""
     num_tiles = -(-num_seqs // max_tile_rows)
     return max(1, min(_PROGRAMS_EACH * num_multiprocessors // (num_tiles * num_kv_heads), _MAX_SPLITS))
 
 
 def prefix_attention(
     query: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
+    kv_cache: LayerKVCache,
     block_tables: torch.Tensor,
     shared: SharedPrefixes,
-    partial_out: torch.Tensor,
-    partial_lse: torch.Tensor,
-    num_splits: int,
-    scale_log2: float,
+    partials: Partials,
+    scale: float,
 ) -> None:
-    """Writes each row's attention to its tile's shared prefix as partials 0 … num_splits - 1; see `paged_decode`.
+    """Writes each row's attention to its tile's shared prefix into the first `num_prefix_splits` of `partials`.
 
-    partial_out [num_seqs, num_heads, num_partials, head_dim] and partial_lse [num_seqs, num_heads, num_partials], both
-    float32: the softmax-weighed values, and the base-2 logarithm of the softmax's denominator.
+    query [num_seqs, num_heads, head_dim]; block_tables [num_seqs, max_blocks] int32.
     """
     num_seqs, num_heads, head_dim = query.shape
-    _, block_size, num_kv_heads, _ = key_cache.shape
+    _, block_size, num_kv_heads, _ = kv_cache.key.shape
     group = num_heads // num_kv_heads
     programs = -(-_PROGRAMS_EACH * multiprocessor_count(query.device) // num_kv_heads)
+    is_float32 = query.dtype == torch.float32
     _prefix_attention_kernel[(num_kv_heads, programs)](
-        *(query, key_cache, value_cache, block_tables, shared.lens, shared.tile_rows, partial_out, partial_lse),
-        *(scale_log2, num_seqs, num_splits, partial_lse.shape[2]),
-        *(*query.stride()[:2], *key_cache.stride()[:3], block_tables.stride(0)),
+        query_ptr=query,
+        key_ptr=kv_cache.key,
+        value_ptr=kv_cache.value,
+        block_tables_ptr=block_tables,
+        shared_lens_ptr=shared.lens,
+        tile_rows_ptr=shared.tile_rows,
+        partial_out_ptr=partials.out,
+        partial_lse_ptr=partials.lse,
+        scale_log2=scale * LOG2_E,
+        num_seqs=num_seqs,
+        num_splits=partials.num_prefix_splits,
+        num_partials=partials.lse.shape[2],
+        query_seq_stride=query.stride(0),
+        query_head_stride=query.stride(1),
+        page_stride=kv_cache.key.stride(0),
+        slot_stride=kv_cache.key.stride(1),
+        kv_head_stride=kv_cache.key.stride(2),
+        block_table_stride=block_tables.stride(0),
         BLOCK_SIZE=block_size,
         BLOCK_SEQS=next_power_of_2(num_seqs),
         TILE_ROWS=next_power_of_2(shared.max_tile_rows),
@@ -282,8 +290,8 @@ def prefix_attention(
         BLOCK_GROUP=next_power_of_2(group),
         HEAD_DIM=head_dim,
         BLOCK_DIM=max(next_power_of_2(head_dim), 16),
-        BLOCK_KEYS=BLOCK_KEYS,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        BLOCK_KEYS=PREFIX_BLOCK_KEYS,
+        PRECISION="ieee" if is_float32 else "tf32",
         num_warps=_NUM_WARPS,
-        num_stages=2 if query.dtype == torch.float32 else _NUM_STAGES,
+        num_stages=2 if is_float32 else _NUM_STAGES,
     )

@@ -7,15 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.kernels.triton_support import (
-    jit,
-    join_launch_chain,
-    pdl_options,
-    runs_triton,
-    tl,
-)
+from nanovllm.kernels.triton_support import jit, join_launch_chain, pdl_options, runs_triton, tl
 
-_BLOCK_SIZE = 1024
+_BLOCK_SIZE = 1024  # columns that a program computes
 
 
 @jit
@@ -27,7 +21,7 @@ def _silu_and_mul_kernel(
     BLOCK_SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program computes BLOCK_SIZE columns of one token."""
+    """Program (token, block of columns)."""
     join_launch_chain(PDL)
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
@@ -57,6 +51,11 @@ def silu_and_mul(gate_up: torch.Tensor, *, use_triton: bool | None = None) -> to
     if num_tokens > 0:
         grid = (num_tokens, -(-intermediate_size // _BLOCK_SIZE))
         _silu_and_mul_kernel[grid](
-            gate_up, out, gate_up.stride(0), intermediate_size, BLOCK_SIZE=_BLOCK_SIZE, **pdl_options(out.device)
+            gate_up_ptr=gate_up,
+            out_ptr=out,
+            gate_up_stride=gate_up.stride(0),
+            intermediate_size=intermediate_size,
+            BLOCK_SIZE=_BLOCK_SIZE,
+            **pdl_options(out.device),
         )
     return out

@@ -1,9 +1,9 @@
-"""Matrix products with few rows, y = x · Wᵀ, as small batches of a decode step need them.
+"""Matrix products with few rows, y = x · Wᵀ, for the small batches of a decode step.
 
-Reading the weight is all that such a product costs. Each program takes a few outputs and loads the rows of the weight
-that give them before the kernel ahead has ended, for they do not depend on it; only then it waits for its input. What
-stands before and after the product is folded in, since a launch costs as much as the product: the RMS norm of the
-input, SiLU · mul of a gated product, and the addition to the residual stream.
+Such a product costs the time to read the weight. Each program takes a few outputs and loads their rows of the weight
+before the kernel ahead has ended, because they do not depend on it; only then does it wait for its input. The
+operations around the product are fused, since a launch costs as much as the product: the RMS norm of the input,
+SiLU · mul of a gated product, and the addition to the residual stream.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ from nanovllm.kernels.triton_support import (
 )
 
 _MAX_ROW_BYTES = 32768  # of the weight: a program holds whole rows
-_MAX_TOKENS = 4  # beyond, the BLAS is faster
-_MAX_EXTRA_PRODUCTS = 1 << 25  # multiplications, beyond the first token's, that cost less than what is saved
+_MAX_TOKENS = 4  # with more, the BLAS is faster
+_MAX_EXTRA_PRODUCTS = 1 << 25  # multiplications of the tokens after the first that cost less than is saved
+# The shape of a program, as measured: rows of up to 1024 inputs are one warp's, which waits for no other.
+_MAX_COLUMNS_OF_ONE_WARP = 1024
+_WEIGHTS_OF_ONE_WARP = 4096
+_WEIGHTS_OF_FOUR_WARPS = 8192
 
 
 @jit
@@ -38,7 +42,7 @@ def _load_weight(
     OUTPUT_SIZE: tl.constexpr,
     INPUT_SIZE: tl.constexpr,
 ) -> tl.tensor:
-    """Whole rows of the weight, those of some outputs: [BLOCK_N, BLOCK_K]."""
+    """Loads the weight's rows of some outputs: [BLOCK_N, BLOCK_K]."""
     mask = (output < OUTPUT_SIZE)[:, None] & (column < INPUT_SIZE)[None, :]
     return tl.load(weight_ptr + output.to(tl.int64)[:, None] * INPUT_SIZE + column[None, :], mask=mask, other=0.0)
 
@@ -91,7 +95,7 @@ def _skinny_linear_kernel(
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + token * residual_stride + output, mask=mask, other=0.0).to(tl.float32)
         if HAS_NORM:
-            # What the norm divides by comes after the product, so that the two sums need not wait for each other.
+            # The norm's division comes after the product, so that neither sum waits for the other.
             mean_square = tl.sum(x * x, axis=0) / INPUT_SIZE
             x = x * norm_weight
         out = tl.sum(x[None, :] * weight.to(tl.float32), axis=1)  # [BLOCK_N]
@@ -114,19 +118,16 @@ def _skinny_linear_kernel(
 
 
 def suits_skinny_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `skinny_linear` beats torch's kernels on x [num_tokens, input_size]: few tokens, on a GPU."""
+    """Whether `skinny_linear` is faster than torch's kernels on x [num_tokens, input_size]: few tokens, on a GPU."""
     num_tokens, input_size = x.shape
     few = num_tokens <= _MAX_TOKENS and (num_tokens - 1) * weight.numel() <= _MAX_EXTRA_PRODUCTS
     return HAS_TRITON and x.is_cuda and few and input_size * weight.itemsize <= _MAX_ROW_BYTES
 
 
 def _choose_tile(block_k: int, gated: bool) -> tuple[int, int]:
-    """(outputs of a program, its warps), as measured.
-
-    Four rows of up to 1024 inputs are one warp's, which adds up without waiting for others; longer rows four warps'.
-    """
-    num_warps = 1 if block_k <= 1024 else 4
-    weights = 4096 if num_warps == 1 else 8192
+    """(outputs of a program, its warps)."""
+    num_warps = 1 if block_k <= _MAX_COLUMNS_OF_ONE_WARP else 4
+    weights = _WEIGHTS_OF_ONE_WARP if num_warps == 1 else _WEIGHTS_OF_FOUR_WARPS
     return max(weights // block_k // (1 + gated), 1), num_warps
 
 
@@ -162,11 +163,11 @@ def skinny_linear(
     residual: torch.Tensor | None = None,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
-    """act(rms_norm(x) · weightᵀ + bias) + residual for few tokens; each part but the product where asked for.
+    """act(rms_norm(x) · weightᵀ + bias) + residual for few tokens; every part except the product is optional.
 
     x [num_tokens, input_size], weight [outputs, input_size] contiguous, bias [outputs]. norm_weight [input_size]:
-    x is RMS-normed with it and `eps` first. gated: outputs are gates and then as many ups, and silu(gate) · up is what
-    comes out. residual, of the result's shape, is added.
+    x is RMS-normed with it and `eps` first. gated: outputs are gates, then as many ups, and the result is
+    silu(gate) · up. residual, of the result's shape, is added.
     → [num_tokens, outputs or half as many], of x's dtype (bf16, fp16 or fp32), rounded once from fp32.
     """
     if not runs_triton(x, use_triton):
@@ -183,9 +184,16 @@ def skinny_linear(
     block_n, num_warps = _choose_tile(block_k, gated)
     grid = (-(-output_size // block_n), -(-num_tokens // block_m))
     _skinny_linear_kernel[grid](
-        *(x, weight, x if bias is None else bias),  # what is not asked for is not read
-        *(x if norm_weight is None else norm_weight, x if residual is None else residual, out),
-        *(x.stride(0), 0 if residual is None else residual.stride(0), num_tokens, eps),
+        x_ptr=x,
+        weight_ptr=weight,
+        bias_ptr=x if bias is None else bias,  # parts that are left out are not read
+        norm_weight_ptr=x if norm_weight is None else norm_weight,
+        residual_ptr=x if residual is None else residual,
+        out_ptr=out,
+        x_stride=x.stride(0),
+        residual_stride=0 if residual is None else residual.stride(0),
+        num_tokens=num_tokens,
+        eps=eps,
         HAS_BIAS=bias is not None,
         HAS_NORM=norm_weight is not None,
         HAS_RESIDUAL=residual is not None,

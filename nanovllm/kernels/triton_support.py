@@ -1,6 +1,6 @@
-"""Triton where there is one: every kernel file takes `tl`, `triton` and `jit` from here.
+"""Triton, where it is installed: every kernel file imports `tl` and `jit` from here.
 
-Triton is missing on Windows and macOS. The kernel files must be importable there too (their torch
+Triton is not available on Windows and macOS. The kernel files must be importable there too (their torch
 references then do the work), so the import and the decorator are guarded in this one place.
 """
 
@@ -40,7 +40,7 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    # Experimental: only with the releases that our kernel was compiled with.
+    # Experimental: enabled for the releases with which our kernel was tested.
     HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7.")) and not INTERPRETED
 except ImportError:
     gl = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
@@ -52,6 +52,7 @@ __all__ = [
     "INTERPRETED",
     "LOG2_E",
     "TensorDescriptor",
+    "constant",
     "fence_async_shared",
     "gl",
     "gluon_jit",
@@ -73,19 +74,24 @@ __all__ = [
 ]
 
 
-LOG2_E = 1.4426950408889634  # exp2(x · LOG2_E) is exp(x), and exp2 is what the hardware has
+LOG2_E = 1.4426950408889634  # exp2(x · LOG2_E) is exp(x); exp2 is the exponential that the hardware has
+
+
+def constant(value: int) -> Any:
+    """A number of the module that its kernels may name: `tl.constexpr`, or the number where there is no Triton."""
+    return tl.constexpr(value) if HAS_TRITON else value
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the bare function where there is no Triton (nothing launches it there)."""
+    """`triton.jit`, or the bare function without Triton (where nothing launches it)."""
     return triton.jit(function) if HAS_TRITON else function
 
 
 def jit_with_varying(*names: str) -> Callable[[Callable[..., Any]], Any]:
-    """`jit` for a kernel whose arguments `names` are of all kinds from call to call.
+    """`jit` for a kernel whose arguments `names` vary from call to call: it is compiled once for all their values.
 
-    Triton compiles a kernel anew where an argument is 1, a multiple of 16, or an aligned address, and where it was
-    not before; with nothing to gain from that, one compiled form serves all.
+    Triton compiles a kernel anew for an argument that is 1, a multiple of 16 or an aligned address. These arguments
+    gain nothing from that.
     """
 
     def decorate(function: Callable[..., Any]) -> Any:
@@ -97,7 +103,7 @@ def jit_with_varying(*names: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def gluon_jit(*names: str) -> Callable[[Callable[..., Any]], Any]:
-    """`jit_with_varying` for Gluon, the language below Triton's, which says what each warp does."""
+    """`jit_with_varying` for Gluon, the language below Triton, in which a kernel says what each warp does."""
 
     def decorate(function: Callable[..., Any]) -> Any:
         if not HAS_GLUON:
@@ -110,10 +116,10 @@ def gluon_jit(*names: str) -> Callable[[Callable[..., Any]], Any]:
 def runs_triton(tensor: torch.Tensor, use_triton: bool | None) -> bool:
     """Whether a dispatching function launches its kernel (True) or runs its torch reference (False).
 
-    `use_triton` None means: the kernel on CUDA tensors where Triton is installed, else the reference.
+    `use_triton` None selects the kernel on CUDA tensors where Triton is installed, else the reference.
     True on a CPU tensor runs the kernel in Triton's interpreter, for tests.
 
-    Raises BackendUnavailableError when True is asked for and the kernel cannot run.
+    Raises BackendUnavailableError when `use_triton` is True and the kernel cannot run.
     """
     if use_triton is None:
         return HAS_TRITON and tensor.is_cuda
@@ -139,13 +145,13 @@ def multiprocessor_count(device: torch.device) -> int:
 
 @cache
 def pdl_options(device: torch.device, wanted: bool = True) -> dict[str, bool]:
-    """Launch options for programmatic dependent launch, where it is `wanted` and the device has it (Hopper on).
+    """Launch options for programmatic dependent launch, if it is `wanted` and the device has it (Hopper and later).
 
-    A kernel that takes part may start while the one ahead of it on the stream still runs, which hides the launch and
-    whatever it does before `wait_for_previous_kernel`. Its programs must call that before they touch what another
-    kernel reads or writes: a kernel's wait covers the one ahead, and through that one's wait all before it. Two things
-    may be read earlier: weights, and a step's metadata (positions, lengths, slots), because between the kernels that
-    write it and the layers lies the embedding's, which is launched as usual and so waits for all before it.
+    Such a kernel may start while the kernel ahead of it on the stream still runs. That hides its launch, and its work
+    before `wait_for_previous_kernel`. Its programs must call that before they touch memory that another kernel reads
+    or writes: the wait covers the kernel ahead, and through that kernel's own wait all before it. Two things may be
+    read earlier: weights, and a step's metadata (positions, lengths, slots), because the embedding's kernel lies
+    between the kernels that write it and the layers; it is launched as usual and so waits for all before it.
     """
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     if not (wanted and is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)):
@@ -155,20 +161,20 @@ def pdl_options(device: torch.device, wanted: bool = True) -> dict[str, bool]:
 
 @jit
 def let_next_kernel_start(PDL: tl.constexpr) -> None:
-    """Allows the next kernel's programs onto the device once all of this kernel's have got there."""
+    """Allows the next kernel's programs to start once all of this kernel's have started."""
     if PDL:
         gdc_launch_dependents()
 
 
 @jit
 def wait_for_previous_kernel(PDL: tl.constexpr) -> None:
-    """Waits for the end of the kernel ahead, and makes what it wrote visible."""
+    """Waits for the end of the kernel ahead, and makes its writes visible."""
     if PDL:
         gdc_wait()
 
 
 @jit
 def join_launch_chain(PDL: tl.constexpr) -> None:
-    """The first line of a kernel that has nothing to do before the one ahead ends: only its launch is hidden."""
+    """The first line of a kernel that can do nothing before the kernel ahead ends: only its launch is hidden."""
     let_next_kernel_start(PDL)
     wait_for_previous_kernel(PDL)

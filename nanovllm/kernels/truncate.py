@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import torch
 
+from nanovllm.kernels.columns import TRUNCATION, column_of, num_words
 from nanovllm.kernels.sample import MAX_LOGIT, MAX_SCALE
 from nanovllm.kernels.triton_support import (
     INTERPRETED,
+    constant,
     jit,
     jit_with_varying,
     join_launch_chain,
@@ -29,7 +31,10 @@ _INTERPRETED_BLOCK_SIZE = 1024
 _REFERENCE_PART = 1 << 18  # logits the reference sorts at a time
 # Low bits of a logit's fp32 form that tell nothing, so that the search need not look at them.
 _SPARE_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
-NO_TRUNCATION = (0.0, 1.0, 0.0)  # top_k, top_p, min_p
+_WIDTH = constant(num_words(TRUNCATION))
+_TOP_K = constant(column_of(TRUNCATION, "top_k"))
+_TOP_P = constant(column_of(TRUNCATION, "top_p"))
+_MIN_P = constant(column_of(TRUNCATION, "min_p"))
 
 
 @jit
@@ -134,9 +139,10 @@ def _keep_thresholds_kernel(
     row_ptr = logits_ptr + row * logits_stride
     state = tl.load(rows_ptr + row).to(tl.int64)
     temperature = tl.load(temperatures_ptr + state)
-    top_k = tl.load(truncations_ptr + state * 3)
-    top_p = tl.load(truncations_ptr + state * 3 + 1)
-    min_p = tl.load(truncations_ptr + state * 3 + 2)
+    truncations_ptr += state * _WIDTH
+    top_k = tl.load(truncations_ptr + _TOP_K)
+    top_p = tl.load(truncations_ptr + _TOP_P)
+    min_p = tl.load(truncations_ptr + _MIN_P)
     floor = tl.full([], -float("inf"), dtype=tl.float32)
     if (temperature > 0.0) & ((top_k > 0.0) | (top_p < 1.0) | (min_p > 0.0)):
         scale = tl.minimum(1.0 / temperature, MAX_SCALE)
@@ -164,12 +170,16 @@ def _keep_thresholds_kernel(
     tl.store(out_ptr + row, floor)
 
 
+def _top_k_top_p_min_p(truncations: torch.Tensor) -> list[torch.Tensor]:
+    return [truncations[..., column_of(TRUNCATION, name)] for name in ("top_k", "top_p", "min_p")]
+
+
 def keep_thresholds_reference(
     logits: torch.Tensor, temperatures: torch.Tensor, truncations: torch.Tensor, rows: torch.Tensor
 ) -> torch.Tensor:
     """What `keep_thresholds` must equal but for rounding in top-p's sums, by sorting; also what runs on a CPU."""
     thresholds = torch.full((len(logits),), -torch.inf, device=logits.device)
-    top_ks, top_ps, min_ps = truncations[rows].unbind(1)
+    top_ks, top_ps, min_ps = _top_k_top_p_min_p(truncations[rows])  # each [num_rows]
     asked = (temperatures[rows] > 0) & ((top_ks > 0) | (top_ps < 1) | (min_ps > 0))
     for part in asked.nonzero().squeeze(1).split(max(_REFERENCE_PART // logits.shape[1], 1)):
         thresholds[part] = _thresholds_of_part(logits[part], temperatures[rows[part]], truncations[rows[part]])
@@ -177,7 +187,7 @@ def keep_thresholds_reference(
 
 
 def _thresholds_of_part(logits: torch.Tensor, temperatures: torch.Tensor, truncations: torch.Tensor) -> torch.Tensor:
-    top_ks, top_ps, min_ps = truncations.unsqueeze(1).unbind(2)  # each [num_rows, 1]
+    top_ks, top_ps, min_ps = _top_k_top_p_min_p(truncations.unsqueeze(1))  # each [num_rows, 1]
     scale = (1.0 / temperatures).clamp(max=MAX_SCALE).unsqueeze(1)
     clean = torch.nan_to_num(logits.float(), nan=-MAX_LOGIT).clamp_(-MAX_LOGIT, MAX_LOGIT)
     ordered = clean.sort(dim=1, descending=True).values  # [num_rows, vocab_size]
@@ -198,18 +208,25 @@ def keep_thresholds(
     *,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
-    """Of each row of logits a number: exactly the tokens whose logits are not below it may be drawn.
+    """Returns a number for each row of logits: exactly the tokens whose logits are not below it may be drawn.
 
     logits [num_rows, vocab_size] bf16, fp16 or fp32, rows may be strided; rows [num_rows] int32: where in the next
-    two each row's values are; temperatures [all_rows] fp32, ≥ 0; truncations [all_rows, 3] fp32: top_k (0: off),
-    top_p (1: off), min_p (0: off) → [num_rows] fp32, -inf for rows that keep everything and greedy ones.
+    two each row's values are; temperatures [all_rows] fp32, ≥ 0; truncations [all_rows, 3] fp32, the columns of
+    `columns.TRUNCATION`: top_k (0: off), top_p (1: off), min_p (0: off) → [num_rows] fp32, -inf for rows that keep
+    everything and greedy ones.
     """
     if not runs_triton(logits, use_triton):
         return keep_thresholds_reference(logits, temperatures, truncations, rows)
     thresholds = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
         _keep_thresholds_kernel[(len(logits),)](
-            *(logits, temperatures, truncations, rows, thresholds, logits.stride(0), logits.shape[1]),
+            logits_ptr=logits,
+            temperatures_ptr=temperatures,
+            truncations_ptr=truncations,
+            rows_ptr=rows,
+            out_ptr=thresholds,
+            logits_stride=logits.stride(0),
+            vocab_size=logits.shape[1],
             SPARE_BITS=_SPARE_BITS[logits.dtype],
             MAX_SCALE=MAX_SCALE,
             MAX_LOGIT=MAX_LOGIT,

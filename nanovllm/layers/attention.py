@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache, which holds the step's own keys and values already: the backends read it."""
+"""Attention over the paged KV cache. A step's own keys and values are stored first, and the backends read the cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class AttentionBackends(Protocol):
 
 
 class Attention:
-    """Causal attention with grouped queries. It has no weights; the cache and the step's metadata are handed in."""
+    """Causal attention with grouped queries. It has no weights; cache and metadata are arguments of the call."""
 
     def __init__(self, head_dim: int, backends: AttentionBackends) -> None:
         self.scale = head_dim**-0.5

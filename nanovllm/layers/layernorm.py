@@ -1,4 +1,4 @@
-"""Root-mean-square norm (Zhang & Sennrich, 2019, arXiv:1910.07467), with the residual stream carried along."""
+"""Root-mean-square norm (Zhang & Sennrich, 2019, arXiv:1910.07467), with the residual stream passed along."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class RMSNorm(nn.Module):
         self.weight = empty_parameter(size, dtype=dtype)
 
     def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add `hidden` to the residual stream and norm the sum: (normed, new residual), both [num_tokens, size].
+        """Adds `hidden` to the residual stream and norms the sum: (normed, new residual), both [num_tokens, size].
 
-        One kernel for both saves reading the stream twice. Where the stream begins (None), `hidden` is it.
+        One kernel for both saves reading the stream twice. residual None: `hidden` is the whole stream.
         """
         if residual is None:
             return rms_norm(hidden, self.weight, self.eps), hidden

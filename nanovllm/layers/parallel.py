@@ -1,6 +1,6 @@
-"""Tensor parallelism (Megatron-LM, Shoeybi et al., 2019, arXiv:1909.08053): who this rank is, and the collectives.
+"""Tensor parallelism (Megatron-LM, Shoeybi et al., 2019, arXiv:1909.08053): a rank's shares, and the collectives.
 
-Every layer is handed its `TensorParallel` when it is built; at size 1 the collectives do nothing.
+Every layer gets its `TensorParallel` when it is built; at size 1 the collectives do nothing.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ logger = setup_logger(__name__)
 
 
 class Group(Protocol):
-    """What joins the ranks: torch's `ProcessGroup`, or one of its backends (`ProcessGroupNCCL`, `ProcessGroupGloo`).
+    """The collectives of torch's `ProcessGroup`, or of one of its backends (`ProcessGroupNCCL`, `ProcessGroupGloo`).
 
-    Called themselves, these need no process-wide default group, so that two engines can live in one process.
+    Calling them directly needs no process-wide default group, so that two engines can live in one process.
     """
 
     def allreduce(self, tensors: list[torch.Tensor], /) -> Any: ...
@@ -31,8 +31,33 @@ class Group(Protocol):
 
 
 @dataclass(frozen=True)
+class Shard:
+    """What a rank has of a dimension of `total` entries: entries `start` … `stop`."""
+
+    total: int
+    start: int
+    stop: int
+
+    @classmethod
+    def whole(cls, total: int) -> Shard:
+        return cls(total, 0, total)
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def is_cut(self) -> bool:
+        return self.size < self.total
+
+    def __mul__(self, width: int) -> Shard:
+        """Returns the same shard where each entry is `width` entries: of heads, that of their components."""
+        return Shard(self.total * width, self.start * width, self.stop * width)
+
+
+@dataclass(frozen=True)
 class TensorParallel:
-    """Rank `rank` of `size`; `group` joins them (None at size 1), `one_shot` adds up what is small, where it can."""
+    """Rank `rank` of `size`. `group` joins the ranks (None at size 1); `one_shot` adds up small tensors, if present."""
 
     rank: int = 0
     size: int = 1
@@ -44,6 +69,11 @@ class TensorParallel:
         if value % self.size:
             raise InvalidArgumentError("tensor_parallel_size", self.size, f"a divisor of the model's {field}={value}")
         return value // self.size
+
+    def shard(self, field: str, total: int) -> Shard:
+        """This rank's even share of a dimension. Raises InvalidArgumentError when it cannot be shared evenly."""
+        share = self.divide(field, total)
+        return Shard(total, self.rank * share, (self.rank + 1) * share)
 
     def divide_kv_heads(self, num_kv_heads: int) -> int:
         """KV heads on this rank; ranks share one head when there are fewer heads than ranks."""
@@ -60,7 +90,7 @@ class TensorParallel:
         return self.rank * num_kv_heads // self.size
 
     def all_reduce(self, tensor: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """The sum over ranks, in place, and of `residual`, which the ranks have in common."""
+        """Returns the sum over the ranks, plus `residual` (the same on every rank). The sum is made in place."""
         if self.size > 1:
             started = time.perf_counter()
             if self.one_shot is not None and self.one_shot.takes(tensor):
@@ -72,7 +102,7 @@ class TensorParallel:
         return tensor if residual is None else tensor.add_(residual)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The ranks' tensors [...] one after another: [size, ...]."""
+        """Returns the ranks' tensors [...] one after another: [size, ...]."""
         stacked = tensor.new_empty((self.size, *tensor.shape))
         started = time.perf_counter()
         self._members._allgather_base(stacked.flatten(0, 1), tensor.contiguous()).wait()
@@ -80,11 +110,11 @@ class TensorParallel:
         return stacked
 
     def all_gather_last_dim(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The ranks' tensors [rows, n] side by side: [rows, size · n]."""
+        """Returns the ranks' tensors [rows, n] side by side: [rows, size · n]."""
         return tensor if self.size == 1 else self.all_gather(tensor).movedim(0, -2).flatten(-2)
 
     def minimum(self, value: int, device: torch.device) -> int:
-        """The least of the ranks' values. Waits for all ranks."""
+        """Returns the smallest of the ranks' values. Waits for all ranks."""
         return value if self.size == 1 else int(self.all_gather(torch.tensor([value], device=device)).min())
 
     @property

@@ -31,23 +31,24 @@ class WeightPart:
 
     @property
     def source(self) -> tuple[slice, ...]:
+        """Index of this part in the checkpoint tensor."""
         return (*(slice(None),) * self.dim, slice(self.start, self.stop))
 
     @property
     def num_rows(self) -> int:
-        """Rows of the parameter that this part fills."""
+        """Number of rows of the parameter that this part fills."""
         return len(range(self.shape[0])[self.source[0]])
 
     @property
     def shape_read(self) -> tuple[int, ...]:
-        """Of what is cut out of the checkpoint tensor."""
+        """Shape of what is read from the checkpoint tensor."""
         cut = len(range(self.shape[self.dim])[self.start : self.stop])
         return (*self.shape[: self.dim], cut, *self.shape[self.dim + 1 :])
 
 
 @runtime_checkable
 class HasWeightParts(Protocol):
-    """A module that knows where its own parameters come from."""
+    """A module that says which checkpoint tensors fill its own parameters."""
 
     def weight_parts(self, prefix: str) -> Mapping[str, Sequence[WeightPart]]:
         """Name of each own parameter → its parts, ordered by row. `prefix` is the module's name in the model."""

@@ -50,10 +50,10 @@ class RopeParameters:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], max_position_embeddings: int) -> RopeParameters:
-        """Read a config's `rope_parameters` (or `rope_scaling` with `rope_theta` put into it).
+        """Reads a config's `rope_parameters` (or `rope_scaling` with `rope_theta` put into it).
 
-        Fields that the type does not read are refused: to pass over one would rotate by other angles than the
-        model was trained with.
+        Fields that the type does not read are refused: to ignore one would rotate by other angles than the model
+        was trained with.
         """
         given = {name: value for name, value in fields.items() if value is not None}
         for name, value in given.items():

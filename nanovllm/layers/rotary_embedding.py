@@ -16,7 +16,7 @@ from nanovllm.layers.rope_parameters import RopeParameters
 def build_cos_sin_cache(
     head_dim: int, max_positions: int, rope: RopeParameters, device: torch.device | str
 ) -> torch.Tensor:
-    """The table [max_positions, head_dim], float32: cosines in the first half of a row, sines in the second.
+    """Returns the table [max_positions, head_dim], float32: cosines in the first half of a row, sines in the second.
 
     float32 whatever the model's dtype: at position 40,000 bfloat16 could not tell neighbours apart.
     """
@@ -27,7 +27,7 @@ def build_cos_sin_cache(
 
 
 def rope_frequencies(head_dim: int, rope: RopeParameters) -> tuple[torch.Tensor, float]:
-    """Angles per position [head_dim / 2] (float32, CPU) and the factor on cosines and sines.
+    """Returns the angles per position [head_dim / 2] (float32, CPU) and the factor on cosines and sines.
 
     The formulas are those of `transformers.modeling_rope_utils`, in the same order of operations, so that
     results are equal to the last bit. "dynamic" is the default up to `max_position_embeddings`, where contexts end.
@@ -58,7 +58,7 @@ def _yarn(wave_lengths: torch.Tensor, head_dim: int, rope: RopeParameters) -> to
     """YaRN (Peng et al., 2023, arXiv:2309.00071): a ramp over dimensions from the trained to the slowed rotation."""
 
     def dimension_with(turns: float) -> float:
-        """The dimension whose pair makes so many full turns over the trained context."""
+        """Returns the dimension whose pair makes `turns` full turns over the trained context."""
         return (head_dim * math.log(rope.original_max_position_embeddings / (turns * 2 * math.pi))) / (
             2 * math.log(rope.theta)
         )

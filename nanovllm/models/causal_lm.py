@@ -9,31 +9,23 @@ import torch
 from torch import nn
 
 from nanovllm.attention.interface import AttentionMetadata, LayerKVCache
-from nanovllm.layers.attention import AttentionBackends
 from nanovllm.layers.embed_head import VocabParallelEmbedding
-from nanovllm.layers.parallel import TensorParallel
-from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.model_context import ModelContext
 
 
 class CausalLM(nn.Module, ABC):
     """A decoder-only language model on one rank.
 
-    Built on the meta device (buffers apart, which are computed on `device`); `utils.loader` fills the parameters.
-    Modules are named as in the checkpoint, and those with parameters have `weight_parts` (see `utils.loader`).
+    Built on the meta device (buffers apart, which are computed on the context's device); `utils.loader` fills the
+    parameters. Modules are named as in the checkpoint, and those with parameters have `weight_parts` (see
+    `utils.loader`). Models of the usual form build on `models.decoder`.
     """
 
-    redundant_weights: frozenset[str]  # checkpoint tensors that may be there and are not needed
+    redundant_weights: frozenset[str]  # checkpoint tensors that may be present and are not needed
     lm_head: VocabParallelEmbedding
 
     @abstractmethod
-    def __init__(
-        self,
-        config: ModelConfig,
-        attention: AttentionBackends,
-        tensor_parallel: TensorParallel,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> None:
+    def __init__(self, context: ModelContext) -> None:
         super().__init__()
 
     @abstractmethod
@@ -44,11 +36,11 @@ class CausalLM(nn.Module, ABC):
         metadata: AttentionMetadata,
         kv_caches: Sequence[LayerKVCache],
     ) -> torch.Tensor:
-        """Run the layers over a step's tokens and store their keys and values, one cache a layer.
+        """Runs the layers over a step's tokens and stores their keys and values, one cache a layer.
 
         input_ids [num_tokens] int32 or int64, positions [num_tokens] int64 → [num_tokens, hidden_size].
         """
 
     @abstractmethod
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The LM head on the rows that are to be sampled: [num_rows, hidden_size] → [num_rows, vocab_size]."""
+        """The LM head on the rows that are sampled: [num_rows, hidden_size] → [num_rows, vocab_size]."""

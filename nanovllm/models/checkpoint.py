@@ -17,10 +17,10 @@ _WAYS = (
 
 
 def resolve_model_folder(model: str, revision: str | None = None, *, with_weights: bool = True) -> Path:
-    """The folder of a model that is named by its path, by a Hugging Face id, or as "tiny".
+    """Returns the folder of a model named by a path, by a Hugging Face id, or as "tiny".
 
     An id is downloaded (or found in the local cache) by huggingface_hub, which honours HF_ENDPOINT, HF_HUB_OFFLINE
-    and HF_HOME, weights only if asked for; `revision` is its branch, tag or commit.
+    and HF_HOME; `revision` is its branch, tag or commit. with_weights False: everything but the weights.
     Raises ModelLoadError when there is no such model.
     """
     if model == TINY_MODEL:
@@ -34,8 +34,9 @@ def resolve_model_folder(model: str, revision: str | None = None, *, with_weight
     # Imported here: nothing else needs it, and a start from a folder should not pay for it.
     from huggingface_hub import snapshot_download
 
+    patterns = [*_PATTERNS, *_WEIGHTS] if with_weights else _PATTERNS
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_PATTERNS + _WEIGHTS * with_weights))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, hub, cache and file errors come from several libraries
         raise ModelLoadError(
             f"model={model!r}: there is no such folder here, and the download failed: {error} {_WAYS}."

@@ -19,18 +19,37 @@ from nanovllm.models.registry import check_architecture
 
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 _ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
-# Every field of config.json that is read below: what hf_overrides may name.
+# Every field of config.json that is read below, and that hf_overrides may name.
 _KNOWN_FIELDS = (
-    *("architectures", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings", "attention_bias", "hidden_act"),
-    *("max_position_embeddings", "eos_token_id", "dtype", "torch_dtype", "quantization_config"),
-    *("use_sliding_window", "sliding_window", "max_window_layers", "layer_types", *_EXPERT_FIELDS, *_ROPE_FIELDS),
+    "architectures",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "hidden_act",
+    "max_position_embeddings",
+    "eos_token_id",
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+    "use_sliding_window",
+    "sliding_window",
+    "max_window_layers",
+    "layer_types",
+    *_EXPERT_FIELDS,
+    *_ROPE_FIELDS,
 )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder-only transformer and what the engine must know of its checkpoint."""
+    """The shape of a decoder-only transformer and what the engine needs to know about its checkpoint."""
 
     architecture: str
     vocab_size: int
@@ -55,10 +74,10 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-        """Read config.json and, where there is one, generation_config.json.
+        """Reads config.json and, if present, generation_config.json.
 
         `overrides` (the user's hf_overrides) replaces fields of config.json under the names they have there.
-        Raises ModelLoadError for a file that is missing or broken and for a model that is not supported,
+        Raises ModelLoadError for a missing or broken file and for a model that is not supported,
         UnknownArgumentError for an override that names no field.
         """
         folder = Path(folder)
@@ -77,7 +96,7 @@ class ModelConfig:
         generation_config: Mapping[str, Any] | None = None,
         overrides: Mapping[str, Any] | None = None,
     ) -> ModelConfig:
-        """The same from dictionaries that hold what the two files would."""
+        """Builds the config from dictionaries with the content of the two files."""
         overrides = overrides or {}
         for name in overrides:
             if name not in _KNOWN_FIELDS:
@@ -151,7 +170,7 @@ class _Fields:
         return names[0]
 
     def dtype(self) -> str:
-        """transformers 5 writes `dtype`, before it was `torch_dtype`; neither means float32."""
+        """Returns `dtype`, as transformers 5 writes it, or the earlier `torch_dtype`; neither means float32."""
         field = "dtype" if self.values.get("dtype") is not None else "torch_dtype"
         value = str(self.values.get(field) or "float32").removeprefix("torch.")
         if value not in DTYPES:
@@ -176,9 +195,9 @@ class _Fields:
 
 
 def _rope_fields(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """One dictionary from either form: `rope_theta` beside `rope_scaling`, or transformers 5's `rope_parameters`.
+    """Returns one dictionary from `rope_theta` beside `rope_scaling`, or from transformers 5's `rope_parameters`.
 
-    An override of the scaling replaces the file's scaling, and keeps its theta unless it brings its own.
+    An override of the scaling replaces the file's scaling, and keeps its theta unless it has its own.
     """
     merged: dict[str, Any] = {}
     for source in (config, overrides):
@@ -198,7 +217,7 @@ def _rope_fields(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
 
 
 def _eos_token_ids(sources: Iterable[Mapping[str, Any]], vocab_size: int) -> tuple[int, ...]:
-    """All of them, in order, each once: any of them ends a sequence."""
+    """Returns all end-of-sequence ids in order, each once; any of them ends a sequence."""
     found: dict[int, None] = {}
     for source in sources:
         value = source.get("eos_token_id")

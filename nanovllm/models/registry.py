@@ -1,7 +1,7 @@
 """Architecture name (as config.json spells it) → the class that runs it.
 
-A new model is one file in this folder and one line below. Classes are imported when asked for, so that knowing
-what is supported costs no import of torch.
+A new model is one file in this folder and one line below. Only `get_model_class` imports the classes, so that the
+list of supported architectures needs no torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def supported_architectures() -> tuple[str, ...]:
 
 
 def check_architecture(architecture: str) -> None:
-    """Raise ModelLoadError, with the list of those that are, when `architecture` is not supported."""
+    """Raises ModelLoadError, with the supported architectures, when `architecture` is not one of them."""
     if architecture not in _MODELS:
         raise ModelLoadError(
             f"architectures=[{architecture!r}] is not supported. Supported: {', '.join(_MODELS)}. "
@@ -33,7 +33,7 @@ def check_architecture(architecture: str) -> None:
 
 
 def get_model_class(architecture: str) -> type[CausalLM]:
-    """The class for an architecture. Raises ModelLoadError when it is not supported."""
+    """Returns the class for an architecture. Raises ModelLoadError when it is not supported."""
     check_architecture(architecture)
     model_class: type[CausalLM] = getattr(importlib.import_module(_MODELS[architecture]), architecture)
     return model_class

@@ -12,20 +12,20 @@ from nanovllm.report.page import render
 from nanovllm.report.summary import summarise
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m nanovllm.report") -> int:
     """Exit status 0 when the page was written, 2 with one line on standard error when it could not be."""
     parser = argparse.ArgumentParser(
-        prog="python -m nanovllm.report",
+        prog=prog,
         description="Draw a nanovllm JSON log as one self-contained HTML page.",
         epilog="Make a log with NANOVLLM_LOG_FORMAT=json NANOVLLM_LOG_FILE=run.jsonl NANOVLLM_LOG_LEVEL=DEBUG.",
     )
     parser.add_argument("log", type=Path, help="the log, one JSON object a line")
-    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (%(default)s)")
+    parser.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="the page (default %(default)s)")
     parsed = parser.parse_args(arguments)
     try:
         write_report(parsed.log, parsed.output)
     except NanoVLLMError as error:
-        print(f"nanovllm.report: {error}", file=sys.stderr)
+        print(f"{prog.removeprefix('python -m ')}: {error}", file=sys.stderr)
         return 2
     return 0
 

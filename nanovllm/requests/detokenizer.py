@@ -1,28 +1,28 @@
-"""Text as its tokens come, and the stop strings in it.
+"""Detokenizer: text as its tokens come; StopStrings: the strings that end it.
 
-Only requests with stop strings need text before they end; the others are decoded once, at the end.
+Only streams and requests with stop strings need text before they end; the others are decoded once, at the end.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_CONTEXT = 4  # tokens before the new ones: what a token reads as may depend on its neighbour to the left
-_REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are no character, or not yet
-_MAX_HELD = 3  # bytes of a character whose last one has not come, shown as one replacement or as one each
+_CONTEXT = 4  # tokens before the new ones: a token's text may depend on its left neighbour
+_REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not a character, or not yet
+_MAX_HELD = 3  # bytes of an incomplete character, shown as one replacement or as one each
 
 
 class Detokenizer:
-    """Decodes a growing list of tokens; what it returned once never changes, and is never half a character."""
+    """Decodes a growing list of tokens. Text that it returned never changes and never ends in half a character."""
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._window: list[int] = []  # the newest tokens, from `_CONTEXT` before the oldest that is not wholly shown
+        self._window: list[int] = []  # the newest tokens, from `_CONTEXT` before the first that is not fully shown
         self._num_shown = 0  # characters of the window's text
 
     def add(self, *token_ids: int) -> str:
-        """The characters that these tokens complete; "" when a character needs more tokens."""
+        """Returns the characters that these tokens complete; "" when a character needs more tokens."""
         self._window += token_ids
         text = decode(self._tokenizer, self._window, self._skip_special_tokens)
         num_held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_HELD)
@@ -35,7 +35,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """The text of one output, watched for the strings that end it."""
+    """Watches the text of one output for the strings that end it."""
 
     def __init__(
         self, stop: tuple[str, ...], detokenizer: Detokenizer, include_stop: bool, min_tokens: int = 0
@@ -47,7 +47,7 @@ class StopStrings:
         self._num_ignored = min_tokens  # tokens that complete no stop string
 
     def add(self, token_id: int) -> str | None:
-        """The stop string that this token completes, the leftmost if several; `text` then ends there."""
+        """Returns the stop string that this token completes, the leftmost if several; `text` then ends there."""
         known = len(self.text)
         self.text += self._detokenizer.add(token_id)
         starts = {stop: max(0, known + 1 - len(stop)) for stop in self._stop}  # a stop string ends in what is new
@@ -61,6 +61,6 @@ class StopStrings:
 
 
 def decode(tokenizer: Any, token_ids: list[int], skip_special_tokens: bool) -> str:
-    """As the tokens read. Nothing is tidied up around spaces: that would change text that was already there."""
+    """Returns the tokens' text. Spaces are not cleaned up: that would change text that was already shown."""
     text: str = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     return text

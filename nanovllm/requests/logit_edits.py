@@ -1,4 +1,4 @@
-"""What a request does to its logits, in the form in which it goes to the device (`kernels.edit_logits`)."""
+"""Logit edits of a request (penalties, biases, bans, masks) in the form the device reads (`kernels.logit_edits`)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from nanovllm.config import BIAS_WIDTH, MAX_BIAS_WORDS
+from nanovllm.config import MAX_BIAS_WORDS
 from nanovllm.engine.batch import IntArray, LogitEdits
 from nanovllm.errors import InvalidArgumentError
+from nanovllm.kernels.columns import BIAS_WIDTH
 from nanovllm.sampling_params import SamplingParams
 
 _ALWAYS = 2**31 - 1
@@ -22,9 +23,9 @@ def read_logit_edits(
     bad_words: Iterable[tuple[int, ...]],
     vocab_size: int,
 ) -> LogitEdits:
-    """What `params` ask for. end_ids: tokens that end the output; bad_words: as tokens, none of them empty.
+    """Returns what `params` ask for. end_ids: tokens that end the output. bad_words: as tokens, none of them empty.
 
-    Raises InvalidArgumentError when the device has no room for it, or when no token would be left to draw.
+    Raises InvalidArgumentError when they do not fit on the device, or leave no token to sample.
     """
     edits: list[tuple[int, float, int, tuple[int, ...]]]  # token, what is added to it, until which length, behind what
     edits = [(token, bias, _ALWAYS, ()) for token, bias in (params.logit_bias or {}).items()]
@@ -64,7 +65,7 @@ def read_logit_edits(
 
 
 def token_mask(token_ids: Iterable[int], vocab_size: int) -> IntArray:
-    """The mask that allows these tokens and no other: [ceil(vocab_size / 32)], bit t % 32 of word t // 32 for t."""
+    """Returns the mask that allows only these tokens: [ceil(vocab_size / 32)], bit t % 32 of word t // 32 for t."""
     bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
     bits[list(token_ids)] = 1
     return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)

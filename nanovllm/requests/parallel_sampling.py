@@ -1,7 +1,8 @@
-"""Several completions of one prompt (`SamplingParams.n`): sequences of their own, which share the prompt's blocks.
+"""Parallel sampling (`SamplingParams.n`): several completions of one prompt, each a sequence that shares its blocks.
 
-Nothing below the engine knows of them. The first computes the prompt; the others find its full blocks in the prefix
-cache, in the same step already, and compute the rest of the last one. Without prefix caching each computes all of it.
+Scheduler and runner do not know of it. The first sequence computes the prompt; the others find its full blocks in the
+prefix cache, already in the same step, and compute the rest of the last block. Without prefix caching each computes the
+whole prompt.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from nanovllm.outputs import RequestMetrics, RequestOutput
 from nanovllm.sampling_params import SamplingParams
 
 
-class Branches:
+class ParallelSampling:
     """The completions of one request, until all have ended."""
 
     def __init__(self, request_id: str, params: SamplingParams) -> None:
@@ -30,7 +31,7 @@ class Branches:
         self._outputs: dict[str, RequestOutput] = {}
 
     def add(self, output: RequestOutput) -> RequestOutput | None:
-        """Takes the output of one; returns that of the request when it was the last."""
+        """Takes the output of one completion. Returns the request's output when it was the last."""
         self._outputs[output.request_id] = output
         if len(self._outputs) < len(self.ids):
             return None
@@ -45,50 +46,50 @@ class Branches:
         )
 
 
-class BranchTable:
+class ParallelSamplingTable:
     """The requests of several completions that have not ended."""
 
     def __init__(self) -> None:
-        self._of: dict[str, Branches] = {}  # by the request's id, and by those of its sequences
+        self._by_id: dict[str, ParallelSampling] = {}  # by the request's id, and by those of its sequences
 
     def __contains__(self, request_id: object) -> bool:
-        return request_id in self._of
+        return request_id in self._by_id
 
-    def add(self, branches: Branches) -> None:
-        self._of |= dict.fromkeys([branches.request_id, *branches.ids], branches)
+    def add(self, request: ParallelSampling) -> None:
+        self._by_id |= dict.fromkeys([request.request_id, *request.ids], request)
 
     def sequence_ids(self, request_id: str) -> list[str]:
-        """Those of a request's sequences: several where it has several completions."""
-        branches = self._of.get(request_id)
-        return branches.ids if branches is not None and branches.request_id == request_id else [request_id]
+        """Returns the ids of a request's sequences: its own id, or those of its completions."""
+        request = self._by_id.get(request_id)
+        return request.ids if request is not None and request.request_id == request_id else [request_id]
 
     def ids_but_first(self) -> set[str]:
-        """The sequences whose prompt another one has too."""
-        return {name for branches in self._of.values() for name in branches.ids[1:]}
+        """Returns the ids of the sequences that share their prompt with the first of their request."""
+        return {sequence_id for request in self._by_id.values() for sequence_id in request.ids[1:]}
 
     def join(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
-        """The outputs of one request's completions become one, when the last of them has ended."""
+        """Replaces the outputs of completions by that of their request, once the last of them has ended."""
         joined: list[RequestOutput] = []
         for output in outputs:
-            branches = self._of.get(output.request_id)
-            whole = output if branches is None else branches.add(output)
+            request = self._by_id.get(output.request_id)
+            whole = output if request is None else request.add(output)
             if whole is not None:
                 joined.append(whole)
                 self.forget(whole.request_id)
         return joined
 
     def forget(self, request_id: str) -> None:
-        branches = self._of.get(request_id)
-        if branches is not None and branches.request_id == request_id:
-            for name in (request_id, *branches.ids):
-                self._of.pop(name, None)
+        request = self._by_id.get(request_id)
+        if request is not None and request.request_id == request_id:
+            for name in (request_id, *request.ids):
+                self._by_id.pop(name, None)
 
     def clear(self) -> None:
-        self._of.clear()
+        self._by_id.clear()
 
 
 def _joined(metrics: list[RequestMetrics]) -> RequestMetrics:
-    """From the first to the last of what any did; tokens and preemptions of all."""
+    """Returns the earliest start and the latest end of all, with the sums of their tokens and preemptions."""
 
     def known(name: str) -> list[float]:
         return [value for each in metrics if (value := getattr(each, name)) is not None]

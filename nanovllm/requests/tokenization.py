@@ -1,21 +1,16 @@
-"""Between text and token ids: what a prompt may be, and what an output reads."""
+"""Tokenization: from a prompt, in any of the forms that users give, to checked token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from nanovllm.config import EngineConfig, ResolvedConfig
-from nanovllm.engine.batch import IntArray, LogitEdits
-from nanovllm.engine.sequence import Sequence, TokenLogprob
+from nanovllm.engine.batch import IntArray
 from nanovllm.errors import InvalidArgumentError, ModelLoadError, RequestTooLargeError
-from nanovllm.outputs import Logprob
-from nanovllm.requests.detokenizer import Detokenizer, StopStrings, decode
-from nanovllm.requests.logit_edits import read_logit_edits
-from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,28 +19,15 @@ if TYPE_CHECKING:
 Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
 
 
-class NewTokens(NamedTuple):
-    """Output tokens of a request, and, where it asked for them, log-probabilities as `CompletionOutput` has them."""
-
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None
-
-    def extend(self, new: NewTokens) -> None:
-        """Takes in the tokens that follow."""
-        self.token_ids.extend(new.token_ids)
-        if self.logprobs is not None and new.logprobs is not None:
-            self.logprobs.extend(new.logprobs)
-
-
-class Tokenizing:
-    """Reads prompts and decodes outputs of one model. tokenizer None: prompts are token ids, outputs have no text."""
+class Tokenization:
+    """Turns the prompts of one model into token ids. tokenizer None: prompts must be token ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, resolved: ResolvedConfig) -> None:
         self._tokenizer = tokenizer
         self._resolved = resolved
 
     def read(self, prompt: Prompt) -> tuple[str | None, IntArray]:
-        """The text, where there is one, and the token ids [num_tokens]. Raises as `LLMEngine.add_request` says."""
+        """Returns the text, where there is one, and the token ids [num_tokens]. Raises as `LLMEngine.prepare` does."""
         text: str | None = prompt if isinstance(prompt, str) else None
         token_ids: Any = prompt
         if isinstance(prompt, Mapping):
@@ -56,14 +38,15 @@ class Tokenizing:
                     "prompt", prompt, "a dictionary with 'prompt' (a text) or 'prompt_token_ids' (a list), no other key"
                 )
         if text is not None and (token_ids is None or token_ids is prompt):
-            token_ids = self._encode(text)
+            token_ids = self.encode(text)
         token_ids = self._check_token_ids(token_ids)
         if not len(token_ids):
             raise InvalidArgumentError("prompt", prompt, "at least one token long")
         self._check_length(len(token_ids))
         return text, token_ids
 
-    def _encode(self, text: str, field: str = "prompt", add_special_tokens: bool = True) -> Any:
+    def encode(self, text: str, field: str = "prompt", add_special_tokens: bool = True) -> Any:
+        """Returns the text's token ids. field: the argument that an error names."""
         if self._tokenizer is None:
             allowed = f"{'token ids' if field == 'prompt' else 'None'}, since there is no tokenizer"
             raise InvalidArgumentError(field, text, allowed, "Leave skip_tokenizer_init out.")
@@ -101,77 +84,6 @@ class Tokenizing:
                 f"Raise max_model_len to {num_tokens + 1} or more, as far as the model goes{cache}the KV cache has "
                 f"{resolved.num_blocks} blocks of {resolved.block_size} tokens), or shorten the prompt.",
             )
-
-    def stop_strings(self, params: SamplingParams) -> StopStrings | None:
-        """What looks for the request's stop strings; None when it has none. Raises as `LLMEngine.add_request` says."""
-        if not params.stop:
-            return None
-        if self._tokenizer is None:
-            hint = "Leave skip_tokenizer_init out, or give stop_token_ids."
-            raise InvalidArgumentError("stop", params.stop, "None, since there is no tokenizer", hint)
-        detokenizer = Detokenizer(self._tokenizer, params.skip_special_tokens)
-        return StopStrings(tuple(params.stop), detokenizer, params.include_stop_str_in_output, params.min_tokens)
-
-    def logit_edits(self, params: SamplingParams, num_prompt_tokens: int) -> LogitEdits | None:
-        """What the request does to its logits, if anything. Raises as `LLMEngine.add_request` says."""
-        vocab_size = self._resolved.vocab_size
-        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
-            for token in getattr(params, name) or ():
-                if token >= vocab_size:
-                    raise InvalidArgumentError(name, token, f"token ids from 0 to {vocab_size - 1}")
-        if not params.edits_logits:
-            return None
-        ends = {*(() if params.ignore_eos else self._resolved.eos_token_ids), *(params.stop_token_ids or ())}
-        return read_logit_edits(params, num_prompt_tokens, ends, self._bad_words(params), vocab_size)
-
-    def _bad_words(self, params: SamplingParams) -> list[tuple[int, ...]]:
-        """As tokens, at the beginning of a text and behind a space."""
-        words: dict[tuple[int, ...], None] = {}  # in their order, each once
-        for word in params.bad_words or ():
-            for text in (word.lstrip(), f" {word.lstrip()}"):
-                token_ids = self._encode(text, "bad_words", add_special_tokens=False)
-                if not token_ids:
-                    raise InvalidArgumentError("bad_words", word, "texts of at least one token")
-                words[tuple(token_ids)] = None
-        return list(words)
-
-    def output_text(self, sequence: Sequence) -> str:
-        """The text of an output that has ended; "" without a tokenizer, or where none is wanted."""
-        params, reason = sequence.params, sequence.stop_reason
-        if self._tokenizer is None or not params.detokenize:
-            return ""
-        if isinstance(reason, str) and sequence.stop_strings is not None:
-            return sequence.stop_strings.text
-        token_ids = sequence.output_token_ids.tolist()
-        if sequence.finish_reason == "stop" and (reason is None or not params.include_stop_str_in_output):
-            token_ids.pop()  # EOS, or the stop token
-        return decode(self._tokenizer, token_ids, params.skip_special_tokens)
-
-    def new_tokens(self, sequence: Sequence, token_ids: IntArray, start: int) -> NewTokens:
-        """Of `token_ids`, the sequence's prompt and output, the output tokens from `start` on."""
-        new = token_ids[sequence.num_prompt_tokens + start :].tolist()
-        asked = sequence.params.logprobs is not None
-        return NewTokens(new, self._logprobs(new, sequence.logprobs[start:]) if asked else None)
-
-    def prompt_logprobs(self, sequence: Sequence) -> list[dict[int, Logprob] | None] | None:
-        """`RequestOutput.prompt_logprobs`: of an aborted request as many as there are."""
-        if sequence.params.prompt_logprobs is None:
-            return None
-        scores = sequence.prompt_logprobs
-        return [None, *self._logprobs(sequence.prompt_token_ids[1 : len(scores) + 1], scores)]
-
-    def _logprobs(self, token_ids: list[int], scores: list[TokenLogprob]) -> list[dict[int, Logprob]]:
-        rows: list[dict[int, Logprob]] = []
-        for token_id, own in zip(token_ids, scores, strict=True):
-            row = {token_id: Logprob(own.logprob, own.rank, self._token(token_id))}
-            for rank, (top_id, logprob) in enumerate(zip(own.top_ids.tolist(), own.top.tolist(), strict=True), 1):
-                if top_id != token_id:
-                    row[top_id] = Logprob(logprob, rank, self._token(top_id))
-            rows.append(row)
-        return rows
-
-    def _token(self, token_id: int) -> str | None:
-        return None if self._tokenizer is None else str(self._tokenizer.decode([token_id]))
 
 
 def load_tokenizer(config: EngineConfig, folder: str) -> PreTrainedTokenizerBase:

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.attention.interface import AttentionMetadata, DecodeMetadata, PrefillMetadata
-from nanovllm.engine.batch import ScheduledBatch
-from nanovllm.errors import OutOfMemoryError
+from nanovllm.kernels.columns import LOGIT_EDITS, NO_TRUNCATION, column_of
 from nanovllm.kernels.decode_state import append_tokens, read_decode_tokens
-from nanovllm.kernels.logit_edits import RowLogitEdits, edit_logits
+from nanovllm.kernels.logit_edits import RowLogitEdits
 from nanovllm.kernels.shared_prefix import find_shared_prefixes
-from nanovllm.kernels.truncate import NO_TRUNCATION
-from nanovllm.utils.device_memory import GB
+from nanovllm.runner.device_batch import DeviceBatch
 
 
 @dataclass(frozen=True)
@@ -61,41 +59,38 @@ class DeviceRows:
         self.block_tables = torch.full((num_rows, max_blocks), null_block, dtype=torch.int32, device=device)
         self.temperatures = torch.zeros(num_rows, dtype=torch.float32, device=device)
         self.seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        # top_k, top_p, min_p: `kernels.truncate`
-        self.truncations = torch.tensor([NO_TRUNCATION], device=device).repeat(num_rows, 1)
+        self.truncations = torch.tensor([NO_TRUNCATION], device=device).repeat(num_rows, 1)  # columns of TRUNCATION
         self.logit_edits = RowLogitEdits.zeros(num_rows, vocab_size, device)
 
-    def apply(self, batch: ScheduledBatch, words: torch.Tensor) -> None:
-        """Makes the batch's changes; `words` is its buffer on the device, int32."""
-
-        def section(name: str) -> torch.Tensor:
-            place = batch.sections[name]
-            return words[place.offset : place.end].view(place.count, place.width)
-
-        if batch.sections["closed"].count:
-            closed = section("closed").squeeze(1).long()
+    def apply(self, batch: DeviceBatch) -> None:
+        """Makes the batch's changes, in the order of its sections."""
+        if batch.has("closed"):
+            closed = batch.values("closed").long()
             self.lengths.index_fill_(0, closed, 1)  # assigning a number would copy it to the device, and wait
             self.block_tables.index_fill_(0, closed, self.null_block)
-        if batch.sections["opened"].count:
-            rows, num_tokens, temperature, *_ = opened = section("opened").unbind(1)
-            self.lengths[rows] = num_tokens
-            self.temperatures[rows] = temperature.contiguous().view(torch.float32)
-            self.seeds[rows] = torch.stack(opened[3:5], dim=1).view(torch.int64).squeeze(1)
-            self.truncations[rows] = section("opened")[:, 5:8].contiguous().view(torch.float32)
-            self.logit_edits.asked[rows] = section("opened")[:, 8:]
-            tokens = section("opened_tokens").squeeze(1)
-            token_rows, positions = _expand(rows, torch.zeros_like(rows), num_tokens, len(tokens))
-            self.token_ids[token_rows, positions] = tokens
-        if batch.sections["blocks"].count:
-            rows, indices, blocks = section("blocks").unbind(1)
-            self.block_tables[rows, indices] = blocks
-        if batch.sections["edits"].count:
-            rows, indices, edits = section("edits").unbind(1)
-            self.logit_edits.edits[rows, indices] = edits
-        if batch.sections["masked"].count:
-            rows = section("masked").squeeze(1).long()
-            self.logit_edits.masks[rows] = section("mask_words").view(len(rows), -1)
-            self.logit_edits.asked[:, 3].index_fill_(0, rows, 1)
+        if batch.has("opened"):
+            self._open(batch)
+        if batch.has("blocks"):
+            entries = batch.columns("blocks")
+            self.block_tables[entries["row"], entries["index"]] = entries["block"]
+        if batch.has("token_biases"):
+            biases = batch.columns("token_biases")
+            self.logit_edits.token_biases[biases["row"], biases["index"]] = biases["word"]
+        if batch.has("masked"):
+            masked = batch.values("masked").long()
+            self.logit_edits.masks[masked] = batch.values("mask_words").view(len(masked), -1)
+            self.logit_edits.settings[:, column_of(LOGIT_EDITS, "has_mask")].index_fill_(0, masked, 1)
+
+    def _open(self, batch: DeviceBatch) -> None:
+        rows, num_tokens = batch.column("opened", "row"), batch.column("opened", "num_tokens")
+        self.lengths[rows] = num_tokens
+        self.temperatures[rows] = batch.column("opened", "temperature")
+        self.seeds[rows] = batch.column("opened", "seed")
+        self.truncations[rows] = batch.column("opened", "truncation").contiguous().view(torch.float32)
+        self.logit_edits.settings[rows] = batch.column("opened", "logit_edits")
+        tokens = batch.values("opened_tokens")
+        token_rows, positions = _expand(rows, torch.zeros_like(rows), num_tokens, len(tokens))
+        self.token_ids[token_rows, positions] = tokens
 
     def decode_inputs(self, rows: torch.Tensor, query_group: int | None = None) -> ModelInputs:
         """Each of `rows` [num_rows] int32 computes its last token. Runs inside a captured graph.
@@ -119,53 +114,43 @@ class DeviceRows:
             sampled_tokens=None,
         )
 
-    def mixed_inputs(self, batch: ScheduledBatch, words: torch.Tensor, query_group: int | None = None) -> ModelInputs:
+    def mixed_inputs(self, batch: DeviceBatch, query_group: int | None = None) -> ModelInputs:
         """The batch's decode rows and chunks together. Shapes and bounds come from the host: nothing is waited for."""
-        place = batch.sections["chunks"]
-        rows, starts, lengths = words[place.offset : place.end].view(place.count, 3).t().contiguous().unbind(0)
-        num_tokens = batch.num_prefill_tokens
+        chunks, host_chunks = batch.columns("chunks", contiguous=True), batch.host.chunks
+        rows, starts, lengths = chunks["row"], chunks["start"], chunks["length"]
         ends = lengths.cumsum(0)
-        token_rows, positions = _expand(rows, starts, lengths, num_tokens)
-        context_lens = starts + lengths
+        token_rows, positions = _expand(rows, starts, lengths, batch.host.num_prefill_tokens)
         prefill = PrefillMetadata(
             cu_seqlens_q=torch.cat([ends.new_zeros(1), ends]).int(),
-            context_lens=context_lens,
+            context_lens=starts + lengths,
             block_tables=self.block_tables[rows],
-            max_seqlen_q=int(batch.chunks[:, 2].max()),
-            max_seqlen_k=int((batch.chunks[:, 1] + batch.chunks[:, 2]).max()),
+            max_seqlen_q=int(host_chunks["length"].max()),
+            max_seqlen_k=int((host_chunks["start"] + host_chunks["length"]).max()),
         )
         slots = self._slots(token_rows, positions)
         input_ids = self.token_ids[token_rows, positions]
-        final = batch.num_final_chunks
-        if not batch.sections["decode_rows"].count:
-            metadata = AttentionMetadata(slots, 0, None, prefill)
-            return ModelInputs(input_ids, positions, metadata, rows[:final], ends[:final] - 1)
-        place = batch.sections["decode_rows"]
-        decode = self.decode_inputs(words[place.offset : place.end], query_group)
-        metadata = AttentionMetadata(
-            torch.cat([decode.attention.slot_mapping, slots]), place.count, decode.attention.decode, prefill
-        )
+        final_rows, last_tokens = (part[: batch.host.num_final_chunks] for part in (rows, ends - 1))
+        num_decode = len(batch.host.decode_rows)
+        if not num_decode:
+            attention = AttentionMetadata(slots, num_decode_tokens=0, decode=None, prefill=prefill)
+            return ModelInputs(input_ids, positions, attention, final_rows, last_tokens)
+        decode = self.decode_inputs(batch.values("decode_rows"), query_group)
         return ModelInputs(
             input_ids=torch.cat([decode.input_ids, input_ids]),
             positions=torch.cat([decode.positions, positions]),
-            attention=metadata,
-            sampled_rows=torch.cat([decode.sampled_rows, rows[:final]]),
-            sampled_tokens=torch.cat([torch.arange(place.count, device=self.device), place.count + ends[:final] - 1]),
+            attention=AttentionMetadata(
+                slot_mapping=torch.cat([decode.attention.slot_mapping, slots]),
+                num_decode_tokens=num_decode,
+                decode=decode.attention.decode,
+                prefill=prefill,
+            ),
+            sampled_rows=torch.cat([decode.sampled_rows, final_rows]),
+            sampled_tokens=torch.cat([torch.arange(num_decode, device=self.device), num_decode + last_tokens]),
         )
 
     def append(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Adds one token to each of `rows` [num_rows] int32, except the null row. Runs inside a captured graph."""
         append_tokens(rows, token_ids, self.token_ids, self.lengths, self.null_row)
-
-    def shape(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """What tokens are drawn from: logits [num_rows, vocab_size] of `rows`, shaped. Runs inside a captured graph."""
-        try:
-            return edit_logits(logits, rows, self.token_ids, self.lengths, self.logit_edits)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(
-                f"Penalties, biases, bans and masks need {logits.numel() * 4 / GB:.2f} GB and more for {len(rows)} "
-                f"rows, which {self.device} does not have left: {error} Lower gpu_memory_utilization, max_num_seqs."
-            ) from error
 
     def _slots(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         blocks = self.block_tables[rows, positions // self.block_size].long()

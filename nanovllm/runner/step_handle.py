@@ -1,4 +1,4 @@
-"""Steps that a device was given, and the wait for them."""
+"""DeviceStepHandle: waits for a step that the device was given."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _LOOK_SECONDS = 20e-6
 
 
 @dataclass(frozen=True)
-class LaunchedStep:
-    """A launched step: its tokens are in `sampled` once `done` has passed (None: they are there)."""
+class DeviceStepHandle:
+    """A launched step. Its tokens are in `sampled` once `done` has passed; None: they are there already."""
 
     sampled: SampledTokens  # on the host
     done: torch.cuda.Event | None
-    began: torch.cuda.Event | None  # where somebody wants to know the time between the two
+    began: torch.cuda.Event | None  # where the time between the two is measured
 
     def wait(self, check: Callable[[], None] | None = None) -> StepResult:
         if self.done is not None:
@@ -29,12 +29,20 @@ class LaunchedStep:
         sampled = self.sampled
         logprobs = _step_logprobs(sampled.logprobs) if sampled.logprobs else None
         return StepResult(
-            sampled.token_ids.numpy(), gpu_ms, logprobs, tuple(map(_step_logprobs, sampled.prompt_logprobs))
+            token_ids=sampled.token_ids.numpy(),
+            gpu_ms=gpu_ms,
+            logprobs=logprobs,
+            prompt_logprobs=tuple(map(_step_logprobs, sampled.prompt_logprobs)),
         )
 
 
 def _step_logprobs(logprobs: TokenLogprobs) -> StepLogprobs:
-    return StepLogprobs(*(tensor.numpy() for tensor in logprobs.tensors()))
+    return StepLogprobs(
+        tokens=logprobs.tokens.numpy(),
+        ranks=logprobs.ranks.numpy(),
+        top_ids=logprobs.top_ids.numpy(),
+        top=logprobs.top.numpy(),
+    )
 
 
 def wait_for(event: torch.cuda.Event, check: Callable[[], None] | None) -> None:

@@ -1,4 +1,4 @@
-"""Compiles the kernels beside the loading of the weights: each takes long, and they do not need each other."""
+"""WarmUp: compiles the kernels while the weights load. Each takes long, and neither needs the other."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from threading import Thread
 
 import numpy as np
 
-from nanovllm.engine.batch import OpenedRow, ScheduledBatch, StepHandle
+from nanovllm.engine.batch import Chunk, OpenedRow, ScheduledBatch, StepHandle
 
 _PROMPT_LEN = 16
 
 
 class WarmUp:
-    """Runs small steps in the background, on whatever the weights hold by then: their results are nobody's.
+    """Runs small steps in the background, on weights that may not be loaded yet: the results are discarded.
 
     Triton compiles a kernel when it is first launched, and lets other threads run meanwhile.
-    submit: ModelRunner's; rows and an empty cache must be there.
+    submit: launches a step of a model runner, whose rows and an empty cache are allocated.
     """
 
     def __init__(self, submit: Callable[[ScheduledBatch], StepHandle], max_num_seqs: int) -> None:
         opened = OpenedRow(0, np.zeros(_PROMPT_LEN, dtype=np.int32), temperature=1.0, seed=0)
-        prefill = ScheduledBatch.build(0, opened=[opened], chunks=[(0, 0, _PROMPT_LEN)], num_final_chunks=1)
+        prefill = ScheduledBatch.build(
+            0, opened=[opened], chunks=[Chunk(row=0, start=0, length=_PROMPT_LEN)], num_final_chunks=1
+        )
         # Attention over one sequence and over many are different kernels.
         decodes = [ScheduledBatch.build(0, decode_rows=range(rows)) for rows in (1, max_num_seqs)]
         self._submit = submit
@@ -35,6 +37,6 @@ class WarmUp:
             thread.join()
 
     def _run(self, batches: Sequence[ScheduledBatch]) -> None:
-        with suppress(Exception):  # what fails here fails again in the largest steps, which say what to do about it
+        with suppress(Exception):  # an error here comes again in the largest steps, where it is reported
             for batch in batches:
                 self._submit(batch).wait()

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
+from nanovllm.engine.observer import EngineObserver, EngineStart
 from nanovllm.engine.sequence import Sequence
 from nanovllm.logs import events
 from nanovllm.utils import env
@@ -23,13 +24,13 @@ logger = setup_logger(__name__)
 _CLOSE_SECONDS = 5.0  # an engine's end waits no longer for a collector that does not answer
 
 
-def open_request_spans(model: str, clock: Callable[[], float]) -> RequestSpans | None:
-    """Spans if the environment asks for them and the extra is installed; a line says which of the two is missing."""
+def open_request_spans(model: str) -> RequestSpans | None:
+    """Returns spans if the environment asks for them and the extra is installed; a log line says what is missing."""
     endpoint = env.otlp_traces_endpoint() or env.otlp_endpoint()
     if endpoint is None:
         return None
     try:
-        spans = RequestSpans(model, clock)
+        spans = RequestSpans(model)
     except ImportError as error:
         events.spans_missing.log(logger, endpoint=endpoint, error=str(error))
         return None
@@ -37,26 +38,22 @@ def open_request_spans(model: str, clock: Callable[[], float]) -> RequestSpans |
     return spans
 
 
-def close_request_spans(spans: RequestSpans | None) -> None:
-    if spans is not None:
-        spans.close()
+class RequestSpans(EngineObserver):
+    """Sends a span for each request that ends. Raises ImportError without the extra."""
 
-
-class RequestSpans:
-    """Raises ImportError without the extra. `clock`: the engine's, in seconds; spans have the time of day."""
-
-    def __init__(self, model: str, clock: Callable[[], float]) -> None:
-        # Imported here, for they take a tenth of a second that only those who asked for spans should pay.
+    def __init__(self, model: str) -> None:
+        # Imported here: the import takes a tenth of a second, which only engines with spans should pay.
         from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        self._api, self._model, self._clock = trace, model, clock
-        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over the name that we bring.
+        self._api, self._model = trace, model
+        self._clock = time.monotonic
+        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override our name.
         resource = Resource.create().merge(Resource({SERVICE_NAME: "nanovllm"})).merge(OTELResourceDetector().detect())
-        # A provider of our own: the process's belongs to the application. `close` ends it, in bounded time.
+        # A provider of our own: the process's belongs to the application. the engine's end closes it, in bounded time.
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("nanovllm")
@@ -65,8 +62,23 @@ class RequestSpans:
         self._closer = threading.Thread(target=self._shut_down, name="nanovllm-spans", daemon=True)
         self._closer.start()
 
-    def record(self, sequence: Sequence, error: BaseException | None = None) -> None:
-        """The span of a request that has ended, or that `error` took away. Its parent is the caller's current span."""
+    def engine_started(self, start: EngineStart) -> None:
+        self._clock = start.clock
+
+    def sequence_finished(self, sequence: Sequence) -> None:
+        self._record(sequence)
+
+    def engine_failed(self, error: BaseException, lost: Iterable[Sequence], goes_on: bool) -> None:
+        for sequence in lost:
+            self._record(sequence, error)
+
+    def engine_exiting(self, unfinished: Iterable[Sequence]) -> None:
+        """Sends what is left, for a few seconds at most."""
+        self._ending.set()
+        self._closer.join(_CLOSE_SECONDS)
+
+    def _record(self, sequence: Sequence, error: BaseException | None = None) -> None:
+        """Sends the span of a request that ended, by `error` if any. Its parent is the caller's current span."""
         now = self._clock()
         to_wall = time.time() - now
         span = self._tracer.start_span(
@@ -83,11 +95,6 @@ class RequestSpans:
             span.set_status(self._api.StatusCode.ERROR, repr(error))
         end = now if sequence.finished is None else sequence.finished
         span.end(_nanoseconds(end + to_wall))
-
-    def close(self) -> None:
-        """Sends what is left, for a few seconds at most. Calling it again does nothing."""
-        self._ending.set()
-        self._closer.join(_CLOSE_SECONDS)
 
     def _shut_down(self) -> None:
         self._ending.wait()

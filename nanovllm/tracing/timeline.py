@@ -1,7 +1,7 @@
-"""NANOVLLM_TRACE_FILE: what the engine does over time, for Perfetto.
+"""Timeline (`NANOVLLM_TRACE_FILE`): what the engine does over time, for Perfetto.
 
-Tracks: the loop (schedule, launch, wait, update), steps from launch to their tokens, each on the track of its place in
-the pipeline; the GPU's time of each step; the other ranks' steps, as they say themselves; requests, each from arrival
+Tracks: the loop (schedule, launch, wait, update); steps from launch to their tokens, each on the track of its place in
+the pipeline; the GPU's time of each step; the steps of the other ranks, which report them; requests, each from arrival
 to end with queue, prefill and decode within.
 Counters: blocks of the KV cache, running and waiting requests. docs/timeline.md shows how to read it.
 """
@@ -9,20 +9,18 @@ Counters: blocks of the KV cache, running and waiting requests. docs/timeline.md
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Iterable
+from contextlib import suppress
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanovllm.engine.batch import ScheduledBatch
-from nanovllm.engine.metrics import Load
+from nanovllm.config import EngineConfig
+from nanovllm.engine.observer import CollectedStep, EngineObserver, EngineStart, Phase
 from nanovllm.engine.sequence import Sequence
 from nanovllm.tracing.trace_file import TraceFile
-from nanovllm.utils import env
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from nanovllm.diagnostics.step_times import StepTime
     from nanovllm.engine.executor import Executor
 
@@ -32,60 +30,73 @@ _GPU = 100  # after the steps' tracks
 _ASK_STEPS = 64  # after so many, the other ranks are asked for theirs
 
 
-class Timeline:
-    """One engine's trace. Every method is cheap, and is called once a step or once a request.
+class Timeline(EngineObserver):
+    """Draws one engine's trace. Raises InvalidArgumentError when the engine starts and `path` cannot be written."""
 
-    executor: where there are other ranks, which are asked for their steps now and then.
-    """
-
-    def __init__(
-        self, file: TraceFile, clock: Callable[[], float], pipeline_depth: int, executor: Executor | None
-    ) -> None:
-        self._file, self._clock, self._depth = file, clock, pipeline_depth
-        self._executor, self._named = executor, set[tuple[int, int]]()
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._named: set[tuple[int, int]] = set()  # tracks of the other ranks
+        self._has_other_ranks = False
+        self._executor: Executor | None = None
+        self._phase: tuple[Phase, float] = ("idle", 0.0)  # and when it began
         self._gpu_end = 0.0
         self._lanes: list[float] = []  # of requests: when each is free again
-        file.name_track(_ENGINE, _LOOP, "Engine", "loop")
-        for place in range(pipeline_depth):
-            file.name_track(_RANK, 1 + place, "Rank 0", f"steps ({place + 1} of {pipeline_depth} in flight)")
 
-    @contextmanager
-    def section(self, name: str) -> Iterator[None]:
-        """What the loop does meanwhile."""
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._file.slice(_ENGINE, _LOOP, name, start, self._clock())
+    def engine_starting(self, config: EngineConfig) -> None:
+        self._has_other_ranks = config.tensor_parallel_size > 1
 
-    def step(
-        self,
-        batch: ScheduledBatch,
-        submitted: float,
-        collected: float,
-        gpu_ms: float | None,
-        load: Load,
-    ) -> None:
-        """A step whose tokens have come. The GPU's time is drawn as if it had ended where the host saw the tokens."""
+    def engine_started(self, start: EngineStart) -> None:
+        self._executor, self._clock = start.executor, start.clock
+        self._depth = start.resolved.pipeline_depth
+        self._file = TraceFile(self._path)
+        self._file.name_track(_ENGINE, _LOOP, "Engine", "loop")
+        for place in range(self._depth):
+            self._file.name_track(_RANK, 1 + place, "Rank 0", f"steps ({place + 1} of {self._depth} in flight)")
+
+    def phase(self, phase: Phase) -> None:
+        (before, began), now = self._phase, self._clock()
+        if before != "idle":
+            self._file.slice(_ENGINE, _LOOP, before, began, now)
+        self._phase = phase, now
+
+    def step_collected(self, step: CollectedStep) -> None:
+        """Draws a step. The GPU's time is drawn as if it had ended when the host saw the tokens."""
+        batch, collected, gpu_ms = step.batch, step.collected, step.gpu_ms
         details = {"step": batch.step, "num_prefill_tokens": batch.num_prefill_tokens}
         details["num_decode_seqs"] = len(batch.decode_rows)
-        kind = batch.kind
-        self._file.slice(_RANK, 1 + batch.step % self._depth, kind, submitted, collected, **details)
+        self._file.slice(_RANK, 1 + batch.step % self._depth, batch.kind, step.submitted, collected, **details)
         if gpu_ms is not None:
             if not self._gpu_end:
                 self._file.name_track(_RANK, _GPU, "Rank 0", "GPU")
             start = max(self._gpu_end, collected - gpu_ms / 1e3)
-            self._file.slice(_RANK, _GPU, kind, start, collected, **details, gpu_ms=gpu_ms)
+            self._file.slice(_RANK, _GPU, batch.kind, start, collected, **details, gpu_ms=gpu_ms)
             self._gpu_end = collected
-        used, total = load.used_blocks, load.num_blocks
-        self._file.counter(_ENGINE, "KV cache blocks", collected, used=used, free=total - used)
+        load = step.load
+        used, free = load.used_blocks, load.num_blocks - load.used_blocks
+        self._file.counter(_ENGINE, "KV cache blocks", collected, used=used, free=free)
         self._file.counter(_ENGINE, "requests", collected, running=load.num_running, waiting=load.num_waiting)
-
         if batch.step % _ASK_STEPS == _ASK_STEPS - 1:
             self._draw_other_ranks()
 
+    def sequence_finished(self, sequence: Sequence) -> None:
+        self._draw_request(sequence, str(sequence.finish_reason))
+
+    def engine_failed(self, error: BaseException, lost: Iterable[Sequence], goes_on: bool) -> None:
+        self.phase("idle")
+        for sequence in lost:
+            self._draw_request(sequence, "lost")
+        self._file.flush()
+
+    def engine_exiting(self, unfinished: Iterable[Sequence]) -> None:
+        for sequence in unfinished:
+            self._draw_request(sequence, "unfinished")
+        with suppress(Exception):  # whatever became of the other ranks, the file is closed
+            self._draw_other_ranks()
+        self._file.close()
+        self._executor = None
+
     def _draw_other_ranks(self) -> None:
-        if self._executor is None:
+        if self._executor is None or not self._has_other_ranks:
             return
         for rank, steps in self._executor.diagnostics.other_step_times().items():
             for step in steps:
@@ -99,8 +110,8 @@ class Timeline:
             self._file.name_track(_REQUESTS + rank, thread, f"Rank {rank}", track)
         self._file.slice(_REQUESTS + rank, thread, step.kind, start, end, step=step.step)
 
-    def request(self, sequence: Sequence, ended: str) -> None:
-        """A request from its arrival to now or its end, on the first track that is free for so long."""
+    def _draw_request(self, sequence: Sequence, ended: str) -> None:
+        """Draws a request from its arrival to its end, or to now, on the first track that is free for so long."""
         now = self._clock()
         start, end = sequence.arrival, sequence.finished or now
         lane = next((lane for lane, free in enumerate(self._lanes) if free <= start), len(self._lanes))
@@ -109,7 +120,11 @@ class Timeline:
             self._file.name_track(_REQUESTS, 1 + lane, "Requests", f"requests {lane + 1}")
         self._lanes[lane] = end
         self._file.slice(
-            *(_REQUESTS, 1 + lane, f"{sequence.request_id} ({ended})", start, end),
+            _REQUESTS,
+            1 + lane,
+            f"{sequence.request_id} ({ended})",
+            start,
+            end,
             seq_id=sequence.seq_id,
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=sequence.num_cached_tokens,
@@ -124,28 +139,3 @@ class Timeline:
             self._file.slice(_REQUESTS, 1 + lane, "decode", first_token, end)
         for preempted, resumed in zip_longest(sequence.preempted_at, sequence.resumed_at, fillvalue=end):
             self._file.slice(_REQUESTS, 1 + lane, "preempted", preempted, resumed)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self, unfinished: Iterable[Sequence] = ()) -> None:
-        for sequence in unfinished:
-            self.request(sequence, "unfinished")
-        with suppress(Exception):  # whatever became of the other ranks, the file is closed
-            self._draw_other_ranks()
-        self._file.close()
-
-
-def open_timeline(clock: Callable[[], float], pipeline_depth: int, executor: Executor | None) -> Timeline | None:
-    """The timeline that NANOVLLM_TRACE_FILE asks for. Raises InvalidArgumentError if it cannot be written."""
-    path = env.trace_file()
-    return None if path is None else Timeline(TraceFile(path), clock, pipeline_depth, executor)
-
-
-def close_timeline(timeline: Timeline | None, unfinished: Iterable[Sequence]) -> None:
-    if timeline is not None:
-        timeline.close(unfinished)
-
-
-def section(timeline: Timeline | None, name: str) -> AbstractContextManager[None]:
-    return nullcontext() if timeline is None else timeline.section(name)

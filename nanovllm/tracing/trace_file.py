@@ -65,7 +65,7 @@ class TraceFile:
             self._write((",\n" if self._size > 2 else "").encode() + ",\n".join(lines).encode())
 
     def close(self) -> None:
-        """What is added later is lost. Calling it again does nothing."""
+        """Closes the file; later events are dropped. Calling it again does nothing."""
         self.flush()
         self._file.close()
 

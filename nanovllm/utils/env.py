@@ -19,6 +19,7 @@ from typing import Generic, TypeVar
 from nanovllm.errors import InvalidArgumentError
 
 T_co = TypeVar("T_co", covariant=True)
+_environment = os.environ
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,18 @@ class Variable(Generic[T_co]):
     unset: str = ""
 
     def __call__(self) -> T_co:
-        text = os.environ.get(self.name, "").strip()
+        text = _environment.get(self.name, "").strip()
         if not text:
             return self.default
         try:
             return self.kind.parse(text)
         except ValueError:
             raise InvalidArgumentError(self.name, text, self.kind.allowed) from None
+
+    def set_default(self, text: str) -> None:
+        """Sets the variable, for this process and those that it starts, unless it is set already."""
+        if not _environment.get(self.name, "").strip():
+            _environment[self.name] = text
 
 
 def _choice(*allowed: str) -> Kind[str]:

@@ -1,4 +1,4 @@
-"""From safetensors files to a model's parameters, strictly.
+"""Loads safetensors files into a model's parameters, and refuses files that do not fit exactly.
 
 A model is built on the meta device: its parameters have shapes and no memory. Each layer says with `weight_parts`
 which tensors of the checkpoint fill which rows of its parameters on this rank. `load_weights` first compares that
@@ -43,11 +43,11 @@ def load_weights(
     redundant: frozenset[str] = frozenset(),
     check: Callable[[], None] = lambda: None,
 ) -> LoadReport:
-    """Fill every parameter of `model` from the safetensors files in `folder`.
+    """Fills every parameter of `model` from the safetensors files in `folder`.
 
-    `redundant`: checkpoint tensors that may be there and are not needed (lm_head.weight of a tied model).
+    `redundant`: checkpoint tensors that may be present and are not needed (lm_head.weight of a tied model).
     `check`: called before each tensor; what it raises ends the loading.
-    Raises ModelLoadError, before anything is allocated, when tensors are missing, unknown, twice there, or of
+    Raises ModelLoadError, before anything is allocated, when tensors are missing, unknown, in two files, or of
     another shape or dtype than the model's.
     """
     started = time.perf_counter()
@@ -70,10 +70,10 @@ def load_weights(
 
 
 def load_dummy_weights(model: nn.Module, device: torch.device, seed: int = 0) -> LoadReport:
-    """Fill every parameter with random values for benchmarks: the same ones for a seed, a device and a shape.
+    """Fills every parameter with random values for benchmarks: the same ones for a seed, a device and a shape.
 
-    Matrices are drawn with the deviation 1/√fan-in, which keeps what they give, logits included, of order 1; norms
-    are 1, biases 0.
+    Matrices have a standard deviation of 1/√fan-in, which keeps their outputs, logits included, of order 1; norms are
+    1, biases 0.
     """
     started = time.perf_counter()
     parameters = materialise(model, device)
@@ -87,9 +87,9 @@ def load_dummy_weights(model: nn.Module, device: torch.device, seed: int = 0) ->
 
 
 def materialise(model: nn.Module, device: torch.device) -> dict[str, nn.Parameter]:
-    """Replace the meta parameters by uninitialised ones on `device`; parameters that have memory keep it.
+    """Replaces the meta parameters by uninitialised ones on `device`; parameters that have memory keep it.
 
-    Buffers, which are computed, stay (`nn.Module.to_empty` would throw their values away).
+    Buffers, which are computed, stay (`nn.Module.to_empty` would discard their values).
     """
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -99,7 +99,7 @@ def materialise(model: nn.Module, device: torch.device) -> dict[str, nn.Paramete
 
 
 def weight_plan(model: nn.Module) -> dict[str, Sequence[WeightPart]]:
-    """Name of every parameter → the parts that fill it, verified to fill each of its rows exactly once."""
+    """Returns name of every parameter → the parts that fill it, verified to fill each of its rows exactly once."""
     plan: dict[str, Sequence[WeightPart]] = {}
     for module_name, module in model.named_modules():
         if isinstance(module, HasWeightParts):
@@ -116,7 +116,7 @@ def weight_plan(model: nn.Module) -> dict[str, Sequence[WeightPart]]:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those that its index names, else all."""
+    """Returns the safetensors files of a folder: those that its index names, or all if it has none."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         paths = sorted(folder.glob("*.safetensors"))
@@ -156,7 +156,7 @@ def _locate(files: Mapping[Path, Any]) -> dict[str, Any]:
 def _compare(
     plan: Mapping[str, Sequence[WeightPart]], tensors: Mapping[str, Any], redundant: frozenset[str], folder: Path
 ) -> None:
-    """Raise one ModelLoadError with everything in which the files differ from what the model needs."""
+    """Raises one ModelLoadError that lists every difference between the files and what the model needs."""
     wanted = {part.name: part for part in _parts(plan) if part.name is not None}
     wrong: list[str] = []
     missing = [name for name in wanted if name not in tensors]

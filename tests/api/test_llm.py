@@ -225,7 +225,7 @@ def test_a_temperature_draws_the_same_under_any_schedule(folder: Path) -> None:
     for depth in (1, 2):
         with load(folder, **squeezed, pipeline_depth=depth) as llm:
             assert token_ids(generate(llm, prompts, params)) == expected
-            assert llm.llm_engine.scheduler.num_preemptions > 0
+            assert llm.llm_engine.statistics.num_preemptions > 0
     with load(folder, max_num_seqs=1) as llm:  # one after another, each call a batch of its own
         assert [token_ids(generate(llm, p, q))[0] for p, q in zip(prompts, params, strict=True)] == expected
     with load(folder) as llm:  # a seed does not care for the order, nor for the engine's own seed

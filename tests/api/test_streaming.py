@@ -20,7 +20,7 @@ from nanovllm import (
     SamplingParams,
     StepFailedError,
 )
-from nanovllm.requests.tokenization import NewTokens
+from nanovllm.requests.output_builder import NewTokens
 from nanovllm.streaming import OutputStream
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
 from tests.small_llm import GREEDY, assert_empty, generate, load

@@ -205,12 +205,12 @@ def test_too_few_runs_tell_nothing(num_runs):
 
 def test_out_of_memory_in_a_step_says_what_was_asked_and_what_to_change(llm, monkeypatch):
     runner = llm.llm_engine.executor._runner
-    submit = runner.submit
+    launch = runner.launch
 
     def fails(batch: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(runner, "submit", fails)
+    monkeypatch.setattr(runner, "launch", fails)
     with pytest.raises(OutOfMemoryError) as caught:
         llm.generate(PROMPT, PARAMS, use_tqdm=False)
     config = llm.llm_engine.resolved
@@ -219,7 +219,7 @@ def test_out_of_memory_in_a_step_says_what_was_asked_and_what_to_change(llm, mon
     half = f"max_num_batched_tokens={config.max_num_batched_tokens // 2} instead of {config.max_num_batched_tokens}"
     assert half in str(caught.value)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
-    monkeypatch.setattr(runner, "submit", submit)
+    monkeypatch.setattr(runner, "launch", launch)
     assert len(llm.generate(PROMPT, PARAMS, use_tqdm=False)[0].outputs[0].token_ids) == 4
 
 
@@ -240,7 +240,7 @@ def test_a_cache_too_large_says_what_is_left(monkeypatch):
         raise refused
 
     monkeypatch.setattr("nanovllm.runner.kv_cache.KVCacheShape.allocate", refuse)
-    monkeypatch.setattr("nanovllm.engine.model_runner.free_memory", lambda device: 3 * 10**9)
+    monkeypatch.setattr("nanovllm.runner.startup.free_memory", lambda device: 3 * 10**9)
     with pytest.raises(OutOfMemoryError, match=r"64 blocks of 0\.0001 GB.*has 3\.00 GB left.*below 45776 "):
         load()
 

@@ -19,7 +19,7 @@ from nanovllm.distributed.worker_process import WorkerStart, run_worker
 from nanovllm.engine.batch import ScheduledBatch
 
 if TYPE_CHECKING:
-    from nanovllm.runner.step_handle import LaunchedStep
+    from nanovllm.runner.step_handle import DeviceStepHandle
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def _prepare(fault: Fault) -> None:
     from nanovllm.distributed import worker_process as worker
     from nanovllm.engine import model_runner
     from nanovllm.layers.parallel import TensorParallel
+    from nanovllm.runner import startup
     from nanovllm.runner.kv_cache import KVCacheShape
 
     place = fault.place
@@ -71,7 +72,7 @@ def _prepare(fault: Fault) -> None:
     elif place == "join":
         _happens_in(fault, rank_group, "join_ranks")
     elif place == "load":
-        _happens_in(fault, model_runner, "load_weights")
+        _happens_in(fault, startup, "load_weights")
     elif place == "cache":
         _happens_in(fault, KVCacheShape, "allocate")
     elif place in ("prefill", "decode"):
@@ -111,7 +112,7 @@ def run_leaking_worker(start: WorkerStart) -> None:
     submit = ModelRunner.submit
     kept: list[object] = []
 
-    def leaking(runner: ModelRunner, batch: ScheduledBatch) -> LaunchedStep:
+    def leaking(runner: ModelRunner, batch: ScheduledBatch) -> DeviceStepHandle:
         kept.extend([number, kept] for number in range(10))
         return submit(runner, batch)
 

@@ -17,7 +17,7 @@ from nanovllm import EngineDeadError, InvalidArgumentError, SamplingParams, Work
 from nanovllm.distributed import worker_pool
 from nanovllm.distributed.worker_pool import WorkerPool
 from nanovllm.distributed.worker_process import MessageKind
-from nanovllm.engine import model_runner
+from nanovllm.runner import startup
 from tests.distributed.faulty_worker import Fault, plant
 from tests.distributed.rank_processes import (
     ONLY_LINUX,
@@ -102,7 +102,7 @@ def test_a_rank_that_fails_while_rank_0_loads(
         while not is_over.wait(0.01 if checks else None):
             arguments[-1]()
 
-    monkeypatch.setattr(model_runner, "load_weights", never_done)
+    monkeypatch.setattr(startup, "load_weights", never_done)
     check_told(raises_worker_error(lambda: load(folder, tensor_parallel_size=2), diary), fault)
     loading = set(threading.enumerate()) - others
     assert len(loading) == (0 if checks else 1)
@@ -124,7 +124,7 @@ def test_ctrl_c_while_rank_0_loads(folder: Path, monkeypatch: pytest.MonkeyPatch
         finally:
             ended.set()
 
-    monkeypatch.setattr(model_runner, "load_weights", takes_long)
+    monkeypatch.setattr(startup, "load_weights", takes_long)
     with pytest.raises(KeyboardInterrupt):
         load(folder, tensor_parallel_size=2)
     assert ended.is_set()

@@ -139,9 +139,9 @@ def test_a_rank_reads_its_own_part_of_the_weights_and_fewer_blocks_on_one_are_fe
     folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Rank 0 alone finds little memory here: the workers, which would take more, must agree."""
-    from nanovllm.engine import model_runner
+    from nanovllm.runner import startup
 
-    monkeypatch.setattr(model_runner, "num_cpu_blocks", lambda *_: 7)
+    monkeypatch.setattr(startup, "num_cpu_blocks", lambda *_: 7)
     with caplog.at_level(logging.INFO, "nanovllm"), load(folder, num_kvcache_blocks=None) as one:
         whole = one.llm_engine.executor._runner.model  # type: ignore[attr-defined]
         num_whole = sum(parameter.numel() for parameter in whole.parameters())

@@ -18,6 +18,8 @@ import nanovllm
 ROOT = Path(nanovllm.__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 GUIDES = (*("kv-cache", "prefill-and-decode", "weights", "qwen3", "inference-mode", "choosing-settings", "vs-vllm"),)
+# The module of the package that has the options of a thin script.
+OPTIONS_OF = {"bench.py": "nanovllm/cli/bench.py", "tools/bench_latency.py": "nanovllm/benchmarks/decode_latency.py"}
 RUNNING = ("kv-cache", "prefill-and-decode", "weights", "qwen3")
 PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
 LINK = re.compile(r"\[(?P<text>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s]+)\)")
@@ -77,7 +79,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_a_command_names_a_script_and_options_that_exist(guide: str) -> None:
     text = (DOCS / f"{guide}.md").read_text(encoding="utf-8")
     for script, options in re.findall(r"python ((?:tools/)?\w+\.py)([^\n`]*)", text):
-        source = (ROOT / script).read_text(encoding="utf-8")
+        source = (ROOT / OPTIONS_OF.get(script, script)).read_text(encoding="utf-8")
         for option in re.findall(r"--[a-z][\w-]+", options):
             assert f'"{option}"' in source, f"{guide}: {script} {option}"
 

@@ -1,4 +1,4 @@
-"""example.py and bench.py, run as a user runs them; what bench.py counts, against figures worked out by hand."""
+"""example.py, bench.py and the benchmarks of tools/, run as a user runs them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from bench import share_equal, spread_of
+from nanovllm.benchmarks.traffic import traffic
+from nanovllm.benchmarks.workloads import WORKLOADS
 from nanovllm.models.checkpoint import TINY_MODEL_FOLDER
-from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
-from tests.models.qwen3_checkpoints import VARIANTS, make_qwen3_checkpoint
-from tools.bench_transformers import transformers_config
-from tools.bench_workloads import WORKLOADS, Requests, kv_bytes_per_token, peers_of, traffic, weights_per_step
+from nanovllm.models.model_config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,10 +52,8 @@ def test_example_names_a_model_that_is_not_there() -> None:
 
 
 def test_bench_json_is_one_line_and_adds_up() -> None:
-    done = run_script(
-        *("bench.py", "--json", "--device", "cpu", "--model", "tiny", "--workload", "mixed", "shared"),
-        *("--num-seqs", "3", "--runs", "3", "--seed", "7"),
-    )
+    arguments = "--json --device cpu --model tiny --workload mixed shared --num-seqs 3 --runs 3 --seed 7"
+    done = run_script("bench.py", *arguments.split())
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     report = json.loads(line)
@@ -146,87 +141,6 @@ def test_bench_on_a_gpu() -> None:
         assert result["transformers"]["best_seconds"] > 0
 
 
-# What bench.py counts
-
-
-def test_classic_is_nano_vllms_benchmark() -> None:
-    config = BUILTIN_SHAPES["qwen3-0.6b"]
-    requests = WORKLOADS["classic"].draw(256, config.vocab_size, seed=0)
-    assert requests.num_prompt_tokens == 142_827
-    assert requests.num_output_tokens == 133_966
-    assert max(map(max, requests.prompts)) == 10_000
-    needed = traffic(config, 2, requests)
-    assert 13.6e12 <= needed.kv_bytes <= 13.9e12
-    assert needed.weight_bytes == pytest.approx(1.19e9, rel=0.005)
-    assert kv_bytes_per_token(config, 2) == 114_688
-    # One byte a component, and four for each head of 128 of them.
-    assert kv_bytes_per_token(config, 2, fp8_cache=True) == 28 * 2 * 8 * (128 + 4)
-    assert traffic(config, 2, requests, fp8_cache=True).kv_bytes * 256 == needed.kv_bytes * 132
-
-
-def test_traffic_by_hand() -> None:
-    """Prompts of 5 and 3 tokens that share 2, outputs of 4 and 2: contexts 6, 7, 8 and 4 are read."""
-    config = BUILTIN_SHAPES["qwen3-0.6b"]
-    prompts = [[0] * 5, [0] * 3]
-    apart = traffic(config, 2, Requests(prompts, [4, 2], shared_len=0))
-    assert apart.kv_bytes == (6 + 7 + 8 + 4) * 114_688
-    shared = traffic(config, 2, Requests(prompts, [4, 2], shared_len=2))
-    assert shared.kv_bytes == (4 + 5 + 6 + 2 + 3 * 2) * 114_688  # the shared tokens once in each of three steps
-    assert shared.total(num_steps=4) == 4 * shared.weight_bytes + shared.kv_bytes
-
-
-def count_weights(folder: Path) -> int:
-    return sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
-
-
-def test_every_weight_of_the_tiny_checkpoint_is_read() -> None:
-    num_weights = count_weights(TINY_MODEL_FOLDER)
-    assert weights_per_step(ModelConfig.from_folder(TINY_MODEL_FOLDER)) == num_weights
-
-
-@pytest.mark.parametrize("variant", ["untied", "bias"])
-def test_the_embedding_of_an_untied_model_is_not_read(tmp_path: Path, variant: str) -> None:
-    config = ModelConfig.from_folder(make_qwen3_checkpoint(tmp_path, **VARIANTS[variant]))
-    assert weights_per_step(config) == count_weights(tmp_path) - config.vocab_size * config.hidden_size
-
-
-@pytest.mark.parametrize("name", BUILTIN_SHAPES)
-def test_shapes_mean_the_same_in_transformers(name: str) -> None:
-    shape = BUILTIN_SHAPES[name]
-    read_back = ModelConfig.from_dict(
-        {**transformers_config(shape).to_dict(), "eos_token_id": list(shape.eos_token_ids), "dtype": shape.dtype}
-    )
-    assert read_back == shape
-
-
-def test_workloads_draw_ids_that_the_model_has() -> None:
-    requests = WORKLOADS["shared"].draw(4, vocab_size=512, seed=1)
-    assert max(map(max, requests.prompts)) < 512
-    assert len({tuple(prompt[:2048]) for prompt in requests.prompts}) == 1
-    assert len({tuple(prompt[2048:]) for prompt in requests.prompts}) == 4
-    assert all(len(prompt) + 64 == WORKLOADS["shared"].longest for prompt in requests.prompts)
-
-
-def test_peers_stand_beside_the_same_work_only() -> None:
-    assert peers_of("qwen3-0.6b", "classic", 256)["nano-vllm"] == 6.74
-    assert peers_of("Qwen/Qwen3-0.6B", "wide", 2048)["vLLM"] == 4.27
-    assert peers_of("qwen3-0.6b", "classic", 255) == {}
-    assert peers_of("qwen3-8b", "classic", 256) == {}
-    assert peers_of("qwen3-0.6b", "long", 32, fp8_cache=True) == {"vLLM": 2.75}
-    assert peers_of("qwen3-0.6b", "wide", 2048, fp8_cache=True) == {}
-    assert peers_of("qwen3-0.6b", "mixed", 64) == {}
-
-
-def test_spread_and_agreement() -> None:
-    assert spread_of([2.0, 1.0, 4.0]) == {
-        "run_seconds": [2.0, 1.0, 4.0],
-        "best_seconds": 1.0,
-        "median_seconds": 2.0,
-        "spread": 1.5,
-    }
-    assert share_equal([[1, 2], [3, 4]], [[1, 2], [3, 5]]) == 0.75
-
-
 # tools
 
 
@@ -241,10 +155,8 @@ def test_the_scheduler_is_measured_at_every_size() -> None:
 
 
 def test_the_time_between_tokens_is_measured_for_every_limit() -> None:
-    done = run_script(
-        *("tools/bench_latency.py", "--model", "tiny", "--load-format", "auto"),
-        *("--running", "2", "--context", "16", "--prompts", "2", "--prompt", "600"),
-    )
+    arguments = "--model tiny --load-format auto --running 2 --context 16 --prompts 2 --prompt 600"
+    done = run_script("tools/bench_latency.py", *arguments.split())
     assert done.returncode == 0, done.stderr
     limits = [line.split()[0] for line in done.stdout.splitlines()[2:]]
     assert limits == ["None", "8192", "4096", "2048", "1024", "512"]

@@ -137,7 +137,7 @@ def check_round(alone: LLM, seed: int) -> int:
             step += 1
             assert step < 3000, "the engine makes no progress"
         assert_empty(llm)
-        num_preemptions = engine.scheduler.num_preemptions
+        num_preemptions = engine.statistics.num_preemptions
     for index, (prompt, params) in enumerate(requests):
         output = outputs.get(str(index))
         if output is None:

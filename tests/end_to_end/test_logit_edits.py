@@ -164,7 +164,7 @@ def test_each_token_is_the_one_that_the_rules_say(arguments: dict[str, Any], dep
             check(llm)
         check(llm, slice(None, None, -1))
         check(llm, slice(12, 13))
-        assert not arguments or llm.llm_engine.scheduler.num_preemptions > 0
+        assert not arguments or llm.llm_engine.statistics.num_preemptions > 0
 
 
 def test_through_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +183,7 @@ def test_several_ranks() -> None:
     """Each has the state of all rows, and whole rows of logits in such steps."""
     with load(tensor_parallel_size=2, **TIGHT) as llm:
         check(llm)
-        assert llm.llm_engine.scheduler.num_preemptions > 0
+        assert llm.llm_engine.statistics.num_preemptions > 0
 
 
 def test_log_probabilities_are_those_of_the_model() -> None:
@@ -246,7 +246,7 @@ def test_too_little_memory_is_said_in_figures_and_the_engine_goes_on(monkeypatch
 
     asking, plain = SamplingParams(presence_penalty=1, max_tokens=2), SamplingParams(max_tokens=2, ignore_eos=True)
     with load() as llm:
-        monkeypatch.setattr("nanovllm.runner.device_rows.edit_logits", full)
+        monkeypatch.setattr("nanovllm.runner.sampler.edit_logits", full)
         assert len(generate(llm, "hello", plain)[0]["token_ids"]) == 2
         with pytest.raises(OutOfMemoryError, match="masks need 0.00 GB .*CUDA out of memory Lower gpu_memory_util"):
             generate(llm, "hello", asking)

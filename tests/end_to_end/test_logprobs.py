@@ -70,7 +70,7 @@ def test_logprobs_are_those_of_transformers(folder: Path, model: Any, depth: int
             outputs = generate(llm, PROMPTS, PARAMS)
             for output, asked in zip(outputs, ASKED, strict=True):
                 check(model, output, asked)
-        assert not arguments or llm.llm_engine.scheduler.num_preemptions > 0
+        assert not arguments or llm.llm_engine.statistics.num_preemptions > 0
         assert bool(outputs[4].num_cached_tokens) is arguments.get("enable_prefix_caching", True)
         assert_empty(llm)
 

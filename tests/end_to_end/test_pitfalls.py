@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from nanovllm import LLM, InvalidArgumentError, OutOfMemoryError, RequestTooLargeError, SamplingParams
+from nanovllm.benchmarks.machine import versions
 from nanovllm.engine import block_manager
 from nanovllm.runner.kv_cache import GB, GPUMemory, KVCacheShape
 from tests.engine.scheduler_driver import Driver
 from tests.engine.simulated_executor import VOCAB_SIZE, expected_output
 from tests.engine.test_schedules import Request, make_engine, run
-from tools.bench_machine import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = "tests/end_to_end/test_pitfalls.py"

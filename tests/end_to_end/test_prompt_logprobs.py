@@ -75,7 +75,7 @@ def test_those_of_transformers(folder: Path, expected: list[torch.Tensor], argum
             assert [output["token_ids"] for output in plain] == [output["token_ids"] for output in outputs]
             assert all(output.prompt_logprobs is None for output in plain)
         if "num_kvcache_blocks" in arguments:
-            assert llm.llm_engine.scheduler.num_preemptions > 0
+            assert llm.llm_engine.statistics.num_preemptions > 0
         assert_empty(llm)
 
 
@@ -127,7 +127,7 @@ def test_random_schedules(folder: Path, seed: int) -> None:
             outputs.update((output.request_id, output) for output in engine.step())
             check_integrity(engine)
             step += 1
-        assert engine.scheduler.num_preemptions > 0
+        assert engine.statistics.num_preemptions > 0
         for name, (_, prompt, params) in requests.items():
             assert len(outputs[name].outputs) == params.n
             if params.prompt_logprobs is None:

@@ -162,7 +162,7 @@ def test_a_cache_too_small_for_all_preempts_and_gives_the_same(
     sizes = {"kvcache_block_size": 4, "num_kvcache_blocks": 24, "max_num_seqs": 8, "max_num_batched_tokens": 10}
     with load(folder, **ON_CPU, **sizes, **arguments) as llm:
         assert answers_as_they_arrive(llm, requests) == answers(roomy, requests)
-        assert llm.llm_engine.scheduler.num_preemptions >= 5
+        assert llm.llm_engine.statistics.num_preemptions >= 5
         assert answers_as_they_arrive(llm, requests) == answers(roomy, requests)  # now with what is left in the cache
 
 

@@ -8,7 +8,10 @@ import numpy as np
 
 from nanovllm import SamplingParams
 from nanovllm.engine.batch import ScheduledBatch, StepResult
+from nanovllm.engine.metrics import EngineMetrics
+from nanovllm.engine.observer import CollectedStep, Observers
 from nanovllm.engine.scheduler import Scheduler
+from nanovllm.engine.scheduler_log import SchedulerLog
 from nanovllm.engine.sequence import Sequence
 from tests.engine.simulated_executor import make_config
 
@@ -19,7 +22,9 @@ class Driver:
     """A scheduler whose steps are launched and collected by hand."""
 
     def __init__(self, **config: object) -> None:
-        self.scheduler = Scheduler(make_config(**config))
+        self.metrics = EngineMetrics()
+        self.observers = Observers([self.metrics, SchedulerLog()])
+        self.scheduler = Scheduler(make_config(**config), self.observers)
         self.max_model_len = self.scheduler.rows.token_ids.shape[1] - 1
         self.in_flight: deque[ScheduledBatch] = deque()
         self.num_added = 0
@@ -46,6 +51,7 @@ class Driver:
     def collect(self, token: int = TOKEN) -> list[Sequence]:
         batch = self.in_flight.popleft()
         ended = self.scheduler.update(batch, StepResult(np.full(len(batch.sampled_rows), token, dtype=np.int32)))
+        self.observers.step_collected(CollectedStep(batch, 0.0, 0.0, None, ended, self.scheduler.load))
         self.check()
         return ended
 

@@ -93,21 +93,23 @@ class SimulatedExecutor:
         if batch.step == self.fail_at_step:
             raise RuntimeError("the device failed")
         batch = ScheduledBatch.from_buffer(batch.buffer.copy())  # what another rank would read
-        for row in batch.closed.tolist():
+        for row in batch.section("closed").tolist():
             del self.tokens[row], self.tables[row]
             self.masks.pop(row, None)
         offset = 0
-        for row, length, *_ in batch.opened.tolist():
+        opened = batch.section("opened")
+        for row, length in zip(opened["row"].tolist(), opened["num_tokens"].tolist(), strict=True):
             assert row not in self.tokens, "a row was opened twice"
-            self.tokens[row] = batch.opened_tokens[offset : offset + length].tolist()
+            self.tokens[row] = batch.section("opened_tokens")[offset : offset + length].tolist()
             self.tables[row] = {}
             offset += length
         for row, index, block in batch.blocks.tolist():
             assert index not in self.tables[row], "an entry of a block table was written twice"
             assert 0 <= block < self.resolved.num_blocks
             self.tables[row][index] = block
-        if len(batch.masked):
-            self.masks.update(zip(batch.masked.tolist(), batch.mask_words.reshape(len(batch.masked), -1), strict=True))
+        masked, mask_words = batch.section("masked"), batch.section("mask_words")
+        if len(masked):
+            self.masks.update(zip(masked.tolist(), mask_words.reshape(len(masked), -1), strict=True))
         work = [(row, len(self.tokens[row]) - 1, 1) for row in batch.decode_rows.tolist()]
         work += [tuple(chunk) for chunk in batch.chunks.tolist()]
         digests = {row: self._digests(row) for row, _, _ in work}

@@ -9,13 +9,31 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanovllm.engine.batch import VERSION, LogitEdits, OpenedRow, ScheduledBatch, StepNeeds
+from nanovllm.engine.batch import (
+    NO_LOGPROBS,
+    SECTIONS,
+    VERSION,
+    Chunk,
+    LogitEdits,
+    OpenedRow,
+    PromptLogprobs,
+    ScheduledBatch,
+    StepNeeds,
+)
 
-SECTIONS = [
-    *("closed", "opened", "opened_tokens", "blocks", "edits", "masked", "mask_words", "chunks", "scored"),
+IN_ORDER = [
+    "closed",
+    "opened",
+    "opened_tokens",
+    "blocks",
+    "token_biases",
+    "masked",
+    "mask_words",
+    "chunks",
+    "prompt_logprobs",
     "decode_rows",
 ]
-HEADER_SIZE = 7 + len(SECTIONS)
+HEADER_SIZE = 7 + len(IN_ORDER)
 MASK_WORDS = 2
 
 int32 = st.integers(-(2**31), 2**31 - 1)
@@ -24,8 +42,8 @@ all_logit_edits = st.builds(
     LogitEdits,
     num_prompt_tokens=st.integers(0, 99),
     penalties=st.tuples(*[st.floats(-2, 2, width=32)] * 3),
-    num_edits=st.integers(0, 9),
-    edits=st.lists(int32, max_size=6).map(tuple),
+    num_token_biases=st.integers(0, 9),
+    token_biases=st.lists(int32, max_size=6).map(tuple),
     mask=st.none() | masks,
 )
 opened_rows = st.builds(
@@ -44,8 +62,8 @@ changes = st.fixed_dictionaries(
         "opened": st.lists(opened_rows, max_size=4, unique_by=lambda item: item.row),
         "blocks": triples,
         "token_masks": st.dictionaries(st.integers(0, 9), masks, max_size=3),
-        "chunks": triples,
-        "scored": st.lists(st.tuples(*[int32] * 5), max_size=3),
+        "chunks": st.lists(st.builds(Chunk, int32, int32, int32), max_size=4),
+        "prompt_logprobs": st.lists(st.builds(PromptLogprobs, *[int32] * 5), max_size=3),
         "decode_rows": st.lists(int32, max_size=4),
     }
 )
@@ -60,9 +78,9 @@ def example() -> ScheduledBatch:
         opened=[OpenedRow(2, np.array([10, 11, 12], dtype=np.int32), 0.5, 2**40 + 3, logit_edits=logit_edits)],
         blocks=[(2, 0, 5), (0, 1, 6)],
         token_masks={3: np.array([-1], dtype=np.int32)},
-        chunks=[(2, 0, 3), (1, 4, 2)],
+        chunks=[Chunk(2, 0, 3), Chunk(1, 4, 2)],
         num_final_chunks=1,
-        scored=[(0, 2, 0, 2, 20)],
+        prompt_logprobs=[PromptLogprobs(chunk_token=0, row=2, position=0, num_tokens=2, num_top=20)],
         decode_rows=[0, 3],
     )
 
@@ -74,46 +92,51 @@ def test_what_is_built_is_read_back(step: int, values: dict[str, Any], num_final
     read = ScheduledBatch.from_buffer(np.frombuffer(built.buffer.tobytes(), dtype=np.int32))
     for batch in (built, read):
         assert (batch.step, batch.num_final_chunks) == (step, num_final)
-        assert batch.closed.tolist() == values["closed"]
-        assert list(map(tuple, batch.blocks.tolist())) == values["blocks"]
-        assert list(map(tuple, batch.chunks.tolist())) == values["chunks"]
-        assert list(map(tuple, batch.scored.tolist())) == values["scored"]
+        assert batch.section("closed").tolist() == values["closed"]
+        assert batch.blocks.tolist() == values["blocks"]
+        assert list(map(Chunk._make, batch.chunks.tolist())) == values["chunks"]
+        assert batch.prompt_logprobs == values["prompt_logprobs"]
         assert batch.decode_rows.tolist() == values["decode_rows"]
-        opened = values["opened"]
-        assert batch.opened[:, 0].tolist() == [item.row for item in opened]
-        assert batch.opened[:, 1].tolist() == [len(item.token_ids) for item in opened]
-        words = np.ascontiguousarray(batch.opened)
-        assert words[:, 2].copy().view(np.float32).tolist() == [item.temperature for item in opened]
-        assert words[:, 3:5].copy().view(np.int64).ravel().tolist() == [item.seed for item in opened]
-        assert words[:, 5:8].copy().view(np.float32).tolist() == [list(item.truncation) for item in opened]
-        shaped = [(item.row, item.logit_edits or LogitEdits()) for item in opened]
-        assert words[:, 8:10].tolist() == [
-            [logit_edits.num_prompt_tokens, logit_edits.num_edits] for _, logit_edits in shaped
-        ]
-        assert words[:, 10:12].tolist() == [[logit_edits.penalties != (1, 0, 0), 0] for _, logit_edits in shaped]
-        assert words[:, 12:].copy().view(np.float32).tolist() == [
-            list(logit_edits.penalties) for _, logit_edits in shaped
-        ]
-        edits = [[row, index, word] for row, logit_edits in shaped for index, word in enumerate(logit_edits.edits)]
-        assert batch.edits.tolist() == edits
-        own = {row: logit_edits.mask.tolist() for row, logit_edits in shaped if logit_edits.mask is not None}
+        opened, records = values["opened"], batch.section("opened")
+        assert records["row"].tolist() == [item.row for item in opened]
+        assert records["num_tokens"].tolist() == [len(item.token_ids) for item in opened]
+        assert records["temperature"].tolist() == [item.temperature for item in opened]
+        assert records["seed"].tolist() == [item.seed for item in opened]
+        assert records["truncation"].tolist() == [item.truncation for item in opened]
+        of_rows = [(item.row, item.logit_edits or LogitEdits()) for item in opened]
+        settings = records["logit_edits"]
+        assert settings["num_prompt_tokens"].tolist() == [edits.num_prompt_tokens for _, edits in of_rows]
+        assert settings["num_token_biases"].tolist() == [edits.num_token_biases for _, edits in of_rows]
+        assert settings["has_penalties"].tolist() == [edits.penalties != (1, 0, 0) for _, edits in of_rows]
+        assert settings["has_mask"].tolist() == [0] * len(opened)
+        names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
+        penalties = zip(*(settings[name].tolist() for name in names), strict=True)
+        assert list(penalties) == [edits.penalties for _, edits in of_rows]
+        words = [(row, index, word) for row, edits in of_rows for index, word in enumerate(edits.token_biases)]
+        assert batch.section("token_biases").tolist() == words
+        own = {row: edits.mask.tolist() for row, edits in of_rows if edits.mask is not None}
         new = {row: mask.tolist() for row, mask in values["token_masks"].items()}
-        masked = batch.masked.tolist()
-        assert dict(zip(masked, batch.mask_words.reshape(-1, MASK_WORDS).tolist(), strict=True)) == {**own, **new}
+        masked, mask_words = batch.section("masked").tolist(), batch.section("mask_words").reshape(-1, MASK_WORDS)
+        assert dict(zip(masked, mask_words.tolist(), strict=True)) == {**own, **new}
         assert len(set(masked)) == len(masked)  # once each: which of two would be the last is not defined on a GPU
-        assert batch.opened_tokens.tolist() == [token for item in opened for token in item.token_ids.tolist()]
-        assert batch.sampled_rows.tolist() == values["decode_rows"] + [c[0] for c in values["chunks"][:num_final]]
+        tokens = [token for item in opened for token in item.token_ids.tolist()]
+        assert batch.section("opened_tokens").tolist() == tokens
+        assert batch.sampled_rows.tolist() == values["decode_rows"] + [c.row for c in values["chunks"][:num_final]]
 
 
 def test_sections_follow_the_header_in_the_order_in_which_they_apply() -> None:
     batch = example()
-    assert list(batch.sections) == SECTIONS
+    assert list(batch.sections) == list(SECTIONS) == IN_ORDER
     offset = HEADER_SIZE
-    for name in SECTIONS:
+    for name in IN_ORDER:
         assert batch.sections[name].offset == offset
         offset = batch.sections[name].end
     assert offset == len(batch.buffer)
-    assert batch.buffer[:HEADER_SIZE].tolist() == [VERSION, 7, 1, 0, 0, 0, 0, 1, 1, 3, 2, 5, 2, 2, 2, 1, 2]
+    assert batch.buffer[:HEADER_SIZE].tolist() == [
+        *[VERSION, 7, 1],
+        *[0, 0, NO_LOGPROBS, 0],
+        *[1, 1, 3, 2, 5, 2, 2, 2, 1, 2],
+    ]
     assert batch.buffer[batch.sections["opened_tokens"].offset :].tolist() == [
         *[10, 11, 12],
         *[2, 0, 5, 0, 1, 6],
@@ -146,7 +169,7 @@ def test_needs_stand_apart(shares_prefix: bool, truncates: bool, num_logprobs: i
 def test_reading_copies_nothing() -> None:
     buffer = example().buffer
     read = ScheduledBatch.from_buffer(buffer)
-    assert all(np.shares_memory(getattr(read, name), buffer) for name in SECTIONS)
+    assert all(np.shares_memory(read.section(name), buffer) for name in SECTIONS)
 
 
 @pytest.mark.parametrize("version", [0, VERSION + 1, -1])

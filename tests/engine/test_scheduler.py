@@ -264,7 +264,7 @@ def test_the_youngest_is_preempted_and_queues_by_its_arrival() -> None:
     driver.step()
     batch = driver.step()
     assert [s.status for s in running] == [SequenceStatus.DECODING] + [SequenceStatus.WAITING] * 2
-    assert driver.scheduler.num_preemptions == 2
+    assert driver.metrics.totals.num_preemptions == 2
     assert batch.decode_rows.tolist() == [0]
     assert list(driver.scheduler.waiting) == [running[1], running[2], late]
     assert [len(s.output_token_ids) for s in running[1:]] == [1, 1]  # what was generated is kept
@@ -276,7 +276,7 @@ def test_a_preempted_sequence_goes_on_where_it_was() -> None:
     for _ in range(200):
         if driver.scheduler.has_unfinished:
             driver.step()
-    assert driver.scheduler.num_preemptions == 2
+    assert driver.metrics.totals.num_preemptions == 2
     for sequence, prompt in zip(sequences, prompts, strict=True):
         assert sequence.token_ids.tolist() == prompt + [TOKEN] * 8
 
@@ -313,7 +313,7 @@ def test_a_sequence_in_prefill_is_preempted_too() -> None:
     assert second.status is SequenceStatus.WAITING
     assert batch.decode_rows.tolist() == [first.row]
     assert chunks(batch) == []
-    assert batch.closed.tolist() == [1]
+    assert batch.section("closed").tolist() == [1]
 
 
 def test_blocks_that_steps_in_flight_write_are_counted_as_coming() -> None:
@@ -322,13 +322,13 @@ def test_blocks_that_steps_in_flight_write_are_counted_as_coming() -> None:
     oldest, middle, youngest = driver.add(4), driver.add(3), driver.add(9)
     driver.launch()
     batch = driver.launch()  # plans from counts: the tokens of the first step are not known yet
-    assert driver.scheduler.num_preemptions == 1
+    assert driver.metrics.totals.num_preemptions == 1
     assert batch is not None
     assert batch.decode_rows.tolist() == [middle.row]  # has room; the oldest sits out until the block comes
     assert youngest.status is SequenceStatus.PREEMPTED
     assert driver.num_free_blocks == 0
     assert driver.launch() is None  # both need a block now, and three are coming
-    assert driver.scheduler.num_preemptions == 1
+    assert driver.metrics.totals.num_preemptions == 1
     driver.collect()
     assert youngest.status is SequenceStatus.WAITING
     assert len(youngest.output_token_ids) == 1  # its token of the step in flight was computed properly
@@ -336,7 +336,7 @@ def test_blocks_that_steps_in_flight_write_are_counted_as_coming() -> None:
     batch = driver.launch()
     assert batch is not None
     assert batch.decode_rows.tolist() == [oldest.row, middle.row]
-    assert driver.scheduler.num_preemptions == 1
+    assert driver.metrics.totals.num_preemptions == 1
 
 
 def test_a_block_that_is_there_goes_to_the_oldest() -> None:
@@ -346,7 +346,7 @@ def test_a_block_that_is_there_goes_to_the_oldest() -> None:
     batch = driver.launch()
     assert batch is not None
     assert batch.decode_rows.tolist() == [oldest.row]
-    assert driver.scheduler.num_preemptions == 1
+    assert driver.metrics.totals.num_preemptions == 1
 
 
 def test_the_last_one_left_gives_nothing_back() -> None:
@@ -356,7 +356,7 @@ def test_the_last_one_left_gives_nothing_back() -> None:
     driver.step()
     assert driver.launch() is None
     assert sequence.status is SequenceStatus.DECODING
-    assert driver.scheduler.num_preemptions == 0
+    assert driver.metrics.totals.num_preemptions == 0
 
 
 @settings(max_examples=150, deadline=None)

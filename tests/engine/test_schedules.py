@@ -112,7 +112,7 @@ def test_small_cache_preempts_and_still_answers(pipeline_depth: int) -> None:
     engine = make_engine(num_blocks=10, pipeline_depth=pipeline_depth)
     wanted = [Request([1 + i, 2, 3], SamplingParams(max_tokens=30, ignore_eos=True), 0) for i in range(4)]
     run(engine, wanted)
-    assert engine.scheduler.num_preemptions > 0
+    assert engine.statistics.num_preemptions > 0
     for request in wanted:
         assert request.output == expected_output(request.prompt, 30, 64, ignore_eos=True)
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from nanovllm.kernels.attention_inputs import LayerKVCache
+
 # Triton's interpreter neither rounds bf16 to nearest nor multiplies bf16 matrices: that type is for the GPU.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 
@@ -35,6 +37,10 @@ class PagedSequences:
     context_lens: torch.Tensor  # [num_seqs] int32
     keys: list[torch.Tensor]  # of each sequence [context_len, num_kv_heads, head_dim]
     values: list[torch.Tensor]
+
+    @property
+    def kv_cache(self) -> LayerKVCache:
+        return LayerKVCache(self.key_cache, self.value_cache)
 
 
 def paged_sequences(
@@ -86,6 +92,10 @@ class QuantizedSequences:
     value_scale: torch.Tensor
     keys: list[torch.Tensor]  # of each sequence [context_len, num_kv_heads, head_dim] float64
     values: list[torch.Tensor]
+
+    @property
+    def kv_cache(self) -> LayerKVCache:
+        return LayerKVCache(self.key_cache, self.value_cache, self.key_scale, self.value_scale)
 
 
 def quantized(cache: PagedSequences) -> QuantizedSequences:

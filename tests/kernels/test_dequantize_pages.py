@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nanovllm.kernels.attention_inputs import PrefillMetadata
 from nanovllm.kernels.dequantize_pages import dequantize_pages
 from tests.kernels.inputs import DTYPES, paged_sequences, quantized
 
@@ -13,10 +14,10 @@ def test_contexts_come_back_in_pages_of_their_own(device, generator, dtype, bloc
     lengths = [1, 33, 70, 31]
     pages = paged_sequences(lengths, block_size, num_kv_heads, head_dim, dtype, device, generator)
     cache = quantized(pages)
-    keys, values, tables = dequantize_pages(
-        *(cache.key_cache, cache.value_cache, cache.key_scale, cache.value_scale),
-        *(pages.block_tables, pages.context_lens, max(lengths), dtype),
-    )
+    starts = torch.arange(len(lengths) + 1, dtype=torch.int32, device=device)
+    metadata = PrefillMetadata(starts, pages.context_lens, pages.block_tables, 1, max(lengths))
+    copy, copied = dequantize_pages(cache.kv_cache, metadata, dtype)
+    keys, values, tables = copy.key, copy.value, copied.block_tables
     assert keys.dtype == values.dtype == dtype
     assert sorted(tables.flatten().tolist()) == list(range(len(keys)))
     for got, wanted in ((keys, cache.keys), (values, cache.values)):

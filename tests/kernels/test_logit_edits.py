@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from nanovllm.config import BIAS_WIDTH
+from nanovllm.kernels.columns import BIAS_WIDTH, LOGIT_EDITS
 from nanovllm.kernels.logit_edits import RowLogitEdits, edit_logits
 from tests.kernels.inputs import DTYPES
 
@@ -55,16 +55,19 @@ def state_of(asked: list[Asked], vocab_size: int, device: torch.device, order: l
         known = row.prompt + row.output
         token_ids[place, : len(known)] = torch.tensor(known)
         lengths[place] = len(known)
-        flags = [int(row.penalties != (1.0, 0.0, 0.0)), int(row.allowed is not None)]
-        logit_edits.asked[place] = torch.tensor([len(row.prompt), len(row.edits), *flags, *map(bits, row.penalties)])
+        flags = [row.penalties != (1.0, 0.0, 0.0), row.allowed is not None]
+        settings = logit_edits.settings.numpy().view(LOGIT_EDITS)
+        settings[place, 0] = (len(row.prompt), len(row.edits), *flags, *row.penalties)
         words, endings = [], []
         for token, value, until, ending in row.edits:
             words += [token, bits(value), until, len(row.edits) * BIAS_WIDTH + len(endings), len(ending)]
             endings += ending
-        logit_edits.edits[place, : len(words + endings)] = torch.tensor(words + endings, dtype=torch.int32)
+        logit_edits.token_biases[place, : len(words + endings)] = torch.tensor(words + endings, dtype=torch.int32)
         for token in row.allowed or ():
             logit_edits.masks[place, token // 32] |= torch.tensor(1 << (token % 32)).int()
-    moved = RowLogitEdits(*(tensor.to(device) for tensor in (logit_edits.asked, logit_edits.edits, logit_edits.masks)))
+    moved = RowLogitEdits(
+        *(tensor.to(device) for tensor in (logit_edits.settings, logit_edits.token_biases, logit_edits.masks))
+    )
     return torch.tensor(order, dtype=torch.int32, device=device), token_ids.to(device), lengths.to(device), moved
 
 

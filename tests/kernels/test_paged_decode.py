@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nanovllm.kernels.attention_inputs import DecodeMetadata
 from nanovllm.kernels.paged_decode import choose_num_splits, paged_decode, paged_decode_reference
 from tests.kernels.inputs import DTYPES, attention_oracle, check_close, paged_sequences
 
@@ -17,8 +18,8 @@ def decode_case(device, generator, dtype, block_size, num_heads, num_kv_heads, h
     scale = head_dim**-0.5
     oracle = attention_oracle([row.unsqueeze(0) for row in query], cache.keys, cache.values, scale)
     query = fused.to(device)[:, :num_heads]
-    arguments = (query, cache.key_cache, cache.value_cache, cache.block_tables, cache.context_lens, max(lengths), scale)
-    return arguments, oracle.to(device)
+    metadata = DecodeMetadata(cache.context_lens, cache.block_tables, max(lengths))
+    return (query, cache.kv_cache, metadata, scale), oracle.to(device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -50,15 +51,13 @@ def test_any_number_of_splits_merges_to_the_same(device, generator, num_splits):
 
 def test_reference_equals_the_oracle(device, generator):
     arguments, oracle = decode_case(device, generator, torch.float32, 4, 6, 2, 20)
-    query, key_cache, value_cache, block_tables, context_lens, _, scale = arguments
-    got = paged_decode_reference(query, key_cache, value_cache, block_tables, context_lens, scale)
-    check_close(got, oracle, torch.float32)
+    check_close(paged_decode_reference(*arguments), oracle, torch.float32)
 
 
 def test_large_scores_do_not_overflow(device, generator):
     arguments, _ = decode_case(device, generator, torch.float32, 16, 2, 1, 16, [100])
-    query, key_cache, value_cache, block_tables, context_lens, bound, _ = arguments
-    got = paged_decode(query * 1e4, key_cache, value_cache, block_tables, context_lens, bound, 1.0, use_triton=True)
+    query, kv_cache, metadata, _ = arguments
+    got = paged_decode(query * 1e4, kv_cache, metadata, 1.0, use_triton=True)
     assert bool(got.isfinite().all())
 
 
@@ -76,7 +75,7 @@ def test_number_of_splits():
 def test_a_captured_graph_follows_the_lengths_it_is_given(device, generator):
     lengths = [40, 200, 129]
     arguments, _ = decode_case(device, generator, torch.bfloat16, 16, 16, 8, 128, lengths)
-    context_lens = arguments[4]
+    context_lens = arguments[2].context_lens
     paged_decode(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

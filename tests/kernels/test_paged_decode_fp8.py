@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nanovllm.kernels.attention_inputs import DecodeMetadata
 from nanovllm.kernels.paged_decode_fp8 import paged_decode_fp8
 from tests.kernels.inputs import DTYPES, attention_oracle, paged_sequences, quantized, relative_error
 
@@ -20,8 +21,8 @@ def decode_case(device, generator, dtype, block_size, num_heads, num_kv_heads, h
     queries = [row[:num_heads].unsqueeze(0) for row in fused]
     oracle = attention_oracle(queries, cache.keys, cache.values, scale).to(device)
     query = fused.to(device)[:, :num_heads]
-    caches = (cache.key_cache, cache.value_cache, cache.key_scale, cache.value_scale)
-    return (query, *caches, pages.block_tables, pages.context_lens, max(lengths), scale), oracle
+    metadata = DecodeMetadata(pages.context_lens, pages.block_tables, max(lengths))
+    return (query, cache.kv_cache, metadata, scale), oracle
 
 
 def check(got, oracle, dtype):
@@ -70,17 +71,15 @@ def test_many_small_weights_of_small_values_count(device, generator):
     cache = quantized(pages)
     query = torch.full((1, 1, head_dim), 0.43).half()  # exp(16 * 0.43) is 973
     oracle = attention_oracle([query], cache.keys, cache.values, 1.0).to(device)
-    caches = (cache.key_cache, cache.value_cache, cache.key_scale, cache.value_scale)
-    got = paged_decode_fp8(
-        query.to(device), *caches, pages.block_tables, pages.context_lens, length, 1.0, num_splits=1, use_triton=True
-    )
+    metadata = DecodeMetadata(pages.context_lens, pages.block_tables, length)
+    got = paged_decode_fp8(query.to(device), cache.kv_cache, metadata, 1.0, num_splits=1, use_triton=True)
     assert relative_error(got, oracle) <= 5e-3
 
 
 @pytest.mark.gpu
 def test_a_captured_graph_follows_the_lengths_it_is_given(device, generator):
     arguments, _ = decode_case(device, generator, torch.bfloat16, 16, 16, 8, 128, [40, 200, 129])
-    context_lens = arguments[6]
+    context_lens = arguments[2].context_lens
     paged_decode_fp8(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nanovllm.kernels.attention_inputs import PrefillMetadata
 from nanovllm.kernels.paged_prefill import paged_prefill, paged_prefill_reference
 from tests.kernels.inputs import DTYPES, attention_oracle, check_close, paged_sequences, quantized, relative_error
 
@@ -23,9 +24,8 @@ def prefill_case(
     oracle = attention_oracle(queries, cache.keys, cache.values, scale)
     starts = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
     query = fused.to(device)[:, :num_heads]
-    lens = cache.context_lens
-    arguments = (query, cache.key_cache, cache.value_cache, cache.block_tables, starts, lens, max(query_lens), scale)
-    return arguments, oracle.to(device)
+    metadata = PrefillMetadata(starts, cache.context_lens, cache.block_tables, max(query_lens), max(contexts))
+    return (query, cache.kv_cache, metadata, scale), oracle.to(device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -57,21 +57,21 @@ def test_chunks_longer_than_a_tile_behind_a_prefix(device, generator, dtype):
 
 def test_chunks_give_what_the_whole_prompt_gives(device, generator):
     arguments, _ = prefill_case(device, generator, torch.float32, 8, 4, 2, 16, [(90, 90)])
-    query, key_cache, value_cache, block_tables, _, _, _, scale = arguments
+    query, kv_cache, metadata, scale = arguments
     whole = paged_prefill(*arguments, use_triton=True)
     start = 0
     for end in (1, 32, 41, 90):
         starts = torch.tensor([0, end - start], dtype=torch.int32, device=device)
         lens = torch.tensor([end], dtype=torch.int32, device=device)
-        caches = (key_cache, value_cache, block_tables)
-        chunk = paged_prefill(query[start:end], *caches, starts, lens, end - start, scale, use_triton=True)
+        part = PrefillMetadata(starts, lens, metadata.block_tables, end - start, end)
+        chunk = paged_prefill(query[start:end], kv_cache, part, scale, use_triton=True)
         check_close(chunk, whole[start:end], torch.float32)
         start = end
 
 
 def test_reference_equals_the_oracle(device, generator):
     arguments, oracle = prefill_case(device, generator, torch.float32, 4, 6, 2, 20)
-    check_close(paged_prefill_reference(*arguments[:6], arguments[7]), oracle, torch.float32)
+    check_close(paged_prefill_reference(*arguments), oracle, torch.float32)
 
 
 # What rounding the scales to fp16 adds, for half precision.
@@ -81,14 +81,15 @@ FP8_TOLERANCES = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 6e-3
 def fp8_prefill_case(device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes=SHAPES):
     """The same with an FP8 cache: (arguments, what float64 says of the keys and values that are stored)."""
     query_lens = [query_len for query_len, _ in shapes]
-    pages = paged_sequences([c for _, c in shapes], block_size, num_kv_heads, head_dim, dtype, device, generator)
+    contexts = [context_len for _, context_len in shapes]
+    pages = paged_sequences(contexts, block_size, num_kv_heads, head_dim, dtype, device, generator)
     cache = quantized(pages)
     query = torch.randn(sum(query_lens), num_heads, head_dim, generator=generator).to(dtype)
     scale = head_dim**-0.5
     oracle = attention_oracle(list(query.split(query_lens)), cache.keys, cache.values, scale).to(device)
     starts = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
-    caches = (cache.key_cache, cache.value_cache, pages.block_tables, starts, pages.context_lens)
-    return (query.to(device), *caches, max(query_lens), scale, cache.key_scale, cache.value_scale), oracle
+    metadata = PrefillMetadata(starts, pages.context_lens, pages.block_tables, max(query_lens), max(contexts))
+    return (query.to(device), cache.kv_cache, metadata, scale), oracle
 
 
 @pytest.mark.parametrize("use_triton", [True, False])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanovllm.attention import triton_backend
-from nanovllm.attention.interface import LayerKVCache, PrefillMetadata
+from nanovllm.kernels.attention_inputs import PrefillMetadata
 from nanovllm.kernels.dequantize_pages import dequantize_pages
 from nanovllm.kernels.paged_prefill import paged_prefill
 from nanovllm.kernels.paged_prefill_hopper import can_run_on_hopper
@@ -26,7 +26,7 @@ def check(device, generator, dtype, block_size, num_heads, num_kv_heads, head_di
     arguments, oracle = prefill_case(
         device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes, padding_heads=8
     )
-    assert can_run_on_hopper(*arguments[:2])
+    assert can_run_on_hopper(arguments[0], arguments[1].key)
     check_close(paged_prefill(*arguments), oracle, dtype)
 
 
@@ -52,10 +52,12 @@ def test_one_chunk_of_many_tiles_behind_a_prefix(device, generator):
 
 def test_a_sequence_without_tokens_is_passed_over(device, generator):
     arguments, oracle = prefill_case(device, generator, torch.bfloat16, 16, 4, 2, 64, [(40, 40), (30, 50)], 8)
-    query, keys, values, tables, _, _, longest, scale = arguments
+    query, kv_cache, metadata, scale = arguments
     starts = torch.tensor([0, 0, 40, 40, 70, 70], dtype=torch.int32, device=device)
     lens = torch.tensor([0, 40, 9, 50, 0], dtype=torch.int32, device=device)
-    out = paged_prefill(query, keys, values, tables[[0, 0, 0, 1, 1]], starts, lens, longest, scale)
+    tables = metadata.block_tables[[0, 0, 0, 1, 1]]
+    spread = PrefillMetadata(starts, lens, tables, metadata.max_seqlen_q, metadata.max_seqlen_k)
+    out = paged_prefill(query, kv_cache, spread, scale)
     check_close(out, oracle, torch.bfloat16)
 
 
@@ -73,20 +75,17 @@ def test_what_it_does_not_take(device, generator, dtype, block_size, num_heads, 
     arguments, oracle = prefill_case(
         device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, [(70, 90)], 8
     )
-    assert not can_run_on_hopper(*arguments[:2])
+    assert not can_run_on_hopper(arguments[0], arguments[1].key)
     check_close(paged_prefill(*arguments), oracle, dtype)
 
 
 @pytest.mark.parametrize(("shapes", "copies"), [([(300, 700), (130, 130)], True), ([(4, 700), (1, 1)], False)])
 def test_an_fp8_cache_is_copied_where_many_queries_read_it(device, generator, monkeypatch, shapes, copies):
     arguments, oracle = fp8_prefill_case(device, generator, torch.bfloat16, 16, 4, 2, 128, shapes)
-    query, keys, values, tables, starts, lens, longest, scale, key_scale, value_scale = arguments
     copied = []
     monkeypatch.setattr(
         triton_backend, "dequantize_pages", lambda *given: copied.append(True) or dequantize_pages(*given)
     )
-    cache = LayerKVCache(keys, values, key_scale, value_scale)
-    metadata = PrefillMetadata(starts, lens, tables, longest, max(context for _, context in shapes))
-    out = triton_backend.TritonBackend().prefill(query, cache, metadata, scale)
+    out = triton_backend.TritonBackend().prefill(*arguments)
     assert bool(copied) is copies
     assert relative_error(out, oracle) <= FP8_TOLERANCES[torch.bfloat16]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from nanovllm.kernels.qk_norm_rope_store import qk_norm_rope_store
+from nanovllm.kernels.attention_inputs import LayerKVCache
+from nanovllm.kernels.qk_norm_rope_store import QKNorm, qk_norm_rope_store
 from tests.kernels.inputs import DTYPES, check_close
 
 EPS = 1e-6
@@ -53,19 +54,20 @@ class Case:
         caches = torch.ones(2, -(-50 // block_size), block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
         return cls(query, key, value, weights, positions, list(slots), caches)
 
-    def run(self, use_triton: bool) -> torch.Tensor:
-        """Stores into the caches; gives the query."""
+    def run(self, use_triton: bool, kv_cache: LayerKVCache | None = None) -> torch.Tensor:
+        """Stores into `kv_cache`, or the case's own caches; returns the query."""
         device = self.query.device
+        query_weight, key_weight = self.weights
+        has_norm = query_weight is not None and key_weight is not None
         return qk_norm_rope_store(
             self.query,
             self.key,
             self.value,
-            *self.weights,
-            EPS,
-            cos_sin_cache(100, self.query.shape[-1], device),
-            self.positions,
-            *self.caches,
-            torch.tensor(self.slots, device=device, dtype=torch.int64),
+            norm=QKNorm(query_weight, key_weight, EPS) if has_norm else None,
+            cos_sin_cache=cos_sin_cache(100, self.query.shape[-1], device),
+            positions=self.positions,
+            kv_cache=kv_cache or LayerKVCache(*self.caches),
+            slot_mapping=torch.tensor(self.slots, device=device, dtype=torch.int64),
             use_triton=use_triton,
         )
 
@@ -134,25 +136,6 @@ def fp8_caches(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, to
     return pages[0], pages[1], scales[0], scales[1]
 
 
-def run_fp8(case: Case, caches: tuple[torch.Tensor, ...], use_triton: bool) -> torch.Tensor:
-    key_cache, value_cache, key_scale, value_scale = caches
-    return qk_norm_rope_store(
-        case.query,
-        case.key,
-        case.value,
-        *case.weights,
-        EPS,
-        cos_sin_cache(100, case.query.shape[-1], case.query.device),
-        case.positions,
-        key_cache,
-        value_cache,
-        torch.tensor(case.slots, device=case.query.device),
-        key_scale,
-        value_scale,
-        use_triton=use_triton,
-    )
-
-
 def restored(pages: torch.Tensor, scales: torch.Tensor, slots: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """(what is stored times its scale, the scales [num_tokens, num_kv_heads]), of these slots, in float64."""
     per_slot = scales.transpose(1, 2).flatten(0, 1)[slots].double()
@@ -169,7 +152,7 @@ def test_an_fp8_cache_holds_each_head_to_a_sixteenth_of_a_component(
 ):
     case = Case.of(device, generator, dtype, heads, block_size)
     caches = fp8_caches(case)
-    check_close(run_fp8(case, caches, use_triton), case.rotated(case.query, case.weights[0]), dtype)
+    check_close(case.run(use_triton, LayerKVCache(*caches)), case.rotated(case.query, case.weights[0]), dtype)
     expected = (case.rotated(case.key, case.weights[1]), case.value.double())
     for pages, scales, exact in ((caches[0], caches[2], expected[0]), (caches[1], caches[3], expected[1])):
         got, per_slot = restored(pages, scales, case.slots)
@@ -188,7 +171,7 @@ def test_a_head_of_zeros_is_stored_as_zeros(device, generator, use_triton):
     case = Case.of(device, generator, torch.float32)
     case.key.zero_(), case.value.zero_()
     caches = fp8_caches(case)
-    run_fp8(case, caches, use_triton)
+    case.run(use_triton, LayerKVCache(*caches))
     for pages, scales in ((caches[0], caches[2]), (caches[1], caches[3])):
         got, per_slot = restored(pages, scales, case.slots)
         assert bool((got == 0).all())

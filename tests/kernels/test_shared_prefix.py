@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
 from nanovllm.kernels.paged_decode import paged_decode, paged_decode_reference
 from nanovllm.kernels.shared_prefix import (
     SHARED_MULTIPLE,
@@ -126,10 +127,14 @@ def check_attention(
     shared = find_shared_prefixes(tables, context_lens, block_size, group, min_tokens=64, use_triton=True)
     assert shared.lens.tolist() == shared_lens
     scale = head_dim**-0.5
-    expected = paged_decode_reference(query, keys, values, tables, context_lens, scale)
+    kv_cache, metadata = LayerKVCache(keys, values), DecodeMetadata(context_lens, tables, 512, shared)
+    expected = paged_decode_reference(query, kv_cache, metadata, scale)
     for num_splits, prefix_splits in ((1, 1), (3, 2), (1, 5)):
         got = paged_decode(
-            *(query, keys, values, tables, context_lens, 512, scale, shared),
+            query,
+            kv_cache,
+            metadata,
+            scale,
             num_splits=num_splits,
             prefix_splits=prefix_splits,
             use_triton=True,

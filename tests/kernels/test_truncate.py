@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from nanovllm.kernels.columns import NO_TRUNCATION
 from nanovllm.kernels.sample import sample
-from nanovllm.kernels.truncate import NO_TRUNCATION, keep_thresholds
+from nanovllm.kernels.truncate import keep_thresholds
 from tests.kernels.inputs import DTYPES
 from tests.kernels.test_sample import broken_logits
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from nanovllm.errors import InvalidArgumentError
+from nanovllm.layers.context import LayerContext
 from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.parallel import TensorParallel
 from tests.models.paged_model import load_model
@@ -43,7 +44,8 @@ def test_the_ranks_logits_are_the_vocabulary_s_without_padding(vocab_size: int) 
     table, hidden = torch.randn(vocab_size, 16), torch.randn(3, 16)
     shares = []
     for rank in range(4):
-        head = VocabParallelEmbedding(vocab_size, 16, TensorParallel(rank, 4), torch.float32)
+        context = LayerContext(parallel=TensorParallel(rank, 4), dtype=torch.float32)
+        head = VocabParallelEmbedding(context, vocab_size, 16)
         head.to_empty(device="cpu")
         rows = table[head.first : head.first + head.share]
         with torch.no_grad():

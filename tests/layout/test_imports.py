@@ -20,14 +20,16 @@ FILES = sorted((ROOT / "nanovllm").rglob("*.py"))
 # From the public API down: a module may import from its own level and from those after it. A name stands for the
 # module, or for the whole package; the entry nearest to a module counts.
 LEVELS = [
+    ("nanovllm.__main__", "nanovllm.cli"),
+    ("nanovllm.benchmarks",),
     ("nanovllm", "nanovllm.llm", "nanovllm.async_llm", "nanovllm.streaming", "nanovllm.report"),
     ("nanovllm.engine_factory",),
-    ("nanovllm.tracing", "nanovllm.engine.llm_engine"),
-    ("nanovllm.distributed", "nanovllm.engine.executor", "nanovllm.engine.model_runner"),
-    ("nanovllm.engine",),
+    ("nanovllm.engine.llm_engine",),
+    ("nanovllm.tracing", "nanovllm.diagnostics"),
+    ("nanovllm.engine", "nanovllm.distributed"),
     ("nanovllm.runner",),
-    ("nanovllm.diagnostics",),
     ("nanovllm.requests",),
+    ("nanovllm.engine.executor", "nanovllm.engine.statistics"),
     ("nanovllm.engine.sequence", "nanovllm.engine.block_manager"),
     ("nanovllm.engine.batch",),
     ("nanovllm.models", "nanovllm.utils.loader"),
@@ -41,7 +43,7 @@ LEVELS = [
 TORCH = {"torch", "triton", "transformers", "safetensors", "xgrammar"}
 # Deciding needs no torch: the engine but for the model runner, and all that a request goes through before it runs.
 WITHOUT_TORCH = ("nanovllm.engine", "nanovllm.requests", "nanovllm.tracing", "nanovllm.logs")
-WITH_TORCH = {"nanovllm.engine.model_runner"}
+WITH_TORCH = {"nanovllm.engine.model_runner", "nanovllm.engine.in_process_executor"}
 
 
 def module_name(path: Path) -> str:
@@ -66,7 +68,15 @@ def level_of(module: str) -> int:
 def imports(source: str, module: str, is_package: bool = False) -> Iterator[tuple[str, ast.stmt | ast.expr]]:
     """Every module of nanovllm that `source` imports, wherever the statement stands and whatever form it has."""
     package = module if is_package else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    loggers = {
+        id(node.args[0])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setup_logger"
+    }
+    for node in ast.walk(tree):
+        if id(node) in loggers:
+            continue
         found: list[str] = []
         if isinstance(node, ast.Import):
             found = [alias.name for alias in node.names]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from email.message import Message
 from email.parser import Parser
@@ -92,3 +94,23 @@ def test_an_installed_wheel_works_from_any_folder(wheel: Path, tmp_path: Path) -
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path / "elsewhere", capture_output=True, text=True)
     assert done.stdout == "2\n", done.stderr
+
+
+def test_an_installed_wheel_has_the_command(wheel: Path, tmp_path: Path) -> None:
+    """In an environment of its own, without the dependencies: help and version need none of them."""
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    folder = environment / ("Scripts" if os.name == "nt" else "bin")
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "python")]
+    installed = subprocess.run(
+        [*pip, "install", "--no-deps", "--no-index", "--quiet", str(wheel)], capture_output=True, text=True
+    )
+    assert installed.returncode == 0, installed.stdout + installed.stderr
+    without_path = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    for command in ("nanovllm bench --help", "nanovllm report --help", "python -m nanovllm version"):
+        program, *arguments = command.split()
+        done = subprocess.run(
+            [str(folder / program), *arguments], cwd=tmp_path, env=without_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "nanovllm" in done.stdout

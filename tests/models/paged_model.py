@@ -1,4 +1,4 @@
-"""Runs a model over a paged cache, step by step, with blocks handed out in a shuffled order."""
+"""Runs a model over a paged cache, step by step, with blocks allocated in a shuffled order."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 
 from nanovllm.attention.interface import AttentionMetadata, DecodeMetadata, LayerKVCache, PrefillMetadata
 from nanovllm.attention.torch_backend import TorchBackend
+from nanovllm.layers.linear_method import LinearMethod, UnquantizedLinear
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.causal_lm import CausalLM
 from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.model_context import ModelContext
 from nanovllm.models.registry import get_model_class
 from nanovllm.utils.loader import load_weights
 
@@ -20,11 +22,24 @@ CPU = torch.device("cpu")
 TORCH_BACKENDS = SimpleNamespace(prefill=TorchBackend(), decode=TorchBackend())
 
 
-def load_model(folder: Path, tensor_parallel: TensorParallel | None = None) -> CausalLM:
+def fp32_context(
+    config: ModelConfig, parallel: TensorParallel | None = None, linear_method: LinearMethod | None = None
+) -> ModelContext:
+    """What a model on the CPU is built with, in fp32, with the torch backend."""
+    return ModelContext(
+        config=config,
+        backends=TORCH_BACKENDS,
+        parallel=parallel or TensorParallel(),
+        dtype=torch.float32,
+        device=CPU,
+        linear_method=linear_method or UnquantizedLinear(),
+    )
+
+
+def load_model(folder: Path, parallel: TensorParallel | None = None) -> CausalLM:
     """The model of a folder on the CPU, in fp32, with the torch backend."""
     config = ModelConfig.from_folder(folder)
-    model_class = get_model_class(config.architecture)
-    model = model_class(config, TORCH_BACKENDS, tensor_parallel or TensorParallel(), torch.float32, CPU)
+    model = get_model_class(config.architecture)(fp32_context(config, parallel))
     load_weights(model, folder, CPU, model.redundant_weights)
     return model
 

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from nanovllm.errors import InvalidArgumentError, ModelLoadError
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+from nanovllm.models.model_context import ModelContext
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from tests.models.paged_model import CPU, TORCH_BACKENDS, PagedModel, load_model
+from tests.models.paged_model import TORCH_BACKENDS, PagedModel, fp32_context, load_model
 from tests.models.qwen3_checkpoints import VARIANTS, load_reference, make_qwen3_checkpoint
 
 TOLERANCE = 1e-4
@@ -74,19 +75,24 @@ def test_logits_equal_transformers(variant: str, tmp_path: Path) -> None:
         assert difference < TOLERANCE
 
 
-@pytest.mark.parametrize("variant", ["tied", "rope_yarn"])
-def test_logits_equal_transformers_with_norms_and_additions_folded_in(
-    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What few tokens on a GPU take, by the products' reference: the stream goes through the layers in one piece."""
+def fold_in(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Every product takes the kernel for few tokens, here its reference. Returns a list that grows with each."""
     calls: list[bool] = []
 
     def suits(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
         calls.append(True)
         return True
 
-    for layer in ("linear", "embed_head"):
-        monkeypatch.setattr(f"nanovllm.layers.{layer}.suits_skinny_linear", suits)
+    monkeypatch.setattr("nanovllm.layers.linear_method.suits_skinny_linear", suits)
+    return calls
+
+
+@pytest.mark.parametrize("variant", ["tied", "rope_yarn"])
+def test_logits_equal_transformers_with_norms_and_additions_folded_in(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What few tokens on a GPU take, by the products' reference: the stream goes through the layers in one piece."""
+    calls = fold_in(monkeypatch)
     folder = make_qwen3_checkpoint(tmp_path, **VARIANTS[variant])
     config = ModelConfig.from_folder(folder)
     tokens = prompts(config.vocab_size)
@@ -120,7 +126,7 @@ def test_scaled_rope_counts(tmp_path: Path) -> None:
     """The comparison above would see a wrong angle: without its scaling, a model's logits are far away."""
     folder = make_qwen3_checkpoint(tmp_path, **VARIANTS["rope_yarn"])
     config = ModelConfig.from_folder(folder, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}})
-    model = Qwen3ForCausalLM(config, TORCH_BACKENDS, TensorParallel(), torch.float32, CPU)
+    model = Qwen3ForCausalLM(fp32_context(config))
     scaled = load_model(folder)
     model.load_state_dict(scaled.state_dict(), assign=True)
     tokens = prompts(config.vocab_size)
@@ -155,6 +161,7 @@ class ThreadGroup:
         """The work is done when it returns."""
 
 
+@pytest.mark.parametrize("folded", [False, True], ids=["separate", "folded"])
 @pytest.mark.parametrize(
     ("size", "overrides"),
     [
@@ -163,20 +170,24 @@ class ThreadGroup:
         (4, {"num_attention_heads": 8, "vocab_size": 322}),
     ],
 )
-def test_ranks_together_equal_one(size: int, overrides: dict[str, Any], tmp_path: Path) -> None:
+def test_ranks_together_equal_one(
+    size: int, overrides: dict[str, Any], folded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each rank loads its own part; with real sums between them, all give the logits of the whole model."""
     folder = make_qwen3_checkpoint(tmp_path, **overrides)
     config = ModelConfig.from_folder(folder)
     tokens = prompts(config.vocab_size)
     expected = PagedModel(load_model(folder), config).step(tokens)
+    if folded:
+        fold_in(monkeypatch)
     group = ThreadGroup(size)
     results: list[Any] = [None] * size
 
     def run_rank(rank: int) -> None:
         group.local.rank = rank
-        tensor_parallel = TensorParallel(rank, size, group)
-        model = load_model(folder, tensor_parallel)
-        run = PagedModel(model, config, tensor_parallel.divide_kv_heads(config.num_kv_heads))
+        parallel = TensorParallel(rank, size, group)
+        model = load_model(folder, parallel)
+        run = PagedModel(model, config, parallel.divide_kv_heads(config.num_kv_heads))
         results[rank] = run.step(tokens)
 
     threads = [threading.Thread(target=run_rank, args=(rank,), daemon=True) for rank in range(size)]
@@ -199,6 +210,13 @@ def test_ranks_that_cannot_share_the_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", BUILTIN_SHAPES)
 def test_builtin_shapes_have_the_published_number_of_parameters(name: str) -> None:
     """Built on the meta device: it costs no memory."""
-    model = Qwen3ForCausalLM(BUILTIN_SHAPES[name], TORCH_BACKENDS, TensorParallel(), torch.bfloat16, "meta")
+    context = ModelContext(
+        config=BUILTIN_SHAPES[name],
+        backends=TORCH_BACKENDS,
+        parallel=TensorParallel(),
+        dtype=torch.bfloat16,
+        device="meta",
+    )
+    model = Qwen3ForCausalLM(context)
     published = {"qwen3-0.6b": 596_049_920, "qwen3-8b": 8_190_735_360, "qwen3-32b": 32_762_123_264}
     assert sum(parameter.numel() for parameter in model.parameters()) == published[name]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nanovllm import InvalidArgumentError, SamplingParams
+from nanovllm import InvalidArgumentError, SamplingParams, StructuredOutputsParams
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models.checkpoint import resolve_model_folder
 from nanovllm.requests.grammar_compiler import GrammarCompiler, GrammarMatcher
@@ -43,6 +43,12 @@ def sequence(**asked: Any) -> Sequence:
     return Sequence.from_prompt(0, "r", [1], params, max_model_len=64, seed=0)
 
 
+def start(grammars: GrammarCompiler, waiting: Sequence) -> None:
+    wanted = waiting.params.structured_outputs
+    assert isinstance(wanted, StructuredOutputsParams)
+    grammars.start(waiting, grammars.read(wanted))
+
+
 def finish(grammars: GrammarCompiler, waiting: Sequence) -> None:
     for _ in range(200):
         if not waiting.waits_for_grammar:
@@ -53,7 +59,7 @@ def finish(grammars: GrammarCompiler, waiting: Sequence) -> None:
 
 def matcher(grammars: GrammarCompiler, **asked: Any) -> GrammarMatcher:
     waiting = sequence(**asked)
-    grammars.start(waiting)
+    start(grammars, waiting)
     finish(grammars, waiting)
     assert waiting.grammar is not None, waiting.error
     return waiting.grammar
@@ -159,7 +165,7 @@ def test_matchers_of_one_grammar_do_not_share_their_place(grammars: GrammarCompi
 def test_what_cannot_be_read_is_refused_at_the_door(grammars: GrammarCompiler, asked: dict[str, Any], why: str) -> None:
     waiting = sequence(**asked)
     with pytest.raises(InvalidArgumentError, match="what xgrammar can follow") as caught:
-        grammars.start(waiting)
+        start(grammars, waiting)
     assert caught.value.field == f"structured_outputs.{next(iter(asked))}"
     assert why in str(caught.value)
     assert ".cc:" not in str(caught.value), "where in xgrammar's source is nobody's business"
@@ -174,7 +180,7 @@ def test_a_property_may_have_a_keywords_name(grammars: GrammarCompiler, tokenize
 
 def test_a_grammar_that_no_text_fits_fails_when_it_is_compiled(grammars: GrammarCompiler) -> None:
     waiting = sequence(grammar='root ::= root "a"')
-    grammars.start(waiting)
+    start(grammars, waiting)
     finish(grammars, waiting)
     assert waiting.grammar is None
     assert "no text fits it" in str(waiting.error)
@@ -208,7 +214,7 @@ def test_it_is_read_and_compiled_once_for_all_that_ask_the_same(
 
 def test_it_compiles_in_a_thread_and_the_caller_goes_on(grammars: GrammarCompiler, gate: threading.Event) -> None:
     waiting = sequence(regex="a")
-    grammars.start(waiting)
+    start(grammars, waiting)
     assert grammars.collect(idle=False) == grammars.collect(idle=True) == []
     assert waiting.waits_for_grammar
     gate.set()
@@ -229,8 +235,8 @@ def test_what_fails_in_the_thread_ends_that_sequence_alone(
 
     monkeypatch.setattr(xgrammar.GrammarCompiler, "compile_grammar", fragile)
     good, bad = sequence(choice=["good"]), sequence(choice=["bad"])
-    grammars.start(bad)
-    grammars.start(good)
+    start(grammars, bad)
+    start(grammars, good)
     failed: list[Sequence] = []
     for _ in range(200):
         failed += grammars.collect(idle=True)
@@ -251,14 +257,14 @@ def test_without_xgrammar_the_error_says_what_to_install(
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(InvalidArgumentError, match=r"pip install 'nanovllm\[structured\]'"):
-        GrammarCompiler(tokenizer, make_config(eos_token_ids=EOS)).start(sequence(regex="a"))
+        start(GrammarCompiler(tokenizer, make_config(eos_token_ids=EOS)), sequence(regex="a"))
 
 
 def test_it_needs_a_tokenizer_and_an_end_of_sequence_token(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(InvalidArgumentError, match="without a tokenizer"):
-        GrammarCompiler(None, make_config()).start(sequence(regex="a"))
+        start(GrammarCompiler(None, make_config()), sequence(regex="a"))
     with pytest.raises(InvalidArgumentError, match="without an end-of-sequence token"):
-        GrammarCompiler(tokenizer, make_config(eos_token_ids=())).start(sequence(regex="a"))
+        start(GrammarCompiler(tokenizer, make_config(eos_token_ids=())), sequence(regex="a"))
 
 
 # ---- the scheduler's rule

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from nanovllm import SamplingParams
+from nanovllm import SamplingParams, StructuredOutputsParams
 from nanovllm.engine.sequence import Sequence
 from tests.engine.simulated_executor import _ROOT, EOS, VOCAB_SIZE, extend, next_token
 from tests.engine.test_schedules import Request, check_output, engines, make_engine, prompts, run
@@ -35,17 +35,20 @@ class Matcher:
 
 
 class Compiler:
-    """As `structured_outputs.GrammarCompiler`; each grammar takes so many calls of `collect`."""
+    """As `grammar_compiler.GrammarCompiler`; each grammar takes so many calls of `collect`."""
 
     def __init__(self, delays: list[int]) -> None:
         self._delays = deque(delays)
         self._left: dict[Sequence, int] = {}
 
-    def start(self, sequence: Sequence) -> None:
-        if sequence.params.structured_outputs is not None:
-            sequence.waits_for_grammar = True
-            self._left[sequence] = self._delays[0]
-            self._delays.rotate()
+    def read(self, params: StructuredOutputsParams) -> object:
+        return params
+
+    def start(self, sequence: Sequence, grammar: object) -> None:
+        assert grammar == sequence.params.structured_outputs
+        sequence.waits_for_grammar = True
+        self._left[sequence] = self._delays[0]
+        self._delays.rotate()
 
     def collect(self, idle: bool) -> list[Sequence]:
         for sequence in list(self._left):
@@ -95,7 +98,7 @@ def test_answers_do_not_depend_on_the_schedule(
     num_blocks = -(-largest // engine_values["block_size"]) + spare_blocks
     max_model_len = min(64, num_blocks * engine_values["block_size"])
     engine = make_engine(**engine_values, num_blocks=num_blocks, max_model_len=max_model_len)
-    engine._grammar_compiler = Compiler(delays)  # type: ignore[assignment]
+    engine._grammars = engine._preparation._grammars = Compiler(delays)  # type: ignore[assignment]
     run(engine, wanted)
     for request in wanted:
         check_output(request, expected_output(request, max_model_len))

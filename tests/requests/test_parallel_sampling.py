@@ -20,7 +20,7 @@ from nanovllm import (
     SamplingParams,
     StepFailedError,
 )
-from nanovllm.requests.parallel_sampling import Branches
+from nanovllm.requests.parallel_sampling import ParallelSampling
 from tests.engine.simulated_executor import expected_output
 from tests.engine.test_schedules import check_integrity, engines, make_engine
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
@@ -332,7 +332,7 @@ def test_under_any_schedule(engine_values: dict[str, Any], requests: list[Wanted
         assert output.metrics.num_output_tokens == sum(len(each.token_ids) for each in output.outputs)
     assert engine.scheduler.block_manager.num_free_blocks == num_blocks
     assert engine.scheduler.rows.is_empty
-    assert not engine._branches._of
+    assert not engine._unfinished.parallel._by_id
 
 
 def test_one_of_them_aborted_leaves_the_others_and_any_error_is_told(folder: Path) -> None:
@@ -350,7 +350,7 @@ def test_one_of_them_aborted_leaves_the_others_and_any_error_is_told(folder: Pat
         assert outputs[0].outputs[2].token_ids == whole[2].token_ids[: len(outputs[0].outputs[2].token_ids)]
         assert [each for each in outputs[0].outputs if each.index != 2] == [each for each in whole if each.index != 2]
         assert_empty(llm)
-        branches = Branches("b", SEEDED)
+        branches = ParallelSampling("b", SEEDED)
         failed = InvalidArgumentError("structured_outputs", "x", "something else")
         parts = [replace(outputs[0], request_id=name, outputs=whole[:1]) for name in branches.ids]
         parts[2] = replace(parts[2], error=failed)

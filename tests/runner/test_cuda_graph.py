@@ -230,5 +230,5 @@ def test_random_arrivals_and_preemption(load: Loader) -> None:
         expected = answers_as_they_arrive(llm, requests)
     with load(use_graphs=True, **sizes) as llm:
         assert answers_as_they_arrive(llm, requests) == expected
-        assert llm.llm_engine.scheduler.num_preemptions > 0
+        assert llm.llm_engine.statistics.num_preemptions > 0
     assert set(load.replayed) & {3, 5}, "no size between two captured ones was needed"

@@ -11,8 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm.engine.batch import LogitEdits, OpenedRow, ScheduledBatch
+from nanovllm.engine.batch import Chunk, LogitEdits, OpenedRow, ScheduledBatch
+from nanovllm.kernels.columns import LOGIT_EDITS
 from nanovllm.requests.logit_edits import token_mask
+from nanovllm.runner.device_batch import DeviceBatch
 from nanovllm.runner.device_rows import DeviceRows, ModelInputs
 
 NUM_ROWS, MAX_MODEL_LEN, NUM_BLOCKS, VOCAB_SIZE = 4, 10, 100, 100
@@ -83,7 +85,7 @@ def draw_batch(data: st.DataObject, model: Model, step: int) -> ScheduledBatch:
             decode_rows.append(row)
         else:
             length = data.draw(st.integers(1, left))
-            (final if length == left else others).append((row, state.computed, length))
+            (final if length == left else others).append(Chunk(row, state.computed, length))
     return ScheduledBatch.build(
         step,
         closed=closed,
@@ -93,6 +95,10 @@ def draw_batch(data: st.DataObject, model: Model, step: int) -> ScheduledBatch:
         num_final_chunks=len(final),
         decode_rows=decode_rows,
     )
+
+
+def upload(batch: ScheduledBatch) -> DeviceBatch:
+    return DeviceBatch(batch, torch.from_numpy(batch.buffer))
 
 
 def check_inputs(inputs: ModelInputs, batch: ScheduledBatch, model: Model) -> None:
@@ -118,7 +124,7 @@ def check_inputs(inputs: ModelInputs, batch: ScheduledBatch, model: Model) -> No
     if len(batch.chunks):
         prefill = attention.prefill
         assert prefill is not None
-        rows, starts, lengths = batch.chunks.T.tolist()
+        rows, starts, lengths = (batch.chunks[name].tolist() for name in ("row", "start", "length"))
         assert prefill.cu_seqlens_q.tolist() == [0, *np.cumsum(lengths).tolist()]
         assert prefill.context_lens.tolist() == [s + length for s, length in zip(starts, lengths, strict=True)]
         assert prefill.block_tables.tolist() == [model.padded_table(row) for row in rows]
@@ -151,14 +157,14 @@ def test_random_batches_against_the_model(data: st.DataObject, block_size: int) 
     rows = DeviceRows(NUM_ROWS, MAX_MODEL_LEN, block_size, NUM_BLOCKS, VOCAB_SIZE, CPU)
     for step in range(data.draw(st.integers(1, 6))):
         batch = draw_batch(data, model, step)
-        words = torch.from_numpy(batch.buffer)
-        rows.apply(batch, words)
+        uploaded = upload(batch)
+        rows.apply(uploaded)
         check_rows(rows, model)
         if len(batch.chunks):
-            inputs = rows.mixed_inputs(batch, words)
+            inputs = rows.mixed_inputs(upload(batch))
         elif len(batch.decode_rows):
             padding = data.draw(st.integers(0, 3))  # what a captured graph adds
-            padded = torch.cat([words[batch.sections["decode_rows"].offset :], torch.full((padding,), rows.null_row)])
+            padded = torch.cat([uploaded.values("decode_rows"), torch.full((padding,), rows.null_row)])
             check_inputs(rows.decode_inputs(padded[: len(batch.decode_rows)]), batch, model)
             inputs = rows.decode_inputs(padded.int())
         else:
@@ -190,7 +196,7 @@ def two_rows() -> DeviceRows:
         opened=[OpenedRow(0, tokens[0], 0.5, 2**62 + 1), OpenedRow(2, tokens[1], 1.0, 9)],
         blocks=[(0, 0, 3), (0, 1, 4), (2, 0, 7)],
     )
-    rows.apply(batch, torch.from_numpy(batch.buffer))
+    rows.apply(upload(batch))
     return rows
 
 
@@ -225,7 +231,7 @@ def test_padding_touches_nothing_of_anybody(two_rows: DeviceRows) -> None:
 
 def test_a_closed_row_points_at_the_null_block_and_its_neighbours_stay(two_rows: DeviceRows) -> None:
     batch = ScheduledBatch.build(2, closed=[0])
-    two_rows.apply(batch, torch.from_numpy(batch.buffer))
+    two_rows.apply(upload(batch))
     assert set(two_rows.block_tables[0].tolist()) == {NUM_BLOCKS}
     assert two_rows.lengths.tolist() == [1, 1, 2, 1, 1]
     assert two_rows.block_tables[2, 0] == 7
@@ -238,20 +244,19 @@ def test_a_row_reused_in_one_batch_keeps_nothing_of_the_last(two_rows: DeviceRow
         closed=[0],
         opened=[OpenedRow(0, np.array([8], dtype=np.int32), 0.0, 0)],
         blocks=[(0, 0, 50)],
-        chunks=[(0, 0, 1)],
+        chunks=[Chunk(0, 0, 1)],
         num_final_chunks=1,
     )
-    words = torch.from_numpy(batch.buffer)
-    two_rows.apply(batch, words)
+    two_rows.apply(upload(batch))
     assert two_rows.block_tables[0].tolist() == [50, NUM_BLOCKS, NUM_BLOCKS]
-    inputs = two_rows.mixed_inputs(batch, words)
+    inputs = two_rows.mixed_inputs(upload(batch))
     assert inputs.input_ids.tolist() == [8]
     assert inputs.attention.slot_mapping.tolist() == [200]
 
 
 def test_dtypes_are_those_the_kernels_read(two_rows: DeviceRows) -> None:
-    batch = ScheduledBatch.build(2, chunks=[(2, 0, 2)], num_final_chunks=1, decode_rows=[0])
-    inputs = two_rows.mixed_inputs(batch, torch.from_numpy(batch.buffer))
+    batch = ScheduledBatch.build(2, chunks=[Chunk(2, 0, 2)], num_final_chunks=1, decode_rows=[0])
+    inputs = two_rows.mixed_inputs(upload(batch))
     prefill, decode = inputs.attention.prefill, inputs.attention.decode
     assert prefill is not None
     assert decode is not None
@@ -261,25 +266,28 @@ def test_dtypes_are_those_the_kernels_read(two_rows: DeviceRows) -> None:
     assert two_rows.seeds[0] == 2**62 + 1
 
 
-def test_a_row_has_the_shaping_it_was_opened_with_and_the_last_mask_that_came(two_rows: DeviceRows) -> None:
+def test_a_row_has_the_logit_edits_it_was_opened_with_and_the_last_mask_that_came(two_rows: DeviceRows) -> None:
     def apply(**changes: Any) -> None:
         batch = ScheduledBatch.build(2, **changes)
-        two_rows.apply(batch, torch.from_numpy(batch.buffer))
+        two_rows.apply(upload(batch))
+
+    def settings(row: int) -> list[float]:
+        own = two_rows.logit_edits.settings.numpy().view(LOGIT_EDITS)[row, 0]
+        return list(own.item())
 
     state = two_rows.logit_edits
-    assert not state.asked[:, :4].any(), "rows that ask for nothing"
+    assert all(settings(row)[:4] == [0, 0, 0, 0] for row in range(NUM_ROWS + 1)), "rows without edits"
     token = np.array([8], dtype=np.int32)
     masks = [token_mask(allowed, VOCAB_SIZE) for allowed in ([31], [0, 99], [32])]
-    asking = LogitEdits(1, (1.5, -0.5, 0.25), 2, (1, 2, 3, 4, 5, 6), masks[0])
-    apply(closed=[2], opened=[OpenedRow(2, token, 0.0, 0, logit_edits=asking), OpenedRow(1, token, 0.0, 0)])
-    assert state.asked[2, :4].tolist() == [1, 2, 1, 1]
-    assert state.asked[2, 4:].view(torch.float32).tolist() == [1.5, -0.5, 0.25]
-    assert state.edits[2, :6].tolist() == [1, 2, 3, 4, 5, 6]
+    edits = LogitEdits(1, (1.5, -0.5, 0.25), 2, (1, 2, 3, 4, 5, 6), masks[0])
+    apply(closed=[2], opened=[OpenedRow(2, token, 0.0, 0, logit_edits=edits), OpenedRow(1, token, 0.0, 0)])
+    assert settings(2) == [1, 2, 1, 1, 1.5, -0.5, 0.25]
+    assert state.token_biases[2, :6].tolist() == [1, 2, 3, 4, 5, 6]
     assert state.masks[2].tolist() == masks[0].tolist() == [-(2**31), 0, 0, 0]
     apply(token_masks={2: masks[1], 0: masks[2]})
     assert state.masks[2].tolist() == masks[1].tolist() == [1, 0, 0, 8]
     assert state.masks[0].tolist() == [0, 1, 0, 0]
-    assert state.asked[:, 3].tolist() == [1, 0, 1, 0, 0]
-    assert not state.asked[1, :4].any()
+    assert [settings(row)[3] for row in range(NUM_ROWS + 1)] == [1, 0, 1, 0, 0]
+    assert settings(1)[:4] == [0, 0, 0, 0]
     apply(closed=[2], opened=[OpenedRow(2, token, 0.0, 0)])
-    assert not state.asked[2, 1:4].any(), "nothing of the last request is left"
+    assert settings(2)[1:4] == [0, 0, 0], "nothing of the last request is left"

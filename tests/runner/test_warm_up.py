@@ -9,7 +9,7 @@ from nanovllm.runner.warm_up import WarmUp
 
 class Handle:
     def wait(self, check: Callable[[], None] | None = None) -> StepResult:
-        raise RuntimeError("the results are nobody's; an error is met again later")
+        raise RuntimeError("the results are discarded; an error comes again later")
 
 
 def test_every_kind_of_step_runs_in_the_background() -> None:

@@ -257,7 +257,7 @@ def test_a_python_that_ends_without_exit_sends_its_spans(collector: Collector) -
 
 
 def test_nothing_is_imported_where_nobody_asked() -> None:
-    check = "assert not any(name.startswith('opentelemetry') for name in sys.modules); assert engine._spans is None"
+    check = "assert not any(name.startswith('opentelemetry') for name in sys.modules)"
     result = run_python(f"{SCRIPT}\n{check}")
     assert (result.returncode, result.stderr) == (0, "")
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanovllm.errors import ModelLoadError
+from nanovllm.layers.context import LayerContext
 from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.linear import GatedParallelLinear
 from nanovllm.layers.parallel import TensorParallel
@@ -25,11 +26,11 @@ Tensors = dict[str, torch.Tensor]
 class Small(nn.Module):
     """A fused product and a table, under the names that checkpoints use; and a buffer, which is computed."""
 
-    def __init__(self, tensor_parallel: TensorParallel | None = None, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, parallel: TensorParallel | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        tensor_parallel = tensor_parallel or TensorParallel()
-        self.gate_up_proj = GatedParallelLinear(4, {"gate_proj": 6, "up_proj": 6}, tensor_parallel, dtype)
-        self.embed_tokens = VocabParallelEmbedding(9, 4, tensor_parallel, dtype)
+        context = LayerContext(parallel=parallel or TensorParallel(), dtype=dtype)
+        self.gate_up_proj = GatedParallelLinear(context, 4, {"gate_proj": 6, "up_proj": 6})
+        self.embed_tokens = VocabParallelEmbedding(context, 9, 4)
         self.register_buffer("table", torch.arange(3), persistent=False)
 
 
@@ -213,7 +214,7 @@ def test_the_file_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 def test_loading_ends_between_two_tensors_where_the_check_raises(tmp_path: Path) -> None:
-    """So that a rank does not go on for minutes with what nobody waits for."""
+    """So that a rank does not go on loading for minutes after the engine gave up."""
     looks: list[bool] = []
     model = Small()
 

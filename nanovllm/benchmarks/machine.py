@@ -1,4 +1,4 @@
-"""The machine under a benchmark: its name, its versions, and how fast it copies."""
+"""The machine that a benchmark runs on: device name, package versions, load, copy bandwidth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 
 
 def versions() -> dict[str, str]:
-    """Package → version, of those that are installed."""
+    """Returns the versions of Python, nanovllm and the packages that matter to speed, if installed."""
     found = {"python": platform.python_version(), "nanovllm": nanovllm.__version__}
     for package in _PACKAGES:
         try:
@@ -28,6 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
+    """Returns the name of the GPU, or of the CPU with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
@@ -38,12 +39,12 @@ def device_name(device: torch.device) -> str:
 
 
 def load_average() -> float | None:
-    """Threads that wanted to run in the last minute, this process left out as far as it is new; None: not known."""
+    """Returns the mean number of runnable threads in the last minute, or None where the system does not tell."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def copy_bytes_per_second(device: torch.device) -> float:
-    """Bandwidth of a copy larger than any cache, bytes read and bytes written counted: the best of ten."""
+    """Returns the bandwidth of a copy larger than any cache: bytes read plus bytes written, the best of ten."""
     on_gpu = device.type == "cuda"
     num_bytes = min(1 << 30, torch.cuda.mem_get_info(device)[0] // 4) if on_gpu else 1 << 28
     source = torch.ones(num_bytes, dtype=torch.uint8, device=device)

@@ -1,0 +1,54 @@
+"""The bytes that decoding has to read, from a `ModelConfig` and the requests. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nanovllm.benchmarks.workloads import Requests
+from nanovllm.models.model_config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that decoding has to read. Activations, KV writes and prefill's reads are small and not counted."""
+
+    weight_bytes: int  # per step
+    kv_bytes: int  # of all decode rows at their contexts
+
+    def total(self, num_steps: int) -> int:
+        """Returns the bytes read in `num_steps` steps."""
+        return num_steps * self.weight_bytes + self.kv_bytes
+
+
+def traffic(config: ModelConfig, itemsize: int, requests: Requests, *, fp8_cache: bool = False) -> Traffic:
+    """Returns the traffic of decoding `requests`.
+
+    A request of p prompt and n output tokens decodes n - 1 times, at the contexts p + 1 … p + n - 1; prefill gives
+    the first token. A prefix that all requests share has to be read once per step, not once per row.
+    """
+    num_row_tokens = sum(
+        (count - 1) * (len(prompt) - requests.shared_len) + count * (count - 1) // 2
+        for prompt, count in zip(requests.prompts, requests.output_lens, strict=True)
+    )
+    num_shared_tokens = (max(requests.output_lens) - 1) * requests.shared_len  # at least so many steps decode
+    return Traffic(
+        weight_bytes=itemsize * weights_per_step(config),
+        kv_bytes=kv_bytes_per_token(config, itemsize, fp8_cache=fp8_cache) * (num_row_tokens + num_shared_tokens),
+    )
+
+
+def kv_bytes_per_token(config: ModelConfig, itemsize: int, *, fp8_cache: bool = False) -> int:
+    """Returns the bytes of a token's keys and values in all layers; an FP8 cache adds a float32 scale per head."""
+    head_bytes = config.head_dim + 4 if fp8_cache else config.head_dim * itemsize
+    return 2 * config.num_layers * config.num_kv_heads * head_bytes
+
+
+def weights_per_step(config: ModelConfig) -> int:
+    """Returns the number of parameters that a step reads: layers and LM head, but not the embedding."""
+    hidden, heads = config.hidden_size, config.num_heads + 2 * config.num_kv_heads
+    attention = hidden * config.head_dim * (heads + config.num_heads)
+    if config.attention_bias:
+        attention += heads * config.head_dim + hidden
+    mlp = 3 * hidden * config.intermediate_size
+    norms = 2 * hidden + 2 * config.head_dim
+    return config.num_layers * (attention + mlp + norms) + hidden + config.vocab_size * hidden

@@ -1,0 +1,43 @@
+"""Chooses the subcommand. Each one is a module of this package, which is imported when it is called.
+
+A new subcommand is one file, with `main(arguments, prog) -> int`, and one line in COMMANDS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+from nanovllm import __version__
+
+COMMANDS: Mapping[str, str] = {  # each a module of this package
+    "bench": "measure the engine with offline workloads, and compare it",
+    "report": "draw a JSON log as one self-contained HTML page",
+    "version": "print the version",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a subcommand and returns its exit status. `arguments` defaults to those of the process."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    name = given[0] if given and given[0] in COMMANDS else parse_command(given)
+    run: Callable[[Sequence[str], str], int] = importlib.import_module(f"nanovllm.cli.{name}").main
+    return run(given[1:], f"nanovllm {name}")
+
+
+def parse_command(arguments: Sequence[str]) -> str:
+    """Returns the name of the subcommand. Exits after --help or --version, and for anything else with an error."""
+    listing = "\n".join(f"  {name:<10}{about}" for name, about in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="nanovllm",
+        usage="nanovllm [-h] [--version] COMMAND ...",
+        description=f"An LLM inference engine.\n\ncommands:\n{listing}",
+        epilog="nanovllm COMMAND --help explains a command's options.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"nanovllm {__version__}", help="print the version")
+    name: str = parser.parse_args(arguments).command
+    return name

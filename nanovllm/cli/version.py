@@ -1,0 +1,15 @@
+"""`nanovllm version`: prints the version."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from nanovllm import __version__
+
+
+def main(arguments: Sequence[str], prog: str) -> int:
+    """Prints `nanovllm` and its version."""
+    argparse.ArgumentParser(prog=prog, description="Print the version of nanovllm.").parse_args(arguments)
+    print(f"nanovllm {__version__}")
+    return 0

@@ -1,0 +1,35 @@
+"""What an engine has done so far, and how busy it is: plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class EngineStatistics:
+    """Totals since the engine started. Times are wall time in seconds, each step's under what it ran."""
+
+    num_steps: int = 0
+    num_prompt_tokens: int = 0  # computed in prefill, those computed again after a preemption included
+    num_output_tokens: int = 0  # sampled; with several steps in flight, those dropped after an end included
+    prefill_seconds: float = 0.0  # steps with at least one prefill chunk
+    decode_seconds: float = 0.0  # all others
+    num_preemptions: int = 0
+    num_prefix_queries: int = 0  # prompt tokens looked for in the prefix cache
+    num_prefix_hits: int = 0  # of those, found
+
+    def since(self, earlier: EngineStatistics) -> EngineStatistics:
+        return EngineStatistics(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
+
+    def copy(self) -> EngineStatistics:
+        return self.since(EngineStatistics())
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy the engine is at one moment."""
+
+    num_running: int
+    num_waiting: int
+    used_blocks: int
+    num_blocks: int

@@ -1,0 +1,62 @@
+"""The columns of the records that kernels read, declared once for both sides.
+
+The engine fills these records (`engine.batch`, `requests.logit_edits`), and kernels read them as tensors of 32-bit
+words. Kernels may not import the engine, and the engine imports no torch: so the table is here, without torch, and
+each side takes a column's place from it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+WORD_BYTES = 4
+
+# How a row's distribution is cut (`kernels.truncate`). NO_TRUNCATION keeps every token.
+TRUNCATION = np.dtype([("top_k", np.float32), ("top_p", np.float32), ("min_p", np.float32)])
+NO_TRUNCATION = (0.0, 1.0, 0.0)
+
+# What changes a row's logits (`kernels.logit_edits`). Zeros change nothing.
+LOGIT_EDITS = np.dtype(
+    [
+        ("num_prompt_tokens", np.int32),
+        ("num_token_biases", np.int32),
+        ("has_penalties", np.int32),  # 0 or 1
+        ("has_mask", np.int32),  # 0 or 1
+        ("repetition_penalty", np.float32),
+        ("frequency_penalty", np.float32),
+        ("presence_penalty", np.float32),
+    ]
+)
+
+# A number to add to one token's logit, while the row is shorter than `until_length` and its output ends in the
+# `ending_length` tokens that stand `ending_start` words after the row's first bias.
+TOKEN_BIAS = np.dtype(
+    [
+        ("token_id", np.int32),
+        ("bias", np.float32),
+        ("until_length", np.int32),
+        ("ending_start", np.int32),
+        ("ending_length", np.int32),
+    ]
+)
+
+
+def num_words(record: np.dtype[np.void] | np.dtype[np.generic]) -> int:
+    """The 32-bit words of a record or of a plain value."""
+    return record.itemsize // WORD_BYTES
+
+
+def column_of(record: np.dtype[np.void], name: str) -> int:
+    """The first word of the field `name`."""
+    assert record.fields is not None
+    return int(record.fields[name][1]) // WORD_BYTES
+
+
+def columns_of(record: np.dtype[np.void], name: str) -> slice:
+    """The words of the field `name`."""
+    assert record.fields is not None
+    first = column_of(record, name)
+    return slice(first, first + num_words(record.fields[name][0]))
+
+
+BIAS_WIDTH = num_words(TOKEN_BIAS)

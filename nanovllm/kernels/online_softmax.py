@@ -1,0 +1,88 @@
+"""Softmax over keys that arrive block by block, without a second pass: the core of every attention kernel here.
+
+In torch, for one query, blocks of keys and values, and scores in base 2:
+
+    best, total, out = -inf, 0, zeros(head_dim)
+    for key, value in blocks:
+        scores = key @ query * scale * log2(e)       # exp2 is the exponential that the hardware has
+        new_best = maximum(best, scores.max())       # the largest score so far: no exponent is above 0
+        weights = exp2(scores - new_best)
+        shrink = exp2(best - new_best)               # what earlier sums are too large by
+        total = total * shrink + weights.sum()
+        out = out * shrink + weights @ value
+        best = new_best
+    out = out / total                                # equals softmax(all scores) @ all values
+    lse = best + log2(total)                         # the softmax's denominator, for merging (see partials.py)
+
+Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, https://arxiv.org/abs/1805.02867.
+"""
+
+from __future__ import annotations
+
+from nanovllm.kernels.page_slots import page_slots
+from nanovllm.kernels.triton_support import jit, tl
+
+
+@jit
+def softmax_weights(
+    scores: tl.tensor, best: tl.tensor, scale_log2: tl.tensor, AXIS: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """(weights of a block's keys, the factor for the sums so far, the new largest score); keys lie along AXIS."""
+    new_best = tl.maximum(best, tl.max(scores, axis=AXIS) * scale_log2)
+    weights = tl.exp2(scores * scale_log2 - tl.expand_dims(new_best, AXIS))
+    shrink = tl.exp2(best - new_best)
+    return weights, shrink, new_best
+
+
+@jit
+def accumulate(
+    scores: tl.tensor,
+    value: tl.tensor,
+    scale_log2: tl.tensor,
+    best: tl.tensor,
+    total: tl.tensor,
+    out: tl.tensor,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """(best, total, out) after a block with scores [rows, keys] and value [keys, dims]."""
+    weights, shrink, new_best = softmax_weights(scores, best, scale_log2, AXIS=1)
+    total = total * shrink + tl.sum(weights, axis=1)
+    out = out * shrink[:, None]
+    out = tl.dot(weights.to(value.dtype), value, out, input_precision=PRECISION)
+    return new_best, total, out
+
+
+@jit
+def attend(
+    query: tl.tensor,
+    key_base: tl.tensor,
+    value_base: tl.tensor,
+    table_ptr: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    scale_log2: tl.tensor,
+    page_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """(best, total, out) of query [rows, dims] over the keys at positions start … end, which all rows attend to."""
+    ROWS: tl.constexpr = query.shape[0]
+    BLOCK_DIM: tl.constexpr = query.shape[1]
+    dim = tl.arange(0, BLOCK_DIM)
+    best = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    for first in range(start, end, BLOCK_KEYS):
+        valid = first + tl.arange(0, BLOCK_KEYS) < end
+        slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
+        # Rows past the context are read as zeros: the cache may hold NaN there.
+        kv_mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
+        key = tl.load(key_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)  # [BLOCK_KEYS, BLOCK_DIM]
+        value = tl.load(value_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [ROWS, BLOCK_KEYS]
+        scores = tl.where(valid[None, :], scores, -float("inf"))
+        best, total, out = accumulate(scores, value, scale_log2, best, total, out, PRECISION)
+    return best, total, out

@@ -1,0 +1,161 @@
+"""Attention of one query in parts of its context, and the merging of the parts.
+
+A part has its own softmax: `out` = softmax(scores) · values, and `lse`, the base-2 logarithm of the denominator. In
+torch, the whole is
+
+    weights = exp2(lse - lse.max())                  # [num_partials]
+    out = (weights[:, None] * partial_out).sum(0) / weights.sum()
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.kernels.attention_inputs import DecodeMetadata
+from nanovllm.kernels.triton_support import (
+    jit,
+    jit_with_varying,
+    let_next_kernel_start,
+    next_power_of_2,
+    pdl_options,
+    tl,
+    wait_for_previous_kernel,
+)
+
+PREFIX_BLOCK_KEYS = 64  # keys of a shared prefix that a program reads at a time: its parts are multiples of them
+_BLOCK_MERGED = 8  # partial outputs that a program merges at a time
+
+
+@dataclass(frozen=True)
+class Partials:
+    """Outputs of the parts of each row's context: first those of a shared prefix, then those of the row's own keys.
+
+    num_partials = num_prefix_splits + num_splits. With a single part there is nothing to merge, and both tensors are
+    the output itself.
+    """
+
+    out: torch.Tensor  # [num_seqs, num_heads, num_partials, head_dim] float32
+    lse: torch.Tensor  # [num_seqs, num_heads, num_partials] float32, base-2 logarithms of the softmax's denominators
+    num_prefix_splits: int
+    num_splits: int
+
+    @property
+    def is_split(self) -> bool:
+        """Whether there is more than one part."""
+        return self.num_prefix_splits + self.num_splits > 1
+
+
+def empty_partials(out: torch.Tensor, num_splits: int, num_prefix_splits: int = 0) -> Partials:
+    """Returns room for the parts of out [num_seqs, num_heads, head_dim]; `out` itself where there is one part."""
+    num_partials = num_prefix_splits + num_splits
+    if num_partials == 1:
+        return Partials(out, out, num_prefix_splits, num_splits)
+    num_seqs, num_heads, head_dim = out.shape
+    shape = (num_seqs, num_heads, num_partials)
+    partial_out = torch.empty((*shape, head_dim), dtype=torch.float32, device=out.device)  # [*shape, head_dim]
+    lse = torch.empty(shape, dtype=torch.float32, device=out.device)  # [*shape]
+    return Partials(partial_out, lse, num_prefix_splits, num_splits)
+
+
+@jit
+def keys_per_split(num_keys: tl.tensor, num_splits: tl.tensor, BLOCK_KEYS: tl.constexpr) -> tl.tensor:
+    """Keys of each part except the last: a multiple of BLOCK_KEYS. Parts at the end may be empty."""
+    return tl.cdiv(tl.cdiv(num_keys, num_splits), BLOCK_KEYS) * BLOCK_KEYS
+
+
+@jit
+def _load_lse(
+    partial_lse_ptr: tl.tensor,
+    index: tl.tensor,
+    own_len: tl.tensor,
+    split_len: tl.tensor,
+    shared_len: tl.tensor,
+    prefix_len: tl.tensor,
+    num_prefix_splits: tl.tensor,
+    num_splits: tl.tensor,
+) -> tl.tensor:
+    """A row's `lse`; -inf for the parts without keys, which are never written."""
+    split = index - num_prefix_splits
+    used = (split >= 0) & (split < num_splits) & (split * split_len < own_len)
+    used |= (split < 0) & (index * prefix_len < shared_len)
+    return tl.load(partial_lse_ptr + index, mask=used, other=-float("inf"))
+
+
+@jit_with_varying("num_prefix_splits", "num_splits")
+def _merge_partials_kernel(
+    partial_out_ptr: tl.tensor,
+    partial_lse_ptr: tl.tensor,
+    context_lens_ptr: tl.tensor,
+    shared_lens_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_prefix_splits: tl.tensor,
+    num_splits: tl.tensor,
+    HAS_SHARED: tl.constexpr,
+    BLOCK_PARTIALS: tl.constexpr,
+    BLOCK_MERGED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    PREFIX_BLOCK_KEYS: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """Program (head, sequence): the partial outputs, weighted by their shares of the softmax's denominator."""
+    let_next_kernel_start(PDL)
+    head = tl.program_id(0)
+    seq = tl.program_id(1).to(tl.int64)
+    row = seq * tl.num_programs(0) + head
+    context_len = tl.load(context_lens_ptr + seq)
+    shared_len = tl.load(shared_lens_ptr + seq) if HAS_SHARED else context_len * 0
+    own_len = context_len - shared_len
+    split_len = keys_per_split(own_len, num_splits, BLOCK_KEYS)
+    prefix_len = split_len
+    if HAS_SHARED:
+        prefix_len = keys_per_split(shared_len, num_prefix_splits, PREFIX_BLOCK_KEYS)
+    first_partial = row * (num_prefix_splits + num_splits)
+    lse_ptr = partial_lse_ptr + first_partial
+    dim = tl.arange(0, BLOCK_DIM)
+    wait_for_previous_kernel(PDL)
+    every = tl.arange(0, BLOCK_PARTIALS)
+    lse = _load_lse(lse_ptr, every, own_len, split_len, shared_len, prefix_len, num_prefix_splits, num_splits)
+    best = tl.max(lse, axis=0)
+    out = tl.zeros([BLOCK_DIM], tl.float32)
+    for first in range(0, num_prefix_splits + tl.cdiv(own_len, split_len), BLOCK_MERGED):
+        index = first + tl.arange(0, BLOCK_MERGED)
+        part_lse = _load_lse(lse_ptr, index, own_len, split_len, shared_len, prefix_len, num_prefix_splits, num_splits)
+        mask = (part_lse > -float("inf"))[:, None] & (dim < HEAD_DIM)[None, :]
+        part_ptrs = partial_out_ptr + (first_partial + index)[:, None] * HEAD_DIM + dim[None, :]
+        part_out = tl.load(part_ptrs, mask=mask, other=0.0)  # [BLOCK_MERGED, BLOCK_DIM]
+        out += tl.sum(part_out * tl.exp2(part_lse - best)[:, None], axis=0)
+    out = out / tl.sum(tl.exp2(lse - best), axis=0)
+    tl.store(out_ptr + row * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
+
+
+def merge_partials(partials: Partials, metadata: DecodeMetadata, out: torch.Tensor, block_keys: int) -> None:
+    """Writes out [num_seqs, num_heads, head_dim] from its parts; does nothing where there is one part.
+
+    block_keys: the parts of a row's own keys are multiples of it. metadata.shared is used with prefix splits alone.
+    """
+    if not partials.is_split:
+        return
+    num_seqs, num_heads, head_dim = out.shape
+    shared = metadata.shared if partials.num_prefix_splits else None
+    _merge_partials_kernel[(num_heads, num_seqs)](
+        partial_out_ptr=partials.out,
+        partial_lse_ptr=partials.lse,
+        context_lens_ptr=metadata.context_lens,
+        shared_lens_ptr=metadata.context_lens if shared is None else shared.lens,  # not read where nothing is shared
+        out_ptr=out,
+        num_prefix_splits=partials.num_prefix_splits,
+        num_splits=partials.num_splits,
+        HAS_SHARED=shared is not None,
+        BLOCK_PARTIALS=next_power_of_2(partials.num_prefix_splits + partials.num_splits),
+        BLOCK_MERGED=_BLOCK_MERGED,
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=max(next_power_of_2(head_dim), 16),
+        BLOCK_KEYS=block_keys,
+        PREFIX_BLOCK_KEYS=PREFIX_BLOCK_KEYS,
+        num_warps=1,  # each lane adds up its own dimensions: no warp waits for another
+        **pdl_options(out.device),
+    )

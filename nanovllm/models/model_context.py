@@ -1,0 +1,23 @@
+"""The one argument with which a model and its layers are built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.layers.attention import AttentionBackends
+from nanovllm.layers.context import LayerContext
+from nanovllm.models.model_config import ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelContext(LayerContext):
+    """Shape, backends, rank, dtype, device, and how weights are stored and multiplied.
+
+    Layers know only the part of it that `LayerContext` has: their sizes are arguments, and they never see a config.
+    """
+
+    config: ModelConfig
+    backends: AttentionBackends
+    device: torch.device | str  # of what is computed while the model is built; parameters are on the meta device

@@ -1,0 +1,100 @@
+"""OutputBuilder: from a sequence's tokens to the outputs that users see."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from nanovllm.engine.batch import IntArray
+from nanovllm.engine.sequence import Sequence, TokenLogprob
+from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
+from nanovllm.requests.detokenizer import decode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class NewTokens(NamedTuple):
+    """Output tokens of a request, and, where it asked for them, log-probabilities as `CompletionOutput` has them."""
+
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob]] | None
+
+    def extend(self, new: NewTokens) -> None:
+        """Takes in the tokens that follow."""
+        self.token_ids.extend(new.token_ids)
+        if self.logprobs is not None and new.logprobs is not None:
+            self.logprobs.extend(new.logprobs)
+
+
+class OutputBuilder:
+    """Builds outputs of one model. tokenizer None: they have no text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self._tokenizer = tokenizer
+
+    def completion(self, sequence: Sequence) -> CompletionOutput:
+        """Returns the completion of a sequence that has ended."""
+        assert sequence.finish_reason is not None, f"seq_id={sequence.seq_id} goes on"
+        token_ids, logprobs = self.new_tokens(sequence, sequence.token_ids)
+        return CompletionOutput(
+            index=0,
+            text=self._text(sequence),
+            token_ids=token_ids,
+            finish_reason=sequence.finish_reason,
+            logprobs=logprobs,
+            cumulative_logprob=None if logprobs is None else sum(own.logprob for own in sequence.logprobs),
+            stop_reason=sequence.stop_reason,
+        )
+
+    def request(self, sequence: Sequence, completion: CompletionOutput) -> RequestOutput:
+        """Returns the output of a request that is one sequence."""
+        metrics = sequence.metrics()
+        return RequestOutput(
+            request_id=sequence.request_id,
+            prompt=sequence.prompt,
+            prompt_token_ids=sequence.prompt_token_ids,
+            outputs=[completion],
+            finished=True,
+            num_cached_tokens=metrics.num_cached_tokens,
+            metrics=metrics,
+            prompt_logprobs=self._prompt_logprobs(sequence),
+            error=sequence.error,
+        )
+
+    def _text(self, sequence: Sequence) -> str:
+        """Returns the text of an output; "" without a tokenizer, or where none is wanted."""
+        params, reason = sequence.params, sequence.stop_reason
+        if self._tokenizer is None or not params.detokenize:
+            return ""
+        if isinstance(reason, str) and sequence.stop_strings is not None:
+            return sequence.stop_strings.text
+        token_ids = sequence.output_token_ids.tolist()
+        if sequence.finish_reason == "stop" and (reason is None or not params.include_stop_str_in_output):
+            token_ids.pop()  # EOS, or the stop token
+        return decode(self._tokenizer, token_ids, params.skip_special_tokens)
+
+    def new_tokens(self, sequence: Sequence, token_ids: IntArray, start: int = 0) -> NewTokens:
+        """Returns the output tokens from `start` on. token_ids: the sequence's prompt and output."""
+        new = token_ids[sequence.num_prompt_tokens + start :].tolist()
+        asked = sequence.params.logprobs is not None
+        return NewTokens(new, self._logprobs(new, sequence.logprobs[start:]) if asked else None)
+
+    def _prompt_logprobs(self, sequence: Sequence) -> list[dict[int, Logprob] | None] | None:
+        """Returns `RequestOutput.prompt_logprobs`; an aborted request has as many as were computed."""
+        if sequence.params.prompt_logprobs is None:
+            return None
+        scores = sequence.prompt_logprobs
+        return [None, *self._logprobs(sequence.prompt_token_ids[1 : len(scores) + 1], scores)]
+
+    def _logprobs(self, token_ids: list[int], scores: list[TokenLogprob]) -> list[dict[int, Logprob]]:
+        rows: list[dict[int, Logprob]] = []
+        for token_id, own in zip(token_ids, scores, strict=True):
+            row = {token_id: Logprob(own.logprob, own.rank, self._token(token_id))}
+            for rank, (top_id, logprob) in enumerate(zip(own.top_ids.tolist(), own.top.tolist(), strict=True), 1):
+                if top_id != token_id:
+                    row[top_id] = Logprob(logprob, rank, self._token(top_id))
+            rows.append(row)
+        return rows
+
+    def _token(self, token_id: int) -> str | None:
+        return None if self._tokenizer is None else str(self._tokenizer.decode([token_id]))

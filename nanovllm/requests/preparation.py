@@ -1,0 +1,104 @@
+"""PreparedRequest: a request that is tokenised and checked, and not yet part of an engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nanovllm.config import ResolvedConfig
+from nanovllm.engine.batch import IntArray, LogitEdits
+from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import InvalidArgumentError
+from nanovllm.requests.detokenizer import Detokenizer, StopStrings
+from nanovllm.requests.grammar_compiler import GrammarCompiler
+from nanovllm.requests.grammar_reader import Grammar
+from nanovllm.requests.logit_edits import read_logit_edits
+from nanovllm.requests.tokenization import Prompt, Tokenization
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """What `LLMEngine.prepare` makes and `LLMEngine.enqueue` takes."""
+
+    prompt: str | None  # as it was given; None when it was token ids
+    token_ids: IntArray  # [num_prompt_tokens]
+    params: SamplingParams
+    logit_edits: LogitEdits | None  # None: its logits stay as they are
+    grammar: Grammar | None  # of structured outputs, not compiled yet
+
+
+class RequestPreparation:
+    """Prepares requests for one model, in any thread: it holds no state of the engine."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | None, resolved: ResolvedConfig, grammars: GrammarCompiler
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._resolved = resolved
+        self._grammars = grammars
+        self._tokenization = Tokenization(tokenizer, resolved)
+
+    def prepare(self, prompt: Prompt, params: SamplingParams | None) -> PreparedRequest:
+        """Tokenises and checks a request. Raises as `LLMEngine.prepare` says."""
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise InvalidArgumentError("sampling_params", params, "a SamplingParams")
+        text, token_ids = self._tokenization.read(prompt)
+        if params.stop and self._tokenizer is None:
+            hint = "Leave skip_tokenizer_init out, or give stop_token_ids."
+            raise InvalidArgumentError("stop", params.stop, "None, since there is no tokenizer", hint)
+        wanted = params.structured_outputs
+        return PreparedRequest(
+            prompt=text,
+            token_ids=token_ids,
+            params=params,
+            logit_edits=self._logit_edits(params, len(token_ids)),
+            grammar=self._grammars.read(wanted) if isinstance(wanted, StructuredOutputsParams) else None,
+        )
+
+    def sequence(
+        self, request: PreparedRequest, seq_id: int, request_id: str, params: SamplingParams, seed: int
+    ) -> Sequence:
+        """Returns a waiting sequence. params: of this completion. seed: used when `params` has none."""
+        sequence = Sequence.from_prompt(
+            seq_id,
+            request_id,
+            request.token_ids,
+            params,
+            max_model_len=self._resolved.max_model_len,
+            seed=seed,
+            prompt=request.prompt,
+        )
+        sequence.logit_edits = request.logit_edits
+        if params.stop:
+            detokenizer = Detokenizer(self._tokenizer, params.skip_special_tokens)
+            include_stop = params.include_stop_str_in_output
+            sequence.stop_strings = StopStrings(tuple(params.stop), detokenizer, include_stop, params.min_tokens)
+        return sequence
+
+    def _logit_edits(self, params: SamplingParams, num_prompt_tokens: int) -> LogitEdits | None:
+        """Returns what the request does to its logits, if anything."""
+        vocab_size = self._resolved.vocab_size
+        for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
+            for token in getattr(params, name) or ():
+                if token >= vocab_size:
+                    raise InvalidArgumentError(name, token, f"token ids from 0 to {vocab_size - 1}")
+        if not params.edits_logits:
+            return None
+        ends = {*(() if params.ignore_eos else self._resolved.eos_token_ids), *(params.stop_token_ids or ())}
+        return read_logit_edits(params, num_prompt_tokens, ends, self._bad_words(params), vocab_size)
+
+    def _bad_words(self, params: SamplingParams) -> list[tuple[int, ...]]:
+        """Returns each word as tokens twice: as it begins a text, and as it follows a space."""
+        words: dict[tuple[int, ...], None] = {}  # in their order, each once
+        for word in params.bad_words or ():
+            for text in (word.lstrip(), f" {word.lstrip()}"):
+                token_ids = self._tokenization.encode(text, "bad_words", add_special_tokens=False)
+                if not token_ids:
+                    raise InvalidArgumentError("bad_words", word, "texts of at least one token")
+                words[tuple(token_ids)] = None
+        return list(words)

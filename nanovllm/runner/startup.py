@@ -1,0 +1,286 @@
+"""Startup: what happens before a model runner's first step. It loads the weights, measures memory, allocates the cache.
+
+Its lines go to the model runner's logger, where users' documents show them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from nanovllm.attention.interface import LayerKVCache
+from nanovllm.attention.selection import select_attention
+from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.engine.batch import Chunk, OpenedRow, ScheduledBatch, StepHandle, StepNeeds
+from nanovllm.errors import OutOfMemoryError
+from nanovllm.layers.linear_method import finish_loading
+from nanovllm.layers.parallel import TensorParallel
+from nanovllm.logs import events
+from nanovllm.models.causal_lm import CausalLM
+from nanovllm.models.model_context import ModelContext
+from nanovllm.models.registry import get_model_class
+from nanovllm.runner.cuda_graph import DecodeGraphs, DecodeStep
+from nanovllm.runner.device_rows import DeviceRows
+from nanovllm.runner.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
+from nanovllm.runner.model_plan import ModelPlan
+from nanovllm.runner.warm_up import WarmUp
+from nanovllm.utils.device_memory import GB, free_memory
+from nanovllm.utils.loader import LoadReport, load_dummy_weights, load_weights, materialise
+from nanovllm.utils.logger import log_gpu_memory
+from nanovllm.utils.stopwatch import Stopwatch
+
+
+class StartingRunner(Protocol):
+    """The model runner as start-up sees it: it sets the rows and the cache, and runs steps on them."""
+
+    model: CausalLM
+    rows: DeviceRows
+    kv_caches: list[LayerKVCache]
+
+    def launch(self, batch: ScheduledBatch) -> StepHandle: ...
+
+
+class Startup:
+    """One rank's start-up. Its public methods are its parts, in their order; `stopwatch` gets a lap for each.
+
+    They raise a NanoVLLMError with the way out when the model or the cache does not fit, or when a device, a dtype or
+    a backend is not available.
+    """
+
+    def __init__(
+        self, config: EngineConfig, parallel: TensorParallel, stopwatch: Stopwatch, logger: logging.Logger
+    ) -> None:
+        events.runner_init.log(logger, rank=parallel.rank)
+        self._logger = logger
+        self._config = config
+        self._parallel = parallel
+        self._stopwatch = stopwatch
+        self.plan = plan = ModelPlan.of(config)
+        self.device = plan.device
+        self.attention = select_attention(
+            config.attention_backend,
+            plan.device,
+            plan.dtype,
+            plan.model_config.head_dim,
+            config.kvcache_block_size,
+            fp8_cache=plan.has_fp8_cache,
+        )
+        self._num_kv_heads = parallel.divide_kv_heads(plan.model_config.num_kv_heads)
+        self._cache = KVCacheShape.of(
+            plan.model_config, self.attention.block_size, plan.kv_cache_dtype, self._num_kv_heads
+        )
+        self._use_cuda_graphs = (
+            plan.device.type == "cuda" and not config.enforce_eager and self.attention.decode.supports_cuda_graphs
+        )
+        stopwatch.lap("configuration")
+
+    @property
+    def query_group(self) -> int | None:
+        """Query heads that share a KV head, where decode attention reads a shared prefix once; else None."""
+        if self.plan.has_fp8_cache or not self.attention.decode.uses_shared_prefixes:
+            return None
+        return self.plan.model_config.num_heads // self._parallel.size // self._num_kv_heads
+
+    # Weights
+
+    def build_model(self) -> CausalLM:
+        """Returns the model without its weights."""
+        context = ModelContext(
+            config=self.plan.model_config,
+            backends=self.attention,
+            parallel=self._parallel,
+            dtype=self.plan.dtype,
+            device=self.device,
+        )
+        return get_model_class(context.config.architecture)(context)
+
+    def load(self, runner: StartingRunner, check: Callable[[], None]) -> None:
+        """Fills the model's weights; on a GPU, compiles the kernels meanwhile. `check` may raise to end it."""
+        name, rank = self.plan.folder or self._config.model, self._parallel.rank
+        events.model_loading.log(self._logger, rank=rank, model=str(name))
+        self._log_model()
+        warm_up = None
+        try:
+            if self.device.type == "cuda":
+                materialise(runner.model, self.device)
+                self._allocate(runner, 0, self.plan.max_model_len)
+                if self._parallel.size == 1:  # ranks must run their collectives in one order
+                    warm_up = WarmUp(runner.launch, self._config.max_num_seqs)
+            report = self._load_weights(runner.model, check)
+            finish_loading(runner.model)
+        except torch.OutOfMemoryError as error:
+            num_bytes = sum(weight.nbytes for weight in runner.model.parameters())
+            raise OutOfMemoryError(
+                f"The {num_bytes / GB:.2f} GB of {name}'s weights do not fit on {self.device}: {error} "
+                "Choose a smaller model, or end the other processes on this device."
+            ) from error
+        finally:
+            if warm_up is not None:
+                warm_up.wait()
+        events.model_weights.log(
+            self._logger,
+            rank=rank,
+            num_tensors=report.num_tensors,
+            gigabytes=report.num_bytes / GB,
+            num_files=report.num_files,
+            seconds=report.seconds,
+        )
+        log_gpu_memory(self._logger, device=self.device, event=events.model_loaded)
+        self._stopwatch.lap("weights")
+
+    def _load_weights(self, model: CausalLM, check: Callable[[], None]) -> LoadReport:
+        if self.plan.folder is None or self._config.load_format == "dummy":
+            return load_dummy_weights(model, self.device, self._config.seed)
+        return load_weights(model, self.plan.folder, self.device, model.redundant_weights, check)
+
+    def _log_model(self) -> None:
+        shape = self.plan.model_config
+        events.model_config.log(
+            self._logger,
+            num_layers=shape.num_layers,
+            hidden_size=shape.hidden_size,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            vocab_size=shape.vocab_size,
+            dtype=self.plan.dtype_name,
+            device=str(self.device),
+        )
+
+    # Cache
+
+    def size_cache(self, runner: StartingRunner) -> int:
+        """Returns the blocks that the cache gets: as configured, or what fits. The same on every rank."""
+        num_blocks = self._parallel.minimum(self._num_blocks(runner), self.device)
+        self._stopwatch.lap("largest steps")
+        return num_blocks
+
+    def _num_blocks(self, runner: StartingRunner) -> int:
+        config = self._config
+        if config.num_kvcache_blocks is not None:
+            return config.num_kvcache_blocks
+        if self.device.type == "cpu":
+            return num_cpu_blocks(self._cache, config.max_num_seqs, self.plan.max_model_len)
+        try:
+            memory = self._measure_memory(runner)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"A step of max_num_batched_tokens={config.max_num_batched_tokens} tokens and "
+                f"max_num_seqs={config.max_num_seqs} sequences does not fit on {self.device}: {error} Lower "
+                f"them, to {config.max_num_batched_tokens // 2} and {max(1, config.max_num_seqs // 2)} for a start."
+            ) from error
+        events.kv_cache_sizing.log(
+            self._logger,
+            total_gb=memory.total / GB,
+            utilization=memory.utilization,
+            weights_gb=memory.weights / GB,
+            activations_gb=memory.activations / GB,
+            free_gb=memory.free / GB,
+            available_gb=memory.available / GB,
+        )
+        return memory.num_blocks(self._cache)
+
+    def _measure_memory(self, runner: StartingRunner) -> GPUMemory:
+        """Runs the largest steps there can be, on a cache of the null block alone, and reads what they took."""
+        self._allocate(runner, 0, self.plan.max_model_len)
+        weights = torch.cuda.memory_allocated(self.device)
+        activations = 0
+        for batch in self._largest_steps():  # a decode step's memory stays with its graph, beside that of prefill
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            runner.launch(batch).wait()
+            activations += torch.cuda.max_memory_allocated(self.device) - weights
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return GPUMemory(
+            total=total,
+            utilization=self._config.gpu_memory_utilization,
+            weights=weights,
+            activations=activations,
+            free=free,
+        )
+
+    def _largest_steps(self) -> list[ScheduledBatch]:
+        """A prefill step and a decode step."""
+        config = self._config
+        num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+        each, rest = divmod(config.max_num_batched_tokens, num_seqs)
+        lengths = [min(each + (row < rest), self.plan.max_model_len - 1) for row in range(num_seqs)]
+        tokens = np.zeros(max(lengths), dtype=np.int32)  # [longest]
+        prefill = ScheduledBatch.build(
+            0,
+            opened=[OpenedRow(row, tokens[:length], temperature=1.0, seed=0) for row, length in enumerate(lengths)],
+            chunks=[Chunk(row=row, start=0, length=length) for row, length in enumerate(lengths)],
+            num_final_chunks=num_seqs,
+        )
+        return [prefill, ScheduledBatch.build(0, decode_rows=range(num_seqs))]
+
+    def allocate(self, runner: StartingRunner, num_blocks: int) -> int:
+        """Sets the runner's rows and cache. Returns max_model_len: at most what the cache holds."""
+        max_model_len = self.plan.fit_max_model_len(self._config, num_blocks * self._cache.block_size)
+        events.kv_cache_config.log(
+            self._logger,
+            num_kv_heads=self._cache.num_kv_heads,
+            head_dim=self._cache.head_dim,
+            block_size=self._cache.block_size,
+            dtype=self.plan.kv_cache_dtype_name,
+        )
+        total_gb = num_blocks * self._cache.block_bytes / GB
+        events.kv_cache_allocated.log(self._logger, num_blocks=num_blocks, total_gb=total_gb)
+        self._allocate(runner, num_blocks, max_model_len)
+        self._stopwatch.lap("KV cache")
+        return max_model_len
+
+    def _allocate(self, runner: StartingRunner, num_blocks: int, max_model_len: int) -> None:
+        """Sets the runner's rows, for requests of up to `max_model_len` tokens, and its cache."""
+        shape, max_num_seqs = self._cache, self._config.max_num_seqs
+        try:
+            vocab_size = runner.model.lm_head.vocab_size
+            runner.rows = DeviceRows(max_num_seqs, max_model_len, shape.block_size, num_blocks, vocab_size, self.device)
+            runner.kv_caches = shape.allocate(num_blocks, self.device)
+        except (MemoryError, RuntimeError, ValueError) as error:  # by size and device, numpy's, torch's or CUDA's
+            raise OutOfMemoryError(
+                f"{num_blocks} blocks of {shape.block_bytes / GB:.4f} GB for the KV cache, and rows for "
+                f"max_num_seqs={max_num_seqs} sequences of max_model_len={max_model_len} tokens, do not fit on "
+                f"{self.device}, which has {(free := free_memory(self.device)) / GB:.2f} GB left: {error} Lower "
+                f"num_kvcache_blocks below {free // shape.block_bytes} (or leave it out), max_num_seqs, max_model_len."
+            ) from error
+
+    # Graphs
+
+    def capture(self, decode_step: DecodeStep, null_row: int) -> DecodeGraphs | None:
+        """Captures the largest graph, into whose memory the others fit. None: decode steps run without graphs."""
+        if not self._use_cuda_graphs:
+            return None
+        graphs = DecodeGraphs(decode_step, self._config.max_num_seqs, null_row, self.device)
+        graphs.capture(self._config.max_num_seqs, StepNeeds())
+        self._stopwatch.lap("first CUDA graph")
+        return graphs
+
+    def finish(self, num_blocks: int, max_model_len: int) -> ResolvedConfig:
+        """Logs the memory in use, and returns what was decided."""
+        log_gpu_memory(self._logger, device=self.device, event=events.kv_cache_memory)
+        config, plan = self._config, self.plan
+        return ResolvedConfig(
+            model=str(plan.folder or config.model),
+            device=str(self.device),
+            dtype=plan.dtype_name,
+            vocab_size=plan.model_config.vocab_size,
+            eos_token_ids=plan.model_config.eos_token_ids,
+            max_model_len=max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_prefill_tokens_beside_decode=config.max_prefill_tokens_beside_decode,
+            block_size=self.attention.block_size,
+            num_blocks=num_blocks,
+            kv_cache_dtype=plan.kv_cache_dtype_name,
+            enable_prefix_caching=config.enable_prefix_caching,
+            use_cuda_graphs=self._use_cuda_graphs,
+            prefill_backend=self.attention.prefill.name,
+            decode_backend=self.attention.decode.name,
+            pipeline_depth=plan.pipeline_depth(config),
+        )

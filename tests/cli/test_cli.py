@@ -1,0 +1,82 @@
+"""`python -m nanovllm`: the subcommands, their help, and what each imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import nanovllm
+from nanovllm.cli.main import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nanovllm", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("arguments", [["version"], ["--version"]])
+def test_the_version(arguments: list[str]) -> None:
+    done = run_cli(*arguments)
+    assert (done.returncode, done.stdout) == (0, f"nanovllm {nanovllm.__version__}\n")
+
+
+def test_help_lists_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for name, about in COMMANDS.items():
+        assert f"  {name} " in text
+        assert about in text
+
+
+def test_every_module_of_the_command_line_is_a_subcommand() -> None:
+    modules = {path.stem for path in (ROOT / "nanovllm" / "cli").glob("*.py")}
+    assert modules - {"__init__", "main"} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_subcommand_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: nanovllm {name} [-h]")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["bnech"], "invalid choice: 'bnech'"),
+        (["version", "extra"], "unrecognized arguments: extra"),
+        (["bench", "--runs", "1"], "nanovllm bench: error: --runs must be at least 2"),
+        (["report"], "the following arguments are required: log"),
+    ],
+)
+def test_a_mistake_is_one_message(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", "nowhere.jsonl"]) == 2
+    assert capsys.readouterr().err.startswith("nanovllm report: log='nowhere.jsonl' is not allowed")
+
+
+@pytest.mark.parametrize("command", ["version", "bench --help", "bench --runs 1", "report --help"])
+def test_an_answer_that_needs_no_engine_imports_no_torch(command: str) -> None:
+    script = (
+        "import sys; from nanovllm.cli.main import main\n"
+        f"try: main({command.split()!r})\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'triton'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
