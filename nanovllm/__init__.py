@@ -1,10 +1,10 @@
-"""nanovllm: an LLM inference engine you can read in an afternoon.
+"""nanovllm: an LLM inference engine whose main path you can read in an afternoon.
 
     from nanovllm import LLM, SamplingParams
     llm = LLM("tiny")
     print(llm.generate("Hello", SamplingParams(temperature=0))[0].outputs[0].text)
 
-Names are imported when first used, so that `import nanovllm` costs no import of torch.
+Names are imported when they are first used, so that `import nanovllm` does not import torch.
 """
 
 from __future__ import annotations
@@ -12,54 +12,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from nanovllm.async_llm import AsyncLLM
-    from nanovllm.engine.llm_engine import LLMEngine
-    from nanovllm.errors import (
-        BackendUnavailableError,
-        ChannelError,
-        EngineDeadError,
-        InvalidArgumentError,
-        InvalidStateError,
-        ModelLoadError,
-        NanoVLLMError,
-        OutOfMemoryError,
-        RequestTooLargeError,
-        StepFailedError,
-        UnknownArgumentError,
-        WorkerError,
-    )
-    from nanovllm.llm import LLM
-    from nanovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-    from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
-
 __version__ = "0.1.0"
 
-__all__ = [
-    "LLM",
-    "AsyncLLM",
-    "BackendUnavailableError",
-    "ChannelError",
-    "CompletionOutput",
-    "EngineDeadError",
-    "InvalidArgumentError",
-    "InvalidStateError",
-    "LLMEngine",
-    "Logprob",
-    "ModelLoadError",
-    "NanoVLLMError",
-    "OutOfMemoryError",
-    "RequestMetrics",
-    "RequestOutput",
-    "RequestTooLargeError",
-    "SamplingParams",
-    "StepFailedError",
-    "StructuredOutputsParams",
-    "UnknownArgumentError",
-    "WorkerError",
-]
-
-_HOMES = {
+# Every public name, and the module that defines it. Type checkers read the same from the imports below.
+_MODULE_OF = {
     "LLM": "nanovllm.llm",
     "AsyncLLM": "nanovllm.async_llm",
     "LLMEngine": "nanovllm.engine.llm_engine",
@@ -69,13 +25,49 @@ _HOMES = {
     "Logprob": "nanovllm.outputs",
     "RequestMetrics": "nanovllm.outputs",
     "RequestOutput": "nanovllm.outputs",
+    "BackendUnavailableError": "nanovllm.errors",
+    "ChannelError": "nanovllm.errors",
+    "EngineDeadError": "nanovllm.errors",
+    "InvalidArgumentError": "nanovllm.errors",
+    "InvalidStateError": "nanovllm.errors",
+    "ModelLoadError": "nanovllm.errors",
+    "NanoVLLMError": "nanovllm.errors",
+    "OutOfMemoryError": "nanovllm.errors",
+    "RequestTooLargeError": "nanovllm.errors",
+    "StepFailedError": "nanovllm.errors",
+    "UnknownArgumentError": "nanovllm.errors",
+    "WorkerError": "nanovllm.errors",
 }
+__all__ = list(_MODULE_OF)
+
+if TYPE_CHECKING:  # "as" makes a name public for them
+    from nanovllm.async_llm import AsyncLLM as AsyncLLM
+    from nanovllm.engine.llm_engine import LLMEngine as LLMEngine
+    from nanovllm.errors import BackendUnavailableError as BackendUnavailableError
+    from nanovllm.errors import ChannelError as ChannelError
+    from nanovllm.errors import EngineDeadError as EngineDeadError
+    from nanovllm.errors import InvalidArgumentError as InvalidArgumentError
+    from nanovllm.errors import InvalidStateError as InvalidStateError
+    from nanovllm.errors import ModelLoadError as ModelLoadError
+    from nanovllm.errors import NanoVLLMError as NanoVLLMError
+    from nanovllm.errors import OutOfMemoryError as OutOfMemoryError
+    from nanovllm.errors import RequestTooLargeError as RequestTooLargeError
+    from nanovllm.errors import StepFailedError as StepFailedError
+    from nanovllm.errors import UnknownArgumentError as UnknownArgumentError
+    from nanovllm.errors import WorkerError as WorkerError
+    from nanovllm.llm import LLM as LLM
+    from nanovllm.outputs import CompletionOutput as CompletionOutput
+    from nanovllm.outputs import Logprob as Logprob
+    from nanovllm.outputs import RequestMetrics as RequestMetrics
+    from nanovllm.outputs import RequestOutput as RequestOutput
+    from nanovllm.sampling_params import SamplingParams as SamplingParams
+    from nanovllm.sampling_params import StructuredOutputsParams as StructuredOutputsParams
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'nanovllm' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES.get(name, "nanovllm.errors")), name)
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 

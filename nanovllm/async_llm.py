@@ -19,9 +19,9 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nanovllm.config import EngineArguments, EngineConfig
+from nanovllm.config import EngineConfig, takes_engine_arguments
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine_factory import make_engine
 from nanovllm.errors import EngineDeadError, InvalidArgumentError, InvalidStateError, NanoVLLMError, StepFailedError
@@ -29,9 +29,6 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.streaming import News, OutputStream, extend_news
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 class AsyncLLM:
@@ -45,8 +42,9 @@ class AsyncLLM:
     another one is an InvalidStateError. Use it as a context manager, or call `exit`, to give the device's memory back.
     """
 
-    def __init__(self, model: str, **arguments: Unpack[EngineArguments]) -> None:
-        self._thread = _EngineThread(EngineConfig.from_arguments(model, arguments))
+    @takes_engine_arguments
+    def __init__(self, config: EngineConfig) -> None:
+        self._thread = _EngineThread(config)
         self._counter = itertools.count()
         self._loop: asyncio.AbstractEventLoop | None = None
         try:

@@ -1,188 +1,193 @@
-"""What a user asks of the engine (`EngineConfig`) and what the engine decided (`ResolvedConfig`).
+"""The engine's arguments (`EngineConfig`) and the settings that follow from them (`ResolvedConfig`).
 
-Both are frozen: a value is checked where it is made and never changes after.
+Both are frozen: a value is checked when the object is made and never changes after that.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+import inspect
 import os
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from numbers import Integral
-from typing import Any, TypedDict
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from nanovllm.errors import InvalidArgumentError, UnknownArgumentError
+from nanovllm.utils.arguments import (
+    COUNT,
+    SWITCH,
+    Rule,
+    argument,
+    arguments_doc,
+    arguments_of,
+    check_arguments,
+    choice,
+    declaration,
+    is_integer,
+    is_number,
+    lists_arguments,
+)
 
-# vLLM's spelling → ours.
-_ALIASES = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_kvcache_blocks"}
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DTYPES = ("bfloat16", "float16", "float32")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
-KV_CACHE_DTYPES = ("auto", "fp8", "fp8_e4m3")
-_LOAD_FORMATS = ("auto", "safetensors", "dummy")
 ATTENTION_BACKENDS = ("auto", "flash_attn", "triton", "torch")
-
-
-class EngineArguments(TypedDict, total=False):
-    """Keyword arguments of `LLM`, for type checkers and editors; `EngineConfig` says what they mean."""
-
-    tokenizer: str | None
-    dtype: Any  # a name, or a torch.dtype
-    max_model_len: int | None
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    gpu_memory_utilization: float
-    kvcache_block_size: int | None
-    num_kvcache_blocks: int | None
-    enable_prefix_caching: bool
-    tensor_parallel_size: int
-    startup_timeout: float
-    step_timeout: float
-    enforce_eager: bool
-    device: Any  # a name, an index, or a torch.device
-    attention_backend: str
-    kv_cache_dtype: str
-    load_format: str
-    skip_tokenizer_init: bool
-    seed: int
-    trust_remote_code: bool
-    revision: str | None
-    hf_overrides: Mapping[str, Any] | None
-    pipeline_depth: int | None
-    max_prefill_tokens_beside_decode: int | None
-    block_size: int | None
-    num_gpu_blocks_override: int | None
-
-
+MIN_SHARED_PREFIX = 256  # tokens; looking for a shorter shared prefix costs more than reading it once for each row
+MAX_BIAS_WORDS = 8192  # int32 words on the device for the token biases of one request
 _MAX_TIMEOUT = 86400
-MIN_SHARED_PREFIX = 256  # tokens; a shorter one costs less to read in each row than to look for
-MAX_BIAS_WORDS = 8192  # int32 on the device for a request's token biases
 
 
+def _is_text(value: object) -> bool:
+    return isinstance(value, (str, os.PathLike)) and bool(str(value))
+
+
+def _dtype_name(value: object) -> str:
+    name = str(value).removeprefix("torch.")
+    return _DTYPE_ALIASES.get(name, name)
+
+
+def _device_name(value: object) -> str:
+    return f"cuda:{value}" if is_integer(value) else str(value)
+
+
+# Paths, torch.bfloat16, torch.device("cpu") and 0 are accepted beside text, "bfloat16", "cpu" and "cuda:0".
+_MODEL = Rule("a folder, a Hugging Face id, or 'tiny'", _is_text, str)
+_TOKENIZER = Rule("a folder, a Hugging Face id", _is_text, str).or_none()
+_REVISION = Rule("a tag, a branch or a commit", _is_text, str).or_none()
+_DTYPE = replace(
+    choice("auto", *DTYPES), accepts=lambda value: _dtype_name(value) in ("auto", *DTYPES), convert=_dtype_name
+)
+_DEVICE = Rule(
+    "'auto', 'cpu', 'cuda' or 'cuda:N'",
+    lambda value: re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", _device_name(value)) is not None,
+    convert=_device_name,
+)
+_KV_CACHE_DTYPE = replace(
+    choice("auto", "fp8", "fp8_e4m3"),
+    convert=lambda value: "fp8_e4m3" if value == "fp8" else value,
+    hint="'auto' is the model's dtype.",
+)
+_MEMORY_SHARE = Rule("a number above 0, at most 1", lambda value: is_number(value) and 0 < value <= 1)
+_SECONDS = Rule(
+    f"a number of seconds > 0, at most {_MAX_TIMEOUT} (a day)",
+    lambda value: is_number(value) and 0 < value <= _MAX_TIMEOUT,
+)
+_SEED = Rule("an integer from 0 to 2**63 - 1", lambda value: is_integer(value) and 0 <= value < 2**63)
+_OVERRIDES = Rule(
+    "a dictionary of fields of config.json",
+    lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
+).or_none()
+_COUNT_OR_NONE = COUNT.or_none()
+
+
+@lists_arguments
 @dataclass(frozen=True)
 class EngineConfig:
-    """Arguments of `LLM`, under the names that nano-vllm and vLLM use.
+    """The arguments of `LLM` and `AsyncLLM`, under the names that nano-vllm and vLLM use.
 
-    model: a folder, a Hugging Face id, or "tiny", the checkpoint that ships with the package; with
-        load_format="dummy" also a built-in shape ("qwen3-0.6b", "qwen3-8b", "qwen3-32b").
-    tokenizer: a folder or an id when it is not the model's own.
-    dtype: "auto" takes the checkpoint's, except on a CPU, which computes in float32.
-    max_model_len: the most tokens of prompt and output together; None takes the model's, at most what
-        the KV cache holds.
-    max_num_seqs: sequences that run at a time.
-    max_num_batched_tokens: tokens computed in one step; longer prompts run in chunks.
-    gpu_memory_utilization: share of the GPU's memory the engine may use, everything included.
-    kvcache_block_size: tokens a page of the KV cache; None lets the attention backend choose.
-    num_kvcache_blocks: pages of the KV cache; None measures what fits.
-    tensor_parallel_size: processes that share the model, one a GPU (from `device` on), or all on the CPU.
-    startup_timeout: seconds within which all of them must be ready; the error names the one that the others wait for.
-    step_timeout: seconds that they may take over a step; then the one that keeps the others waiting is given up.
-    enforce_eager: no CUDA graphs.
-    attention_backend: "auto", "flash_attn", "triton" or "torch".
-    kv_cache_dtype: "auto" is the model's; "fp8" (or "fp8_e4m3") halves bf16's bytes, on GPUs that have FP8.
-    load_format: "dummy" fills the model with random weights of `seed`.
-    pipeline_depth: steps in flight at a time: 1 reads each step's tokens before the next is launched, 2 launches the
-        next first, so that the GPU never waits for the host; None takes 2 on a GPU and 1 on a CPU.
-    max_prefill_tokens_beside_decode: prompt tokens computed in a step that decodes too, which bounds the time between
-        a running request's tokens; None leaves them what max_num_batched_tokens has left: best for throughput.
+    Each field declares its default, the values it allows and its help text. `help(LLM)`, the errors and the table in
+    docs/api.md come from these declarations.
 
-    Raises InvalidArgumentError that names the field, for a value that is not allowed.
+    Raises InvalidArgumentError, which names the field, for a value that is not allowed.
     """
 
-    model: str
-    tokenizer: str | None = None
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    max_num_seqs: int = 512
-    max_num_batched_tokens: int = 16384
-    gpu_memory_utilization: float = 0.9
-    kvcache_block_size: int | None = None
-    num_kvcache_blocks: int | None = None
-    enable_prefix_caching: bool = True
-    tensor_parallel_size: int = 1
-    startup_timeout: float = 600.0
-    step_timeout: float = 300.0
-    enforce_eager: bool = False
-    device: str = "auto"
-    attention_backend: str = "auto"
-    kv_cache_dtype: str = "auto"
-    load_format: str = "auto"
-    skip_tokenizer_init: bool = False
-    seed: int = 0
-    trust_remote_code: bool = False
-    revision: str | None = None
-    hf_overrides: Mapping[str, Any] | None = None
-    pipeline_depth: int | None = None
-    max_prefill_tokens_beside_decode: int | None = None
+    model: str = field(
+        metadata=declaration(
+            _MODEL,
+            "A folder, a Hugging Face id, or 'tiny', the checkpoint that comes with the package. With "
+            "load_format='dummy' also a built-in shape: 'qwen3-0.6b', 'qwen3-8b' or 'qwen3-32b'.",
+        )
+    )
+    _: KW_ONLY
+    tokenizer: str | None = argument(None, _TOKENIZER, "Where to load the tokenizer from. None: from the model.")
+    dtype: str | Any = argument(  # a name, or a torch.dtype
+        "auto", _DTYPE, "Data type of weights and activations. 'auto': the checkpoint's, and float32 on a CPU."
+    )
+    max_model_len: int | None = argument(
+        None,
+        _COUNT_OR_NONE,
+        "Maximum number of tokens of a prompt and its output together. None: the model's limit, or less if the KV "
+        "cache holds less.",
+    )
+    max_num_seqs: int = argument(512, COUNT, "Maximum number of sequences that run at the same time.")
+    max_num_batched_tokens: int = argument(
+        16384, COUNT, "Maximum number of tokens computed in one step. Longer prompts are computed in chunks."
+    )
+    gpu_memory_utilization: float = argument(
+        0.9,
+        _MEMORY_SHARE,
+        "Fraction of the GPU's memory that the engine may use for weights, activations and KV cache.",
+    )
+    kvcache_block_size: int | None = argument(
+        None, _COUNT_OR_NONE, "Tokens in a block of the KV cache. None: the attention backend's choice."
+    )
+    num_kvcache_blocks: int | None = argument(
+        None, _COUNT_OR_NONE, "Number of blocks of the KV cache. None: as many as fit into memory."
+    )
+    enable_prefix_caching: bool = argument(
+        True, SWITCH, "Reuse the KV cache of prompts that begin with the same tokens."
+    )
+    tensor_parallel_size: int = argument(
+        1,
+        COUNT,
+        "Number of processes that share the model. Each uses a GPU of its own, from `device` on, or all use the CPU.",
+    )
+    startup_timeout: float = argument(
+        600.0, _SECONDS, "Seconds until all processes must be ready. The error names the rank that is not."
+    )
+    step_timeout: float = argument(
+        300.0,
+        _SECONDS,
+        "Seconds that a step may take on several ranks. Then the rank that holds up the others has failed.",
+    )
+    enforce_eager: bool = argument(False, SWITCH, "Run without CUDA graphs.")
+    device: str | Any = argument(  # a name, an index, or a torch.device
+        "auto", _DEVICE, "Device to run on. 'auto': the GPU if there is one, otherwise the CPU."
+    )
+    attention_backend: str = argument(
+        "auto", choice(*ATTENTION_BACKENDS), "Attention implementation. 'auto': the fastest that can run here."
+    )
+    kv_cache_dtype: str = argument(
+        "auto",
+        _KV_CACHE_DTYPE,
+        "Data type of the KV cache. 'auto': the model's. 'fp8' takes half the memory of bfloat16, on GPUs with FP8.",
+    )
+    load_format: str = argument(
+        "auto",
+        choice("auto", "safetensors", "dummy"),
+        "How weights are loaded. 'dummy': random weights made from `seed`, without reading a checkpoint.",
+    )
+    skip_tokenizer_init: bool = argument(
+        False, SWITCH, "Do not load a tokenizer. Prompts must then be token ids, and outputs have no text."
+    )
+    seed: int = argument(0, _SEED, "Seed of requests without a seed of their own, and of random weights.")
+    trust_remote_code: bool = argument(False, SWITCH, "Run Python code that comes with the tokenizer's repository.")
+    revision: str | None = argument(None, _REVISION, "Version of the Hugging Face repository. None: the latest.")
+    hf_overrides: Mapping[str, Any] | None = argument(
+        None, _OVERRIDES, "Values that replace those in the checkpoint's config.json."
+    )
+    pipeline_depth: int | None = argument(
+        None,
+        _COUNT_OR_NONE,
+        "Steps in flight at the same time. 1 reads the tokens of each step before the next one is launched. 2 launches "
+        "the next one first, so that the GPU does not wait for the host. None: 2 on a GPU, 1 on a CPU.",
+    )
+    max_prefill_tokens_beside_decode: int | None = argument(
+        None,
+        _COUNT_OR_NONE,
+        "Maximum number of prompt tokens computed in a step that also decodes. It bounds the time between the tokens "
+        "of running requests. None: what max_num_batched_tokens leaves, which gives the best throughput.",
+    )
+    block_size: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of kvcache_block_size.")
+    num_gpu_blocks_override: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of num_kvcache_blocks.")
 
-    @classmethod
-    def from_arguments(cls, model: str, arguments: Mapping[str, Any]) -> EngineConfig:
-        """From `LLM`'s keyword arguments, vLLM's spellings included.
-
-        Raises UnknownArgumentError (a TypeError) for a name that does not exist.
-        """
-        known = {field.name for field in fields(cls)} - {"model"}
-        values: dict[str, Any] = {}
-        for given, value in arguments.items():
-            name = _ALIASES.get(given, given)
-            if name not in known:
-                raise UnknownArgumentError("LLM", given, sorted(known | _ALIASES.keys()))
-            if name in values:
-                raise InvalidArgumentError(given, value, f"given once: it is another name of {name}")
-            values[name] = value
-        return cls(model=model, **values)
-
-    def __post_init__(self) -> None:
-        # Paths, torch.bfloat16, torch.device("cpu") and 0 are as good as texts, "bfloat16", "cpu" and "cuda:0".
-        for name in ("model", "tokenizer", "revision"):
-            object.__setattr__(self, name, _as_text(name, getattr(self, name), is_needed=name == "model"))
-        dtype = str(self.dtype).removeprefix("torch.")
-        dtype = _DTYPE_ALIASES.get(dtype, dtype)
-        if dtype not in ("auto", *DTYPES):  # said in the words of the user
-            _check_choice("dtype", self.dtype, ("auto", *DTYPES))
-        object.__setattr__(self, "dtype", dtype)
-        device = f"cuda:{self.device}" if _is_integer(self.device) else str(self.device)
-        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]+)?", device):
-            raise InvalidArgumentError("device", self.device, "'auto', 'cpu', 'cuda' or 'cuda:N'")
-        object.__setattr__(self, "device", device)
-        overrides: object = self.hf_overrides
-        if overrides is not None and not (
-            isinstance(overrides, Mapping) and all(isinstance(k, str) for k in overrides)
-        ):
-            raise InvalidArgumentError("hf_overrides", overrides, "a dictionary of fields of config.json, or None")
-        for name in ("max_num_seqs", "max_num_batched_tokens"):
-            _check_count(name, getattr(self, name))
-        for name in (
-            *("max_model_len", "num_kvcache_blocks", "kvcache_block_size"),
-            *("pipeline_depth", "max_prefill_tokens_beside_decode"),
-        ):
-            if getattr(self, name) is not None:
-                _check_count(name, getattr(self, name))
-        for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init", "trust_remote_code"):
-            if not isinstance(getattr(self, name), bool):
-                raise InvalidArgumentError(name, getattr(self, name), "True or False")
-        _check_choice("load_format", self.load_format, _LOAD_FORMATS)
-        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
-        _check_choice("kv_cache_dtype", self.kv_cache_dtype, KV_CACHE_DTYPES, "'auto' is the model's dtype.")
-        if self.kv_cache_dtype == "fp8":
-            object.__setattr__(self, "kv_cache_dtype", "fp8_e4m3")
-        share = self.gpu_memory_utilization
-        if (
-            not isinstance(share, (int, float))
-            or isinstance(share, bool)
-            or not math.isfinite(share)
-            or not 0 < share <= 1
-        ):
-            raise InvalidArgumentError("gpu_memory_utilization", share, "a number above 0, at most 1")
-        if not _is_integer(self.seed) or not 0 <= self.seed < 2**63:
-            raise InvalidArgumentError("seed", self.seed, "an integer from 0 to 2**63 - 1")
-        _check_count("tensor_parallel_size", self.tensor_parallel_size)
-        for name in ("startup_timeout", "step_timeout"):
-            timeout = getattr(self, name)
-            if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or not 0 < timeout <= _MAX_TIMEOUT:
-                raise InvalidArgumentError(name, timeout, f"a number of seconds > 0, at most {_MAX_TIMEOUT} (a day)")
+    def __post_init__(self, block_size: int | None, num_gpu_blocks_override: int | None) -> None:
+        self._set_alias("block_size", block_size, "kvcache_block_size")
+        self._set_alias("num_gpu_blocks_override", num_gpu_blocks_override, "num_kvcache_blocks")
+        check_arguments(self)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidArgumentError(
                 "max_num_batched_tokens",
@@ -191,10 +196,47 @@ class EngineConfig:
                 "A decode step computes one token of each running sequence: raise it, or lower max_num_seqs.",
             )
 
+    def _set_alias(self, alias: str, value: int | None, name: str) -> None:
+        if value is None:
+            return
+        if getattr(self, name) is not None:
+            raise InvalidArgumentError(alias, value, f"given once: it is another name of {name}")
+        object.__setattr__(self, name, value)
+
+
+def _takes_arguments_of(
+    make_config: Callable[P, EngineConfig],
+) -> Callable[[Callable[[T, EngineConfig], None]], Callable[Concatenate[T, P], None]]:
+    """Makes `takes_engine_arguments`. The parameter specification shows the arguments to type checkers and editors."""
+
+    def decorate(init: Callable[[T, EngineConfig], None]) -> Any:
+        known = [each.name for each in arguments_of(EngineConfig)]
+
+        @functools.wraps(init)
+        def init_from_arguments(self: T, model: str, **arguments: Any) -> None:
+            for name in arguments:
+                if name not in known:
+                    raise UnknownArgumentError(type(self).__name__, name, known)
+            init(self, EngineConfig(model, **arguments))
+
+        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(EngineConfig).parameters.values()
+        untyped = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters]
+        setattr(init_from_arguments, "__signature__", inspect.Signature([this, *untyped]))  # noqa: B010
+        init_from_arguments.__doc__ = arguments_doc(EngineConfig)
+        return init_from_arguments
+
+    return decorate
+
+
+# Decorates the `__init__` of a class that starts an engine: it takes the arguments of EngineConfig, which `help` lists
+# with their meaning, and gets the EngineConfig. An unknown name raises UnknownArgumentError (a TypeError).
+takes_engine_arguments = _takes_arguments_of(EngineConfig)
+
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """What the engine runs with, decided once when it starts."""
+    """The settings that the engine runs with, decided once at start-up."""
 
     model: str  # the folder, or a built-in shape's name
     device: str
@@ -213,26 +255,3 @@ class ResolvedConfig:
     prefill_backend: str
     decode_backend: str
     pipeline_depth: int
-
-
-def _check_count(name: str, value: Any) -> None:
-    if not _is_integer(value) or value < 1:
-        raise InvalidArgumentError(name, value, "an integer ≥ 1")
-
-
-def _as_text(name: str, value: object, *, is_needed: bool) -> str | None:
-    if value is None and not is_needed:
-        return None
-    if not isinstance(value, (str, os.PathLike)) or not str(value):
-        what = "a tag, a branch or a commit" if name == "revision" else "a folder, a Hugging Face id"
-        raise InvalidArgumentError(name, value, what + (", or 'tiny'" if is_needed else ", or None"))
-    return str(value)
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...], hint: str = "") -> None:
-    if value not in choices:
-        raise InvalidArgumentError(name, value, "one of " + ", ".join(map(repr, choices)), hint)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)

@@ -1,19 +1,19 @@
 """Every exception that nanovllm raises on purpose.
 
     NanoVLLMError
-    ├── InvalidArgumentError (also ValueError)   a field's value is not allowed
-    │   └── RequestTooLargeError                 a request that could never run on this engine
-    ├── UnknownArgumentError (also TypeError)    no such argument; names the nearest one
-    ├── ModelLoadError                           a checkpoint that is missing, incomplete or not supported
-    ├── OutOfMemoryError                         the device cannot hold what was asked for
-    ├── BackendUnavailableError                  an attention backend that cannot run here
-    ├── InvalidStateError (also RuntimeError)    a call that does not fit what came before it
-    ├── StepFailedError                          a step raised: its requests are aborted, the engine goes on
-    ├── ChannelError                             a message between processes that could not be handed over
-    ├── WorkerError                              a rank's process died, raised, or did not start
-    └── EngineDeadError                          the engine met an error that it cannot run on from
+    ├── InvalidArgumentError (also ValueError)   the value of a field is not allowed
+    │   └── RequestTooLargeError                 a request can never run on this engine
+    ├── UnknownArgumentError (also TypeError)    there is no such argument; the closest name is given
+    ├── ModelLoadError                           a checkpoint is missing, incomplete or not supported
+    ├── OutOfMemoryError                         the device has too little memory
+    ├── BackendUnavailableError                  an attention backend cannot run here
+    ├── InvalidStateError (also RuntimeError)    a call is not possible in the current state
+    ├── StepFailedError                          a step failed: its requests are aborted, the engine continues
+    ├── ChannelError                             a message between processes was not delivered
+    ├── WorkerError                              the process of a rank died, failed, or did not start
+    └── EngineDeadError                          an error ended the engine
 
-A message says which field, its value, what is allowed and what to do about it.
+A message names the field, its value, what is allowed, and what to do.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ T = TypeVar("T")
 
 
 class NanoVLLMError(Exception):
-    """Root of the tree: `except NanoVLLMError` catches everything that nanovllm raises on purpose."""
+    """Base class of all exceptions that nanovllm raises on purpose."""
 
 
 class InvalidArgumentError(NanoVLLMError, ValueError):
     """A field holds a value that is not allowed.
 
-    The message is built from the parts, so that each error has all of them: `field`, `value`,
-    `allowed` (a phrase such as "an integer ≥ 1") and, where there is one, `hint`: what to do.
+    The message is built from `field`, `value`, `allowed` (a phrase such as "an integer ≥ 1") and `hint` (what to do,
+    may be empty).
     """
 
     def __init__(self, field: str, value: object, allowed: str, hint: str = "") -> None:
@@ -70,11 +70,11 @@ class InvalidArgumentError(NanoVLLMError, ValueError):
 
 
 class RequestTooLargeError(InvalidArgumentError):
-    """A request that could never run here, however long it waited: refused before it is queued."""
+    """A request can never run on this engine. It is refused before it is queued."""
 
 
 class UnknownArgumentError(NanoVLLMError, TypeError):
-    """An argument that does not exist. Names the closest known one, for a typo should not cost a search."""
+    """An argument does not exist. The message names the closest one that does."""
 
     def __init__(self, callee: str, name: str, known: Iterable[str]) -> None:
         nearest = difflib.get_close_matches(name, list(known), n=1)
@@ -83,31 +83,31 @@ class UnknownArgumentError(NanoVLLMError, TypeError):
 
 
 class ModelLoadError(NanoVLLMError):
-    """A checkpoint that is missing, incomplete, has left-over weights, or is of no supported architecture."""
+    """A checkpoint is missing or incomplete, has weights that are not used, or has an architecture without support."""
 
 
 class OutOfMemoryError(NanoVLLMError):
-    """The device cannot hold what was asked for; the message has the numbers and the setting to change."""
+    """The device has too little memory. The message has the numbers and the setting to change."""
 
 
 class BackendUnavailableError(NanoVLLMError):
-    """An attention backend was asked for by name and cannot run here; the message says why."""
+    """The requested attention backend cannot run here. The message says why."""
 
 
 class InvalidStateError(NanoVLLMError, RuntimeError):
-    """A call that does not fit what came before it, such as a stop without a start."""
+    """A call is not possible in the current state, such as a stop without a start."""
 
 
 class StepFailedError(NanoVLLMError):
-    """A step raised, and aborted what was running; the engine goes on. What it raised is the `__cause__`."""
+    """A step failed and its requests are aborted. The engine continues. `__cause__` is the error of the step."""
 
 
 class ChannelError(NanoVLLMError):
-    """A message between two processes was not read in time, or what was read is not one."""
+    """A message between two processes was not read in time, or is not valid."""
 
 
 class WorkerError(NanoVLLMError):
-    """The process of rank `rank` died, raised, or did not start in time; `traceback` is its own text, if it had one."""
+    """The process of rank `rank` died, failed, or did not start in time. `traceback` is the text of its traceback."""
 
     def __init__(self, rank: int, problem: str, traceback: str = "") -> None:
         self.rank = rank
@@ -120,11 +120,11 @@ class WorkerError(NanoVLLMError):
 
 
 class EngineDeadError(NanoVLLMError):
-    """A step failed on the device. What was running is aborted; the first error is the `__cause__`."""
+    """The engine has ended, and its requests are aborted. If a step failed on the device, `__cause__` is the error."""
 
 
 def checks_argument_names(cls: type[T]) -> type[T]:
-    """Class decorator: an unknown keyword raises UnknownArgumentError with the nearest known name."""
+    """Class decorator: an unknown keyword raises UnknownArgumentError, which names the closest known one."""
     original: Any = cls.__init__
     known = list(inspect.signature(original).parameters)[1:]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from nanovllm.config import EngineArguments, EngineConfig
+from nanovllm.config import EngineConfig, takes_engine_arguments
 from nanovllm.diagnostics.leak_check import LeakCheck, MemoryUse, check_leak
 from nanovllm.engine.statistics import EngineStatistics
 from nanovllm.engine_factory import make_engine
@@ -26,8 +26,6 @@ from nanovllm.utils import env
 from nanovllm.utils.logger import flush_timed_sections, log_gpu_memory, log_rule, setup_logger
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from nanovllm.diagnostics.memory import MemoryReport
 
 logger = setup_logger(__name__)
@@ -48,13 +46,12 @@ class LLM:
         llm = LLM("tiny")
         outputs = llm.generate(["Hello", "1 + 1 ="], SamplingParams(temperature=0))
 
-    model: a folder, a Hugging Face id, or "tiny"; the other arguments are the fields of
-    `nanovllm.config.EngineConfig`, and vLLM's `block_size` and `num_gpu_blocks_override`.
-    Raises a NanoVLLMError that says what is wrong and what to do about it.
+    `__init__` lists the arguments. Raises a NanoVLLMError that says what is wrong and what to do about it.
     """
 
-    def __init__(self, model: str, **arguments: Unpack[EngineArguments]) -> None:
-        self.llm_engine = make_engine(EngineConfig.from_arguments(model, arguments))
+    @takes_engine_arguments
+    def __init__(self, config: EngineConfig) -> None:
+        self.llm_engine = make_engine(config)
         self._counter = itertools.count()
 
     def generate(

@@ -1,4 +1,4 @@
-"""What a request gives back."""
+"""Outputs of requests."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token's raw log-probability at a position, before temperature and whatever else changes logits.
+    """A token's raw log-probability at a position: before temperature and everything else that changes logits.
 
-    rank: 1 for the likeliest. decoded_token: None when the engine has no tokenizer.
+    rank: 1 for the most likely token. decoded_token: None if the engine has no tokenizer.
     """
 
     logprob: float
@@ -27,13 +27,14 @@ class Logprob:
 class CompletionOutput:
     """One completion of a prompt.
 
-    text: decoded tokens, without the end-of-sequence token or what else ended it (`include_stop_str_in_output` keeps
-        that); "" with detokenize=False and when the engine has no tokenizer.
-    token_ids: every generated token, the end-of-sequence token included, and all tokens of a stop string.
-    finish_reason: "stop" (the model ended it), "length" (max_tokens or the model's length), "abort"; None: it goes on.
-    logprobs: of each generated token {token id: Logprob}, its own first, then the likeliest; None if not asked for.
-    cumulative_logprob: the sum over the generated tokens; None if logprobs were not asked for.
-    stop_reason: the stop string, or the one of `stop_token_ids`, that ended it; None for all else.
+    text: the decoded tokens, without the end-of-sequence token, stop string or stop token at the end
+        (`include_stop_str_in_output` keeps the latter two); "" with detokenize=False or without a tokenizer.
+    token_ids: all generated tokens, including the end-of-sequence token and all tokens of a stop string.
+    finish_reason: "stop" (end-of-sequence token, stop string or stop token), "length" (max_tokens or the model's
+        length), "abort"; None while it is unfinished.
+    logprobs: for each generated token {token id: Logprob}, its own first, then the most likely; None if not requested.
+    cumulative_logprob: the sum over the generated tokens; None if logprobs were not requested.
+    stop_reason: the stop string or stop token id that ended it; None in all other cases.
     """
 
     index: int
@@ -47,35 +48,37 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """When a request did what, in seconds of `time.monotonic()`; None where it did not get so far.
+    """Times of a request in seconds of `time.monotonic()`; None for moments that it did not reach.
 
-    Tokens have the time at which the host saw the step that brought them: one reading of the clock a step.
+    The time of a token is when the host read the result of its step. The clock is read once per step.
     """
 
     arrival: float  # add_request was called
-    queued: float  # its prompt was read and checked
+    queued: float  # its prompt was tokenised and checked
     first_scheduled: float | None
     first_token: float | None
     last_token: float | None
     finished: float
     num_output_tokens: int
-    num_cached_tokens: int  # of the prompt, found in the prefix cache when first scheduled
+    num_cached_tokens: int  # prompt tokens found in the prefix cache when first scheduled
     num_preemptions: int
-    completions: tuple[RequestMetrics, ...] = ()  # with n > 1, of each; the above is then of all together
+    completions: tuple[
+        RequestMetrics, ...
+    ] = ()  # with n > 1, of each completion; the fields above then cover all of them
 
     @property
     def queue_time(self) -> float | None:
-        """Seconds from the queue's end to its head."""
+        """Seconds spent in the queue."""
         return None if self.first_scheduled is None else self.first_scheduled - self.queued
 
     @property
     def time_to_first_token(self) -> float | None:
-        """Seconds from arrival."""
+        """Seconds from arrival to the first token."""
         return None if self.first_token is None else self.first_token - self.arrival
 
     @property
     def inter_token_latency(self) -> float | None:
-        """Mean seconds from one token to the next of the same completion; None below two tokens."""
+        """Mean seconds from one token to the next of the same completion; None with fewer than two tokens."""
         if self.completions:
             gaps = [max(each.num_output_tokens - 1, 0) for each in self.completions]
             means = [each.inter_token_latency or 0.0 for each in self.completions]
@@ -86,21 +89,21 @@ class RequestMetrics:
 
     @property
     def end_to_end(self) -> float:
-        """Seconds from arrival to the end."""
+        """Seconds from arrival until the request finished."""
         return self.finished - self.arrival
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request's result. nano-vllm's form works on the same object: `output["text"]`, `output["token_ids"]`.
+    """The output of a request. As in nano-vllm, `output["text"]` and `output["token_ids"]` are of the first completion.
 
-    prompt: the text that was given, None when the prompt was token ids.
-    finished: False only in a stream, of an output that others of the same request follow.
-    num_cached_tokens: prompt tokens whose keys and values were found in the prefix cache at first scheduling.
-    metrics: None before the request has finished, and when it was refused.
-    prompt_logprobs: of each prompt token {token id: Logprob}, its own first, then the likeliest; None for the first,
-        which nothing precedes. In a stream, with the last output. None if not asked for.
-    error: why it was refused or given up, with finish_reason "abort"; else None.
+    prompt: the text of the prompt; None if it was given as token ids.
+    finished: False only in a stream, if more outputs of the same request follow.
+    num_cached_tokens: prompt tokens found in the prefix cache when the request was first scheduled.
+    metrics: None until the request has finished, and if it was refused.
+    prompt_logprobs: for each prompt token {token id: Logprob}, its own first, then the most likely. The first token has
+        None. A stream has them in its last output. None if not requested.
+    error: why the request was refused or failed, with finish_reason "abort"; otherwise None.
     """
 
     request_id: str

@@ -1,6 +1,6 @@
-"""LOGGING.md's tables, made from the code that they describe.
+"""Generates the tables of LOGGING.md from the code that they describe.
 
-python tools/generate_logging_docs.py          rewrites what stands between the markers
+python tools/generate_logging_docs.py          rewrites what is between the markers
 python tools/generate_logging_docs.py --check  exit status 1 if that would change anything
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,24 +104,25 @@ BLOCKS = {
 }
 
 
-def generate(document: str) -> str:
-    """`document` with the tables of today. Raises ValueError unless each block stands in it once."""
+def generate(document: str, blocks: Mapping[str, Callable[[], str]] = BLOCKS) -> str:
+    """Returns `document` with current tables. Raises ValueError unless each of `blocks` is in it once."""
     names = [block["name"] for block in BLOCK.finditer(document)]
-    if sorted(names) != sorted(BLOCKS):
-        raise ValueError(f"the document has the blocks {names}, not each of {list(BLOCKS)} once")
-    return BLOCK.sub(lambda block: f"{block[1]}\n{BLOCKS[block['name']]()}\n{block[3]}", document)
+    if sorted(names) != sorted(blocks):
+        raise ValueError(f"the document has the blocks {names}, not each of {list(blocks)} once")
+    return BLOCK.sub(lambda block: f"{block[1]}\n{blocks[block['name']]()}\n{block[3]}", document)
 
 
-def main() -> int:
-    before = DOCUMENT.read_text("utf-8")
+def update(path: Path, generate: Callable[[str], str]) -> int:
+    """Rewrites the document, or with --check on the command line compares it only. Returns the exit status."""
+    before = path.read_text("utf-8")
     after = generate(before)
     if "--check" in sys.argv:
         if before != after:
-            print("LOGGING.md is not what the code says: run python tools/generate_logging_docs.py", file=sys.stderr)
+            print(f"{path.name} differs from the code: run python {sys.argv[0]}", file=sys.stderr)
         return int(before != after)
-    DOCUMENT.write_text(after, "utf-8")
+    path.write_text(after, "utf-8")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(update(DOCUMENT, generate))

@@ -24,7 +24,7 @@ class OpenExecutor(InProcessExecutor):
 
 def open_engine(**settings: Any) -> tuple[LLMEngine, ModelRunner]:
     """Returns an engine, which is a context manager, and the runner of its one rank. `settings`: LLM's arguments."""
-    config = EngineConfig.from_arguments("tiny", {"device": "cpu", **settings})
+    config = EngineConfig("tiny", **{"device": "cpu", **settings})
     executor = OpenExecutor(config)
     return LLMEngine(config, lambda config, stopwatch: executor, default_observers(config)), executor.runner
 

@@ -1,4 +1,4 @@
-"""Reads and advances the rows that decode, one launch each: what frames the model in a decode step.
+"""Reads and advances the rows that decode, in one launch each, before and after the model.
 
 The rows' state stays on the device between steps. Plain indexing would take some fifteen launches a step, which at
 small batches costs as much as several layers.
@@ -126,8 +126,18 @@ def read_decode_tokens(
     )
     if num_rows:
         _read_decode_tokens_kernel[(num_rows,)](
-            *(rows, token_ids, lengths, block_tables, tokens.input_ids, tokens.positions, tokens.context_lens),
-            *(tokens.slot_mapping, tokens.block_tables, token_ids.shape[1], max_blocks, block_size),
+            rows_ptr=rows,
+            token_ids_ptr=token_ids,
+            lengths_ptr=lengths,
+            block_tables_ptr=block_tables,
+            input_ids_ptr=tokens.input_ids,
+            positions_ptr=tokens.positions,
+            context_lens_ptr=tokens.context_lens,
+            slot_mapping_ptr=tokens.slot_mapping,
+            tables_out_ptr=tokens.block_tables,
+            max_tokens=token_ids.shape[1],
+            max_blocks=max_blocks,
+            block_size=block_size,
             BLOCK_SIZE=min(next_power_of_2(max_blocks), 1024),
             **pdl_options(rows.device),
         )
@@ -164,7 +174,13 @@ def append_tokens(
         return
     block_size = min(next_power_of_2(num_rows), 128)
     _append_tokens_kernel[(-(-num_rows // block_size),)](
-        *(rows, new_ids, token_ids, lengths, num_rows, null_row, token_ids.shape[1]),
+        rows_ptr=rows,
+        new_ids_ptr=new_ids,
+        token_ids_ptr=token_ids,
+        lengths_ptr=lengths,
+        num_rows=num_rows,
+        null_row=null_row,
+        max_tokens=token_ids.shape[1],
         BLOCK_SIZE=block_size,
         **pdl_options(rows.device),
     )

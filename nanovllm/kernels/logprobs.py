@@ -1,4 +1,4 @@
-"""Log-probabilities of the tokens that were drawn and of the likeliest ones, from the logits as they come."""
+"""Log-probabilities of the drawn tokens and of the likeliest ones, from unedited logits."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class SampledTokens:
 
     token_ids: torch.Tensor  # [num_rows] int32
     logprobs: TokenLogprobs | None = None  # where a row asked
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # of each item of the batch's `scored`; a graph has none
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # one for each `PromptLogprobs` of the batch; a graph gives none
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.token_ids, *(self.logprobs.tensors() if self.logprobs else ()))

@@ -173,7 +173,7 @@ def _best_reference(
     first_token: int,
     thresholds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row the best score and its token: [num_rows] fp32, [num_rows] int32."""
+    """Returns each row's best score and its token: [num_rows] fp32, [num_rows] int32."""
     part_size = max(_REFERENCE_PART // logits.shape[1], 1)
     if thresholds is None:
         thresholds = torch.full((), -torch.inf, device=logits.device).expand(len(logits))
@@ -235,7 +235,10 @@ def sample(
     block_score, block_token = _best_of_blocks(logits, temperatures, seeds, positions, rows, 0, thresholds)
     num_blocks = block_score.shape[1]
     _merge_blocks_kernel[(num_rows,)](
-        *(block_score, block_token, tokens, num_blocks),
+        block_score_ptr=block_score,
+        block_token_ptr=block_token,
+        out_ptr=tokens,
+        num_blocks=num_blocks,
         BLOCK_SIZE=next_power_of_2(num_blocks),
         num_warps=1,
         **pdl_options(logits.device),
@@ -290,15 +293,24 @@ def _best_of_blocks(
     first_token: int,
     thresholds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each row and block of logits the best score and its token: [num_rows, num_blocks] fp32 and int32."""
+    """Returns the best score and its token of each row and block of logits: [num_rows, num_blocks] fp32 and int32."""
     num_rows, vocab_size = logits.shape
     num_blocks = -(-vocab_size // _BLOCK_SIZE)
     block_score = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits.device)  # [num_rows, num_blocks]
     block_token = torch.empty_like(block_score, dtype=torch.int32)  # [num_rows, num_blocks]
     _sample_block_kernel[(num_blocks, num_rows)](
-        *(logits, temperatures, seeds, positions, rows, thresholds, block_score, block_token),
-        logits.stride(0),
-        *(vocab_size, first_token, num_blocks),
+        logits_ptr=logits,
+        temperatures_ptr=temperatures,
+        seeds_ptr=seeds,
+        positions_ptr=positions,
+        rows_ptr=rows,
+        thresholds_ptr=thresholds,
+        block_score_ptr=block_score,
+        block_token_ptr=block_token,
+        logits_stride=logits.stride(0),
+        vocab_size=vocab_size,
+        first_token=first_token,
+        num_blocks=num_blocks,
         MAX_SCALE=MAX_SCALE,
         MAX_LOGIT=MAX_LOGIT,
         TRUNCATES=thresholds is not None,

@@ -1,9 +1,9 @@
-"""Every event that nanovllm logs, declared once: name, level, who logs it, sentence, fields.
+"""Every event that nanovllm logs, declared once: name, level, logger, sentence, fields.
 
     events.graph_captured.log(logger, size=8, shares_prefix=False, elapsed_ms=812.0)
 
-What the fields are is in `event_fields.py`. LOGGING.md's tables are made from both by tools/generate_logging_docs.py,
-and tests/logs/test_events.py compares what a running engine says with what stands here.
+`fields.py` says what the fields mean. tools/generate_logging_docs.py makes the tables of LOGGING.md from both, and
+tests/logs/test_events.py compares the records of a running engine with these declarations.
 """
 
 from __future__ import annotations
@@ -84,12 +84,14 @@ spans_missing = Event(
     "tracing.request_spans",
     "No spans go to {endpoint}: pip install 'nanovllm[otel]' ({error})",
 )
-logging_level = Event("logging.level", WARNING, "utils.logger", "{source}: {problem}. Valid levels: {valid_levels}")
+logging_level = Event(
+    "logging.level", WARNING, "logs.configuration", "{source}: {problem}. Valid levels: {valid_levels}"
+)
 
 # ---- memory
 
 _GPU_MEMORY = "allocated_bytes reserved_bytes free_bytes total_bytes"
-_MEMORY = f"device peak_bytes resident_bytes {_GPU_MEMORY}"  # which of them, says what the device is
+_MEMORY = f"device peak_bytes resident_bytes {_GPU_MEMORY}"  # which of them are present depends on the device
 
 memory = Event("memory", INFO, "", "{prefix}{memory}", optional=_MEMORY)
 model_loaded = Event(

@@ -1,4 +1,4 @@
-"""How a record is written: a line for people, or a JSON object for machines."""
+"""Formatters: a record as a line for people, or as a JSON object for programs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLOURS = {"DEBUG": "36", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITIC
 
 
 class TextFormatter(logging.Formatter):
-    """`[time] [logger] [level] sentence`, the level in colour if so wished."""
+    """`[time] [logger] [level] sentence`, with the level in colour if `colour` is set."""
 
     def __init__(self, *, colour: bool = False) -> None:
         level = "\33[%(colour)sm%(levelname)s\33[0m" if colour else "%(levelname)s"
@@ -31,7 +31,8 @@ class TextFormatter(logging.Formatter):
 class JsonFormatter(logging.Formatter):
     """One object a line: ts (RFC 3339, UTC), mono, level, logger, event, message, pid, rank, then the fields.
 
-    Whatever a field holds, there is a line: what JSON does not know is written as text. No tensor on a GPU is read.
+    A line is written whatever the fields hold: values that JSON cannot represent become text. Tensors on a GPU are not
+    read.
     """
 
     def __init__(self, rank: int = 0) -> None:
@@ -57,12 +58,12 @@ class JsonFormatter(logging.Formatter):
             entry["exception"] = self.formatException(record.exc_info)
         try:
             return _encode(entry)
-        except Exception:  # NaN, a key that is no text, a list within itself: the long way, value by value
+        except Exception:  # NaN, a key that is not text, a list that contains itself: convert value by value
             return json.dumps({str(name): _anything(value) for name, value in entry.items()})
 
 
 def _plain(value: Any) -> Any:
-    """The nearest that JSON has to a value that it does not know."""
+    """Returns the closest JSON value to one that the encoder does not know."""
     shape = getattr(value, "shape", None)
     if shape is not None and (len(shape) or getattr(getattr(value, "device", None), "type", "cpu") != "cpu"):
         return {"shape": [int(size) for size in shape], "dtype": str(value.dtype)}
@@ -82,4 +83,4 @@ def _anything(value: Any) -> Any:
     try:
         return str(value)
     except Exception as error:
-        return f"<{type(value).__name__} that can not be shown: {type(error).__name__}>"
+        return f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"

@@ -1,4 +1,4 @@
-"""Where records go: to standard error when nobody else takes them, and to a file when one is asked for."""
+"""Handlers: standard error for records that no other handler takes, and a file."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["ConsoleHandler", "LogFileHandler", "formatter_of"]
 
 
 def formatter_of(log_format: str, rank: int = 0, *, colour: bool = False) -> logging.Formatter:
-    """The formatter that `NANOVLLM_LOG_FORMAT` names."""
+    """Returns the formatter for a value of `NANOVLLM_LOG_FORMAT`."""
     return JsonFormatter(rank) if log_format == "json" else TextFormatter(colour=colour)
 
 
 class LogFileHandler(logging.FileHandler):
-    """Appends every record to a file, each a whole line as soon as it is logged. Rank 1's file ends in `.rank1`."""
+    """Appends each record to a file as a whole line when it is logged. The name of rank 1's file ends in `.rank1`."""
 
     def __init__(self, path: Path, rank: int = 0) -> None:
         path = Path(f"{path}.rank{rank}") if rank else path
@@ -32,23 +32,23 @@ class LogFileHandler(logging.FileHandler):
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes to standard error what no other handler takes, save our own file."""
+    """Writes records to standard error if no other handler takes them; LogFileHandler does not count."""
 
     def __init__(self) -> None:
         super().__init__()
         self.setFormatter(formatter_of("text"))
-        self.terminal_formatter: logging.Formatter | None = None  # for a terminal, where it is another
+        self.terminal_formatter: logging.Formatter | None = None  # used on a terminal if set
         self.rank = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self._another_handler_takes(record) or (self.rank and _says_what_rank_0_says(record)):
+        if self._another_handler_takes(record) or (self.rank and _repeats_rank_0(record)):
             return
         try:
-            # sys.stderr is looked up now and not kept: it may have been replaced since (pytest, notebooks).
+            # sys.stderr is looked up for each record: it may have been replaced (pytest, notebooks).
             is_terminal = getattr(sys.stderr, "isatty", bool)()
             formatter = self.terminal_formatter if is_terminal else None
             with _progress_bars_cleared():
-                # One write a line: the lines of several ranks do not mix.
+                # One write per line, so that the lines of several ranks do not mix.
                 sys.stderr.write((formatter or self).format(record) + "\n")
                 sys.stderr.flush()
         except Exception:
@@ -63,17 +63,17 @@ class ConsoleHandler(logging.Handler):
         return False
 
 
-def _says_what_rank_0_says(record: logging.LogRecord) -> bool:
-    """At INFO all ranks would say the same; who asks for DEBUG wants to see each."""
+def _repeats_rank_0(record: logging.LogRecord) -> bool:
+    """Whether rank 0 logs the same record. All ranks do at INFO; a logger at DEBUG shows each rank."""
     event = EVENTS.get(getattr(record, "event", ""))
     at_info = record.levelno == logging.INFO and not logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
     return at_info and event is not None and not event.of_each_rank
 
 
 def _progress_bars_cleared() -> AbstractContextManager[object]:
-    """Takes tqdm's bars off the terminal for a line, and draws them again below it."""
+    """Removes tqdm's bars from the terminal while a line is written, and draws them again below it."""
     tqdm = sys.modules.get("tqdm")
-    if tqdm is None or not tqdm.tqdm._instances:  # a third of a line's cost is saved where there is no bar
+    if tqdm is None or not tqdm.tqdm._instances:  # saves a third of the cost of a line
         return nullcontext()
     cleared: AbstractContextManager[object] = tqdm.tqdm.external_write_mode(file=sys.stderr)
     return cleared

@@ -1,6 +1,6 @@
-"""Reads level specifications: `DEBUG`, or with parts of the package apart, `INFO,scheduler=DEBUG,engine=WARNING`.
+"""Reads level specifications: `DEBUG`, or with levels of parts, `INFO,scheduler=DEBUG,engine=WARNING`.
 
-Pure functions over text and names; `logger.py` applies what they return.
+Pure functions of text and names; `nanovllm.utils.logger` applies the result.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ LEVELS: Mapping[str, int] = {
 
 @dataclass(frozen=True)
 class LevelSpec:
-    """What a specification asks for; `problems` says what could not be read and was taken as INFO or left out."""
+    """A parsed specification. `problems` lists what could not be read; it counts as INFO or is left out."""
 
     default: int
     parts: Mapping[str, int]  # module name ("scheduler") or path below the package ("engine.scheduler") -> level
     problems: tuple[str, ...] = ()
 
     def unknown_parts(self, logger_names: Iterable[str]) -> tuple[str, ...]:
-        """A problem for each part that is neither a module of the package nor a component of a logger's name."""
+        """Returns a problem for each part that is neither a module of the package nor part of a logger's name."""
         if not self.parts:
             return ()
         package = Path(__file__).parents[1]
@@ -52,7 +52,7 @@ class LevelSpec:
 
 
 def parse_level(level: int | str) -> tuple[int, str]:
-    """A level's number and, where it is unknown, what is wrong with it; the number is INFO then."""
+    """Returns a level's number and a problem, empty for a known level. The number of an unknown level is INFO."""
     if isinstance(level, int):
         return level, ""
     number = LEVELS.get(level.strip().upper())
@@ -62,7 +62,7 @@ def parse_level(level: int | str) -> tuple[int, str]:
 
 
 def parse_level_spec(text: str) -> LevelSpec:
-    """Read `LEVEL`, `PART=LEVEL` or several of them with commas between, in any order, at most one without a part."""
+    """Parses `LEVEL` and `PART=LEVEL` items, separated by commas, in any order, at most one of them without a part."""
     default: int | None = None
     parts: dict[str, int] = {}
     problems: list[str] = []
@@ -82,13 +82,13 @@ def parse_level_spec(text: str) -> LevelSpec:
 
 
 def levels_by_logger(spec: LevelSpec, package: str, logger_names: Iterable[str]) -> dict[str, int]:
-    """The level of each logger that `spec` names, of the package's own, and of packages between (`nanovllm.engine`)."""
+    """Returns the level of the package's logger, and of each logger and subpackage that `spec` names."""
     levels = {package: spec.default}
     for name in logger_names if spec.parts else ():
         components = name.split(".")
         for depth in range(1, len(components) + 1):
             path = ".".join(components[:depth])
-            for part in (path.removeprefix(package + "."), components[depth - 1]):  # a path beats a bare name
+            for part in (path.removeprefix(package + "."), components[depth - 1]):  # the path takes precedence
                 if part in spec.parts:
                     levels[path] = spec.parts[part]
                     break

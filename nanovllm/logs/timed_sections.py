@@ -1,4 +1,4 @@
-"""Timed sections: how long a part of the program took, on the host and on the GPU, without waiting for either."""
+"""Timed sections: how long a block of code took on the host and on the GPU, without waiting for the GPU."""
 
 from __future__ import annotations
 
@@ -21,14 +21,15 @@ __all__ = ["flush_timed_sections", "timed_section"]
 def timed_section(
     logger: logging.Logger, name: str, level: int = logging.DEBUG, device: object = None, **fields: Any
 ) -> AbstractContextManager[object]:
-    """Logs `[START] name` and, also when the body raises, `[END] name - Elapsed: 12.34ms`.
+    """Logs `[START] name` and `[END] name - Elapsed: 12.34ms`, the latter also if the body raises.
 
-    `device` is where the body's work runs; None means the current CUDA device if this process uses one. On a CPU
-    `Elapsed` is wall time. On CUDA it is GPU time between two events, and the line adds the wall time apart, which
-    is then about the time to launch: nothing waits for the GPU here. The line itself follows when the events are
-    known to have passed: at the next section, in `flush_timed_sections()`, or when Python exits.
-    While a CUDA graph is being captured nothing runs on the GPU, so that there is only wall time.
-    Fields: `section`, `wall_ms`, `gpu_ms` (None where not measured), `failed`, and on both lines those given.
+    `device` is where the body's work runs; None is the current CUDA device if this process uses one. On a CPU `Elapsed`
+    is wall time. On a GPU it is GPU time between two CUDA events, and the line also gives the wall time, which is about
+    the time to launch the work: nothing waits for the GPU here. The `[END]` line is logged when both events are known
+    to be complete: at the next section, in `flush_timed_sections()`, or when Python exits. While a CUDA graph is being
+    captured nothing runs on the GPU, so there is only wall time.
+
+    Fields: `section`, `wall_ms`, `gpu_ms` (None if not measured), `failed`, and `fields` on both lines.
     """
     if not logger.isEnabledFor(level):
         return _NO_SECTION
@@ -36,22 +37,22 @@ def timed_section(
 
 
 def flush_timed_sections() -> None:
-    """Wait for the GPU work of sections that have ended, and log their `[END]` lines: call it where waiting is fine."""
-    _log_passed_sections(wait=True)
+    """Waits for the GPU work of ended sections and logs their `[END]` lines. Call it where waiting is fine."""
+    _log_finished_sections(wait=True)
 
 
 class _TimedSection:
-    """One section: measures, then waits in `_PENDING` until the GPU has passed its end."""
+    """One section. After its body it is in `_PENDING` until the GPU has finished its work."""
 
     def __init__(
         self, logger: logging.Logger, level: int, device: object, fields: dict[str, Any], place: Place
     ) -> None:
         self.logger, self.level, self.device, self.fields, self.place = logger, level, device, fields, place
-        self.start: Any = None  # torch.cuda.Event, where there is GPU time to measure
+        self.start: Any = None  # torch.cuda.Event, if there is GPU time to measure
         self.end: Any = None
 
     def __enter__(self) -> None:
-        _log_passed_sections(wait=False)
+        _log_finished_sections(wait=False)
         events.section_start.emit(self.logger, self.level, self.fields, self.place)
         self.start = _record_cuda_event(self.device)
         self.began = time.perf_counter()
@@ -64,7 +65,7 @@ class _TimedSection:
         if self.start is not None:
             try:
                 self.end = _record_cuda_event(self.device)
-            except RuntimeError:  # CUDA itself has failed; the error of the body is the one to see
+            except RuntimeError:  # CUDA itself has failed: the error of the body matters
                 self.end = None
         if self.end is not None:
             _PENDING.append(self)
@@ -82,16 +83,16 @@ class _TimedSection:
         events.section_end.emit(self.logger, self.level, fields, self.place, elapsed=elapsed)
 
 
-# Switched off, a section is this one object: nothing is made, measured or recorded.
+# A section whose level is off: nothing is created, measured or recorded.
 _NO_SECTION = nullcontext()
-# Sections that have ended on the CPU, oldest first; log output that is due, not state that anything depends on.
+# Sections that have ended on the host, oldest first: log output that is due. Nothing else depends on it.
 _PENDING: deque[_TimedSection] = deque()
 atexit.register(flush_timed_sections)
 
 
-def _log_passed_sections(*, wait: bool) -> None:
-    """Log the end of pending sections in order, up to the first that the GPU has not passed yet (or wait for all)."""
-    if not _PENDING or sys.modules["torch"].cuda.is_current_stream_capturing():  # capture forbids asking events
+def _log_finished_sections(*, wait: bool) -> None:
+    """Logs the ends of pending sections in order: all with `wait`, else up to the first that the GPU is still at."""
+    if not _PENDING or sys.modules["torch"].cuda.is_current_stream_capturing():  # which forbids to query events
         return
     while _PENDING:
         section = _PENDING.popleft()
@@ -102,13 +103,13 @@ def _log_passed_sections(*, wait: bool) -> None:
                 _PENDING.appendleft(section)
                 return
             gpu_ms = section.start.elapsed_time(section.end)
-        except RuntimeError:  # a CUDA error is raised where the work is used, not by a log line
+        except RuntimeError:  # a log line does not raise CUDA errors: the code that uses the work does
             gpu_ms = None
         section.log_end(gpu_ms)
 
 
 def _record_cuda_event(device: object) -> Any:
-    """A timing event recorded on the current stream of `device`; None where there is no GPU time to be had."""
+    """Records and returns a timing event on the current stream of `device`; None if GPU time cannot be measured."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized() or torch.cuda.is_current_stream_capturing():
         return None

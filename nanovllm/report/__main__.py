@@ -13,7 +13,7 @@ from nanovllm.report.summary import summarise
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m nanovllm.report") -> int:
-    """Exit status 0 when the page was written, 2 with one line on standard error when it could not be."""
+    """Writes the page. Returns exit status 0, or 2 after one line on standard error if that is not possible."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description="Draw a nanovllm JSON log as one self-contained HTML page.",
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m nanovllm
 
 
 def write_report(log: Path, output: Path) -> None:
-    """Reads `log` and writes the page. Raises InvalidArgumentError for a log or a page that can not be had."""
+    """Reads `log` and writes the page. Raises InvalidArgumentError if one of the files cannot be read or written."""
     if output.exists() and log.exists() and output.samefile(log):
         raise InvalidArgumentError("output", str(output), "another file than the log")
     summary = summarise(log)

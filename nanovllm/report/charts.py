@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from typing import Literal
 
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 40
 
 
 @dataclass(frozen=True)
 class Series:
-    """One value a bin. `colour` is the number of a colour of the page; None leaves a gap."""
+    """One value for each bin; None leaves a gap. `colour` is the number of a colour of the page."""
 
     name: str
     values: Sequence[float | None]
@@ -25,7 +26,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def duration_text(ms: float) -> str:
-    """Three digits or so, in the unit that reads best."""
+    """A duration with about three digits, in a suitable unit."""
     if ms < 0.001:
         return "0 ms"
     if ms < 1:
@@ -58,7 +59,7 @@ def ticks(most: float, wanted: int = 5) -> list[float]:
 
 
 def decades(values: Sequence[float]) -> list[float]:
-    """Powers of ten around the values, two at least."""
+    """Powers of ten around the values, at least two."""
     low = math.floor(math.log10(max(min(values, default=1.0), 1e-9)))
     high = max(math.ceil(math.log10(max(max(values, default=1.0), 1e-9))), low + 1)
     return [10.0**power for power in range(low, high + 1)]
@@ -73,7 +74,7 @@ def tick_text(value: float) -> str:
 
 @dataclass(frozen=True)
 class TimeAxis:
-    """From 0 to `end` seconds, in a unit that suits it."""
+    """An axis from 0 to `end` seconds, in a suitable unit."""
 
     end: float
 
@@ -96,12 +97,12 @@ class TimeAxis:
 
 
 class Frame:
-    """An SVG under construction: a plot area with axes around it."""
+    """An SVG drawing: a plot area with axes."""
 
     def __init__(
         self, label: str, width: int, height: int, x_end: float, y_end: float, *, log_from: float | None = None
     ) -> None:
-        """`log_from`: the y axis is logarithmic, from there on."""
+        """`log_from`: the lower end of a logarithmic y axis; None: the axis is linear."""
         self.log_from = log_from
         self.label, self.width, self.height = label, width, height
         self.x_end, self.y_end = max(x_end, 1e-12), max(y_end, 1e-12)
@@ -161,75 +162,87 @@ class Frame:
         )
 
 
+@dataclass(frozen=True)
+class Bins:
+    """The bins of a time chart: their width, and where the last one ends, in seconds."""
+
+    width: float
+    end: float
+
+    def span(self, index: int) -> tuple[float, float]:
+        return index * self.width, min((index + 1) * self.width, self.end)
+
+
+Scale = Literal["linear", "logarithmic", "share"]
+
+
 def time_chart(
     label: str,
     unit: str,
     series: Sequence[Series],
-    bin_width: float,
-    end: float,
+    bins: Bins,
     *,
-    share: bool = False,
+    scale: Scale = "linear",
     stacked: bool = False,
-    logarithmic: bool = False,
     width: int = 560,
-    height: int = 230,
 ) -> str:
-    """Lines, areas or stacked bars over time. `share`: values from 0 to 1, shown as per cent."""  # fmt: skip
+    """Returns lines, areas or stacked bars over time. With scale "share", values from 0 to 1 are shown as per cent."""
     num_bins = max((len(one.values) for one in series), default=0)
-    known = [[one.values[i] or 0.0 for i in range(num_bins)] for one in series]
-    if stacked:
-        most = max((sum(column) for column in zip(*known, strict=True)), default=0.0)
-    else:
-        most = max((max(values, default=0.0) for values in known), default=0.0)
-    marks = [0.0, 0.25, 0.5, 0.75, 1.0] if share else ticks(most)
-    if logarithmic:
+    columns = [[one.values[index] or 0.0 for one in series] for index in range(num_bins)]
+    most = max((sum(column) if stacked else max(column) for column in columns), default=0.0)
+    if scale == "share":
+        marks = [0.0, 0.25, 0.5, 0.75, 1.0]
+    elif scale == "logarithmic":
         marks = decades([value for one in series for value in one.values if value])
-    axis = TimeAxis(max(end, bin_width))
-    frame = Frame(label, width, height, axis.end, marks[-1], log_from=marks[0] if logarithmic else None)
+    else:
+        marks = ticks(most)
+    bins = Bins(bins.width, max(bins.end, bins.width))
+    axis = TimeAxis(bins.end)
+    frame = Frame(label, width, 230, bins.end, marks[-1], log_from=marks[0] if scale == "logarithmic" else None)
     frame.y_axis(
-        [(mark, f"{mark * 100:.0f}" if share else tick_text(mark)) for mark in marks],
-        f"{unit}, logarithmic" if logarithmic else unit,
+        [(mark, f"{mark * 100:.0f}" if scale == "share" else tick_text(mark)) for mark in marks],
+        f"{unit}, logarithmic" if scale == "logarithmic" else unit,
     )
     if stacked:
-        _draw_stacked(frame, series, bin_width, num_bins)
+        _draw_stacked(frame, series, bins, num_bins)
     else:
         for one in series:
-            _draw_line(frame, one, bin_width, axis.end)
+            _draw_line(frame, one, bins)
     frame.x_axis(axis.ticks(), "time since the first request")
     for index in range(num_bins):
-        start, stop = index * bin_width, min((index + 1) * bin_width, axis.end)
-        told = [
-            f"{one.name}: {value * 100:.1f} %" if share else f"{one.name}: {number_text(value)} {unit}"
+        start, stop = bins.span(index)
+        lines = [
+            f"{one.name}: {value * 100:.1f} %" if scale == "share" else f"{one.name}: {number_text(value)} {unit}"
             for one in series
-            if index < len(one.values) and (value := one.values[index]) is not None
+            if (value := one.values[index]) is not None
         ]
-        if told and stop > start:
+        if lines and stop > start:
             left = frame.x(start)
-            frame.tooltip(left, frame.x(stop) - left, f"{axis.text(start)} – {axis.text(stop)}\n" + "\n".join(told))
+            frame.tooltip(left, frame.x(stop) - left, "\n".join([f"{axis.text(start)} – {axis.text(stop)}", *lines]))
     return legend([(one.name, one.colour) for one in series]) + frame.svg()
 
 
-def _draw_line(frame: Frame, one: Series, bin_width: float, end: float) -> None:
-    """A step at each bin: the value is of the whole bin, and nothing is known inside it."""
+def _draw_line(frame: Frame, series: Series, bins: Bins) -> None:
+    """Draws a line with a step at each bin, since a value belongs to a whole bin."""
     runs: list[list[tuple[float, float]]] = [[]]
-    for index, value in enumerate(one.values):
+    for index, value in enumerate(series.values):
         if value is None:
             runs.append([])
             continue
         y = frame.y(value)
-        runs[-1] += [(frame.x(index * bin_width), y), (frame.x(min((index + 1) * bin_width, end)), y)]
+        runs[-1] += [(frame.x(time), y) for time in bins.span(index)]
     for points in filter(None, runs):
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        if one.area:
+        if series.area:
             closed = f"{points[0][0]:.1f},{frame.bottom} {path} {points[-1][0]:.1f},{frame.bottom}"
-            frame.add(f'<polygon class="area c{one.colour}" points="{closed}"/>')
-        frame.add(f'<polyline class="line c{one.colour}" points="{path}"/>')
+            frame.add(f'<polygon class="area c{series.colour}" points="{closed}"/>')
+        frame.add(f'<polyline class="line c{series.colour}" points="{path}"/>')
 
 
-def _draw_stacked(frame: Frame, series: Sequence[Series], bin_width: float, num_bins: int) -> None:
+def _draw_stacked(frame: Frame, series: Sequence[Series], bins: Bins, num_bins: int) -> None:
     for index in range(num_bins):
-        left = frame.x(index * bin_width)
-        width = max(frame.x((index + 1) * bin_width) - left - 0.4, 0.6)
+        left = frame.x(index * bins.width)
+        width = max(frame.x((index + 1) * bins.width) - left - 0.4, 0.6)
         below = 0.0
         for one in series:
             value = (one.values[index] if index < len(one.values) else None) or 0.0
@@ -246,7 +259,7 @@ def _draw_stacked(frame: Frame, series: Sequence[Series], bin_width: float, num_
 def histogram(
     label: str, bars: Sequence[tuple[float, float, int]], quantiles: Sequence[tuple[str, float]], what: str = "requests"
 ) -> str:
-    """Bars over a logarithmic axis of milliseconds, with a line at each quantile."""
+    """Returns bars over a logarithmic axis of milliseconds, with a line at each quantile."""
     width, height = 360, 210
     if not bars:
         return ""
@@ -281,7 +294,7 @@ def histogram(
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 times powers of ten inside the range, at most six; both ends where it has fewer than two of them."""
+    """Returns at most six of 1, 2 and 5 times powers of ten in the range, or its ends if fewer than two fit."""
     found = [
         factor * 10.0**power
         for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -296,7 +309,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 
 def share_bar(label: str, parts: Sequence[tuple[str, float]]) -> str:
-    """One bar of seconds, divided; parts too small for their name have it in the tooltip and the legend."""
+    """Returns one divided bar. Parts too small for their name have it in the tooltip and the legend only."""
     total = sum(seconds for _, seconds in parts)
     if total <= 0:
         return ""

@@ -1,4 +1,4 @@
-"""The Gantt chart of requests: a row each, coloured by what the request was doing."""
+"""The Gantt chart of requests: a row for each, coloured by phase."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Span = tuple[str, float, float]  # phase, from, to
 
 
 def spans(life: RequestLife, end: float) -> list[Span]:
-    """The phases of a life up to `end`, where it had not finished. A preemption covers what it interrupted."""
+    """Returns the phases of a request, up to `end` if it had not finished. Preemptions are drawn over other phases."""
     finish = end if life.finished is None else life.finished
     scheduled = finish if life.first_scheduled is None else min(life.first_scheduled, finish)
     token = finish if life.first_token is None else min(max(life.first_token, scheduled), finish)
-    drawn = [("queued", life.arrival, scheduled), ("prefill", scheduled, token), ("decode", token, finish)]
-    drawn += [("preempted", start, min(finish if stop is None else stop, finish)) for start, stop in life.preempted]
-    return [span for span in drawn if span[2] > span[1]]
+    phases = [("queued", life.arrival, scheduled), ("prefill", scheduled, token), ("decode", token, finish)]
+    phases += [("preempted", start, min(finish if stop is None else stop, finish)) for start, stop in life.preempted]
+    return [span for span in phases if span[2] > span[1]]
 
 
 def gantt(lives: Sequence[RequestLife], origin: float, end: float) -> str:
-    """`origin` and `end` in the log's monotonic seconds; `lives` in the order of their rows."""
+    """Returns the chart. `origin` and `end` are in the log's monotonic seconds; `lives` are in the order of rows."""
     if not lives:
         return ""
     origin = min(origin, lives[0].arrival)

@@ -1,4 +1,4 @@
-"""LogFile: the records of a JSON log, one line in memory at a time."""
+"""LogFile: reads the records of a JSON log, with one line in memory at a time."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from nanovllm.errors import InvalidArgumentError
 
 Record: TypeAlias = "dict[str, Any]"
 
-_LONGEST_LINE = 1 << 20  # bytes; a longer one is no record, and is never held whole
-_TRIED_LINES = 1000  # without a record among so many, the file is something else
-_LARGEST = 1e15  # no engine counts or measures so far
+_LONGEST_LINE = 1 << 20  # bytes; a longer line is not a record, and is never read as a whole
+_TRIED_LINES = 1000  # a file without a record in its first lines is not a log
+_LARGEST = 1e15  # larger values are not those of an engine
 _HINT = (
-    "Run with NANOVLLM_LOG_FORMAT=json and NANOVLLM_LOG_FILE=run.jsonl (and NANOVLLM_LOG_LEVEL=DEBUG for the whole "
-    "picture), then read run.jsonl."
+    "Run with NANOVLLM_LOG_FORMAT=json and NANOVLLM_LOG_FILE=run.jsonl (and NANOVLLM_LOG_LEVEL=DEBUG for all "
+    "details), then read run.jsonl."
 )
 
 
 @dataclass
 class LineCounts:
-    """What was read. A broken line is one that is no JSON object with an `event` and a time `mono`."""
+    """Counts of what was read. A broken line is not a JSON object with `event` and `mono`."""
 
     lines: int = 0
     bytes: int = 0
     records: int = 0
     broken: int = 0
-    first_broken: str = ""  # where, and how it begins
+    first_broken: str = ""  # its place and its beginning
 
 
 class LogFile:
-    """Raises InvalidArgumentError when there is no such file, or nothing in it, or no record in its first lines."""
+    """A JSON log. Reading raises InvalidArgumentError if the file does not exist or has no record near its start."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.counts = LineCounts()
 
     def records(self) -> Iterator[Record]:
-        """Every record, in the file's order; broken lines are counted and passed over."""
+        """Yields the records in the order of the file. Broken lines are counted and skipped."""
         if not self.path.exists():
             raise InvalidArgumentError("log", str(self.path), "a file that exists", _HINT)
         if self.path.is_dir():
@@ -62,7 +62,11 @@ class LogFile:
         except OSError as error:
             raise InvalidArgumentError("log", str(self.path), f"a file that can be read ({error.strerror})") from None
         if not counts.records:
-            what = f"one of JSON records; {counts.first_broken!r} is none" if counts.broken else "one with lines in it"
+            what = (
+                f"a file of JSON records; {counts.first_broken!r} is not one"
+                if counts.broken
+                else "a file that is not empty"
+            )
             raise InvalidArgumentError("log", str(self.path), what, _HINT)
 
     def _lines(self) -> Iterator[bytes]:
@@ -70,7 +74,9 @@ class LogFile:
             while line := file.readline(_LONGEST_LINE):
                 self.counts.bytes += len(line)
                 yield line
-                while len(line) == _LONGEST_LINE and not line.endswith(b"\n"):  # the rest of a line too long
+                while len(line) == _LONGEST_LINE and not line.endswith(
+                    b"\n"
+                ):  # skips the rest of a line that is too long
                     line = file.readline(_LONGEST_LINE)
                     self.counts.bytes += len(line)
 
@@ -86,7 +92,7 @@ def _parse(line: bytes) -> Record | None:
 
 
 def number(record: Record, field: str) -> float | None:
-    """The field as a number; None where it is missing, null, beyond all measure, or something else."""
+    """Returns the field as a number; None if it is missing, null, too large, or not a number."""
     value = record.get(field)
     if isinstance(value, (int, float)) and not isinstance(value, bool) and -_LARGEST <= value <= _LARGEST:
         return value
@@ -94,5 +100,5 @@ def number(record: Record, field: str) -> float | None:
 
 
 def count(record: Record, field: str) -> int:
-    """The field as a count; 0 where there is none."""
+    """Returns the field as a count; 0 if it is missing."""
     return max(int(number(record, field) or 0), 0)

@@ -1,4 +1,4 @@
-"""The page: a header on the log, then for each engine its figures, charts, requests, slowest steps and settings."""
+"""The page: a header, then figures, charts, requests, slowest steps and settings of each engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HEAD = """<!doctype html>
 
 
 def render(summary: Summary) -> str:
-    """The whole page. Everything in it that comes from the log is escaped."""
+    """Returns the whole page. Everything from the log is escaped."""
     parts = [_HEAD.format(title=escape(f"nanovllm: {summary.path.name}"), css=CSS), _header(summary)]
     parts += [_run(run, len(summary.runs) > 1) for run in summary.runs]
     parts.append("</body></html>\n")
@@ -45,13 +45,13 @@ def _header(summary: Summary) -> str:
     notes = []
     if len(runs) > 1:
         notes.append(
-            f"The log holds {len(runs)} engines, shown one after another, each with times of its own. Records name "
-            "their process, not their engine: engines that one process ran at the same time are shown as the later one."
+            f"The log holds {len(runs)} engines. They are shown one after another, each with a time axis. Records "
+            "name the process and not the engine: engines that ran in one process at the same time appear as one."
         )
     if summary.num_left_out:
-        notes.append(f"{summary.num_left_out:,} more engines are left out: a page has the first {MOST_RUNS}.")
+        notes.append(f"{summary.num_left_out:,} more engines are left out: a page shows the first {MOST_RUNS}.")
     if summary.num_other_ranks:
-        notes.append(f"{summary.num_other_ranks:,} lines of other ranks are not used: rank 0 tells of every step.")
+        notes.append(f"{summary.num_other_ranks:,} lines of other ranks are not used: rank 0 logs every step.")
     lines += [f'<p class="note">{escape(note)}</p>' for note in notes]
     if len(runs) > 1:
         links = "".join(f'<a href="#run{run.number}">Engine {run.number}</a>' for run in runs)
@@ -60,7 +60,7 @@ def _header(summary: Summary) -> str:
 
 
 def _moment(ts: str) -> str:
-    """RFC 3339 without what nobody reads."""
+    """A timestamp in RFC 3339, shortened to seconds."""
     return escape(f"{ts[:19].replace('T', ' ')}{' UTC' if ts.endswith(('Z', '+00:00')) else ''}")
 
 
@@ -96,12 +96,12 @@ def _cards(run: Run) -> str:
         cards.append((f"{run.num_output_tokens:,}", "tokens sampled"))
         if run.duration:
             cards.append(
-                (number_text(run.num_output_tokens / run.duration), "tokens sampled a second, idle time included")
+                (number_text(run.num_output_tokens / run.duration), "tokens sampled per second, including idle time")
             )
     elif run.line_prompt_tokens:
         cards.append((f"{run.line_prompt_tokens:,}", "prompt tokens scheduled"))
         cards.append((f"{run.line_decode_tokens:,}", "tokens decoded up to the last decode line"))
-    for name, label in (("ttft_ms", "to the first token, median"), ("itl_ms", "between tokens, median")):
+    for name, label in (("ttft_ms", "time to first token, median"), ("itl_ms", "inter-token latency, median")):
         sketch = requests.latencies[name]
         if sketch.count:
             cards.append((duration_text(sketch.quantile(0.5)), label))
@@ -118,31 +118,31 @@ def _cards(run: Run) -> str:
 
 def _notices(run: Run) -> list[str]:
     notices = []
-    if run.troubles:
-        items = "".join(f"<li>{escape(trouble)}</li>" for trouble in run.troubles)
-        more = f" (the first {len(run.troubles)})" if run.num_troubles > len(run.troubles) else ""
+    if run.problems:
+        items = "".join(f"<li>{escape(problem)}</li>" for problem in run.problems)
+        more = f" (the first {len(run.problems)})" if run.num_problems > len(run.problems) else ""
         notices.append(
-            f'<div class="panel bad"><h3>{run.num_troubles:,} warnings and errors{more}</h3><ul>{items}</ul></div>'
+            f'<div class="panel bad"><h3>{run.num_problems:,} warnings and errors{more}</h3><ul>{items}</ul></div>'
         )
     if run.requests.num_lost:
         notices.append(f'<div class="panel bad">{run.requests.num_lost:,} requests were lost when a step failed.</div>')
     if run.requests.pending:
         notices.append(
             f'<div class="panel warn"><b>{len(run.requests.pending):,} requests had not finished</b> when the log '
-            "ended: the program was stopped, still runs, or hangs.</div>"
+            "ended: the program was stopped, is still running, or hangs.</div>"
         )
     if run.origin is None:
-        notices.append('<div class="panel">No request and no step is in this part of the log.</div>')
+        notices.append('<div class="panel">This part of the log has no request and no step.</div>')
     elif not run.at_debug:
         notices.append(
-            '<div class="panel warn"><b>This log is at INFO.</b> Below is what its batch and statistics lines tell. '
+            '<div class="panel warn"><b>This log is at INFO.</b> The charts below use its batch and statistics lines. '
             "<code>NANOVLLM_LOG_LEVEL=DEBUG</code> adds each step (step times, the slowest steps and why, KV-cache use "
             "step by step) and each request (latency distributions, the Gantt chart, prefix hits).</div>"
         )
     if run.num_step_jumps > run.num_failures:
         notices.append(
             f'<div class="panel warn">The step numbers jump {run.num_step_jumps:,} times: lines are missing, or two '
-            "engines of one process wrote at the same time and are mixed here.</div>"
+            "engines of one process ran at the same time and are mixed here.</div>"
         )
     return notices
 
@@ -182,12 +182,12 @@ def _startup(run: Run) -> str:
 
 
 _SETTINGS = {
-    "engine.resolved": "What the engine runs with",
-    "engine.config": "What was asked for",
+    "engine.resolved": "Settings of the engine",
+    "engine.config": "Arguments",
     "model.config": "Model",
     "model.weights": "Weights",
     "attention.selected": "Attention",
-    "kv_cache.sizing": "KV cache: how its size was found",
+    "kv_cache.sizing": "KV cache: how its size was determined",
     "kv_cache.config": "KV cache",
     "kv_cache.allocated": "KV cache: allocated",
 }

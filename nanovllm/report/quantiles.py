@@ -1,4 +1,4 @@
-"""What a log of any length is kept in: quantiles, bins over time, and a sample, each of a fixed size."""
+"""Statistics of a log of any length in a fixed size: quantiles, bins over time, and a sample."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-_GAMMA = 1.01  # a bucket ends 1 % above where it begins: quantiles are within half a percent
-_SMALLEST, _LARGEST = 1e-3, 1e12  # of milliseconds: a microsecond is as good as nothing
+_GAMMA = 1.01  # each bucket is 1 % wide, so quantiles are accurate to 0.5 %
+_SMALLEST, _LARGEST = 1e-3, 1e12  # milliseconds
 
 
 class QuantileSketch:
-    """Quantiles of positive values from counts in logarithmic buckets, some thousands at most.
+    """Quantiles of positive values, from counts in a few thousand logarithmic buckets.
 
-    The idea is DDSketch's (Masson, Rim, Lee: "DDSketch", VLDB 2019): buckets that grow by a constant factor bound
-    the relative error of every quantile. `count`, `total`, `least` and `most` are exact.
+    As in DDSketch (Masson, Rim, Lee, VLDB 2019), buckets that grow by a constant factor bound the relative error of
+    every quantile. `count`, `total`, `least` and `most` are exact.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class QuantileSketch:
         return self.total / self.count if self.count else 0.0
 
     def quantile(self, share: float) -> float:
-        """The value that `share` of all are not above; 0 when there is none."""
+        """Returns the value that a fraction `share` of the values does not exceed; 0 if there are no values."""
         if not self.count:
             return 0.0
         wanted, seen = max(1, math.ceil(share * self.count)), 0
@@ -54,7 +54,7 @@ class QuantileSketch:
         return self.most
 
     def histogram(self, num_bars: int) -> list[tuple[float, float, int]]:
-        """(from, to, count) of bars that grow by a constant factor, from the least value to the most."""
+        """Returns (from, to, count) of bars that grow by a constant factor, from the smallest value to the largest."""
         if not self.count:
             return []
         low = max(self.least, _SMALLEST) / _GAMMA
@@ -80,15 +80,15 @@ class _Column:
 
 @dataclass
 class Timeline:
-    """Named quantities over time, from 0 on, in at most `limit` bins, an even number.
+    """Named quantities over time, from 0, in at most `limit` bins, an even number.
 
-    Where time runs past the last bin, neighbours are joined: each bin is then twice as wide. So there are between
-    `limit / 2` and `limit` bins in use, however long the log is.
+    When time passes the last bin, neighbouring bins are joined, so that each is twice as wide. So between `limit / 2`
+    and `limit` bins are in use, however long the log is.
     """
 
     limit: int = 160
     width: float = 0.001  # seconds
-    end: float = 0.0  # the latest time given
+    end: float = 0.0  # the latest time
     _columns: dict[str, _Column] = field(default_factory=dict)
 
     def add(self, time: float, name: str, value: float) -> None:
@@ -98,7 +98,7 @@ class Timeline:
         column.peaks[index] = max(column.peaks[index], value)
 
     def spread(self, start: float, end: float, name: str, total: float) -> None:
-        """`total` in equal parts over the time from `start` to `end`: what a step computed while it ran."""
+        """Spreads `total` evenly from `start` to `end`, such as the tokens of a step over its duration."""
         start = max(0.0, min(start, end))
         last, column = self._index(end), self._column(name)
         if end <= start:
@@ -119,7 +119,7 @@ class Timeline:
         return self._column(name).sums[: self.num_bins]
 
     def rates(self, name: str) -> list[float]:
-        """Sums a second; the last bin, which time has only begun to fill, by the part that it has filled."""
+        """Returns sums per second. The last bin is divided by the part of it that has passed."""
         rates = [value / self.width for value in self.sums(name)]
         filled = self.end - (self.num_bins - 1) * self.width
         if len(rates) > 1 and filled < self.width / 2:
@@ -129,7 +129,7 @@ class Timeline:
         return rates
 
     def means(self, name: str, *, hold: bool = False) -> list[float | None]:
-        """Means of what was added; a bin without any has None, or with `hold` the last mean before it."""
+        """Returns the mean of each bin. An empty bin has None, or with `hold` the previous mean."""
         column, last = self._column(name), None
         means: list[float | None] = []
         for value, number in zip(column.sums[: self.num_bins], column.counts, strict=False):
@@ -163,7 +163,7 @@ class Timeline:
 
 
 class Sample(Generic[T]):
-    """A uniform sample of at most `size` of the items offered (reservoir sampling), the same one each time."""
+    """A uniform sample of at most `size` of the items offered (reservoir sampling), with a fixed seed."""
 
     def __init__(self, size: int) -> None:
         self.items: list[T] = []

@@ -1,4 +1,4 @@
-"""Requests: the life of each request, from its events; a sample of them is kept to be drawn."""
+"""Requests: the times of each request, read from its events. A sample of requests is kept for the chart."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 from nanovllm.report.log_file import Record, count, number
 from nanovllm.report.quantiles import QuantileSketch, Sample
 
-DRAWN = 600  # requests; more rows than that no one tells apart
+DRAWN = 600  # requests in the chart; more rows cannot be told apart
 _MOST_PENDING = 20_000
-_MOST_PREEMPTIONS = 32  # drawn of one request
+_MOST_PREEMPTIONS = 32  # of one request in the chart
 
 
 @dataclass
 class RequestLife:
-    """Times in seconds of the log's monotonic clock; None: not reached, or not known."""
+    """The times of a request, in seconds of the log's monotonic clock; None: not reached, or not known."""
 
     request_id: str
     arrival: float
@@ -30,7 +30,7 @@ class RequestLife:
 
 
 class Requests:
-    """`sample` holds finished requests, `pending` those that the log never sees end."""
+    """The requests of a run. `sample` has finished ones; `pending` has those that have not ended so far in the log."""
 
     def __init__(self) -> None:
         self.sample: Sample[RequestLife] = Sample(DRAWN)
@@ -46,7 +46,7 @@ class Requests:
             self.pending[count(record, "seq_id")] = life
 
     def allocated(self, record: Record) -> None:
-        """Blocks were given: the request is scheduled, for the first time or again after a preemption."""
+        """The request got blocks: it is scheduled, for the first time or again after a preemption."""
         life = self.pending.get(count(record, "seq_id"))
         if life is None:
             return
@@ -80,7 +80,7 @@ class Requests:
         self.num_cached_tokens += life.num_cached_tokens
         self.num_output_tokens += life.output_len
         self.sample.offer(life)
-        if life.reason == "abort":  # it ended when someone wanted, which says nothing about speed
+        if life.reason == "abort":  # the time of an abort says nothing about speed
             self.num_aborted += 1
             return life
         self.num_finished += 1
@@ -91,12 +91,12 @@ class Requests:
         return life
 
     def lost(self) -> None:
-        """A step failed: every unfinished request is gone, and no event will end it."""
+        """A step failed: all unfinished requests are lost, without an event for each."""
         self.num_lost += len(self.pending)
         self.pending.clear()
 
     def drawn(self) -> list[RequestLife]:
-        """At most `DRAWN`, in order of arrival; unfinished ones first to be kept, for they tell of a hang."""
+        """Returns at most `DRAWN` requests in order of arrival, preferring unfinished ones, since they show a hang."""
         unfinished = list(self.pending.values())[: DRAWN // 2]
         finished = self.sample.items[: DRAWN - len(unfinished)]
         return sorted(unfinished + finished, key=lambda life: life.arrival)

@@ -1,4 +1,4 @@
-"""Run: what one engine's records tell, gathered one record at a time."""
+"""Run: collects the figures of one engine, one record at a time."""
 
 from __future__ import annotations
 
@@ -11,16 +11,28 @@ from nanovllm.report.quantiles import QuantileSketch, Timeline
 from nanovllm.report.requests import Requests
 from nanovllm.report.steps import SlowSteps
 
-_MOST_TROUBLES = 20  # warnings and errors shown
+_MOST_PROBLEMS = 20  # warnings and errors shown
 _MOST_GENERATIONS = 20
 _ENVELOPE = {"ts", "mono", "level", "logger", "event", "message", "pid", "rank"}
-# Nothing has happened before the first of these: the charts begin there, and start-up has its own.
+# The charts begin at the first of these events. Start-up has a chart of its own.
+_SETTING_EVENTS = (
+    "engine.model",
+    "engine.config",
+    "engine.resolved",
+    "engine.startup",
+    "model.config",
+    "model.weights",
+    "attention.selected",
+    "kv_cache.sizing",
+    "kv_cache.config",
+    "kv_cache.allocated",
+)
 _ACTIVITY = ("request.", "generation.start", "batch.", "step.", "sequence.", "engine.statistics")
 
 
 @dataclass(frozen=True)
 class DecodeLine:
-    """A `batch.decode` line. At INFO the next line tells how many steps of this size came between."""
+    """A `batch.decode` line. At INFO, the next line shows how many steps of this size there were."""
 
     at: float
     decode_step: int
@@ -37,32 +49,32 @@ class PrefillLine:
 
 
 class Run:
-    """One engine: from its `engine.init`, or the first record of its process, to the next engine's."""
+    """One engine: the records of a process from `engine.init`, or the first one, to the next `engine.init`."""
 
-    def __init__(self, number_: int, pid: object) -> None:
-        self.number, self.pid = number_, pid
+    def __init__(self, index: int, pid: object) -> None:
+        self.number, self.pid = index, pid
         self.has_engine = False
         self.num_records = 0
         self.first_ts = self.last_ts = ""
-        self.origin: float | None = None  # of the charts, in the log's monotonic seconds
+        self.origin: float | None = None  # of the time axes, in the log's monotonic seconds
         self.end = 0.0
         self.timeline = Timeline()
         self.slow_steps = SlowSteps()
         self.step_times: dict[str, QuantileSketch] = {}
         self.token_gaps = QuantileSketch()
         self.requests = Requests()
-        self.settings: dict[str, Record] = {}  # by event, what the engine said of itself when it started
+        self.settings: dict[str, Record] = {}  # by event, from start-up
         self.generations: list[Record] = []
-        self.troubles: list[str] = []
-        self.num_troubles = 0
+        self.problems: list[str] = []
+        self.num_problems = 0
         self.num_steps = self.num_prefill_steps = self.num_prefill_tokens = self.num_output_tokens = 0
         self.num_preemptions = self.num_step_jumps = self.num_failures = 0
-        self.line_prompt_tokens = self.line_decode_tokens = 0  # as far as the lines of INFO tell
+        self.line_prompt_tokens = self.line_decode_tokens = 0  # estimated from INFO lines
         self.peak_blocks = self.num_blocks = 0
         self._last_step = 0
         self._last_done = 0.0
-        self._decode_line: DecodeLine | None = None
-        self._prefill_lines: list[PrefillLine] = []  # one or none: whose step is not known to have ended
+        self._last_decode_line: DecodeLine | None = None
+        self._prefill_lines: list[PrefillLine] = []  # at most one: its step may not have ended
 
     @property
     def duration(self) -> float:
@@ -74,10 +86,10 @@ class Run:
         return self.num_steps > 0
 
     def take(self, record: Record) -> None:
-        """Learns from a record. One whose fields are of unexpected kinds teaches nothing, and harms nothing."""
+        """Adds a record. Fields of unexpected types are ignored."""
         event: str = record["event"]
         self.num_records += 1
-        if event != "rule":  # the one before the next engine's start is not this engine's end
+        if event != "rule":  # a rule before the start of the next engine is not part of this one
             self.end = max(self.end, record["mono"])
         self.last_ts = str(record.get("ts", ""))
         self.first_ts = self.first_ts or self.last_ts
@@ -85,9 +97,9 @@ class Run:
             self.origin = record["mono"]
             self._last_done = 0.0
         if record.get("level") in ("WARNING", "ERROR", "CRITICAL"):
-            self.num_troubles += 1
-            if len(self.troubles) < _MOST_TROUBLES:
-                self.troubles.append(f"{record['level']}: {str(record.get('message', event))[:500]}")
+            self.num_problems += 1
+            if len(self.problems) < _MOST_PROBLEMS:
+                self.problems.append(f"{record['level']}: {str(record.get('message', event))[:500]}")
         handler = _HANDLERS.get(event)
         if handler is not None:
             handler(self, record)
@@ -109,7 +121,7 @@ class Run:
         at, step, wall_ms = self._at(record), count(record, "step"), number(record, "wall_ms") or 0.0
         prefill, outputs = count(record, "num_prefill_tokens"), count(record, "num_output_tokens")
         decodes = count(record, "num_decode_seqs")
-        # With several steps in flight a step's wall time begins while the one before still runs.
+        # With several steps in flight, the wall time of a step begins while the previous one is running.
         began = max(self._last_done, at - wall_ms / 1e3)
         if self.num_steps and step != self._last_step + 1:
             self.num_step_jumps += 1
@@ -130,7 +142,7 @@ class Run:
         timeline.add(at, "waiting", count(record, "num_waiting"))
         self.num_blocks = count(record, "num_blocks") or self.num_blocks
         used = count(record, "used_blocks")
-        self.line_prompt_tokens = self.line_decode_tokens = 0  # as far as the lines of INFO tell
+        self.line_prompt_tokens = self.line_decode_tokens = 0  # the exact figures are known
         self.peak_blocks = max(self.peak_blocks, used)
         if self.num_blocks:
             timeline.add(at, "kv_use", used / self.num_blocks)
@@ -147,32 +159,32 @@ class Run:
         self._prefill_lines = [PrefillLine(self._at(record), count(record, "step"), tokens)]
         self.timeline.add(self._at(record), "line_prompt_in_step", tokens)
 
-    def _decode_line_(self, record: Record) -> None:
+    def _decode_line(self, record: Record) -> None:
         self.slow_steps.scheduled(count(record, "step"))
         line = DecodeLine(self._at(record), count(record, "decode_step"), count(record, "size"))
         if any(prefill.step != count(record, "step") for prefill in self._prefill_lines):
             self._end_prefill(line.at)
-        last, self._decode_line = self._decode_line, line
+        last, self._last_decode_line = self._last_decode_line, line
         self.timeline.add(line.at, "line_decode", line.size)
         if last is not None and line.decode_step > last.decode_step:
-            # A change of size always has a line: all steps in between were of the last line's size.
+            # Each change of size has a line, so all steps in between had the size of the last line.
             steps = line.decode_step - last.decode_step
             self.line_decode_tokens += steps * last.size
             self.timeline.spread(last.at, line.at, "line_output", steps * last.size)
 
     def _end_prefill(self, at: float) -> None:
-        """The line of the next step says how long a prefill took at most."""
+        """Ends prefills at the line of the next step: they took no longer than that."""
         for line in self._prefill_lines:
             self.timeline.spread(line.at, at, "line_prompt", line.num_tokens)
         self._prefill_lines = []
 
     def finish(self) -> None:
-        """No record comes any more."""
+        """Completes the figures after the last record."""
         self._end_prefill(self.duration)
 
     def _captured(self, record: Record) -> None:
         if self.origin is None:
-            return  # while the engine starts, which no step waits for
+            return  # at start-up: no step waits for it
         self.slow_steps.event(
             f"a CUDA graph for batch size {count(record, 'size')} was captured in {count(record, 'elapsed_ms')} ms"
         )
@@ -224,21 +236,15 @@ class Run:
         self.num_failures += 1
         self.requests.lost()
         if record.get("level") == "INFO":  # Ctrl-C
-            self.troubles.append(f"interrupted: {str(record.get('message', ''))[:500]}")
+            self.problems.append(f"interrupted: {str(record.get('message', ''))[:500]}")
 
 
 _HANDLERS: dict[str, Callable[[Run, Record], Any]] = {
     "engine.init": Run._init,
-    **dict.fromkeys(
-        (
-            *("engine.model", "engine.config", "engine.resolved", "engine.startup", "model.config", "model.weights"),
-            *("attention.selected", "kv_cache.sizing", "kv_cache.config", "kv_cache.allocated"),
-        ),
-        Run._setting,
-    ),
+    **dict.fromkeys(_SETTING_EVENTS, Run._setting),
     "step.done": Run._step_done,
     "batch.prefill": Run._prefill_line,
-    "batch.decode": Run._decode_line_,
+    "batch.decode": Run._decode_line,
     "graph.captured": Run._captured,
     "sequence.preempted": Run._preempted,
     "request.added": Run._added,

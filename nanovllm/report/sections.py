@@ -1,10 +1,10 @@
-"""The parts of the page that draw: time, latency, requests, slowest steps."""
+"""The parts of the page with charts: over time, latencies, requests, slowest steps."""
 
 from __future__ import annotations
 
 from html import escape
 
-from nanovllm.report.charts import Series, duration_text, histogram, seconds_text, time_chart
+from nanovllm.report.charts import Bins, Scale, Series, duration_text, histogram, seconds_text, time_chart
 from nanovllm.report.gantt import gantt
 from nanovllm.report.quantiles import QuantileSketch
 from nanovllm.report.requests import DRAWN
@@ -14,7 +14,7 @@ _QUANTILES = ((0.5, "p50"), (0.9, "p90"), (0.99, "p99"))
 
 
 def time_panels(run: Run) -> str:
-    """Five charts over time, each from the best source that the log has."""
+    """Returns five charts over time, each from the most detailed events in the log."""
     if run.origin is None:
         return ""
     charts = [_throughput(run), _composition(run), _kv_cache(run), _queue(run), _step_times(run)]
@@ -32,7 +32,7 @@ _Chart = tuple[str, str, str]  # title, SVG, note
 def _throughput(run: Run) -> _Chart:
     timeline, title = run.timeline, "Throughput"
     series: list[Series] = []
-    note = "Tokens of a step are spread over the time it ran."
+    note = "The tokens of a step are spread over its duration."
     if run.at_debug:
         series = [
             Series("prompt tokens computed", timeline.rates("prompt"), 2),
@@ -43,7 +43,7 @@ def _throughput(run: Run) -> _Chart:
             Series("prompt tokens scheduled", timeline.rates("line_prompt"), 2),
             Series("decode tokens", timeline.rates("line_output"), 1, area=True),
         ]
-        note = "From the batch lines; steps after the last decode line are not in it."
+        note = "From the batch lines; steps after the last decode line are not included."
     elif "stat_output" in timeline:
         series = [
             Series("prompt tokens", timeline.means("stat_prompt", hold=True), 2),
@@ -62,7 +62,7 @@ def _composition(run: Run) -> _Chart:
         Series("prefill tokens", timeline.means(names[0]), 2),
         Series("decode tokens", timeline.means(names[1]), 1),
     ]
-    note = "Mean over the steps of each moment." if run.at_debug else "Of the batches that INFO shows."
+    note = "Mean over the steps of each bin." if run.at_debug else "Of the batches that INFO shows."
     return title, _draw(run, title, "tokens in a step", series, stacked=True), note
 
 
@@ -77,11 +77,11 @@ def _kv_cache(run: Run) -> _Chart:
     if hits in timeline:
         series.append(Series("prefix hit rate", timeline.means(hits, hold=True), 6))
         note = (
-            "Hit rate: share of a prompt that was cached when it was first scheduled, mean of the requests."
+            "Hit rate: the cached fraction of a prompt when it is first scheduled, mean over requests."
             if hits == "hit_rate"
-            else "Hit rate: as the statistics lines give it."
+            else "Hit rate: from the statistics lines."
         )
-    return title, _draw(run, title, "per cent", series, share=True) if series else "", note
+    return title, _draw(run, title, "per cent", series, scale="share") if series else "", note
 
 
 def _queue(run: Run) -> _Chart:
@@ -95,7 +95,7 @@ def _queue(run: Run) -> _Chart:
     ]
     if "preempted" in timeline:
         series.append(Series("preemptions (at that moment)", timeline.sums("preempted"), 5))
-    return title, _draw(run, title, "requests", series), "Held from step to step."
+    return title, _draw(run, title, "requests", series), "Each value holds until the next step."
 
 
 def _step_times(run: Run) -> _Chart:
@@ -113,45 +113,53 @@ def _step_times(run: Run) -> _Chart:
     )
     return (
         title,
-        _draw(run, title, "ms", series, logarithmic=True),
+        _draw(run, title, "ms", series, scale="logarithmic"),
         f"Wall time, from launch to tokens read. Median: {kinds}.",
     )
 
 
-def _draw(run: Run, title: str, unit: str, series: list[Series], *, wide: bool = False, **form: bool) -> str:
+def _draw(
+    run: Run,
+    title: str,
+    unit: str,
+    series: list[Series],
+    *,
+    scale: Scale = "linear",
+    stacked: bool = False,
+    wide: bool = False,
+) -> str:
     if not any(value is not None for one in series for value in one.values):
         return ""
-    return time_chart(title, unit, series, run.timeline.width, run.duration, width=1160 if wide else 560, **form)
+    bins = Bins(run.timeline.width, run.duration)
+    return time_chart(title, unit, series, bins, scale=scale, stacked=stacked, width=1160 if wide else 560)
 
 
 def latency_panels(run: Run) -> str:
-    """A histogram each, and a table of them all."""
+    """Returns a histogram for each latency, and a table of all of them."""
     latencies = run.requests.latencies
     sketches = [
-        ("To the first token", latencies["ttft_ms"], "requests"),
-        ("Between tokens, request by request", latencies["itl_ms"], "requests"),
+        ("Time to first token", latencies["ttft_ms"], "requests"),
+        ("Inter-token latency, mean of each request", latencies["itl_ms"], "requests"),
         ("End to end", latencies["e2e_ms"], "requests"),
-        ("In the queue", latencies["queue_ms"], "requests"),
-        ("Between tokens, one by one", run.token_gaps, "tokens"),
+        ("Queue time", latencies["queue_ms"], "requests"),
+        ("Inter-token latency, each token", run.token_gaps, "tokens"),
     ]
     sketches = [entry for entry in sketches if entry[1].count]
     if not sketches:
         return ""
     aborted = run.requests.num_aborted
-    note = "Quantiles are exact to half a percent." + (
-        f" {aborted:,} aborted requests are left out." if aborted else ""
-    )
+    note = "Quantiles are accurate to 0.5 %." + (f" {aborted:,} aborted requests are left out." if aborted else "")
     panels = [_latency(title, sketch, what) for title, sketch, what in sketches]
     table = _quantile_table([(title, sketch) for title, sketch, _ in sketches])
-    panels.append(f'<div class="panel"><h3>All of them</h3>{table}<p class="note">{escape(note)}</p></div>')
+    panels.append(f'<div class="panel"><h3>All latencies</h3>{table}<p class="note">{escape(note)}</p></div>')
     return f'<div class="grid3">{"".join(panels)}</div>'
 
 
 def _latency(title: str, sketch: QuantileSketch, what: str) -> str:
     quantiles = [(name, sketch.quantile(share)) for share, name in _QUANTILES]
-    told = " · ".join(f"{name} <b>{duration_text(ms)}</b>" for name, ms in quantiles)
+    summary = " · ".join(f"{name} <b>{duration_text(ms)}</b>" for name, ms in quantiles)
     chart = histogram(title, sketch.histogram(40), quantiles, what)
-    return f'<div class="panel"><h3>{escape(title)}</h3><p class="soft">{told}</p>{chart}</div>'
+    return f'<div class="panel"><h3>{escape(title)}</h3><p class="soft">{summary}</p>{chart}</div>'
 
 
 def _quantile_table(sketches: list[tuple[str, QuantileSketch]]) -> str:
@@ -160,7 +168,7 @@ def _quantile_table(sketches: list[tuple[str, QuantileSketch]]) -> str:
         values = [*(sketch.quantile(share) for share, _ in _QUANTILES), sketch.mean, sketch.most]
         cells = "".join(f'<td class="num">{duration_text(ms)}</td>' for ms in values)
         rows.append(f"<tr><td>{escape(title)}</td>{cells}</tr>")
-    head = "".join(f'<th class="num">{name}</th>' for name in ("p50", "p90", "p99", "mean", "most"))
+    head = "".join(f'<th class="num">{name}</th>' for name in ("p50", "p90", "p99", "mean", "max"))
     return f'<table class="tight"><tr><th></th>{head}</tr>{"".join(rows)}</table>'
 
 
@@ -169,11 +177,11 @@ def request_panel(run: Run) -> str:
     if not lives or run.origin is None:
         return ""
     total = run.requests.sample.num_offered + len(run.requests.pending)
-    note = "Point at a row for its figures."
+    note = "Point at a row to see its figures."
     if total > len(lives):
-        note = f"{len(lives):,} of {total:,} requests, drawn by lot (a page has at most {DRAWN}). {note}"
+        note = f"{len(lives):,} of {total:,} requests, a random sample (a page shows at most {DRAWN}). {note}"
     if run.requests.pending:
-        note += " Pale rows had not finished when the log ended."
+        note += " Pale rows are requests that had not finished when the log ended."
     return (
         f'<div class="panel"><h3>Requests, in order of arrival</h3><p class="note">{escape(note)}</p>'
         f"{gantt(lives, run.origin, run.end)}</div>"
@@ -200,6 +208,6 @@ def slow_step_panel(run: Run) -> str:
     return (
         '<div class="panel"><h3>The slowest steps</h3><div class="scroll"><table class="wide"><tr>'
         '<th class="num">step</th><th class="num">at</th><th class="num">wall time</th>'
-        '<th class="num">GPU time</th><th>what was in it</th>'
-        f"<th>why, as far as the log tells</th></tr>{''.join(rows)}</table></div></div>"
+        '<th class="num">GPU time</th><th>contents</th>'
+        f"<th>reasons found in the log</th></tr>{''.join(rows)}</table></div></div>"
     )

@@ -1,4 +1,4 @@
-"""SlowSteps: the steps that took longest, each with what was in it and what happened while it ran."""
+"""SlowSteps: the slowest steps, each with its contents and the events while it ran."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from itertools import count as counter
 from nanovllm.report.log_file import Record, count, number
 
 _KEPT = 15
-_MOST_IN_FLIGHT = 64  # steps whose end is awaited; the log of an engine has a few
-_MOST_EVENTS = 8  # kept for a step
+_MOST_IN_FLIGHT = 64  # steps that have not ended; an engine has a few
+_MOST_EVENTS = 8  # kept for each step
 
 
 @dataclass(frozen=True)
 class SlowStep:
-    """One step as `step.done` tells it; `events` are sentences on what else happened while it was in flight."""
+    """One step, from its `step.done` event. `events` are sentences on other events while it was in flight."""
 
     step: int
     at: float  # seconds since the run's origin, when it was collected
@@ -37,7 +37,7 @@ class SlowStep:
         return " beside ".join(parts) or "nothing"
 
     def reasons(self, median_ms: float, typical_prefill: float) -> list[str]:
-        """Why it took so long, as far as the log tells. The median is of steps of the same kind."""
+        """Returns reasons for its duration found in the log. `median_ms` is of steps of the same kind."""
         reasons = list(self.events)
         if self.num_prefill_tokens and self.num_decode_seqs:
             reasons.append(
@@ -58,16 +58,16 @@ class SlowStep:
 
 
 class SlowSteps:
-    """Keeps the slowest; the events between a step's scheduling and its end go with it."""
+    """Keeps the slowest steps, each with the events between its scheduling and its end."""
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, SlowStep]] = []
         self._order = counter()
         self._in_flight: dict[int, list[str]] = {}
-        self._coming: deque[str] = deque(maxlen=_MOST_EVENTS)  # of the step that is being scheduled
+        self._coming: deque[str] = deque(maxlen=_MOST_EVENTS)  # events of the step that is being scheduled
 
     def scheduled(self, step: int) -> None:
-        """A step was planned; a step has a line for its prefill and another for its decode."""
+        """A step was scheduled. It has one line for its prefill and another for its decode."""
         if step in self._in_flight:
             return
         if len(self._in_flight) >= _MOST_IN_FLIGHT:
@@ -76,11 +76,11 @@ class SlowSteps:
         self._coming.clear()
 
     def planning_event(self, sentence: str) -> None:
-        """Of the step that is scheduled next, such as a preemption that made room for it."""
+        """Adds an event to the step that is scheduled next, such as a preemption that made room for it."""
         self._coming.append(sentence)
 
     def event(self, sentence: str) -> None:
-        """Of the step scheduled last; those in flight beside it waited for it too."""
+        """Adds an event to the step scheduled last, and to the others in flight, which waited too."""
         newest = next(reversed(self._in_flight), None)
         for step, events in self._in_flight.items():
             if len(events) < _MOST_EVENTS:
@@ -91,7 +91,7 @@ class SlowSteps:
     def done(self, record: Record, at: float) -> None:
         step, wall_ms = count(record, "step"), number(record, "wall_ms") or 0.0
         events = self._in_flight.pop(step, None)
-        if events is None:  # no line told of its scheduling
+        if events is None:  # its scheduling is not in the log
             events = list(self._coming)
             self._coming.clear()
         if len(self._heap) == _KEPT and wall_ms <= self._heap[0][0]:

@@ -1,4 +1,4 @@
-"""The page's style sheet: light and dark by what the reader's system prefers, and fit to be printed."""
+"""The style sheet of the page: light or dark as the reader's system prefers, and suitable for printing."""
 
 CSS = """
 :root {

@@ -1,4 +1,4 @@
-"""Summary: a whole log, one `Run` for each engine in it."""
+"""Summary: a whole log, with one `Run` for each engine in it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nanovllm.errors import InvalidArgumentError
 from nanovllm.report.log_file import LineCounts, LogFile
 from nanovllm.report.run import Run
 
-MOST_RUNS = 12  # engines drawn from one file; each is held in some hundred kilobytes
+MOST_RUNS = 12  # engines shown from one file; each takes some hundred kilobytes
 
 
 @dataclass
@@ -22,13 +22,13 @@ class Summary:
 
 
 def summarise(path: Path) -> Summary:
-    """Reads the log once. A process that starts a second engine starts a second run: records name their process only.
+    """Reads the log once. A second engine in a process begins a second run, since records name only their process.
 
-    Raises InvalidArgumentError when there is no log to be read.
+    Raises InvalidArgumentError if the log cannot be read.
     """
     log = LogFile(path)
     summary = Summary(path, log.counts)
-    current: dict[object, Run | None] = {}  # by process; None: an engine that is left out
+    current: dict[object, Run | None] = {}  # by process; None: the engine is left out
     for record in log.records():
         if record.get("rank") not in (None, 0):
             summary.num_other_ranks += 1
@@ -49,6 +49,6 @@ def summarise(path: Path) -> Summary:
     for run in summary.runs:
         run.finish()
     if not summary.runs:
-        hint = "Rank 0 tells of every step, in the file without .rankN in its name."
+        hint = "Rank 0 logs every step, in the file without .rankN in its name."
         raise InvalidArgumentError("log", str(path), "the log of rank 0", hint)
     return summary

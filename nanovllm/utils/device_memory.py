@@ -1,6 +1,6 @@
-"""How much memory a GPU, or this process, uses: as a phrase for a log line and as exact numbers.
+"""The memory use of a GPU or of this process, as a phrase for a log line and as exact numbers.
 
-Needs no torch: without it, or without a GPU, it speaks of the process.
+Works without torch: without torch or a GPU it describes the process.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ GB = 10**9
 
 
 def describe_memory(device: object) -> tuple[str, dict[str, Any]]:
-    """The memory of `device` if that is a GPU that torch can use here, else the resident memory of this process."""
+    """Describes the memory of `device` if it is a GPU that torch can use, otherwise the memory of this process."""
     torch = sys.modules.get("torch")
     index = cuda_index(device) if torch is not None and torch.cuda.is_available() else None
     return _process_memory() if index is None else _gpu_memory(index)
 
 
 def cuda_index(device: object) -> int | None:
-    """The index of a CUDA device given as an index, a name or a `torch.device`; None for any other device."""
+    """Returns the index of a CUDA device given as an index, a name or a `torch.device`; None for other devices."""
     if isinstance(device, int):
         return device
     kind, _, index = str(device).partition(":")
@@ -33,7 +33,7 @@ def cuda_index(device: object) -> int | None:
 
 def _gpu_memory(index: int) -> tuple[str, dict[str, Any]]:
     cuda = sys.modules["torch"].cuda
-    free, total = cuda.mem_get_info(index)  # of the whole device; the others are what torch holds in this process
+    free, total = cuda.mem_get_info(index)  # of the whole device; the others are torch's in this process
     allocated, reserved = cuda.memory_allocated(index), cuda.memory_reserved(index)
     peak = cuda.max_memory_allocated(index)
     phrase = (
@@ -46,7 +46,7 @@ def _gpu_memory(index: int) -> tuple[str, dict[str, Any]]:
 
 def _process_memory() -> tuple[str, dict[str, Any]]:
     if sys.platform != "linux":
-        import resource  # absent on Windows: there the caller says that the memory is not known
+        import resource  # not on Windows, where the caller reports that the memory is not known
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
         return f"CPU Memory [this process]: Peak={peak / GB:.2f}GB", {"device": "cpu", "peak_bytes": peak}
@@ -58,18 +58,18 @@ def _process_memory() -> tuple[str, dict[str, Any]]:
 
 
 def free_memory(device: object) -> int:
-    """Bytes left on `device`: a GPU of this process, else this machine."""
+    """Returns the free bytes of `device`: of the GPU, or of this machine."""
     index = cuda_index(device)
     return free_cpu_memory() if index is None else int(sys.modules["torch"].cuda.mem_get_info(index)[0])
 
 
 def free_cpu_memory() -> int:
-    """Bytes that this machine has left, as far as it tells."""
+    """Returns the free bytes of this machine, or an estimate."""
     if sys.platform == "linux":
         with open("/proc/meminfo", encoding="ascii") as meminfo:
             for line in meminfo:
                 if line.startswith("MemAvailable:"):
                     return int(line.split()[1]) * 1024
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # how much of it is free is not known
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2  # the free part is not known: assume half
     return 4 * GB

@@ -1,10 +1,10 @@
-"""Every environment variable that nanovllm reads: one typed declaration each, which is called to read it.
+"""The environment variables that nanovllm reads. Each is declared once, and called to read it.
 
     if env.overlap(): ...
 
-A variable is read when it is called, never at import, and an empty one counts as not set. A value that is not
-allowed raises `InvalidArgumentError`, which names variable, value and what is allowed. LOGGING.md has them as a
-table, made from here by tools/generate_logging_docs.py.
+A variable is read when it is called, never at import. An empty one counts as not set. A value that is not allowed
+raises InvalidArgumentError, which names the variable, its value and what is allowed. tools/generate_logging_docs.py
+makes the table in LOGGING.md from these declarations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _environment = os.environ
 
 @dataclass(frozen=True)
 class Kind(Generic[T_co]):
-    """How a value is written. `parse` makes it of the text, or raises ValueError."""
+    """The form of a value. `parse` reads it from text, or raises ValueError."""
 
     name: str
     allowed: str
@@ -33,7 +33,7 @@ class Kind(Generic[T_co]):
 
 @dataclass(frozen=True)
 class Variable(Generic[T_co]):
-    """One environment variable. `unset`: what the default is called in documents, where `default` does not say it."""
+    """One environment variable. `unset` describes the default in documents where `default` itself does not."""
 
     name: str
     kind: Kind[T_co]
@@ -94,47 +94,45 @@ log_level = Variable(
     "NANOVLLM_LOG_LEVEL",
     LEVELS,
     "INFO",
-    "From which level on records are taken. A mistake is a warning: a typo here should not stop an engine.",
+    "The lowest level that is logged. A mistake in it is a warning, so that a typo does not stop an engine.",
 )
 log_format = Variable(
     "NANOVLLM_LOG_FORMAT",
     _choice("text", "json"),
     "text",
-    "Lines for people, or one JSON object a line; on the console and in the file.",
+    "Lines for people, or one JSON object per line; on the console and in the file.",
 )
 log_file = Variable(
     "NANOVLLM_LOG_FILE",
     FILE,
     None,
-    "Every record goes to the end of this file too, whatever else takes it. Rank 1 adds `.rank1` to the name.",
+    "Every record is also appended to this file, whatever other handlers do. Rank 1 adds `.rank1` to the name.",
     "no file",
 )
 log_prompts = Variable(
     "NANOVLLM_LOG_PROMPTS",
     SWITCH,
     False,
-    "1: at DEBUG `request.added` has the prompt's text, and `request.output` the output's.",
+    "1: at DEBUG, `request.added` has the text of the prompt and `request.output` that of the output.",
 )
 log_decode_interval = Variable(
-    "NANOVLLM_LOG_DECODE_INTERVAL", COUNT, 10, "Every how many decode steps one is reported at INFO."
+    "NANOVLLM_LOG_DECODE_INTERVAL", COUNT, 10, "One in this many decode steps is logged at INFO."
 )
 log_stats_interval = Variable(
-    "NANOVLLM_LOG_STATS_INTERVAL", SECONDS, 10.0, "How often a busy engine reports its statistics, in seconds."
+    "NANOVLLM_LOG_STATS_INTERVAL", SECONDS, 10.0, "Seconds between the statistics lines of a busy engine."
 )
 configure_logging = Variable(
     "NANOVLLM_CONFIGURE_LOGGING", SWITCH, True, "0: no handler is attached, no level is set, no log file is written."
 )
-no_color = Variable(
-    "NO_COLOR", PRESENCE, False, "Takes away the colour that levels have on a terminal (no-color.org).", "not set"
-)
+no_color = Variable("NO_COLOR", PRESENCE, False, "Any value: no colour on a terminal (no-color.org).", "not set")
 trace_file = Variable(
-    "NANOVLLM_TRACE_FILE", FILE, None, "Writes a timeline in Chrome's trace format, which Perfetto opens.", "no file"
+    "NANOVLLM_TRACE_FILE", FILE, None, "Writes a timeline in the Chrome trace format, which Perfetto opens.", "no file"
 )
 trace_function = Variable(
     "NANOVLLM_TRACE_FUNCTION",
     TRACE,
     None,
-    "1, or a path: writes every Python call within nanovllm to a file a rank. Slow; for hangs and for learning.",
+    "1 or a path: writes every Python call inside nanovllm to a file, one for each rank. Slow; for hangs and learning.",
     "no file",
 )
 cpu_kvcache_gb = Variable(
@@ -144,21 +142,21 @@ overlap = Variable(
     "NANOVLLM_OVERLAP",
     SWITCH,
     True,
-    "0: no step is launched before the last one's tokens were read. What the log and a debugger show is then in step "
-    "with the device.",
+    "0: a step is launched only after the tokens of the previous one were read, so that the log and a debugger are in "
+    "step with the device.",
 )
 otlp_endpoint = Variable(
     "OTEL_EXPORTER_OTLP_ENDPOINT",
     URL,
     None,
-    "Sends a span for each request to this collector, if `nanovllm[otel]` is installed; its SDK reads `OTEL_*`, too.",
+    "Sends a span for each request to this collector if `nanovllm[otel]` is installed. Its SDK reads `OTEL_*` too.",
     "no spans",
 )
 otlp_traces_endpoint = Variable(
     "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
     URL,
     None,
-    "The same for spans alone, with the whole path: `http://localhost:4318/v1/traces`.",
+    "The same for spans only, with the full path: `http://localhost:4318/v1/traces`.",
     "no spans",
 )
 

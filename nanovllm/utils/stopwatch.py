@@ -1,4 +1,4 @@
-"""Stopwatch: wall time of the parts that something is done in, one after another."""
+"""Stopwatch: wall time of consecutive parts of a task."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import time
 
 
 class Stopwatch:
-    """Starts when it is made; `lap` ends a part under its name."""
+    """Starts when it is created. `lap` ends a part and names it."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        """What passed since the last lap belongs to `name`; a name given again adds up."""
+        """Adds the time since the last lap to the part `name`."""
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now

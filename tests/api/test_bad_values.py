@@ -49,7 +49,7 @@ SAMPLING_PARAMS: Table = {
         "a dictionary of token ids ≥ 0 and numbers from -100 to 100, or None",
         [[1], 5, {-1: 1}, {1.5: 1}, {1: 101}, {1: math.nan}, {1: "2"}, {"1": 1}],
     ),
-    "min_tokens": ("an integer from 0 to max_tokens (64)", [-1, 65, 1.0, "1", None, True]),
+    "min_tokens": ("an integer from 0 to max_tokens", [-1, 65, 1.0, "1", None, True]),
     "bad_words": ("a list of strings, none of them blank, or None", ["word", [""], [" "], [5], 5]),
     "allowed_token_ids": ("a list of at least one integer ≥ 0, or None for all", [[], [-1], [1.5], ["1"], 5, "5"]),
     "stop": (
@@ -67,11 +67,11 @@ SAMPLING_PARAMS: Table = {
 }
 STRUCTURED_OUTPUTS: Table = {
     "json": ("a JSON schema, as a dictionary or as text", ["{", 3.5j, {1, 2}, {"type": object}]),
-    "regex": ("a text", [3, ["a"], b"a"]),
-    "choice": ("a list of one or more texts", ["yes", [], ["a", 1], {"a": 1}]),
-    "grammar": ("a text", [3, ["root"], b"root"]),
-    "json_object": (SWITCH, [1, "yes", {}]),
-    "disable_any_whitespace": (SWITCH, [1, "yes", []]),
+    "regex": ("a text, or None", [3, ["a"], b"a"]),
+    "choice": ("a list of one or more texts, or None", ["yes", [], ["a", 1], {"a": 1}]),
+    "grammar": ("a text, or None", [3, ["root"], b"root"]),
+    "json_object": (f"{SWITCH}, or None", [1, "yes", {}]),
+    "disable_any_whitespace": (f"{SWITCH}, or None", [1, "yes", []]),
 }
 
 SOURCE = "a folder, a Hugging Face id, or "
@@ -79,15 +79,15 @@ ENGINE_CONFIG: Table = {
     "model": (f"{SOURCE}'tiny'", [5, None, "", ["tiny"]]),
     "tokenizer": (f"{SOURCE}None", [5, "", ["a"], False]),
     "dtype": ("one of 'auto', 'bfloat16', 'float16', 'float32'", ["int8", None, 5, ["auto"]]),
-    "max_model_len": (COUNT, NO_COUNT),
+    "max_model_len": (f"{COUNT}, or None", NO_COUNT),
     "max_num_seqs": (COUNT, [*NO_COUNT, None]),
     "max_num_batched_tokens": (COUNT, [*NO_COUNT, None]),
     "gpu_memory_utilization": (
         "a number above 0, at most 1",
         [0, -0.5, 1.01, math.nan, math.inf, "0.9", None, True],
     ),
-    "kvcache_block_size": (COUNT, NO_COUNT),
-    "num_kvcache_blocks": (COUNT, NO_COUNT),
+    "kvcache_block_size": (f"{COUNT}, or None", NO_COUNT),
+    "num_kvcache_blocks": (f"{COUNT}, or None", NO_COUNT),
     "enable_prefix_caching": (SWITCH, NO_SWITCH),
     "tensor_parallel_size": (COUNT, [*NO_COUNT, None]),
     "startup_timeout": ("a number of seconds > 0, at most 86400 (a day)", [0, -1, math.nan, math.inf, "9", True]),
@@ -102,8 +102,8 @@ ENGINE_CONFIG: Table = {
     "trust_remote_code": (SWITCH, NO_SWITCH),
     "revision": ("a tag, a branch or a commit, or None", [5, "", ["main"]]),
     "hf_overrides": ("a dictionary of fields of config.json, or None", [5, "x", [1], {1: 2}]),
-    "pipeline_depth": (COUNT, NO_COUNT),
-    "max_prefill_tokens_beside_decode": (COUNT, NO_COUNT),
+    "pipeline_depth": (f"{COUNT}, or None", NO_COUNT),
+    "max_prefill_tokens_beside_decode": (f"{COUNT}, or None", NO_COUNT),
 }
 
 TEXT_OR_IDS = "a text or a list of token ids from 0 to 511"

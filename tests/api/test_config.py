@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
+from typing import Any
 
 import pytest
 
-from nanovllm import InvalidArgumentError, UnknownArgumentError
+from nanovllm import LLM, AsyncLLM, InvalidArgumentError, UnknownArgumentError
 from nanovllm.config import EngineConfig
+from nanovllm.utils.arguments import arguments_of
 from tests.engine.simulated_executor import make_config
 
 # The interface that scripts rely on.
@@ -37,6 +40,10 @@ DEFAULTS = {
 }
 
 
+def config_of(**arguments: Any) -> EngineConfig:
+    return EngineConfig("m", **arguments)
+
+
 def test_names_and_defaults() -> None:
     config = dataclasses.asdict(EngineConfig("m"))
     assert {name: config[name] for name in DEFAULTS} == DEFAULTS
@@ -46,9 +53,9 @@ def test_names_and_defaults() -> None:
     ("alias", "name"), [("block_size", "kvcache_block_size"), ("num_gpu_blocks_override", "num_kvcache_blocks")]
 )
 def test_vllm_s_spellings(alias: str, name: str) -> None:
-    assert getattr(EngineConfig.from_arguments("m", {alias: 32}), name) == 32
-    with pytest.raises(InvalidArgumentError, match=f"another name of {name}"):
-        EngineConfig.from_arguments("m", {alias: 32, name: 32})
+    assert getattr(config_of(**{alias: 32}), name) == 32
+    with pytest.raises(InvalidArgumentError, match=f"{alias}=32 is .*another name of {name}"):
+        config_of(**{alias: 32, name: 32})
 
 
 @pytest.mark.parametrize(
@@ -56,18 +63,18 @@ def test_vllm_s_spellings(alias: str, name: str) -> None:
     [("half", "float16"), ("float", "float32"), ("torch.bfloat16", "bfloat16"), ("auto", "auto")],
 )
 def test_spellings_of_dtypes(given: str, dtype: str) -> None:
-    assert EngineConfig.from_arguments("m", {"dtype": given}).dtype == dtype
+    assert EngineConfig("m", dtype=given).dtype == dtype
 
 
 @pytest.mark.parametrize(("given", "dtype"), [("fp8", "fp8_e4m3"), ("fp8_e4m3", "fp8_e4m3"), ("auto", "auto")])
 def test_spellings_of_the_cache_s_dtype(given: str, dtype: str) -> None:
-    assert EngineConfig.from_arguments("m", {"kv_cache_dtype": given}).kv_cache_dtype == dtype
+    assert EngineConfig("m", kv_cache_dtype=given).kv_cache_dtype == dtype
 
 
 def test_torch_s_dtypes_are_taken() -> None:
     import torch
 
-    assert EngineConfig.from_arguments("m", {"dtype": torch.float16}).dtype == "float16"
+    assert EngineConfig("m", dtype=torch.float16).dtype == "float16"
 
 
 @pytest.mark.parametrize(
@@ -79,11 +86,12 @@ def test_torch_s_dtypes_are_taken() -> None:
         ("num_gpu_blocks", "num_gpu_blocks_override"),
     ],
 )
-def test_a_typo_is_answered_with_the_nearest_name(given: str, nearest: str) -> None:
+@pytest.mark.parametrize("make", [LLM, AsyncLLM])
+def test_a_typo_is_answered_with_the_nearest_name(make: Any, given: str, nearest: str) -> None:
     with pytest.raises(UnknownArgumentError) as caught:
-        EngineConfig.from_arguments("m", {given: 1})
+        make("/no/such/model", **{given: 1})
     assert isinstance(caught.value, TypeError)
-    assert str(caught.value) == f"LLM has no argument {given!r}. Did you mean {nearest!r}?"
+    assert str(caught.value) == f"{make.__name__} has no argument {given!r}. Did you mean {nearest!r}?"
 
 
 @pytest.mark.parametrize(
@@ -114,9 +122,26 @@ def test_a_typo_is_answered_with_the_nearest_name(given: str, nearest: str) -> N
 )
 def test_refused_with_field_value_and_what_is_allowed(field: str, value: object) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
-        EngineConfig.from_arguments("m", {field: value})
+        config_of(**{field: value})
     assert caught.value.field == field
     assert f"{field}={value!r} is not allowed: it must be " in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [LLM, AsyncLLM])
+def test_help_lists_every_argument_with_its_default_and_meaning(make: type) -> None:
+    arguments = list(arguments_of(EngineConfig))
+    assert [argument.name for argument in arguments] == list(inspect.signature(EngineConfig).parameters)
+    assert inspect.signature(make).parameters.keys() == inspect.signature(EngineConfig).parameters.keys()
+    text = inspect.getdoc(make.__init__) or ""  # type: ignore[misc]  # the class itself is meant, not a subclass
+    words = " ".join(text.split())
+    for argument in arguments:
+        assert f"{argument.help} Allowed: {argument.rule.allowed}." in words
+        assert argument.name == "model" or f"\n{argument.name} = {argument.default!r}\n" in text
+
+
+def test_an_argument_is_not_positional() -> None:
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3"):
+        LLM("/no/such/model", "tokenizer")  # type: ignore[misc]  # that it is refused is the point
 
 
 def test_choices_are_listed() -> None:

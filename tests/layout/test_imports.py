@@ -197,6 +197,15 @@ def test_every_public_name_is_there(name: str) -> None:
     assert value.__doc__
 
 
+def test_type_checkers_see_every_public_name_in_the_module_it_comes_from() -> None:
+    tree = ast.parse(MODULES["nanovllm"].read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    seen = {
+        alias.asname: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert seen == nanovllm._MODULE_OF
+
+
 def test_what_is_not_public_is_not_there() -> None:
     assert sorted(nanovllm.__all__) == sorted(set(nanovllm.__all__))
     assert set(nanovllm.__all__) <= set(dir(nanovllm))

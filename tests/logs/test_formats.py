@@ -146,7 +146,7 @@ def test_no_field_stops_a_line() -> None:
     endless.append(endless)
     entry = formatted(endless=endless, unspeakable=Unspeakable(), inside=[Unspeakable()], deep={"nan": [float("nan")]})
     assert entry["endless"] == "[[...]]"
-    assert entry["unspeakable"] == "<Unspeakable that can not be shown: RuntimeError>"
+    assert entry["unspeakable"] == "<Unspeakable that cannot be shown: RuntimeError>"
     assert "list" in entry["inside"]
     assert entry["deep"] == "{'nan': [nan]}"
 

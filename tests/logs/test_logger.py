@@ -13,9 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from nanovllm.logs import events
+from nanovllm.logs import configuration, events
 from nanovllm.logs.decode_rule import DecodeLogPolicy
-from nanovllm.utils import logger as module
 from nanovllm.utils.logger import (
     configure_logging,
     first_items,
@@ -250,7 +249,7 @@ def test_there_is_one_handler_however_often_it_is_set_up():
     for _ in range(3):
         setup_logger("nanovllm.engine.scheduler")
         configure_logging()
-    assert logging.getLogger("nanovllm").handlers == [module._STATE.console]
+    assert logging.getLogger("nanovllm").handlers == [configuration._STATE.console]
     assert logging.getLogger("nanovllm.engine.scheduler").handlers == []
     assert logging.getLogger("nanovllm").propagate
 
@@ -668,7 +667,7 @@ def test_after_a_reset_the_first_step_is_first_again():
 
 def test_ranks_above_0_say_only_what_is_their_own():
     script = """
-from nanovllm.logs import events
+from nanovllm.logs import configuration, events
 from nanovllm.utils.logger import configure_logging, setup_logger
 configure_logging(rank=1)
 logger = setup_logger("nanovllm.engine.model_runner")

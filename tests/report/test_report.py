@@ -373,13 +373,13 @@ def test_nothing_of_the_log_becomes_markup(tmp_path):
     ("content", "problem"),
     [
         (None, "it must be a file that exists"),
-        ("", "it must be one with lines in it"),
+        ("", "it must be a file that is not empty"),
         (
             "[2026-11-21 08:00:00] [nanovllm.llm] [INFO] Starting\n" * 3,
-            "it must be one of JSON records; 'line 1: [2026",
+            "it must be a file of JSON records; 'line 1: [2026",
         ),
-        ("\n" * 30, "it must be one with lines in it"),
-        ("text\n" * 2000, "it must be one of JSON records"),
+        ("\n" * 30, "it must be a file that is not empty"),
+        ("text\n" * 2000, "it must be a file of JSON records"),
     ],
 )
 def test_what_is_no_log_is_an_error_that_says_what_to_do(tmp_path, capsys, content, problem):

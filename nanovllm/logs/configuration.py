@@ -1,0 +1,107 @@
+"""Configuration: what the environment asks of Python's logging, applied to the logger `nanovllm`.
+
+The logger `nanovllm` has one console handler, a handler of last resort. It writes to standard error, so that a
+program's own output stays clean, and only records that no other handler takes. So a user's `logging.basicConfig(...)`,
+called before or after the import, decides the format, and no line appears twice. `NANOVLLM_LOG_FILE` names a file that
+always gets every record.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nanovllm.logs import events
+from nanovllm.logs.handlers import ConsoleHandler, LogFileHandler, formatter_of
+from nanovllm.logs.levels import LEVELS, levels_by_logger, parse_level_spec
+from nanovllm.utils import env
+
+__all__ = ["PACKAGE", "configure_logging", "warn_about_level"]
+
+PACKAGE = "nanovllm"
+
+
+@dataclass
+class _Configuration:
+    """What nanovllm has changed in `logging` so far."""
+
+    console: ConsoleHandler = field(default_factory=ConsoleHandler)
+    file: LogFileHandler | None = None
+    file_of: tuple[Path | None, int] = (None, 0)  # path as in the environment, rank
+    rank: int = 0
+    level_spec: str | None = None  # as last read, so that a mistake is reported once
+    levels_set: dict[str, int] = field(default_factory=dict)  # logger name -> the level that nanovllm set
+
+
+# Process-wide as all of `logging` is: the console handler is the counterpart of its own `lastResort`.
+_STATE = _Configuration()
+
+
+def configure_logging(rank: int | None = None) -> None:
+    """Reads the environment and applies it. `setup_logger` and each new engine call this.
+
+    Levels that a user set with `setLevel` are kept. With `NANOVLLM_CONFIGURE_LOGGING=0` the changes of earlier calls
+    are undone, and logging is left alone. `rank` is the rank of this process from now on, for records and the name of
+    the log file. Raises InvalidArgumentError for a variable whose value is not allowed.
+    """
+    _STATE.rank = _STATE.rank if rank is None else rank
+    package_logger = logging.getLogger(PACKAGE)
+    if not env.configure_logging():
+        package_logger.removeHandler(_STATE.console)
+        _open_file(None)
+        _STATE.level_spec = None
+        _apply_levels({})
+        return
+    log_format, console = env.log_format(), _STATE.console
+    console.rank = _STATE.rank
+    console.setFormatter(formatter_of(log_format, _STATE.rank))
+    console.terminal_formatter = None if env.no_color() else formatter_of(log_format, _STATE.rank, colour=True)
+    if console not in package_logger.handlers:
+        package_logger.addHandler(console)
+    _open_file(env.log_file())
+    if _STATE.file is not None:
+        _STATE.file.setFormatter(formatter_of(log_format, _STATE.rank))
+    text = env.log_level()
+    spec = parse_level_spec(text)
+    existing = [name for name in list(logging.root.manager.loggerDict) if name.startswith(PACKAGE + ".")]
+    _apply_levels(levels_by_logger(spec, PACKAGE, existing))
+    if text != _STATE.level_spec:
+        _STATE.level_spec = text
+        problems = spec.problems + spec.unknown_parts(existing)
+        if problems:
+            warn_about_level("NANOVLLM_LOG_LEVEL", "; ".join(problems))
+
+
+def _open_file(path: Path | None) -> None:
+    """Makes `path` the log file of this rank; None: no file."""
+    if _STATE.file_of == (path, _STATE.rank):
+        return
+    package_logger = logging.getLogger(PACKAGE)
+    opened = None if path is None else LogFileHandler(path, _STATE.rank)
+    if _STATE.file is not None:
+        package_logger.removeHandler(_STATE.file)
+        _STATE.file.close()
+    if opened is not None:
+        package_logger.addHandler(opened)
+    _STATE.file, _STATE.file_of = opened, (path, _STATE.rank)
+
+
+def _apply_levels(wanted: Mapping[str, int]) -> None:
+    """Gives loggers the levels in `wanted`, and resets levels set earlier that are no longer wanted."""
+    ours = _STATE.levels_set
+    for name in wanted.keys() | ours.keys():
+        logger = logging.getLogger(name)
+        if logger.level not in (logging.NOTSET, ours.get(name)):
+            continue  # set by the user, or by a test for a while
+        ours.pop(name, None)
+        logger.setLevel(wanted.get(name, logging.NOTSET))
+        if name in wanted:
+            ours[name] = wanted[name]
+
+
+def warn_about_level(source: str, problem: str) -> None:
+    """Logs a mistake in a level, with the valid levels."""
+    valid = ", ".join(LEVELS)
+    events.logging_level.log(logging.getLogger(__name__), source=source, problem=problem, valid_levels=valid)

@@ -1,0 +1,49 @@
+"""Generates the tables of arguments in docs/api.md from their declarations.
+
+python tools/generate_api_docs.py          rewrites what is between the markers
+python tools/generate_api_docs.py --check  exit status 1 if that would change anything
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from nanovllm.config import EngineConfig
+from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from nanovllm.utils.arguments import arguments_of
+from tools.generate_logging_docs import code, generate, table, update
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "api.md"
+
+
+def arguments(cls: type) -> str:
+    rows = (
+        [
+            code(argument.name),
+            "" if argument.default is MISSING else code(repr(argument.default)),
+            argument.rule.allowed,
+            argument.help,
+        ]
+        for argument in arguments_of(cls)
+    )
+    return table("argument | default | allowed | meaning", rows)
+
+
+BLOCKS = {
+    "arguments of LLM": partial(arguments, EngineConfig),
+    "fields of SamplingParams": partial(arguments, SamplingParams),
+    "fields of StructuredOutputsParams": partial(arguments, StructuredOutputsParams),
+}
+
+
+def generate_api(document: str) -> str:
+    return generate(document, BLOCKS)
+
+
+if __name__ == "__main__":
+    sys.exit(update(DOCUMENT, generate_api))
