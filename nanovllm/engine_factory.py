@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from nanovllm.config import EngineConfig
+from nanovllm.diagnostics import make_diagnostics
 from nanovllm.diagnostics.function_trace import start_function_trace
 from nanovllm.engine.engine_log import EngineLog
 from nanovllm.engine.executor import Executor
+from nanovllm.engine.in_process_executor import InProcessExecutor
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.metrics import StatisticsLine
 from nanovllm.engine.observer import EngineObserver
@@ -28,15 +30,11 @@ def make_engine(config: EngineConfig) -> LLMEngine:
 
 def make_executor(config: EngineConfig, stopwatch: Stopwatch) -> Executor:
     """Returns an executor in this process for one rank, and one of several processes for more."""
-    # Imported here: torch begins with the model runner, and all that stands above does not need it.
     if config.tensor_parallel_size == 1:
-        from nanovllm.engine.in_process_executor import InProcessExecutor
-
-        stopwatch.lap("imports")
-        return InProcessExecutor(config, stopwatch)
+        return InProcessExecutor(config, stopwatch, make_diagnostics)
     from nanovllm.distributed.multi_process_executor import MultiProcessExecutor
 
-    return MultiProcessExecutor(config, stopwatch)
+    return MultiProcessExecutor(config, stopwatch, make_diagnostics, start_function_trace)
 
 
 def default_observers(config: EngineConfig) -> list[EngineObserver]:

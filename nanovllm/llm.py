@@ -160,7 +160,8 @@ class LLM:
 
     def memory_report(self) -> MemoryReport:
         """Returns where the device's memory went, in bytes; `others` holds the other ranks'. `print` shows tables."""
-        return self.llm_engine.diagnostics.memory_report()
+        report: MemoryReport = self.llm_engine.diagnostics.memory_report()
+        return report
 
     def check_memory_leak(
         self,

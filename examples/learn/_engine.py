@@ -7,6 +7,7 @@ from typing import Any
 
 from nanovllm import RequestOutput, SamplingParams
 from nanovllm.config import EngineConfig
+from nanovllm.diagnostics import make_diagnostics
 from nanovllm.engine.in_process_executor import InProcessExecutor
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
@@ -25,7 +26,7 @@ class OpenExecutor(InProcessExecutor):
 def open_engine(**settings: Any) -> tuple[LLMEngine, ModelRunner]:
     """Returns an engine, which is a context manager, and the runner of its one rank. `settings`: LLM's arguments."""
     config = EngineConfig("tiny", **{"device": "cpu", **settings})
-    executor = OpenExecutor(config)
+    executor = OpenExecutor(config, make_diagnostics=make_diagnostics)
     return LLMEngine(config, lambda config, stopwatch: executor, default_observers(config)), executor.runner
 
 

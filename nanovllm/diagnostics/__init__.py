@@ -1,5 +1,20 @@
-"""Looking at an engine while it lives: torch's profiler, where the memory went, whether memory settles.
+"""Looks at a running engine: torch's profiler, a memory report, a leak check, a trace of function calls.
 
-`LLM.start_profile`, `LLM.stop_profile`, `LLM.memory_report` and `LLM.check_memory_leak` are the ways in. Each rank has
-one `RankDiagnostics`; an engine works the same without it.
+`LLM.start_profile`, `LLM.stop_profile`, `LLM.memory_report` and `LLM.check_memory_leak` use it. The engine itself does
+not import this package: the code that builds an engine passes `make_diagnostics`, which is called once
+on each rank.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nanovllm.diagnostics.rank import RankDiagnostics, RankRunner
+
+
+def make_diagnostics(runner: RankRunner) -> RankDiagnostics:
+    """Returns the diagnostics of the rank that `runner` computes. Imports torch, which choosing this does not."""
+    from nanovllm.diagnostics.rank import RankDiagnostics
+
+    return RankDiagnostics(runner)

@@ -1,11 +1,11 @@
-"""AllRanksDiagnostics: what `RankDiagnostics` does, on every rank, asked from rank 0.
+"""AllRanksDiagnostics: what `RankDiagnostics` does, on every rank, requested by rank 0.
 
-A question is a number of `Question` and, for some, a text. An answer is a status and what was asked for. Both are
-bytes of fixed layout (nothing is pickled); how they travel is the engine's affair.
+A question is a `Question` number, followed by a text for some. An answer is a status and the result. Both are bytes
+of a fixed layout, without pickle; the executor carries them.
 
-    question   uint64 Question · START_PROFILE: the folder, as the file system's bytes
-    answer     uint64 0 · MEMORY_REPORT, MEMORY_USE, STEP_TIMES: their record, STOP_PROFILE: the table in UTF-8
-               uint64 1 · why not, in UTF-8
+    question   uint64 Question · START_PROFILE: the folder, as bytes of the file system
+    answer     uint64 0 · MEMORY_REPORT, MEMORY_USE: their record, STOP_PROFILE: the table in UTF-8
+               uint64 1 · the error's text in UTF-8
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanovllm.diagnostics.memory import MemoryReport
-from nanovllm.diagnostics.rank import RankDiagnostics
-from nanovllm.diagnostics.step_times import StepTime, pack_step_times, unpack_step_times
 from nanovllm.errors import InvalidStateError, NanoVLLMError
+
+if TYPE_CHECKING:
+    from nanovllm.diagnostics.rank import RankDiagnostics
 
 _WORD = struct.Struct("=Q")
 _MEMORY_USE = struct.Struct("=QQ")
@@ -32,11 +34,10 @@ class Question(IntEnum):
     START_PROFILE = 3
     STOP_PROFILE = 4
     CANCEL_PROFILE = 5
-    STEP_TIMES = 6
 
 
 def answer(diagnostics: RankDiagnostics, question: bytes | bytearray) -> bytes:
-    """What a rank sends back. An error that says what is wrong is an answer, too: the rank goes on."""
+    """Returns a rank's answer. Expected errors are answers too, so the rank continues."""
     kind, text = Question(_WORD.unpack_from(question)[0]), bytes(question[_WORD.size :])
     try:
         return _WORD.pack(0) + _answer(diagnostics, kind, text)
@@ -49,8 +50,6 @@ def _answer(diagnostics: RankDiagnostics, kind: Question, text: bytes) -> bytes:
         return diagnostics.memory_report().pack()
     if kind == Question.MEMORY_USE:
         return _MEMORY_USE.pack(*diagnostics.memory_use())
-    if kind == Question.STEP_TIMES:
-        return pack_step_times(diagnostics.step_times.take())
     if kind == Question.STOP_PROFILE:
         return diagnostics.stop_profile().encode("utf-8", "replace")
     if kind == Question.START_PROFILE:
@@ -61,43 +60,47 @@ def _answer(diagnostics: RankDiagnostics, kind: Question, text: bytes) -> bytes:
 
 
 class AllRanksDiagnostics:
-    """`own`: of rank 0, in this process. `ask`: sends a question to the others, returns their answers by rank."""
+    """The profiler and the memory of all ranks.
+
+    own: the diagnostics of rank 0, in this process. ask: sends a question to the other ranks and returns their
+    answers in rank order.
+    """
 
     def __init__(self, own: RankDiagnostics, ask: Callable[[bytes], list[bytes]]) -> None:
         self._own, self._send = own, ask
 
     def start_profile(self, folder: Path) -> None:
-        """As `RankDiagnostics.start_profile`; all ranks profile then, or none."""
+        """As `RankDiagnostics.start_profile`, on all ranks or on none."""
         self._own.start_profile(folder)
         try:
             self._ask(Question.START_PROFILE, os.fsencode(folder.absolute()))
         except InvalidStateError:
-            self._own.cancel_profile()
-            self._ask(Question.CANCEL_PROFILE)
+            self.cancel_profile()
             raise
 
     def stop_profile(self) -> str:
-        """Each rank writes its trace and its table. The tables, one below the other."""
+        """Each rank writes its trace and its table. Returns the tables of all ranks."""
         own = self._own.stop_profile()
         tables = [own, *(table.decode() for table in self._ask(Question.STOP_PROFILE))]
         return "\n\n".join(f"Rank {rank}\n{table}" for rank, table in enumerate(tables))
 
+    def cancel_profile(self) -> None:
+        """Ends a running profile on every rank without writing it."""
+        self._own.cancel_profile()
+        self._ask(Question.CANCEL_PROFILE)
+
     def memory_report(self) -> MemoryReport:
-        """Rank 0's, with the others' in `others`."""
+        """Returns rank 0's report, with those of the other ranks in `others`."""
         own = self._own.memory_report()
         return replace(own, others=tuple(map(MemoryReport.unpack, self._ask(Question.MEMORY_REPORT))))
 
     def memory_use(self) -> tuple[int, int]:
-        """Summed over the ranks."""
+        """Returns bytes and Python objects, summed over the ranks."""
         used = [self._own.memory_use(), *map(_MEMORY_USE.unpack, self._ask(Question.MEMORY_USE))]
         return sum(use[0] for use in used), sum(use[1] for use in used)
 
-    def other_step_times(self) -> dict[int, list[StepTime]]:
-        """Rank → its steps since the last call, for all but rank 0, whose steps the engine knows."""
-        return {rank: unpack_step_times(data) for rank, data in enumerate(self._ask(Question.STEP_TIMES), start=1)}
-
     def _ask(self, kind: Question, text: bytes = b"") -> list[bytes]:
-        """Raises InvalidStateError where a rank could not."""
+        """Returns the results in rank order. Raises InvalidStateError when a rank answers with an error."""
         answers = self._send(_WORD.pack(kind) + text)
         for rank, data in enumerate(answers, start=1):
             if _WORD.unpack_from(data)[0]:

@@ -4,10 +4,10 @@
     5012.340131 MainThread      call      3    engine/scheduler.py:157 _schedule_decode
     5012.340140 MainThread      return    3    engine/scheduler.py:157 _schedule_decode
 
-For a process that hangs (the last calls without a return are where it stands) and for learning the way of a
-request. Columns: seconds of the monotonic clock, which is the `mono` of JSON logs; thread; call or return; depth within
-nanovllm; file, line and function. Each line goes to the operating system before the call goes on, so that killing the
-process loses nothing. That costs some microseconds a call: not for measuring.
+It shows where a process hangs (in the last calls without a return) and how a request is processed. Columns: seconds of
+the monotonic clock, which is `mono` in JSON logs; thread; call or return; depth within nanovllm; file, line and
+function. Each line is written before the call continues, so that a killed process loses none. This costs some
+microseconds per call, so it is no tool for measuring time.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
 def start_function_trace(rank: int) -> FunctionTrace | None:
-    """Starts a trace if the environment asks for one and none runs in this process yet.
+    """Starts a trace if NANOVLLM_TRACE_FUNCTION is set and none runs in this process yet.
 
-    Raises InvalidArgumentError when the file can not be written, or another profiler (cProfile …) is in the way.
+    Raises InvalidArgumentError when the file cannot be written or another profiler (cProfile, …) is running.
     """
     path = env.trace_function()
     running = sys.getprofile()
@@ -52,7 +52,7 @@ def start_function_trace(rank: int) -> FunctionTrace | None:
 
 
 class FunctionTrace(EngineObserver):
-    """Traces this thread and all that start from now on, until `stop`. A file that is there is continued."""
+    """Traces this thread and all threads started later, until `stop`. Appends to an existing file."""
 
     def __init__(self, path: Path, rank: int) -> None:
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -66,7 +66,7 @@ class FunctionTrace(EngineObserver):
         self.stop()
 
     def stop(self) -> None:
-        """Ends the trace; calling it again does nothing. Threads that it runs in end theirs at their next call."""
+        """Ends the trace; other threads stop at their next call. Calling it again does nothing."""
         if self._file < 0:
             return
         sys.setprofile(None)
@@ -81,7 +81,7 @@ class FunctionTrace(EngineObserver):
         if code.co_filename == __file__:
             return
         if self._file < 0:
-            sys.setprofile(None)  # of this thread
+            sys.setprofile(None)  # for this thread
             return
         depth = getattr(self._thread, "depth", 0)
         if event == "call":
@@ -89,7 +89,7 @@ class FunctionTrace(EngineObserver):
         place = f"{code.co_filename[len(_PACKAGE) :]}:{code.co_firstlineno} {code.co_name}"
         thread, now = threading.current_thread().name, time.monotonic()
         self._write(f"{now:.6f} {thread:<15} {event:<6} {depth:>4}  {'  ' * (depth - 1)}{place}\n")
-        # The frames that the trace began in return without a call: their depth is that of the outermost.
+        # Frames that were open when the trace began return without a call; their depth is the outermost.
         self._thread.depth = depth if event == "call" else max(depth - 1, 0)
 
     def _write(self, line: str) -> None:

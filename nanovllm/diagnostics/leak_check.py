@@ -1,4 +1,4 @@
-"""A leak check: the same work again and again, and whether what it leaves behind stops growing."""
+"""A leak check: repeats the same work and measures whether memory stops growing."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 
 from nanovllm.errors import InvalidArgumentError
 
-# What a run may leave behind once memory has settled: allocators take memory in such pieces now and then.
+# Growth per run that counts as none: allocators take pieces of this size now and then.
 _BYTES_ALLOWED = 256 * 1024
 _OBJECTS_ALLOWED = 20
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """After a run, summed over ranks. used_bytes: torch's on a GPU, the process's resident ones on a CPU."""
+    """Memory in use after a run, summed over ranks. used_bytes: torch's on a GPU, resident memory on a CPU."""
 
     used_bytes: int
     python_objects: int  # those that Python's garbage collector tracks
-    used_blocks: int  # of the KV cache; none belongs to anyone when no request is left
+    used_blocks: int  # of the KV cache; 0 when no request is left
 
 
 @dataclass(frozen=True)
 class LeakCheck:
-    """One `MemoryUse` after each run. The first half warms caches; growth is a run's, over the second half."""
+    """One `MemoryUse` per run. The first half of the runs warms caches; growth is measured over the second half."""
 
     measurements: tuple[MemoryUse, ...]
 
@@ -38,12 +38,12 @@ class LeakCheck:
 
     @property
     def settles(self) -> bool:
-        """Whether no run of the second half left memory, objects or KV blocks behind, but for small change."""
+        """Whether the runs of the second half left no KV blocks and only negligible memory and objects behind."""
         blocks = {use.used_blocks for use in self.measurements}
         return self.bytes_per_run <= _BYTES_ALLOWED and self.objects_per_run <= _OBJECTS_ALLOWED and blocks == {0}
 
     def _growth(self, values: list[int]) -> float:
-        """The median growth from run to run in the second half: one jump of an allocator is no leak."""
+        """Returns the median growth from run to run in the second half, so that one jump of an allocator is no leak."""
         half = values[len(values) // 2 :]
         steps = sorted(after - before for before, after in itertools.pairwise(half))
         return float(steps[(len(steps) - 1) // 2])
@@ -63,7 +63,7 @@ class LeakCheck:
 
 
 def check_leak(run: Callable[[], object], measure: Callable[[], MemoryUse], num_runs: int) -> LeakCheck:
-    """Raises InvalidArgumentError for fewer than 4 runs."""
+    """Calls `run` `num_runs` times, with `measure` after each. Raises InvalidArgumentError for fewer than 4 runs."""
     if isinstance(num_runs, bool) or not isinstance(num_runs, int) or num_runs < 4:
         raise InvalidArgumentError("num_runs", num_runs, "an integer ≥ 4", "Half of the runs only warm caches.")
     measurements: list[MemoryUse] = []

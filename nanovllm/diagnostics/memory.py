@@ -1,32 +1,34 @@
-"""MemoryReport: where a device's memory went, in bytes."""
+"""MemoryReport: what a device's memory is used for, in bytes."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from nanovllm.attention.interface import LayerKVCache
 from nanovllm.utils.device_memory import GB, describe_memory, free_cpu_memory
+
+if TYPE_CHECKING:
+    from nanovllm.diagnostics.rank import RankRunner
 
 _PACKED = struct.Struct("=8Q")
 
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes by use; on a GPU they add up to `total`.
+    """Bytes by use. On a GPU they add up to `total`.
 
     weights: parameters and buffers of the model.
-    kv_cache: its blocks. On a CPU their memory is taken as they are first written, so that until then less is in use.
-    graphs: what the CUDA graphs hold.
-    activations: what torch holds beside these: tensors of the steps, the rows, and memory kept to be used again. On
-        a CPU, where torch keeps none, 0.
-    other: on a GPU, the CUDA context and other processes; on a CPU, this process's resident memory beside the
+    kv_cache: the blocks. A CPU's memory is in use only once a block is written.
+    graphs: memory of the CUDA graphs.
+    activations: other memory that torch holds: tensors of steps, rows, cached memory. 0 on a CPU.
+    other: on a GPU, the CUDA context and other processes; on a CPU, this process's resident memory without the
         weights: Python, libraries, and the blocks written so far.
-    free: of the device, now. total: of the device; on a CPU, what this process has and could have.
-    rank: whose; with tensor_parallel_size > 1, `others` are the reports of ranks 1, 2, …
+    free: free memory of the device. total: memory of the device; on a CPU, resident plus free memory.
+    rank: the rank of this report; with tensor_parallel_size > 1, `others` are the reports of ranks 1, 2, …
     """
 
     device: str
@@ -51,7 +53,7 @@ class MemoryReport:
         return "\n".join([*lines, *map(str, self.others)])
 
     def pack(self) -> bytes:
-        """As bytes, to cross to another process: eight words and the device's name. `others` stay behind."""
+        """Returns the report as bytes for another process: eight words and the device's name, without `others`."""
         sizes = (self.weights, self.kv_cache, self.graphs, self.activations, self.other, self.free, self.total)
         return _PACKED.pack(self.rank, *sizes) + self.device.encode()
 
@@ -62,16 +64,11 @@ class MemoryReport:
         return cls(device, weights, kv_cache, graphs, activations, other, free, total, rank)
 
 
-def measure_memory(
-    rank: int,
-    device: torch.device,
-    model: torch.nn.Module,
-    kv_caches: Iterable[LayerKVCache],
-    graph_pool: tuple[int, int] | None,
-) -> MemoryReport:
-    """Measured now, without waiting for the device."""
-    weights = _bytes([*model.parameters(), *model.buffers()])
-    kv_cache = _bytes(tensor for cache in kv_caches for tensor in vars(cache).values() if tensor is not None)
+def measure_memory(runner: RankRunner) -> MemoryReport:
+    """Returns the report of the rank that `runner` computes, without waiting for the device."""
+    rank, device, graph_pool = runner.parallel.rank, runner.device, runner.graph_pool
+    weights = _bytes([*runner.model.parameters(), *runner.model.buffers()])
+    kv_cache = _bytes(tensor for cache in runner.kv_caches for tensor in vars(cache).values() if tensor is not None)
     if device.type != "cuda":
         resident = int(describe_memory(device)[1].get("resident_bytes", 0))
         free = free_cpu_memory()
@@ -90,7 +87,7 @@ def measure_memory(
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    """Of the storages behind them, each counted once: views and tied weights share theirs."""
+    """Returns the size of the tensors' storages. A storage that views or tied weights share counts once."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
         if tensor.is_mkldnn:  # in oneDNN's layout, whose storage torch does not show

@@ -1,4 +1,4 @@
-"""RankProfiler: torch's profiler around one rank's work, a Chrome trace and a table of the dearest kernels."""
+"""RankProfiler: torch's profiler on one rank. Writes a Chrome trace and a table of the most expensive operators."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROWS = 25  # of the table
 
 
 class RankProfiler:
-    """Records from its making until `stop`: the CPU, and the GPU where the rank's device is one."""
+    """Records from its construction until `stop`: the CPU, and the GPU if the rank has one."""
 
     def __init__(self, folder: Path, rank: int, device: torch.device) -> None:
         self.folder = folder
@@ -22,13 +22,13 @@ class RankProfiler:
         self._on_gpu = device.type == "cuda"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.table_file.write_text("", encoding="utf-8")  # now, rather than after an hour of profiling
+            self.table_file.write_text("", encoding="utf-8")  # fails now rather than after an hour of profiling
         except OSError as error:
             raise InvalidArgumentError(
                 "folder", str(folder), f"a folder that can be written ({error.strerror})"
             ) from None
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._on_gpu else [])]
-        if torch.autograd.profiler._is_profiler_enabled:  # a second one would take the first one's events
+        if torch.autograd.profiler._is_profiler_enabled:  # a second profiler would take the events of the first
             raise InvalidStateError("torch's profiler runs already, started by other code or another engine: stop it.")
         self._profile = profile(activities=activities, acc_events=True)
         self._profile.start()
@@ -36,7 +36,7 @@ class RankProfiler:
     def stop(self) -> str:
         """Ends the recording, writes both files and returns the table."""
         if self._on_gpu:
-            torch.cuda.synchronize()  # what was launched belongs to the profile
+            torch.cuda.synchronize()  # the profile includes launched kernels
         self._profile.stop()
         key = "self_cuda_time_total" if self._on_gpu else "self_cpu_time_total"
         table: str = self._profile.key_averages().table(sort_by=key, row_limit=_ROWS, max_name_column_width=60)
@@ -45,4 +45,5 @@ class RankProfiler:
         return table
 
     def cancel(self) -> None:
+        """Ends the recording without writing it."""
         self._profile.stop()

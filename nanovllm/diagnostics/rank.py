@@ -1,17 +1,18 @@
-"""RankDiagnostics: what one rank tells of its device, its memory and its kernels."""
+"""RankDiagnostics: the profiler and the memory of one rank."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from nanovllm.attention.interface import LayerKVCache
+from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics, answer
 from nanovllm.diagnostics.memory import MemoryReport, measure_memory
 from nanovllm.diagnostics.profiler import RankProfiler
-from nanovllm.diagnostics.step_times import StepTime, StepTimes
 from nanovllm.errors import InvalidStateError
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.logs import events
@@ -21,8 +22,8 @@ from nanovllm.utils.logger import setup_logger
 logger = setup_logger(__name__)
 
 
-class DiagnosedRunner(Protocol):
-    """What diagnostics read of a model runner."""
+class RankRunner(Protocol):
+    """What diagnostics read of a rank's model runner."""
 
     @property
     def parallel(self) -> TensorParallel: ...
@@ -34,23 +35,35 @@ class DiagnosedRunner(Protocol):
     def model(self) -> torch.nn.Module: ...
 
     @property
-    def kv_caches(self) -> list[LayerKVCache]: ...
+    def kv_caches(self) -> Sequence[LayerKVCache]: ...
 
     @property
-    def graph_pool(self) -> tuple[int, int] | None: ...
+    def graph_pool(self) -> tuple[int, int] | None:
+        """The memory pool of the CUDA graphs; None without graphs."""
+        ...
 
 
 class RankDiagnostics:
-    """Made by an executor, for its rank's runner. Closed before the runner is shut down."""
+    """The profiler and the memory of the rank that `runner` computes."""
 
-    def __init__(self, runner: DiagnosedRunner) -> None:
-        self._rank, self._device, self._model = runner.parallel.rank, runner.device, runner.model
-        self._kv_caches, self._graph_pool = runner.kv_caches, runner.graph_pool
+    def __init__(self, runner: RankRunner) -> None:
+        self._runner: RankRunner | None = runner
+        self._rank, self._device = runner.parallel.rank, runner.device
         self._profiler: RankProfiler | None = None
-        self.step_times = StepTimes()  # kept where a timeline is written, by ranks above 0
+
+    def of_all_ranks(self, ask: Callable[[bytes], list[bytes]]) -> AllRanksDiagnostics:
+        """Returns the diagnostics of every rank, for rank 0. ask: sends a question, returns the others' answers."""
+        return AllRanksDiagnostics(self, ask)
+
+    def answer(self, question: bytes | bytearray) -> bytes:
+        """Returns this rank's answer to a question of rank 0."""
+        return answer(self, question)
 
     def start_profile(self, folder: Path) -> None:
-        """Raises InvalidStateError when a profile runs, InvalidArgumentError when `folder` can not be written."""
+        """Starts a profile.
+
+        Raises InvalidStateError when a profile is running, InvalidArgumentError when `folder` cannot be written.
+        """
         if self._profiler is not None:
             raise InvalidStateError(
                 f"A profile runs already, into {self._profiler.folder}: call stop_profile before start_profile."
@@ -59,7 +72,10 @@ class RankDiagnostics:
         events.profile_started.log(logger, folder=str(folder), rank=self._rank)
 
     def stop_profile(self) -> str:
-        """Writes the trace and the table, logs the table, and returns it. Raises InvalidStateError if none runs."""
+        """Writes the trace and the table, logs the table and returns it.
+
+        Raises InvalidStateError when no profile is running.
+        """
         if self._profiler is None:
             raise InvalidStateError("No profile runs: call start_profile(folder) before stop_profile.")
         profiler, self._profiler = self._profiler, None
@@ -74,11 +90,13 @@ class RankDiagnostics:
         return table
 
     def memory_report(self) -> MemoryReport:
-        return measure_memory(self._rank, self._device, self._model, self._kv_caches, self._graph_pool)
+        """Returns where the device's memory is, without waiting for the device."""
+        assert self._runner is not None, "diagnostics were closed"
+        return measure_memory(self._runner)
 
     def memory_use(self) -> tuple[int, int]:
-        """Bytes in use once garbage is collected (torch's on a GPU, the process's resident ones on a CPU), and the
-        Python objects that the collector tracks.
+        """Returns the bytes in use after a garbage collection (torch's on a GPU, the process's resident ones on a
+        CPU) and the number of Python objects that the collector tracks.
         """
         gc.collect()
         if self._device.type == "cuda":
@@ -87,17 +105,13 @@ class RankDiagnostics:
             used = int(describe_memory(self._device)[1].get("resident_bytes", 0))
         return used, len(gc.get_objects())
 
-    def other_step_times(self) -> dict[int, list[StepTime]]:
-        """Of one rank there are none."""
-        return {}
-
     def cancel_profile(self) -> None:
-        """A profile that runs ends and is lost."""
+        """Ends a running profile without writing it."""
         if self._profiler is not None:
             self._profiler.cancel()
         self._profiler = None
 
     def close(self) -> None:
-        """Lets go of what the runner owns, of a profile that runs, too."""
+        """Cancels a running profile and releases the runner."""
         self.cancel_profile()
-        del self._model, self._kv_caches
+        self._runner = None

@@ -1,14 +1,14 @@
-"""Several ranks: one in this process, each other in one of its own, all running the same steps.
+"""MultiProcessExecutor: several ranks. Rank 0 runs in this process, every other rank in a process of its own.
 
-A step is the batch's bytes, sent to all workers, then run here as there; the ranks meet in the model's collectives.
-Every rank samples the same tokens, so that nothing but rank 0's is read.
+The executor sends the batch's bytes to all workers and runs the same step itself; the ranks meet in the model's
+collectives. Every rank samples the same tokens, so only those of rank 0 are read.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -20,55 +20,67 @@ from nanovllm.config import EngineConfig
 from nanovllm.distributed.worker_pool import WorkerPool
 from nanovllm.distributed.worker_process import NUMBER, MessageKind
 from nanovllm.engine.batch import ScheduledBatch, StepHandle, StepResult
+from nanovllm.engine.executor import Diagnostics, MakeDiagnostics, RankDiagnostics, StartTrace, StepTime, existing
 from nanovllm.errors import EngineDeadError, InvalidArgumentError
 from nanovllm.utils.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     import torch
 
-    from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics
-    from nanovllm.diagnostics.rank import RankDiagnostics
     from nanovllm.engine.model_runner import ModelRunner
     from nanovllm.layers.parallel import TensorParallel
 
 
-_IDLE_SECONDS = 5.0  # that steps in flight may take when the engine ends
+_IDLE_SECONDS = 5.0  # for steps in flight, when the engine ends
 
 
 class MultiProcessExecutor:
-    """`config.tensor_parallel_size` ranks. An error in a step, on whichever rank, ends all of them.
+    """Runs `config.tensor_parallel_size` ranks. An error in a step of any rank ends all of them.
 
-    Raises WorkerError when a rank is lost: it died, raised (its traceback is in the message), or kept the others
-    waiting for longer than `config.startup_timeout` or, in a step, `config.step_timeout`.
+    Raises WorkerError when a rank is lost: it died, raised (its traceback is in the message), or held up the others
+    for longer than `config.startup_timeout` or, in a step, `config.step_timeout`.
     """
 
-    def __init__(self, config: EngineConfig, stopwatch: Stopwatch | None = None) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        stopwatch: Stopwatch | None = None,
+        make_diagnostics: MakeDiagnostics | None = None,
+        start_trace: StartTrace | None = None,
+    ) -> None:
         stopwatch = stopwatch or Stopwatch()
+        from nanovllm.runner.cpu_threads import choose_cpu_threads, load_torch
+
+        is_fresh = load_torch(config.device)
         import torch
 
         from nanovllm.runner.model_plan import ModelPlan
 
-        plan = ModelPlan.of(config)  # what can not work is refused before any process starts
+        plan = ModelPlan.of(config)  # raises for arguments that cannot work, before any process starts
         size = config.tensor_parallel_size
         configs = [replace(config, device=str(device)) for device in rank_devices(plan.device, size)]
         self._runner: ModelRunner | None = None
-        self._diagnostics: RankDiagnostics | None = None
         self._parallel: TensorParallel | None = None
+        self._diagnostics: RankDiagnostics | None = None
         self._error: BaseException | None = None
-        self._workers = WorkerPool(configs[1:], max(1, torch.get_num_threads() // size))
-        # Before multiprocessing ends what is left of its children, when Python ends.
+        if plan.device.type == "cpu":
+            choose_cpu_threads(is_fresh, size)
+        num_threads = max(1, torch.get_num_threads() // size)
+        self._workers = WorkerPool(configs[1:], num_threads, make_diagnostics, start_trace)
+        # When Python exits, this runs before multiprocessing ends its remaining children.
         self._finalize = Finalize(self, self._workers.shutdown, exitpriority=10)
         try:
             with self._workers.within("startup_timeout"):
-                self._start(configs[0], plan.device, stopwatch)
+                runner = self._start(configs[0], plan.device, stopwatch)
+            self._diagnostics = None if make_diagnostics is None else make_diagnostics(runner)
         except BaseException as error:
-            cause = error if not isinstance(error, Exception) else self._workers.explain(error)
+            cause = self._workers.explain(error) if isinstance(error, Exception) else error
             self.shutdown()
             if cause is error:
                 raise
             raise cause from error
 
-    def _start(self, config: EngineConfig, device: torch.device, stopwatch: Stopwatch) -> None:
+    def _start(self, config: EngineConfig, device: torch.device, stopwatch: Stopwatch) -> ModelRunner:
         from nanovllm.distributed.process_group import join_ranks, leave_ranks, open_store
         from nanovllm.engine.model_runner import ModelRunner
 
@@ -80,15 +92,16 @@ class MultiProcessExecutor:
         parallel = self._parallel = workers.run(lambda check: join_ranks(store, 0, config, device))
         workers.break_off = lambda: leave_ranks(parallel, seconds=0)
         stopwatch.lap("ranks")
-        self._runner = workers.run(lambda check: ModelRunner(config, parallel, stopwatch, check))
+        runner = self._runner = workers.run(lambda check: ModelRunner(config, parallel, stopwatch, check))
         workers.wait_until_ready()
         stopwatch.lap("other ranks")
-        self.resolved = self._runner.resolved
+        self.resolved = runner.resolved
+        return runner
 
     def submit(self, batch: ScheduledBatch) -> StepHandle:
         runner = self._alive_runner()
         try:
-            # Ctrl-C between the two would leave the ranks at different steps
+            # Ctrl-C between the two calls would leave the ranks at different steps.
             with _interrupts_deferred(), self._workers.within("step_timeout"):
                 self._workers.send(MessageKind.STEP, batch.buffer)
                 return runner.submit(batch)
@@ -99,7 +112,7 @@ class MultiProcessExecutor:
         try:
             with self._workers.within("step_timeout"):
                 result = handle.wait(self._workers.check)
-            self._workers.check()  # a collective that was broken off gives numbers, too
+            self._workers.check()  # an aborted collective returns numbers, too
         except Exception as error:
             raise self._break(error) from error
         return result
@@ -117,14 +130,15 @@ class MultiProcessExecutor:
         self._ask(MessageKind.SYNCHRONIZE)
 
     @property
-    def diagnostics(self) -> AllRanksDiagnostics:
-        from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics
-        from nanovllm.diagnostics.rank import RankDiagnostics
+    def diagnostics(self) -> Diagnostics:
+        self._alive_runner()
+        return existing(self._diagnostics).of_all_ranks(partial(self._ask, MessageKind.DIAGNOSE))
 
-        runner = self._alive_runner()
-        if self._diagnostics is None:
-            self._diagnostics = RankDiagnostics(runner)
-        return AllRanksDiagnostics(self._diagnostics, partial(self._ask, MessageKind.DIAGNOSE))
+    def other_step_times(self) -> dict[int, Sequence[StepTime]]:
+        from nanovllm.distributed.step_times import unpack_step_times
+
+        answers = self._ask(MessageKind.STEP_TIMES)
+        return {rank: unpack_step_times(data) for rank, data in enumerate(answers, start=1)}
 
     def _ask(self, kind: MessageKind, question: bytes = b"") -> list[bytes]:
         try:
@@ -137,12 +151,13 @@ class MultiProcessExecutor:
         from nanovllm.distributed.process_group import leave_ranks
 
         runner, self._runner = self._runner, None
-        # Steps in flight read the other ranks' memory. Where a lost rank lets them hang, memory goes with this process.
+        # Steps in flight read the other ranks' memory. If a lost rank lets them hang, this rank's memory is not freed
+        # before its process ends.
         is_idle = runner is None or runner.becomes_idle(_IDLE_SECONDS)
-        self._finalize()  # once: ends the workers
-        if self._diagnostics is not None:
-            self._diagnostics.close()
-            self._diagnostics = None
+        self._finalize()  # ends the workers; later calls do nothing
+        diagnostics, self._diagnostics = self._diagnostics, None
+        if diagnostics is not None:
+            diagnostics.close()
         if runner is not None and is_idle:
             runner.shutdown()
         parallel, self._parallel = self._parallel, None
@@ -150,7 +165,7 @@ class MultiProcessExecutor:
             leave_ranks(parallel)
 
     def _break(self, error: Exception) -> BaseException:
-        """After an error the ranks are at different places: all end. Returns what to raise."""
+        """Ends all ranks, which may be at different steps after an error. Returns the error to raise."""
         self._error = self._workers.explain(error)
         self._workers.break_off()
         self._workers.shutdown(gently=False)
@@ -163,7 +178,7 @@ class MultiProcessExecutor:
 
 
 def rank_devices(first: torch.device, size: int) -> list[torch.device]:
-    """One GPU a rank, from `first` on; on a CPU they share it."""
+    """Returns the device of each rank: consecutive GPUs from `first` on, or the CPU, which the ranks share."""
     import torch
 
     if first.type == "cpu":
@@ -181,7 +196,7 @@ def rank_devices(first: torch.device, size: int) -> list[torch.device]:
 
 @contextmanager
 def _interrupts_deferred() -> Iterator[None]:
-    """Ctrl-C takes effect at the end of the block."""
+    """Delays Ctrl-C until the end of the block."""
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
         yield

@@ -1,7 +1,7 @@
-"""GPU memory that the processes of other GPUs on this host read and write: CUDA's inter-process handles.
+"""PeerMemory: GPU memory that the processes of other GPUs on this host read and write, by CUDA's inter-process handles.
 
-Through the driver itself. torch's symmetric memory numbers its exchanges by process, so that a second engine in one
-process never meets its workers; torch's shared tensors leave counters in the shared-memory folder after a kill.
+It calls the CUDA driver directly. torch's symmetric memory counts its exchanges per process, so a second engine in one
+process would never meet its workers; torch's shared tensors leave counters in /dev/shm when a process is killed.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class _Handle(ctypes.Structure):
 
 
 class PeerMemory:
-    """`num_bytes` zeros on each rank's GPU, and where all of them are in this process's `addresses`, by rank.
+    """A zeroed buffer of `num_bytes` on each rank's GPU; `addresses` are those of all buffers here, by rank.
 
-    exchange: gives every rank's bytes, in order, for this rank's. Raises RuntimeError where GPUs or the system do not
-    allow it; then the other ranks' exchange has still been served.
+    exchange: takes this rank's bytes and returns every rank's, in order. Raises RuntimeError when the GPUs or the
+    system do not allow it, after taking part in the exchange so that the other ranks do not wait.
     """
 
     def __init__(self, rank: int, num_bytes: int, device: torch.device, exchange: Callable[[bytes], list[bytes]]):
@@ -32,12 +32,12 @@ class PeerMemory:
         handle = _Handle()
         error: RuntimeError | None = None
         with torch.cuda.device(device):
-            torch.cuda.synchronize()  # torch makes its context when it is first used
+            torch.cuda.synchronize()  # torch creates the CUDA context on first use
             try:
                 self._driver: Any = ctypes.CDLL("libcuda.so.1")
                 self._call("cuMemAlloc_v2", ctypes.byref(self._own), ctypes.c_size_t(num_bytes))
                 self._call("cuMemsetD8_v2", self._own, ctypes.c_ubyte(0), ctypes.c_size_t(num_bytes))
-                torch.cuda.synchronize()  # setting memory need not be done when the call returns
+                torch.cuda.synchronize()  # the memset may still run when the call returns
                 self._call("cuIpcGetMemHandle", ctypes.byref(handle), self._own)
             except (OSError, RuntimeError) as failure:
                 error = RuntimeError(str(failure))
@@ -58,7 +58,7 @@ class PeerMemory:
             raise RuntimeError(f"{name} gave CUDA error {status}")
 
     def close(self) -> None:
-        """Gives this rank's memory back, which the other ranks must not use any more. Calling it again does nothing."""
+        """Frees this rank's buffer, which other ranks must no longer use. Calling it again does nothing."""
         opened, self._opened = self._opened, []
         for address in opened:
             self._driver.cuIpcCloseMemHandle(ctypes.c_uint64(address))

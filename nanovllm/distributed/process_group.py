@@ -1,7 +1,7 @@
 """Joins the ranks' processes: NCCL between GPUs, gloo between processes on a CPU.
 
-The groups are made directly, not as torch's process-wide default, so that one process can hold several engines. They
-meet at a store whose port the system chose.
+The groups are created directly, not as torch's process-wide default, so that one process can hold several engines.
+The ranks meet at a store whose port the system chooses.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ _LEAVE_SECONDS = 5.0
 
 
 def open_store(config: EngineConfig, port: int | None = None) -> Any:
-    """Rank 0 opens the store on a free port (`port` None); the others come with that port."""
+    """Opens the store: on a free port for rank 0 (`port` None), on rank 0's port for the others."""
     size, limit = config.tensor_parallel_size, timedelta(seconds=config.startup_timeout)
     return TCPStore(_HOST, port or 0, size, is_master=port is None, wait_for_workers=False, timeout=limit)
 
 
 def join_ranks(store: Any, rank: int, config: EngineConfig, device: torch.device) -> TensorParallel:
-    """Blocks until all ranks are here. `device`: where this rank computes."""
+    """Returns the group once all ranks have joined. device: of this rank."""
     size = config.tensor_parallel_size
-    # Later than rank 0's watch would: it is the one that knows which rank is late.
+    # Longer than rank 0's watch waits, because the watch knows which rank is late.
     timeout = timedelta(seconds=config.startup_timeout + config.step_timeout)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # NCCL works on the current device
+        torch.cuda.set_device(device)  # NCCL uses the current device
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         nccl: Any = dist.ProcessGroupNCCL(store, rank, size, options)
         nccl.eager_connect_single_device(device)
         return TensorParallel(rank, size, nccl, _one_shot_all_reduce(store, rank, size, device, nccl))
     gloo: Any = dist.ProcessGroupGloo
-    gloo_options = gloo._Options()  # to stay on this machine, whatever its name resolves to
+    gloo_options = gloo._Options()  # stays on this machine, whatever the host name resolves to
     gloo_options._devices = [gloo.create_device(hostname=_HOST)]
     gloo_options._timeout = timeout
     return TensorParallel(rank, size, gloo(store, rank, size, gloo_options))
 
 
 def _one_shot_all_reduce(store: Any, rank: int, size: int, device: torch.device, nccl: Any) -> OneShotAllReduce | None:
-    """None where it can not be had: the ranks' GPUs may not reach each other's memory."""
+    """Returns None when it is not available, as when the GPUs cannot access each other's memory."""
 
     def exchange(own: bytes) -> list[bytes]:
         store.set(f"peer-memory/{rank}", own)
@@ -67,12 +67,12 @@ def _one_shot_all_reduce(store: Any, rank: int, size: int, device: torch.device,
 
 
 def leave_ranks(parallel: TensorParallel, seconds: float = _LEAVE_SECONDS) -> bool:
-    """Ends the group, and with it collectives that hang because a rank is gone. May be called from any thread, again.
+    """Ends the group, and collectives that hang because a rank is lost. Any thread may call it, more than once.
 
-    Never raises. Returns whether the device is free of the group, which is waited for no longer than `seconds`.
+    Never raises. Returns whether the device has finished the group's work, after at most `seconds`.
     """
     group: Any = parallel.group
-    if type(group).__name__ != "ProcessGroupNCCL":  # gloo's collectives end with the other processes
+    if type(group).__name__ != "ProcessGroupNCCL":  # gloo's collectives end when the other processes do
         return True
     if parallel.one_shot is not None:
         parallel.one_shot.break_off()

@@ -1,20 +1,21 @@
-"""Messages between processes of one machine: a ring in shared memory, written once and read by every reader.
+"""Messages between processes of one machine, through a ring in shared memory with one writer and several readers.
 
     segment   magic, version, capacity, number of readers · head · a tail for each reader · the ring
-    head      bytes written so far (they only grow; the place in the ring is the remainder by its capacity)
-    tail      bytes a reader has copied out: its acknowledgement. The writer never overtakes the slowest
+    head      bytes written so far; it only grows, and its remainder by the capacity is the position in the ring
+    tail      bytes that a reader has copied out, its acknowledgement; the writer never overtakes the slowest reader
     record    sequence, kind, length of the message, offset and size of this piece · the piece
 
-All numbers are 64-bit words in the machine's byte order; records begin at multiples of 64 bytes, and each number that
-one process writes and others read has a cache line to itself. A message longer than a quarter of the ring goes in
-pieces, so that writer and readers copy at the same time, and any size works. Nothing is pickled: a kind and bytes.
+All numbers are 64-bit words in the machine's byte order. Records begin at multiples of 64 bytes, and each number that
+one process writes and others read has a cache line of its own. A message longer than a quarter of the ring is sent in
+pieces, so that writer and readers copy at the same time and any size works. A message is a kind and bytes, without
+pickle.
 
-Who waits spins for two milliseconds, giving its core to whoever wants it, then sleeps for a sixteenth of the time
-waited so far, at most 2 ms: a busy engine's messages are handed over in microseconds, an idle one costs no core.
+A waiting process spins for two milliseconds, yielding its core, then sleeps for a sixteenth of the time waited so far,
+at most 2 ms: messages of a busy engine take microseconds, and an idle engine uses no core.
 
-A segment's name, nanovllm-<pid>-<start time>-<random>, says which process made it: what a killed one left is removed
-when the next is made. Once all readers are attached the name is no longer needed, and `unlink` takes it away: the
-memory lives on until the last process lets go of it, whatever ends that process.
+A segment's name, nanovllm-<pid>-<start time>-<random>, identifies the process that made it. Creating a segment removes
+those of processes that no longer exist. Once all readers are attached the name is no longer needed and `unlink` removes
+it: the memory is then freed when the last process closes it or ends.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ _yield: Callable[[], None] = getattr(os, "sched_yield", lambda: time.sleep(0))
 class Message:
     kind: int
     sequence: int  # 0, 1, … in the order of sending
-    payload: bytearray  # a copy: the ring goes on
+    payload: bytearray  # a copy, because the ring is overwritten
 
 
 class _Segment:
-    """The shared memory, and its words and bytes. `while_waiting` is called between sleeps, and may raise."""
+    """The shared memory, as words and as bytes. `while_waiting` is called between sleeps and may raise."""
 
     def __init__(self, memory: SharedMemory, num_readers: int, capacity: int) -> None:
         self._memory = memory
@@ -67,23 +68,23 @@ class _Segment:
         self._fence_lock.acquire()
 
     def unlink(self) -> None:
-        """Takes the name away; who is attached stays so. Calling it again does nothing."""
+        """Removes the name; attached processes stay attached. Calling it again does nothing."""
         with suppress(FileNotFoundError):
             self._memory.unlink()
 
     def close(self) -> None:
-        """Lets go of the memory. Calling it again does nothing; anything else raises after it."""
+        """Closes the memory. Calling it again does nothing; any other call raises afterwards."""
         for view in (self._words, self._headers, self._data):
             view.release()
         self._memory.close()
 
     def _fence(self) -> None:
-        """What was written before is seen by others before what is written after: x86 promises so, ARM does not."""
+        """Makes earlier writes visible to others before later ones. x86 guarantees this anyway, ARM does not."""
         self._fence_lock.release()
         self._fence_lock.acquire()
 
     def _wait(self, ready: Callable[[], bool], timeout: float | None, while_waiting: Callable[[], None] | None) -> bool:
-        """Whether `ready` came true within `timeout` seconds (None: however long it takes)."""
+        """Waits until `ready()`. Returns False after `timeout` seconds (None: no limit)."""
         if ready():
             return True
         started = time.monotonic()
@@ -103,7 +104,7 @@ class _Segment:
 
 
 class ChannelWriter(_Segment):
-    """The one that writes. `create` makes a channel; `attach` finds one that another process made."""
+    """The writer of a channel. `create` makes a channel; `attach` opens one that another process made."""
 
     def __init__(self, memory: SharedMemory, num_readers: int, capacity: int) -> None:
         super().__init__(memory, num_readers, capacity)
@@ -113,7 +114,7 @@ class ChannelWriter(_Segment):
 
     @classmethod
     def create(cls, num_readers: int, capacity: int = 1 << 20) -> ChannelWriter:
-        """A new channel, after those of processes that no longer live are removed.
+        """Creates a channel, after removing those of processes that no longer exist.
 
         capacity: bytes of the ring, a multiple of 64.
         """
@@ -130,7 +131,7 @@ class ChannelWriter(_Segment):
 
     @classmethod
     def attach(cls, name: str) -> ChannelWriter:
-        """To a channel that nobody has written to. Raises ChannelError when `name` is none of this version."""
+        """Opens a channel that has no message yet. Raises ChannelError if `name` is no channel of this version."""
         return cls(*_open(name))
 
     def send(
@@ -140,10 +141,10 @@ class ChannelWriter(_Segment):
         timeout: float | None = None,
         while_waiting: Callable[[], None] | None = None,
     ) -> None:
-        """Returns when the message is in the ring, whole. payload: anything that gives its bytes, C-contiguous.
+        """Returns when the whole message is in the ring. payload: a C-contiguous buffer.
 
-        Raises ChannelError when a reader holds the ring back for `timeout` seconds. If a part of the message was
-        written by then, the channel is of no more use.
+        Raises ChannelError when a reader has not made room within `timeout` seconds. If a part of the message was
+        written by then, the channel cannot be used any more.
         """
         if self._is_broken:
             raise ChannelError(f"{self.name}: an earlier message was cut short, nothing can follow it.")
@@ -198,7 +199,7 @@ class ChannelWriter(_Segment):
 
 
 class ChannelReader(_Segment):
-    """One of the readers, by its number. Raises ChannelError when `name` is no segment of this version."""
+    """One reader of a channel, by its number. Raises ChannelError if `name` is no channel of this version."""
 
     def __init__(self, name: str, reader: int) -> None:
         memory, num_readers, capacity = _open(name)
@@ -209,14 +210,14 @@ class ChannelReader(_Segment):
         self._tail_word = _HEAD * (2 + reader)
         self._tail = self._words[self._tail_word]
         self._sequence = 0
-        self._payload = bytearray()  # of the message that comes
-        self._received = 0  # bytes of it
+        self._payload = bytearray()  # of the message being received
+        self._received = 0  # bytes of the payload
 
     def receive(self, timeout: float | None = None, while_waiting: Callable[[], None] | None = None) -> Message | None:
-        """The next message, or None when the writer is silent for `timeout` seconds (0: nothing is waited for).
+        """Returns the next message, or None after `timeout` seconds without one (0: does not wait).
 
-        What has come of a message by then is kept for the next call: a writer that stops in the middle holds nobody up.
-        Raises ChannelError for bytes that are no record, or not the one that must follow.
+        A partly received message is kept for the next call, so a writer that stops in the middle blocks no reader.
+        Raises ChannelError for bytes that are not the expected record.
         """
         while True:
             if self._words[_HEAD] == self._tail and (
@@ -249,7 +250,7 @@ class ChannelReader(_Segment):
 
 
 def _open(name: str) -> tuple[SharedMemory, int, int]:
-    """The memory, the number of readers, and the capacity."""
+    """Returns the memory, the number of readers and the capacity."""
     try:
         memory = SharedMemory(name)
     except (FileNotFoundError, ValueError) as error:
@@ -265,12 +266,12 @@ def _open(name: str) -> tuple[SharedMemory, int, int]:
 
 
 def remove_stale_segments(folder: Path = _SHARED_MEMORY_FOLDER) -> list[str]:
-    """Removes the segments whose process no longer lives, and returns their names."""
+    """Removes the segments of processes that no longer exist, and returns their names."""
     removed = []
     for path in folder.glob(f"{PREFIX}-*-*-*") if folder.is_dir() else ():
         parts = path.name.split("-")
         if len(parts) == 4 and parts[1].isdigit() and _start_time(int(parts[1])) != parts[2]:
-            with suppress(OSError):  # another user's, or another start was faster
+            with suppress(OSError):  # of another user, or already removed by another process
                 path.unlink()
                 removed.append(path.name)
     return removed
@@ -281,7 +282,7 @@ def _new_name() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process began, in ticks since the machine did; None: there is no such process, or no /proc."""
+    """Returns when a process started, in ticks since boot; None without such a process or without /proc."""
     try:
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19]
     except OSError:

@@ -1,7 +1,7 @@
-"""What runs in the process of each rank but 0: it does what rank 0 says, step by step, and says so when it can not.
+"""The process of a rank above 0: runs the steps that rank 0 sends, and reports its errors.
 
-Rank 0 says everything through one channel that all workers read, and each worker answers through one of its own.
-A worker never waits for rank 0 beyond its life: a thread ends the process when rank 0's does, whatever this one is at.
+Rank 0 sends every message through one channel that all workers read; each worker answers through a channel of its
+own. A worker does not outlive rank 0: a thread ends the process as soon as rank 0's process ends.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nanovllm.config import EngineConfig
-from nanovllm.diagnostics.function_trace import start_function_trace
-from nanovllm.diagnostics.stacks import answer_with_stacks
 from nanovllm.distributed.shm_channel import ChannelReader, ChannelWriter
+from nanovllm.distributed.stacks import answer_with_stacks
 from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.executor import MakeDiagnostics, RankDiagnostics, StartTrace, existing
 from nanovllm.errors import ChannelError
+from nanovllm.runner.cpu_threads import load_torch
 from nanovllm.utils import env
 from nanovllm.utils.logger import configure_logging, flush_timed_sections, log_communication, setup_logger
 
@@ -35,23 +36,24 @@ if TYPE_CHECKING:
 
 logger = setup_logger(__name__)
 
-_REPORT_SECONDS = 1.0  # that a last word may take
+_REPORT_SECONDS = 1.0  # to send the message about a failure
 
 
 class MessageKind(IntEnum):
-    """What a message says, and what its payload is."""
+    """The kinds of messages, each with its payload."""
 
     # from rank 0 to all
-    JOIN = 1  # uint64: the port where ranks meet
-    STEP = 2  # a ScheduledBatch's buffer: int32 words, with a version of their own
-    SYNCHRONIZE = 3  # uint64: a number to answer with, when the device has done all steps before
+    JOIN = 1  # uint64: the port of the store where the ranks meet
+    STEP = 2  # a ScheduledBatch's buffer: int32 words, which begin with their own version
+    SYNCHRONIZE = 3  # uint64: a number that the answer repeats, once the device has finished all earlier steps
     SHUTDOWN = 4  # empty
-    DIAGNOSE = 5  # uint64: a number to answer with; then a question, as diagnostics/all_ranks.py has it
+    DIAGNOSE = 5  # uint64: a number that the answer repeats; then a question for the diagnostics
+    STEP_TIMES = 6  # uint64: a number that the answer repeats
     # from one worker to rank 0
-    ATTACHED = 16  # empty: both channels are open, their names are no longer needed
-    READY = 17  # empty: the model is loaded, the cache allocated
-    ANSWER = 18  # uint64: the question's number; then the answer, if there is one to give
-    FAILED = 19  # FAILURE: when, on the machine's monotonic clock; then the traceback, UTF-8
+    ATTACHED = 16  # empty: both channels are open, so their names are no longer needed
+    READY = 17  # empty: the model is loaded and the KV cache allocated
+    ANSWER = 18  # uint64: the question's number; then the answer, which may be empty
+    FAILED = 19  # FAILURE: the time on the machine's monotonic clock, in ns; then the traceback in UTF-8
 
 
 NUMBER = struct.Struct("=Q")
@@ -60,26 +62,28 @@ FAILURE = struct.Struct("=Q")
 
 @dataclass(frozen=True)
 class WorkerStart:
-    """All that a worker's process is started with."""
+    """Everything that a worker process is started with. The one object that multiprocessing pickles."""
 
     rank: int
     size: int
-    config: EngineConfig  # this rank's: with its own device
-    commands: str  # names of the channels
-    reports: str
+    config: EngineConfig  # of this rank, with its own device
+    commands: str  # name of the channel that it reads
+    reports: str  # name of the channel that it writes
     num_threads: int  # for torch, on a CPU
-    log_level: int  # of the package's logger in rank 0; NOTSET: as the environment says
-    stack: connection.Connection  # a pipe into which it writes where it stands, when asked
+    log_level: int  # of the package's logger in rank 0; NOTSET: the environment decides
+    stack: connection.Connection  # a pipe into which it writes its Python stack on a signal
+    make_diagnostics: MakeDiagnostics | None
+    start_trace: StartTrace | None
 
 
 def run_worker(start: WorkerStart) -> None:
-    """The process from beginning to end."""
+    """Runs a worker, from the start of its process to the end."""
     commands, reports = _attach(start)
     try:
         configure_logging(rank=start.rank)
         if start.log_level != logging.NOTSET:
             logging.getLogger("nanovllm").setLevel(start.log_level)
-        trace = start_function_trace(start.rank)
+        trace = start.start_trace(start.rank) if start.start_trace is not None else None
         _Worker(start, commands, reports).run()
         if trace is not None:
             trace.stop()
@@ -87,12 +91,12 @@ def run_worker(start: WorkerStart) -> None:
     except BaseException as error:
         text = FAILURE.pack(time.monotonic_ns()) + "".join(traceback.format_exception(error)).encode("utf-8", "replace")
         log_communication(logger, f"send {MessageKind.FAILED.name}", len(text), start.rank, start.size)
-        with suppress(ChannelError):  # nobody listens any more
+        with suppress(ChannelError):  # rank 0 no longer reads
             reports.send(MessageKind.FAILED, text, timeout=_REPORT_SECONDS)
         status = 1
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(status)  # at once: collectives that hang, and threads of libraries, do not hold it up
+    os._exit(status)  # at once: does not wait for hanging collectives or for threads of libraries
 
 
 def _attach(start: WorkerStart) -> tuple[ChannelReader, ChannelWriter]:
@@ -103,7 +107,7 @@ def _attach(start: WorkerStart) -> tuple[ChannelReader, ChannelWriter]:
 
     def end_with_the_parent() -> None:
         connection.wait([parent.sentinel])
-        commands.unlink()  # if rank 0 was killed before it could
+        commands.unlink()  # in case rank 0 was killed before it did
         reports.unlink()
         os._exit(1)
 
@@ -119,6 +123,7 @@ class _Worker:
 
     def run(self) -> None:
         self._send(MessageKind.ATTACHED)
+        load_torch(self.start.config.device)
         import torch
 
         from nanovllm.distributed.process_group import join_ranks, leave_ranks, open_store
@@ -128,45 +133,49 @@ class _Worker:
         start = self.start
         torch.set_num_threads(start.num_threads)
         kind, payload = self._receive()
-        if kind != MessageKind.JOIN:  # rank 0 gave up before
+        if kind != MessageKind.JOIN:  # rank 0 failed before the ranks met
             return
         store = open_store(start.config, port=NUMBER.unpack(payload)[0])
         parallel = join_ranks(store, start.rank, start.config, ModelPlan.of(start.config).device)
         runner = ModelRunner(start.config, parallel)
+        diagnostics = None if start.make_diagnostics is None else start.make_diagnostics(runner)
         self._send(MessageKind.READY)
-        self._follow(runner)
+        self._follow(runner, diagnostics)
         flush_timed_sections()
+        if diagnostics is not None:
+            diagnostics.close()
         runner.shutdown()
         leave_ranks(parallel)
 
-    def _follow(self, runner: ModelRunner) -> None:
-        from nanovllm.diagnostics.all_ranks import answer
-        from nanovllm.diagnostics.rank import RankDiagnostics
+    def _follow(self, runner: ModelRunner, diagnostics: RankDiagnostics | None) -> None:
+        """Does what rank 0 says, until it says SHUTDOWN."""
+        from nanovllm.distributed.step_times import StepTimes, pack_step_times
 
-        diagnostics = RankDiagnostics(runner)
-        traces = env.trace_file() is not None
+        step_times = StepTimes() if env.trace_file() is not None else None
         while True:
             kind, payload = self._receive()
             if kind == MessageKind.STEP:
                 batch, began = ScheduledBatch.from_buffer(np.frombuffer(payload, dtype=np.int32)), time.monotonic()
                 step = runner.submit(batch)
-                if traces:
-                    diagnostics.step_times.add(batch.step, batch.kind, began, step)
+                if step_times is not None:
+                    step_times.add(batch.step, batch.kind, began, step)
             elif kind == MessageKind.SYNCHRONIZE:
                 runner.synchronize()
                 self._send(MessageKind.ANSWER, payload)
             elif kind == MessageKind.DIAGNOSE:
                 number, question = payload[: NUMBER.size], payload[NUMBER.size :]
-                self._send(MessageKind.ANSWER, number + answer(diagnostics, question))
+                self._send(MessageKind.ANSWER, number + existing(diagnostics).answer(question))
+            elif kind == MessageKind.STEP_TIMES:
+                times = [] if step_times is None else step_times.take()
+                self._send(MessageKind.ANSWER, payload + pack_step_times(times))
             elif kind == MessageKind.SHUTDOWN:
-                diagnostics.close()
                 return
             else:
-                raise ChannelError(f"{self.commands.name}: a worker was sent a {kind!r}, which is not for it.")
+                raise ChannelError(f"{self.commands.name}: a worker received {kind!r}, which no worker handles.")
 
     def _receive(self) -> tuple[MessageKind, bytearray]:
         message = self.commands.receive()
-        assert message is not None, "there is no limit on the time"
+        assert message is not None, "receive has no timeout"
         kind = MessageKind(message.kind)
         log_communication(logger, f"receive {kind.name}", len(message.payload), self.start.rank, self.start.size)
         return kind, message.payload

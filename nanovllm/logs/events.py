@@ -20,6 +20,7 @@ engine_model = Event("engine.model", INFO, "engine.llm_engine", "Model: {model}"
 engine_config = Event(
     "engine.config", INFO, "engine.llm_engine", "Configuration: {all_fields}", others="every argument by its name"
 )
+cpu_threads = Event("cpu.threads", INFO, "runner.cpu_threads", "CPU threads: {num_threads} ({threads_reason})")
 runner_init = Event("runner.init", INFO, "engine.model_runner", "Initializing ModelRunner (rank {rank})")
 attention_selected = Event(
     "attention.selected",
@@ -286,7 +287,7 @@ worker_lost = Event(
 communication = Event(
     "communication",
     DEBUG,
-    "layers.parallel distributed.worker_process distributed.worker_pool",
+    "layers.parallel distributed.worker_process distributed.worker_messages",
     "[Rank {rank}/{world_size}] {operation}: {details}",
     "elapsed_ms",
     optional="shapes bytes",

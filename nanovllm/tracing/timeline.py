@@ -21,8 +21,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.tracing.trace_file import TraceFile
 
 if TYPE_CHECKING:
-    from nanovllm.diagnostics.step_times import StepTime
-    from nanovllm.engine.executor import Executor
+    from nanovllm.engine.executor import Executor, StepTime
 
 _ENGINE, _RANK, _REQUESTS = 1, 2, 3  # the trace's processes; the other ranks follow
 _LOOP = 1
@@ -98,7 +97,7 @@ class Timeline(EngineObserver):
     def _draw_other_ranks(self) -> None:
         if self._executor is None or not self._has_other_ranks:
             return
-        for rank, steps in self._executor.diagnostics.other_step_times().items():
+        for rank, steps in self._executor.other_step_times().items():
             for step in steps:
                 self._other_step(rank, 1, "steps", step, step.began, step.ended)
                 if not math.isnan(step.gpu_began):

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -159,5 +160,41 @@ otlp_traces_endpoint = Variable(
     "The same for spans only, with the full path: `http://localhost:4318/v1/traces`.",
     "no spans",
 )
+omp_num_threads = Variable(
+    "OMP_NUM_THREADS",
+    PRESENCE,
+    False,
+    "Number of torch's threads on a CPU; where it is set, the engine does not choose it.",
+    "one for each core, or 1 where more are slower",
+)
+mkl_num_threads = Variable("MKL_NUM_THREADS", PRESENCE, False, "The same, for MKL.", "not set")
+omp_wait_policy = Variable(
+    "OMP_WAIT_POLICY",
+    PRESENCE,
+    False,
+    "How torch's threads wait; where it is set, the engine does not choose it.",
+    "not set",
+)
+gomp_spincount = Variable(
+    "GOMP_SPINCOUNT", PRESENCE, False, "The same, in GNU OpenMP's turns of a loop.", "1000, if the engine imports torch"
+)
 
 VARIABLES = tuple(value for value in list(globals().values()) if isinstance(value, Variable))
+
+
+@contextmanager
+def openmp_spins_briefly() -> Iterator[None]:
+    """Sets GOMP_SPINCOUNT, which GNU OpenMP reads once, for a library that is loaded in the block.
+
+    It is unset afterwards, so that processes that this one starts do not inherit it.
+    """
+    os.environ[gomp_spincount.name] = "1000"  # some microseconds
+    try:
+        yield
+    finally:
+        del os.environ[gomp_spincount.name]
+
+
+def num_usable_cores() -> int:
+    """Returns the number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

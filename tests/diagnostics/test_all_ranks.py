@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from nanovllm import LLM, InvalidStateError, SamplingParams
 from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics, answer
 from nanovllm.diagnostics.memory import MemoryReport
-from nanovllm.diagnostics.step_times import KINDS, StepTime, StepTimes, pack_step_times, unpack_step_times
 from nanovllm.distributed import worker_pool
+from nanovllm.distributed.step_times import KINDS, StepTimes, pack_step_times, unpack_step_times
+from nanovllm.engine.executor import StepTime
 from tests.distributed.faulty_worker import run_leaking_worker
 from tests.distributed.rank_processes import ONLY_LINUX, folder, run_script
 from tests.small_llm import GREEDY, generate, load, token_ids
@@ -228,7 +229,7 @@ class FakeStep:
 
 def test_a_gpu_s_times_are_counted_from_event_to_event(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [50.0]
-    monkeypatch.setattr("nanovllm.diagnostics.step_times.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("nanovllm.distributed.step_times.time.monotonic", lambda: now[0])
     times = StepTimes()
     steps = [FakeStep(FakeEvent(1000 + 10 * n), FakeEvent(1004 + 10 * n, n < 2)) for n in range(3)]
     for number, step in enumerate(steps):

@@ -205,8 +205,12 @@ def test_a_rank_that_hangs_while_it_loads(folder: Path, monkeypatch: pytest.Monk
     plant(monkeypatch, Fault(2, "cache", "spin", diary))
     wait = WorkerPool.wait_until_ready
 
+    def at_ready(pool: WorkerPool) -> bool:
+        stages = pool._messages.stages
+        return stages[1] == stages[3] == MessageKind.READY
+
     def wait_with_less_patience(pool: WorkerPool) -> None:
-        assert until(lambda: (pool._read_reports(), pool._stage[1] + pool._stage[3] == 2 * MessageKind.READY)[1], 30)
+        assert until(lambda: (pool._messages.read_reports(), at_ready(pool))[1], 30)
         assert pool._limit is not None
         pool._limit.left = 0.1
         wait(pool)

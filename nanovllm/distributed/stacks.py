@@ -1,7 +1,7 @@
-"""Where another process stands: told a signal, it writes its Python stack into a pipe, also while it hangs.
+"""Finds the rank that holds up the others, from the Python stacks of the workers.
 
-It is written by a handler in C, which needs neither the interpreter's lock nor a turn of the loop; a process that does
-not answer is stopped, or is in the kernel.
+On a signal a worker writes its stack into a pipe, even while it hangs: the handler is written in C and needs neither
+the interpreter's lock nor the main thread. A process that does not answer is stopped, or is inside the kernel.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 _SIGNAL = signal.SIGUSR1
-_SECONDS = 0.2  # that a process may take to answer
+_SECONDS = 0.2  # for a process to answer
 _BYTES = 1 << 16  # more than a pipe holds
 # Files whose functions wait for other ranks.
 _WAITING_PLACES = ("distributed/process_group.py", "distributed/shm_channel.py", "layers/parallel.py")
@@ -24,7 +24,7 @@ _WAITING_PLACES = ("distributed/process_group.py", "distributed/shm_channel.py",
 
 @dataclass(frozen=True)
 class LateRank:
-    """rank: who keeps the others waiting. states: what each is at. stack: Python's, the innermost call first."""
+    """rank: the rank that holds up the others. states: what each rank does. stack: of Python, innermost call first."""
 
     rank: int
     states: str
@@ -32,17 +32,19 @@ class LateRank:
 
 
 def answer_with_stacks(pipe: Connection) -> None:
-    """From now on this process writes its stack into `pipe`, which must stay open, when it is asked."""
+    """Makes this process write its stack into `pipe` on the signal. `pipe` must stay open."""
     faulthandler.register(_SIGNAL, pipe.fileno(), all_threads=False)
 
 
 def find_late_rank(
     pids: Mapping[int, int], pipes: Mapping[int, Connection], stages: Mapping[int, int], words: Mapping[int, str]
 ) -> LateRank:
-    """Of the ranks that are least far, the one that does not wait for another: as their stacks tell.
+    """Returns the rank at the earliest stage that does not wait for another rank, as far as the stacks show.
 
-    pids, pipes, stages: by rank, 1, 2, …; a rank at stage 0 has not called `answer_with_stacks` yet. words: of each
-    stage, in order. Rank 0 it is when all others are as far as can be, and wait. What a GPU does is not seen.
+    That is rank 0 when all others are at the last stage and wait. What a GPU does is not visible.
+
+    pids, pipes, stages: by rank, 1, 2, …; a rank at stage 0 has not called `answer_with_stacks` yet. words: the
+    description of each stage.
     """
     stacks = _read_stacks(pids, pipes, [rank for rank, stage in stages.items() if stage])
     waits = {rank: any(place in stack for place in _WAITING_PLACES) for rank, stack in stacks.items()}
