@@ -78,8 +78,8 @@ def main() -> None:
         "keys and values. The plan is one int32 buffer made of changes, the only thing that goes from deciding to "
         "computing:"
     )
-    sections = [(name, part.count, part.width, part.count * part.width) for name, part in batch.sections.items()]
-    table(["section", "items", "words each", "words"], sections)
+    words = [(name, part.end - part.offset, part.record.itemsize // 4) for name, part in batch.sections.items()]
+    table(["section", "items", "words each", "words"], [(name, n // each, each, n) for name, n, each in words])
     row, start, length = batch.chunks[0].tolist()
     print(
         f"\n  chunk: row {row} computes its tokens {start} … {start + length - 1}, so {length} tokens: a PREFILL step"

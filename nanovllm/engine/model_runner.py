@@ -29,10 +29,7 @@ from nanovllm.runner.step_handle import DeviceStepHandle, wait_for
 from nanovllm.runner.step_log import StepLog
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils import env
-from nanovllm.utils.logger import setup_logger, timed_section
 from nanovllm.utils.stopwatch import Stopwatch
-
-logger = setup_logger(__name__)
 
 
 class ModelRunner:
@@ -53,11 +50,11 @@ class ModelRunner:
         check: Callable[[], None] = lambda: None,  # called while the weights load; what it raises ends that
     ) -> None:
         self.parallel = parallel or TensorParallel()
-        startup = Startup(config, self.parallel, stopwatch or Stopwatch(), logger)
+        startup = Startup(config, self.parallel, stopwatch or Stopwatch())
         self.device = startup.device
         self._query_group = startup.query_group
         self._graphs: DecodeGraphs | None = None
-        self._log = StepLog(logger, self.parallel.rank)
+        self._log = StepLog(self.parallel.rank, self.device)
         self._traces = env.trace_file() is not None
         with torch.inference_mode(), self._on_device():
             self.model = startup.build_model()
@@ -123,7 +120,7 @@ class ModelRunner:
             uploaded = DeviceBatch(batch, self._upload(batch.buffer))
             self.rows.apply(uploaded)
             self._log.preparing(batch)
-            with timed_section(logger, self._log.section(batch), device=self.device, step=batch.step):
+            with self._log.forward(batch):
                 sampled = self._run(uploaded, needs)
             return self._download(sampled, began)
 

@@ -266,11 +266,25 @@ def qk_norm_rope_store(
             kv_cache=kv_cache,
             slot_mapping=slot_mapping,
         )
+    query_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
+    if len(query):
+        _launch(query, key, value, query_out, norm, cos_sin_cache, positions, kv_cache, slot_mapping)
+    return query_out
+
+
+def _launch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_out: torch.Tensor,
+    norm: QKNorm | None,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    kv_cache: LayerKVCache,
+    slot_mapping: torch.Tensor,
+) -> None:
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads = key.shape[1]
-    query_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
-    if num_tokens == 0:
-        return query_out
     block_heads = min(next_power_of_2(max(num_heads, num_kv_heads)), _BLOCK_HEADS)
     tiles = -(-num_heads // block_heads) + -(-num_kv_heads // block_heads)
     is_quantized = kv_cache.is_quantized
@@ -306,4 +320,3 @@ def qk_norm_rope_store(
         num_warps=_NUM_WARPS,
         **pdl_options(query.device),
     )
-    return query_out

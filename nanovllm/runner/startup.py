@@ -1,11 +1,7 @@
-"""Startup: what happens before a model runner's first step. It loads the weights, measures memory, allocates the cache.
-
-Its lines go to the model runner's logger, where users' documents show them.
-"""
+"""Startup: all that happens before a model runner's first step: loading, measuring memory, allocating the KV cache."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -30,8 +26,10 @@ from nanovllm.runner.model_plan import ModelPlan
 from nanovllm.runner.warm_up import WarmUp
 from nanovllm.utils.device_memory import GB, free_memory
 from nanovllm.utils.loader import LoadReport, load_dummy_weights, load_weights, materialise
-from nanovllm.utils.logger import log_gpu_memory
+from nanovllm.utils.logger import log_gpu_memory, setup_logger
 from nanovllm.utils.stopwatch import Stopwatch
+
+logger = setup_logger("nanovllm.engine.model_runner")  # the name that users' documents show
 
 
 class StartingRunner(Protocol):
@@ -51,11 +49,8 @@ class Startup:
     a backend is not available.
     """
 
-    def __init__(
-        self, config: EngineConfig, parallel: TensorParallel, stopwatch: Stopwatch, logger: logging.Logger
-    ) -> None:
+    def __init__(self, config: EngineConfig, parallel: TensorParallel, stopwatch: Stopwatch) -> None:
         events.runner_init.log(logger, rank=parallel.rank)
-        self._logger = logger
         self._config = config
         self._parallel = parallel
         self._stopwatch = stopwatch
@@ -101,7 +96,7 @@ class Startup:
     def load(self, runner: StartingRunner, check: Callable[[], None]) -> None:
         """Fills the model's weights; on a GPU, compiles the kernels meanwhile. `check` may raise to end it."""
         name, rank = self.plan.folder or self._config.model, self._parallel.rank
-        events.model_loading.log(self._logger, rank=rank, model=str(name))
+        events.model_loading.log(logger, rank=rank, model=str(name))
         self._log_model()
         warm_up = None
         try:
@@ -122,14 +117,14 @@ class Startup:
             if warm_up is not None:
                 warm_up.wait()
         events.model_weights.log(
-            self._logger,
+            logger,
             rank=rank,
             num_tensors=report.num_tensors,
             gigabytes=report.num_bytes / GB,
             num_files=report.num_files,
             seconds=report.seconds,
         )
-        log_gpu_memory(self._logger, device=self.device, event=events.model_loaded)
+        log_gpu_memory(logger, device=self.device, event=events.model_loaded)
         self._stopwatch.lap("weights")
 
     def _load_weights(self, model: CausalLM, check: Callable[[], None]) -> LoadReport:
@@ -140,7 +135,7 @@ class Startup:
     def _log_model(self) -> None:
         shape = self.plan.model_config
         events.model_config.log(
-            self._logger,
+            logger,
             num_layers=shape.num_layers,
             hidden_size=shape.hidden_size,
             num_heads=shape.num_heads,
@@ -174,7 +169,7 @@ class Startup:
                 f"them, to {config.max_num_batched_tokens // 2} and {max(1, config.max_num_seqs // 2)} for a start."
             ) from error
         events.kv_cache_sizing.log(
-            self._logger,
+            logger,
             total_gb=memory.total / GB,
             utilization=memory.utilization,
             weights_gb=memory.weights / GB,
@@ -223,14 +218,14 @@ class Startup:
         """Sets the runner's rows and cache. Returns max_model_len: at most what the cache holds."""
         max_model_len = self.plan.fit_max_model_len(self._config, num_blocks * self._cache.block_size)
         events.kv_cache_config.log(
-            self._logger,
+            logger,
             num_kv_heads=self._cache.num_kv_heads,
             head_dim=self._cache.head_dim,
             block_size=self._cache.block_size,
             dtype=self.plan.kv_cache_dtype_name,
         )
         total_gb = num_blocks * self._cache.block_bytes / GB
-        events.kv_cache_allocated.log(self._logger, num_blocks=num_blocks, total_gb=total_gb)
+        events.kv_cache_allocated.log(logger, num_blocks=num_blocks, total_gb=total_gb)
         self._allocate(runner, num_blocks, max_model_len)
         self._stopwatch.lap("KV cache")
         return max_model_len
@@ -263,7 +258,7 @@ class Startup:
 
     def finish(self, num_blocks: int, max_model_len: int) -> ResolvedConfig:
         """Logs the memory in use, and returns what was decided."""
-        log_gpu_memory(self._logger, device=self.device, event=events.kv_cache_memory)
+        log_gpu_memory(logger, device=self.device, event=events.kv_cache_memory)
         config, plan = self._config, self.plan
         return ResolvedConfig(
             model=str(plan.folder or config.model),

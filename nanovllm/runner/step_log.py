@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 
 import torch
 
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.logs import events
 from nanovllm.runner.device_rows import ModelInputs
-from nanovllm.utils.logger import shapes_of
+from nanovllm.utils.logger import setup_logger, shapes_of, timed_section
+
+logger = setup_logger("nanovllm.engine.model_runner")  # the name that users' documents show
 
 
 class StepLog:
-    """The lines of one rank, in the runner's `logger`."""
+    """Writes the lines of one rank's steps."""
 
-    def __init__(self, logger: logging.Logger, rank: int) -> None:
-        self._logger = logger
+    def __init__(self, rank: int, device: torch.device) -> None:
         self._rank = rank
+        self._device = device
         section = f"[Rank {rank}] Model forward"
         self._sections = {
             "prefill": f"{section} PREFILL",
@@ -27,18 +30,18 @@ class StepLog:
 
     @property
     def is_detailed(self) -> bool:
-        return self._logger.isEnabledFor(logging.DEBUG)
+        return logger.isEnabledFor(logging.DEBUG)
 
-    def section(self, batch: ScheduledBatch) -> str:
-        """What the log calls the part of a step that runs the model."""
-        return self._sections[batch.kind]
+    def forward(self, batch: ScheduledBatch) -> AbstractContextManager[object]:
+        """Times the part of a step that runs the model."""
+        return timed_section(logger, self._sections[batch.kind], device=self._device, step=batch.step)
 
     def preparing(self, batch: ScheduledBatch) -> None:
         rank, step, num_prefill, num_decode = self._rank, batch.step, len(batch.chunks), len(batch.decode_rows)
         if num_prefill:
-            events.runner_prepare_prefill.log(self._logger, rank=rank, step=step, kind="PREFILL", num_seqs=num_prefill)
+            events.runner_prepare_prefill.log(logger, rank=rank, step=step, kind="PREFILL", num_seqs=num_prefill)
         if num_decode:
-            events.runner_prepare_decode.log(self._logger, rank=rank, step=step, kind="DECODE", num_seqs=num_decode)
+            events.runner_prepare_decode.log(logger, rank=rank, step=step, kind="DECODE", num_seqs=num_decode)
 
     def inputs(self, inputs: ModelInputs) -> None:
         if not self.is_detailed:
@@ -48,9 +51,9 @@ class StepLog:
         tensors = {"input_ids": inputs.input_ids, "positions": inputs.positions}
         if prefill is not None:
             tensors["slot_mapping"] = attention.slot_mapping
-            events.runner_prefill_tensors.log(self._logger, rank=rank, shapes=shapes_of(tensors))
+            events.runner_prefill_tensors.log(logger, rank=rank, shapes=shapes_of(tensors))
             events.runner_prefill_shape.log(
-                self._logger,
+                logger,
                 rank=rank,
                 max_seqlen_q=prefill.max_seqlen_q,
                 max_seqlen_k=prefill.max_seqlen_k,
@@ -58,7 +61,7 @@ class StepLog:
             )
         elif decode is not None:
             tensors |= {"context_lens": decode.context_lens, "block_tables": decode.block_tables}
-            events.runner_decode_tensors.log(self._logger, rank=rank, shapes=shapes_of(tensors))
+            events.runner_decode_tensors.log(logger, rank=rank, shapes=shapes_of(tensors))
 
     def logits(self, logits: torch.Tensor) -> None:
-        events.runner_output.log(self._logger, rank=self._rank, logits=list(logits.shape))
+        events.runner_output.log(logger, rank=self._rank, logits=list(logits.shape))

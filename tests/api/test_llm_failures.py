@@ -6,7 +6,7 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -181,15 +181,12 @@ def test_what_ended_within_a_generation_is_not_lost_with_it(
     with load(folder) as llm:
         engine = llm.llm_engine
         engine.add_request("mine", [5], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
-        original, ended = engine.step, False
+        original = engine.step
 
-        def step() -> list[RequestOutput]:
-            nonlocal ended
-            if ended:
+        def step(request_ids: Container[str] | None = None) -> list[RequestOutput]:
+            if not engine.sequences("mine"):
                 raise error
-            outputs = original()
-            ended = bool(outputs)
-            return outputs
+            return original(request_ids)
 
         with monkeypatch.context() as patched:
             patched.setattr(engine, "step", step)

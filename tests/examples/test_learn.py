@@ -206,7 +206,7 @@ def test_tensor_parallel_shows_both_ranks_and_what_they_exchange() -> None:
     messages = text.split("--- 3.")[1].split("--- 4.")[0]
     assert re.search(r"send STEP +prefill step", messages)
     assert re.search(r"send STEP +11 × decode step", messages)
-    assert len(re.findall(r"send SHUTDOWN +give the memory back", messages)) == 1
+    assert len(re.findall(r"send SHUTDOWN +release the memory and end", messages)) == 1
     # The embedding, two for each of four layers, and the tokens: in prefill and in decode.
     assert re.findall(r"(\w+) +\[(\d+), (?:256|2)\]", text.split("--- 4.")[1]) == [
         *[("all_reduce", str(33))] * 9,

@@ -24,6 +24,10 @@ DEFAULTS = [
     ("NO_COLOR", env.no_color, False),
     ("OTEL_EXPORTER_OTLP_ENDPOINT", env.otlp_endpoint, None),
     ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", env.otlp_traces_endpoint, None),
+    ("OMP_NUM_THREADS", env.omp_num_threads, False),
+    ("MKL_NUM_THREADS", env.mkl_num_threads, False),
+    ("OMP_WAIT_POLICY", env.omp_wait_policy, False),
+    ("GOMP_SPINCOUNT", env.gomp_spincount, False),
 ]
 
 VALUES = [
