@@ -15,7 +15,7 @@ from typing import Any
 from nanovllm.config import DTYPES
 from nanovllm.errors import ModelLoadError, UnknownArgumentError
 from nanovllm.layers.rope_parameters import RopeParameters
-from nanovllm.models.registry import check_architecture
+from nanovllm.models.architectures import check_architecture
 
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 _ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")

@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 
 from nanovllm.errors import ModelLoadError
+from nanovllm.models.architectures import supported_architectures
 from nanovllm.models.causal_lm import CausalLM
-from nanovllm.models.registry import get_model_class, supported_architectures
+from nanovllm.models.registry import get_model_class
 
 
 @pytest.mark.parametrize("architecture", supported_architectures())
