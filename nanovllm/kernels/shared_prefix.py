@@ -24,7 +24,7 @@ _NUM_STAGES = 3  # blocks of keys in flight
 _PROGRAMS_EACH = 2  # on a multiprocessor
 _MAX_SPLITS = 16
 _INT32_MAX = 0x7FFFFFFF  # in a minimum, where there is no value
-SHARED_MULTIPLE = 32  # of tokens: `paged_decode` reads aligned blocks, and begins behind the shared part
+SHARED_MULTIPLE = 32  # of tokens: `paged_decode` reads aligned blocks, and begins after the shared part
 
 
 @jit
@@ -89,7 +89,7 @@ def _make_tiles_kernel(
 def find_shared_prefixes_reference(
     block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: int, max_tile_rows: int, min_tokens: int
 ) -> SharedPrefixes:
-    """What `find_shared_prefixes` must equal, row by row in plain Python (slow: for tests)."""
+    """Reference for `find_shared_prefixes`, row by row in plain Python (slow: for tests)."""
     lengths, tables = context_lens.tolist(), block_tables.tolist()
 
     def common(row: int) -> int:
@@ -242,7 +242,7 @@ def _prefix_attention_kernel(
 
 
 def choose_num_prefix_splits(num_seqs: int, max_tile_rows: int, num_kv_heads: int, num_multiprocessors: int) -> int:
-    """Into how many parts a shared prefix is split, so that the programs of full tiles fill the device about once."""
+    """Returns how many parts to split a shared prefix into: the programs of full tiles then fill the device once."""
     num_tiles = -(-num_seqs // max_tile_rows)
     return max(1, min(_PROGRAMS_EACH * num_multiprocessors // (num_tiles * num_kv_heads), _MAX_SPLITS))
 
