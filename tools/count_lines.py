@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "nanovllm"
 MAX_FILE = 400
 MAX_FUNCTION = 60
 MAX_PATH = 2600
-# The way of a request, in the order in which it is read; a folder stands for all of its files.
+# The files on the way of a request, in reading order; a folder stands for all of its files.
 PATH = (
     "llm.py",
     "engine/llm_engine.py",

@@ -152,7 +152,7 @@ def main() -> None:
 
 
 class ShapeTrace:
-    """Notes what each module of the next forward pass gives back, in the order of the calls."""
+    """Records what each module of the next forward pass returns, in the order of the calls."""
 
     def __init__(self, model: Any) -> None:
         self.shapes: dict[str, list[int]] = {}

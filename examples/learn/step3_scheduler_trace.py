@@ -44,7 +44,7 @@ class Step:
 
     @property
     def is_plain(self) -> bool:
-        """Whether no request was admitted, preempted, finished or prefilled."""
+        """True if no request was admitted, preempted, finished or prefilled."""
         dull = {"batch.decode", "batch.postprocess", "step.done"}
         told = ("batch.", "blocks.allocated", "sequence.")
         return all(r["event"] in dull for r in self.records if r["event"].startswith(told))

@@ -12,7 +12,7 @@ from nanovllm.models.checkpoint import resolve_model_folder
 from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
 
 ALL_WORKLOADS = "all"
-MIN_MODEL_LEN = 4096  # as in nano-vllm's benchmark, where the workload needs less
+MIN_MODEL_LEN = 4096  # as in nano-vllm's benchmark, if the workload needs less
 
 Say = Callable[[str], None]  # prints a line for people, or discards it
 

@@ -1,4 +1,4 @@
-"""AllRanksDiagnostics: what `RankDiagnostics` does, on every rank, requested by rank 0.
+"""AllRanksDiagnostics: does on every rank what `RankDiagnostics` does on one, at the request of rank 0.
 
 A question is a `Question` number, followed by a text for some. An answer is a status and the result. Both are bytes
 of a fixed layout, without pickle; the executor carries them.
@@ -71,7 +71,7 @@ class AllRanksDiagnostics:
         self._own, self._send = own, ask
 
     def start_profile(self, folder: Path) -> None:
-        """As `RankDiagnostics.start_profile`, on all ranks or on none."""
+        """Starts a profile as `RankDiagnostics.start_profile` does, on all ranks or on none."""
         self._own.start_profile(folder)
         try:
             self._ask(Question.START_PROFILE, os.fsencode(folder.absolute()))
@@ -80,7 +80,7 @@ class AllRanksDiagnostics:
             raise
 
     def stop_profile(self) -> str:
-        """Each rank writes its trace and its table. Returns the tables of all ranks."""
+        """Writes each rank's trace and table. Returns the tables of all ranks."""
         own = self._own.stop_profile()
         tables = [own, *(table.decode() for table in self._ask(Question.STOP_PROFILE))]
         return "\n\n".join(f"Rank {rank}\n{table}" for rank, table in enumerate(tables))

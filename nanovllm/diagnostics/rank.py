@@ -66,7 +66,7 @@ class RankDiagnostics:
         return table
 
     def memory_report(self) -> MemoryReport:
-        """Returns where the device's memory is, without waiting for the device."""
+        """Returns what the device's memory is used for, without waiting for the device."""
         assert self._runner is not None, "diagnostics were closed"
         return measure_memory(self._runner)
 

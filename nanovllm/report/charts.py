@@ -26,7 +26,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def duration_text(ms: float) -> str:
-    """A duration with about three digits, in a suitable unit."""
+    """Formats a duration with about three digits, in a suitable unit."""
     if ms < 0.001:
         return "0 ms"
     if ms < 1:
@@ -42,14 +42,14 @@ def duration_text(ms: float) -> str:
 
 
 def number_text(value: float) -> str:
-    """1234 → 1,234; 0.123 → 0.12."""
+    """Formats a number: 1234 → 1,234; 0.123 → 0.12."""
     if abs(value) >= 100 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def ticks(most: float, wanted: int = 5) -> list[float]:
-    """Round numbers from 0 to at least `most`: 1, 2 or 5 times a power of ten apart."""
+    """Returns round numbers from 0 to at least `most`: 1, 2 or 5 times a power of ten apart."""
     if not most > 0:
         return [0.0, 1.0]
     rough = most / wanted
@@ -59,7 +59,7 @@ def ticks(most: float, wanted: int = 5) -> list[float]:
 
 
 def decades(values: Sequence[float]) -> list[float]:
-    """Powers of ten around the values, at least two."""
+    """Returns powers of ten around the values, at least two."""
     low = math.floor(math.log10(max(min(values, default=1.0), 1e-9)))
     high = max(math.ceil(math.log10(max(max(values, default=1.0), 1e-9))), low + 1)
     return [10.0**power for power in range(low, high + 1)]
@@ -86,7 +86,7 @@ class TimeAxis:
         return "ms", 0.001
 
     def ticks(self) -> list[tuple[float, str]]:
-        """(seconds, text)."""
+        """Returns (seconds, text) of each tick."""
         name, size = self.unit
         marks = [(mark * size, f"{mark:.10g}") for mark in ticks(self.end / size, 10) if mark * size <= self.end]
         return [*marks[:-1], (marks[-1][0], f"{marks[-1][1]} {name}")]
