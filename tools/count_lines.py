@@ -94,7 +94,7 @@ def lines_of(node: ast.stmt) -> range:
 
 
 def functions_of(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, FunctionNode]]:
-    """Yields the functions and methods of a module with their qualified names. Nested functions count as their part."""
+    """Yields the functions and methods of a module with their qualified names, without nested functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, FunctionNode):
             yield prefix + child.name, child

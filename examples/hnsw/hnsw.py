@@ -99,8 +99,8 @@ class HNSW:
         return self._storage[: self._num_vectors]
 
     def add(self, vectors: ArrayLike) -> None:
-        """Inserts vectors, [num_vectors, dim] or one as [dim]. On another shape, NaN or infinity, raises ValueError and adds
-        none of them."""
+        """Inserts vectors, [num_vectors, dim] or one as [dim]. Raises ValueError on another shape, NaN or infinity, and
+        then adds none of them."""
         new = self._checked(vectors, "vectors")
         self._reserve(self._num_vectors + len(new))
         for vector in new:

@@ -34,7 +34,7 @@ SIMULATED = ("fp8", "int8", "int4")
 
 @dataclass
 class Errors:
-    """Sums over everything that was stored, one a layer: of the squared error, and of the squares."""
+    """Sums over everything that was stored, for each layer: of the squared error, and of the squares."""
 
     error: list[float] = field(default_factory=lambda: [0.0] * 16)
     total: list[float] = field(default_factory=lambda: [0.0] * 16)

@@ -1,4 +1,4 @@
-"""What a benchmark runs: the settings of the command line, and the plan that follows from them. No torch at import."""
+"""The settings of a benchmark from the command line, and the plan that follows from them. No torch at import."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class BenchmarkSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run, once everything is chosen."""
+    """The work of a benchmark, with every choice made."""
 
     model: str
     model_config: ModelConfig

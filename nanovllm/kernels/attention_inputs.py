@@ -14,8 +14,8 @@ import torch
 class LayerKVCache:
     """One layer's pages. Block b, offset o holds the token at slot b · block_size + o.
 
-    Keys and values have the same strides. An FP8 cache has scales: the value of a token's head is what
-    is stored times its scale. A page's scales of one head are adjacent, because attention reads them that way.
+    Keys and values have the same strides. An FP8 cache has scales: the value of a token's head is what is
+    stored times its scale. A page's scales of one head are adjacent, because attention reads them that way.
     """
 
     key: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
@@ -60,7 +60,7 @@ class PrefillMetadata:
 
 @dataclass(frozen=True)
 class DecodeMetadata:
-    """One query a sequence, at position context_lens - 1."""
+    """One query per sequence, at position context_lens - 1."""
 
     context_lens: torch.Tensor  # [num_seqs] int32, keys in the cache, the query's own included; ≥ 1
     block_tables: torch.Tensor  # [num_seqs, max_blocks] int32

@@ -1,6 +1,6 @@
 """Reads and advances the rows that decode, in one launch each, before and after the model.
 
-The rows' state stays on the device between steps. Plain indexing would take about fifteen launches a step, which at
+The rows' state stays on the device between steps. Plain indexing would take about fifteen launches per step, which at
 small batches costs as much as several layers.
 """
 
@@ -48,7 +48,7 @@ def _read_decode_tokens_kernel(
     BLOCK_SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program a row."""
+    """One program per row."""
     join_launch_chain(PDL)
     index = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + index).to(tl.int64)

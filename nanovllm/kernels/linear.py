@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 _TYPICAL_NUM_TOKENS = 64  # oneDNN picks the layout for a batch size; any other works with it too
-_EXACT = 64  # tokens that are not padded; more are padded to one of eight sizes between two powers of two
+_MAX_UNPADDED = 64  # tokens; more are padded to one of eight sizes between two powers of two
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
@@ -51,5 +51,5 @@ def padded_size(num_tokens: int) -> int:
     oneDNN compiles and keeps code for every number of rows, up to half a megabyte each: prompts of all lengths would
     fill gigabytes.
     """
-    step = 1 if num_tokens <= _EXACT else 1 << ((num_tokens - 1).bit_length() - 4)
+    step = 1 if num_tokens <= _MAX_UNPADDED else 1 << ((num_tokens - 1).bit_length() - 4)
     return -(-num_tokens // step) * step

@@ -22,7 +22,7 @@ from nanovllm.kernels.columns import BIAS_WIDTH, LOGIT_EDITS, TOKEN_BIAS, column
 from nanovllm.kernels.triton_support import constant, jit_with_varying, join_launch_chain, pdl_options, runs_triton, tl
 
 _BLOCK_SIZE = 2048  # logits a program edits
-_HISTORY_PROGRAMS = 8  # a row
+_HISTORY_PROGRAMS = 8  # per row
 _PART = 1 << 23  # logits whose counts are in memory at a time
 
 _SETTINGS_WIDTH = constant(num_words(LOGIT_EDITS))
@@ -43,7 +43,7 @@ _ENDING_LENGTH = constant(column_of(TOKEN_BIAS, "ending_length"))
 
 @dataclass(frozen=True)
 class RowLogitEdits:
-    """What changes each row's logits, indexed by row. Zeros change nothing.
+    """The edits of each row's logits, indexed by row. Zeros change nothing.
 
     settings: [all_rows, words of `columns.LOGIT_EDITS`] int32.
     token_biases: [all_rows, MAX_BIAS_WORDS] int32: items of `columns.TOKEN_BIAS`, then the endings that they name.

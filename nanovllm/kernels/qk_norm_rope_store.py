@@ -130,7 +130,7 @@ def _qk_norm_rope_store_kernel(
     SMALLEST_AMAX: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program a tile of heads. A token's programs are adjacent: tiles of query heads, then tiles of KV heads."""
+    """One program per tile of heads. A token's programs are adjacent: tiles of query heads, then tiles of KV heads."""
     let_next_kernel_start(PDL)
     query_tiles: tl.constexpr = (NUM_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     tiles: tl.constexpr = query_tiles + (NUM_KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS

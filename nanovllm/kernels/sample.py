@@ -118,7 +118,7 @@ def _merge_blocks_kernel(
     BLOCK_SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program a row: the best of the blocks' winners."""
+    """One program per row: the best of the blocks' winners."""
     join_launch_chain(PDL)
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_SIZE)

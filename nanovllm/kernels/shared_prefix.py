@@ -1,4 +1,4 @@
-"""Attention of decode rows to a prefix that they share: its keys are read once for a tile of rows, not once a row.
+"""Attention of decode rows to a prefix that they share: its keys are read once for a tile of rows, not once per row.
 
 Rows share a prefix where their block tables begin with the same pages. Tiles are runs of adjacent rows. `paged_decode`
 attends to what each row has beyond the shared part, and merges both.
@@ -39,7 +39,7 @@ def _common_with_previous_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     INT32_MAX: tl.constexpr,
 ) -> None:
-    """One program a row: how many leading tokens it shares with the row before it, 0 below `min_tokens`."""
+    """One program per row: how many leading tokens it shares with the row before it, 0 below `min_tokens`."""
     row = tl.program_id(0)
     previous = tl.maximum(row - 1, 0)
     # A row's last token stays its own, so that no row's part is empty.
@@ -69,7 +69,7 @@ def _make_tiles_kernel(
     BLOCK_ROWS: tl.constexpr,
     INT32_MAX: tl.constexpr,
 ) -> None:
-    """One program a row, which looks at all rows. A tile shares what all its neighbouring rows have in common."""
+    """One program per row, which looks at all rows. A tile shares what all its neighbouring rows have in common."""
     row = tl.program_id(0)
     other = tl.arange(0, BLOCK_ROWS)
     common = tl.load(common_ptr + other, mask=other < num_seqs, other=0)
@@ -121,7 +121,7 @@ def find_shared_prefixes(
     min_tokens: int = MIN_SHARED_PREFIX,
     use_triton: bool | None = None,
 ) -> SharedPrefixes:
-    """Finds the prefixes that adjacent rows share: once a step, for all its layers.
+    """Finds the prefixes that adjacent rows share: once per step, for all its layers.
 
     block_tables [num_seqs, max_blocks] int32; context_lens [num_seqs] int32, ≥ 1; group: query heads that share a KV
     head; min_tokens ≥ 1: what two rows must share to be in one tile. No synchronisation: may be captured in a CUDA

@@ -90,7 +90,7 @@ def jit(function: Callable[..., Any]) -> Any:
 def jit_with_varying(*names: str) -> Callable[[Callable[..., Any]], Any]:
     """`jit` for a kernel whose arguments `names` vary from call to call: it is compiled once for all their values.
 
-    Triton compiles a kernel anew for an argument that is 1, a multiple of 16 or an aligned address. These arguments
+    Triton compiles a kernel again for an argument that is 1, a multiple of 16 or an aligned address. These arguments
     gain nothing from that.
     """
 

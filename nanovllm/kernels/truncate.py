@@ -133,7 +133,7 @@ def _keep_thresholds_kernel(
     BLOCK_SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program a row; one that keeps everything ends at once."""
+    """One program per row; one that keeps everything ends at once."""
     join_launch_chain(PDL)
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride

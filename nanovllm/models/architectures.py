@@ -14,10 +14,6 @@ MODELS: Mapping[str, str] = {  # each a module of this package
 }
 
 
-def supported_architectures() -> tuple[str, ...]:
-    return tuple(MODELS)
-
-
 def check_architecture(architecture: str) -> None:
     """Raises ModelLoadError, with the supported architectures, when `architecture` is not one of them."""
     if architecture not in MODELS:

@@ -36,7 +36,7 @@ class CausalLM(nn.Module, ABC):
         metadata: AttentionMetadata,
         kv_caches: Sequence[LayerKVCache],
     ) -> torch.Tensor:
-        """Runs the layers over a step's tokens and stores their keys and values, one cache a layer.
+        """Runs the layers over a step's tokens and stores their keys and values in one cache per layer.
 
         input_ids [num_tokens] int32 or int64, positions [num_tokens] int64 → [num_tokens, hidden_size].
         """
