@@ -186,7 +186,7 @@ class Built:
 
 
 def build(library: str, data: Data, *, max_m: int, ef_construction: int, seed: int) -> Built:
-    """library: a key of COLOURS."""
+    """Returns an index with the vectors in it. library: a key of COLOURS."""
     dim = data.vectors.shape[1]
     index: Index
     if library == "hnswlib":

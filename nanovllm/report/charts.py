@@ -186,7 +186,10 @@ def time_chart(
     stacked: bool = False,
     width: int = 560,
 ) -> str:
-    """Returns lines, areas or stacked bars over time. With scale "share", values from 0 to 1 are shown as per cent."""
+    """Returns lines, areas or stacked bars over time. All series have one value per bin.
+
+    With scale "share", values from 0 to 1 are shown as per cent.
+    """
     num_bins = max((len(one.values) for one in series), default=0)
     columns = [[one.values[index] or 0.0 for one in series] for index in range(num_bins)]
     most = max((sum(column) if stacked else max(column) for column in columns), default=0.0)
@@ -245,7 +248,7 @@ def _draw_stacked(frame: Frame, series: Sequence[Series], bins: Bins, num_bins: 
         width = max(frame.x((index + 1) * bins.width) - left - 0.4, 0.6)
         below = 0.0
         for one in series:
-            value = (one.values[index] if index < len(one.values) else None) or 0.0
+            value = one.values[index] or 0.0
             if value <= 0:
                 continue
             top, bottom = frame.y(below + value), frame.y(below)

@@ -24,6 +24,7 @@ from nanovllm.errors import ModelLoadError
 from nanovllm.layers.parameter import HasWeightParts, WeightPart
 
 _DTYPES = ("BF16", "F16", "F32")  # as safetensors spells them
+_MOST_LISTED = 10  # names in an error
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,9 @@ def _parts(plan: Mapping[str, Sequence[WeightPart]]) -> Iterator[WeightPart]:
         yield from parts
 
 
-def _listed(names: Sequence[str], limit: int = 10) -> str:
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _listed(names: Sequence[str]) -> str:
+    names, more = sorted(names), len(names) - _MOST_LISTED
+    return ", ".join(names[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _report(parameters: Mapping[str, nn.Parameter], num_files: int, started: float) -> LoadReport:
