@@ -31,7 +31,7 @@ class FlashAttentionBackend:
     def prefill(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_tokens, num_heads, head_dim] → the same shape and dtype."""
+        """Returns the output for query [num_tokens, num_heads, head_dim], in the same shape and dtype."""
         ends = metadata.context_lens.cumsum(0, dtype=torch.int32)
         out: torch.Tensor = self._varlen(
             query,
@@ -50,7 +50,7 @@ class FlashAttentionBackend:
     def decode(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_seqs, num_heads, head_dim] → the same shape and dtype; may be captured in a CUDA graph."""
+        """Returns the output for query [num_seqs, num_heads, head_dim]; may be captured in a CUDA graph."""
         out: torch.Tensor = self._with_kvcache(
             query.unsqueeze(1),  # [num_seqs, 1, num_heads, head_dim]
             kv_cache.key,
@@ -80,7 +80,7 @@ class FlashAttention4Prefill:
     def prefill(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_tokens, num_heads, head_dim] → the same shape and dtype."""
+        """Returns the output for query [num_tokens, num_heads, head_dim], in the same shape and dtype."""
         out = self._varlen(
             query,
             kv_cache.key,

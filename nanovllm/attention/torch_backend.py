@@ -30,7 +30,7 @@ class TorchBackend:
     def prefill(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_tokens, num_heads, head_dim] → the same shape. One sequence after another, without padding."""
+        """Returns the output for query [num_tokens, num_heads, head_dim]. Computes one sequence at a time, unpadded."""
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
         starts = metadata.cu_seqlens_q.tolist()
         for seq, context_len in enumerate(metadata.context_lens.tolist()):
@@ -57,7 +57,7 @@ class TorchBackend:
     def decode(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_seqs, num_heads, head_dim] → the same shape. Sequences of similar length attend together."""
+        """Returns the output for query [num_seqs, num_heads, head_dim]. Sequences of similar length attend together."""
         if self._planned is None or self._planned[0] is not metadata:
             self._planned = (metadata, _DecodePlan.of(metadata, kv_cache.key.shape[1], query.dtype))
         plan = self._planned[1]

@@ -24,7 +24,7 @@ class TritonBackend:
     def prefill(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_tokens, num_heads, head_dim] → the same shape and dtype."""
+        """Returns the output for query [num_tokens, num_heads, head_dim], in the same shape and dtype."""
         if kv_cache.is_quantized and _worth_copying(query, kv_cache, metadata):
             kv_cache, metadata = dequantize_pages(kv_cache, metadata, query.dtype)
         return paged_prefill(query, kv_cache, metadata, scale, use_triton=True)
@@ -32,7 +32,7 @@ class TritonBackend:
     def decode(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_seqs, num_heads, head_dim] → the same shape and dtype; may be captured in a CUDA graph."""
+        """Returns the output for query [num_seqs, num_heads, head_dim]; may be captured in a CUDA graph."""
         attend = paged_decode_fp8 if kv_cache.is_quantized else paged_decode
         return attend(query, kv_cache, metadata, scale, use_triton=True)
 
