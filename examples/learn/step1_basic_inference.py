@@ -91,7 +91,8 @@ def main() -> None:
     result = handle.wait()
     trace.show(shape)
     cache = runner.kv_caches[0]
-    slots = [sequence.block_table.blocks[p // 16] * 16 + p % 16 for p in range(len(token_ids))]
+    size = runner.resolved.block_size
+    slots = [sequence.block_table.blocks[p // size] * size + p % size for p in range(len(token_ids))]
     keys = cache.key.flatten(0, 1)  # [num_slots, num_kv_heads, head_dim]
     written = int((keys.abs().sum(dim=(1, 2)) > 0).sum())
     print()

@@ -72,9 +72,8 @@ def main() -> None:
 
 def make_log(log: Path) -> None:
     """Runs the requests with a log at DEBUG, in a file alone."""
-    logging.getLogger("nanovllm").addHandler(
-        logging.NullHandler()
-    )  # a handler that takes the records keeps the console silent
+    # A handler that takes the records keeps the console silent.
+    logging.getLogger("nanovllm").addHandler(logging.NullHandler())
     os.environ |= {"NANOVLLM_LOG_FILE": str(log), "NANOVLLM_LOG_FORMAT": "json", "NANOVLLM_LOG_LEVEL": "DEBUG"}
     from _engine import open_engine
 
