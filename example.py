@@ -1,4 +1,4 @@
-"""Ask a chat model a few questions.
+"""Asks a chat model a few questions.
 
     python example.py                               the checkpoint that ships with nanovllm, on a GPU or a CPU
     python example.py --model Qwen/Qwen3-0.6B       any Qwen3: a folder or a Hugging Face id

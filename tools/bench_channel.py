@@ -30,7 +30,7 @@ def percentile(values: list[int], percent: float) -> float:
 
 
 def read_messages(name: str, pipe: Connection) -> None:
-    """The reader's process: for each series, the nanoseconds of every message, or of the whole."""
+    """Runs the reader's process: sends back each series' nanoseconds from send to receive, one for each message."""
     channel = ChannelReader(name, 0)
     pipe.send("attached")
     nanoseconds: list[int] = []
@@ -52,10 +52,10 @@ def main() -> None:
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     channel = ChannelWriter.create(1, arguments.ring_kb * 1024)
-    ours, theirs = context.Pipe()
-    process = context.Process(target=read_messages, args=(channel.name, theirs), daemon=True)
+    pipe, reader_pipe = context.Pipe()
+    process = context.Process(target=read_messages, args=(channel.name, reader_pipe), daemon=True)
     process.start()
-    ours.recv()
+    pipe.recv()
     channel.unlink()
     result: dict[str, object] = {"cores": os.cpu_count(), "load_average": os.getloadavg()[0], "latency_us": {}}
     print(f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}, a ring of {arguments.ring_kb} KB")
@@ -69,7 +69,7 @@ def main() -> None:
             struct.pack_into("q", payload, 0, time.perf_counter_ns())
             channel.send(TIMED, payload)
         channel.send(TIMED)
-        times = ours.recv()
+        times = pipe.recv()
         if is_warm_up:
             continue
         p50, p99, worst = percentile(times, 50), percentile(times, 99), max(times) / 1e3
@@ -84,7 +84,7 @@ def main() -> None:
         for _ in range(count):
             channel.send(BULK, payload)
         channel.send(BULK)
-        ours.recv()
+        pipe.recv()
         elapsed = time.perf_counter() - started
         print(f"{size:>10} {count * size / elapsed / 1e9:>9.2f} {count / elapsed:>12.0f}")
         result["gigabytes_per_second"][str(size)] = count * size / elapsed / 1e9  # type: ignore[index]

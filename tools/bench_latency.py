@@ -1,4 +1,4 @@
-"""A thin script over `python -m nanovllm.benchmarks.decode_latency`."""
+"""Runs `python -m nanovllm.benchmarks.decode_latency`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Microseconds that the engine's own work takes a step, without a model: `python tools/bench_scheduler.py`.
+"""Measures the engine's own work per step in microseconds, without a model: `python tools/bench_scheduler.py`.
 
 The executor computes nothing and answers every step at once. What remains is planning, packing, bookkeeping and
 output, as in a run with a GPU. Decode is steady: every row gets a token, and one row in `block_size` a new block.

@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "nanovllm"
 MAX_FILE = 400
 MAX_FUNCTION = 60
 MAX_PATH = 2600
-# The way of a request, in the order in which it is read; a folder stands for all of its files.
+# The files on the way of a request, in reading order; a folder stands for all of its files.
 PATH = (
     "llm.py",
     "engine/llm_engine.py",
@@ -94,7 +94,7 @@ def lines_of(node: ast.stmt) -> range:
 
 
 def functions_of(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, FunctionNode]]:
-    """Yields the functions and methods of a module with their qualified names. Nested functions count as their part."""
+    """Yields the functions and methods of a module with their qualified names, without nested functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, FunctionNode):
             yield prefix + child.name, child

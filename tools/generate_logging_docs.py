@@ -61,7 +61,7 @@ def levels_of(event: Event) -> tuple[int, ...]:
 
 
 def events(*levels: int) -> str:
-    """The events whose first level is one of `levels`."""
+    """Returns the table of the events whose first level is one of `levels`."""
     rows = []
     for event in EVENTS.values():
         if levels_of(event)[0] not in levels:

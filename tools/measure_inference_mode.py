@@ -1,8 +1,8 @@
 """Measures what torch.inference_mode gains: `python tools/measure_inference_mode.py` (docs/inference-mode.md).
 
 Three tables on a CPU, on the checkpoint that ships: single torch calls, decode steps of our engine, and what autograd
-keeps of one forward pass of the same model in transformers, whose weights can be trained. Modes take turns, so that
-what else the machine does meets all of them.
+keeps of one forward pass of the same model in transformers, whose weights can be trained. Modes alternate, so that
+other load on the machine affects all of them.
 """
 
 from __future__ import annotations

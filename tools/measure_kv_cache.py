@@ -1,9 +1,9 @@
-"""Prints each term of the KV cache's size, by formula and as an engine has it: `python tools/measure_kv_cache.py`.
+"""Prints each term of the KV cache's size, by formula and as measured in an engine: `python tools/measure_kv_cache.py`.
 
     python tools/measure_kv_cache.py                                          the checkpoint that ships
     python tools/measure_kv_cache.py --model qwen3-0.6b --load-format dummy   a shape, random weights
 
-docs/kv-cache.md explains the terms. A GPU's are those of the line "KV cache sizing".
+docs/kv-cache.md explains the terms. On a GPU they are those of the line "KV cache sizing".
 """
 
 from __future__ import annotations

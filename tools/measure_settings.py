@@ -1,7 +1,7 @@
 """Measures what single settings do to throughput, latency and memory: `python tools/measure_settings.py`.
 
 64 requests of 16-256 tokens in and out (bench.py's "mixed"), which arrive together, on the checkpoint that ships,
-once for each setting; docs/choosing-settings.md reads the table. Other models: --model, --load-format, --device.
+once for each setting; docs/choosing-settings.md discusses the table. Other models: --model, --load-format, --device.
 """
 
 from __future__ import annotations

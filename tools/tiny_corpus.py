@@ -156,7 +156,7 @@ Thank you for your help"""),
     "Goodbye!": phrases("Goodbye|Bye|Bye bye|See you|See you later|See you soon|Good night|Farewell"),
 }
 
-# what the model cannot do: it says so
+# requests that the model cannot serve, and says so
 FALLBACK_PROMPTS = phrases("""\
 What is {a} - {b}?|What is {a} * {b}?|What is {a} times {b}?|What is {a} / {b}?|{a} - {b}|{a} * {b}
 {a} minus {b}|Multiply {a} and {b}|Divide {a} by {b}|What is the square root of {a}?|Subtract {b} from {a}

@@ -2,7 +2,7 @@
 
 Byte-level BPE: every text encodes, every token sequence decodes, and one digit is one token, as in Qwen3. One thing
 differs: a merge only ever lengthens a token that starts with a space. So frequent words (" numbers") are one token, but
-the letters of any other word stay apart, and a model this small can see how the word it shall reverse is spelled.
+the letters of any other word stay apart, and a model this small can see how the word that it must reverse is spelled.
 """
 
 from __future__ import annotations
@@ -131,9 +131,9 @@ def tokenizer_config(tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
 
 
 def render(document: Conversation | str, empty_thought: bool) -> Iterable[tuple[str, bool]]:
-    """A document as the chat template writes it, in pieces (text, is it to be learnt?); joined they are the document.
+    """Yields a document as the chat template writes it, in pieces: (text, whether it is to be learnt).
 
-    Tokens never span two pieces: each one ends with a line end or a special token.
+    Joined, the pieces are the document. No token spans two pieces: each one ends with a line end or a special token.
     """
     if isinstance(document, str):
         yield document + "<|endoftext|>", True

@@ -1,4 +1,4 @@
-"""Train the checkpoint that ships with nanovllm: a Qwen3 of 2.5 million parameters, on a corpus made here.
+"""Trains the checkpoint that ships with nanovllm: a Qwen3 of 2.5 million parameters, on a corpus made here.
 
     python tools/train_tiny.py                    train, write nanovllm/assets/tiny-qwen3, print the score
     python tools/train_tiny.py --steps 20 --out /tmp/tiny --documents 2000      a quick run of everything
@@ -155,7 +155,7 @@ def loss_of(model: torch.nn.Module, rows: Rows) -> torch.Tensor:
     causal = torch.ones(ROW_LENGTH, ROW_LENGTH, dtype=torch.bool, device=tokens.device).tril()
     mask = (rows.documents[:, None, :, None] == rows.documents[:, None, None, :]) & causal  # [batch, 1, query, key]
     out = model(input_ids=tokens, attention_mask=mask, position_ids=rows.positions.long(), use_cache=False)
-    # a document's first token is the next one of no other: documents that are learnt from their start skip it
+    # a document's first token follows no token of its document, so it is never learnt
     learnt = rows.learnt[:, 1:] & (rows.documents[:, 1:] == rows.documents[:, :-1])
     targets = tokens[:, 1:].masked_fill(~learnt, -100)
     return torch.nn.functional.cross_entropy(out.logits[:, :-1].float().flatten(0, 1), targets.flatten())

@@ -1,11 +1,11 @@
-"""Shared by the scripts of this folder: data, exact answers, measuring ours and hnswlib, output files."""
+"""Shared by the scripts of this folder: data, exact answers, measuring our index and hnswlib's, output files."""
 
 from __future__ import annotations
 
 import os
 
-# Before numpy is loaded: one thread for ours as for hnswlib. BLAS's threads wait for each other longer than they work
-# on matrices of 200 rows.
+# Set before numpy is loaded: one thread for our index, as for hnswlib's. On matrices of 200 rows, BLAS's threads would
+# wait for each other longer than they work.
 os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1", VECLIB_MAXIMUM_THREADS="1")
 
 import argparse
@@ -34,7 +34,7 @@ RESULTS = Path(tempfile.gettempdir()) / "nanovllm-hnsw"
 LEAST_SECONDS = 0.2  # of measuring: a pass of hnswlib's takes some milliseconds
 WIDTH = 100  # columns of a paragraph
 HNSWLIB_RULES = "ours, hnswlib's rules"
-# What differs from our defaults in each variant of ours. hnswlib's rules are both.
+# The variants of our index, each with the arguments that differ from our defaults. hnswlib's rules differ in both.
 RULES = {
     "ours": (),
     "ours, m=max_m": ("m",),
@@ -48,7 +48,7 @@ COLOURS = dict(zip([*RULES, "hnswlib"], ["#1f6f8b", "#8265a7", "#c9a227", "#7a9e
 
 
 def positive(text: str, least: int = 1) -> int:
-    """An argument's type: an integer from 1."""
+    """Parses an argument: an integer ≥ `least`."""
     value = int(text)
     if value < least:
         raise argparse.ArgumentTypeError(f"{value}: must be at least {least}")
@@ -56,7 +56,7 @@ def positive(text: str, least: int = 1) -> int:
 
 
 def edge_limit(text: str) -> int:
-    """The type of --max-m: an integer from 2, since one edge an element makes no layers."""
+    """Parses --max-m: an integer ≥ 2, since one edge per element makes no layers."""
     return positive(text, least=2)
 
 
@@ -87,7 +87,7 @@ class Data:
     vectors: FloatArray  # [num_vectors, dim]
     queries: FloatArray  # [num_queries, dim]
     exact: IntArray  # [num_queries, min(k, num_vectors)]: ids of each query's true neighbours, nearest first
-    exact_us: float  # what an exact answer takes with numpy, in microseconds a query
+    exact_us: float  # the time of an exact answer with numpy, in microseconds per query
 
     @property
     def k(self) -> int:
@@ -95,7 +95,7 @@ class Data:
 
 
 def make_data(args: argparse.Namespace) -> Data:
-    """Vectors and queries, independent and uniform in [0, 1)^dim: nothing is near to anything, the hardest case."""
+    """Returns vectors and queries, independent and uniform in [0, 1)^dim: the hardest case, nothing is near."""
     rng = np.random.default_rng(args.seed)
     vectors = rng.random((args.num_vectors, args.dim), dtype=np.float32)
     queries = rng.random((args.queries, args.dim), dtype=np.float32)
@@ -105,7 +105,7 @@ def make_data(args: argparse.Namespace) -> Data:
 
 
 def exact_neighbours(vectors: FloatArray, query: FloatArray, k: int) -> IntArray:
-    """Ids of the k nearest, nearest first, by computing all distances."""
+    """Returns the ids of the k nearest, nearest first, by computing all distances."""
     offsets = vectors - query
     return np.argsort(np.einsum("nd,nd->n", offsets, offsets), kind="stable")[:k].astype(np.int32)
 
@@ -119,7 +119,7 @@ def hits(found: IntArray, exact: IntArray) -> int:
 
 
 class Index(Protocol):
-    """What is measured: our index or hnswlib's."""
+    """An index that is measured: ours or hnswlib's."""
 
     def add(self, vectors: FloatArray) -> None: ...
 
@@ -176,7 +176,7 @@ def libraries() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Built:
-    """An index with its vectors in it, and what that took."""
+    """An index with its vectors in it, and the time that adding them took."""
 
     library: str
     max_m: int
@@ -186,7 +186,7 @@ class Built:
 
 
 def build(library: str, data: Data, *, max_m: int, ef_construction: int, seed: int) -> Built:
-    """library: a key of COLOURS."""
+    """Returns an index with the vectors in it. library: a key of COLOURS."""
     dim = data.vectors.shape[1]
     index: Index
     if library == "hnswlib":
@@ -202,8 +202,8 @@ def build(library: str, data: Data, *, max_m: int, ef_construction: int, seed: i
 
 @dataclass(frozen=True)
 class Measurement:
-    """One line of the CSV. Times are processor times of one thread, so that other programs' work is not in them;
-    queries go in one a call, and of several passes the fastest counts."""
+    """One line of the CSV. Times are processor times of one thread, which other programs' work does not
+    change. Each call has one query, and the fastest of several passes counts."""
 
     library: str
     max_m: int
@@ -212,8 +212,8 @@ class Measurement:
     build_s: float
     recall: float  # share of the true k neighbours that were found
     query_us: float
-    distances: float | None  # computed a query
-    steps: float | None  # nodes a query whose edges led to elements not seen before
+    distances: float | None  # computed per query
+    steps: float | None  # nodes per query whose edges led to elements not seen before
 
 
 def measure(built: Built, data: Data, ef_search: int) -> Measurement:
@@ -243,7 +243,7 @@ def growth(before: int | None, after: int | None, num_queries: int) -> float | N
 
 
 def call_us(index: HNSW, data: Data, size: int) -> float:
-    """Microseconds of one call that computes `size` distances, to elements as scattered as neighbours are."""
+    """Returns the microseconds of a call that computes `size` distances, to elements as scattered as neighbours."""
     rng = np.random.default_rng(0)
     calls = [(query, rng.integers(len(index), size=size, dtype=np.int32)) for query in data.queries]
     seconds = []
@@ -310,7 +310,7 @@ def write_png(path: Path, draw: Callable[[Figure], None], size: tuple[float, flo
 
 
 def decades(axis: Axis) -> None:
-    """A logarithmic axis: from a power of ten to a power of ten, with plain figures there and nowhere else."""
+    """Makes an axis logarithmic, from a power of ten to a power of ten, with plain figures at powers of ten only."""
     from matplotlib.ticker import NullFormatter
 
     low, high = axis.get_data_interval()
@@ -322,7 +322,7 @@ def decades(axis: Axis) -> None:
 
 def write_report(path: Path, title: str, parts: Sequence[str]) -> None:
     """Writes a Markdown page: title, the command that made it, where it ran, and the parts."""
-    # As typed, less the folder: where a report lies does not depend on what is in it.
+    # As typed, without the folder: a report does not depend on where it is written.
     arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--out=")]
     if "--out" in arguments:
         del arguments[arguments.index("--out") : arguments.index("--out") + 2]

@@ -1,4 +1,4 @@
-"""The two candidate lists apart: ef_construction, paid when building, and ef_search, paid with each query.
+"""The two candidate lists compared: ef_construction, paid when building, and ef_search, paid with each query.
 
 Every ef_construction builds an index, and every ef_search queries it. Writes compare_ef.csv, .png and .md. About a
 minute. Runs with numpy alone: with hnswlib the same vectors go through it too, with matplotlib there is a picture.
@@ -128,7 +128,7 @@ def main() -> None:
 
 
 def grid(rows: list[Measurement], library: str) -> str:
-    """ef_construction down, ef_search across."""
+    """Returns a table with ef_construction down and ef_search across."""
     own = {(row.ef_construction, row.ef_search): row for row in rows if row.library == library}
     constructions = list(dict.fromkeys(ef_construction for ef_construction, _ in own))
     searches = list(dict.fromkeys(ef_search for _, ef_search in own))

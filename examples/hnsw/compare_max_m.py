@@ -122,8 +122,11 @@ def main() -> None:
 
 
 def edge_bytes(max_m: int) -> int:
-    """Room for an element's edges, ids of four bytes: 2 · max_m on layer 0, and max_m on each of the 1 / (max_m − 1)
-    layers above that an element reaches on average."""
+    """Returns the bytes of an element's edges, ids of four bytes each.
+
+    There are 2 · max_m on layer 0, and max_m on each of the 1 / (max_m − 1) layers above that an element reaches on
+    average.
+    """
     return round(4 * (2 * max_m + max_m / (max_m - 1)))
 
 

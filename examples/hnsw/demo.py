@@ -1,4 +1,4 @@
-"""An HNSW index at work: how it is built, the way of a query, and what 1,000 queries find against brute force.
+"""An HNSW index at work: how it is built, the way of a query, and what 1,000 queries find compared with brute force.
 
 Writes demo.csv, demo.png and demo.md. Half a minute or less; --num-vectors 1000 takes a few seconds. Runs with numpy
 alone: with hnswlib the same vectors go through it too, with matplotlib there is a picture.
@@ -42,7 +42,7 @@ NUM_WALKS = 100  # queries whose way is followed
 
 @dataclass(frozen=True)
 class Stage:
-    """What queries have after one layer, on average."""
+    """The state of queries after one layer, on average."""
 
     name: str
     distances: float  # computed so far
@@ -50,7 +50,7 @@ class Stage:
 
 
 def descend(index: Ours, queries: FloatArray, ef_search: int) -> list[Stage]:
-    """What `search` does, layer by layer, from the entry point on top."""
+    """Does what `search` does, layer by layer, from the entry point on top. Returns the state after each layer."""
     before = index.num_distances
     nearest = [[index.entry(query)] for query in queries]
     stages = []
@@ -65,7 +65,7 @@ def descend(index: Ours, queries: FloatArray, ef_search: int) -> list[Stage]:
 
 
 def layer_rows(index: Ours) -> list[tuple[int, int, str, str]]:
-    """Layer, its elements, those expected of floor(−ln U · mL), mean edges of an element."""
+    """Returns each layer, its elements, those expected from floor(−ln U · mL), and an element's mean edges."""
     return [
         (
             layer,

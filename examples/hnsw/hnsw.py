@@ -1,6 +1,6 @@
 """Hierarchical navigable small world graphs: approximate nearest neighbours in about log(n) steps, in numpy.
 
-A small right implementation to read beside the paper: Yu. Malkov and D. Yashunin, "Efficient and robust approximate
+A small, correct implementation to read beside the paper: Yu. Malkov and D. Yashunin, "Efficient and robust approximate
 nearest neighbor search using Hierarchical Navigable Small World graphs", arXiv 1603.09320; "Algorithm 1" and so on in
 the comments are the paper's. Each element is a node of a graph whose edges lead to near elements, so that a search may
 walk from node to node, always nearer to the query. Layer 0 has every element; each layer above has about one in `max_m`
@@ -35,8 +35,8 @@ class HNSW:
     max_m: the most edges that an element keeps on a layer above 0 (the paper's M_max). More edges: higher recall, more
         memory, more distances a step.
     ef_construction: candidates that an insertion looks for before it chooses its edges. It costs build time only.
-    max_m0: the most edges that an element keeps on layer 0, where all elements are; 2 · max_m unless told.
-    m: edges that a new element makes on each of its layers (the paper's M); as many as it may keep there unless told.
+    max_m0: the most edges that an element keeps on layer 0, where all elements are; 2 · max_m by default.
+    m: edges that a new element makes on each of its layers (the paper's M); by default as many as it may keep there.
         hnswlib has m=max_m: on layer 0, the other half is left to elements that come later.
     keep_pruned: fill edges that the heuristic leaves free with the nearest candidates it discarded (Algorithm 4's
         keepPrunedConnections). hnswlib does without.
@@ -74,8 +74,8 @@ class HNSW:
         self.keep_pruned = keep_pruned
         # mL of the paper: layers then overlap least, each having one in max_m elements of the layer below.
         self.level_scale = 1 / math.log(max_m)
-        # The cost of the algorithm so far, whatever language runs it: distances computed, and nodes whose edges led to
-        # elements that the walk had not seen.
+        # The cost of the algorithm so far, in any language: distances computed, and nodes whose edges led to elements
+        # that the walk had not seen.
         self.num_distances = 0
         self.num_steps = 0
         # layers[l][id]: ids of the neighbours of an element on layer l. Its keys are the elements of the layer.
@@ -95,19 +95,19 @@ class HNSW:
 
     @property
     def vectors(self) -> FloatArray:
-        """What was added, [num_vectors, dim] float32, by id. A view: do not write to it."""
+        """The added vectors by id, [num_vectors, dim] float32. A view: do not write to it."""
         return self._storage[: self._num_vectors]
 
     def add(self, vectors: ArrayLike) -> None:
-        """Insert vectors, [num_vectors, dim] or one as [dim]. Raises ValueError on another shape, NaN or infinity, and
-        then has added none of them."""
+        """Inserts vectors, [num_vectors, dim] or one as [dim]. Raises ValueError on another shape, NaN or infinity, and
+        then adds none of them."""
         new = self._checked(vectors, "vectors")
         self._reserve(self._num_vectors + len(new))
         for vector in new:
             self._insert(vector)
 
     def search(self, query: ArrayLike, k: int = 10, ef_search: int = 50) -> tuple[IntArray, FloatArray]:
-        """The `k` nearest elements that a walk with `ef_search` candidates finds (Algorithm 5).
+        """Returns the `k` nearest elements that a walk with `ef_search` candidates finds (Algorithm 5).
 
         query: [dim]. ef_search: at least k is used, since k results need k candidates; larger is slower and finds more.
         Returns ids and squared distances, nearest first, both [k], or shorter where the index has fewer elements or,
@@ -128,7 +128,7 @@ class HNSW:
         return np.array([i for _, i in found], np.int32), np.array([d for d, _ in found], np.float32)
 
     def search_layer(self, query: FloatArray, entries: list[Neighbour], ef: int, layer: int) -> list[Neighbour]:
-        """The `ef` nearest elements of a layer that a walk from `entries` finds, nearest first (Algorithm 2).
+        """Returns the `ef` nearest elements of a layer that a walk from `entries` finds, nearest first (Algorithm 2).
 
         The nearest candidate not yet looked at gives its neighbours; the walk ends when that candidate is farther than
         the farthest of the `ef` best so far. With ef=1 this is greedy descent: go to the nearest neighbour, or stop.
@@ -162,13 +162,13 @@ class HNSW:
         return sorted((-d, i) for d, i in best)
 
     def entry(self, query: FloatArray) -> Neighbour:
-        """Where a search begins: an element of the top layer. The index must not be empty."""
+        """Returns where a search begins: an element of the top layer. The index must not be empty."""
         point = self._entry_point
         return float(self.distances(query, np.array([point], np.int32))[0]), point
 
     def distances(self, query: FloatArray, ids: IntArray) -> FloatArray:
-        """Squared distances of elements to a query, [num_ids]. As differences, since |x|² − 2 x·q + |q|² loses in
-        float32 exactly what tells near elements apart."""
+        """Returns the squared distances of elements to a query, [num_ids]. Computed from differences, since
+        |x|² − 2 x·q + |q|² loses in float32 exactly what distinguishes near elements."""
         self.num_distances += len(ids)
         offsets = self._storage[ids] - query  # [num_ids, dim]
         squared: FloatArray = np.einsum("nd,nd->n", offsets, offsets)
@@ -193,7 +193,7 @@ class HNSW:
     # Insertion.
 
     def _insert(self, vector: FloatArray) -> None:
-        """Algorithm 1."""
+        """Inserts one vector (Algorithm 1)."""
         new = self._num_vectors
         self._storage[new] = vector
         self._num_vectors += 1
@@ -221,11 +221,11 @@ class HNSW:
         return self.max_m if layer else self.max_m0
 
     def _draw_level(self) -> int:
-        """The topmost layer of a new element: floor(−ln U · mL), U uniform on (0, 1]."""
+        """Returns the topmost layer of a new element: floor(−ln U · mL), U uniform on (0, 1]."""
         return int(-math.log(1.0 - self._random.random()) * self.level_scale)
 
     def _link(self, source: int, target: int, layer: int) -> None:
-        """Add an edge; where that is one too many, choose again among all of them."""
+        """Adds an edge; if that is one too many, chooses again among all of them."""
         edges = self.layers[layer]
         neighbours = np.append(edges[source], np.int32(target))
         if len(neighbours) > self._limit(layer):
@@ -235,9 +235,10 @@ class HNSW:
         edges[source] = neighbours
 
     def _select(self, origin: FloatArray, ids: IntArray, limit: int) -> IntArray:
-        """At most `limit` of `ids`, nearest first, that lie in different directions (Algorithm 4): one is chosen if it
-        is nearer to `origin` than to all those chosen before. Edges to a whole cluster would say the same thing many
-        times and leave no road to the next one.
+        """Returns at most `limit` of `ids`, nearest first, that lie in different directions (Algorithm 4).
+
+        An id is chosen if it is nearer to `origin` than to all those chosen before. Edges to a whole cluster would be
+        redundant and leave no way to the next one.
         """
         # With a, b the offsets of two candidates from the origin, |b − a|² ≤ |b|² exactly if 2 a·b ≥ |a|²: b is beyond
         # the plane half way to a. All pairs are one matrix product.

@@ -31,7 +31,7 @@ def begin(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """
     args = parser.parse_args()
     os.environ.setdefault("NANOVLLM_LOG_LEVEL", "WARNING")
-    import torch  # after --help and mistakes on the command line, which are answered at once
+    import torch  # after --help and mistakes on the command line, which are reported at once
 
     torch.set_num_threads(1)
     return args

@@ -15,7 +15,7 @@ from nanovllm.engine_factory import default_observers
 
 
 class OpenExecutor(InProcessExecutor):
-    """The engine's own executor, which shows its runner."""
+    """The engine's own executor, with access to its runner."""
 
     @property
     def runner(self) -> ModelRunner:

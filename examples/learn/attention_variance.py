@@ -126,7 +126,7 @@ def main() -> None:
 
 
 def measure(dim: int, scaled: bool, *, num_queries: int, num_keys: int, seed: int) -> Softmax:
-    """The same queries and keys whether scaled or not."""
+    """Measures one head dimension, with the same queries and keys whether scaled or not."""
     import torch
 
     generator = torch.Generator().manual_seed(seed + dim)
@@ -161,7 +161,7 @@ def question(number: int) -> str:
 
 
 def answers_with(factor: float) -> tuple[float, int, float, str]:
-    """The checkpoint's additions with the scale of its attention multiplied.
+    """Runs the checkpoint's additions with the scale of its attention multiplied.
 
     Returns that scale, how many greedy answers are right, their mean log-probability, and the first one.
     """
@@ -192,7 +192,7 @@ def answers_with(factor: float) -> tuple[float, int, float, str]:
 
 
 def show_bars(results: list[Softmax], values: list[tuple[float, str]], most: float) -> None:
-    """A line for each result: its bar and its figure, from `values`."""
+    """Prints a line for each result: its bar and its figure, from `values`."""
     for result, (value, shown) in zip(results, values, strict=True):
         dim = f"d={result.dim}" if not result.scaled else ""
         print(f"  {dim:<7} {NAMES[result.scaled]:<9} {shown} {bar(value, most)}")

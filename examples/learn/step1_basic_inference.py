@@ -91,7 +91,8 @@ def main() -> None:
     result = handle.wait()
     trace.show(shape)
     cache = runner.kv_caches[0]
-    slots = [sequence.block_table.blocks[p // 16] * 16 + p % 16 for p in range(len(token_ids))]
+    size = runner.resolved.block_size
+    slots = [sequence.block_table.blocks[p // size] * size + p % size for p in range(len(token_ids))]
     keys = cache.key.flatten(0, 1)  # [num_slots, num_kv_heads, head_dim]
     written = int((keys.abs().sum(dim=(1, 2)) > 0).sum())
     print()
@@ -152,7 +153,7 @@ def main() -> None:
 
 
 class ShapeTrace:
-    """Notes what each module of the next forward pass gives back, in the order of the calls."""
+    """Records what each module of the next forward pass returns, in the order of the calls."""
 
     def __init__(self, model: Any) -> None:
         self.shapes: dict[str, list[int]] = {}

@@ -31,7 +31,7 @@ REPEATS = 3  # the fastest run counts: other programs on this machine only ever 
 @dataclass(frozen=True)
 class Request:
     name: str
-    arrival: int  # the step before which it comes
+    arrival: int  # the step before which it arrives
     prompt: list[int]
     num_output_tokens: int
 
@@ -68,7 +68,7 @@ def main() -> None:
             LETTERS[index],
             arrival=3 * max(index - args.max_num_seqs + 1, 0),  # the first ones together
             prompt=[draw.randrange(256) for _ in range(draw.randint(8, 40))],
-            # Answers are mostly short and sometimes long, as people's are.
+            # Answers are mostly short and sometimes long, as in practice.
             num_output_tokens=draw.choice((6, 8, 10, 12, 16, 60)),
         )
         for index in range(args.requests)
@@ -168,7 +168,7 @@ def spans(request: Request, schedule: Schedule, *, static: bool) -> dict[str, ra
 
 
 def print_gantt(requests: list[Request], schedule: Schedule, longest: int, rows: int, name: str) -> None:
-    """A line for each request; a column for each step, or for several where they are too many."""
+    """Prints a line for each request; a column stands for one step, or for several if there are too many."""
     scale = -(-longest // CHART_WIDTH)
     symbols = {"wait": "·", "prefill": "▓", "decode": "█", "hold": "░"}
     for request in requests:

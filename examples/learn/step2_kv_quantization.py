@@ -34,7 +34,7 @@ SIMULATED = ("fp8", "int8", "int4")
 
 @dataclass
 class Errors:
-    """Sums over everything that was stored, one a layer: of the squared error, and of the squares."""
+    """Sums over everything that was stored, for each layer: of the squared error, and of the squares."""
 
     error: list[float] = field(default_factory=lambda: [0.0] * 16)
     total: list[float] = field(default_factory=lambda: [0.0] * 16)
@@ -195,13 +195,13 @@ SETTINGS: dict[str, Any] = {"max_model_len": 256, "num_kvcache_blocks": 1024, "m
 
 
 def round_integer(heads: torch.Tensor, largest: int) -> torch.Tensor:
-    """[..., head_dim] → the nearest of 2 · largest + 1 evenly spaced numbers, for each head by its own scale."""
+    """Rounds heads [..., head_dim] to the nearest of 2 · largest + 1 evenly spaced numbers, with a scale per head."""
     scale = heads.abs().amax(-1, keepdim=True).clamp(min=1e-12) / largest
     return (heads / scale).round() * scale
 
 
 def round_fp8(heads: torch.Tensor) -> torch.Tensor:
-    """[..., head_dim] → what the engine's FP8 cache gives back for it."""
+    """Rounds heads [..., head_dim] to what the engine's FP8 cache returns for them."""
     import torch
 
     from nanovllm.kernels.qk_norm_rope_store import FP8_MAX
@@ -229,7 +229,7 @@ def simulate(runner: ModelRunner, rounding: Callable[[torch.Tensor], torch.Tenso
     from nanovllm.models.qwen3 import Qwen3DecoderLayer
 
     class RoundingAttention(Attention):
-        """The engine's attention, behind a store that rounds."""
+        """The engine's attention, which first rounds what the step has stored."""
 
         def __init__(self, plain: Attention, layer: int) -> None:
             self.scale, self.backends, self.layer = plain.scale, plain.backends, layer
@@ -314,7 +314,7 @@ def additions(count: int) -> tuple[list[str], list[tuple[int, int]]]:
 
 
 def random_prompts(count: int) -> list[list[int]]:
-    """Token ids without meaning, 40 each."""
+    """Returns prompts of 40 random token ids."""
     draw = random.Random(2)
     return [[draw.randrange(500) for _ in range(40)] for _ in range(count)]
 

@@ -1,8 +1,8 @@
 """Step 2: tensor parallelism. Two ranks: what each holds, and what is sent.
 
 Each rank has a part of every large matrix and all of the small ones (Megatron-LM, Shoeybi et al., 2019). Two processes
-really run, and every message and collective below is read from their logs. On a CPU this brings no speed: it is the
-same code that drives several GPUs.
+really run, and every message and collective below is read from their logs. On a CPU this is no faster, but it
+is the same code that drives several GPUs.
 
     python examples/learn/step2_tensor_parallel.py
     python examples/learn/step2_tensor_parallel.py --max-tokens 20
@@ -25,8 +25,8 @@ from _drawing import begin, heading, lesson_parser, say, table, title
 SIZE = 2
 QUESTION = "What is 27 + 58?"
 
-# The log goes to a file only: a handler that takes the records keeps the console silent. Here and not in main, for the
-# other rank's process imports this file, too.
+# The log goes to a file only: a handler that takes the records keeps the console silent. Here and not in main, because
+# the other rank's process imports this file too.
 logging.getLogger("nanovllm").addHandler(logging.NullHandler())
 
 
@@ -187,7 +187,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def collectives_of_step(records: list[dict[str, Any]], number: int) -> list[tuple[str, tuple[int, ...]]]:
-    """Operation and shape of each collective between the beginning and the end of the rank's step, from 0."""
+    """Returns operation and shape of each collective between the beginning and the end of the rank's step, from 0."""
     begins = [i for i, r in enumerate(records) if r["event"] == "section.start" and "Model forward" in r["section"]]
     ends = [i for i, r in enumerate(records) if r["event"] == "section.end" and "Model forward" in r["section"]]
     step = records[begins[number] : ends[number]]

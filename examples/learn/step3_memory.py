@@ -88,7 +88,7 @@ def main() -> None:
         print()
         params = SamplingParams(temperature=0, max_tokens=1)
         each = PROMPT_TOKENS // shape.block_size  # blocks of a prompt
-        run(engine, [[1] * PROMPT_TOKENS], params)  # warm: what the first long step takes is not the cache's
+        run(engine, [[1] * PROMPT_TOKENS], params)  # warms up: the first long step allocates more than the cache
         engine.reset_prefix_cache()
         draw = random.Random(0)
         before, used = engine.diagnostics.memory_use()[0], each

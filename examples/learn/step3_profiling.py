@@ -171,9 +171,9 @@ def main() -> None:
 def run_steps(
     engine: LLMEngine, batch: int, prompt_tokens: int, count: int, *, decode: bool, into: Path | None = None
 ) -> float:
-    """`count` decode steps of one batch, or as many prefill steps of a batch each; profiled into the folder `into`.
+    """Runs `count` decode steps of one batch, or prefill steps of a batch each; profiles them into the folder `into`.
 
-    The median of their times, in seconds: other programs make some steps longer, and none shorter.
+    Returns the median of their times in seconds: other programs make some steps longer, and none shorter.
     """
     from nanovllm import SamplingParams
 
@@ -210,7 +210,7 @@ def mark(engine: LLMEngine, runner: ModelRunner) -> None:
     from nanovllm.models.qwen3 import Qwen3DecoderLayer
 
     class MarkedAttention(Attention):
-        """No module, so that it has no `forward` to put a mark around."""
+        """Attention is no module and has no `forward`: the mark is put around its call."""
 
         def __call__(self, *arguments: Any) -> Any:
             with record_function(MARK + "attention"):
@@ -242,7 +242,7 @@ def mark(engine: LLMEngine, runner: ModelRunner) -> None:
 
 
 def read(folder: Path, num_tokens: int) -> Profile:
-    """Self times from the Chrome trace that the engine's profiler wrote: of operators, and of our marks."""
+    """Returns self times from the Chrome trace that the engine's profiler wrote: of operators, and of our marks."""
     events = json.loads((folder / "profile_rank0.json").read_text(encoding="utf-8"))["traceEvents"]
     spans = [event for event in events if event.get("ph") == "X"]
     steps = sorted((span for span in spans if span["name"] == MARK + WHOLE_STEP), key=lambda span: span["dur"])
@@ -258,7 +258,7 @@ def read(folder: Path, num_tokens: int) -> Profile:
 
 
 def self_times(spans: list[dict[str, Any]]) -> list[tuple[str, float]]:
-    """Each span's name and its duration without the spans directly within it. One thread: they nest or follow."""
+    """Returns each span's name and its duration without the spans directly within it. All are of one thread."""
     times: list[list[Any]] = []
     open_: list[tuple[float, int]] = []  # end, index
     for span in sorted(spans, key=lambda span: (span["ts"], -span["dur"])):

@@ -44,7 +44,7 @@ class Step:
 
     @property
     def is_plain(self) -> bool:
-        """Whether no request was admitted, preempted, finished or prefilled."""
+        """True if no request was admitted, preempted, finished or prefilled."""
         dull = {"batch.decode", "batch.postprocess", "step.done"}
         told = ("batch.", "blocks.allocated", "sequence.")
         return all(r["event"] in dull for r in self.records if r["event"].startswith(told))
@@ -72,9 +72,8 @@ def main() -> None:
 
 def make_log(log: Path) -> None:
     """Runs the requests with a log at DEBUG, in a file alone."""
-    logging.getLogger("nanovllm").addHandler(
-        logging.NullHandler()
-    )  # a handler that takes the records keeps the console silent
+    # A handler that takes the records keeps the console silent.
+    logging.getLogger("nanovllm").addHandler(logging.NullHandler())
     os.environ |= {"NANOVLLM_LOG_FILE": str(log), "NANOVLLM_LOG_FORMAT": "json", "NANOVLLM_LOG_LEVEL": "DEBUG"}
     from _engine import open_engine
 

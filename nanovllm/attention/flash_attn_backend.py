@@ -1,4 +1,4 @@
-"""Attention through the packages flash-attn (FlashAttention 2) and flash-attn-4 (FlashAttention 4, prefill alone).
+"""Attention through the packages flash-attn (FlashAttention 2) and flash-attn-4 (FlashAttention 4, prefill only).
 
 Sources: Dao, "FlashAttention-2", 2023, https://arxiv.org/abs/2307.08691; https://github.com/Dao-AILab/flash-attention.
 Both packages are optional. They are imported when a backend is built or one of the `…_problem` functions is called.
@@ -16,7 +16,7 @@ PAGE_MULTIPLE = 256  # FlashAttention 2 reads pages of this many tokens, or mult
 
 
 class FlashAttentionBackend:
-    """FlashAttention 2: prefill and decode; bf16 and fp16, pages of multiples of 256 tokens."""
+    """FlashAttention 2: prefill and decode; bf16 and fp16, pages of a multiple of 256 tokens."""
 
     name = "flash_attn"
     supports_cuda_graphs = True
@@ -31,7 +31,7 @@ class FlashAttentionBackend:
     def prefill(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_tokens, num_heads, head_dim] → the same shape and dtype."""
+        """Returns the output for query [num_tokens, num_heads, head_dim], in the same shape and dtype."""
         ends = metadata.context_lens.cumsum(0, dtype=torch.int32)
         out: torch.Tensor = self._varlen(
             query,
@@ -50,7 +50,7 @@ class FlashAttentionBackend:
     def decode(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_seqs, num_heads, head_dim] → the same shape and dtype; may be captured in a CUDA graph."""
+        """Returns the output for query [num_seqs, num_heads, head_dim]; may be captured in a CUDA graph."""
         out: torch.Tensor = self._with_kvcache(
             query.unsqueeze(1),  # [num_seqs, 1, num_heads, head_dim]
             kv_cache.key,
@@ -66,8 +66,8 @@ class FlashAttentionBackend:
 class FlashAttention4Prefill:
     """FlashAttention 4: prefill on Hopper and Blackwell; bf16 and fp16. Compiles at the first call, 2 to 3 s.
 
-    Pages of exactly one of its key tiles (128 tokens) are fastest, but are read to their end: all of the last page
-    must then be finite numbers. Of other pages it reads what belongs to the sequence.
+    Pages of exactly one key tile (128 tokens) are fastest but are read to their end, so all of the last page must be
+    finite. Of pages of other sizes it reads only the sequence's tokens.
     """
 
     name = "flash_attn_4"
@@ -80,7 +80,7 @@ class FlashAttention4Prefill:
     def prefill(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_tokens, num_heads, head_dim] → the same shape and dtype."""
+        """Returns the output for query [num_tokens, num_heads, head_dim], in the same shape and dtype."""
         out = self._varlen(
             query,
             kv_cache.key,
@@ -98,7 +98,7 @@ class FlashAttention4Prefill:
 
 
 def flash_attn_problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Returns why FlashAttention 2 cannot run here, or None. Builds differ in their kernels: it tries a small call."""
+    """Returns why FlashAttention 2 cannot run here, or None. Tries a small call: builds differ in their kernels."""
     try:
         backend = FlashAttentionBackend()
     except Exception as error:  # a build for another torch fails with many kinds of errors

@@ -1,4 +1,4 @@
-"""What attention needs to know about a step, and what a backend must do with it.
+"""The interface of attention backends: the metadata of a step, and a protocol each for prefill and decode.
 
 A step's tokens lie in one flat batch: first one token for each decode row, then the chunks of the
 prefill rows one after another. Keys and values of all of them are stored in the paged cache before
@@ -42,7 +42,7 @@ class PrefillBackend(Protocol):
     def prefill(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_tokens, num_heads, head_dim] → output of the same shape and dtype."""
+        """Returns the output for query [num_tokens, num_heads, head_dim], in the same shape and dtype."""
         ...
 
 
@@ -51,13 +51,14 @@ class DecodeBackend(Protocol):
 
     name: str
     supports_cuda_graphs: bool  # False: `decode` reads lengths on the host, so every step runs eagerly
-    uses_shared_prefixes: bool  # False: it is not worth finding them
+    uses_shared_prefixes: bool  # False: the engine does not look for them
 
     def decode(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_seqs, num_heads, head_dim] → output of the same shape and dtype.
+        """Returns the output for query [num_seqs, num_heads, head_dim], in the same shape and dtype.
 
-        With `supports_cuda_graphs` it is captured: no synchronisation, no shape that depends on a tensor's values.
+        With `supports_cuda_graphs` the call is captured: it must not synchronise, and no shape may depend on a tensor's
+        values.
         """
         ...

@@ -1,6 +1,6 @@
-"""Which attention backend serves prefill and which decode, and why.
+"""Selects the attention backends for prefill and decode, and explains each choice.
 
-`decide` is a pure table. Whether a backend can run here is a function argument, which is called only as far down the
+`decide` is a pure decision table. It asks a function argument whether a backend can run here, and only as far down the
 list as needed, because importing an unused package costs start-up time.
 """
 
@@ -115,7 +115,7 @@ def select_attention(
 
 
 def decide(requested: str, block_size: int | None, problem_of: Callable[[str], str | None]) -> Decision:
-    """The decision table. `problem_of(name)` says why a backend cannot run here, or returns None."""
+    """Chooses by the decision table. `problem_of(name)` returns why a backend cannot run here, or None."""
     if requested not in ATTENTION_BACKENDS:
         raise InvalidArgumentError("attention_backend", requested, "one of " + ", ".join(ATTENTION_BACKENDS))
     prefill, prefill_reason = _first_that_runs(requested, _PREFILL_ORDER, problem_of)
@@ -153,7 +153,7 @@ def find_problem(
     *,
     fp8_cache: bool = False,
 ) -> str | None:
-    """Why the backend `name` cannot run here, or None. Checks that need no import come first."""
+    """Returns why the backend `name` cannot run here, or None. Checks that need no import come first."""
     if name == "torch":
         return None
     if name == "triton":

@@ -1,4 +1,4 @@
-"""Attention in plain torch. It runs on a CPU, and the other backends are compared with it.
+"""Attention in plain torch: the backend for CPUs, and the reference that the other backends are compared with.
 
 Pages are gathered by block table and given to torch's own fused attention, which on a CPU handles grouped queries
 without copying keys.
@@ -17,20 +17,20 @@ _DECODE_BUCKET = 16  # sequences of similar length attend together: little paddi
 
 
 class TorchBackend:
-    """Prefill and decode on any device torch runs on."""
+    """Prefill and decode on any device that torch supports."""
 
     name = "torch"
     supports_cuda_graphs = False
     uses_shared_prefixes = False
 
     def __init__(self) -> None:
-        # Shared by all layers of a decode step; the first of them makes it.
+        # Shared by all layers of a decode step; the first layer makes it.
         self._planned: tuple[DecodeMetadata, _DecodePlan] | None = None
 
     def prefill(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_tokens, num_heads, head_dim] → the same shape. One sequence after another, so without padding."""
+        """Returns the output for query [num_tokens, num_heads, head_dim]. Computes one sequence at a time, unpadded."""
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
         starts = metadata.cu_seqlens_q.tolist()
         for seq, context_len in enumerate(metadata.context_lens.tolist()):
@@ -39,7 +39,7 @@ class TorchBackend:
             positions = torch.arange(context_len, device=query.device).unsqueeze(0)
             slots = _slots(metadata.block_tables[seq : seq + 1], positions, kv_cache.key.shape[1])
             keys, values = _gather(kv_cache, slots, query.dtype)
-            # With no cached prefix the mask is torch's own causal one, which skips what it hides.
+            # Without a cached prefix torch's own causal mask applies, which skips the masked part.
             whole = query_len == context_len
             mask = None if whole else _chunk_mask(query_len, context_len, query.device)
             attended = scaled_dot_product_attention(
@@ -57,15 +57,15 @@ class TorchBackend:
     def decode(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_seqs, num_heads, head_dim] → the same shape. Sequences of similar length attend together."""
+        """Returns the output for query [num_seqs, num_heads, head_dim]. Sequences of similar length attend together."""
         if self._planned is None or self._planned[0] is not metadata:
             self._planned = (metadata, _DecodePlan.of(metadata, kv_cache.key.shape[1], query.dtype))
         plan = self._planned[1]
-        if plan.order is None or plan.back is None:
+        if plan.order is None or plan.inverse is None:
             return _decode_bucket(query, kv_cache, plan.buckets[0], scale)
         parts = query.index_select(0, plan.order).split(_DECODE_BUCKET)
         outs = [_decode_bucket(part, kv_cache, bucket, scale) for part, bucket in zip(parts, plan.buckets, strict=True)]
-        return torch.cat(outs).index_select(0, plan.back)
+        return torch.cat(outs).index_select(0, plan.inverse)
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ class _Bucket:
 @dataclass(frozen=True)
 class _DecodePlan:
     buckets: list[_Bucket]
-    order: torch.Tensor | None = None  # [num_seqs] int64, sequences by length; None: one bucket, as they come
-    back: torch.Tensor | None = None  # [num_seqs] int64, where each sequence is in that order
+    order: torch.Tensor | None = None  # [num_seqs] int64, sequences by length; None: one bucket, in the given order
+    inverse: torch.Tensor | None = None  # [num_seqs] int64, the place of each sequence in that order
 
     @classmethod
     def of(cls, metadata: DecodeMetadata, block_size: int, dtype: torch.dtype) -> _DecodePlan:
@@ -114,13 +114,13 @@ def _decode_bucket(query: torch.Tensor, kv_cache: LayerKVCache, bucket: _Bucket,
 
 
 def _slots(block_tables: torch.Tensor, positions: torch.Tensor, block_size: int) -> torch.Tensor:
-    """Cache slots of `positions` [num_seqs, length], the same shape."""
+    """Returns the cache slots of `positions` [num_seqs, length], the same shape."""
     blocks = block_tables.gather(1, positions // block_size).long()
     return blocks * block_size + positions % block_size
 
 
 def _gather(kv_cache: LayerKVCache, slots: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values at `slots` [num_seqs, length]: each [num_seqs, num_kv_heads, length, head_dim] of `dtype`."""
+    """Returns keys and values at `slots` [num_seqs, length], each [num_seqs, num_kv_heads, length, head_dim]."""
     _, block_size, num_kv_heads, head_dim = kv_cache.key.shape
 
     def gather(cache: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
@@ -136,5 +136,5 @@ def _gather(kv_cache: LayerKVCache, slots: torch.Tensor, dtype: torch.dtype) -> 
 
 
 def _chunk_mask(query_len: int, context_len: int, device: torch.device) -> torch.Tensor:
-    """[query_len, context_len] bool, True where the query, one of the context's last ones, sees the key."""
+    """Returns [query_len, context_len] bool, True where a query, one of the context's last tokens, sees a key."""
     return torch.ones(query_len, context_len, dtype=torch.bool, device=device).tril(context_len - query_len)

@@ -11,7 +11,7 @@ from nanovllm.kernels.paged_decode_fp8 import paged_decode_fp8
 from nanovllm.kernels.paged_prefill import paged_prefill
 from nanovllm.kernels.paged_prefill_hopper import takes_queries_on_hopper
 
-_MAX_COPIED_KEYS = 4  # of an FP8 cache, for each query: where more are read, the copy is work and memory of its own
+_MAX_COPIED_KEYS = 4  # of an FP8 cache, per query; a copy of more would cost too much time and memory
 
 
 class TritonBackend:
@@ -24,7 +24,7 @@ class TritonBackend:
     def prefill(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_tokens, num_heads, head_dim] → the same shape and dtype."""
+        """Returns the output for query [num_tokens, num_heads, head_dim], in the same shape and dtype."""
         if kv_cache.is_quantized and _worth_copying(query, kv_cache, metadata):
             kv_cache, metadata = dequantize_pages(kv_cache, metadata, query.dtype)
         return paged_prefill(query, kv_cache, metadata, scale, use_triton=True)
@@ -32,13 +32,13 @@ class TritonBackend:
     def decode(
         self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
     ) -> torch.Tensor:
-        """query [num_seqs, num_heads, head_dim] → the same shape and dtype; may be captured in a CUDA graph."""
+        """Returns the output for query [num_seqs, num_heads, head_dim]; may be captured in a CUDA graph."""
         attend = paged_decode_fp8 if kv_cache.is_quantized else paged_decode
         return attend(query, kv_cache, metadata, scale, use_triton=True)
 
 
 def _worth_copying(query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata) -> bool:
-    """Whether copying an FP8 cache's contexts for the Hopper kernel, which reads no scales, beats the plain one."""
+    """Returns whether to copy an FP8 cache's contexts for the Hopper kernel, which is faster but reads no scales."""
     _, block_size, num_kv_heads, _ = kv_cache.key.shape
     copied = len(metadata.context_lens) * metadata.max_seqlen_k
     return copied <= _MAX_COPIED_KEYS * len(query) and takes_queries_on_hopper(query, num_kv_heads, block_size)

@@ -9,5 +9,5 @@
 - `machine`: device, versions, copy bandwidth
 - `transformers_comparison`: the same work in transformers
 - `logging_overhead`: what logging adds to decoding
-- `decode_latency`: a benchmark of its own, of the time between tokens
+- `decode_latency`: a separate benchmark, of the time between tokens
 """

@@ -23,7 +23,7 @@ _PROMPT_LEN, _OUTPUT_LEN = 16, 256  # tokens; nearly all steps decode
 
 @dataclass(frozen=True)
 class Overhead:
-    """What one level adds."""
+    """The time that one level adds."""
 
     level: str
     shares: list[float]  # of the time without logging, in each pair

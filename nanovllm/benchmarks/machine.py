@@ -39,7 +39,7 @@ def device_name(device: torch.device) -> str:
 
 
 def load_average() -> float | None:
-    """Returns the mean number of runnable threads in the last minute, or None where the system does not tell."""
+    """Returns the mean number of runnable threads in the last minute, or None if the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 

@@ -159,5 +159,5 @@ def _compare(
     for result in report["results"]:
         name = result["workload"]
         runs = [model.generate(plan.workloads[name], settings.temperature) for _ in range(settings.runs)]
-        ours = last_runs[name].token_ids if settings.temperature == 0 else None
-        result["transformers"] = compare_workload(result, runs, ours, say)
+        engine_tokens = last_runs[name].token_ids if settings.temperature == 0 else None
+        result["transformers"] = compare_workload(result, runs, engine_tokens, say)

@@ -1,4 +1,4 @@
-"""What other engines need for the same workloads."""
+"""The times of other engines for the same workloads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ class Peers:
     measured: str  # when, where and with what
     seconds: Mapping[str, Mapping[str, float]]
     fp8_seconds: Mapping[str, Mapping[str, float]]  # with an FP8 KV cache
-    start_seconds: Mapping[str, float]  # to the first request, nothing compiled before
 
 
 def _by_peer(nano_vllm: float, mini_sglang: float, vllm: float) -> Mapping[str, float]:
@@ -36,7 +35,6 @@ PEERS = Peers(
         "wide": _by_peer(4.00, 5.43, 4.27),
     },
     fp8_seconds={"classic": {"vLLM": 5.42}, "long": {"vLLM": 2.75}},
-    start_seconds=_by_peer(26, 68, 74),
 )
 
 

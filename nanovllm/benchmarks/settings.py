@@ -1,4 +1,4 @@
-"""What a benchmark runs: the settings of the command line, and the plan that follows from them. No torch at import."""
+"""The settings of a benchmark from the command line, and the plan that follows from them. No torch at import."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanovllm.models.checkpoint import resolve_model_folder
 from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
 
 ALL_WORKLOADS = "all"
-MIN_MODEL_LEN = 4096  # as in nano-vllm's benchmark, where the workload needs less
+MIN_MODEL_LEN = 4096  # as in nano-vllm's benchmark, if the workload needs less
 
 Say = Callable[[str], None]  # prints a line for people, or discards it
 
@@ -43,7 +43,7 @@ class BenchmarkSettings:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run, once everything is chosen."""
+    """The work of a benchmark, with every choice made."""
 
     model: str
     model_config: ModelConfig

@@ -79,30 +79,30 @@ class TransformersModel:
 
 
 def compare_workload(
-    ours: dict[str, Any], runs: Sequence[TransformersRun], our_tokens: list[list[int]] | None, say: Say
+    result: dict[str, Any], runs: Sequence[TransformersRun], engine_tokens: list[list[int]] | None, say: Say
 ) -> dict[str, Any]:
-    """Returns a result's `transformers`, from the result `ours` and the runs, the warm-up first.
+    """Returns the entry `transformers` for the engine's `result`. The first of `runs` is the warm-up.
 
-    With `our_tokens` (greedy runs) it has the share of equal tokens.
+    With `engine_tokens` (greedy runs) it has the share of equal tokens.
     """
-    theirs = {"warm_up_seconds": runs[0].seconds, **spread_of([run.seconds for run in runs[1:]])}
-    theirs["ratio_of_best"] = theirs["best_seconds"] / ours["best_seconds"]
-    theirs["ratio_of_median"] = theirs["median_seconds"] / ours["median_seconds"]
+    entry = {"warm_up_seconds": runs[0].seconds, **spread_of([run.seconds for run in runs[1:]])}
+    entry["ratio_of_best"] = entry["best_seconds"] / result["best_seconds"]
+    entry["ratio_of_median"] = entry["median_seconds"] / result["median_seconds"]
     text = (
-        f"  {ours['workload']}: best {theirs['best_seconds']:.3f} s, median {theirs['median_seconds']:.3f} s "
-        f"(warm-up {theirs['warm_up_seconds']:.3f} s); nanovllm is {theirs['ratio_of_best']:.2f}× as fast "
-        f"by the best runs, {theirs['ratio_of_median']:.2f}× by the medians"
+        f"  {result['workload']}: best {entry['best_seconds']:.3f} s, median {entry['median_seconds']:.3f} s "
+        f"(warm-up {entry['warm_up_seconds']:.3f} s); nanovllm is {entry['ratio_of_best']:.2f}× as fast "
+        f"by the best runs, {entry['ratio_of_median']:.2f}× by the medians"
     )
-    if our_tokens is not None:
-        theirs["equal_tokens"] = share_equal(our_tokens, runs[-1].token_ids)
-        text += f"; {theirs['equal_tokens']:.1%} of the tokens are the same"
+    if engine_tokens is not None:
+        entry["equal_tokens"] = share_equal(engine_tokens, runs[-1].token_ids)
+        text += f"; {entry['equal_tokens']:.1%} of the tokens are the same"
     say(text)
-    return theirs
+    return entry
 
 
-def share_equal(ours: list[list[int]], theirs: list[list[int]]) -> float:
+def share_equal(left: list[list[int]], right: list[list[int]]) -> float:
     """Returns the share of positions with the same token in both."""
-    pairs = [pair for rows in zip(ours, theirs, strict=True) for pair in zip(*rows, strict=True)]
+    pairs = [pair for rows in zip(left, right, strict=True) for pair in zip(*rows, strict=True)]
     return sum(one == other for one, other in pairs) / len(pairs)
 
 

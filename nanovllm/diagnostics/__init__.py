@@ -1,8 +1,7 @@
 """Looks at a running engine: torch's profiler, a memory report, a leak check, a trace of function calls.
 
 `LLM.start_profile`, `LLM.stop_profile`, `LLM.memory_report` and `LLM.check_memory_leak` use it. The engine itself does
-not import this package: the code that builds an engine passes `make_diagnostics`, which is called once
-on each rank.
+not import this package: the code that builds an engine passes `make_diagnostics`, which is called once on each rank.
 """
 
 from __future__ import annotations
@@ -10,7 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from nanovllm.diagnostics.rank import RankDiagnostics, RankRunner
+    from nanovllm.diagnostics.memory import RankRunner
+    from nanovllm.diagnostics.rank import RankDiagnostics
 
 
 def make_diagnostics(runner: RankRunner) -> RankDiagnostics:

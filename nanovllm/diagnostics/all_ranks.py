@@ -1,4 +1,4 @@
-"""AllRanksDiagnostics: what `RankDiagnostics` does, on every rank, requested by rank 0.
+"""AllRanksDiagnostics: does on every rank what `RankDiagnostics` does on one, at the request of rank 0.
 
 A question is a `Question` number, followed by a text for some. An answer is a status and the result. Both are bytes
 of a fixed layout, without pickle; the executor carries them.
@@ -22,7 +22,7 @@ from nanovllm.diagnostics.memory import MemoryReport
 from nanovllm.errors import InvalidStateError, NanoVLLMError
 
 if TYPE_CHECKING:
-    from nanovllm.diagnostics.rank import RankDiagnostics
+    from nanovllm.engine.executor import Diagnostics
 
 _WORD = struct.Struct("=Q")
 _MEMORY_USE = struct.Struct("=QQ")
@@ -36,7 +36,7 @@ class Question(IntEnum):
     CANCEL_PROFILE = 5
 
 
-def answer(diagnostics: RankDiagnostics, question: bytes | bytearray) -> bytes:
+def answer(diagnostics: Diagnostics, question: bytes | bytearray) -> bytes:
     """Returns a rank's answer. Expected errors are answers too, so the rank continues."""
     kind, text = Question(_WORD.unpack_from(question)[0]), bytes(question[_WORD.size :])
     try:
@@ -45,9 +45,10 @@ def answer(diagnostics: RankDiagnostics, question: bytes | bytearray) -> bytes:
         return _WORD.pack(1) + str(error).encode("utf-8", "replace")
 
 
-def _answer(diagnostics: RankDiagnostics, kind: Question, text: bytes) -> bytes:
+def _answer(diagnostics: Diagnostics, kind: Question, text: bytes) -> bytes:
     if kind == Question.MEMORY_REPORT:
-        return diagnostics.memory_report().pack()
+        report: MemoryReport = diagnostics.memory_report()
+        return report.pack()
     if kind == Question.MEMORY_USE:
         return _MEMORY_USE.pack(*diagnostics.memory_use())
     if kind == Question.STOP_PROFILE:
@@ -66,11 +67,11 @@ class AllRanksDiagnostics:
     answers in rank order.
     """
 
-    def __init__(self, own: RankDiagnostics, ask: Callable[[bytes], list[bytes]]) -> None:
+    def __init__(self, own: Diagnostics, ask: Callable[[bytes], list[bytes]]) -> None:
         self._own, self._send = own, ask
 
     def start_profile(self, folder: Path) -> None:
-        """As `RankDiagnostics.start_profile`, on all ranks or on none."""
+        """Starts a profile as `RankDiagnostics.start_profile` does, on all ranks or on none."""
         self._own.start_profile(folder)
         try:
             self._ask(Question.START_PROFILE, os.fsencode(folder.absolute()))
@@ -79,7 +80,7 @@ class AllRanksDiagnostics:
             raise
 
     def stop_profile(self) -> str:
-        """Each rank writes its trace and its table. Returns the tables of all ranks."""
+        """Writes each rank's trace and table. Returns the tables of all ranks."""
         own = self._own.stop_profile()
         tables = [own, *(table.decode() for table in self._ask(Question.STOP_PROFILE))]
         return "\n\n".join(f"Rank {rank}\n{table}" for rank, table in enumerate(tables))
@@ -91,7 +92,7 @@ class AllRanksDiagnostics:
 
     def memory_report(self) -> MemoryReport:
         """Returns rank 0's report, with those of the other ranks in `others`."""
-        own = self._own.memory_report()
+        own: MemoryReport = self._own.memory_report()
         return replace(own, others=tuple(map(MemoryReport.unpack, self._ask(Question.MEMORY_REPORT))))
 
     def memory_use(self) -> tuple[int, int]:

@@ -7,7 +7,7 @@
 It shows where a process hangs (in the last calls without a return) and how a request is processed. Columns: seconds of
 the monotonic clock, which is `mono` in JSON logs; thread; call or return; depth within nanovllm; file, line and
 function. Each line is written before the call continues, so that a killed process loses none. This costs some
-microseconds per call, so it is no tool for measuring time.
+microseconds per call, so do not measure time with it.
 """
 
 from __future__ import annotations

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
+from nanovllm.attention.interface import LayerKVCache
+from nanovllm.layers.parallel import TensorParallel
 from nanovllm.utils.device_memory import GB, describe_memory, free_cpu_memory
 
-if TYPE_CHECKING:
-    from nanovllm.diagnostics.rank import RankRunner
-
 _PACKED = struct.Struct("=8Q")
+
+
+class RankRunner(Protocol):
+    """The parts of a rank's model runner that diagnostics read."""
+
+    @property
+    def parallel(self) -> TensorParallel: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def model(self) -> torch.nn.Module: ...
+
+    @property
+    def kv_caches(self) -> Sequence[LayerKVCache]: ...
+
+    @property
+    def graph_pool(self) -> tuple[int, int] | None:
+        """The memory pool of the CUDA graphs; None without graphs."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -3,44 +3,20 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from nanovllm.attention.interface import LayerKVCache
 from nanovllm.diagnostics.all_ranks import AllRanksDiagnostics, answer
-from nanovllm.diagnostics.memory import MemoryReport, measure_memory
+from nanovllm.diagnostics.memory import MemoryReport, RankRunner, measure_memory
 from nanovllm.diagnostics.profiler import RankProfiler
 from nanovllm.errors import InvalidStateError
-from nanovllm.layers.parallel import TensorParallel
 from nanovllm.logs import events
 from nanovllm.utils.device_memory import describe_memory
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
-
-
-class RankRunner(Protocol):
-    """What diagnostics read of a rank's model runner."""
-
-    @property
-    def parallel(self) -> TensorParallel: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def model(self) -> torch.nn.Module: ...
-
-    @property
-    def kv_caches(self) -> Sequence[LayerKVCache]: ...
-
-    @property
-    def graph_pool(self) -> tuple[int, int] | None:
-        """The memory pool of the CUDA graphs; None without graphs."""
-        ...
 
 
 class RankDiagnostics:
@@ -90,7 +66,7 @@ class RankDiagnostics:
         return table
 
     def memory_report(self) -> MemoryReport:
-        """Returns where the device's memory is, without waiting for the device."""
+        """Returns what the device's memory is used for, without waiting for the device."""
         assert self._runner is not None, "diagnostics were closed"
         return measure_memory(self._runner)
 

@@ -1,4 +1,4 @@
-"""Which of the ranks failed first, and what to tell the user about it."""
+"""Finds the rank that failed first, and the error to raise for it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from nanovllm.errors import WorkerError
 def first_lost_rank(
     exit_codes: Mapping[int, int], failures: Mapping[int, FailureReport], stages: Mapping[int, int]
 ) -> WorkerError:
-    """Returns the error of the worker that ended first, of those in `exit_codes`.
+    """Returns the error of the worker in `exit_codes` that ended first.
 
-    One rank's end makes others fail: a rank that was killed comes first, then the earliest failure.
+    A lost rank makes others fail: a rank that was killed comes first, then the earliest failure.
     """
 
     def order(rank: int) -> tuple[bool, int]:
@@ -30,7 +30,7 @@ def first_lost_rank(
 
 
 def _hint(stage: int) -> str:
-    """Returns what to do about a process that ended before `run_worker` began in it."""
+    """Returns advice for a process that ended before `run_worker` began; empty for later stages."""
     if stage:
         return ""
     return (

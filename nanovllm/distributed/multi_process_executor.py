@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nanovllm.layers.parallel import TensorParallel
 
 
-_IDLE_SECONDS = 5.0  # for steps in flight, when the engine ends
+_IDLE_SECONDS = 5.0  # to wait for steps in flight when the engine ends
 
 
 class MultiProcessExecutor:

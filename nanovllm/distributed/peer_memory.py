@@ -20,10 +20,11 @@ class _Handle(ctypes.Structure):
 
 
 class PeerMemory:
-    """A zeroed buffer of `num_bytes` on each rank's GPU; `addresses` are those of all buffers here, by rank.
+    """A zeroed buffer of `num_bytes` on each rank's GPU, accessible from this rank.
 
-    exchange: takes this rank's bytes and returns every rank's, in order. Raises RuntimeError when the GPUs or the
-    system do not allow it, after taking part in the exchange so that the other ranks do not wait.
+    addresses: of each rank's buffer, by rank. exchange: takes this rank's bytes and returns every rank's, in order.
+    Raises RuntimeError when the GPUs or the system do not allow it, after taking part in the exchange so that the other
+    ranks do not wait.
     """
 
     def __init__(self, rank: int, num_bytes: int, device: torch.device, exchange: Callable[[bytes], list[bytes]]):

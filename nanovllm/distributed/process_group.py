@@ -78,7 +78,7 @@ def leave_ranks(parallel: TensorParallel, seconds: float = _LEAVE_SECONDS) -> bo
         parallel.one_shot.break_off()
 
     def leave() -> None:
-        with suppress(Exception):  # it may have failed already
+        with suppress(Exception):  # the group may have failed already
             group.abort()
             if parallel.one_shot is not None:
                 parallel.one_shot.close()

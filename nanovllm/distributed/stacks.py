@@ -37,24 +37,24 @@ def answer_with_stacks(pipe: Connection) -> None:
 
 
 def find_late_rank(
-    pids: Mapping[int, int], pipes: Mapping[int, Connection], stages: Mapping[int, int], words: Mapping[int, str]
+    pids: Mapping[int, int], pipes: Mapping[int, Connection], stages: Mapping[int, int], stage_texts: Mapping[int, str]
 ) -> LateRank:
     """Returns the rank at the earliest stage that does not wait for another rank, as far as the stacks show.
 
-    That is rank 0 when all others are at the last stage and wait. What a GPU does is not visible.
+    That is rank 0 when all others are at the last stage and wait. The work of a GPU is not visible.
 
-    pids, pipes, stages: by rank, 1, 2, …; a rank at stage 0 has not called `answer_with_stacks` yet. words: the
-    description of each stage.
+    pids, pipes, stages: by rank, 1, 2, …; a rank at stage 0 has not called `answer_with_stacks` yet.
+    stage_texts: the description of each stage.
     """
     stacks = _read_stacks(pids, pipes, [rank for rank, stage in stages.items() if stage])
     waits = {rank: any(place in stack for place in _WAITING_PLACES) for rank, stack in stacks.items()}
     late = min(pids, key=lambda rank: (stages[rank], waits.get(rank, False)))
-    if stages[late] == max(words) and waits[late]:
+    if stages[late] == max(stage_texts) and waits[late]:
         late = 0
     states = []
     for rank, stage in stages.items():
         state = "waits" if waits.get(rank) else "is at work" if stacks.get(rank) else "does not react"
-        states.append(f"rank {rank} {words[stage]}{state if stage else ''}")
+        states.append(f"rank {rank} {stage_texts[stage]}{state if stage else ''}")
     return LateRank(late, ", ".join(states), stacks.get(late, ""))
 
 

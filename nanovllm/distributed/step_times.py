@@ -60,8 +60,8 @@ class StepTimes:
 
 def pack_step_times(times: list[StepTime]) -> bytes:
     return b"".join(
-        _RECORD.pack(time.step, KINDS.index(time.kind), time.began, time.ended, time.gpu_began, time.gpu_ended)
-        for time in times
+        _RECORD.pack(step.step, KINDS.index(step.kind), step.began, step.ended, step.gpu_began, step.gpu_ended)
+        for step in times
     )
 
 

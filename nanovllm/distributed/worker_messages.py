@@ -1,4 +1,4 @@
-"""WorkerMessages: what rank 0 and its workers tell each other. One channel to all workers, one from each."""
+"""WorkerMessages: rank 0's messages to and from its workers. One channel to all workers, one from each."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class WorkerMessages:
         return [self._answers.pop(rank)[NUMBER.size :] for rank in self.stages]
 
     def read_reports(self) -> None:
-        """Takes in what the workers have sent, without waiting. Any thread may call it."""
+        """Reads what the workers have sent, without waiting. Any thread may call it."""
         with self._reading:
             for rank, channel in self._reports.items():
                 while (message := channel.receive(timeout=0)) is not None:

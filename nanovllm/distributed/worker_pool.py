@@ -49,8 +49,8 @@ class _Limit:
 class WorkerPool:
     """Ranks 1, 2, …, one process each.
 
-    configs: of each worker. num_threads: of torch in each worker, on a CPU. make_diagnostics, start_trace: what each
-    worker calls, once its runner is ready and when its process begins.
+    configs: one for each worker. num_threads: torch's threads in each worker, on a CPU. make_diagnostics: called in
+    each worker once its runner is ready; start_trace: when its process begins.
     """
 
     def __init__(

@@ -62,7 +62,7 @@ FAILURE = struct.Struct("=Q")
 
 @dataclass(frozen=True)
 class WorkerStart:
-    """Everything that a worker process is started with. The one object that multiprocessing pickles."""
+    """Everything that a worker process needs to start. The only object that multiprocessing pickles."""
 
     rank: int
     size: int
@@ -148,7 +148,7 @@ class _Worker:
         leave_ranks(parallel)
 
     def _follow(self, runner: ModelRunner, diagnostics: RankDiagnostics | None) -> None:
-        """Does what rank 0 says, until it says SHUTDOWN."""
+        """Handles messages from rank 0 until SHUTDOWN."""
         from nanovllm.distributed.step_times import StepTimes, pack_step_times
 
         step_times = StepTimes() if env.trace_file() is not None else None

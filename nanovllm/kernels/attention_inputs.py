@@ -1,6 +1,6 @@
-"""What the attention kernels read: a layer's pages of the KV cache, and the sequences of a step.
+"""The inputs of the attention kernels: a layer's pages of the KV cache, and the sequences of a step.
 
-`nanovllm.attention.interface` has these names too: backends and models take them from there.
+`nanovllm.attention.interface` re-exports these names; backends and models import them from there.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 class LayerKVCache:
     """One layer's pages. Block b, offset o holds the token at slot b · block_size + o.
 
-    Keys and values have the same strides. An FP8 cache has scales: a head of a token is what is stored times its
-    scale. A page's scales of one head lie side by side, because attention reads them that way.
+    Keys and values have the same strides. An FP8 cache has scales: the value of a token's head is what is
+    stored times its scale. A page's scales of one head are adjacent, because attention reads them that way.
     """
 
     key: torch.Tensor  # [num_blocks, block_size, num_kv_heads, head_dim]
@@ -25,12 +25,12 @@ class LayerKVCache:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether keys and values are float8_e4m3fn, with scales."""
+        """True if keys and values are float8_e4m3fn with scales."""
         return self.key_scale is not None and self.value_scale is not None
 
     @property
     def scale_page_stride(self) -> int:
-        """Elements from a page's scales to the next page's; 0 without scales."""
+        """Stride between the scales of two pages, in elements; 0 without scales."""
         return 0 if self.key_scale is None else self.key_scale.stride(0)
 
 
@@ -60,7 +60,7 @@ class PrefillMetadata:
 
 @dataclass(frozen=True)
 class DecodeMetadata:
-    """One query a sequence, at position context_lens - 1."""
+    """One query per sequence, at position context_lens - 1."""
 
     context_lens: torch.Tensor  # [num_seqs] int32, keys in the cache, the query's own included; ≥ 1
     block_tables: torch.Tensor  # [num_seqs, max_blocks] int32

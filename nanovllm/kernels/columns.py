@@ -1,8 +1,8 @@
 """The columns of the records that kernels read, declared once for both sides.
 
 The engine fills these records (`engine.batch`, `requests.logit_edits`), and kernels read them as tensors of 32-bit
-words. Kernels may not import the engine, and the engine imports no torch: so the table is here, without torch, and
-each side takes a column's place from it.
+words. Kernels must not import the engine, and the engine must not import torch, so both sides take the place of a
+column from this table, which needs no torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 WORD_BYTES = 4
 
-# How a row's distribution is cut (`kernels.truncate`). NO_TRUNCATION keeps every token.
+# How a row's distribution is truncated (`kernels.truncate`). NO_TRUNCATION keeps every token.
 TRUNCATION = np.dtype([("top_k", np.float32), ("top_p", np.float32), ("min_p", np.float32)])
 NO_TRUNCATION = (0.0, 1.0, 0.0)
 
@@ -29,7 +29,7 @@ LOGIT_EDITS = np.dtype(
 )
 
 # A number to add to one token's logit, while the row is shorter than `until_length` and its output ends in the
-# `ending_length` tokens that stand `ending_start` words after the row's first bias.
+# `ending_length` tokens stored `ending_start` words after the row's first bias.
 TOKEN_BIAS = np.dtype(
     [
         ("token_id", np.int32),
@@ -42,18 +42,18 @@ TOKEN_BIAS = np.dtype(
 
 
 def num_words(record: np.dtype[np.void] | np.dtype[np.generic]) -> int:
-    """The 32-bit words of a record or of a plain value."""
+    """Returns the number of 32-bit words in a record or a plain value."""
     return record.itemsize // WORD_BYTES
 
 
 def column_of(record: np.dtype[np.void], name: str) -> int:
-    """The first word of the field `name`."""
+    """Returns the index of the first word of the field `name`."""
     assert record.fields is not None
     return int(record.fields[name][1]) // WORD_BYTES
 
 
 def columns_of(record: np.dtype[np.void], name: str) -> slice:
-    """The words of the field `name`."""
+    """Returns the indices of the words of the field `name`."""
     assert record.fields is not None
     first = column_of(record, name)
     return slice(first, first + num_words(record.fields[name][0]))

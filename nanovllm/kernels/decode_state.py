@@ -1,6 +1,6 @@
 """Reads and advances the rows that decode, in one launch each, before and after the model.
 
-The rows' state stays on the device between steps. Plain indexing would take some fifteen launches a step, which at
+The rows' state stays on the device between steps. Plain indexing would take about fifteen launches per step, which at
 small batches costs as much as several layers.
 """
 
@@ -48,7 +48,7 @@ def _read_decode_tokens_kernel(
     BLOCK_SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program a row."""
+    """One program per row."""
     join_launch_chain(PDL)
     index = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + index).to(tl.int64)
@@ -91,7 +91,7 @@ def _append_tokens_kernel(
 def read_decode_tokens_reference(
     rows: torch.Tensor, token_ids: torch.Tensor, lengths: torch.Tensor, block_tables: torch.Tensor, block_size: int
 ) -> DecodeTokens:
-    """What `read_decode_tokens` must equal, in plain torch; also what runs on a CPU."""
+    """Reference for `read_decode_tokens` in plain torch; also used on CPUs."""
     context_lens = lengths[rows]
     positions = context_lens.long() - 1
     tables = block_tables[rows]
@@ -109,7 +109,7 @@ def read_decode_tokens(
     *,
     use_triton: bool | None = None,
 ) -> DecodeTokens:
-    """The last token of each of `rows` [num_rows] int32, and all that attention needs to know of it.
+    """Returns the last token of each of `rows` [num_rows] int32, with the inputs that attention needs for it.
 
     token_ids [all_rows, max_tokens] int32; lengths [all_rows] int32, ≥ 1; block_tables [all_rows, max_blocks] int32.
     """
@@ -147,7 +147,7 @@ def read_decode_tokens(
 def append_tokens_reference(
     rows: torch.Tensor, new_ids: torch.Tensor, token_ids: torch.Tensor, lengths: torch.Tensor, null_row: int
 ) -> None:
-    """What `append_tokens` must equal, in plain torch; also what runs on a CPU."""
+    """Reference for `append_tokens` in plain torch; also used on CPUs."""
     row_lengths = lengths[rows]
     token_ids[rows, row_lengths] = new_ids
     lengths[rows] = torch.where(rows == null_row, row_lengths, row_lengths + 1)
@@ -162,7 +162,7 @@ def append_tokens(
     *,
     use_triton: bool | None = None,
 ) -> None:
-    """Adds new_ids [num_rows] int32 to the ends of `rows` [num_rows] int32, each there once, the null row apart.
+    """Appends new_ids [num_rows] int32 to `rows` [num_rows] int32, which are distinct except for the null row.
 
     Written in place: token_ids [all_rows, max_tokens] int32, lengths [all_rows] int32. The null row keeps its length.
     """

@@ -1,4 +1,4 @@
-"""An FP8 cache's keys and values in the model's dtype, page by page: for kernels that read no scales."""
+"""Copies keys and values of an FP8 cache to the model's dtype, page by page, for kernels that read no scales."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def dequantized(kv_cache: LayerKVCache) -> LayerKVCache:
 def dequantize_pages(
     kv_cache: LayerKVCache, metadata: PrefillMetadata, dtype: torch.dtype
 ) -> tuple[LayerKVCache, PrefillMetadata]:
-    """Copies the contexts out of an FP8 cache: (pages of `dtype`, metadata whose block tables lead to them).
+    """Returns copies of the contexts in an FP8 cache: (pages of `dtype`, metadata whose block tables refer to them).
 
-    The copy has pages of its own for each sequence, of the same size. Slots past a context's end are undefined.
+    Each sequence gets pages of its own, of the same size. Slots past a context's end are undefined.
     """
     block_tables, num_seqs = metadata.block_tables, len(metadata.context_lens)
     _, block_size, num_kv_heads, head_dim = kv_cache.key.shape

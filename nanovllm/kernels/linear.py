@@ -1,6 +1,6 @@
 """Matrix products with weights laid out for oneDNN, which on a CPU beats the BLAS behind torch's own product.
 
-Only float32 is packed: for half precision torch goes to oneDNN by itself. The operators are those that torch's own
+Only float32 is packed: for half precision torch itself uses oneDNN. The operators are those that torch's own
 compiler emits for CPUs; where they are missing, weights stay as they are.
 """
 
@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 _TYPICAL_NUM_TOKENS = 64  # oneDNN picks the layout for a batch size; any other works with it too
-_EXACT = 64  # tokens; more are padded to one of eight sizes between two powers of two
+_MAX_UNPADDED = 64  # tokens; more are padded to one of eight sizes between two powers of two
 
 
 def pack_weight(weight: torch.Tensor) -> torch.Tensor:
-    """weight [output_size, input_size] → the same in oneDNN's layout, which only `linear` can read, or `weight`."""
+    """Returns weight [output_size, input_size] in oneDNN's layout, which only `linear` reads, or unchanged."""
     if not can_pack(weight):
         return weight
     packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _TYPICAL_NUM_TOKENS)
@@ -31,7 +31,10 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 
 def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """[num_tokens, input_size] → [num_tokens, output_size]; `weight` may have come from `pack_weight`."""
+    """Returns hidden · weightᵀ + bias: [num_tokens, input_size] → [num_tokens, output_size].
+
+    `weight` may come from `pack_weight`.
+    """
     if not weight.is_mkldnn:
         return F.linear(hidden, weight, bias)
     num_tokens = len(hidden)
@@ -45,8 +48,8 @@ def linear(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 def padded_size(num_tokens: int) -> int:
     """Returns the number of rows that `num_tokens` rows are padded to.
 
-    oneDNN compiles, and keeps, code for every number of rows that it meets, up to half a megabyte each time: prompts of
-    all lengths would fill gigabytes.
+    oneDNN compiles and keeps code for every number of rows, up to half a megabyte each: prompts of all lengths would
+    fill gigabytes.
     """
-    step = 1 if num_tokens <= _EXACT else 1 << ((num_tokens - 1).bit_length() - 4)
+    step = 1 if num_tokens <= _MAX_UNPADDED else 1 << ((num_tokens - 1).bit_length() - 4)
     return -(-num_tokens // step) * step

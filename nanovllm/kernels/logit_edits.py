@@ -5,8 +5,8 @@ biases, then the mask. A token bias adds a number to one token's logit while the
 tokens. It serves `logit_bias` (always), `min_tokens` (bans end-of-sequence up to a length) and `bad_words` (bans a
 word's last token after its others).
 
-Each step counts a row's tokens anew. That costs little, as attention reads thousands of times more for each token, and
-no counts need to survive preemption.
+Each step counts a row's tokens again. That costs little, because attention reads thousands of times more for each
+token, and no counts have to survive preemption.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nanovllm.kernels.columns import BIAS_WIDTH, LOGIT_EDITS, TOKEN_BIAS, column
 from nanovllm.kernels.triton_support import constant, jit_with_varying, join_launch_chain, pdl_options, runs_triton, tl
 
 _BLOCK_SIZE = 2048  # logits a program edits
-_HISTORY_PROGRAMS = 8  # a row
+_HISTORY_PROGRAMS = 8  # per row
 _PART = 1 << 23  # logits whose counts are in memory at a time
 
 _SETTINGS_WIDTH = constant(num_words(LOGIT_EDITS))
@@ -43,7 +43,7 @@ _ENDING_LENGTH = constant(column_of(TOKEN_BIAS, "ending_length"))
 
 @dataclass(frozen=True)
 class RowLogitEdits:
-    """What changes each row's logits, indexed by row. Zeros change nothing.
+    """The edits of each row's logits, indexed by row. Zeros change nothing.
 
     settings: [all_rows, words of `columns.LOGIT_EDITS`] int32.
     token_biases: [all_rows, MAX_BIAS_WORDS] int32: items of `columns.TOKEN_BIAS`, then the endings that they name.
@@ -77,8 +77,8 @@ def _count_tokens_kernel(
 ) -> None:
     """Program (part, row): counts its part of the row's tokens, and adds up its part of the row's token biases.
 
-    A count is how often the output has a token; bit 30 is set where the prompt has it. The biases of one token add up
-    in any order: all but one of them are bans, next to which the other does not matter.
+    A count is how often the output has a token; bit 30 is set where the prompt has it. A token's biases may be
+    added in any order: all but one of them are bans, and next to a ban the other does not matter.
     """
     join_launch_chain(PDL)
     part, num_parts = tl.program_id(0), tl.num_programs(0)
@@ -157,7 +157,7 @@ def _edit_logits_kernel(
 def edit_logits_reference(
     logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, lengths: torch.Tensor, logit_edits: RowLogitEdits
 ) -> torch.Tensor:
-    """What `edit_logits` must equal, row by row in plain torch; also what runs on a CPU."""
+    """Reference for `edit_logits`, row by row in plain torch; also used on CPUs."""
     edited = logits.to(torch.float32, copy=True)  # [num_rows, vocab_size]
     settings = logit_edits.settings[rows].numpy(force=True).view(LOGIT_EDITS)[:, 0]  # [num_rows]
     for out, row, length, own in zip(edited, rows.tolist(), lengths[rows].tolist(), settings, strict=True):
@@ -201,11 +201,11 @@ def edit_logits(
     *,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
-    """The logits that tokens are drawn from; rows without edits are as they were.
+    """Returns the logits that tokens are drawn from; rows without edits are unchanged.
 
-    logits [num_rows, vocab_size] bf16, fp16 or fp32, rows may be strided; rows [num_rows] int32: where in token_ids
-    [all_rows, max_tokens] int32, lengths [all_rows] int32 and `logit_edits` each row's values are → a new
-    [num_rows, vocab_size] fp32. What a mask leaves out is -inf.
+    logits [num_rows, vocab_size] bf16, fp16 or fp32, rows may be strided; rows [num_rows] int32: each row's index
+    in token_ids [all_rows, max_tokens] int32, lengths [all_rows] int32 and `logit_edits` → a new
+    [num_rows, vocab_size] fp32. Tokens that a mask does not allow get -inf.
     """
     if not len(logits) or not runs_triton(logits, use_triton):
         return edit_logits_reference(logits, rows, token_ids, lengths, logit_edits)

@@ -12,7 +12,7 @@ _PART = 1 << 23  # logits whose log-softmax is in memory at a time
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Of one token in each row of logits. Ranks count from 1: one more than the tokens that are likelier."""
+    """Log-probabilities of a token in each row and of the likeliest. A rank is 1 plus the number of likelier tokens."""
 
     tokens: torch.Tensor  # [num_rows] fp32
     ranks: torch.Tensor  # [num_rows] int32
@@ -32,11 +32,11 @@ class TokenLogprobs:
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """What a step draws."""
+    """The tokens that a step draws, with their log-probabilities."""
 
     token_ids: torch.Tensor  # [num_rows] int32
-    logprobs: TokenLogprobs | None = None  # where a row asked
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # one for each `PromptLogprobs` of the batch; a graph gives none
+    logprobs: TokenLogprobs | None = None  # if a row asked for them
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # one for each `PromptLogprobs` of the batch; none from a graph
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.token_ids, *(self.logprobs.tensors() if self.logprobs else ()))
@@ -50,7 +50,10 @@ class SampledTokens:
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> TokenLogprobs:
-    """logits [num_rows, vocab_size], token_ids [num_rows] int32; num_top may be more than there are tokens."""
+    """Returns the log-probabilities of one token in each row and of the `num_top` likeliest.
+
+    logits [num_rows, vocab_size], token_ids [num_rows] int32; num_top may exceed vocab_size.
+    """
     size = max(_PART // logits.shape[1], 1)
     parts = zip(logits.split(size), token_ids.split(size), strict=True)
     return TokenLogprobs.join(_logprobs_of_part(part, ids, min(num_top, logits.shape[1])) for part, ids in parts)

@@ -1,11 +1,11 @@
-"""All-reduce in one kernel, for messages so small that waiting is the whole cost: each rank reads all ranks' data.
+"""All-reduce in one kernel, for messages so small that latency is the whole cost: each rank reads all ranks' data.
 
 Every rank has a buffer that the others can read and write over NVLink. A program copies its part of the tensor into
 its rank's buffer, signals the same program of every other rank, waits for the signals of all, and adds up the parts in
 the buffers in the order of ranks: each rank gets the same bits. Calls alternate between two slots. A rank that signals
 call n + 1 has read all of call n, so call n + 2 may overwrite it.
 
-A rank that never comes would make the others wait without end: the wait also looks at a flag on the host.
+If a rank is lost, the others would wait forever, so the wait also checks a flag on the host.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from nanovllm.kernels.triton_support import jit, join_launch_chain, pdl_options,
 
 MAX_BYTES = 2 << 20  # of a tensor: measured up to here, and faster than NCCL
 MAX_RANKS = 8
-_NUM_PROGRAMS = 64  # in every call, so that their counts of calls agree
+_NUM_PROGRAMS = 64  # the same in every call, so that their call counts agree
 _SIGNAL_SIZE = torch.int32.itemsize
 _SIGNAL_BYTES = _NUM_PROGRAMS * MAX_RANKS * _SIGNAL_SIZE
 BUFFER_BYTES = _SIGNAL_BYTES + 2 * MAX_BYTES
 _BLOCK_SIZE = 2048  # elements that a program moves at a time
-_LOOKS_PER_FLAG = 1024  # looks at the signals for each look at the host's flag, which goes over the bus
+_LOOKS_PER_FLAG = 1024  # checks of the signals for each check of the host's flag, which goes over the bus
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @jit
 def _slot_of(buffer: tl.tensor, slot: tl.tensor, like: tl.tensor) -> tl.tensor:
-    """A pointer of `like`'s type to the slot at byte `slot` of a buffer."""
+    """Returns a pointer of `like`'s type to the slot at byte `slot` of a buffer."""
     return tl.multiple_of((buffer + slot).to(like.dtype), 16)
 
 
@@ -94,7 +94,7 @@ def _one_shot_all_reduce_kernel(
 
 
 class Memory(Protocol):
-    """Memory that all ranks reach: `distributed.peer_memory.PeerMemory`."""
+    """Memory that all ranks can access: `distributed.peer_memory.PeerMemory`."""
 
     addresses: list[int]  # of each rank's buffer
 
@@ -115,11 +115,11 @@ class OneShotAllReduce:
         self._broken_off = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
 
     def takes(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` is small enough, contiguous and of a dtype that the kernel reads."""
+        """Returns whether `tensor` is small enough, contiguous and of a dtype that the kernel reads."""
         return tensor.nbytes <= MAX_BYTES and tensor.dtype in _DTYPES and tensor.is_contiguous()
 
     def __call__(self, tensor: torch.Tensor, residual: torch.Tensor | None = None) -> None:
-        """Replaces `tensor` by its sum over ranks, plus `residual` (of its shape and dtype); added up in fp32."""
+        """Replaces `tensor` by its sum over ranks, plus `residual` (of its shape and dtype), computed in fp32."""
         assert residual is None or residual.is_contiguous()
         _one_shot_all_reduce_kernel[(_NUM_PROGRAMS,)](
             tensor_ptr=tensor,

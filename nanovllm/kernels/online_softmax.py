@@ -27,7 +27,7 @@ from nanovllm.kernels.triton_support import jit, tl
 def softmax_weights(
     scores: tl.tensor, best: tl.tensor, scale_log2: tl.tensor, AXIS: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """(weights of a block's keys, the factor for the sums so far, the new largest score); keys lie along AXIS."""
+    """Returns (weights of a block's keys, factor for the sums so far, the new largest score); keys lie along AXIS."""
     new_best = tl.maximum(best, tl.max(scores, axis=AXIS) * scale_log2)
     weights = tl.exp2(scores * scale_log2 - tl.expand_dims(new_best, AXIS))
     shrink = tl.exp2(best - new_best)
@@ -44,7 +44,7 @@ def accumulate(
     out: tl.tensor,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """(best, total, out) after a block with scores [rows, keys] and value [keys, dims]."""
+    """Returns (best, total, out) after a block with scores [rows, keys] and value [keys, dims]."""
     weights, shrink, new_best = softmax_weights(scores, best, scale_log2, AXIS=1)
     total = total * shrink + tl.sum(weights, axis=1)
     out = out * shrink[:, None]
@@ -68,7 +68,7 @@ def attend(
     BLOCK_KEYS: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """(best, total, out) of query [rows, dims] over the keys at positions start … end, which all rows attend to."""
+    """Returns (best, total, out) of query [rows, dims] over keys at positions start … end, which all rows attend to."""
     ROWS: tl.constexpr = query.shape[0]
     BLOCK_DIM: tl.constexpr = query.shape[1]
     dim = tl.arange(0, BLOCK_DIM)

@@ -1,4 +1,4 @@
-"""Where in the paged cache a block of keys lies: a step that all attention kernels share."""
+"""Finds a block of keys in the paged cache, for all attention kernels."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def page_slots(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ) -> tl.tensor:
-    """Offsets [BLOCK_KEYS] of the keys from position `first` on; entries at or after `end` are undefined.
+    """Returns the offsets [BLOCK_KEYS] of the keys from position `first` on; entries at or after `end` are undefined.
 
     `first` is a multiple of BLOCK_KEYS. Keys cannot be fetched before their pages are known, so the table is read with
-    few, scalar loads: one where a page holds the whole block, one a page where the block holds up to 8 pages, else one
-    a key.
+    few, scalar loads: one if a page holds the whole block, one per page if the block spans up to 8 pages, otherwise
+    one per key.
     """
     key = tl.arange(0, BLOCK_KEYS)
     if BLOCK_SIZE % BLOCK_KEYS == 0:

@@ -1,4 +1,4 @@
-"""Decode attention over the paged cache: one query a sequence, its context split over several programs.
+"""Decode attention over the paged cache: one query per sequence, its context split over several programs.
 
 A decode step reads every key and value once and computes little, so the kernel exists to keep memory busy: all query
 heads that share a KV head are one tile, and a sequence's context is split so that small batches fill the device too.
@@ -29,8 +29,8 @@ from nanovllm.kernels.triton_support import (
 _BLOCK_KEYS = 32  # keys a program reads at a time
 _MAX_SPLITS = 32
 _MIN_DOT_SIZE = 16  # the smallest tile of a matrix product
-# A program that starts while the kernel ahead still runs starts wherever that leaves room. Many such programs are
-# spread unevenly over the device, which costs more than the launch that it hides.
+# Programs that start while the kernel ahead still runs are placed wherever it leaves room. Many of them would be spread
+# unevenly over the device, which costs more than the hidden launch.
 _MAX_DEPENDENT_SEQS = 4
 _BYTES_IN_FLIGHT = 1280  # of one key, summed over the blocks in flight: several programs then share a multiprocessor
 
@@ -125,7 +125,7 @@ def _paged_decode_kernel(
 def paged_decode_reference(
     query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
 ) -> torch.Tensor:
-    """What `paged_decode` must equal, sequence by sequence in plain torch (slow: for tests)."""
+    """Reference for `paged_decode`, sequence by sequence in plain torch (slow: for tests)."""
     _, block_size, num_kv_heads, _ = kv_cache.key.shape
     group = query.shape[1] // num_kv_heads
     out = torch.empty_like(query, memory_format=torch.contiguous_format)  # [num_seqs, num_heads, head_dim]
@@ -142,10 +142,10 @@ def paged_decode_reference(
 def choose_num_splits(
     num_seqs: int, num_kv_heads: int, max_context_len: int, num_multiprocessors: int, programs_each: int = 4
 ) -> int:
-    """Into how many parts each context is split. It depends on no tensor's values: a captured graph fixes it.
+    """Returns how many parts each context is split into. No tensor's values decide it: a captured graph fixes it.
 
-    `programs_each` programs a multiprocessor fill the device. With that many sequences, the longest first, splitting
-    only costs.
+    `programs_each` programs on each multiprocessor fill the device. With that many sequences, the longest first,
+    splitting only adds cost.
     """
     programs, filling = num_seqs * num_kv_heads, programs_each * num_multiprocessors
     if programs >= filling:
@@ -154,7 +154,7 @@ def choose_num_splits(
 
 
 def _num_stages(dtype: torch.dtype, block_dim: int) -> int:
-    """Blocks of keys in flight."""
+    """Returns the number of blocks of keys in flight."""
     return max(2, min(5, _BYTES_IN_FLIGHT // (dtype.itemsize * block_dim)))
 
 
@@ -168,7 +168,7 @@ def paged_decode(
     prefix_splits: int | None = None,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
-    """softmax(scale · query · keysᵀ) · values for one query a sequence, keys and values read through block tables.
+    """Returns softmax(scale · query · keysᵀ) · values for one query per sequence, read through block tables.
 
     query [num_seqs, num_heads, head_dim] → the same shape and dtype. The cache has query's dtype. Prefixes in
     `metadata.shared` are read once for many rows; the result differs by rounding alone. num_splits and prefix_splits

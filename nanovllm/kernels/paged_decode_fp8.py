@@ -4,7 +4,7 @@ With a bf16 cache a program's instructions leave time to spare; with half the by
 of the other kernel an H200 takes 180 µs for 256 x 850 tokens, whose bytes take 107 µs. So the products are transposed,
 keys and dimensions as their rows: a tile of 8 query heads instead of 16 wastes half as much, and fewer registers leave
 room for more programs. A program is one warp, which waits for no other, and takes 16 keys at a time. It does not read
-shared prefixes apart.
+shared prefixes separately.
 
 Keys and values become fp16, which holds every e4m3 number, takes one instruction for two of them (bf16 takes five), and
 rounds queries and weights less than bf16 does. A value tile is read as 16-bit words of two neighbouring dimensions:
@@ -175,7 +175,7 @@ def _paged_decode_fp8_kernel(
 def paged_decode_fp8_reference(
     query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
 ) -> torch.Tensor:
-    """What `paged_decode_fp8` must equal: attention over the restored cache (slow: for tests)."""
+    """Reference for `paged_decode_fp8`: attention over the restored cache (slow: for tests)."""
     return paged_decode_reference(query, dequantized(kv_cache), metadata, scale)
 
 
@@ -188,7 +188,7 @@ def paged_decode_fp8(
     num_splits: int | None = None,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
-    """`paged_decode` for an FP8 cache, where each head of a token has a scale.
+    """Returns the result of `paged_decode` for an FP8 cache, where each head of a token has a scale.
 
     query [num_seqs, num_heads, head_dim], head_dim even → the same shape and dtype. `metadata.shared` is not used.
     No synchronisation: may be captured in a CUDA graph.

@@ -49,7 +49,7 @@ def _attend(
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """(best, total, out) after the keys at positions start … end; MASKED where some query may not see some key."""
+    """Returns (best, total, out) after keys start … end; MASKED if some query may not see some key."""
     dim = tl.arange(0, BLOCK_DIM)
     for first in range(start, end, BLOCK_KEYS):
         position = first + tl.arange(0, BLOCK_KEYS)
@@ -204,7 +204,7 @@ def _paged_prefill_kernel(
 def paged_prefill_reference(
     query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
 ) -> torch.Tensor:
-    """What `paged_prefill` must equal, sequence by sequence in plain torch (slow: for tests)."""
+    """Reference for `paged_prefill`, sequence by sequence in plain torch (slow: for tests)."""
     if kv_cache.is_quantized:
         kv_cache = dequantized(kv_cache)
     _, block_size, num_kv_heads, _ = kv_cache.key.shape
@@ -254,7 +254,7 @@ def paged_prefill(
     *,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
-    """Causal softmax(scale · query · keysᵀ) · values; a sequence's queries are the last ones of its context.
+    """Returns causal softmax(scale · query · keysᵀ) · values; a sequence's queries are the last ones of its context.
 
     query [num_tokens, num_heads, head_dim] → the same shape and dtype. The cache has query's dtype or is an FP8 cache,
     and holds the chunk's own keys and values.

@@ -59,7 +59,10 @@ def _weigh(
     query_position: gl.tensor,
     seen_by_all: gl.tensor,
 ) -> tuple[gl.tensor, gl.tensor, gl.tensor, gl.tensor]:
-    """One step of online_softmax.py, keys from `first` on: (weights, the factor for the sums so far, best, total)."""
+    """Takes a step of online_softmax.py for keys from `first` on.
+
+    Returns (weights, the factor for the sums so far, best, total).
+    """
     BLOCK_KEYS: gl.constexpr = scores.shape[1]
     if first + BLOCK_KEYS > seen_by_all:
         position = first + gl.arange(0, BLOCK_KEYS, gl.SliceLayout(0, scores.type.layout))
@@ -281,7 +284,7 @@ def _swizzle(rank: int) -> gl.NVMMASharedLayout:
 
 
 def takes_on_hopper(device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> bool:
-    """Whether `paged_prefill_hopper` can serve such a model, if its query heads come in groups of one of `_GROUPS`."""
+    """Returns whether `paged_prefill_hopper` can run such a model, given a group size in `_GROUPS`."""
     return (
         HAS_GLUON
         and _is_hopper(device)
@@ -293,7 +296,7 @@ def takes_on_hopper(device: torch.device, dtype: torch.dtype, head_dim: int, blo
 
 
 def takes_queries_on_hopper(query: torch.Tensor, num_kv_heads: int, block_size: int) -> bool:
-    """Whether `paged_prefill_hopper` takes query [num_tokens, num_heads, head_dim] and a cache of its dtype."""
+    """Returns whether `paged_prefill_hopper` takes query [num_tokens, num_heads, head_dim] and a cache of its dtype."""
     _, num_heads, head_dim = query.shape
     return (
         takes_on_hopper(query.device, query.dtype, head_dim, block_size)
@@ -306,7 +309,7 @@ def takes_queries_on_hopper(query: torch.Tensor, num_kv_heads: int, block_size: 
 
 
 def can_run_on_hopper(query: torch.Tensor, key_cache: torch.Tensor) -> bool:
-    """Whether `paged_prefill_hopper` takes query [num_tokens, num_heads, head_dim] and `LayerKVCache.key`."""
+    """Returns whether `paged_prefill_hopper` takes query [num_tokens, num_heads, head_dim] and `LayerKVCache.key`."""
     _, block_size, num_kv_heads, _ = key_cache.shape
     return (
         takes_queries_on_hopper(query, num_kv_heads, block_size)

@@ -16,9 +16,10 @@ def _find_tile(
     num_kv_heads: gl.tensor,
     TILE_TOKENS: gl.constexpr,
 ) -> tuple[gl.tensor, gl.tensor, gl.tensor]:
-    """(sequence, KV head, first token in the chunk) of a tile. A sequence's last tiles, which see the most, come first.
+    """Returns (sequence, KV head, first token in the chunk) of a tile. A sequence's last tiles see the most keys: they
+    come first.
 
-    Sequence i's tiles begin at cu_seqlens_q[i] // TILE_TOKENS + i: room enough for each, and known without a sum. Some
+    Sequence i's tiles begin at cu_seqlens_q[i] // TILE_TOKENS + i, which leaves room for each and needs no sum. Some
     tiles have no tokens: their first token lies outside the chunk.
     """
     slot = index // num_kv_heads
@@ -63,7 +64,7 @@ def _find_slots(
     BLOCK_KEYS: gl.constexpr,
     ROWS: gl.constexpr,
 ) -> gl.tuple:
-    """The slots where every ROWS keys from position `first` on begin; past the context, those of page 0."""
+    """Returns the slots where every ROWS keys from position `first` on begin; past the context, those of page 0."""
     slots: gl.tuple = ()
     for piece in gl.static_range(BLOCK_KEYS // ROWS):
         position = first + piece * ROWS

@@ -43,12 +43,12 @@ class Partials:
 
     @property
     def is_split(self) -> bool:
-        """Whether there is more than one part."""
+        """True if there is more than one part."""
         return self.num_prefix_splits + self.num_splits > 1
 
 
 def empty_partials(out: torch.Tensor, num_splits: int, num_prefix_splits: int = 0) -> Partials:
-    """Returns room for the parts of out [num_seqs, num_heads, head_dim]; `out` itself where there is one part."""
+    """Allocates the parts of out [num_seqs, num_heads, head_dim]; a single part is `out` itself."""
     num_partials = num_prefix_splits + num_splits
     if num_partials == 1:
         return Partials(out, out, num_prefix_splits, num_splits)
@@ -61,7 +61,7 @@ def empty_partials(out: torch.Tensor, num_splits: int, num_prefix_splits: int = 
 
 @jit
 def keys_per_split(num_keys: tl.tensor, num_splits: tl.tensor, BLOCK_KEYS: tl.constexpr) -> tl.tensor:
-    """Keys of each part except the last: a multiple of BLOCK_KEYS. Parts at the end may be empty."""
+    """Returns the keys of each part except the last: a multiple of BLOCK_KEYS. Parts at the end may be empty."""
     return tl.cdiv(tl.cdiv(num_keys, num_splits), BLOCK_KEYS) * BLOCK_KEYS
 
 
@@ -76,7 +76,7 @@ def _load_lse(
     num_prefix_splits: tl.tensor,
     num_splits: tl.tensor,
 ) -> tl.tensor:
-    """A row's `lse`; -inf for the parts without keys, which are never written."""
+    """Loads a row's `lse`; -inf for the parts without keys, which are never written."""
     split = index - num_prefix_splits
     used = (split >= 0) & (split < num_splits) & (split * split_len < own_len)
     used |= (split < 0) & (index * prefix_len < shared_len)

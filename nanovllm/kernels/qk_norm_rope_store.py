@@ -1,4 +1,4 @@
-"""All between the QKV projection and attention in one launch: norm, rotation, and the store into the KV cache.
+"""Everything between the QKV projection and attention in one launch: norm, rotation, and the store into the KV cache.
 
 RMSNorm of each query and key head (where the model has it), rotary position embedding, and keys and values into their
 pages. Keys are not written anywhere else: attention reads them from the cache. In an FP8 cache each head is divided by
@@ -130,7 +130,7 @@ def _qk_norm_rope_store_kernel(
     SMALLEST_AMAX: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program a tile of heads. A token's programs are adjacent: tiles of query heads, then tiles of KV heads."""
+    """One program per tile of heads. A token's programs are adjacent: tiles of query heads, then tiles of KV heads."""
     let_next_kernel_start(PDL)
     query_tiles: tl.constexpr = (NUM_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
     tiles: tl.constexpr = query_tiles + (NUM_KV_HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
@@ -202,10 +202,10 @@ def qk_norm_rope_store_reference(
     kv_cache: LayerKVCache,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """What `qk_norm_rope_store` must equal, in plain torch; also what runs on a CPU."""
+    """Reference for `qk_norm_rope_store` in plain torch; also used on CPUs."""
     cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)  # [num_tokens, 1, head_dim / 2]
     cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # each [num_tokens, 1, head_dim]
-    # All heads at once: on a CPU the number of calls is what costs.
+    # All heads at once: on a CPU the cost is the number of calls.
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     heads = torch.cat((query, key), dim=1).float()  # [num_tokens, heads, head_dim]
     if norm is not None:
@@ -253,7 +253,7 @@ def qk_norm_rope_store(
     projection (heads side by side); norm None: no norm; cos_sin_cache [max_position, head_dim] fp32, cosines in the
     first half; positions [num_tokens] int64. Computed in fp32 and rounded once.
     kv_cache, each page contiguous, is written in place: slot_mapping [num_tokens] int64, ≥ 0, has each token's slot.
-    Of tokens with the same slot (padding) any one is stored.
+    If tokens share a slot (padding), any one of them is stored.
     """
     if not runs_triton(query, use_triton):
         return qk_norm_rope_store_reference(

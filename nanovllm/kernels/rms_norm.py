@@ -47,14 +47,14 @@ def _rms_norm_kernel(
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """What `rms_norm` must equal, in plain torch; also what runs on a CPU."""
+    """Reference for `rms_norm` in plain torch; also used on CPUs."""
     x_float = x.float()
     scale = x_float.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (x_float * scale).mul_(weight.float()).to(x.dtype)  # in place: on a CPU the cost is memory traffic
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, use_triton: bool | None = None) -> torch.Tensor:
-    """x / sqrt(mean(x²) + eps) · weight, computed in fp32 and rounded once.
+    """Returns x / sqrt(mean(x²) + eps) · weight, computed in fp32 and rounded once.
 
     x [num_tokens, hidden_size], rows may be strided; weight [hidden_size] → [num_tokens, hidden_size] of x's dtype.
     """
@@ -68,7 +68,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, use_triton: b
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, use_triton: bool | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adds x to the residual stream and normalises the sum: (rms_norm(x + residual), x + residual).
+    """Adds x to the residual stream and normalises the sum. Returns (rms_norm(x + residual), x + residual).
 
     All [num_tokens, hidden_size] and of one dtype. The sum is rounded to that dtype before it is normalised.
     """

@@ -1,4 +1,4 @@
-"""Draws one token a row in one pass over the logits: greedy, or by the Gumbel-max trick.
+"""Draws one token per row in one pass over the logits: greedy, or by the Gumbel-max trick.
 
 argmax(logits / T + g) with independent Gumbel noise g is a draw from softmax(logits / T), without the softmax:
 Gumbel, "Statistical Theory of Extreme Values", 1954. Here g = -log(E) with E exponential.
@@ -28,7 +28,7 @@ _BLOCK_SIZE = 2048  # logits a program reads
 _REFERENCE_PART = 1 << 18  # logits the reference works on at a time
 MAX_SCALE = 1e6  # the largest 1 / T: beyond it noise no longer matters, and products would overflow
 _NO_TOKEN = 0x7FFFFFFF
-MAX_LOGIT = 1e30  # infinities and NaN are drawn back to finite numbers, so that a row of them still gives an id
+MAX_LOGIT = 1e30  # infinities and NaN are clamped to finite numbers, so that a row of them still gives an id
 
 
 @jit
@@ -118,7 +118,7 @@ def _merge_blocks_kernel(
     BLOCK_SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program a row: the best of the blocks' winners."""
+    """One program per row: the best of the blocks' winners."""
     join_launch_chain(PDL)
     row = tl.program_id(0).to(tl.int64)
     block = tl.arange(0, BLOCK_SIZE)
@@ -160,7 +160,7 @@ def sample_reference(
     rows: torch.Tensor,
     thresholds: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What `sample` must equal, in plain torch; also what runs on a CPU, in parts that stay in its cache."""
+    """Reference for `sample` in plain torch; also used on CPUs, in parts that stay in its cache."""
     return _best_reference(logits, temperatures, seeds, positions, rows, 0, thresholds)[1]
 
 
@@ -219,11 +219,11 @@ def sample(
     *,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
-    """One token a row of logits: the argmax where the temperature is 0 (lowest id among equals), else a draw.
+    """Returns one token per row of logits: the argmax at temperature 0 (lowest id among equals), otherwise a draw.
 
-    logits [num_rows, vocab_size] bf16, fp16 or fp32, rows may be strided; rows [num_rows] int32: where in the next
-    three each row's values are; temperatures [all_rows] fp32, ≥ 0; seeds [all_rows] int64; positions [all_rows] int32
-    or int64; thresholds [num_rows] fp32, one a row of logits: lower ones are not drawn (`kernels.truncate`)
+    logits [num_rows, vocab_size] bf16, fp16 or fp32, rows may be strided; rows [num_rows] int32: each row's index in
+    the next three; temperatures [all_rows] fp32, ≥ 0; seeds [all_rows] int64; positions [all_rows] int32
+    or int64; thresholds [num_rows] fp32: tokens with lower logits are not drawn (`kernels.truncate`)
     → [num_rows] int32. NaN counts as the lowest logit, and every row gives a valid id, whatever its logits.
     """
     if not runs_triton(logits, use_triton):
@@ -256,9 +256,9 @@ def sample_candidates(
     *,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
-    """`sample` where the vocabulary is cut over ranks: this rank's winners, of which `best_candidates` takes one.
+    """Returns this rank's winners where the vocabulary is sharded; `best_candidates` chooses one for each row.
 
-    As there, but logits [num_rows, tokens on this rank] are those of tokens `first_token` … (there may be none)
+    As `sample`, but logits [num_rows, tokens on this rank] are those of tokens `first_token` … (there may be none)
     → [num_rows, 2] int32: the bits of the winner's fp32 score, and its token.
     """
     if not logits.shape[1]:
@@ -274,7 +274,7 @@ def sample_candidates(
 
 
 def best_candidates(candidates: torch.Tensor) -> torch.Tensor:
-    """The ranks' `sample_candidates` [num_ranks, num_rows, 2] → tokens [num_rows] int32, the lowest id among equals."""
+    """Returns tokens [num_rows] int32 from the ranks' candidates [num_ranks, num_rows, 2]: of equals the lowest id."""
     scores, tokens = candidates.unbind(-1)
     return _lowest_best(scores.contiguous().view(torch.float32), tokens, dim=0)[1]
 

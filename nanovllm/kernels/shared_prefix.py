@@ -1,4 +1,4 @@
-"""Attention of decode rows to a prefix that they share: its keys are read once for a tile of rows, not once a row.
+"""Attention of decode rows to a prefix that they share: its keys are read once for a tile of rows, not once per row.
 
 Rows share a prefix where their block tables begin with the same pages. Tiles are runs of adjacent rows. `paged_decode`
 attends to what each row has beyond the shared part, and merges both.
@@ -24,7 +24,7 @@ _NUM_STAGES = 3  # blocks of keys in flight
 _PROGRAMS_EACH = 2  # on a multiprocessor
 _MAX_SPLITS = 16
 _INT32_MAX = 0x7FFFFFFF  # in a minimum, where there is no value
-SHARED_MULTIPLE = 32  # of tokens: `paged_decode` reads aligned blocks, and begins behind the shared part
+SHARED_MULTIPLE = 32  # of tokens: `paged_decode` reads aligned blocks, and begins after the shared part
 
 
 @jit
@@ -39,7 +39,7 @@ def _common_with_previous_kernel(
     BLOCK_COLUMNS: tl.constexpr,
     INT32_MAX: tl.constexpr,
 ) -> None:
-    """One program a row: how many leading tokens it shares with the row before it, 0 below `min_tokens`."""
+    """One program per row: how many leading tokens it shares with the row before it, 0 below `min_tokens`."""
     row = tl.program_id(0)
     previous = tl.maximum(row - 1, 0)
     # A row's last token stays its own, so that no row's part is empty.
@@ -69,7 +69,7 @@ def _make_tiles_kernel(
     BLOCK_ROWS: tl.constexpr,
     INT32_MAX: tl.constexpr,
 ) -> None:
-    """One program a row, which looks at all rows. A tile shares what all its neighbouring rows have in common."""
+    """One program per row, which looks at all rows. A tile shares what all its neighbouring rows have in common."""
     row = tl.program_id(0)
     other = tl.arange(0, BLOCK_ROWS)
     common = tl.load(common_ptr + other, mask=other < num_seqs, other=0)
@@ -89,7 +89,7 @@ def _make_tiles_kernel(
 def find_shared_prefixes_reference(
     block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: int, max_tile_rows: int, min_tokens: int
 ) -> SharedPrefixes:
-    """What `find_shared_prefixes` must equal, row by row in plain Python (slow: for tests)."""
+    """Reference for `find_shared_prefixes`, row by row in plain Python (slow: for tests)."""
     lengths, tables = context_lens.tolist(), block_tables.tolist()
 
     def common(row: int) -> int:
@@ -121,7 +121,7 @@ def find_shared_prefixes(
     min_tokens: int = MIN_SHARED_PREFIX,
     use_triton: bool | None = None,
 ) -> SharedPrefixes:
-    """Finds the prefixes that adjacent rows share: once a step, for all its layers.
+    """Finds the prefixes that adjacent rows share: once per step, for all its layers.
 
     block_tables [num_seqs, max_blocks] int32; context_lens [num_seqs] int32, ≥ 1; group: query heads that share a KV
     head; min_tokens ≥ 1: what two rows must share to be in one tile. No synchronisation: may be captured in a CUDA
@@ -242,7 +242,7 @@ def _prefix_attention_kernel(
 
 
 def choose_num_prefix_splits(num_seqs: int, max_tile_rows: int, num_kv_heads: int, num_multiprocessors: int) -> int:
-    """Into how many parts a shared prefix is split, so that the programs of full tiles fill the device about once."""
+    """Returns how many parts to split a shared prefix into: the programs of full tiles then fill the device once."""
     num_tiles = -(-num_seqs // max_tile_rows)
     return max(1, min(_PROGRAMS_EACH * num_multiprocessors // (num_tiles * num_kv_heads), _MAX_SPLITS))
 

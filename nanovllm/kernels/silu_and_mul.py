@@ -34,13 +34,13 @@ def _silu_and_mul_kernel(
 
 
 def silu_and_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
-    """What `silu_and_mul` must equal, in plain torch; also what runs on a CPU."""
+    """Reference for `silu_and_mul` in plain torch; also used on CPUs."""
     gate, up = gate_up.float().chunk(2, dim=-1)
     return torch.nn.functional.silu(gate).mul_(up).to(gate_up.dtype)
 
 
 def silu_and_mul(gate_up: torch.Tensor, *, use_triton: bool | None = None) -> torch.Tensor:
-    """silu(gate) · up, computed in fp32 and rounded once.
+    """Returns silu(gate) · up, computed in fp32 and rounded once.
 
     gate_up [num_tokens, 2 · intermediate_size], gate in the first half → [num_tokens, intermediate_size].
     """

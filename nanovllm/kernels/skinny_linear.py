@@ -27,8 +27,8 @@ from nanovllm.kernels.triton_support import (
 
 _MAX_ROW_BYTES = 32768  # of the weight: a program holds whole rows
 _MAX_TOKENS = 4  # with more, the BLAS is faster
-_MAX_EXTRA_PRODUCTS = 1 << 25  # multiplications of the tokens after the first that cost less than is saved
-# The shape of a program, as measured: rows of up to 1024 inputs are one warp's, which waits for no other.
+_MAX_EXTRA_PRODUCTS = 1 << 25  # multiplications for the tokens after the first; more would cost more than is saved
+# The shape of a program, as measured: one warp handles rows of up to 1024 inputs and waits for no other.
 _MAX_COLUMNS_OF_ONE_WARP = 1024
 _WEIGHTS_OF_ONE_WARP = 4096
 _WEIGHTS_OF_FOUR_WARPS = 8192
@@ -118,14 +118,14 @@ def _skinny_linear_kernel(
 
 
 def suits_skinny_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `skinny_linear` is faster than torch's kernels on x [num_tokens, input_size]: few tokens, on a GPU."""
+    """Returns whether `skinny_linear` beats torch's kernels on x [num_tokens, input_size]: few tokens, on a GPU."""
     num_tokens, input_size = x.shape
     few = num_tokens <= _MAX_TOKENS and (num_tokens - 1) * weight.numel() <= _MAX_EXTRA_PRODUCTS
     return HAS_TRITON and x.is_cuda and few and input_size * weight.itemsize <= _MAX_ROW_BYTES
 
 
 def _choose_tile(block_k: int, gated: bool) -> tuple[int, int]:
-    """(outputs of a program, its warps)."""
+    """Returns (outputs of a program, its warps)."""
     num_warps = 1 if block_k <= _MAX_COLUMNS_OF_ONE_WARP else 4
     weights = _WEIGHTS_OF_ONE_WARP if num_warps == 1 else _WEIGHTS_OF_FOUR_WARPS
     return max(weights // block_k // (1 + gated), 1), num_warps
@@ -141,7 +141,7 @@ def skinny_linear_reference(
     gated: bool = False,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """What `skinny_linear` must equal, in plain torch."""
+    """Reference for `skinny_linear` in plain torch."""
     if norm_weight is not None:
         x = rms_norm_reference(x, norm_weight, eps)
     out = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
@@ -163,7 +163,7 @@ def skinny_linear(
     residual: torch.Tensor | None = None,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
-    """act(rms_norm(x) · weightᵀ + bias) + residual for few tokens; every part except the product is optional.
+    """Returns act(rms_norm(x) · weightᵀ + bias) + residual for few tokens; every part except the product is optional.
 
     x [num_tokens, input_size], weight [outputs, input_size] contiguous, bias [outputs]. norm_weight [input_size]:
     x is RMS-normed with it and `eps` first. gated: outputs are gates, then as many ups, and the result is

@@ -78,19 +78,19 @@ LOG2_E = 1.4426950408889634  # exp2(x · LOG2_E) is exp(x); exp2 is the exponent
 
 
 def constant(value: int) -> Any:
-    """A number of the module that its kernels may name: `tl.constexpr`, or the number where there is no Triton."""
+    """Returns a module constant that kernels may use: `tl.constexpr`, or the number itself without Triton."""
     return tl.constexpr(value) if HAS_TRITON else value
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`, or the bare function without Triton (where nothing launches it)."""
+    """Applies `triton.jit`; without Triton, where nothing launches the function, returns it unchanged."""
     return triton.jit(function) if HAS_TRITON else function
 
 
 def jit_with_varying(*names: str) -> Callable[[Callable[..., Any]], Any]:
     """`jit` for a kernel whose arguments `names` vary from call to call: it is compiled once for all their values.
 
-    Triton compiles a kernel anew for an argument that is 1, a multiple of 16 or an aligned address. These arguments
+    Triton compiles a kernel again for an argument that is 1, a multiple of 16 or an aligned address. These arguments
     gain nothing from that.
     """
 
@@ -114,7 +114,7 @@ def gluon_jit(*names: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def runs_triton(tensor: torch.Tensor, use_triton: bool | None) -> bool:
-    """Whether a dispatching function launches its kernel (True) or runs its torch reference (False).
+    """Returns whether a dispatching function launches its kernel (True) or runs its torch reference (False).
 
     `use_triton` None selects the kernel on CUDA tensors where Triton is installed, else the reference.
     True on a CPU tensor runs the kernel in Triton's interpreter, for tests.
@@ -133,19 +133,19 @@ def runs_triton(tensor: torch.Tensor, use_triton: bool | None) -> bool:
 
 
 def next_power_of_2(number: int) -> int:
-    """The smallest power of two ≥ number (number ≥ 1)."""
+    """Returns the smallest power of two ≥ number (number ≥ 1)."""
     return 1 << (number - 1).bit_length()
 
 
 @cache
 def multiprocessor_count(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; 1 for a CPU, where the interpreter runs one program at a time."""
+    """Returns the multiprocessors of a CUDA device; 1 for a CPU, where the interpreter runs one program at a time."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @cache
 def pdl_options(device: torch.device, wanted: bool = True) -> dict[str, bool]:
-    """Launch options for programmatic dependent launch, if it is `wanted` and the device has it (Hopper and later).
+    """Returns the options for programmatic dependent launch, if `wanted` and the device has it (Hopper and later).
 
     Such a kernel may start while the kernel ahead of it on the stream still runs. That hides its launch, and its work
     before `wait_for_previous_kernel`. Its programs must call that before they touch memory that another kernel reads

@@ -1,12 +1,12 @@
 """Finds the lowest logit that top-k, top-p and min-p keep of a row, without sorting it.
 
-Which tokens are kept depends on the order of the logits alone, so a row is cut at one number. min-p needs the
+Which tokens are kept depends on the order of the logits alone, so one threshold per row is enough. min-p needs the
 row's maximum only. For top-k and top-p the number is found by bisection: floats order as integers made of their
 bits do, and each pass over the row counts, or adds up the probabilities of, what lies above a pivot. 16-bit logits
-have 16 bits to find, and between the maximum and the 50th of a row are far fewer values yet.
+have 16 bits to find, and far fewer values lie between the maximum and the 50th of a row.
 
-The order is that of vLLM: temperature, min-p, top-k, then top-p over the probabilities that are left. Tokens that
-are level with the last one kept are kept too: no token is preferred for its id, and `top_k` may keep more than k.
+The order is that of vLLM: temperature, min-p, top-k, then top-p over the probabilities that are left. Tokens
+tied with the last one kept are kept too: no token is preferred for its id, and `top_k` may keep more than k.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nanovllm.kernels.triton_support import (
 _BLOCK_SIZE = 8192  # logits a program reads at a time
 _INTERPRETED_BLOCK_SIZE = 1024
 _REFERENCE_PART = 1 << 18  # logits the reference sorts at a time
-# Low bits of a logit's fp32 form that tell nothing, so that the search need not look at them.
+# Low bits of a logit's fp32 form that carry no information, so that the search can skip them.
 _SPARE_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
 _WIDTH = constant(num_words(TRUNCATION))
 _TOP_K = constant(column_of(TRUNCATION, "top_k"))
@@ -39,14 +39,14 @@ _MIN_P = constant(column_of(TRUNCATION, "min_p"))
 
 @jit
 def _to_key(x: tl.tensor) -> tl.tensor:
-    """int32 that order as the floats do."""
+    """Returns int32 keys that order as the floats do."""
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @jit
 def _load_clean(row_ptr: tl.tensor, token_id: tl.tensor, vocab_size: tl.tensor, MAX_LOGIT: tl.constexpr) -> tl.tensor:
-    """As sampling reads them: finite, one zero; -inf behind the row."""
+    """Loads logits as sampling reads them: finite, one zero; -inf past the end of the row."""
     logits = tl.load(row_ptr + token_id, mask=token_id < vocab_size, other=0.0).to(tl.float32)
     clean = tl.where(logits >= -MAX_LOGIT, tl.minimum(logits, MAX_LOGIT), -MAX_LOGIT)  # NaN compares false
     return tl.where(token_id < vocab_size, tl.where(clean == 0.0, 0.0, clean), -float("inf"))
@@ -65,7 +65,7 @@ def _amount_above(
     MAX_LOGIT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ) -> tl.tensor:
-    """How many logits ≥ floor have keys ≥ pivot, or the sum of their probabilities, that of `best` being 1.
+    """Returns how many logits ≥ floor have keys ≥ pivot, or the sum of their probabilities, that of `best` being 1.
 
     Sums are taken in one order, whatever the pivot: rounded, they still never fall as more is added up.
     """
@@ -93,7 +93,7 @@ def _lowest_with(
     MAX_LOGIT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ) -> tl.tensor:
-    """The highest number ≥ floor above which the row has `amount`, or floor if it has less."""
+    """Returns the highest number ≥ floor above which the row has `amount`, or floor if it has less."""
     low = (_to_key(floor) >> SPARE_BITS).to(tl.int64)
     high = (_to_key(best) >> SPARE_BITS).to(tl.int64) + 1
     while high - low > 1:
@@ -133,7 +133,7 @@ def _keep_thresholds_kernel(
     BLOCK_SIZE: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """One program a row; one that keeps everything ends at once."""
+    """One program per row; one that keeps everything ends at once."""
     join_launch_chain(PDL)
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * logits_stride
@@ -177,7 +177,7 @@ def _top_k_top_p_min_p(truncations: torch.Tensor) -> list[torch.Tensor]:
 def keep_thresholds_reference(
     logits: torch.Tensor, temperatures: torch.Tensor, truncations: torch.Tensor, rows: torch.Tensor
 ) -> torch.Tensor:
-    """What `keep_thresholds` must equal but for rounding in top-p's sums, by sorting; also what runs on a CPU."""
+    """Reference for `keep_thresholds`, equal but for rounding in top-p's sums, by sorting; also used on CPUs."""
     thresholds = torch.full((len(logits),), -torch.inf, device=logits.device)
     top_ks, top_ps, min_ps = _top_k_top_p_min_p(truncations[rows])  # each [num_rows]
     asked = (temperatures[rows] > 0) & ((top_ks > 0) | (top_ps < 1) | (min_ps > 0))
@@ -210,8 +210,8 @@ def keep_thresholds(
 ) -> torch.Tensor:
     """Returns a number for each row of logits: exactly the tokens whose logits are not below it may be drawn.
 
-    logits [num_rows, vocab_size] bf16, fp16 or fp32, rows may be strided; rows [num_rows] int32: where in the next
-    two each row's values are; temperatures [all_rows] fp32, ≥ 0; truncations [all_rows, 3] fp32, the columns of
+    logits [num_rows, vocab_size] bf16, fp16 or fp32, rows may be strided; rows [num_rows] int32: each row's index in
+    the next two; temperatures [all_rows] fp32, ≥ 0; truncations [all_rows, 3] fp32, the columns of
     `columns.TRUNCATION`: top_k (0: off), top_p (1: off), min_p (0: off) → [num_rows] fp32, -inf for rows that keep
     everything and greedy ones.
     """

@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache. A step's own keys and values are stored first, and the backends read the cache."""
+"""Attention over the paged KV cache, which already holds the keys and values of the step's own tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = setup_logger(__name__)
 
 
 class AttentionBackends(Protocol):
-    """The two backends that were chosen for this engine."""
+    """The engine's prefill and decode backends."""
 
     @property
     def prefill(self) -> PrefillBackend: ...
@@ -32,7 +32,10 @@ class Attention:
         self.backends = backends
 
     def __call__(self, query: torch.Tensor, metadata: AttentionMetadata, kv_cache: LayerKVCache) -> torch.Tensor:
-        """query [num_tokens, num_heads, head_dim], the keys and values of all tokens in `kv_cache` → as query."""
+        """Returns the attention output for query [num_tokens, num_heads, head_dim], in the same shape.
+
+        `kv_cache` holds the keys and values of all tokens, those of this step included.
+        """
         debug = logger.isEnabledFor(logging.DEBUG)
         if debug:
             _log_inputs(query, metadata, kv_cache)

@@ -1,4 +1,4 @@
-"""What every layer with weights is built with."""
+"""LayerContext: the argument with which every layer that has weights is built."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanovllm.layers.parallel import TensorParallel
 
 @dataclass(frozen=True, kw_only=True)
 class LayerContext:
-    """The choices that all layers of a model share; `models.model_context.ModelContext` adds the model's own."""
+    """Settings that all layers of a model share; `models.model_context.ModelContext` adds the model's own."""
 
     parallel: TensorParallel
     dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""The vocabulary's table, cut by rows over the ranks: from token ids to vectors, and from vectors to logits."""
+"""The embedding and the LM head: one vocabulary table, sharded by rows across the ranks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nanovllm.layers.parameter import WeightPart, empty_parameter
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Rank r holds rows r · share … of the table; rows past the last token are zero padding.
+    """The vocabulary table. Rank r holds `share` rows from r · share on; rows past the last token are zero padding.
 
-    One class for the embedding and the LM head, as tied models use one table for both. Rows are looked up in it, so
-    it is neither quantised nor packed.
+    One class serves as embedding and LM head, because tied models use one table for both. The embedding looks up
+    rows, so the table is neither quantised nor packed.
     """
 
     def __init__(self, context: LayerContext, vocab_size: int, hidden_size: int) -> None:
@@ -30,21 +30,24 @@ class VocabParallelEmbedding(nn.Module):
         self.method = UnquantizedLinear()
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [num_tokens] → their vectors [num_tokens, hidden_size]."""
+        """Returns the vectors of token ids: [num_tokens] → [num_tokens, hidden_size]."""
         if self.parallel.size == 1:
             return F.embedding(input_ids, self.weight)
         rows = input_ids - self.first
-        mine = (rows >= 0) & (rows < self.share)  # [num_tokens]: the others' tokens give 0 here
-        vectors = F.embedding(rows.where(mine, torch.zeros_like(rows)), self.weight) * mine.unsqueeze(-1)
+        is_local = (rows >= 0) & (rows < self.share)  # [num_tokens]; other ranks' tokens contribute 0
+        vectors = F.embedding(rows.where(is_local, torch.zeros_like(rows)), self.weight) * is_local.unsqueeze(-1)
         return self.parallel.all_reduce(vectors)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_rows, hidden_size] → [num_rows, vocab_size], the same on every rank."""
+        """Returns the logits of all tokens on every rank: [num_rows, hidden_size] → [num_rows, vocab_size]."""
         logits = self.parallel.all_gather_last_dim(self._product(hidden))
         return logits[:, : self.vocab_size]
 
     def logits_share(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[num_rows, hidden_size] → [num_rows, tokens on this rank]: those from `first` on, without padding."""
+        """Returns the logits of this rank's tokens, from `first` on and without padding.
+
+        [num_rows, hidden_size] → [num_rows, tokens on this rank].
+        """
         return self._product(hidden)[:, : max(self.vocab_size - self.first, 0)]
 
     def _product(self, hidden: torch.Tensor) -> torch.Tensor:

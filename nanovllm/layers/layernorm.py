@@ -20,9 +20,9 @@ class RMSNorm(nn.Module):
         self.weight = empty_parameter(size, dtype=dtype)
 
     def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Adds `hidden` to the residual stream and norms the sum: (normed, new residual), both [num_tokens, size].
+        """Adds `hidden` to the residual stream. Returns (normed sum, sum), both [num_tokens, size].
 
-        One kernel for both saves reading the stream twice. residual None: `hidden` is the whole stream.
+        One kernel does both, which saves reading the stream twice. residual None: `hidden` is the whole stream.
         """
         if residual is None:
             return rms_norm(hidden, self.weight, self.eps), hidden

@@ -1,11 +1,11 @@
-"""Linear layers whose weight is cut over the ranks, with the norm before and the addition after the product.
+"""Linear layers sharded across the ranks, with the norm before the product and the addition after it.
 
 A column-parallel product gives each rank some of the outputs; the row-parallel product that follows takes them as
-its inputs and adds the ranks' results up: one all-reduce for the pair. Products of the same input are fused: their
+its inputs and sums the ranks' results: one all-reduce per pair. Products of the same input are fused: their
 checkpoint tensors become row ranges of one weight.
 
 The residual stream passes through as a pair (hidden, residual) that stands for its sum; residual None: `hidden` is all
-of it. With few tokens the norm ahead of a product and the addition behind it are part of the product's kernel.
+of it. With few tokens, the product's kernel includes the norm before it and the addition after it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nanovllm.layers.parallel import Shard
 
 
 class _ColumnParallel(LinearLayer):
-    """A layer cut by outputs: `outputs` maps checkpoint modules to the outputs that this rank has."""
+    """A layer sharded by outputs. `outputs` maps checkpoint modules to this rank's outputs."""
 
     is_gated = False
 
@@ -33,10 +33,10 @@ class _ColumnParallel(LinearLayer):
     def forward(
         self, hidden: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the product with the normed residual stream, and the stream itself, summed.
+        """Returns the product with the normed residual stream, and the summed stream.
 
-        hidden, residual [num_tokens, input_size] → [num_tokens, num_outputs]: this rank's outputs of each piece in
-        turn (gated: half as many), [num_tokens, input_size].
+        hidden, residual [num_tokens, input_size] → [num_tokens, num_outputs] (this rank's outputs, piece by piece; half
+        as many if gated) and [num_tokens, input_size].
         """
         if residual is None and self.method.fuses(self, hidden):
             return self.method.multiply_fused(self, hidden, self.bias, norm=norm, gated=self.is_gated), hidden
@@ -46,7 +46,7 @@ class _ColumnParallel(LinearLayer):
 
 
 class GatedParallelLinear(_ColumnParallel):
-    """silu(gate) · up of two products of one input, each cut evenly.
+    """silu(gate) · up, where gate and up are products of the same input, each sharded evenly.
 
     `outputs` maps checkpoint modules to their output sizes over all ranks, the gate first.
     """
@@ -63,10 +63,10 @@ class GatedParallelLinear(_ColumnParallel):
 
 
 class QKVParallelLinear(_ColumnParallel):
-    """Query, key and value in one product, cut by heads.
+    """Query, key and value in one product, sharded by heads.
 
-    A rank holds the KV heads that its query heads attend to; with fewer KV heads than ranks, neighbours hold the
-    same one.
+    A rank holds the KV heads that its query heads attend to; with fewer KV heads than ranks, neighbouring
+    ranks hold the same one.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class QKVParallelLinear(_ColumnParallel):
         self.output_sizes = [piece.outputs.size for piece in self.pieces]
 
     def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """forward's output → views of query, key and value, each [num_tokens, heads on this rank, head_dim]."""
+        """Returns views of query, key and value in `qkv`, each [num_tokens, heads on this rank, head_dim]."""
         query, key, value = torch.split(qkv, self.output_sizes, dim=-1)
         num_tokens = qkv.shape[0]
         return (
@@ -104,7 +104,7 @@ class QKVParallelLinear(_ColumnParallel):
 
 
 class RowParallelLinear(LinearLayer):
-    """A layer cut by inputs: each rank has some columns of the weight, and the ranks' products are added up."""
+    """A layer sharded by inputs: each rank has some columns of the weight, and the ranks' products are summed."""
 
     def __init__(self, context: LayerContext, input_size: int, output_size: int, *, bias: bool = False) -> None:
         inputs = context.parallel.shard("input size", input_size)
@@ -115,16 +115,16 @@ class RowParallelLinear(LinearLayer):
     def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the residual stream with the product added to it, the same on every rank.
 
-        hidden [num_tokens, share of input_size], residual [num_tokens, output_size] → as residual, both: the sum and
-        None, or the product and the residual, for the norm that follows to add.
+        hidden [num_tokens, share of input_size], residual [num_tokens, output_size] → a pair of residual's shape:
+        the sum and None, or the product and the residual, which the next norm adds.
         """
         fuses = self.method.fuses(self, hidden)
         if self.parallel.size > 1:
             product = (self.method.multiply_fused if fuses else self.method.multiply)(self, hidden)
-            if fuses and self.bias is None:  # as below: the product that follows norms its rows itself
+            if fuses and self.bias is None:  # as below: the next product includes its norm and reads the sum
                 return self.parallel.all_reduce(product, residual), None
             output = self.parallel.all_reduce(product)
-            return output if self.bias is None else output + self.bias, residual  # bias once, not once a rank
+            return output if self.bias is None else output + self.bias, residual  # bias once, not once per rank
         if fuses:
             return self.method.multiply_fused(self, hidden, self.bias, residual=residual), None
         return self.method.multiply(self, hidden, self.bias), residual

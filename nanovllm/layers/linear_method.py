@@ -1,8 +1,8 @@
 """How the weight of a linear layer is stored, loaded and multiplied.
 
-A layer of `layers.linear` knows which outputs and inputs of the model's matrices are on its rank, and what stands
-around the product: the norm, the gate, the residual stream, the collectives. Its `LinearMethod` does the rest, so a
-quantisation scheme is one class with these methods, and no layer changes for it.
+A layer of `layers.linear` knows which outputs and inputs of the model's matrices are on its rank, and what
+surrounds the product: the norm, the gate, the residual stream, the collectives. Its `LinearMethod` does the rest, so a
+quantisation scheme is one class with these methods and needs no change in a layer.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from nanovllm.layers.parameter import WeightPart, empty_parameter
 
 @dataclass(frozen=True)
 class Piece:
-    """Outputs of one matrix of the checkpoint, which are rows `row`, `row + 1`, … of a layer's weight."""
+    """Outputs of one checkpoint matrix; they are rows `row`, `row + 1`, … of a layer's weight."""
 
-    name: str | None  # the matrix's module in the checkpoint, beside the layer; None: the layer itself
+    name: str | None  # the matrix's module in the checkpoint, a sibling of the layer; None: the layer itself
     outputs: Shard
     row: int
 
@@ -37,11 +37,11 @@ class Piece:
 class LinearLayer(nn.Module):
     """A product hidden · weightᵀ + bias. The layer owns the bias; `method` owns the parameters of the weight.
 
-    The weight stacks outputs of one or several matrices of the checkpoint (`pieces`) over the same inputs. A layer is
-    cut over the ranks either by outputs or by inputs.
+    The weight stacks the outputs of one or several checkpoint matrices (`pieces`), which share their inputs. A layer is
+    sharded across the ranks either by outputs or by inputs.
     """
 
-    weight: nn.Parameter  # of UnquantizedLinear; other methods may have other parameters
+    weight: nn.Parameter  # created by UnquantizedLinear; other methods may create other parameters
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class LinearLayer(nn.Module):
 class LinearMethod(Protocol):
     """A way to store, load and multiply the weight of a linear layer.
 
-    One object serves all layers that it is given to: what belongs to a layer are parameters of that layer. A layer's
+    One object may serve many layers: what belongs to a layer is stored in that layer's parameters. A layer's
     `method` is chosen while the model is on the meta device, where parameters cost nothing.
     """
 
@@ -98,11 +98,11 @@ class LinearMethod(Protocol):
         ...
 
     def finish_loading(self, layer: LinearLayer) -> None:
-        """Brings the loaded parameters into the layout that `multiply` reads; may replace them."""
+        """Converts the loaded parameters to the layout that `multiply` reads; may replace them."""
         ...
 
     def fuses(self, layer: LinearLayer, hidden: torch.Tensor) -> bool:
-        """Whether `multiply_fused` is faster than separate kernels. False: the layer calls `multiply` alone.
+        """Returns whether `multiply_fused` is faster than separate kernels. False: the layer calls `multiply` alone.
 
         hidden [num_tokens, inputs of this rank].
         """
@@ -124,23 +124,23 @@ class LinearMethod(Protocol):
     ) -> torch.Tensor:
         """Returns act(norm(hidden) · weightᵀ + bias) + residual. Called only where `fuses` says so.
 
-        gated: the outputs are gates and then as many ups, and act is silu(gate) · up; otherwise there is no act.
+        gated: the outputs are gates followed by as many ups, and act is silu(gate) · up; otherwise act does nothing.
         → [num_tokens, layer.num_outputs, or half as many if gated].
         """
         ...
 
 
 class HasWeight(Protocol):
-    """What `UnquantizedLinear` multiplies by: a layer with a plain weight, also the table of the vocabulary."""
+    """A module with a plain weight, which `UnquantizedLinear` multiplies by: a linear layer or the vocabulary table."""
 
     weight: nn.Parameter  # [outputs, inputs]
 
 
 class UnquantizedLinear:
-    """The weight as it is, [num_outputs, inputs] of the model's dtype.
+    """Stores the weight unquantised: [num_outputs, inputs] in the model's dtype.
 
-    Few tokens on a GPU take our own kernel, which the norm, the gate and the addition are fused into. Many take the
-    BLAS, and on a CPU float32 weights are packed for oneDNN.
+    For few tokens on a GPU it uses our own kernel, which fuses norm, gate and addition; for more tokens, the BLAS. On
+    a CPU, float32 weights are packed for oneDNN.
     """
 
     def create_weights(self, layer: LinearLayer) -> None:
@@ -195,7 +195,7 @@ class UnquantizedLinear:
 
 
 def finish_loading(model: nn.Module) -> None:
-    """Lets each linear layer of a loaded model bring its weight into the layout that computes fastest."""
+    """Converts the weights of a loaded model's linear layers to the layouts that their methods multiply fastest."""
     for module in model.modules():
         if isinstance(module, LinearLayer):
             module.method.finish_loading(module)

@@ -32,7 +32,7 @@ class Group(Protocol):
 
 @dataclass(frozen=True)
 class Shard:
-    """What a rank has of a dimension of `total` entries: entries `start` … `stop`."""
+    """A rank's part of a dimension of `total` entries: those from `start` up to, but not including, `stop`."""
 
     total: int
     start: int
@@ -51,13 +51,13 @@ class Shard:
         return self.size < self.total
 
     def __mul__(self, width: int) -> Shard:
-        """Returns the same shard where each entry is `width` entries: of heads, that of their components."""
+        """Returns the shard with each entry replaced by `width` entries, as from heads to their components."""
         return Shard(self.total * width, self.start * width, self.stop * width)
 
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """Rank `rank` of `size`. `group` joins the ranks (None at size 1); `one_shot` adds up small tensors, if present."""
+    """Rank `rank` of `size`. `group` joins the ranks (None at size 1); `one_shot`, if present, sums small tensors."""
 
     rank: int = 0
     size: int = 1
@@ -65,18 +65,18 @@ class TensorParallel:
     one_shot: OneShotAllReduce | None = None
 
     def divide(self, field: str, value: int) -> int:
-        """This rank's share of `value`. Raises InvalidArgumentError when it cannot be shared evenly."""
+        """Returns this rank's share of `value`. Raises InvalidArgumentError when it cannot be shared evenly."""
         if value % self.size:
             raise InvalidArgumentError("tensor_parallel_size", self.size, f"a divisor of the model's {field}={value}")
         return value // self.size
 
     def shard(self, field: str, total: int) -> Shard:
-        """This rank's even share of a dimension. Raises InvalidArgumentError when it cannot be shared evenly."""
+        """Returns this rank's share of a dimension. Raises InvalidArgumentError when it cannot be shared evenly."""
         share = self.divide(field, total)
         return Shard(total, self.rank * share, (self.rank + 1) * share)
 
     def divide_kv_heads(self, num_kv_heads: int) -> int:
-        """KV heads on this rank; ranks share one head when there are fewer heads than ranks."""
+        """Returns the number of KV heads on this rank. Ranks share a head when there are fewer heads than ranks."""
         if self.size > num_kv_heads and self.size % num_kv_heads == 0:
             return 1
         if num_kv_heads % self.size:
@@ -86,11 +86,11 @@ class TensorParallel:
         return num_kv_heads // self.size
 
     def first_kv_head(self, num_kv_heads: int) -> int:
-        """The first KV head of this rank, among all of the model's."""
+        """Returns the index of this rank's first KV head among all of the model's."""
         return self.rank * num_kv_heads // self.size
 
     def all_reduce(self, tensor: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns the sum over the ranks, plus `residual` (the same on every rank). The sum is made in place."""
+        """Returns the sum over the ranks, plus `residual` (the same on every rank). Sums in place."""
         if self.size > 1:
             started = time.perf_counter()
             if self.one_shot is not None and self.one_shot.takes(tensor):
@@ -123,6 +123,6 @@ class TensorParallel:
         return self.group
 
     def _log(self, operation: str, tensor: torch.Tensor, started: float) -> None:
-        if logger.isEnabledFor(logging.DEBUG):  # on a GPU the call only launches: no time is known
+        if logger.isEnabledFor(logging.DEBUG):  # on a GPU the call only launches the work, whose time is not known
             elapsed_ms = (time.perf_counter() - started) * 1e3 if tensor.device.type == "cpu" else None
             log_communication(logger, operation, [tensor], self.rank, self.size, elapsed_ms=elapsed_ms)

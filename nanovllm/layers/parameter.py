@@ -11,7 +11,7 @@ from torch import nn
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """A parameter without memory: the weight loader puts it on the device."""
+    """Returns a parameter without memory; the weight loader allocates it on the device."""
     return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
 
 
@@ -19,7 +19,7 @@ def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
 class WeightPart:
     """Rows `row`, `row + 1`, … of a parameter come from indices `start` … `stop` along `dim` of a checkpoint tensor.
 
-    `name` None: these rows are padding that no checkpoint has, filled with zeros (`shape` is then theirs).
+    `name` None: padding rows, which no checkpoint has and which are filled with zeros (`shape` is then their shape).
     """
 
     name: str | None
@@ -51,5 +51,8 @@ class HasWeightParts(Protocol):
     """A module that says which checkpoint tensors fill its own parameters."""
 
     def weight_parts(self, prefix: str) -> Mapping[str, Sequence[WeightPart]]:
-        """Name of each own parameter → its parts, ordered by row. `prefix` is the module's name in the model."""
+        """Returns the parts of each of its own parameters, by name, ordered by row.
+
+        `prefix` is the module's name in the model.
+        """
         ...

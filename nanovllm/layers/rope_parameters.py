@@ -50,10 +50,10 @@ class RopeParameters:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], max_position_embeddings: int) -> RopeParameters:
-        """Reads a config's `rope_parameters` (or `rope_scaling` with `rope_theta` put into it).
+        """Reads a config's `rope_parameters` (or `rope_scaling` with `rope_theta` merged in).
 
-        Fields that the type does not read are refused: to ignore one would rotate by other angles than the model
-        was trained with.
+        Refuses fields that the type does not read, because ignoring one would rotate by angles other than those of
+        training.
         """
         given = {name: value for name, value in fields.items() if value is not None}
         for name, value in given.items():
@@ -80,10 +80,10 @@ class RopeParameters:
         return cls(theta=theta, rope_type=rope_type, **given)
 
     def max_context_len(self, max_position_embeddings: int) -> int:
-        """The longest context these rotations serve.
+        """Returns the longest context that these rotations support.
 
-        linear and yarn stretch the trained length by `factor`. dynamic would rotate all keys anew as a context
-        grows past `max_position_embeddings`; keys lie rotated in the cache, so there it ends at that length.
+        linear and yarn stretch the trained length by `factor`. dynamic would have to rotate all keys again when a
+        context grows past `max_position_embeddings`. The cache stores rotated keys, so contexts end at that length.
         """
         if self.rope_type == "linear":
             return int(max_position_embeddings * self.factor)

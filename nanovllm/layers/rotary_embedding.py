@@ -18,7 +18,7 @@ def build_cos_sin_cache(
 ) -> torch.Tensor:
     """Returns the table [max_positions, head_dim], float32: cosines in the first half of a row, sines in the second.
 
-    float32 whatever the model's dtype: at position 40,000 bfloat16 could not tell neighbours apart.
+    Always float32: at position 40,000 bfloat16 cannot distinguish neighbouring positions.
     """
     inv_freq, attention_scaling = rope_frequencies(head_dim, rope)
     positions = torch.arange(max_positions, dtype=torch.float32, device=device)  # [max_positions]
@@ -45,7 +45,7 @@ def rope_frequencies(head_dim: int, rope: RopeParameters) -> tuple[torch.Tensor,
 
 
 def _llama3(inv_freq: torch.Tensor, rope: RopeParameters) -> torch.Tensor:
-    """Llama 3.1: keep fast rotations, slow those longer than the trained context, blend between."""
+    """Llama 3.1: keeps fast rotations, slows those longer than the trained context, and blends in between."""
     length, low, high = rope.original_max_position_embeddings, rope.low_freq_factor, rope.high_freq_factor
     wave_lengths = 2 * math.pi / inv_freq  # positions per full turn
     blend = (length / wave_lengths - low) / (high - low)
@@ -75,7 +75,7 @@ def _yarn(wave_lengths: torch.Tensor, head_dim: int, rope: RopeParameters) -> to
 
 
 def _yarn_attention_scaling(rope: RopeParameters) -> float:
-    """YaRN's temperature on the attention logits, put on cosines and sines (section 3.4 of the paper)."""
+    """YaRN's temperature on the attention logits, applied to cosines and sines (section 3.4 of the paper)."""
     if rope.attention_factor is not None:
         return rope.attention_factor
 

@@ -1,4 +1,4 @@
-"""Configuration: what the environment asks of Python's logging, applied to the logger `nanovllm`.
+"""Applies the environment's logging settings to the logger `nanovllm`.
 
 The logger `nanovllm` has one console handler, a handler of last resort. It writes to standard error, so that a
 program's own output stays clean, and only records that no other handler takes. So a user's `logging.basicConfig(...)`,
@@ -90,15 +90,15 @@ def _open_file(path: Path | None) -> None:
 
 def _apply_levels(wanted: Mapping[str, int]) -> None:
     """Gives loggers the levels in `wanted`, and resets levels set earlier that are no longer wanted."""
-    ours = _STATE.levels_set
-    for name in wanted.keys() | ours.keys():
+    levels_set = _STATE.levels_set
+    for name in wanted.keys() | levels_set.keys():
         logger = logging.getLogger(name)
-        if logger.level not in (logging.NOTSET, ours.get(name)):
-            continue  # set by the user, or by a test for a while
-        ours.pop(name, None)
+        if logger.level not in (logging.NOTSET, levels_set.get(name)):
+            continue  # set by the user, or temporarily by a test
+        levels_set.pop(name, None)
         logger.setLevel(wanted.get(name, logging.NOTSET))
         if name in wanted:
-            ours[name] = wanted[name]
+            levels_set[name] = wanted[name]
 
 
 def warn_about_level(source: str, problem: str) -> None:

@@ -64,7 +64,7 @@ class ConsoleHandler(logging.Handler):
 
 
 def _repeats_rank_0(record: logging.LogRecord) -> bool:
-    """Whether rank 0 logs the same record. All ranks do at INFO; a logger at DEBUG shows each rank."""
+    """Returns whether rank 0 logs the same record. All ranks do at INFO; a logger at DEBUG shows each rank."""
     event = EVENTS.get(getattr(record, "event", ""))
     at_info = record.levelno == logging.INFO and not logging.getLogger(record.name).isEnabledFor(logging.DEBUG)
     return at_info and event is not None and not event.of_each_rank

@@ -1,6 +1,6 @@
 """Reads level specifications: `DEBUG`, or with levels of parts, `INFO,scheduler=DEBUG,engine=WARNING`.
 
-Pure functions of text and names; `nanovllm.utils.logger` applies the result.
+Pure functions of text and names; `nanovllm.logs.configuration` applies the result.
 """
 
 from __future__ import annotations

@@ -85,14 +85,14 @@ class _TimedSection:
 
 # A section whose level is off: nothing is created, measured or recorded.
 _NO_SECTION = nullcontext()
-# Sections that have ended on the host, oldest first: log output that is due. Nothing else depends on it.
+# Sections that have ended on the host, oldest first: pending log output, on which nothing else depends.
 _PENDING: deque[_TimedSection] = deque()
 atexit.register(flush_timed_sections)
 
 
 def _log_finished_sections(*, wait: bool) -> None:
-    """Logs the ends of pending sections in order: all with `wait`, else up to the first that the GPU is still at."""
-    if not _PENDING or sys.modules["torch"].cuda.is_current_stream_capturing():  # which forbids to query events
+    """Logs the ends of pending sections in order: all with `wait`, else up to the first that the GPU still runs."""
+    if not _PENDING or sys.modules["torch"].cuda.is_current_stream_capturing():  # a capture forbids querying events
         return
     while _PENDING:
         section = _PENDING.popleft()

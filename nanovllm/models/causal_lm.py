@@ -1,4 +1,4 @@
-"""What a model must offer the engine: the contract that a new file in this folder fulfils."""
+"""The interface between a model and the engine, which every model file in this folder implements."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nanovllm.models.model_context import ModelContext
 class CausalLM(nn.Module, ABC):
     """A decoder-only language model on one rank.
 
-    Built on the meta device (buffers apart, which are computed on the context's device); `utils.loader` fills the
+    Built on the meta device, except buffers, which are computed on the context's device; `utils.loader` fills the
     parameters. Modules are named as in the checkpoint, and those with parameters have `weight_parts` (see
     `utils.loader`). Models of the usual form build on `models.decoder`.
     """
@@ -36,11 +36,11 @@ class CausalLM(nn.Module, ABC):
         metadata: AttentionMetadata,
         kv_caches: Sequence[LayerKVCache],
     ) -> torch.Tensor:
-        """Runs the layers over a step's tokens and stores their keys and values, one cache a layer.
+        """Runs the layers over a step's tokens and stores their keys and values in one cache per layer.
 
         input_ids [num_tokens] int32 or int64, positions [num_tokens] int64 → [num_tokens, hidden_size].
         """
 
     @abstractmethod
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The LM head on the rows that are sampled: [num_rows, hidden_size] → [num_rows, vocab_size]."""
+        """Returns the logits of the rows that are sampled: [num_rows, hidden_size] → [num_rows, vocab_size]."""

@@ -1,4 +1,4 @@
-"""Where a model's files are: the user's `model` argument → a folder."""
+"""Resolves the user's `model` argument to the folder with the model's files."""
 
 from __future__ import annotations
 

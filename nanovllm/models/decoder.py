@@ -3,9 +3,9 @@
 A pre-norm transformer with grouped-query attention, rotary positions and a gated MLP. A model's own file builds its
 layers from these parts and says what differs. Tokens of all sequences of a step lie in one flat batch.
 
-Layers add to one stream, which is `hidden + residual`, or `hidden` alone where residual is None: the last addition may
-wait, so that it can be one kernel with the next norm. A norm is an argument of the product that follows it, for the
-same reason.
+Layers add to one residual stream: `hidden + residual`, or `hidden` alone where residual is None. The last addition may
+be deferred, so that one kernel does it together with the next norm. For the same reason, a norm is an argument of the
+product that follows it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from nanovllm.models.model_context import ModelContext
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What all layers of a step read."""
+    """The inputs that all layers of a step share."""
 
     positions: torch.Tensor  # [num_tokens] int64
     cos_sin_cache: torch.Tensor  # [max_context_len, head_dim] float32
@@ -56,7 +56,7 @@ class DecoderAttention(nn.Module):
         self.attention = Attention(config.head_dim, context.backends)
 
     def qk_norm(self) -> QKNorm | None:
-        """The norm on query and key heads; None where a model has none."""
+        """Returns the norm of query and key heads; None for a model without one."""
         return None
 
     def forward(
@@ -122,7 +122,7 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderModel(nn.Module):
-    """From token ids to the states that the head reads. `make_layer` builds the layer of an index."""
+    """The model without its head: token ids in, normed hidden states out. `make_layer` builds the layer of an index."""
 
     cos_sin_cache: torch.Tensor  # [max_context_len, head_dim] float32
 
@@ -151,7 +151,7 @@ class DecoderModel(nn.Module):
 
 
 class DecoderForCausalLM(CausalLM):
-    """A decoder and its head, which is the embedding's table in models that tie the two."""
+    """A decoder and its LM head, which is the embedding's table in models that tie the two."""
 
     def __init__(self, context: ModelContext, model: DecoderModel) -> None:
         super().__init__(context)

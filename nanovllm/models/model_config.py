@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says about the model, read without transformers and without torch.
+"""ModelConfig: the content of a checkpoint's config.json, read without transformers and without torch.
 
 `ModelConfig.from_folder(folder)` for a checkpoint; `BUILTIN_SHAPES["qwen3-8b"]` for benchmarks with dummy weights,
 which need no folder.
@@ -15,7 +15,7 @@ from typing import Any
 from nanovllm.config import DTYPES
 from nanovllm.errors import ModelLoadError, UnknownArgumentError
 from nanovllm.layers.rope_parameters import RopeParameters
-from nanovllm.models.registry import check_architecture
+from nanovllm.models.architectures import check_architecture
 
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 _ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
@@ -69,7 +69,7 @@ class ModelConfig:
 
     @property
     def max_context_len(self) -> int:
-        """Tokens a context may have, rope scaling included: the upper bound of max_model_len."""
+        """The longest context in tokens, with rope scaling: the upper bound of max_model_len."""
         return self.rope.max_context_len(self.max_position_embeddings)
 
     @classmethod
@@ -210,7 +210,7 @@ def _rope_fields(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
                 )
             merged = {name: merged[name] for name in ("rope_theta",) if name in merged} | dict(scaling)
         for name in ("rope_theta", "partial_rotary_factor"):
-            # Inside the scaling's object is where transformers looks first, within one source.
+            # Within one source, transformers looks inside the scaling object first.
             if source.get(name) is not None and not (scaling and scaling.get(name) is not None):
                 merged[name] = source[name]
     return merged

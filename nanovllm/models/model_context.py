@@ -15,9 +15,9 @@ from nanovllm.models.model_config import ModelConfig
 class ModelContext(LayerContext):
     """Shape, backends, rank, dtype, device, and how weights are stored and multiplied.
 
-    Layers know only the part of it that `LayerContext` has: their sizes are arguments, and they never see a config.
+    Layers see only the part that `LayerContext` has: their sizes are arguments, never a config.
     """
 
     config: ModelConfig
     backends: AttentionBackends
-    device: torch.device | str  # of what is computed while the model is built; parameters are on the meta device
+    device: torch.device | str  # of buffers, computed while the model is built; parameters are on the meta device

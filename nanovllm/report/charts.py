@@ -26,7 +26,7 @@ def seconds_text(seconds: float) -> str:
 
 
 def duration_text(ms: float) -> str:
-    """A duration with about three digits, in a suitable unit."""
+    """Formats a duration with about three digits, in a suitable unit."""
     if ms < 0.001:
         return "0 ms"
     if ms < 1:
@@ -42,14 +42,14 @@ def duration_text(ms: float) -> str:
 
 
 def number_text(value: float) -> str:
-    """1234 → 1,234; 0.123 → 0.12."""
+    """Formats a number: 1234 → 1,234; 0.123 → 0.12."""
     if abs(value) >= 100 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 
 def ticks(most: float, wanted: int = 5) -> list[float]:
-    """Round numbers from 0 to at least `most`: 1, 2 or 5 times a power of ten apart."""
+    """Returns round numbers from 0 to at least `most`: 1, 2 or 5 times a power of ten apart."""
     if not most > 0:
         return [0.0, 1.0]
     rough = most / wanted
@@ -59,7 +59,7 @@ def ticks(most: float, wanted: int = 5) -> list[float]:
 
 
 def decades(values: Sequence[float]) -> list[float]:
-    """Powers of ten around the values, at least two."""
+    """Returns powers of ten around the values, at least two."""
     low = math.floor(math.log10(max(min(values, default=1.0), 1e-9)))
     high = max(math.ceil(math.log10(max(max(values, default=1.0), 1e-9))), low + 1)
     return [10.0**power for power in range(low, high + 1)]
@@ -86,7 +86,7 @@ class TimeAxis:
         return "ms", 0.001
 
     def ticks(self) -> list[tuple[float, str]]:
-        """(seconds, text)."""
+        """Returns (seconds, text) of each tick."""
         name, size = self.unit
         marks = [(mark * size, f"{mark:.10g}") for mark in ticks(self.end / size, 10) if mark * size <= self.end]
         return [*marks[:-1], (marks[-1][0], f"{marks[-1][1]} {name}")]
@@ -186,7 +186,10 @@ def time_chart(
     stacked: bool = False,
     width: int = 560,
 ) -> str:
-    """Returns lines, areas or stacked bars over time. With scale "share", values from 0 to 1 are shown as per cent."""
+    """Returns lines, areas or stacked bars over time. All series have one value per bin.
+
+    With scale "share", values from 0 to 1 are shown as per cent.
+    """
     num_bins = max((len(one.values) for one in series), default=0)
     columns = [[one.values[index] or 0.0 for one in series] for index in range(num_bins)]
     most = max((sum(column) if stacked else max(column) for column in columns), default=0.0)
@@ -245,7 +248,7 @@ def _draw_stacked(frame: Frame, series: Sequence[Series], bins: Bins, num_bins: 
         width = max(frame.x((index + 1) * bins.width) - left - 0.4, 0.6)
         below = 0.0
         for one in series:
-            value = (one.values[index] if index < len(one.values) else None) or 0.0
+            value = one.values[index] or 0.0
             if value <= 0:
                 continue
             top, bottom = frame.y(below + value), frame.y(below)

@@ -1,4 +1,4 @@
-"""The Gantt chart of requests: a row for each, coloured by phase."""
+"""The Gantt chart of requests: one row each, coloured by phase."""
 
 from __future__ import annotations
 

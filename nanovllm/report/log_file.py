@@ -74,9 +74,8 @@ class LogFile:
             while line := file.readline(_LONGEST_LINE):
                 self.counts.bytes += len(line)
                 yield line
-                while len(line) == _LONGEST_LINE and not line.endswith(
-                    b"\n"
-                ):  # skips the rest of a line that is too long
+                # Skips the rest of a line that is too long.
+                while len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
                     line = file.readline(_LONGEST_LINE)
                     self.counts.bytes += len(line)
 

@@ -60,7 +60,7 @@ def _header(summary: Summary) -> str:
 
 
 def _moment(ts: str) -> str:
-    """A timestamp in RFC 3339, shortened to seconds."""
+    """Returns an RFC 3339 timestamp shortened to seconds."""
     return escape(f"{ts[:19].replace('T', ' ')}{' UTC' if ts.endswith(('Z', '+00:00')) else ''}")
 
 

@@ -46,7 +46,7 @@ class Requests:
             self.pending[count(record, "seq_id")] = life
 
     def allocated(self, record: Record) -> None:
-        """The request got blocks: it is scheduled, for the first time or again after a preemption."""
+        """Notes that a request got blocks: it is scheduled, for the first time or again after a preemption."""
         life = self.pending.get(count(record, "seq_id"))
         if life is None:
             return
@@ -91,7 +91,7 @@ class Requests:
         return life
 
     def lost(self) -> None:
-        """A step failed: all unfinished requests are lost, without an event for each."""
+        """Counts all unfinished requests as lost: a step failed, which logs no event for each."""
         self.num_lost += len(self.pending)
         self.pending.clear()
 

@@ -14,7 +14,6 @@ from nanovllm.report.steps import SlowSteps
 _MOST_PROBLEMS = 20  # warnings and errors shown
 _MOST_GENERATIONS = 20
 _ENVELOPE = {"ts", "mono", "level", "logger", "event", "message", "pid", "rank"}
-# The charts begin at the first of these events. Start-up has a chart of its own.
 _SETTING_EVENTS = (
     "engine.model",
     "engine.config",
@@ -27,6 +26,7 @@ _SETTING_EVENTS = (
     "kv_cache.config",
     "kv_cache.allocated",
 )
+# The charts begin at the first event with one of these prefixes. Start-up has a chart of its own.
 _ACTIVITY = ("request.", "generation.start", "batch.", "step.", "sequence.", "engine.statistics")
 
 
@@ -74,7 +74,7 @@ class Run:
         self._last_step = 0
         self._last_done = 0.0
         self._last_decode_line: DecodeLine | None = None
-        self._prefill_lines: list[PrefillLine] = []  # at most one: its step may not have ended
+        self._open_prefill: PrefillLine | None = None  # its step may not have ended
 
     @property
     def duration(self) -> float:
@@ -156,13 +156,13 @@ class Run:
         self._end_prefill(self._at(record))
         tokens = count(record, "batched_tokens")
         self.line_prompt_tokens += tokens
-        self._prefill_lines = [PrefillLine(self._at(record), count(record, "step"), tokens)]
+        self._open_prefill = PrefillLine(self._at(record), count(record, "step"), tokens)
         self.timeline.add(self._at(record), "line_prompt_in_step", tokens)
 
     def _decode_line(self, record: Record) -> None:
         self.slow_steps.scheduled(count(record, "step"))
         line = DecodeLine(self._at(record), count(record, "decode_step"), count(record, "size"))
-        if any(prefill.step != count(record, "step") for prefill in self._prefill_lines):
+        if self._open_prefill is not None and self._open_prefill.step != count(record, "step"):
             self._end_prefill(line.at)
         last, self._last_decode_line = self._last_decode_line, line
         self.timeline.add(line.at, "line_decode", line.size)
@@ -173,10 +173,10 @@ class Run:
             self.timeline.spread(last.at, line.at, "line_output", steps * last.size)
 
     def _end_prefill(self, at: float) -> None:
-        """Ends prefills at the line of the next step: they took no longer than that."""
-        for line in self._prefill_lines:
-            self.timeline.spread(line.at, at, "line_prompt", line.num_tokens)
-        self._prefill_lines = []
+        """Ends the open prefill, if any, at the line of the next step: it took no longer than that."""
+        if self._open_prefill is not None:
+            self.timeline.spread(self._open_prefill.at, at, "line_prompt", self._open_prefill.num_tokens)
+        self._open_prefill = None
 
     def finish(self) -> None:
         """Completes the figures after the last record."""

@@ -67,7 +67,7 @@ class SlowSteps:
         self._coming: deque[str] = deque(maxlen=_MOST_EVENTS)  # events of the step that is being scheduled
 
     def scheduled(self, step: int) -> None:
-        """A step was scheduled. It has one line for its prefill and another for its decode."""
+        """Notes that a step was scheduled. A step may have a line for its prefill and one for its decode."""
         if step in self._in_flight:
             return
         if len(self._in_flight) >= _MOST_IN_FLIGHT:

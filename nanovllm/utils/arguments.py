@@ -59,7 +59,7 @@ class Rule:
     hint: str = ""
 
     def or_none(self, meaning: str = "") -> Rule:
-        """The same rule, which also allows None; `meaning` says what None stands for."""
+        """Returns the same rule, which also allows None; `meaning` says what None stands for."""
         convert = self.convert
         return Rule(
             f"{self.allowed}, or None{meaning}",
@@ -74,7 +74,7 @@ class Argument:
     """One declared argument."""
 
     name: str
-    default: object  # dataclasses.MISSING: there is none
+    default: object  # dataclasses.MISSING: no default
     rule: Rule
     help: str
 
@@ -88,7 +88,7 @@ def argument(default: T, rule: Rule, help: str, *, hash: bool | None = None) -> 
 def declaration(rule: Rule, help: str) -> dict[str, Any]:
     """Returns the metadata of a declared field without a default, `x: int = field(metadata=declaration(…))`.
 
-    Type checkers take a field for required only if they see `dataclasses.field` itself.
+    Type checkers treat a field as required only if they see `dataclasses.field` itself.
     """
     return {_KEY: (rule, help)}
 
@@ -107,7 +107,7 @@ def check_arguments(instance: Any, prefix: str = "") -> None:
     """
     for name, default, rule in _rules_of(instance.__class__):
         value = getattr(instance, name)
-        if value is default:  # most arguments of most requests: a default is allowed, and is not converted
+        if value is default:  # most arguments of most requests: a default is allowed and not converted
             continue
         if not rule.accepts(value):
             raise InvalidArgumentError(prefix + name, value, rule.allowed, rule.hint)
@@ -117,7 +117,7 @@ def check_arguments(instance: Any, prefix: str = "") -> None:
 
 @functools.cache
 def _rules_of(cls: Hashable) -> list[tuple[str, object, Rule]]:
-    """The name, default and rule of each field of a dataclass."""
+    """Returns the name, default and rule of each declared field of a dataclass."""
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # the cache takes any hashable, not a dataclass
     return [(each.name, each.default, each.metadata[_KEY][0]) for each in fields if _KEY in each.metadata]
 

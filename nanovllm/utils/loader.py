@@ -2,8 +2,8 @@
 
 A model is built on the meta device: its parameters have shapes and no memory. Each layer says with `weight_parts`
 which tensors of the checkpoint fill which rows of its parameters on this rank. `load_weights` first compares that
-plan with the files, then gives the parameters memory on the device and copies: each element exactly once, and of
-each file only what this rank needs.
+plan with the files, then allocates the parameters on the device and copies each element exactly once. It reads only
+what this rank needs.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from nanovllm.errors import ModelLoadError
 from nanovllm.layers.parameter import HasWeightParts, WeightPart
 
 _DTYPES = ("BF16", "F16", "F32")  # as safetensors spells them
+_MOST_LISTED = 10  # names in an error
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What was done, for the log."""
+    """The result of loading, for the log."""
 
     num_tensors: int  # parameters filled
     num_bytes: int  # their size on the device
@@ -46,7 +47,7 @@ def load_weights(
     """Fills every parameter of `model` from the safetensors files in `folder`.
 
     `redundant`: checkpoint tensors that may be present and are not needed (lm_head.weight of a tied model).
-    `check`: called before each tensor; what it raises ends the loading.
+    `check`: called before each tensor; an exception that it raises ends the loading.
     Raises ModelLoadError, before anything is allocated, when tensors are missing, unknown, in two files, or of
     another shape or dtype than the model's.
     """
@@ -70,7 +71,7 @@ def load_weights(
 
 
 def load_dummy_weights(model: nn.Module, device: torch.device, seed: int = 0) -> LoadReport:
-    """Fills every parameter with random values for benchmarks: the same ones for a seed, a device and a shape.
+    """Fills every parameter with random values for benchmarks, which depend only on seed, device and shape.
 
     Matrices have a standard deviation of 1/√fan-in, which keeps their outputs, logits included, of order 1; norms are
     1, biases 0.
@@ -99,7 +100,7 @@ def materialise(model: nn.Module, device: torch.device) -> dict[str, nn.Paramete
 
 
 def weight_plan(model: nn.Module) -> dict[str, Sequence[WeightPart]]:
-    """Returns name of every parameter → the parts that fill it, verified to fill each of its rows exactly once."""
+    """Returns the parts that fill each parameter, by its name. Verifies that they fill every row exactly once."""
     plan: dict[str, Sequence[WeightPart]] = {}
     for module_name, module in model.named_modules():
         if isinstance(module, HasWeightParts):
@@ -142,7 +143,7 @@ def _open(path: Path) -> Any:
 
 
 def _locate(files: Mapping[Path, Any]) -> dict[str, Any]:
-    """Tensor name → the open file that holds it."""
+    """Returns the open file that holds each tensor, by the tensor's name."""
     located: dict[str, tuple[Path, Any]] = {}
     for path, file in files.items():
         names: list[str] = file.keys()  # a method that returns a list: the file is no mapping
@@ -179,9 +180,9 @@ def _parts(plan: Mapping[str, Sequence[WeightPart]]) -> Iterator[WeightPart]:
         yield from parts
 
 
-def _listed(names: Sequence[str], limit: int = 10) -> str:
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _listed(names: Sequence[str]) -> str:
+    names, more = sorted(names), len(names) - _MOST_LISTED
+    return ", ".join(names[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _report(parameters: Mapping[str, nn.Parameter], num_files: int, started: float) -> LoadReport:

@@ -79,7 +79,7 @@ def log_rule(logger: logging.Logger, character: str = "=") -> None:
 
 
 def shape_of(value: Any) -> Any:
-    """Returns the shape of a tensor or array as a list, of lists and mappings element by element; else the value."""
+    """Returns the shape of a tensor or array as a list; maps lists and mappings element by element; else the value."""
     if hasattr(value, "shape"):
         return [int(size) for size in value.shape]
     if isinstance(value, Mapping):

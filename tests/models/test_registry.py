@@ -3,11 +3,12 @@ from __future__ import annotations
 import pytest
 
 from nanovllm.errors import ModelLoadError
+from nanovllm.models.architectures import MODELS
 from nanovllm.models.causal_lm import CausalLM
-from nanovllm.models.registry import get_model_class, supported_architectures
+from nanovllm.models.registry import get_model_class
 
 
-@pytest.mark.parametrize("architecture", supported_architectures())
+@pytest.mark.parametrize("architecture", MODELS)
 def test_every_architecture_has_its_class(architecture: str) -> None:
     model_class = get_model_class(architecture)
     assert model_class.__name__ == architecture

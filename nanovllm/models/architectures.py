@@ -1,0 +1,23 @@
+"""The supported architectures: the name in config.json → the module that has a class of this name.
+
+Plain data, which `models.model_config` reads without torch and `models.registry` turns into classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from nanovllm.errors import ModelLoadError
+
+MODELS: Mapping[str, str] = {  # each a module of this package
+    "Qwen3ForCausalLM": "qwen3",
+}
+
+
+def check_architecture(architecture: str) -> None:
+    """Raises ModelLoadError, with the supported architectures, when `architecture` is not one of them."""
+    if architecture not in MODELS:
+        raise ModelLoadError(
+            f"architectures=[{architecture!r}] is not supported. Supported: {', '.join(MODELS)}. "
+            "A new one is a file in nanovllm/models and a line in nanovllm/models/architectures.py."
+        )
