@@ -24,7 +24,6 @@ def make_engine(config: EngineConfig) -> LLMEngine:
 
     Raises what loading the model raises, and InvalidArgumentError for an environment variable that is not allowed.
     """
-    configure_logging()
     return LLMEngine(config, make_executor, default_observers(config))
 
 
@@ -39,6 +38,7 @@ def make_executor(config: EngineConfig, stopwatch: Stopwatch) -> Executor:
 
 def default_observers(config: EngineConfig) -> list[EngineObserver]:
     """Returns the log, and what the environment asks for: function trace, timeline, request spans."""
+    configure_logging()  # the environment may have changed since the import
     trace_file = env.trace_file()
     observers: list[EngineObserver | None] = [
         start_function_trace(rank=0),

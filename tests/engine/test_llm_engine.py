@@ -22,7 +22,6 @@ from nanovllm import (
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch import StepResult
 from nanovllm.engine_factory import default_observers
-from nanovllm.utils.logger import configure_logging
 from tests.engine.breakable_executor import BreakableExecutor
 from tests.engine.simulated_executor import VOCAB_SIZE, Handle, expected_output
 from tests.engine.test_schedules import check_integrity
@@ -33,7 +32,6 @@ def make_engine(
 ) -> tuple[LLMEngine, BreakableExecutor]:
     executor = BreakableExecutor(**config)
     engine_config = EngineConfig("simulated", skip_tokenizer_init=True, seed=seed)
-    configure_logging()
     engine = LLMEngine(engine_config, lambda config, stopwatch: executor, default_observers(engine_config), clock)
     return engine, executor
 
