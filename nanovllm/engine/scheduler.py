@@ -24,12 +24,10 @@ from nanovllm.engine.batch import (
     BLOCKS,
     NO_LOGPROBS,
     Chunk,
-    IntArray,
     OpenedRow,
     PromptLogprobs,
     RecordArray,
     ScheduledBatch,
-    StepLogprobs,
     StepResult,
 )
 from nanovllm.engine.block_manager import BlockManager, BlockTable
@@ -310,12 +308,8 @@ class Scheduler:
         rows.steps_in_flight[batch.chunks["row"]] -= 1
         sampled = batch.sampled_rows
         rows.num_pending[sampled] -= 1
-        live = ~rows.stopped[sampled]
-        if result.logprobs is not None:
-            self._record_logprobs(sampled, live, result.logprobs)
-        for planned, logprobs in zip(batch.prompt_logprobs, result.prompt_logprobs, strict=True):
-            if not rows.stopped[planned.row]:
-                rows.sequence(planned.row).prompt_logprobs += token_logprobs(logprobs, planned.num_top)
+        live = ~rows.stopped[sampled]  # the tokens of all others are dropped
+        self._record_logprobs(batch, live, result)
         sampled, token_ids = sampled[live], result.token_ids[live]
         rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids
         rows.num_tokens[sampled] += 1
@@ -335,18 +329,24 @@ class Scheduler:
         at_end = at_eos | at_limit
         for index in np.flatnonzero(rows.watched[sampled] & ~at_eos).tolist():
             at_end[index] |= rows.sequence(int(sampled[index])).stops_at(int(token_ids[index]))
-        ended = [self.rows.sequence(row) for row in sampled[at_end].tolist()]
+        ended = [rows.sequence(row) for row in sampled[at_end].tolist()]
         for sequence, eos in zip(ended, at_eos[at_end].tolist(), strict=True):
             stopped = eos or sequence.stop_reason is not None
             self._finish(sequence, "abort" if sequence.error is not None else "stop" if stopped else "length")
         self._release_leaving()
         return ended
 
-    def _record_logprobs(self, sampled: IntArray, live: BoolArray, logprobs: StepLogprobs) -> None:
-        """Appends the step's log-probabilities to the live sequences that asked for them."""
-        num_top = self.rows.num_logprobs[sampled]
-        for index in np.flatnonzero(live & (num_top != NO_LOGPROBS)).tolist():
-            self.rows.sequence(int(sampled[index])).logprobs += token_logprobs(logprobs, int(num_top[index]), [index])
+    def _record_logprobs(self, batch: ScheduledBatch, live: BoolArray, result: StepResult) -> None:
+        """Appends the step's log-probabilities to the sequences that asked for them. live: [num_sampled_rows]."""
+        rows, sampled = self.rows, batch.sampled_rows
+        if result.logprobs is not None:
+            num_top = rows.num_logprobs[sampled]
+            for index in np.flatnonzero(live & (num_top != NO_LOGPROBS)).tolist():
+                sequence = rows.sequence(int(sampled[index]))
+                sequence.logprobs += token_logprobs(result.logprobs, int(num_top[index]), [index])
+        for planned, logprobs in zip(batch.prompt_logprobs, result.prompt_logprobs, strict=True):
+            if not rows.stopped[planned.row]:
+                rows.sequence(planned.row).prompt_logprobs += token_logprobs(logprobs, planned.num_top)
 
     def abort(self, sequence: Sequence) -> None:
         """Ends `sequence` in any state, with the tokens it has. Does nothing to one that has ended."""
