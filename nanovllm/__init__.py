@@ -4,7 +4,7 @@
     llm = LLM("tiny")
     print(llm.generate("Hello", SamplingParams(temperature=0))[0].outputs[0].text)
 
-Names are imported when they are first used, so that `import nanovllm` does not import torch.
+Names are imported on first use, so that `import nanovllm` does not import torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Every public name, and the module that defines it. Type checkers read the same from the imports below.
+# The module that defines each public name. The imports below say the same to type checkers.
 _MODULE_OF = {
     "LLM": "nanovllm.llm",
     "AsyncLLM": "nanovllm.async_llm",
@@ -40,7 +40,7 @@ _MODULE_OF = {
 }
 __all__ = list(_MODULE_OF)
 
-if TYPE_CHECKING:  # "as" makes a name public for them
+if TYPE_CHECKING:  # "import X as X" marks a name as public
     from nanovllm.async_llm import AsyncLLM as AsyncLLM
     from nanovllm.engine.llm_engine import LLMEngine as LLMEngine
     from nanovllm.errors import BackendUnavailableError as BackendUnavailableError

@@ -1,13 +1,12 @@
-"""AsyncLLM: requests from coroutines, the engine on a thread of its own.
+"""AsyncLLM: inference for coroutines, with the engine on a thread of its own.
 
-Two queues, one each way, are all that is shared:
+The event loop and the engine's thread share two things only, one for each direction:
 
-- to the engine, `_EngineThread._commands`: add a request, abort it, drop it, stop. The engine takes them between steps,
-  in order.
-- to the consumers, under `_EngineThread._lock`: each request has one place for the tokens that its consumer has not
-  fetched and, once it has ended, for its end. New tokens join those that wait, so that a slow consumer gets fewer and
-  longer outputs. It delays no other request, and never more than its own request's output waits for it. At most one
-  call to wake consumers is pending in the event loop.
+- `_EngineThread._commands`, a queue to the engine: add a request, abort it, drop it, stop. The engine takes commands
+  between steps, in order.
+- the unread output of each request, guarded by `_EngineThread._lock`: the tokens that its consumer has not fetched and,
+  once the request has ended, its end. New tokens are appended to unread ones, so a slow consumer gets fewer and longer
+  outputs, and delays no other request. At most one call that wakes consumers is pending in the event loop.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ class AsyncLLM:
         async for output in engine.generate("Hello", SamplingParams(temperature=0), "my-request"):
             print(output.outputs[0].text)
 
-    The arguments are those of `LLM`. Raises what `LLM` raises. One event loop at a time may use it; a call from
-    another one is an InvalidStateError. Use it as a context manager, or call `exit`, to give the device's memory back.
+    The arguments and errors are those of `LLM`. One event loop at a time may use it: a call from another one raises
+    InvalidStateError. Use it as a context manager, or call `exit`, to free the device's memory.
     """
 
     @takes_engine_arguments
@@ -49,10 +48,10 @@ class AsyncLLM:
         self._loop: asyncio.AbstractEventLoop | None = None
         try:
             self._engine = self._thread.start_engine()
-        except BaseException:  # Ctrl-C included: the thread ends as soon as the engine is there
+        except BaseException:  # including Ctrl-C: the thread ends as soon as the engine has started
             self._thread.stop(wait=False)
             raise
-        # Also when it is collected, and when Python ends.
+        # A finalizer, so that the engine also ends when this object is garbage-collected or Python ends.
         self._exit = weakref.finalize(self, self._thread.stop)
 
     async def generate(
@@ -63,14 +62,14 @@ class AsyncLLM:
         *,
         delta: bool = False,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Completes one prompt. Each output has the text and tokens so far, or with `delta` what is new in them.
+        """Completes one prompt. Each output has the text and tokens so far, or with `delta` only the new ones.
 
         prompt: a text, token ids, {"prompt": …} or {"prompt_token_ids": …}.
-        request_id: unique among the unfinished requests; None makes one up.
-        An output brings every token since the one before; the last is `finished`. Leaving
-        the loop, closing the generator or cancelling the task aborts the request and frees its blocks.
-        Raises InvalidArgumentError and RequestTooLargeError for this request alone; StepFailedError when a step took
-        this and all other requests with it, and EngineDeadError when the engine has ended.
+        request_id: unique among the unfinished requests; None: chosen by the engine.
+        An output includes every token since the previous one. In the last one, `finished` is True. Leaving the loop,
+        closing the generator or cancelling the task aborts the request and frees its blocks.
+        Raises InvalidArgumentError and RequestTooLargeError, which concern this request alone; StepFailedError when a
+        step failed, and all requests with it; and EngineDeadError when the engine has ended.
         """
         if not isinstance(delta, bool):
             raise InvalidArgumentError("delta", delta, "True or False")
@@ -91,7 +90,7 @@ class AsyncLLM:
     async def abort(self, request_id: str) -> None:
         """Ends a request; its consumer gets the tokens so far, with finish_reason "abort".
 
-        Returns when it has ended. An unknown or finished id does nothing.
+        Returns when the request has ended. Ignores an unknown or finished id.
         """
         self._running_loop()
         request = self._thread.abort(request_id)
@@ -105,14 +104,14 @@ class AsyncLLM:
         return self._engine.tokenizer
 
     def exit(self) -> None:
-        """Ends the engine and gives the device's memory back; calling it again does nothing.
+        """Ends the engine and frees the device's memory. Calling it again does nothing.
 
-        Waits for the step that runs. Consumers that still wait get an EngineDeadError.
+        Waits for the running step. Unfinished requests raise EngineDeadError in their consumers.
         """
         self._exit()
 
     def shutdown(self) -> None:
-        """vLLM's name of `exit`."""
+        """The same as `exit`, under vLLM's name."""
         self.exit()
 
     def __enter__(self) -> AsyncLLM:
@@ -128,6 +127,7 @@ class AsyncLLM:
         self.exit()
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
+        """Returns the running event loop. Raises InvalidStateError while another one that used it is open."""
         loop = asyncio.get_running_loop()
         if self._loop is not None and self._loop is not loop and not self._loop.is_closed():
             raise InvalidStateError(
@@ -138,53 +138,59 @@ class AsyncLLM:
 
 
 class _Request:
-    """A request between its consumer and the engine's thread, whose lock guards `waiting` and `end`."""
+    """A request that its consumer and the engine's thread share. The thread's lock guards `waiting` and `end`."""
 
     def __init__(self, request_id: str, prompt: Prompt, params: SamplingParams | None, delta: bool) -> None:
         self.request_id, self.prompt, self.params, self.delta = request_id, prompt, params, delta
-        self.stream: OutputStream | None = None  # made by the engine's thread, before there is any news
+        self.stream: OutputStream | None = None  # made by the engine's thread when it adds the request
         self.waiting: News | None = None  # what the consumer has not fetched
         self.end: RequestOutput | BaseException | None = None
         self.news, self.ended = asyncio.Event(), asyncio.Event()  # set in the event loop only
 
 
 _Command = Callable[[LLMEngine, _Request], None]
-_Told = tuple[_Request, "News | RequestOutput | BaseException"]
+_Delivery = tuple[_Request, "News | RequestOutput | BaseException"]  # new tokens, the last output, or an error
 
 
 class _EngineThread:
-    """One thread that makes an engine, runs it and ends it. It does not know its AsyncLLM: that may be collected."""
+    """The thread that makes an engine, runs it and ends it.
+
+    It holds no reference to its AsyncLLM, so that this can be garbage-collected.
+    """
 
     def __init__(self, config: EngineConfig) -> None:
         self._commands: queue.SimpleQueue[tuple[_Command, _Request] | None] = queue.SimpleQueue()  # None: stop
         self._started: Future[LLMEngine] = Future()
-        # A daemon: Python waits for the others before it runs what ends this one (`weakref.finalize`).
+        # A daemon thread: Python would wait for any other before it runs the finalizer that stops this one.
         self._thread = threading.Thread(target=self._run, args=(config,), name="nanovllm-engine", daemon=True)
-        self._running: dict[str, _Request] = {}  # the engine's unfinished requests; this thread's own
+        self._running: dict[str, _Request] = {}  # the engine's unfinished requests; only this thread uses it
         self._lock = threading.Lock()
         # Guarded by the lock:
-        self._open: dict[str, _Request] = {}  # those whose consumer has not left
-        self._to_wake: dict[_Request, None] = {}  # not empty: `_wake` is under way
+        self._open: dict[str, _Request] = {}  # requests whose consumer has not left
+        self._to_wake: dict[_Request, None] = {}  # if not empty, a call of `_wake` is pending
         self._loop: asyncio.AbstractEventLoop | None = None
         self._dead: BaseException | None = None
 
     # Called by consumers
 
     def start_engine(self) -> LLMEngine:
-        """Raises what making the engine raises."""
+        """Starts the thread and returns its engine. Raises what making the engine raises."""
         self._thread.start()
         return self._started.result()
 
     def stop(self, wait: bool = True) -> None:
+        """Ends the engine and, with `wait`, waits for that."""
         self._commands.put(None)
-        if wait and self._thread is not threading.current_thread():  # garbage is collected in any thread
+        # Garbage collection may call this on the engine's thread, which cannot join itself.
+        if wait and self._thread is not threading.current_thread():
             self._thread.join()
 
     def open(self, request: _Request, loop: asyncio.AbstractEventLoop) -> None:
+        """Sends a request to the engine. Its consumer runs in `loop`."""
         with self._lock:
             if self._dead is not None:
                 raise _engine_has_ended(self._dead)
-            if loop is not self._loop:  # the one before is closed
+            if loop is not self._loop:  # the previous one is closed
                 self._drop_all()
                 self._loop = loop
             if not isinstance(request.request_id, str) or request.request_id in self._open:
@@ -194,7 +200,10 @@ class _EngineThread:
             self._commands.put((self._add, request))
 
     def take(self, request: _Request) -> RequestOutput | None:
-        """Returns all that waits for the consumer as one output. Raises the error that ended the request."""
+        """Returns everything that the consumer has not fetched as one output; None if there is nothing.
+
+        Raises the error that ended the request, if any.
+        """
         request.news.clear()
         with self._lock:
             waiting, request.waiting = request.waiting, None
@@ -205,11 +214,12 @@ class _EngineThread:
             raise end.error
         if request.stream is None or (end is None and waiting is None):
             return None
-        if end is not None:  # it holds all tokens, those that wait included
+        if end is not None:  # it has all tokens, including the waiting ones
             return request.stream.end(end)
         return None if waiting is None else request.stream.grow(waiting)
 
     def abort(self, request_id: str) -> _Request | None:
+        """Asks the engine to end a request. Returns it, or None for an unknown id."""
         with self._lock:
             request = self._open.get(request_id)
             if request is not None:
@@ -217,7 +227,7 @@ class _EngineThread:
         return request
 
     def close(self, request: _Request) -> None:
-        """Called when the consumer leaves."""
+        """Forgets a request whose consumer leaves. Drops it from the engine if it is unfinished."""
         request.ended.set()
         with self._lock:
             if self._open.get(request.request_id) is request:
@@ -226,6 +236,7 @@ class _EngineThread:
                     self._commands.put((self._drop, request))
 
     def _wake(self) -> None:
+        """Wakes the consumers that have something to fetch. Runs in the event loop."""
         with self._lock:
             to_wake, self._to_wake = self._to_wake, {}
         for request in to_wake:
@@ -252,10 +263,10 @@ class _EngineThread:
             self._dead = dead
             self._running.clear()
             left = list(self._open.values())
-        self._tell([(request, _engine_has_ended(dead)) for request in left])
+        self._deliver([(request, _engine_has_ended(dead)) for request in left])
 
     def _serve(self, engine: LLMEngine) -> None:
-        """Steps while there is something to do, else waits for commands; until one says stop."""
+        """Runs steps while there are requests, and commands between them. Returns at the command to stop."""
         while True:
             while not engine.has_unfinished_requests() or not self._commands.empty():
                 command = self._commands.get()
@@ -267,20 +278,20 @@ class _EngineThread:
                 outputs = engine.step()
             except Exception as error:  # the requests are lost; `is_dead` says whether the engine goes on
                 lost, self._running = self._running, {}
-                self._tell([(request, _step_failed(engine, error)) for request in lost.values()])
+                self._deliver([(request, _step_failed(engine, error)) for request in lost.values()])
                 continue
-            news: list[_Told] = [(self._running.pop(output.request_id), output) for output in outputs]
+            news: list[_Delivery] = [(self._running.pop(output.request_id), output) for output in outputs]
             for request in self._running.values():
                 new = request.stream.read() if request.stream is not None else None
                 if new is not None:
                     news.append((request, new))
-            self._tell(news)
+            self._deliver(news)
 
     def _add(self, engine: LLMEngine, request: _Request) -> None:
         try:
             engine.add_request(request.request_id, request.prompt, request.params)
-        except Exception as error:  # this request's own
-            self._tell([(request, error)])
+        except Exception as error:  # concerns this request alone
+            self._deliver([(request, error)])
             return
         request.stream = OutputStream(engine, request.request_id, delta=request.delta)
         self._running[request.request_id] = request
@@ -294,26 +305,26 @@ class _EngineThread:
             del self._running[request.request_id]
             engine.discard_requests([request.request_id])
 
-    def _tell(self, news: list[_Told]) -> None:
-        """Hands each request its news, and wakes the event loop unless a wake-up is pending."""
+    def _deliver(self, news: list[_Delivery]) -> None:
+        """Stores news for the consumers, and schedules `_wake` in the event loop unless a call is pending."""
         with self._lock:
-            is_under_way = bool(self._to_wake)
-            for request, what in news:
-                if not isinstance(what, dict):
-                    request.end = request.end or what
+            is_pending = bool(self._to_wake)
+            for request, item in news:
+                if not isinstance(item, dict):
+                    request.end = request.end or item
                 elif request.waiting is None:
-                    request.waiting = what
+                    request.waiting = item
                 else:
-                    extend_news(request.waiting, what)
+                    extend_news(request.waiting, item)
                 self._to_wake[request] = None
-            if self._to_wake and not is_under_way and self._loop is not None:
+            if self._to_wake and not is_pending and self._loop is not None:
                 try:
                     self._loop.call_soon_threadsafe(self._wake)
                 except RuntimeError:  # the loop is closed, and its consumers with it
                     self._drop_all()
 
     def _drop_all(self) -> None:
-        """Drops the requests of an event loop that is closed. The lock is held."""
+        """Drops the requests of an event loop that is closed. The caller holds the lock."""
         for request in self._open.values():
             self._commands.put((self._drop, request))
         self._open.clear()

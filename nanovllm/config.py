@@ -53,7 +53,7 @@ def _device_name(value: object) -> str:
     return f"cuda:{value}" if is_integer(value) else str(value)
 
 
-# Paths, torch.bfloat16, torch.device("cpu") and 0 are accepted beside text, "bfloat16", "cpu" and "cuda:0".
+# Besides strings, the rules accept paths, a torch.dtype, a torch.device, and an index such as 0 for "cuda:0".
 _MODEL = Rule("a folder, a Hugging Face id, or 'tiny'", _is_text, str)
 _TOKENIZER = Rule("a folder, a Hugging Face id", _is_text, str).or_none()
 _REVISION = Rule("a tag, a branch or a commit", _is_text, str).or_none()
@@ -89,7 +89,7 @@ class EngineConfig:
     """The arguments of `LLM` and `AsyncLLM`, under the names that nano-vllm and vLLM use.
 
     Each field declares its default, the values it allows and its help text. `help(LLM)`, the errors and the table in
-    docs/api.md come from these declarations.
+    docs/api.md are generated from these declarations.
 
     Raises InvalidArgumentError, which names the field, for a value that is not allowed.
     """
@@ -207,7 +207,7 @@ class EngineConfig:
 def _takes_arguments_of(
     make_config: Callable[P, EngineConfig],
 ) -> Callable[[Callable[[T, EngineConfig], None]], Callable[Concatenate[T, P], None]]:
-    """Makes `takes_engine_arguments`. The parameter specification shows the arguments to type checkers and editors."""
+    """Returns `takes_engine_arguments`. The ParamSpec of `make_config` tells type checkers the arguments."""
 
     def decorate(init: Callable[[T, EngineConfig], None]) -> Any:
         known = [each.name for each in arguments_of(EngineConfig)]
@@ -229,14 +229,14 @@ def _takes_arguments_of(
     return decorate
 
 
-# Decorates the `__init__` of a class that starts an engine: it takes the arguments of EngineConfig, which `help` lists
-# with their meaning, and gets the EngineConfig. An unknown name raises UnknownArgumentError (a TypeError).
+# A decorator for the `__init__` of a class that starts an engine. Callers pass the arguments of EngineConfig, which
+# `help` lists; the decorated function gets the EngineConfig. An unknown name raises UnknownArgumentError (a TypeError).
 takes_engine_arguments = _takes_arguments_of(EngineConfig)
 
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """The settings that the engine runs with, decided once at start-up."""
+    """The settings that the engine runs with, chosen once at start-up."""
 
     model: str  # the folder, or a built-in shape's name
     device: str

@@ -1,4 +1,4 @@
-"""Assembles an engine as `LLM` and `AsyncLLM` use it: which executor runs its steps, and what observes it."""
+"""Builds engines for `LLM` and `AsyncLLM`: chooses the executor that runs the steps, and the observers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from nanovllm.utils.stopwatch import Stopwatch
 
 
 def make_engine(config: EngineConfig) -> LLMEngine:
-    """Returns an engine that runs and is observed as the configuration and the environment say.
+    """Returns an engine with the executor and the observers that the configuration and the environment ask for.
 
     Raises what loading the model raises, and InvalidArgumentError for an environment variable that is not allowed.
     """
@@ -28,7 +28,7 @@ def make_engine(config: EngineConfig) -> LLMEngine:
 
 
 def make_executor(config: EngineConfig, stopwatch: Stopwatch) -> Executor:
-    """Returns an executor in this process for one rank, and one of several processes for more."""
+    """Returns an executor that runs in this process for one rank, or in one process per rank for more."""
     if config.tensor_parallel_size == 1:
         return InProcessExecutor(config, stopwatch, make_diagnostics)
     from nanovllm.distributed.multi_process_executor import MultiProcessExecutor
@@ -37,7 +37,10 @@ def make_executor(config: EngineConfig, stopwatch: Stopwatch) -> Executor:
 
 
 def default_observers(config: EngineConfig) -> list[EngineObserver]:
-    """Returns the log, and what the environment asks for: function trace, timeline, request spans."""
+    """Returns the observers that write the log, and those that the environment asks for.
+
+    The latter are the function trace, the timeline and the request spans.
+    """
     configure_logging()  # the environment may have changed since the import
     trace_file = env.trace_file()
     observers: list[EngineObserver | None] = [

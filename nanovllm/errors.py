@@ -1,4 +1,4 @@
-"""Every exception that nanovllm raises on purpose.
+"""The exceptions that nanovllm raises on purpose.
 
     NanoVLLMError
     ├── InvalidArgumentError (also ValueError)   the value of a field is not allowed
@@ -11,7 +11,7 @@
     ├── StepFailedError                          a step failed: its requests are aborted, the engine continues
     ├── ChannelError                             a message between processes was not delivered
     ├── WorkerError                              the process of a rank died, failed, or did not start
-    └── EngineDeadError                          an error ended the engine
+    └── EngineDeadError                          the engine has ended, by an error or by exit()
 
 A message names the field, its value, what is allowed, and what to do.
 """
@@ -83,11 +83,11 @@ class UnknownArgumentError(NanoVLLMError, TypeError):
 
 
 class ModelLoadError(NanoVLLMError):
-    """A checkpoint is missing or incomplete, has weights that are not used, or has an architecture without support."""
+    """A checkpoint is missing, is incomplete, has weights that are not used, or has an unsupported architecture."""
 
 
 class OutOfMemoryError(NanoVLLMError):
-    """The device has too little memory. The message has the numbers and the setting to change."""
+    """The device has too little memory. The message has the numbers and the settings to change."""
 
 
 class BackendUnavailableError(NanoVLLMError):
@@ -124,7 +124,7 @@ class EngineDeadError(NanoVLLMError):
 
 
 def checks_argument_names(cls: type[T]) -> type[T]:
-    """Class decorator: an unknown keyword raises UnknownArgumentError, which names the closest known one."""
+    """Class decorator that makes an unknown keyword raise UnknownArgumentError, which names the closest known one."""
     original: Any = cls.__init__
     known = list(inspect.signature(original).parameters)[1:]
 

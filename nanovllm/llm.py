@@ -1,4 +1,4 @@
-"""LLM: prompts in, results out, in order."""
+"""LLM: offline inference, from a list of prompts to a list of outputs in the same order."""
 
 from __future__ import annotations
 
@@ -30,11 +30,14 @@ if TYPE_CHECKING:
 
 logger = setup_logger(__name__)
 
+_FIELDS_WITH_TEXT = ("prompt", "messages", "structured_outputs", "stop", "bad_words")  # errors quote what users wrote
+
 
 class ProgressBar(tqdm):  # type: ignore[type-arg]
-    """tqdm without its monitor thread, which takes the lock that log lines take.
+    """tqdm without its monitor thread.
 
-    A debugger that stops all threads could stop it while it holds the lock.
+    That thread takes the lock that log lines need, and a debugger that stops all threads could stop it while it holds
+    the lock.
     """
 
     monitor_interval = 0
@@ -46,7 +49,7 @@ class LLM:
         llm = LLM("tiny")
         outputs = llm.generate(["Hello", "1 + 1 ="], SamplingParams(temperature=0))
 
-    `__init__` lists the arguments. Raises a NanoVLLMError that says what is wrong and what to do about it.
+    `__init__` lists the arguments. Raises a NanoVLLMError, which says what is wrong and what to do about it.
     """
 
     @takes_engine_arguments
@@ -61,10 +64,10 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Completes each prompt; results come in the order of the prompts.
+        """Completes each prompt and returns the outputs in the order of the prompts.
 
         prompts: a text, token ids, {"prompt": …}, {"prompt_token_ids": …}, or a list that mixes these.
-        sampling_params: one for all, one for each, or None for the defaults.
+        sampling_params: one for all prompts, one for each, or None for the defaults.
         A request that is not allowed fails alone: its output has an `error` and no tokens, and a log line says so.
         Raises InvalidArgumentError, before anything runs, if no request of the call is allowed.
         """
@@ -78,11 +81,11 @@ class LLM:
         """Completes each prompt, and yields the new part of each output after every step.
 
         The arguments are those of `generate`. `outputs[0]` holds the text, tokens and log-probabilities since the
-        request's last output. With n > 1, `outputs` holds the completions that grew, by their `index`, and at the end
-        all of them. Joined, they equal what `generate` returns. Text that was shown never changes. `finished` and
-        `finish_reason` come with a request's last output. Requests keep the order of their prompts: the first's id
-        ends in the lowest number. Nothing runs before the first output is asked for. Closing the iterator, or leaving
-        its loop, ends the requests that are left.
+        request's previous output. With n > 1, `outputs` holds the completions that grew, identified by their `index`,
+        and in the last output all of them. The parts of a request joined equal what `generate` returns: text that was
+        yielded never changes. `finished` and `finish_reason` are set in a request's last output. The numbers at the end
+        of the request ids rise in the order of the prompts. Nothing runs before the first output is requested. Closing
+        the iterator, or leaving its loop, aborts the unfinished requests.
         """
         engine = self.llm_engine
         request_ids: list[str] = []
@@ -108,9 +111,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes one conversation, or each of a list of them, through the checkpoint's chat template.
 
-        A message is {"role": "user", "content": "…"}. `chat_template_kwargs` go to the template (Qwen3 reads
-        `enable_thinking`), and so do `tools`, each {"type": "function", "function": {…}}. Tool calls are part of the
-        output's text.
+        A message is {"role": "user", "content": "…"}. The template gets `chat_template_kwargs` (Qwen3's reads
+        `enable_thinking`) and `tools`, each {"type": "function", "function": {…}}. Tool calls are part of the output's
+        text.
         """
         tokenizer = self.get_tokenizer()
         if not tokenizer.chat_template:
@@ -142,24 +145,25 @@ class LLM:
         """Forgets every cached prefix."""
         self.llm_engine.reset_prefix_cache()
 
-    # Looking inside: docs/debugging.md
+    # Debugging, see docs/debugging.md
 
     def start_profile(self, folder: str | Path) -> None:
-        """Records every rank with torch's profiler from now to `stop_profile`, into `folder`, made if need be.
+        """Records every rank with torch's profiler until `stop_profile`. Creates `folder`, which gets the files.
 
-        Raises InvalidStateError when a profile runs already, InvalidArgumentError when `folder` cannot be written.
+        Raises InvalidStateError when a profile already runs, and InvalidArgumentError when `folder` cannot be written.
         """
         self.llm_engine.diagnostics.start_profile(Path(folder))
 
     def stop_profile(self) -> str:
-        """Writes, for each rank, `profile_rank0.json`, a Chrome trace that Perfetto opens, and a table of the
-        most expensive operators and kernels, `profile_rank0.txt`. Logs and returns the tables too. Raises
-        InvalidStateError when no profile runs.
+        """Ends the profile, writes its files, and returns the tables, which are also logged.
+
+        Each rank has two, such as `profile_rank0.json`, a Chrome trace that Perfetto opens, and `profile_rank0.txt`, a
+        table of the most expensive operators and kernels. Raises InvalidStateError when no profile runs.
         """
         return self.llm_engine.diagnostics.stop_profile()
 
     def memory_report(self) -> MemoryReport:
-        """Returns where the device's memory went, in bytes; `others` holds the other ranks'. `print` shows tables."""
+        """Returns how the device's memory is used, in bytes; `print` shows tables. `others` has the other ranks."""
         report: MemoryReport = self.llm_engine.diagnostics.memory_report()
         return report
 
@@ -170,10 +174,10 @@ class LLM:
         *,
         num_runs: int = 8,
     ) -> LeakCheck:
-        """Generates the same outputs `num_runs` times and returns whether memory settles. prompts None: a few tokens.
+        """Generates the same outputs `num_runs` times, and returns whether memory use stops growing.
 
-        Used memory and Python objects of all ranks, and KV blocks, are measured after each run. Raises
-        InvalidArgumentError for fewer than 4 runs, or prompts that are not allowed.
+        Measures the memory and the Python objects of all ranks, and the KV blocks in use, after each run. prompts: None
+        for a few short ones. Raises InvalidArgumentError for fewer than 4 runs, or prompts that are not allowed.
         """
         if prompts is None:
             prompts = [[token % self.llm_engine.resolved.vocab_size for token in range(1, 9)]] * 4
@@ -186,7 +190,7 @@ class LLM:
         return check_leak(lambda: self.generate(prompts, sampling_params, use_tqdm=False), measure, num_runs)
 
     def exit(self) -> None:
-        """Gives the device's memory back; calling it again does nothing."""
+        """Frees the device's memory. Calling it again does nothing."""
         self.llm_engine.exit()
 
     def __enter__(self) -> LLM:
@@ -201,15 +205,15 @@ class LLM:
         sampling_params: SamplingParams | Seq[SamplingParams] | None,
         request_ids: list[str],
     ) -> dict[str, RequestOutput]:
-        """Queues the requests that are allowed; `request_ids` gets their ids. Returns outputs for the refused ones.
+        """Queues the requests that are allowed. Returns the outputs of the refused ones, by request id.
 
-        Raises the first error if all are refused.
+        request_ids: the ids of all requests are appended to it. Raises the first error if all are refused.
         """
         params = _params_for_each(sampling_params, len(batch))
         refused: dict[str, tuple[object, InvalidArgumentError]] = {}
         for prompt, param in zip(batch, params, strict=True):
             request_id = f"generate-{next(self._counter)}"
-            request_ids.append(request_id)  # first: Ctrl-C may come in between
+            request_ids.append(request_id)  # before it is queued, so that the caller can discard it after Ctrl-C
             try:
                 if isinstance(prompt, InvalidArgumentError):
                     raise prompt
@@ -238,12 +242,12 @@ class LLM:
             queued = [request_id for request_id in request_ids if request_id not in refused]
             outputs = {**refused, **self._run(queued, use_tqdm)}
             return [outputs[request_id] for request_id in request_ids]
-        except BaseException:  # Ctrl-C included: nothing of this call stays behind
+        except BaseException:  # including Ctrl-C: no request of this call stays behind
             self.llm_engine.discard_requests(request_ids)
             raise
 
     def _step_streams(self, streams: dict[str, OutputStream]) -> list[RequestOutput]:
-        """Runs a step and returns the outputs it adds to `streams`; streams that end are removed."""
+        """Runs a step and returns the new outputs of `streams`. Removes the streams that end."""
         shown = [streams.pop(output.request_id).end(output) for output in self.llm_engine.step(streams)]
         for stream in streams.values():
             new = stream.read()
@@ -252,6 +256,7 @@ class LLM:
         return shown
 
     def _run(self, request_ids: list[str], use_tqdm: bool) -> dict[str, RequestOutput]:
+        """Runs steps until these requests have ended. Returns their outputs by id."""
         engine = self.llm_engine
         before = engine.statistics.copy()
         log_rule(logger, "-")
@@ -259,7 +264,7 @@ class LLM:
         events.generation_prompt_tokens.log(logger, num_prompt_tokens=engine.num_waiting_tokens)
         outputs: dict[str, RequestOutput] = {}
         wanted = set(request_ids)
-        use_tqdm = use_tqdm and logger.isEnabledFor(logging.INFO)  # a silent log means a silent bar, too
+        use_tqdm = use_tqdm and logger.isEnabledFor(logging.INFO)  # a silent log silences the bar too
         with ProgressBar(total=len(request_ids), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
             while wanted:
                 for output in engine.step(wanted):
@@ -286,12 +291,12 @@ class LLM:
 
 
 def _as_prompt(tokenizer: Any, chat: object, extra: Mapping[str, Any]) -> Prompt | InvalidArgumentError:
-    """Returns one conversation as the chat template writes it, or the error of this conversation."""
+    """Returns one conversation as text from the chat template, or the error if it is not allowed."""
     if not isinstance(chat, (list, tuple)) or not all(isinstance(message, Mapping) for message in chat):
         return InvalidArgumentError("messages", chat, "a list of messages, each {'role': …, 'content': …}")
     try:
         text: str = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True, **extra)
-    except Exception as error:  # whatever a template raises concerns its input
+    except Exception as error:  # templates raise any kind for input that they do not take
         return InvalidArgumentError("messages", chat, f"what the chat template takes ({type(error).__name__}: {error})")
     return text
 
@@ -311,20 +316,20 @@ def _refused(request_id: str, prompt: object, error: InvalidArgumentError) -> Re
 
 
 def _without_text(error: InvalidArgumentError) -> str:
-    """Returns the error for the log, without text that users wrote unless NANOVLLM_LOG_PROMPTS asks for it."""
-    if env.log_prompts() or error.field.split(".")[0] not in ("prompt", "messages", "structured_outputs"):
+    """Returns the error as text for the log. It has no text of users unless NANOVLLM_LOG_PROMPTS is set."""
+    if env.log_prompts() or error.field.split(".")[0] not in _FIELDS_WITH_TEXT:
         return str(error)
     return f"{error.field} must be {error.allowed}. {error.hint}".rstrip()
 
 
 def _speeds(done: EngineStatistics) -> str:
-    """Returns what the progress bar shows beside the count of finished requests."""
+    """Returns the rates that the progress bar shows."""
     seconds = max(done.prefill_seconds + done.decode_seconds, 1e-9)
     return f"in {done.num_prompt_tokens / seconds:.0f} tok/s, out {done.num_output_tokens / seconds:.0f} tok/s"
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-    """Returns the prompts as a list; a single one (text, dictionary, token ids) is a list of one."""
+    """Returns the prompts as a list. A single prompt (text, dictionary, token ids) becomes a list of one."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     if isinstance(prompts, (bytes, Set)) or not isinstance(prompts, Iterable):  # bytes are not text, sets have no order
@@ -336,6 +341,7 @@ def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
 def _params_for_each(
     sampling_params: SamplingParams | Seq[SamplingParams] | None, num_prompts: int
 ) -> list[SamplingParams]:
+    """Returns a SamplingParams for each of `num_prompts` prompts."""
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
         return [sampling_params or SamplingParams()] * num_prompts
     if isinstance(sampling_params, (str, bytes, Mapping, Set)) or not isinstance(sampling_params, Iterable):

@@ -1,4 +1,4 @@
-"""Outputs of requests."""
+"""The outputs of requests, as users see them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token's raw log-probability at a position: before temperature and everything else that changes logits.
+    """A token's log-probability at a position, before temperature and everything else that changes logits.
 
     rank: 1 for the most likely token. decoded_token: None if the engine has no tokenizer.
     """
@@ -32,7 +32,8 @@ class CompletionOutput:
     token_ids: all generated tokens, including the end-of-sequence token and all tokens of a stop string.
     finish_reason: "stop" (end-of-sequence token, stop string or stop token), "length" (max_tokens or the model's
         length), "abort"; None while it is unfinished.
-    logprobs: for each generated token {token id: Logprob}, its own first, then the most likely; None if not requested.
+    logprobs: for each generated token {token id: Logprob}, its own first, then those of the most likely tokens; None if
+        not requested.
     cumulative_logprob: the sum over the generated tokens; None if logprobs were not requested.
     stop_reason: the stop string or stop token id that ended it; None in all other cases.
     """
@@ -48,7 +49,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """Times of a request in seconds of `time.monotonic()`; None for moments that it did not reach.
+    """Times of a request in seconds of `time.monotonic()`; None for what did not happen.
 
     The time of a token is when the host read the result of its step. The clock is read once per step.
     """
@@ -62,9 +63,8 @@ class RequestMetrics:
     num_output_tokens: int
     num_cached_tokens: int  # prompt tokens found in the prefix cache when first scheduled
     num_preemptions: int
-    completions: tuple[
-        RequestMetrics, ...
-    ] = ()  # with n > 1, of each completion; the fields above then cover all of them
+    # With n > 1, the metrics of each completion; the fields above then cover all of them.
+    completions: tuple[RequestMetrics, ...] = ()
 
     @property
     def queue_time(self) -> float | None:
@@ -95,14 +95,14 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """The output of a request. As in nano-vllm, `output["text"]` and `output["token_ids"]` are of the first completion.
+    """The output of a request. As in nano-vllm, `output["text"]` and `output["token_ids"]` read the first completion.
 
     prompt: the text of the prompt; None if it was given as token ids.
-    finished: False only in a stream, if more outputs of the same request follow.
+    finished: False only in a stream, while more outputs of the same request follow.
     num_cached_tokens: prompt tokens found in the prefix cache when the request was first scheduled.
     metrics: None until the request has finished, and if it was refused.
-    prompt_logprobs: for each prompt token {token id: Logprob}, its own first, then the most likely. The first token has
-        None. A stream has them in its last output. None if not requested.
+    prompt_logprobs: for each prompt token {token id: Logprob}, its own first, then those of the most likely tokens. The
+        first token has None. In a stream, only the last output has them. None if not requested.
     error: why the request was refused or failed, with finish_reason "abort"; otherwise None.
     """
 

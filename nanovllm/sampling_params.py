@@ -17,7 +17,7 @@ MAX_BIAS = 100.0
 
 
 def _schema_text(schema: object) -> str:
-    """A JSON schema as text. Raises InvalidArgumentError if it is not JSON."""
+    """Returns a JSON schema as text. Raises InvalidArgumentError if it is not JSON."""
     try:
         text = schema if isinstance(schema, str) else json.dumps(schema)
         json.loads(text)
@@ -279,7 +279,7 @@ class SamplingParams:
 
     @property
     def edits_logits(self) -> bool:
-        """Whether logits are changed before a token is sampled, temperature apart."""
+        """Whether logits are changed before a token is sampled, other than by the temperature."""
         penalties = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty)
         others = (self.min_tokens, self.logit_bias, self.bad_words, self.allowed_token_ids)
         return any(others) or penalties != (1.0, 0.0, 0.0)

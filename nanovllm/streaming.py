@@ -1,4 +1,4 @@
-"""OutputStream: the outputs of a request while it runs, for `LLM.stream` and `AsyncLLM.generate`."""
+"""OutputStream: builds the outputs of a request while it runs, for `LLM.stream` and `AsyncLLM.generate`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.detokenizer import Detokenizer
 from nanovllm.requests.output_builder import NewTokens
 
-News = dict[int, NewTokens]  # by index, of the completions of a request that have new tokens
+News = dict[int, NewTokens]  # the new tokens of a request, by the index of the completion
 
 
 def extend_news(news: News, newer: News) -> None:
@@ -24,14 +24,15 @@ def extend_news(news: News, newer: News) -> None:
 
 
 class OutputStream:
-    """One request's outputs, from its first token to its end.
+    """The outputs of one request, from its first token to its end.
 
-    The thread that runs the steps calls `read`. The consumer calls `grow` and `end`, in a thread of its own if need be:
-    text is made there, once for all tokens since the last output.
+    The thread that runs the steps calls `read`. The consumer calls `grow` and `end`, possibly in another thread. They
+    decode the text, once for all tokens since the previous output.
 
-    delta: outputs hold what is new since the one before, of the completions that have new tokens; otherwise all of it.
+    delta: an output holds only what is new since the previous one, for the completions that have new tokens. Otherwise
+    it holds everything so far.
     Text that was shown never changes: an incomplete character is held back, and so is text that may begin a stop
-    string. A completion that ends before the others of its request is finished when they are.
+    string. A completion that ends before the others of its request gets its finish_reason in the last output.
     """
 
     def __init__(self, engine: LLMEngine, request_id: str, *, delta: bool) -> None:
@@ -42,9 +43,9 @@ class OutputStream:
         self._completions = [_CompletionStream(engine, *each, delta) for each in enumerate(sequences)]
 
     def read(self) -> News | None:
-        """Returns the tokens since the last call; None when there are none. Call it while the request runs.
+        """Returns the tokens since the last call, or None when there are none. Call it while the request runs.
 
-        Raises StepFailedError when a step failed and the request is lost.
+        Raises StepFailedError when the request was lost in a failed step.
         """
         for sequence in self._sequences:
             if sequence.finish_reason is None and self._engine.sequences(sequence.request_id) != [sequence]:
@@ -53,7 +54,7 @@ class OutputStream:
         return news or None
 
     def grow(self, news: News) -> RequestOutput:
-        """Returns the next output, with `news` in it."""
+        """Returns the next output, which includes `news`."""
         wanted = sorted(news) if self._delta else range(len(self._completions))
         first = self._sequences[0]
         return RequestOutput(
@@ -67,7 +68,7 @@ class OutputStream:
         )
 
     def end(self, final: RequestOutput) -> RequestOutput:
-        """Returns the last output. final: what the engine returned when the request ended."""
+        """Returns the last output. final: the output that the engine returned when the request ended."""
         if not self._delta:
             return final
         streams = zip(self._completions, final.outputs, strict=True)
@@ -75,7 +76,7 @@ class OutputStream:
 
 
 class _CompletionStream:
-    """One of a request's completions."""
+    """The outputs of one completion."""
 
     def __init__(self, engine: LLMEngine, index: int, sequence: Sequence, delta: bool) -> None:
         params = sequence.params
@@ -84,13 +85,13 @@ class _CompletionStream:
         has_text = engine.tokenizer is not None and params.detokenize
         self._detokenizer = Detokenizer(engine.tokenizer, params.skip_special_tokens) if has_text else None
         self._stop = () if params.include_stop_str_in_output else tuple(params.stop or ())
-        self._text = ""  # of all tokens that `grow` had
-        self._num_shown = 0  # characters of it
-        self._tokens = NewTokens([], None if params.logprobs is None else [])  # all that `grow` had
-        self._logprob = 0.0  # of them together
+        self._tokens = NewTokens([], None if params.logprobs is None else [])  # all tokens that `grow` was given
+        self._text = ""  # their text
+        self._num_shown = 0  # characters of it that outputs may show
+        self._logprob = 0.0  # the sum of their log-probabilities
 
     def read(self) -> NewTokens | None:
-        if self._sequence.finish_reason is not None:  # its last token may have no text; `end` decides
+        if self._sequence.finish_reason is not None:  # left to `end`: the last token may not be part of the text
             return None
         new = self._engine.new_tokens(self._sequence, self._num_read)
         self._num_read += len(new.token_ids)

@@ -1,11 +1,12 @@
-"""The two values that cross between deciding and computing, and the handle by which one waits for the other.
+"""What crosses between the scheduler and the model runner: a `ScheduledBatch` one way, a `StepResult` back.
 
-A `ScheduledBatch` is one int32 buffer made of changes: a header, then the sections of `SECTIONS`. The same bytes go
-to the device in one copy and, with several ranks, through shared memory. On the host, a section is an array of records
-with named fields that views the buffer; `runner.device_batch` is the same on the device.
+A `ScheduledBatch` describes a step as changes to the rows that the device already holds, and the tokens to compute. It
+is one int32 buffer: a header, then the sections in the order of `SECTIONS`. The same bytes are copied to the device at
+once and, with several ranks, sent through shared memory. On the host, a section is a view of the buffer as an array of
+records with named fields; `runner.device_batch` is its counterpart on the device.
 
-The sections apply in their order. Chunks that reach the end of their row's tokens come first (they are the final
-ones, and sample a token); a step samples for every decode row, then for every final chunk.
+Sections are applied in order. A chunk is final when it reaches the end of its row's tokens; final chunks come before
+all others. A step samples one token for every decode row, then one for every final chunk.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ IntArray = npt.NDArray[np.int32]
 RecordArray = npt.NDArray[np.void]
 
 VERSION = 8
-NO_LOGPROBS = -1  # in a column of integers: no log-probabilities
+NO_LOGPROBS = -1  # where an integer says how many log-probabilities to return: none, not even the token's own
 NO_PENALTIES = (1.0, 0.0, 0.0)  # repetition, frequency, presence
 
 
 class Chunk(NamedTuple):
-    """Prompt tokens to compute: `length` of the row's, from position `start`."""
+    """Prompt tokens to compute: `length` tokens of `row`, from position `start`."""
 
     row: int
     start: int
@@ -46,10 +47,11 @@ class Chunk(NamedTuple):
 
 
 class PromptLogprobs(NamedTuple):
-    """Log-probabilities to give: of the row's prompt tokens `position` + 1 … `position` + `num_tokens`.
+    """Log-probabilities to return: those of the row's prompt tokens `position` + 1 … `position` + `num_tokens`.
 
-    chunk_token: where the token at `position` stands among the step's chunks, which compute it and those after it.
-    num_top: how many of the likeliest tokens to give beside each.
+    chunk_token: the index of the token at `position` among the tokens of all chunks of the step. Its hidden state and
+    the `num_tokens` - 1 after it give the log-probabilities.
+    num_top: how many of the most likely tokens to return for each.
     """
 
     chunk_token: int
@@ -76,13 +78,13 @@ OPENED = np.dtype(
 )
 BLOCKS = _integers("row", "index", "block")  # entry `index` of the row's block table becomes `block`
 SECTIONS: dict[str, np.dtype[Any]] = {
-    "closed": _INTEGER,  # rows that are free again
+    "closed": _INTEGER,  # rows that become free
     "opened": OPENED,  # rows that a sequence takes
     "opened_tokens": _INTEGER,  # the opened rows' tokens, one after another
     "blocks": BLOCKS,
     "token_biases": _integers("row", "index", "word"),  # word `index` of the row's token biases
-    "masked": _INTEGER,  # rows that get a mask: until they close or get another, they draw only what it allows
-    "mask_words": _INTEGER,  # their masks, one after another
+    "masked": _INTEGER,  # rows that get a mask of allowed tokens, which holds until they close or get another
+    "mask_words": _INTEGER,  # these rows' masks, one after another
     "chunks": _integers(*Chunk._fields),
     "prompt_logprobs": _integers(*PromptLogprobs._fields),
     "decode_rows": _INTEGER,  # rows that compute their last token
@@ -102,30 +104,31 @@ _NEEDS, _COUNTS = columns_of(_HEADER, "needs"), columns_of(_HEADER, "counts")
 
 
 class Section(NamedTuple):
-    """Where a section lies in the buffer: items of `record`, from word `offset` to word `end`."""
+    """The place of a section in the buffer: items of dtype `record`, from word `offset` to before word `end`."""
 
     offset: int
     end: int
     record: np.dtype[Any]
 
     def view(self, buffer: IntArray) -> npt.NDArray[Any]:
-        """The section's items, as a view of the buffer."""
+        """Returns the section's items as a view of the buffer, [num_items]."""
         return buffer[self.offset : self.end].view(self.record)
 
 
 @dataclass(frozen=True)
 class StepNeeds:
-    """What a step has to do beyond computing and drawing; where no row needs it, nothing of it runs.
+    """The optional work of a step. A part that none of the sampled rows needs does not run.
 
     Decode steps with different needs are different CUDA graphs.
     """
 
-    shares_prefix: bool = False  # a hint: enough decode rows begin with the same blocks for it to pay to look for them
-    truncates: bool = False  # a row that samples uses top-k, top-p or min-p
-    num_logprobs: int | None = None  # likeliest tokens to give, at least what such rows ask for; None: none asks
-    edits_logits: bool = False  # such a row has penalties, biases, bans or a mask
+    shares_prefix: bool = False  # a hint: enough decode rows begin with the same blocks that finding them pays
+    truncates: bool = False  # a sampled row uses top-k, top-p or min-p
+    num_logprobs: int | None = None  # most likely tokens to return, at least the most that a row asks for; None: none
+    edits_logits: bool = False  # a sampled row has penalties, biases, bans or a mask
 
     def record(self) -> tuple[int, int, int, int]:
+        """Returns the values of the header's field `needs`."""
         num_logprobs = NO_LOGPROBS if self.num_logprobs is None else self.num_logprobs
         return self.shares_prefix, self.truncates, num_logprobs, self.edits_logits
 
@@ -141,7 +144,7 @@ class StepNeeds:
 
     @property
     def all_logits(self) -> bool:
-        """Whether whole rows of logits must be in one place, where the vocabulary is cut over ranks."""
+        """Whether each rank needs the logits of the whole vocabulary, not only of its share."""
         return self.truncates or self.edits_logits or self.num_logprobs is not None
 
 
@@ -152,11 +155,11 @@ class LogitEdits:
     num_prompt_tokens: int = 0
     penalties: tuple[float, float, float] = NO_PENALTIES
     num_token_biases: int = 0
-    token_biases: tuple[int, ...] = ()  # words: the biases, then the endings that they name
-    mask: IntArray | None = None  # [ceil(vocab_size / 32)], from the start; None: all tokens are allowed
+    token_biases: tuple[int, ...] = ()  # words: a TOKEN_BIAS for each, then the endings that these refer to
+    mask: IntArray | None = None  # [ceil(vocab_size / 32)], when the row is opened; None: all tokens are allowed
 
     def record(self) -> tuple[float, ...]:
-        """As LOGIT_EDITS. `has_mask` is 0: the section `masked` sets it."""
+        """Returns the values of a LOGIT_EDITS record. `has_mask` is 0: the section `masked` sets it."""
         return self.num_prompt_tokens, self.num_token_biases, self.penalties != NO_PENALTIES, 0, *self.penalties
 
 
@@ -165,7 +168,7 @@ _NO_LOGIT_EDITS = LogitEdits()
 
 @dataclass(frozen=True)
 class OpenedRow:
-    """A sequence takes a row: all its tokens known so far, and how it samples."""
+    """A row that a sequence takes, with all tokens known so far and its sampling parameters."""
 
     row: int
     token_ids: IntArray  # [num_tokens]
@@ -175,7 +178,7 @@ class OpenedRow:
     logit_edits: LogitEdits | None = None
 
     def record(self) -> tuple[Any, ...]:
-        """As OPENED."""
+        """Returns the values of an OPENED record."""
         num_tokens, edits = len(self.token_ids), (self.logit_edits or _NO_LOGIT_EDITS).record()
         return self.row, num_tokens, self.temperature, self.seed, self.truncation, edits
 
@@ -205,14 +208,14 @@ class ScheduledBatch:
         decode_rows: Seq[int] | npt.NDArray[np.integer[Any]] = (),
         needs: StepNeeds | None = None,
     ) -> ScheduledBatch:
-        """Packs the changes.
+        """Packs a step into a buffer.
 
-        token_masks: rows' new masks [ceil(vocab_size / 32)], beside those that opened rows come with.
+        token_masks: new masks [ceil(vocab_size / 32)] by row, in addition to those in `opened`.
         """
         token_ids = [item.token_ids for item in opened]
         edits = [(item.row, item.logit_edits) for item in opened if item.logit_edits is not None]
-        biases = [(row, *word) for row, of_row in edits for word in enumerate(of_row.token_biases)]
-        masks = {row: of_row.mask for row, of_row in edits if of_row.mask is not None} | dict(token_masks or {})
+        biases = [(row, *word) for row, edit in edits for word in enumerate(edit.token_biases)]
+        masks = {row: edit.mask for row, edit in edits if edit.mask is not None} | dict(token_masks or {})
         contents: dict[str, Any] = {
             "closed": closed,
             "opened": [item.record() for item in opened],
@@ -256,7 +259,7 @@ class ScheduledBatch:
         )
 
     def section(self, name: str) -> npt.NDArray[Any]:
-        """The section's items, as a view of the buffer."""
+        """Returns the section's items as a view of the buffer, [num_items]."""
         return self.sections[name].view(self.buffer)
 
     @property
@@ -265,6 +268,7 @@ class ScheduledBatch:
 
     @property
     def kind(self) -> str:
+        """What the step computes: "prefill", "decode", or "mixed" for both."""
         if not len(self.chunks):
             return "decode"
         return "mixed" if len(self.decode_rows) else "prefill"
@@ -287,7 +291,7 @@ class ScheduledBatch:
 
     @cached_property
     def sampled_rows(self) -> IntArray:
-        """The rows that get a token in this step, in the order of `StepResult.token_ids`."""
+        """The rows that get a token in this step, [num_sampled_rows], in the order of `StepResult.token_ids`."""
         if not self.num_final_chunks:
             return self.decode_rows
         return np.concatenate([self.decode_rows, self.final_chunks["row"]])
@@ -304,21 +308,21 @@ class ScheduledBatch:
 
 @dataclass(frozen=True)
 class StepLogprobs:
-    """Log-probabilities: one a sampled row, also where it asks for none, or one a token of a `PromptLogprobs`."""
+    """Log-probabilities of tokens: one for every sampled row, or one for every token of a `PromptLogprobs`."""
 
     tokens: npt.NDArray[np.float32]  # [num_tokens]
     ranks: IntArray  # [num_tokens], from 1
-    top_ids: IntArray  # [num_tokens, num_top], likeliest first
+    top_ids: IntArray  # [num_tokens, num_top], most likely first
     top: npt.NDArray[np.float32]  # [num_tokens, num_top]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step gave: one token for each of the batch's `sampled_rows`."""
+    """The result of a step: one token for each of the batch's `sampled_rows`."""
 
     token_ids: IntArray  # [num_sampled_rows]
-    gpu_ms: float | None = None  # time on the GPU, where it was measured
-    logprobs: StepLogprobs | None = None  # where the batch asked
+    gpu_ms: float | None = None  # time on the GPU; None if it was not measured
+    logprobs: StepLogprobs | None = None  # None if no row asked for them
     prompt_logprobs: tuple[StepLogprobs, ...] = ()  # one for each of the batch's `prompt_logprobs`
 
 
@@ -326,11 +330,12 @@ class StepHandle(Protocol):
     """Waits for the result of one submitted step."""
 
     def wait(self, check: Callable[[], None] | None = None) -> StepResult:
-        """Blocks until the step's tokens are on the host, or `check`, called over and over meanwhile, raises."""
+        """Blocks until the step's tokens are on the host. Calls `check` repeatedly meanwhile; it may raise."""
         ...
 
 
 def _layout(counts: Seq[int]) -> dict[str, Section]:
+    """Returns the sections of a buffer. counts: the number of items of each."""
     sections = {}
     offset = _HEADER_SIZE
     for (name, record), count in zip(SECTIONS.items(), counts, strict=True):

@@ -1,14 +1,14 @@
-"""BlockManager: which sequences own which pages of the KV cache, and which pages hold a prefix that can be shared.
+"""BlockManager: which sequences own which blocks of the KV cache, and which blocks hold a prefix that can be shared.
 
 A block is in exactly one of three states:
 
-    owned      reference count ≥ 1: in the block table of that many sequences
-    evictable  reference count 0, still registered under its prefix; the least recently released is taken first
+    owned      reference count ≥ 1: in the block tables of that many sequences
+    evictable  reference count 0, still registered under its prefix; the least recently released is reused first
     free       reference count 0, holds nothing
 
-A full block is registered under a hash chained over its whole prefix, so equal tokens after different
-prefixes differ. A hash alone is never trusted: a hit must have the same tokens and the same parent
-block, which makes prefix equality certain by induction.
+A full block is registered under a hash of its tokens and its parent's hash, so the hash depends on the whole prefix. A
+hash alone is never trusted: a hit must also have the same tokens and the same parent block. By induction, the whole
+prefix is then equal.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ logger = setup_logger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class CachedBlock:
-    """A registered block. Compared by identity, since a parent may be replaced by an equal one."""
+    """A registered block. Compared by identity, since an equal one may have replaced a parent."""
 
     block: int
     prefix_hash: int
@@ -38,7 +38,7 @@ class CachedBlock:
 
 @dataclass(eq=False)
 class BlockTable:
-    """A sequence's blocks in order. The first `num_registered` are registered or equal to a registered one."""
+    """A sequence's blocks, in order. Each of the first `num_registered` is registered, or equals a registered one."""
 
     blocks: list[int] = field(default_factory=list)
     num_registered: int = 0
@@ -46,9 +46,9 @@ class BlockTable:
 
 
 class BlockManager:
-    """Hands out blocks of `block_size` tokens, counts references, shares prefixes.
+    """Allocates blocks of `block_size` tokens, counts references to them, and shares prefixes.
 
-    salt: whatever else must agree for keys and values to be equal (model, dtype …).
+    salt: everything besides the tokens that keys and values depend on, such as model and dtype.
     """
 
     def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool = True, salt: str = "") -> None:
@@ -64,7 +64,7 @@ class BlockManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that can be handed out now, evictable ones included."""
+        """Number of blocks that can be allocated now, evictable ones included."""
         return len(self._free) + len(self._evictable)
 
     @property
@@ -76,10 +76,10 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def allocate(self, seq_id: int, token_ids: IntArray, *, share: bool = True) -> BlockTable | None:
-        """Returns blocks for all of `token_ids`, the longest registered prefix shared; None when too few are free.
+        """Returns blocks for all of `token_ids`, or None when too few are free.
 
-        At least the last token is left to compute: a step without a query gives no logits.
-        The first `num_registered` blocks of the table are the shared ones. share: False shares none.
+        The longest registered prefix is shared: its blocks are the first `num_registered` of the table. The last token
+        is never part of it, since a step computes logits only for tokens that it runs. share: False shares nothing.
         """
         shared = self._match(token_ids) if share else []
         num_blocks = self.blocks_for(len(token_ids))
@@ -102,7 +102,7 @@ class BlockManager:
         return table
 
     def append_block(self, table: BlockTable) -> int:
-        """Gives `table` one more block and returns it. The caller has checked `num_free_blocks`."""
+        """Appends a block to `table` and returns it. The caller has checked `num_free_blocks`."""
         if self._free:
             block = self._free.pop()
         else:
@@ -115,8 +115,8 @@ class BlockManager:
     def register(self, table: BlockTable, token_ids: IntArray) -> None:
         """Makes the full blocks of `token_ids` shareable.
 
-        Call it once the step that writes them is scheduled: steps run in order, and within a step each
-        layer stores all keys and values before it attends, so a sequence that shares a block finds it written.
+        Call it once the step that writes them is scheduled. Steps run in order, and within a step each layer stores all
+        keys and values before attention reads any, so a sequence that shares a block finds it written.
         """
         if not self.enable_prefix_caching:
             return
@@ -126,7 +126,7 @@ class BlockManager:
             prefix_hash = self._hash(parent, tokens)
             known = self._by_hash.get(prefix_hash)
             if known is None or known.tokens != tokens or known.parent is not parent:
-                if known is not None:  # a collision, or a block whose parent was evicted and that no prefix reaches
+                if known is not None:  # a hash collision, or a block that no prefix reaches since its parent is gone
                     self._forget(known)
                     if known.block in self._evictable:
                         del self._evictable[known.block]
@@ -138,7 +138,7 @@ class BlockManager:
             table.num_registered = index + 1
 
     def release(self, seq_id: int, table: BlockTable) -> int:
-        """Takes the blocks back and returns how many of them no other sequence holds.
+        """Releases the blocks of `table`. Returns how many of them no sequence owns any more.
 
         The last block is released first, so that a prefix is evicted after its continuations.
         """
@@ -156,18 +156,18 @@ class BlockManager:
         return freed
 
     def num_releasable(self, table: BlockTable) -> int:
-        """Returns how many blocks `release` would make free."""
+        """Returns how many blocks of `table` have no other owner, which is what `release` would return."""
         return sum(self._reference_counts[block] == 1 for block in table.blocks)
 
     def reset_prefix_cache(self) -> None:
-        """Forgets every prefix. Blocks in use stay with their owners and are not shared any further."""
+        """Forgets every prefix. Blocks in use stay with their owners but are not shared with further sequences."""
         self._by_hash.clear()
         self._by_block.clear()
         self._free.extend(self._evictable)
         self._evictable.clear()
 
     def check_integrity(self, tables: Iterable[BlockTable]) -> None:
-        """Raises AssertionError unless every block is in exactly one state and counted by its owners."""
+        """Raises AssertionError unless every block is in exactly one state and has a reference per owner."""
         counts = [0] * self.num_blocks
         for table in tables:
             assert len(set(table.blocks)) == len(table.blocks), f"a block twice in one table: {table.blocks}"
@@ -186,6 +186,7 @@ class BlockManager:
         assert by_block == self._by_block, "the two indices of registered blocks differ"
 
     def _match(self, token_ids: IntArray) -> list[CachedBlock]:
+        """Returns the registered blocks of the longest prefix of `token_ids`, the last token excluded."""
         if not self.enable_prefix_caching:
             return []
         shared: list[CachedBlock] = []
@@ -199,7 +200,7 @@ class BlockManager:
         return shared
 
     def _tokens_of_blocks(self, token_ids: IntArray, first: int, end: int) -> Iterator[bytes]:
-        """Yields the tokens of blocks `first` … `end`, each as bytes cut from one copy: prompts have many blocks."""
+        """Yields the tokens of blocks `first` to before `end` as bytes, all cut from one copy."""
         tokens = token_ids[first * self.block_size : end * self.block_size].tobytes()
         size = self.block_size * token_ids.itemsize
         return (tokens[start : start + size] for start in range(0, len(tokens), size))

@@ -1,4 +1,4 @@
-"""EngineLog: what the log says of an engine's start, requests, steps and failures."""
+"""EngineLog: the log lines about an engine's start, requests, steps and failures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EngineLog(EngineObserver):
     """Writes the lines of the logger `nanovllm.engine.llm_engine`."""
 
     def __init__(self) -> None:
-        self._num_preempted = 0  # since the last step was collected
+        self._num_preempted = 0  # preemptions since the last step was collected
 
     def engine_starting(self, config: EngineConfig) -> None:
         log_rule(logger)

@@ -1,4 +1,7 @@
-"""Executor: runs an engine's batches. The engine submits steps and collects their results in the same order."""
+"""Executor: the interface to what runs an engine's batches.
+
+The engine submits steps and collects their results in the same order.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from nanovllm.utils.stopwatch import Stopwatch
 
 
 class Diagnostics(Protocol):
-    """Profiler and memory of all ranks. No step needs it: the package `diagnostics` implements it."""
+    """Profiler and memory measurements. No step needs them; the package `diagnostics` implements them."""
 
     def start_profile(self, folder: Path) -> None: ...
 
@@ -24,38 +27,44 @@ class Diagnostics(Protocol):
     def cancel_profile(self) -> None: ...
 
     def memory_report(self) -> Any:
-        """Returns a report whose type is the implementation's."""
+        """Returns a report, whose type is up to the implementation."""
         ...
 
-    def memory_use(self) -> tuple[int, int]: ...
+    def memory_use(self) -> tuple[int, int]:
+        """Returns the bytes in use and the number of Python objects."""
+        ...
 
 
 class RankDiagnostics(Diagnostics, Protocol):
-    """Diagnostics of one rank. Rank 0 asks the others in bytes whose meaning only the implementation knows."""
+    """Diagnostics of one rank. Rank 0 asks the others with messages that only the implementation reads."""
 
-    def of_all_ranks(self, ask: Callable[[bytes], list[bytes]]) -> Diagnostics: ...
+    def of_all_ranks(self, ask: Callable[[bytes], list[bytes]]) -> Diagnostics:
+        """Returns the diagnostics of all ranks. ask: sends a question to the other ranks and returns their answers."""
+        ...
 
-    def answer(self, question: bytes | bytearray) -> bytes: ...
+    def answer(self, question: bytes | bytearray) -> bytes:
+        """Returns this rank's answer to a question of rank 0."""
+        ...
 
     def close(self) -> None: ...
 
 
 class FunctionTrace(Protocol):
-    """A trace of function calls that runs in a process."""
+    """A running trace of the function calls in a process."""
 
     def stop(self) -> None: ...
 
 
-# Both are sent to worker processes, so they must be functions or classes of a module.
-MakeDiagnostics = Callable[[Any], RankDiagnostics]  # gets the rank's ModelRunner
-StartTrace = Callable[[int], FunctionTrace | None]  # gets the rank
+# Worker processes import both by name, so they must be functions or classes at the top level of a module.
+MakeDiagnostics = Callable[[Any], RankDiagnostics]  # takes the rank's ModelRunner
+StartTrace = Callable[[int], FunctionTrace | None]  # takes the rank
 
 
 @dataclass(frozen=True)
 class StepTime:
     """When a rank ran a step, in seconds of the monotonic clock, which all processes of a machine share.
 
-    began, ended: on the host; on a GPU the time of the launch, on a CPU that of the whole step.
+    began, ended: on the host; they span the launch on a GPU, and the whole step on a CPU.
     gpu_began, gpu_ended: on the GPU; NaN without one.
     """
 
@@ -72,9 +81,13 @@ class Executor(Protocol):
 
     resolved: ResolvedConfig
 
-    def submit(self, batch: ScheduledBatch) -> StepHandle: ...
+    def submit(self, batch: ScheduledBatch) -> StepHandle:
+        """Launches a step."""
+        ...
 
-    def collect(self, handle: StepHandle) -> StepResult: ...
+    def collect(self, handle: StepHandle) -> StepResult:
+        """Waits for a step and returns its result."""
+        ...
 
     def synchronize(self) -> None:
         """Waits until no step is in flight. Raises when the device cannot continue."""
@@ -85,12 +98,12 @@ class Executor(Protocol):
         ...
 
     def other_step_times(self) -> dict[int, Sequence[StepTime]]:
-        """Returns the steps of ranks 1, 2, … since the last call, by rank. Recorded only for a timeline."""
+        """Returns the steps that ranks 1, 2, … ran since the last call, by rank. Recorded only for a timeline."""
         ...
 
     @property
     def diagnostics(self) -> Diagnostics:
-        """Profiler and memory. Raises InvalidStateError when the executor was built without diagnostics."""
+        """The diagnostics of all ranks. Raises InvalidStateError when the executor was built without them."""
         ...
 
 
@@ -98,7 +111,7 @@ ExecutorFactory = Callable[[EngineConfig, Stopwatch], Executor]
 
 
 def existing(diagnostics: RankDiagnostics | None) -> RankDiagnostics:
-    """Returns `diagnostics`. Raises InvalidStateError when there are none."""
+    """Returns `diagnostics`. Raises InvalidStateError when it is None."""
     if diagnostics is None:
         raise InvalidStateError(
             "This engine has no diagnostics: pass make_diagnostics=nanovllm.diagnostics.make_diagnostics to its "

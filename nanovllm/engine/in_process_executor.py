@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class InProcessExecutor:
-    """One rank, in this process."""
+    """Runs a model runner in this process, without other ranks."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class InProcessExecutor:
     ) -> None:
         stopwatch = stopwatch or Stopwatch()
         is_fresh = load_torch(config.device)
-        # Imported here because it imports torch, which deciding does not need.
+        # Imported here because it imports torch, which the rest of `engine` does not need.
         from nanovllm.engine.model_runner import ModelRunner
 
         stopwatch.lap("imports")

@@ -1,7 +1,9 @@
-"""LLMEngine: the loop. Requests come in, steps run, results come out.
+"""LLMEngine: the loop that turns requests into steps, and their tokens into outputs.
 
-prepare → PreparedRequest → enqueue → Sequence → Scheduler.schedule → ScheduledBatch → Executor.submit … collect
-→ StepResult → Scheduler.update → RequestOutput
+The way of a request:
+
+    prepare → PreparedRequest → enqueue → Sequence → Scheduler.schedule → ScheduledBatch → Executor.submit … collect
+    → StepResult → Scheduler.update → RequestOutput
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ from nanovllm.utils.stopwatch import Stopwatch
 class LLMEngine:
     """Owns the scheduler and the executor, and keeps up to `pipeline_depth` steps in flight.
 
-    make_executor: builds what runs the steps. observers: told of every moment, in their order; without any the engine
-    logs nothing. `nanovllm.engine_factory.make_engine` chooses both as `LLM` does.
-    Use the engine as a context manager, or call `exit`, to give the device's memory back.
+    make_executor: builds the executor, which runs the steps. observers: are called, in order, for every event; without
+    any the engine logs nothing. `nanovllm.engine_factory.make_engine` chooses both, and `LLM` uses it.
+    Use the engine as a context manager, or call `exit`, to free the device's memory.
     """
 
     def __init__(
@@ -49,11 +51,11 @@ class LLMEngine:
         self.config = config
         self.metrics = EngineMetrics()
         self._observers = Observers([self.metrics, *observers])
-        self._clock = clock  # of every time that the engine tells; seconds
+        self._clock = clock  # seconds; the source of every time that the engine reports
         self._observers.engine_starting(config)
         stopwatch = Stopwatch()
         self.executor: Executor = make_executor(config, stopwatch)
-        # Also when the engine is collected, and when Python ends: the device's memory is always given back.
+        # A finalizer, so that the device's memory is also freed when the engine is garbage-collected or Python ends.
         self._shut_down = weakref.finalize(self, self.executor.shutdown)
         self.resolved = self.executor.resolved
         try:
@@ -71,7 +73,7 @@ class LLMEngine:
             self._shut_down()
             raise
         self._unfinished = UnfinishedRequests()
-        self._tell_exit = weakref.finalize(self, _tell_exit, self._observers, self._unfinished)
+        self._report_exit = weakref.finalize(self, _report_exit, self._observers, self._unfinished)
         self._num_arrivals = 0
         self._dead: BaseException | None = None
 
@@ -81,7 +83,7 @@ class LLMEngine:
         """Queues a request and returns its id: `prepare` and `enqueue` in one.
 
         prompt: a text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
-        Raises what `prepare` and `enqueue` raise; the engine and its other requests go on.
+        Raises what `prepare` and `enqueue` raise; the engine and its other requests continue.
         """
         self._check_alive()
         arrival = self._clock()
@@ -90,7 +92,7 @@ class LLMEngine:
         return request_id
 
     def prepare(self, prompt: Prompt, params: SamplingParams | None = None) -> PreparedRequest:
-        """Tokenises and checks a request. Any thread may call it: it touches nothing of the engine's state.
+        """Tokenises and checks a request. Any thread may call it, as it does not touch the engine's state.
 
         Raises InvalidArgumentError for a prompt that is empty or has ids outside the vocabulary, or parameters that
         this model does not allow, and RequestTooLargeError for a request that could never run.
@@ -98,9 +100,9 @@ class LLMEngine:
         return self._preparation.prepare(prompt, params)
 
     def enqueue(self, request_id: str, request: PreparedRequest, arrival: float | None = None) -> None:
-        """Queues a prepared request. arrival: when it came, on the engine's clock; None: now.
+        """Queues a prepared request. arrival: when it arrived, on the engine's clock; None: now.
 
-        Raises InvalidArgumentError when `request_id` is no text, or that of an unfinished request.
+        Raises InvalidArgumentError when `request_id` is not a string, or belongs to an unfinished request.
         """
         self._check_alive()
         self._check_request_id(request_id)
@@ -112,7 +114,7 @@ class LLMEngine:
         taken = [sequence_id for sequence_id in parallel.ids if sequence_id in self._unfinished]
         if taken:
             raise InvalidArgumentError("request_id", taken[0], "unique: completions of a request take /0, /1, …")
-        self._unfinished.parallel.add(parallel)  # first: Ctrl-C may come in between
+        self._unfinished.parallel.add(parallel)  # before its sequences, so that Ctrl-C in between leaves none behind
         try:
             for sequence_id, params in zip(parallel.ids, parallel.params, strict=True):
                 self._add_sequence(sequence_id, request, params, arrival)
@@ -131,7 +133,7 @@ class LLMEngine:
         self._observers.request_added(sequence)
 
     def abort_request(self, request_id: str) -> None:
-        """Ends a request; the next `step` returns what it has so far. An unknown or finished id does nothing."""
+        """Ends a request; the next `step` returns what it has so far. Ignores an unknown or finished id."""
         self._check_alive()
         for sequence in self._unfinished.sequences_of(request_id):
             if sequence.request_id not in self._unfinished.aborted:
@@ -139,7 +141,7 @@ class LLMEngine:
                 self._unfinished.aborted[sequence.request_id] = sequence
 
     def discard_requests(self, request_ids: Iterable[str]) -> None:
-        """Ends requests without an output; unknown ids, and those whose output `step` has returned, do nothing."""
+        """Ends requests without an output. Ignores unknown ids, and those whose output `step` has returned."""
         request_ids = dict.fromkeys(request_ids)
         self._unfinished.drop_outputs(request_ids)
         for request_id in request_ids:
@@ -148,37 +150,37 @@ class LLMEngine:
             self._unfinished.remove(request_id)
 
     def sequences(self, request_id: str) -> list[Sequence]:
-        """Returns a request's unfinished sequences, whose tokens grow; [] when there is no such request."""
+        """Returns a request's unfinished sequences, whose tokens grow; [] for an unknown or finished request."""
         return self._unfinished.sequences_of(request_id)
 
     def new_tokens(self, sequence: Sequence, start: int = 0) -> NewTokens:
-        """Returns what is known of a sequence's output, from token `start` on. Call it between steps."""
+        """Returns the output tokens of a sequence so far, from index `start` on. Call it between steps."""
         row = sequence.row
         known = sequence.token_ids if row is None else self.scheduler.rows.known_tokens(row)
         return self._output_builder.new_tokens(sequence, known, start)
 
     def has_unfinished_requests(self) -> bool:
-        """Returns whether `step` has something to compute, to collect or to return."""
+        """Returns whether `step` has something left to compute, collect or return."""
         return bool(self._unfinished)
 
     @property
     def is_dead(self) -> bool:
-        """Whether no call works any more: the device failed, or `exit` was called."""
+        """Whether the engine has ended, because the device failed or `exit` was called. Most calls then raise."""
         return self._dead is not None
 
     @property
     def statistics(self) -> EngineStatistics:
-        """Totals since the engine started. The object changes: `copy` it to compare."""
+        """Totals since the engine started. The object keeps changing: take a `copy` to compare."""
         return self.metrics.totals
 
     @property
     def is_draining(self) -> bool:
-        """Whether no request is left, only steps in flight that computed a token too many."""
+        """Whether only steps in flight are left, whose tokens no request needs any more."""
         return bool(self._unfinished.steps) and not self._unfinished.sequences
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Tokens of the waiting requests; a prompt that several completions share counts once."""
+        """Number of tokens of the waiting requests. A prompt that several completions share counts once."""
         others = self._unfinished.parallel.ids_but_first()
         return sum(len(each.token_ids) for each in self.scheduler.waiting if each.request_id not in others)
 
@@ -187,9 +189,9 @@ class LLMEngine:
     def step(self, request_ids: Container[str] | None = None) -> list[RequestOutput]:
         """Fills the pipeline, collects the oldest step in flight, and returns the outputs of requests that ended.
 
-        request_ids: return the outputs of these alone; those of others wait for a later call. None: return all.
-        An error, or Ctrl-C, in a step aborts every unfinished request, whose tokens are lost, and is raised; the
-        engine then goes on with an empty queue, unless the device itself failed.
+        request_ids: return the outputs of these requests only, and keep others for a later call. None: return all.
+        An error or Ctrl-C during a step aborts every unfinished request, loses their tokens, and is raised. The engine
+        then continues with an empty queue, unless the device itself failed.
         """
         self._check_alive()
         unfinished = self._unfinished
@@ -204,19 +206,20 @@ class LLMEngine:
         return unfinished.take_outputs(request_ids)
 
     def drain(self) -> None:
-        """Collects the steps in flight when no request is left: blocks that they still write are then free."""
+        """Collects the steps in flight once no request is left, so that the blocks they write become free."""
         while self.is_draining:
             self.step(())
 
     def _take_grammars(self) -> None:
-        """Lets sequences run whose grammar is compiled; one whose grammar failed ends alone."""
-        waits = all(sequence.waits_for_grammar for sequence in self._unfinished.sequences.values())
-        for sequence in self._grammars.collect(idle=waits and not self._unfinished.steps):
+        """Lets sequences run whose grammar is compiled. Aborts those whose grammar failed to compile."""
+        sequences, steps = self._unfinished.sequences, self._unfinished.steps
+        idle = bool(sequences) and not steps and all(each.waits_for_grammar for each in sequences.values())
+        for sequence in self._grammars.collect(idle):
             if self._unfinished.sequences.get(sequence.request_id) is sequence:
                 self.abort_request(sequence.request_id)
 
     def _step(self) -> list[Sequence]:
-        """Returns the sequences that ended."""
+        """Fills the pipeline and collects the oldest step. Returns the sequences that ended."""
         steps, observers, scheduler = self._unfinished.steps, self._observers, self.scheduler
         while len(steps) < self.resolved.pipeline_depth:
             observers.phase("schedule")
@@ -243,16 +246,18 @@ class LLMEngine:
         return ended
 
     def _finish(self, sequence: Sequence) -> RequestOutput:
+        """Removes a sequence that has ended and returns its output."""
         del self._unfinished.sequences[sequence.request_id]
         completion = self._output_builder.completion(sequence)
         self._observers.output_built(sequence, completion)
         return self._output_builder.request(sequence, completion)
 
     def _recover(self, error: BaseException) -> None:
-        """Starts over with an empty scheduler: a step that stopped half-way leaves nothing that can be trusted."""
+        """Starts over with an empty scheduler, since a step that stopped half-way leaves an unknown state."""
         lost = self._unfinished.running()
         self._unfinished.clear()
-        self.scheduler = Scheduler(self.resolved, self._observers, self._clock)  # first: Ctrl-C may end the wait
+        # Before the wait, which Ctrl-C may interrupt.
+        self.scheduler = Scheduler(self.resolved, self._observers, self._clock)
         try:
             self.executor.synchronize()
         except Exception:
@@ -262,15 +267,15 @@ class LLMEngine:
     # The rest of the public API
 
     def reset_prefix_cache(self) -> None:
-        """Forgets every cached prefix; running requests go on."""
+        """Forgets every cached prefix. Running requests continue."""
         self._check_alive()
         self.scheduler.block_manager.reset_prefix_cache()
 
     def exit(self) -> None:
-        """Gives the device's memory back. Calling it again does nothing; any other call raises after it."""
+        """Ends the engine and frees the device's memory. Calling it again does nothing; most other calls then raise."""
         if self._dead is None:
             self._dead = EngineDeadError("exit() was called")
-        self._tell_exit()
+        self._report_exit()
         self._unfinished.clear()
         self._unfinished.outputs.clear()
         self._grammars.shutdown()
@@ -279,7 +284,7 @@ class LLMEngine:
 
     @property
     def diagnostics(self) -> Diagnostics:
-        """Profiler and memory of the device."""
+        """Profiler and memory measurements of all ranks."""
         self._check_alive()
         return self.executor.diagnostics
 
@@ -300,11 +305,11 @@ class LLMEngine:
             raise InvalidArgumentError("request_id", request_id, "a text, unique among the unfinished requests")
 
     def _next_seed(self) -> int:
-        """Returns the seed of a request that has none: a function of the engine's seed and the order of arrival."""
+        """Returns the seed for the next sequence without one: a hash of the engine's seed and the order of arrival."""
         word = self._num_arrivals.to_bytes(8, "little")
         return xxhash.xxh3_64_intdigest(word, seed=self.config.seed) >> 1
 
 
-def _tell_exit(observers: Observers, unfinished: UnfinishedRequests) -> None:
-    """A function, not a method: `weakref.finalize` must not hold the engine."""
+def _report_exit(observers: Observers, unfinished: UnfinishedRequests) -> None:
+    """Tells the observers that the engine ends. A function, since `weakref.finalize` must not hold the engine."""
     observers.engine_exiting(unfinished.running())

@@ -1,7 +1,7 @@
-"""What an engine counts: totals, and distributions of latencies. The source of every figure that it reports.
+"""What an engine counts: totals, and distributions of latencies.
 
-The statistics line, the progress bar and benchmarks read this, and a server's /metrics would. Nothing here knows how
-it is shown.
+The statistics line, the progress bar and benchmarks take their figures from here. `EngineMetrics` does not depend on
+how they are shown.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 
 
 class Histogram:
-    """Counts values by upper bound, in Prometheus' form; the last of `counts` is for values above all bounds."""
+    """Counts values by upper bound, as Prometheus does; the last of `counts` is for values above all bounds."""
 
     def __init__(self, bounds: Seq[float] = _SECONDS) -> None:
         self.bounds = tuple(bounds)
@@ -31,7 +31,7 @@ class Histogram:
         self.sum = 0.0
 
     def observe(self, value: float | None) -> None:
-        """Counts a value; None, for what did not happen, counts nowhere."""
+        """Counts a value. None, for something that did not happen, is ignored."""
         if value is not None:
             self.counts[bisect.bisect_left(self.bounds, value)] += 1
             self.sum += value
@@ -43,7 +43,7 @@ class Histogram:
 
 @dataclass
 class EngineMetrics(EngineObserver):
-    """Counters and histograms (of seconds) of one engine; its gauges are the scheduler's `load`."""
+    """Counters and histograms (in seconds) of one engine. Its gauges are the scheduler's `load`."""
 
     totals: EngineStatistics = field(default_factory=EngineStatistics)
     num_finished: dict[str, int] = field(default_factory=dict)  # by finish reason
@@ -61,7 +61,7 @@ class EngineMetrics(EngineObserver):
         self.totals.num_preemptions += 1
 
     def step_submitted(self, batch: ScheduledBatch, now: float, num_in_flight: int) -> None:
-        if not num_in_flight:  # nothing was running: idle time belongs to no step
+        if not num_in_flight:  # the engine was idle, and idle time belongs to no step
             self._last_collected = now
 
     def step_collected(self, step: CollectedStep) -> None:
@@ -88,7 +88,7 @@ class EngineMetrics(EngineObserver):
 
 
 class StatisticsLine(EngineObserver):
-    """A line at INFO every `interval` seconds while there is work, with rates over that time."""
+    """Logs a line at INFO every `interval` seconds while there is work, with the rates over that time."""
 
     def __init__(self, interval: float) -> None:
         self._interval = interval

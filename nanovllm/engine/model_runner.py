@@ -1,7 +1,7 @@
-"""ModelRunner: one rank's device work. It turns a `ScheduledBatch` into sampled tokens.
+"""ModelRunner: one rank's work on its device. It turns a `ScheduledBatch` into sampled tokens.
 
-Everything a step needs is in the batch and in the device's rows, so `submit` only launches: the tokens come back
-through pinned memory, and the step's handle waits for them.
+Everything that a step needs is in the batch and in the device's rows, so `submit` only launches work. The tokens are
+copied to pinned memory, and the step's handle waits for them.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from nanovllm.utils.stopwatch import Stopwatch
 
 
 class ModelRunner:
-    """Loads the model, sizes the KV cache from what is measured, and runs steps.
+    """Loads the model, measures how large the KV cache can be, and runs steps.
 
-    `resolved` says what was decided. Raises a NanoVLLMError with the way out when the model or the cache does not fit,
-    or when a device, a dtype or a backend is not available.
+    `resolved` holds the settings that were chosen. Raises a NanoVLLMError that says what to do when the model or the
+    cache does not fit, or when a device, a dtype or a backend is not available.
     """
 
     rows: DeviceRows
@@ -47,7 +47,7 @@ class ModelRunner:
         config: EngineConfig,
         parallel: TensorParallel | None = None,
         stopwatch: Stopwatch | None = None,
-        check: Callable[[], None] = lambda: None,  # called while the weights load; what it raises ends that
+        check: Callable[[], None] = lambda: None,  # called while the weights load; may raise to stop loading
     ) -> None:
         self.parallel = parallel or TensorParallel()
         startup = Startup(config, self.parallel, stopwatch or Stopwatch())
@@ -55,7 +55,7 @@ class ModelRunner:
         self._query_group = startup.query_group
         self._graphs: DecodeGraphs | None = None
         self._log = StepLog(self.parallel.rank, self.device)
-        self._traces = env.trace_file() is not None
+        self._has_timeline = env.trace_file() is not None
         with torch.inference_mode(), self._on_device():
             self.model = startup.build_model()
             self.sampler = Sampler(self.parallel, self.model.lm_head.first)
@@ -67,11 +67,14 @@ class ModelRunner:
 
     @property
     def graph_pool(self) -> tuple[int, int] | None:
-        """The memory pool of the CUDA graphs; None where there are none."""
+        """The memory pool of the CUDA graphs; None without graphs."""
         return self._graphs.pool if self._graphs else None
 
     def submit(self, batch: ScheduledBatch) -> DeviceStepHandle:
-        """Launches a step and returns without waiting for the device. Raises OutOfMemoryError, with the numbers."""
+        """Launches a step and returns without waiting for the device.
+
+        Raises OutOfMemoryError, which has the numbers, when the step does not fit.
+        """
         try:
             return self.launch(batch)
         except torch.OutOfMemoryError as error:
@@ -83,7 +86,7 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
 
     def becomes_idle(self, seconds: float) -> bool:
-        """Whether all submitted steps end within that time, with or without an error."""
+        """Waits for at most `seconds`. Returns whether all submitted steps have ended, with or without an error."""
         deadline = time.monotonic() + seconds
 
         def check() -> None:
@@ -95,13 +98,13 @@ class ModelRunner:
                 wait_for(event, check)
         except TimeoutError:
             return False
-        except RuntimeError:  # CUDA's; the step's handle raises it too
+        except RuntimeError:  # a CUDA error, which the step's handle raises too
             pass
         return True
 
     def shutdown(self) -> None:
-        """Gives the memory back. The runner cannot be used afterwards."""
-        with suppress(RuntimeError):  # the device is out of order; a step's handle has raised that
+        """Frees the device's memory. The runner cannot be used afterwards."""
+        with suppress(RuntimeError):  # a CUDA error, which a step's handle has raised already
             self.synchronize()
         del self.model, self.rows, self.kv_caches, self._graphs
         gc.collect()
@@ -111,12 +114,12 @@ class ModelRunner:
     # A step
 
     def launch(self, batch: ScheduledBatch) -> DeviceStepHandle:
-        """`submit`, with torch's own error where memory runs out."""
+        """Launches a step like `submit`, but raises torch's own error when memory runs out."""
         needs = batch.needs
         if needs.shares_prefix and self._query_group is None:
             needs = replace(needs, shares_prefix=False)
         with torch.inference_mode(), self._on_device():
-            began = self._record_event() if self._traces or self._log.is_detailed else None
+            began = self._record_event() if self._has_timeline or self._log.is_detailed else None
             uploaded = DeviceBatch(batch, self._upload(batch.buffer))
             self.rows.apply(uploaded)
             self._log.preparing(batch)
@@ -125,25 +128,26 @@ class ModelRunner:
             return self._download(sampled, began)
 
     def _run(self, batch: DeviceBatch, needs: StepNeeds) -> SampledTokens:
+        """Runs a step. Steps that only decode replay a CUDA graph where there is one."""
         if batch.has("chunks"):
             return self._forward(self.rows.mixed_inputs(batch, self._shared_group(needs)), needs, batch.host)
         rows = batch.values("decode_rows")
-        # A graph that gives the log-probability of every token would hold much memory.
+        # A graph that returns log-probabilities of the whole vocabulary would hold too much memory.
         if self._graphs is None or (needs.num_logprobs or 0) > MAX_LOGPROBS:
             return self._decode(rows, needs)
         return self._graphs.replay(rows, needs)
 
     def _decode(self, rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
-        """rows [num_rows] int32 → a token each. What a CUDA graph records."""
+        """Decodes `rows` [num_rows] int32, one token each. This is what a CUDA graph records."""
         return self._forward(self.rows.decode_inputs(rows, self._shared_group(needs)), needs)
 
     def _forward(self, inputs: ModelInputs, needs: StepNeeds, batch: ScheduledBatch | None = None) -> SampledTokens:
-        """Computes, samples, and writes the tokens into their rows. batch: given where it has chunks."""
+        """Runs the model, samples, and appends the tokens to their rows. batch: None unless it has chunks."""
         self._log.inputs(inputs)
         hidden = self.model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
         of_prompts = self._prompt_logprobs(hidden, batch) if batch is not None else ()
         rows = inputs.sampled_rows
-        if not len(rows):  # a chunk that ends before its prompt does
+        if not len(rows):  # only a chunk that does not reach the end of its prompt
             return SampledTokens(rows, None, of_prompts)
         if inputs.sampled_tokens is not None:
             hidden = hidden[inputs.sampled_tokens]
@@ -153,14 +157,14 @@ class ModelRunner:
         return replace(sampled, prompt_logprobs=of_prompts)
 
     def _logits(self, hidden: torch.Tensor, needs: StepNeeds) -> torch.Tensor:
-        """hidden [num_rows, hidden_size] → [num_rows, vocab_size or this rank's share of it], as the sampler takes."""
+        """Returns logits for `hidden` [num_rows, hidden_size] → [num_rows, vocab_size or this rank's share of it]."""
         takes_all = self.sampler.takes_all_logits(needs)
         logits = self.model.compute_logits(hidden) if takes_all else self.model.lm_head.logits_share(hidden)
         self._log.logits(logits)
         return logits
 
     def _prompt_logprobs(self, hidden: torch.Tensor, batch: ScheduledBatch) -> tuple[TokenLogprobs, ...]:
-        """hidden: of the batch's decode rows and chunks, [num_tokens, hidden_size]."""
+        """Returns the log-probabilities that the batch asks for. hidden: all its tokens', [num_tokens, hidden_size]."""
         of_chunks = hidden[len(batch.decode_rows) :]  # [num_prefill_tokens, hidden_size]
         return tuple(
             prompt_logprobs(
@@ -173,22 +177,25 @@ class ModelRunner:
         )
 
     def _shared_group(self, needs: StepNeeds) -> int | None:
+        """Returns the argument `query_group` of the inputs: None when the step does not look for shared prefixes."""
         return self._query_group if needs.shares_prefix else None
 
     # To the device and back
 
     def _on_device(self) -> AbstractContextManager[object]:
-        """Triton launches on torch's current device, which need not be ours."""
+        """Returns a context in which the runner's device is torch's current one, on which Triton launches kernels."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _upload(self, buffer: IntArray) -> torch.Tensor:
+        """Returns the buffer on the device, [num_words] int32."""
         words = torch.from_numpy(buffer)
         if self.device.type == "cpu":
             return words
-        # The caching host allocator keeps pinned memory until the copy that reads it has passed.
+        # torch's host allocator does not reuse pinned memory before the copy that reads it has completed.
         return words.pin_memory().to(self.device, non_blocking=True)
 
     def _download(self, sampled: SampledTokens, began: torch.cuda.Event | None) -> DeviceStepHandle:
+        """Starts to copy the tokens to the host. Returns a handle that waits for them."""
         if self.device.type == "cpu":
             return DeviceStepHandle(sampled, done=None, began=None)
 
@@ -200,7 +207,7 @@ class ModelRunner:
         return DeviceStepHandle(host, done=self._record_event(with_time=began is not None), began=began)
 
     def _record_event(self, with_time: bool = True) -> torch.cuda.Event | None:
-        """An event on the current stream; None on a CPU, where a call returns when its work is done."""
+        """Records an event on the current stream. Returns None on a CPU, where calls return when their work is done."""
         if self.device.type == "cpu":
             return None
         event = torch.cuda.Event(enable_timing=with_time)

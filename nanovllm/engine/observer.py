@@ -1,7 +1,7 @@
-"""EngineObserver: what the engine tells those that watch it, one method a moment.
+"""EngineObserver: callbacks for what happens in an engine, one method per event.
 
-Logs, metrics, timelines and spans are observers. They are handed to the engine when it is built and cannot change what
-it does. All of them run on the engine's thread, between two lines of the loop, so each method has to be quick.
+Logs, metrics, timelines and spans are observers. They are passed to the engine when it is built, and cannot change what
+it does. Their methods run on the engine's thread, in the middle of the loop, so they must be quick.
 """
 
 from __future__ import annotations
@@ -26,39 +26,39 @@ Phase = Literal["schedule", "launch", "wait", "update", "idle"]
 
 @dataclass(frozen=True)
 class EngineStart:
-    """What an engine runs with, once its model is loaded."""
+    """The parts of an engine that has started."""
 
     resolved: ResolvedConfig
     executor: Executor
     statistics: EngineStatistics  # totals, which grow as the engine runs
-    clock: Callable[[], float]  # of every time the engine tells; seconds
+    clock: Callable[[], float]  # seconds; the source of every time that the engine reports
     stopwatch: Stopwatch  # how long each part of the start took
 
 
 @dataclass(frozen=True)
 class Preemption:
-    """Blocks that a preempted sequence gives back."""
+    """The blocks that a preempted sequence gives back, and its tokens."""
 
-    freed: int  # free now
-    coming: int  # free when the steps in flight that write them have ended
-    num_tokens: int  # to compute again
-    free_blocks: int  # in all, after this
+    freed: int  # blocks that are free now
+    coming: int  # blocks that become free when the steps in flight that write them have ended
+    num_tokens: int  # tokens to compute again
+    free_blocks: int  # all free blocks, after this
 
 
 @dataclass(frozen=True)
 class CollectedStep:
-    """A step whose tokens have come."""
+    """A step whose tokens are on the host."""
 
     batch: ScheduledBatch
     submitted: float  # seconds of the engine's clock
     collected: float
-    gpu_ms: float | None  # time on the GPU, where it was measured
-    ended: list[Sequence]  # the sequences that it ended
+    gpu_ms: float | None  # time on the GPU; None if it was not measured
+    ended: list[Sequence]  # the sequences that ended with it
     load: Load  # after it
 
 
 class EngineObserver:
-    """Does nothing at every moment. Derive from it and override the moments that matter."""
+    """Ignores every event. Subclasses override the methods of the events that they need."""
 
     def engine_starting(self, config: EngineConfig) -> None:
         """The engine begins to load."""
@@ -76,54 +76,56 @@ class EngineObserver:
         """A sequence joins the waiting queue."""
 
     def phase(self, phase: Phase) -> None:
-        """The loop begins to do something else."""
+        """The loop enters another phase of a step."""
 
     def sequence_scheduled(self, sequence: Sequence, num_cached: int) -> None:
-        """A waiting sequence gets a row and blocks. num_cached: tokens of it found in the prefix cache."""
+        """A waiting sequence gets a row and blocks. num_cached: number of its tokens found in the prefix cache."""
 
     def sequence_preempted(self, sequence: Sequence, preemption: Preemption) -> None:
         """A running sequence gives its blocks back and waits again."""
 
     def batch_scheduled(self, batch: ScheduledBatch, rows: RowTable) -> None:
-        """A step is planned. rows: as they are after it."""
+        """A step is planned. rows: the row table after planning."""
 
     def step_submitted(self, batch: ScheduledBatch, now: float, num_in_flight: int) -> None:
-        """The executor has the step. num_in_flight: steps that were submitted before and are not collected."""
+        """The executor has the step. num_in_flight: number of earlier steps that are not collected yet."""
 
     def first_token(self, sequence: Sequence) -> None:
         """A sequence has its first token."""
 
     def sequence_finished(self, sequence: Sequence) -> None:
-        """A sequence has ended, for whatever reason; its tokens and times are final."""
+        """A sequence has ended, for any reason. Its tokens and times are final."""
 
     def step_collected(self, step: CollectedStep) -> None:
-        """A step's tokens have come, and the scheduler knows them."""
+        """A step's tokens are on the host, and the scheduler has processed them."""
 
     def output_built(self, sequence: Sequence, completion: CompletionOutput) -> None:
         """The output of a sequence that has ended is built."""
 
     def engine_failed(self, error: BaseException, lost: Iterable[Sequence], goes_on: bool) -> None:
-        """A step failed or was interrupted, and `lost` with it. goes_on: the engine takes new requests."""
+        """A step failed or was interrupted, and lost the sequences `lost`. goes_on: the engine takes new requests."""
 
     def engine_exiting(self, unfinished: Iterable[Sequence]) -> None:
-        """The engine ends, by `exit`, because it is collected, or because Python ends. Its executor still runs."""
+        """The engine ends: `exit` was called, it is garbage-collected, or Python ends. Its executor still runs."""
 
     def engine_exited(self) -> None:
-        """`exit` has given the device's memory back."""
+        """`exit` has freed the device's memory."""
 
 
 class Observers(EngineObserver):
-    """Several observers as one. Each moment reaches, in their order, those that override it."""
+    """Several observers as one. Each call reaches the observers that override the method, in order."""
 
     def __init__(self, observers: Iterable[EngineObserver] = ()) -> None:
         observers = tuple(observers)
-        for moment, nothing in vars(EngineObserver).items():
-            if not moment.startswith("_"):
-                concerned = [observer for observer in observers if getattr(type(observer), moment) is not nothing]
-                setattr(self, moment, _call_each([getattr(observer, moment) for observer in concerned]))
+        for name, default in vars(EngineObserver).items():
+            if not name.startswith("_"):
+                overriding = [observer for observer in observers if getattr(type(observer), name) is not default]
+                setattr(self, name, _call_each([getattr(observer, name) for observer in overriding]))
 
 
 def _call_each(functions: list[Callable[..., None]]) -> Callable[..., None]:
+    """Returns a function that calls all of `functions` in order."""
+
     def call(*arguments: object, **named: object) -> None:
         for function in functions:
             function(*arguments, **named)

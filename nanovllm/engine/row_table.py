@@ -1,7 +1,7 @@
 """RowTable: what the scheduler knows of every running sequence, as arrays indexed by row.
 
-The device keeps tensors under the same row numbers. Planning a step is arithmetic over whole arrays,
-so its cost hardly grows with the number of sequences.
+The device keeps tensors under the same row numbers (`runner.device_rows`). A step is planned with operations over whole
+arrays, so the cost hardly grows with the number of sequences.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nanovllm.sampling_params import MAX_LOGPROBS
 BoolArray = npt.NDArray[np.bool_]
 RowArray = npt.NDArray[np.intp]
 
-NO_BLOCK = -1  # in a column of blocks: none
+NO_BLOCK = -1  # in a column of block numbers: none
 
 
 @dataclass(frozen=True)
@@ -31,46 +31,50 @@ class _Column:
 
 
 def _column(dtype: type[np.generic], free: int | bool = 0, opened: Callable[[Sequence], Any] | None = None) -> Any:
-    """Declares a column: its dtype, its value in a free row, and in a row that a sequence has just taken (None: as in a
-    free row).
+    """Declares a column.
+
+    free: the value in a free row. opened: returns the value when a sequence takes the row; None: the value stays.
     """
     return _Column(dtype, free, opened)
 
 
 class RowTable:
-    """`num_rows` rows; each is free or holds one sequence from admission to release.
+    """`num_rows` rows; each is free or holds one sequence, from admission to release.
 
-    A sequence's length counts known tokens (`num_tokens`) and tokens that submitted steps will bring (`num_pending`):
-    plans are made from the sum, never from a token's value. Each column is an array [num_rows] of its name.
+    Each column declared below becomes an attribute of that name, an array [num_rows]. A sequence has `num_tokens` known
+    tokens, and `num_pending` more that steps in flight will return. Steps are planned from the sum, never from the
+    value of a token.
     """
 
     # Tokens
     num_tokens: IntArray = _column(np.int32, opened=lambda sequence: len(sequence.token_ids))
     num_pending: IntArray = _column(np.int32)
-    num_computed: IntArray = _column(np.int32)  # keys and values written by the steps planned so far
+    num_computed: IntArray = _column(np.int32)  # tokens whose keys and values are written by the steps planned so far
     num_cached: IntArray = _column(np.int32)  # of those, found in the prefix cache on admission
     max_num_tokens: IntArray = _column(np.int32, opened=lambda sequence: sequence.max_num_tokens)
     last_token: npt.NDArray[np.float64] = _column(np.float64, opened=lambda sequence: sequence.last_token or 0.0)  # s
     # Blocks
     num_blocks: IntArray = _column(np.int32, opened=lambda sequence: len(sequence.block_table.blocks))
-    # The block that ends the shortest prefix worth sharing, the same for all rows that share it.
+    # The block at the end of the shortest prefix worth sharing; rows that share the prefix have the same.
     prefix_block: IntArray = _column(np.int32, free=NO_BLOCK)
     # State
-    arrival: npt.NDArray[np.int64] = _column(np.int64, opened=lambda sequence: sequence.seq_id)
+    seq_id: npt.NDArray[np.int64] = _column(np.int64, opened=lambda sequence: sequence.seq_id)
     steps_in_flight: IntArray = _column(np.int32)
     decoding: BoolArray = _column(np.bool_)  # takes part in decode steps
-    stopped: BoolArray = _column(np.bool_)  # finished: tokens of submitted steps are dropped
-    # What the request asks for
+    stopped: BoolArray = _column(np.bool_)  # finished: tokens of the steps still in flight are dropped
+    # Sampling and stopping, as the request asks
     ignore_eos: BoolArray = _column(np.bool_, opened=lambda sequence: sequence.params.ignore_eos)
     truncates: BoolArray = _column(np.bool_, opened=lambda sequence: sequence.params.truncates)  # top-k, top-p, min-p
     edits_logits: BoolArray = _column(  # penalties, biases, bans or a mask
         np.bool_, opened=lambda sequence: sequence.logit_edits is not None or sequence.grammar is not None
     )
-    num_logprobs: IntArray = _column(  # likeliest tokens
+    num_logprobs: IntArray = _column(  # most likely tokens to return
         np.int32, free=NO_LOGPROBS, opened=lambda sequence: num_asked(sequence.params.logprobs)
     )
-    watched: BoolArray = _column(np.bool_, opened=lambda sequence: sequence.watches_tokens)  # has stop rules of its own
-    has_grammar: BoolArray = _column(  # its last token decides on the next
+    watched: BoolArray = _column(  # `stops_at` must see its tokens
+        np.bool_, opened=lambda sequence: sequence.watches_tokens
+    )
+    has_grammar: BoolArray = _column(  # its last token decides which may be next
         np.bool_, opened=lambda sequence: sequence.grammar is not None
     )
 
@@ -100,16 +104,17 @@ class RowTable:
         return len(self._free_rows) == len(self.sequences)
 
     def running(self) -> list[Sequence]:
-        """The sequences that hold a row."""
+        """Returns the sequences that hold a row."""
         return [sequence for sequence in self.sequences if sequence is not None]
 
     def sequence(self, row: int) -> Sequence:
+        """Returns the sequence that holds `row`."""
         sequence = self.sequences[row]
         assert sequence is not None, f"row {row} is free"
         return sequence
 
-    def open(self, sequence: Sequence, num_cached: int, prefix_block: int = NO_BLOCK) -> int:
-        """Gives `sequence` a row; its first `num_cached` tokens come from the prefix cache."""
+    def open(self, sequence: Sequence, num_cached: int, prefix_block: int) -> int:
+        """Gives `sequence` a row and returns it. The first `num_cached` tokens were found in the prefix cache."""
         row = self._free_rows.pop()
         sequence.row = row
         self.sequences[row] = sequence
@@ -121,12 +126,12 @@ class RowTable:
         return row
 
     def known_tokens(self, row: int) -> IntArray:
-        """The row's tokens so far, as a view."""
+        """Returns the row's tokens so far, [num_tokens], as a view."""
         known: IntArray = self.token_ids[row, : self.num_tokens[row]]
         return known
 
     def close(self, row: int) -> Sequence:
-        """Takes the row back."""
+        """Frees the row and returns the sequence that held it."""
         sequence = self.sequence(row)
         self.sequences[row] = None
         for array, free in self._free_values:
@@ -149,16 +154,20 @@ class RowTable:
         )
 
     def token_masks(self, sampled: RowArray) -> dict[int, IntArray]:
-        """Returns the masks of those of `sampled` that have a grammar: what each may draw now."""
+        """Returns, for those of `sampled` with a grammar, the mask of the tokens that may come next."""
         with_grammar = sampled[self.has_grammar[sampled]].tolist()
         return {row: grammar.mask for row in with_grammar if (grammar := self.sequence(row).grammar) is not None}
 
     def schedulable_decode_rows(self) -> RowArray:
-        """Rows whose next token may be computed: decoding, not at their limit, with no token unread that decides it."""
-        unread = self.has_grammar & (self.num_pending > 0)
-        return np.flatnonzero(self.decoding & ~unread & (self.num_tokens + self.num_pending < self.max_num_tokens))
+        """Returns the decoding rows that may compute a token now.
+
+        Rows at their maximum length may not, nor rows whose grammar has not accepted the token in flight yet.
+        """
+        waits = self.has_grammar & (self.num_pending > 0)
+        return np.flatnonzero(self.decoding & ~waits & (self.num_tokens + self.num_pending < self.max_num_tokens))
 
 
+# The declarations leave the class: Python reads an attribute of an instance faster if the class has none of that name.
 _COLUMNS = {name: column for name, column in vars(RowTable).items() if isinstance(column, _Column)}
 for _name in _COLUMNS:
-    delattr(RowTable, _name)  # Python reads an instance's attribute faster where its class has none of that name
+    delattr(RowTable, _name)

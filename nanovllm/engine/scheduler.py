@@ -1,11 +1,11 @@
-"""Scheduler: which tokens of which sequences run in the next step.
+"""Scheduler: decides which tokens of which sequences run in the next step.
 
-Continuous batching: every decoding row gets one token; prompts then fill the rest of the token budget, in chunks
-where they must, first come first served. When the cache is full, the youngest sequence gives its blocks back and is
-computed again later. The oldest never does, so every request ends.
+Continuous batching: every decoding row gets one token. Prompts then fill the rest of the token budget, first come first
+served; a prompt that does not fit is computed in chunks. When the cache is full, the youngest sequence is preempted: it
+gives its blocks back and is computed again later. The oldest is never preempted, so every request ends.
 
-`schedule` may be called again before the last step's tokens are known: it plans from counts. A row and its blocks are
-released only when no step in flight touches them.
+`schedule` plans from token counts, so it may be called again before the tokens of the last step are known. A row and
+its blocks are released only when no step in flight touches them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import bisect
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +22,17 @@ import numpy.typing as npt
 from nanovllm.config import MIN_SHARED_PREFIX, ResolvedConfig
 from nanovllm.engine.batch import (
     BLOCKS,
+    NO_LOGPROBS,
     Chunk,
-    IntArray,
     OpenedRow,
     PromptLogprobs,
     RecordArray,
     ScheduledBatch,
-    StepLogprobs,
     StepResult,
 )
 from nanovllm.engine.block_manager import BlockManager, BlockTable
 from nanovllm.engine.observer import EngineObserver, Preemption
-from nanovllm.engine.row_table import BoolArray, RowTable
+from nanovllm.engine.row_table import NO_BLOCK, BoolArray, RowArray, RowTable
 from nanovllm.engine.sequence import Sequence, SequenceStatus, token_logprobs
 from nanovllm.engine.statistics import Load
 from nanovllm.logs import events
@@ -41,12 +41,22 @@ from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
-RowArray = npt.NDArray[np.intp]
-
-# Reading a prefix once for all its rows pays from this many rows, and this many tokens that are not read again.
+# Attention reads a shared prefix once for all its rows if at least this many rows share it, and if that saves reading
+# at least this many tokens.
 _MIN_SHARERS = 16
 _MIN_TOKENS_SAVED = 20_000
-_MAX_PROMPT_LOGPROBS = 1 << 24  # log-probabilities of all tokens that a step gives for a prompt: 134 MB with their ids
+# Log-probabilities that a step returns for a prompt with prompt_logprobs=-1: 134 MB with their token ids.
+_MAX_PROMPT_LOGPROBS = 1 << 24
+
+
+@dataclass
+class _StepPlan:
+    """The contents of the next step, collected while it is planned."""
+
+    opened: list[OpenedRow] = field(default_factory=list)
+    blocks: list[RecordArray] = field(default_factory=list)  # of BLOCKS, each [num_new]
+    chunks: list[Chunk] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
 
 
 class Scheduler:
@@ -58,12 +68,13 @@ class Scheduler:
         observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.now = 0.0  # seconds of `clock`, read once by each `schedule` and each `update`
+        self.now = 0.0  # seconds of `clock`, which each `schedule` and each `update` reads once
         self._clock = clock
         self._observer = observer or EngineObserver()
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.max_prefill_tokens_beside_decode = config.max_prefill_tokens_beside_decode
-        self.eos_token_ids = np.array(config.eos_token_ids, dtype=np.int32)
+        self._is_eos: BoolArray = np.zeros(config.vocab_size, dtype=np.bool_)
+        self._is_eos[[token_id for token_id in config.eos_token_ids if 0 <= token_id < config.vocab_size]] = True
         self.block_manager = BlockManager(
             config.num_blocks,
             config.block_size,
@@ -72,14 +83,15 @@ class Scheduler:
         )
         self.rows = RowTable(config.max_num_seqs, config.max_model_len)
         self.waiting: deque[Sequence] = deque()  # in order of arrival
-        self._prefilling: Sequence | None = None  # holds a row and has prompt tokens left; the next waits for its end
+        self._prefilling: Sequence | None = None  # has a row and prompt tokens left; no other prompt starts before
         self._leaving: list[int] = []  # rows to release as soon as no step in flight touches them
         self._closed: list[int] = []  # rows released since the last step was planned
         self._step = 0
         self._max_prompt_logprob_tokens = max(_MAX_PROMPT_LOGPROBS // config.vocab_size, 1)
-        self._shares_prefix = False  # the last step's decode rows
+        self._shares_prefix = False  # whether decode rows of the last step shared a prefix; for the log
 
     def add(self, sequence: Sequence) -> None:
+        """Appends a sequence to the waiting queue."""
         if not self.has_unfinished:
             self._observer.work_began(sequence.arrival)
         self.waiting.append(sequence)
@@ -99,27 +111,24 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch | None:
         """Returns the next step, or None when nothing can run before a step in flight is collected."""
         self.now = self._clock()
-        blocks: list[RecordArray] = []  # of BLOCKS, each [num_new]
-        decode_rows, shares_prefix = self._arrange(self._schedule_decode(blocks))
-        opened: list[OpenedRow] = []
-        prompt_logprobs: list[PromptLogprobs] = []
-        chunks = self._schedule_prefill(self._prefill_budget(len(decode_rows)), opened, blocks, prompt_logprobs)
-        if not chunks and not len(decode_rows):
+        plan = _StepPlan()
+        decode_rows, shares_prefix = self._group_by_prefix(self._schedule_decode(plan))
+        self._schedule_prefill(plan, self._prefill_budget(len(decode_rows)))
+        if not plan.chunks and not len(decode_rows):
             return None
-        # Only the last chunk can run out of budget, so the chunks that end their prompt come first.
-        num_final = len(chunks) - (self._prefilling is not None) if chunks else 0
+        # Only the last chunk can stop before the end of its prompt, so the final ones come first, as batches need.
+        final_rows = [chunk.row for chunk in plan.chunks if self.rows.decoding[chunk.row]]
+        sampled = np.append(decode_rows, np.array(final_rows, dtype=np.intp))
         self._step += 1
-        final_rows = np.array([chunk.row for chunk in chunks[:num_final]], dtype=np.intp)
-        sampled = np.append(decode_rows, final_rows)
         batch = ScheduledBatch.build(
             self._step,
             closed=self._closed,
-            opened=opened,
-            blocks=np.concatenate(blocks) if blocks else (),
+            opened=plan.opened,
+            blocks=np.concatenate(plan.blocks) if plan.blocks else (),
             token_masks=self.rows.token_masks(sampled),
-            chunks=chunks,
-            num_final_chunks=num_final,
-            prompt_logprobs=prompt_logprobs,
+            chunks=plan.chunks,
+            num_final_chunks=len(final_rows),
+            prompt_logprobs=plan.prompt_logprobs,
             decode_rows=decode_rows,
             needs=self.rows.needs(sampled, shares_prefix),
         )
@@ -131,39 +140,41 @@ class Scheduler:
         return batch
 
     def _prefill_budget(self, num_decode_rows: int) -> int:
-        """Returns how many prompt tokens the step may compute. Beside decode rows a bound keeps their pace."""
+        """Returns how many prompt tokens the step may compute. Beside decode rows a smaller maximum may apply."""
         budget = self.max_num_batched_tokens - num_decode_rows
         if num_decode_rows and self.max_prefill_tokens_beside_decode is not None:
             return min(budget, self.max_prefill_tokens_beside_decode)
         return budget
 
-    def _schedule_decode(self, blocks: list[RecordArray]) -> RowArray:
+    def _schedule_decode(self, plan: _StepPlan) -> RowArray:
+        """Returns the rows that decode in this step, each with a block for its next token."""
         rows = self._make_room()
-        needy = self._rows_without_room(rows)
-        if len(needy):
-            by_arrival = needy[np.argsort(self.rows.arrival[needy])]
+        full = self._rows_without_room(rows)
+        if len(full):
+            by_arrival = full[np.argsort(self.rows.seq_id[full])]
             granted = by_arrival[: self.block_manager.num_free_blocks]
             tables = [self.rows.sequence(row).block_table for row in granted.tolist()]
             new_blocks = [self.block_manager.append_block(table) for table in tables]
-            blocks.append(_appended(granted, self.rows.num_blocks[granted], new_blocks))
+            plan.blocks.append(_block_entries(granted, self.rows.num_blocks[granted], new_blocks))
             self.rows.num_blocks[granted] += 1
             rows = np.setdiff1d(rows, by_arrival[len(granted) :])
         self.rows.num_computed[rows] += 1
         return rows
 
-    def _arrange(self, rows: RowArray) -> tuple[RowArray, bool]:
+    def _group_by_prefix(self, rows: RowArray) -> tuple[RowArray, bool]:
         """Returns the decode rows with those that share a prefix side by side, and whether enough of them do.
 
-        Within a group the longest come first: attention over a long context that starts late would end alone.
+        Within a group the longest contexts come first: if attention over one of them started last, the GPU would wait
+        for it alone.
         """
         blocks = self.rows.prefix_block[rows]
-        if np.count_nonzero(blocks >= 0) < _MIN_SHARERS:
+        if np.count_nonzero(blocks != NO_BLOCK) < _MIN_SHARERS:
             longest_first: RowArray = rows[np.argsort(-self.rows.num_computed[rows], kind="stable")]
             self._shares_prefix = False
             return longest_first, False
         shared, group, sizes = np.unique(blocks, return_inverse=True, return_counts=True)
         saved = np.bincount(group, weights=self.rows.num_cached[rows])
-        pays = (shared >= 0) & (sizes >= _MIN_SHARERS) & (saved >= _MIN_TOKENS_SAVED)
+        pays = (shared != NO_BLOCK) & (sizes >= _MIN_SHARERS) & (saved >= _MIN_TOKENS_SAVED)
         shares = pays[group]
         order = np.lexsort((-self.rows.num_computed[rows], np.where(shares, group, len(rows))))
         arranged: RowArray = rows[order]
@@ -176,16 +187,15 @@ class Scheduler:
 
     def _rows_without_room(self, rows: RowArray) -> RowArray:
         """Returns those of `rows` whose next position lies past their last block."""
-        needy: RowArray = rows[
-            self.rows.num_computed[rows] // self.block_manager.block_size >= self.rows.num_blocks[rows]
-        ]
-        return needy
+        blocks_filled = self.rows.num_computed[rows] // self.block_manager.block_size
+        full: RowArray = rows[blocks_filled >= self.rows.num_blocks[rows]]
+        return full
 
     def _make_room(self) -> RowArray:
-        """Preempts the youngest sequences until the decoding rows have the blocks they need; returns those rows.
+        """Preempts the youngest sequences until enough blocks are free for the decoding rows, and returns these rows.
 
-        Blocks that a step in flight still writes become free later. They count as coming, and the rows that wait for
-        them sit this step out.
+        `coming` counts the blocks that become free later, since a step in flight still writes them. No further sequence
+        is preempted in their place: the rows that need them skip this step.
         """
         coming = sum(self.block_manager.num_releasable(self.rows.sequence(row).block_table) for row in self._leaving)
         while True:
@@ -198,8 +208,7 @@ class Scheduler:
             ]
             if len(candidates) < 2:
                 return rows
-            victim = max(candidates, key=lambda sequence: sequence.seq_id)
-            coming += self._preempt(victim)
+            coming += self._preempt(max(candidates, key=lambda sequence: sequence.seq_id))
 
     def _preempt(self, sequence: Sequence) -> int:
         """Sends `sequence` back to the queue. Returns how many of its blocks become free later rather than now."""
@@ -212,46 +221,42 @@ class Scheduler:
         self._observer.sequence_preempted(sequence, Preemption(releasable - coming, coming, num_tokens, free_blocks))
         return coming
 
-    def _schedule_prefill(
-        self,
-        budget: int,
-        opened: list[OpenedRow],
-        blocks: list[RecordArray],
-        prompt_logprobs: list[PromptLogprobs],
-    ) -> list[Chunk]:
-        chunks: list[Chunk] = []
+    def _schedule_prefill(self, plan: _StepPlan, budget: int) -> None:
+        """Plans chunks of up to `budget` prompt tokens in all, admitting waiting sequences in order."""
         num_planned = 0
         while num_planned < budget:
-            sequence = self._prefilling or self._admit(opened, blocks)
+            sequence = self._prefilling or self._admit(plan)
             if sequence is None:
                 break
             row = self._row(sequence)
             start, num_tokens = int(self.rows.num_computed[row]), int(self.rows.num_tokens[row])
             end = min(num_tokens, start + budget - num_planned)
-            of_all_tokens = sequence.needs_prompt_logprobs and sequence.params.prompt_logprobs == -1
-            if of_all_tokens:
+            whole_vocabulary = sequence.needs_prompt_logprobs and sequence.params.prompt_logprobs == -1
+            if whole_vocabulary:
                 end = min(end, start + self._max_prompt_logprob_tokens)
-            planned = sequence.plan_prompt_logprobs(start, end, row, num_planned)
-            if planned is not None:
-                prompt_logprobs.append(planned)
+            prompt_logprobs = sequence.plan_prompt_logprobs(start, end, row, num_planned)
+            if prompt_logprobs is not None:
+                plan.prompt_logprobs.append(prompt_logprobs)
             num_planned += end - start
-            chunks.append(Chunk(row, start, end - start))
+            plan.chunks.append(Chunk(row, start, end - start))
             self.rows.num_computed[row] = end
             self.block_manager.register(sequence.block_table, self.rows.token_ids[row, :end])
             self._prefilling = sequence if end < num_tokens else None
             if end == num_tokens:
                 sequence.status = SequenceStatus.DECODING
                 self.rows.decoding[row] = True
-            if end < num_tokens or of_all_tokens:
+            if end < num_tokens or whole_vocabulary:
                 break
-        return chunks
 
-    def _admit(self, opened: list[OpenedRow], blocks: list[RecordArray]) -> Sequence | None:
-        """Gives the first waiting sequence that can run a row, and blocks for all its tokens, if both are free."""
+    def _admit(self, plan: _StepPlan) -> Sequence | None:
+        """Gives a row, and blocks for all its tokens, to the first waiting sequence that can run; returns it.
+
+        Returns None when no sequence can run, or when no row or too few blocks are free.
+        """
         sequence = next((sequence for sequence in self.waiting if not sequence.waits_for_grammar), None)
         if sequence is None or not self.rows.has_free_row:
             return None
-        # Log-probabilities of prompt tokens need the tokens computed: a cached prefix has none.
+        # The log-probabilities of a prompt token exist only in the step that computes it: a cached prefix has none.
         table = self.block_manager.allocate(
             sequence.seq_id, sequence.token_ids, share=not sequence.needs_prompt_logprobs
         )
@@ -270,7 +275,7 @@ class Scheduler:
         row = self.rows.open(sequence, num_cached, self._prefix_block(table))
         params = sequence.params
         truncation = (min(max(params.top_k, 0), 2**24), params.top_p, params.min_p)  # exact in float32
-        opened.append(
+        plan.opened.append(
             OpenedRow(
                 row=row,
                 token_ids=sequence.token_ids,
@@ -280,18 +285,18 @@ class Scheduler:
                 logit_edits=sequence.logit_edits,
             )
         )
-        blocks.append(_appended(row, np.arange(len(table.blocks)), table.blocks))
+        plan.blocks.append(_block_entries(row, np.arange(len(table.blocks)), table.blocks))
         return sequence
 
     def _prefix_block(self, table: BlockTable) -> int:
-        """Returns the block that ends the shortest prefix worth sharing; rows with the same one share all before it.
+        """Returns the block at the end of the shortest prefix worth sharing, or NO_BLOCK for a shorter sequence.
 
-        -1: the sequence is shorter than that.
+        Rows with the same block there share all blocks before it too.
         """
         last = self.block_manager.blocks_for(MIN_SHARED_PREFIX) - 1
-        return table.blocks[last] if last < len(table.blocks) else -1
+        return table.blocks[last] if last < len(table.blocks) else NO_BLOCK
 
-    # Learning
+    # Results
 
     def update(self, batch: ScheduledBatch, result: StepResult) -> list[Sequence]:
         """Takes a collected step's tokens. Returns the sequences that it ended.
@@ -304,12 +309,8 @@ class Scheduler:
         rows.steps_in_flight[batch.chunks["row"]] -= 1
         sampled = batch.sampled_rows
         rows.num_pending[sampled] -= 1
-        live = ~rows.stopped[sampled]
-        if result.logprobs is not None:
-            self._note_logprobs(sampled, live, result.logprobs)
-        for planned, logprobs in zip(batch.prompt_logprobs, result.prompt_logprobs, strict=True):
-            if not rows.stopped[planned.row]:
-                rows.sequence(planned.row).prompt_logprobs += token_logprobs(logprobs, planned.num_top)
+        live = ~rows.stopped[sampled]  # the tokens of all others are dropped
+        self._record_logprobs(batch, live, result)
         sampled, token_ids = sampled[live], result.token_ids[live]
         rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids
         rows.num_tokens[sampled] += 1
@@ -324,22 +325,29 @@ class Scheduler:
         for row in filled.tolist():
             self.block_manager.register(rows.sequence(row).block_table, rows.known_tokens(row)[:-1])
 
-        at_eos = np.isin(token_ids, self.eos_token_ids) & ~rows.ignore_eos[sampled]
+        at_eos = self._is_eos[token_ids] & ~rows.ignore_eos[sampled]
         at_limit = rows.num_tokens[sampled] >= rows.max_num_tokens[sampled]
         at_end = at_eos | at_limit
         for index in np.flatnonzero(rows.watched[sampled] & ~at_eos).tolist():
             at_end[index] |= rows.sequence(int(sampled[index])).stops_at(int(token_ids[index]))
-        ended = [self.rows.sequence(row) for row in sampled[at_end].tolist()]
+        ended = [rows.sequence(row) for row in sampled[at_end].tolist()]
         for sequence, eos in zip(ended, at_eos[at_end].tolist(), strict=True):
             stopped = eos or sequence.stop_reason is not None
             self._finish(sequence, "abort" if sequence.error is not None else "stop" if stopped else "length")
         self._release_leaving()
         return ended
 
-    def _note_logprobs(self, sampled: IntArray, live: BoolArray, logprobs: StepLogprobs) -> None:
-        asked = self.rows.num_logprobs[sampled]
-        for index in np.flatnonzero(live & (asked >= 0)).tolist():
-            self.rows.sequence(int(sampled[index])).logprobs += token_logprobs(logprobs, int(asked[index]), [index])
+    def _record_logprobs(self, batch: ScheduledBatch, live: BoolArray, result: StepResult) -> None:
+        """Appends the step's log-probabilities to the sequences that asked for them. live: [num_sampled_rows]."""
+        rows, sampled = self.rows, batch.sampled_rows
+        if result.logprobs is not None:
+            num_top = rows.num_logprobs[sampled]
+            for index in np.flatnonzero(live & (num_top != NO_LOGPROBS)).tolist():
+                sequence = rows.sequence(int(sampled[index]))
+                sequence.logprobs += token_logprobs(result.logprobs, int(num_top[index]), [index])
+        for planned, logprobs in zip(batch.prompt_logprobs, result.prompt_logprobs, strict=True):
+            if not rows.stopped[planned.row]:
+                rows.sequence(planned.row).prompt_logprobs += token_logprobs(logprobs, planned.num_top)
 
     def abort(self, sequence: Sequence) -> None:
         """Ends `sequence` in any state, with the tokens it has. Does nothing to one that has ended."""
@@ -351,7 +359,7 @@ class Scheduler:
         sequence.finish_reason = reason
         sequence.finished = self.now
         if sequence.status is SequenceStatus.WAITING:
-            if sequence in self.waiting:  # not yet, if Ctrl-C came while it was being added
+            if sequence in self.waiting:  # it is not if Ctrl-C interrupted `add`
                 self.waiting.remove(sequence)
             sequence.status = SequenceStatus.FINISHED
         else:
@@ -361,7 +369,7 @@ class Scheduler:
         self._observer.sequence_finished(sequence)
 
     def _leave(self, sequence: Sequence, status: SequenceStatus) -> bool:
-        """Plans no more steps for a running sequence. Returns whether its row and blocks are already released."""
+        """Stops planning steps for a sequence that holds a row. Returns whether its row and blocks are released now."""
         row = self._row(sequence)
         if sequence is self._prefilling:
             self._prefilling = None
@@ -376,6 +384,7 @@ class Scheduler:
         return sequence.row is None
 
     def _release_leaving(self) -> None:
+        """Releases the leaving rows that no step in flight touches; preempted sequences go back to the queue."""
         still_in_flight = []
         for row in self._leaving:
             if self.rows.steps_in_flight[row]:
@@ -398,8 +407,8 @@ class Scheduler:
         return sequence.row
 
 
-def _appended(rows: npt.ArrayLike, indices: npt.ArrayLike, blocks: list[int]) -> RecordArray:
-    """[num_blocks]: the items of a batch's section `blocks`."""
+def _block_entries(rows: npt.ArrayLike, indices: npt.ArrayLike, blocks: list[int]) -> RecordArray:
+    """Returns items of a batch's section `blocks`, [num_blocks]."""
     items: RecordArray = np.empty(len(blocks), dtype=BLOCKS)
     items["row"], items["index"], items["block"] = rows, indices, blocks
     return items

@@ -1,4 +1,4 @@
-"""SchedulerLog: what the log says of the scheduler's decisions, and which decode steps are worth a line."""
+"""SchedulerLog: the log lines about the scheduler's decisions, and the choice of decode steps that get one."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class SchedulerLog(EngineObserver):
 
     def __init__(self) -> None:
         self._decode_log = DecodeLogPolicy()
-        self._decode_step = 0  # since the engine was idle
-        self._num_preempted = 0  # since the last decode step
+        self._decode_step = 0  # decode steps since the engine was idle
+        self._num_preempted = 0  # preemptions since the last decode step
 
     def work_began(self, now: float) -> None:
         self._decode_step = 0

@@ -1,4 +1,4 @@
-"""Sequence: one request's tokens and state."""
+"""Sequence: the tokens and the state of one completion of a request."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import FinishReason, RequestMetrics
 from nanovllm.sampling_params import SamplingParams
 
-ALL_LOGPROBS = 2**30  # more than there are tokens
+ALL_LOGPROBS = 2**30  # larger than any vocabulary
 
 
 class SequenceStatus(enum.Enum):
@@ -26,27 +26,27 @@ class SequenceStatus(enum.Enum):
     WAITING = enum.auto()
     PREFILLING = enum.auto()
     DECODING = enum.auto()
-    PREEMPTED = enum.auto()  # gives up its blocks as soon as no step in flight can write them
+    PREEMPTED = enum.auto()  # still holds its row and blocks, until no step in flight writes them
     FINISHED = enum.auto()
 
 
 class StopStringMatcher(Protocol):
-    """Watches the text of one output for the strings that end it (`requests.detokenizer`)."""
+    """Watches the text of one output for stop strings (implemented in `requests.detokenizer`)."""
 
-    text: str  # of the output so far, without what a stop string cuts off
+    text: str  # the output so far, cut at the stop string once one is found
 
     def add(self, token_id: int) -> str | None:
-        """Takes the next token; returns the stop string that it completes."""
+        """Takes the next token. Returns the stop string that it completes, or None."""
         ...
 
 
 class GrammarState(Protocol):
-    """Follows one output through its grammar (`requests.grammar_matcher`)."""
+    """Follows one output through its grammar (implemented in `requests.grammar_matcher`)."""
 
     mask: IntArray  # [ceil(vocab_size / 32)]: bit t % 32 of word t // 32 is 1 where token t may come next
 
     def accept(self, token_id: int) -> InvalidArgumentError | None:
-        """Takes the next token; returns an error when the grammar allows no token after it."""
+        """Takes the next token. Returns an error when the grammar allows no token after it, else None."""
         ...
 
 
@@ -61,7 +61,7 @@ class TokenLogprob:
 
 
 def num_asked(logprobs: int | None) -> int:
-    """Returns how many of the most likely tokens `SamplingParams.logprobs` asks for; NO_LOGPROBS: none."""
+    """Returns how many of the most likely tokens a parameter `logprobs` asks for, or NO_LOGPROBS."""
     return NO_LOGPROBS if logprobs is None else ALL_LOGPROBS if logprobs == -1 else logprobs
 
 
@@ -74,40 +74,40 @@ def token_logprobs(step: StepLogprobs, num_top: int, rows: Iterable[int] | None 
 
 @dataclass(eq=False)
 class Sequence:
-    """A request inside the engine; each completion of parallel sampling is one.
+    """A request inside the engine; with n > 1, one of its completions.
 
-    While it holds a row, its tokens are in the scheduler's `RowTable`; `token_ids` are those known when it last
-    entered or left one.
+    While it holds a row, its current tokens are in the scheduler's `RowTable`. `token_ids` holds those known when it
+    took the row; it is updated when the sequence is preempted or ends.
     """
 
-    seq_id: int  # order of arrival: a lower one goes first
+    seq_id: int  # in order of arrival; the lower one has priority
     request_id: str
-    prompt: str | None  # as it was given; None when it was token ids
+    prompt: str | None  # None if it was given as token ids
     params: SamplingParams
-    token_ids: IntArray  # prompt, then what was generated
+    token_ids: IntArray  # prompt, then output
     num_prompt_tokens: int
-    max_num_tokens: int  # prompt and output together, never above the model's length
+    max_num_tokens: int  # prompt and output together, at most max_model_len
     seed: int
     status: SequenceStatus = SequenceStatus.WAITING
     row: int | None = None
     block_table: BlockTable = field(default_factory=BlockTable)
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of each output token, where asked for
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of each output token, if asked for
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of each prompt token but the first
-    num_prompt_logprobs: int = 0  # of these, how many are there or on their way
+    num_prompt_logprobs: int = 0  # how many of these are computed or in flight
     num_cached_tokens: int | None = None  # prefix-cache hits when first scheduled
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     stop_strings: StopStringMatcher | None = None
-    logit_edits: LogitEdits | None = None  # None: its logits stay as they are
-    waits_for_grammar: bool = False  # waits for its grammar to be compiled
+    logit_edits: LogitEdits | None = None  # None: its logits are not changed
+    waits_for_grammar: bool = False  # its grammar is being compiled
     grammar: GrammarState | None = None  # of structured outputs; has accepted every known token
-    error: InvalidArgumentError | None = None  # what ended it, with finish_reason "abort"
+    error: InvalidArgumentError | None = None  # why it ended with finish_reason "abort", if a grammar failed
     # Seconds of the engine's clock
     arrival: float = 0.0
     queued: float = 0.0
     first_scheduled: float | None = None
     first_token: float | None = None
-    last_token: float | None = None  # of a running sequence the row table has it
+    last_token: float | None = None  # while it holds a row, the row table has the current value
     finished: float | None = None
     preempted_at: list[float] = field(default_factory=list)
     resumed_at: list[float] = field(default_factory=list)  # of each preemption, once it has a row again
@@ -123,13 +123,13 @@ class Sequence:
 
     @property
     def needs_prompt_logprobs(self) -> bool:
-        """Whether prompt tokens have to be computed for log-probabilities that no step has computed yet."""
+        """Whether log-probabilities of prompt tokens are wanted that no step has planned yet."""
         return self.params.prompt_logprobs is not None and self.num_prompt_logprobs < self.num_prompt_tokens - 1
 
     def plan_prompt_logprobs(self, start: int, end: int, row: int, num_planned: int) -> PromptLogprobs | None:
-        """The log-probabilities that a chunk of tokens `start` … `end` of `row` gives, or None.
+        """Returns which log-probabilities a chunk of tokens `start` to before `end` has to return; None if none.
 
-        num_planned: tokens of the step's chunks before this one.
+        They count as planned from now on. num_planned: number of tokens in the step's chunks before this one.
         """
         first, last = max(start, self.num_prompt_logprobs), min(end, self.num_prompt_tokens - 1)
         if not self.needs_prompt_logprobs or first >= last:  # not asked for, or computed again after a preemption
@@ -149,7 +149,10 @@ class Sequence:
         return self.grammar is not None or self.stop_strings is not None or self.params.stop_token_ids is not None
 
     def stops_at(self, token_id: int) -> bool:
-        """Takes the next token. Returns whether the request's own stop rules end it there; EOS is checked elsewhere."""
+        """Takes the next token. Returns whether a stop token, a stop string or the grammar ends the sequence there.
+
+        The scheduler checks the end-of-sequence token and the length itself.
+        """
         if token_id in (self.params.stop_token_ids or ()):
             self.stop_reason = token_id
         elif self.stop_strings is not None:
@@ -185,7 +188,7 @@ class Sequence:
         seed: int,
         prompt: str | None = None,
     ) -> Sequence:
-        """Returns a waiting sequence. seed: used when `params` has none."""
+        """Returns a waiting sequence. seed: used if `params` has none."""
         token_ids = np.asarray(prompt_token_ids, dtype=np.int32)
         limit = max_model_len if params.max_tokens is None else len(token_ids) + params.max_tokens
         return cls(

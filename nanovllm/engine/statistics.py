@@ -1,4 +1,4 @@
-"""What an engine has done so far, and how busy it is: plain values."""
+"""Plain values that say what an engine has done so far, and how busy it is."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import dataclass, fields
 
 @dataclass
 class EngineStatistics:
-    """Totals since the engine started. Times are wall time in seconds, each step's under what it ran."""
+    """Totals since the engine started. Times are wall times in seconds."""
 
     num_steps: int = 0
-    num_prompt_tokens: int = 0  # computed in prefill, those computed again after a preemption included
-    num_output_tokens: int = 0  # sampled; with several steps in flight, those dropped after an end included
+    num_prompt_tokens: int = 0  # computed in prefill, including those computed again after a preemption
+    num_output_tokens: int = 0  # sampled, including those that a step in flight samples after a sequence has ended
     prefill_seconds: float = 0.0  # steps with at least one prefill chunk
     decode_seconds: float = 0.0  # all others
     num_preemptions: int = 0
-    num_prefix_queries: int = 0  # prompt tokens looked for in the prefix cache
+    num_prefix_queries: int = 0  # tokens looked up in the prefix cache
     num_prefix_hits: int = 0  # of those, found
 
     def since(self, earlier: EngineStatistics) -> EngineStatistics:
+        """Returns the differences from `earlier`, an earlier copy."""
         return EngineStatistics(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
 
     def copy(self) -> EngineStatistics:

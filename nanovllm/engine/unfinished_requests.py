@@ -14,7 +14,7 @@ from nanovllm.requests.parallel_sampling import ParallelSamplingTable
 
 @dataclass(frozen=True)
 class SubmittedStep:
-    """A step that the executor has and whose tokens are not collected yet."""
+    """A step that the executor runs and whose result is not collected yet."""
 
     batch: ScheduledBatch
     handle: StepHandle
@@ -22,12 +22,12 @@ class SubmittedStep:
 
 
 class UnfinishedRequests:
-    """The sequences that have no output yet, the steps in flight, and the outputs that nobody has fetched."""
+    """The sequences that have no output yet, the steps in flight, and the outputs that `step` has not returned yet."""
 
     def __init__(self) -> None:
-        self.sequences: dict[str, Sequence] = {}  # by id: the request's, or that of one of its completions
+        self.sequences: dict[str, Sequence] = {}  # by the request's id, or with n > 1 by the completion's
         self.parallel = ParallelSamplingTable()
-        self.aborted: dict[str, Sequence] = {}  # ended between steps; the next step makes their outputs
+        self.aborted: dict[str, Sequence] = {}  # aborted between steps; the next step builds their outputs
         self.steps: deque[SubmittedStep] = deque()  # oldest first
         self.outputs: list[RequestOutput] = []
 
@@ -53,7 +53,7 @@ class UnfinishedRequests:
         self.parallel.forget(request_id)
 
     def take_outputs(self, request_ids: Container[str] | None) -> list[RequestOutput]:
-        """Removes and returns the outputs of `request_ids`; None: all."""
+        """Removes and returns the outputs of `request_ids`, or all of them for None."""
         outputs, self.outputs = self.outputs, []
         if request_ids is not None:
             self.outputs = [output for output in outputs if output.request_id not in request_ids]
@@ -61,10 +61,11 @@ class UnfinishedRequests:
         return outputs
 
     def drop_outputs(self, request_ids: Collection[str]) -> None:
+        """Removes the outputs of `request_ids`."""
         self.outputs = [output for output in self.outputs if output.request_id not in request_ids]
 
     def clear(self) -> None:
-        """Forgets what a failed step can no longer finish; outputs that are built stay."""
+        """Forgets all requests and steps, which a failed step cannot finish. Outputs that are built stay."""
         self.sequences.clear()
         self.parallel.clear()
         self.aborted.clear()

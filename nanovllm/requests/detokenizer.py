@@ -1,28 +1,28 @@
-"""Detokenizer: text as its tokens come; StopStrings: the strings that end it.
+"""Incremental text of an output: `Detokenizer` decodes tokens one after another, `StopStrings` looks for stop strings.
 
-Only streams and requests with stop strings need text before they end; the others are decoded once, at the end.
+Only streams and requests with stop strings use them. Other outputs are decoded once, at the end.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-_CONTEXT = 4  # tokens before the new ones: a token's text may depend on its left neighbour
-_REPLACEMENT = "\ufffd"  # what a decoder shows for bytes that are not a character, or not yet
-_MAX_HELD = 3  # bytes of an incomplete character, shown as one replacement or as one each
+_CONTEXT = 4  # tokens decoded again before the new ones, since a token's text may depend on those to its left
+_REPLACEMENT = "\ufffd"  # stands for bytes that are not a character, or not a complete one yet
+_MAX_HELD = 3  # an incomplete character at the end of the text decodes to at most this many replacements
 
 
 class Detokenizer:
-    """Decodes a growing list of tokens. Text that it returned never changes and never ends in half a character."""
+    """Decodes a growing list of tokens. Text that it has returned never changes, and ends with a whole character."""
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._window: list[int] = []  # the newest tokens, from `_CONTEXT` before the first that is not fully shown
-        self._num_shown = 0  # characters of the window's text
+        self._window: list[int] = []  # the newest tokens: those not fully shown, and `_CONTEXT` before them
+        self._num_shown = 0  # characters of the window's text that were returned
 
     def add(self, *token_ids: int) -> str:
-        """Returns the characters that these tokens complete; "" when a character needs more tokens."""
+        """Returns the characters that these tokens complete; "" if the character needs more tokens."""
         self._window += token_ids
         text = decode(self._tokenizer, self._window, self._skip_special_tokens)
         num_held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_HELD)
@@ -35,7 +35,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Watches the text of one output for the strings that end it."""
+    """Watches the text of one output for stop strings."""
 
     def __init__(
         self, stop: tuple[str, ...], detokenizer: Detokenizer, include_stop: bool, min_tokens: int = 0
@@ -44,13 +44,16 @@ class StopStrings:
         self._stop = stop
         self._detokenizer = detokenizer
         self._include_stop = include_stop
-        self._num_ignored = min_tokens  # tokens that complete no stop string
+        self._num_ignored = min_tokens  # tokens left in which stop strings do not count
 
     def add(self, token_id: int) -> str | None:
-        """Returns the stop string that this token completes, the leftmost if several; `text` then ends there."""
+        """Returns the stop string that this token completes, the leftmost if there are several, and cuts `text` there.
+
+        Returns None if it completes none.
+        """
         known = len(self.text)
         self.text += self._detokenizer.add(token_id)
-        starts = {stop: max(0, known + 1 - len(stop)) for stop in self._stop}  # a stop string ends in what is new
+        starts = {stop: max(0, known + 1 - len(stop)) for stop in self._stop}  # must end in the new text
         found = [(at, stop) for stop, start in starts.items() if (at := self.text.find(stop, start)) >= 0]
         self._num_ignored -= 1
         if not found or self._num_ignored >= 0:
@@ -61,6 +64,6 @@ class StopStrings:
 
 
 def decode(tokenizer: Any, token_ids: list[int], skip_special_tokens: bool) -> str:
-    """Returns the tokens' text. Spaces are not cleaned up: that would change text that was already shown."""
+    """Returns the text of the tokens. Spaces are not cleaned up, since that could change text already shown."""
     text: str = tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
     return text

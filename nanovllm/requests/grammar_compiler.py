@@ -1,8 +1,8 @@
-"""GrammarCompiler: compiles the grammars of structured outputs against the vocabulary, beside the running requests.
+"""GrammarCompiler: compiles the grammars of structured outputs against the vocabulary, while other requests run.
 
-A grammar is read when its request is prepared (`grammar_reader`) and compiled in a thread, which takes up to seconds,
-while the request waits. Compiled grammars are kept for requests that ask for the same. xgrammar is an extra, imported
-by the first request that needs it; only the three files grammar_*.py use it.
+A grammar is read when its request is prepared (`grammar_reader`). It is compiled in a thread, which takes up to
+seconds, while the request waits. Compiled grammars are kept for later requests with the same grammar. xgrammar is an
+optional dependency, imported by the first request that needs it; only the files grammar_*.py use it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _NUM_THREADS = 4
 _CACHE_BYTES = 2**28
-_IDLE_SECONDS = 0.05  # to wait for a grammar when there is nothing else to do
+_IDLE_SECONDS = 0.05  # how long `collect` waits for a grammar when there is nothing else to do
 
 
 class GrammarCompiler:
@@ -39,9 +39,9 @@ class GrammarCompiler:
         self._read = functools.lru_cache(maxsize=256)(read_grammar)
 
     def read(self, params: StructuredOutputsParams) -> Grammar:
-        """Reads a grammar, in any thread.
+        """Reads a grammar. Any thread may call it.
 
-        Raises InvalidArgumentError for a text that xgrammar cannot read, and where xgrammar or a tokenizer is missing.
+        Raises InvalidArgumentError for a text that xgrammar cannot read, and when xgrammar or a tokenizer is missing.
         """
         if self._tokenizer is None or not self._resolved.eos_token_ids:
             allowed = "None for an engine without a tokenizer, or a model without an end-of-sequence token"
@@ -49,18 +49,18 @@ class GrammarCompiler:
         return self._read(params)
 
     def start(self, sequence: Sequence, grammar: Grammar) -> None:
-        """Begins to compile. `sequence` waits for its grammar until `collect` hands it over."""
+        """Begins to compile a grammar. `sequence` waits until `collect` gives it the result."""
         params = sequence.params.structured_outputs
         assert isinstance(params, StructuredOutputsParams), "only a sequence that asks for structured outputs compiles"
-        if self._compiler is None:  # before the first that needs it, so that it has its thread first
+        if self._compiler is None:  # submitted before the first grammar, which waits for it, so that it gets a thread
             self._compiler = self._threads.submit(_make_compiler, self._tokenizer, self._resolved)
         sequence.waits_for_grammar = True
         self._compiling[self._threads.submit(self._compile, self._compiler, grammar, params)] = sequence
 
     def collect(self, idle: bool) -> list[Sequence]:
-        """Hands compiled grammars to their sequences. Returns those whose grammar failed: their `error` says why.
+        """Gives compiled grammars to their sequences. Returns those whose grammar failed, with the reason in `error`.
 
-        idle: the caller has nothing else to do, and waits a little.
+        idle: the caller has nothing else to do, so wait a little if no grammar is ready.
         """
         if idle and self._compiling:
             wait(self._compiling, _IDLE_SECONDS, FIRST_COMPLETED)
@@ -76,6 +76,7 @@ class GrammarCompiler:
         return failed
 
     def shutdown(self) -> None:
+        """Cancels the grammars that are not being compiled yet, without waiting for the others."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, compiler: Future[Any], grammar: Grammar, params: StructuredOutputsParams) -> GrammarMatcher:
@@ -93,7 +94,7 @@ def _make_compiler(tokenizer: PreTrainedTokenizerBase, resolved: ResolvedConfig)
 
     sizes: dict[str, Any] = {"vocab_size": resolved.vocab_size, "stop_token_ids": list(resolved.eos_token_ids)}
     info = xgrammar.TokenizerInfo.from_huggingface(tokenizer, **sizes)
-    special = set(tokenizer.all_special_ids)  # nothing of them is in the text, so they fit nowhere
+    special = set(tokenizer.all_special_ids)  # they add nothing to the text, so no grammar may use them
     texts = [b"" if token_id in special else text for token_id, text in enumerate(info.decoded_vocab)]
     info = xgrammar.TokenizerInfo(texts, xgrammar.VocabType.RAW, add_prefix_space=info.add_prefix_space, **sizes)
     return xgrammar.GrammarCompiler(info, max_threads=_NUM_THREADS, cache_limit_bytes=_CACHE_BYTES)

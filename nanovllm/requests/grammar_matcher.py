@@ -28,19 +28,21 @@ class GrammarMatcher:
             raise ValueError("no text fits it")
 
     def accept(self, token_id: int) -> InvalidArgumentError | None:
-        """Takes the output's next token. The error: a grammar that leads to where no token may follow."""
+        """Takes the output's next token. Returns an error if the grammar allows no token after it, else None."""
         self._num_tokens += 1
         if self._matcher.accept_token(token_id) and self._fill():
             return None
         return grammar_error(self._params, f"no token may follow the first {self._num_tokens} of this output")
 
     def _fill(self) -> bool:
+        """Updates the mask. Returns whether it allows any token."""
         self._matcher.fill_next_token_bitmask(self.mask)
         self.mask[-1] &= self._last_word
         return bool(self.mask.any())
 
 
 def grammar_error(params: StructuredOutputsParams, why: object) -> InvalidArgumentError:
+    """Returns the error for a grammar that cannot be used. why: the reason, such as an error of xgrammar."""
     reason = re.sub(r"\[\d\d:\d\d:\d\d\] \S+: (?:Check failed: .*? is false: )?", "", str(why)).strip().rstrip(".")
     kind = params.kind
     return InvalidArgumentError(

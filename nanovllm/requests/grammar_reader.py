@@ -1,4 +1,4 @@
-"""Reads the structured output that a request asks for, in about a millisecond, and refuses what cannot be enforced."""
+"""Reads the grammar of a request with structured outputs, in about a millisecond. Refuses what cannot be enforced."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from nanovllm.errors import InvalidArgumentError
 from nanovllm.requests.grammar_matcher import grammar_error
 from nanovllm.sampling_params import StructuredOutputsParams
 
-Grammar: TypeAlias = Any  # xgrammar.Grammar: read, not compiled yet
+Grammar: TypeAlias = Any  # xgrammar.Grammar, not compiled yet
 
-# Keywords of JSON Schema that xgrammar reads and does not enforce.
+# Keywords of JSON Schema that xgrammar accepts but does not enforce.
 _NOT_ENFORCED = {"not", "if", "uniqueItems", "contains", "dependentRequired", "dependentSchemas", "dependencies"}
 _NAMED_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions"}  # keys below these are names
-_VALUES = {"enum", "const", "default", "examples"}  # what is below these is no schema
+_VALUES = {"enum", "const", "default", "examples"}  # what is below these is not a schema
 
 
 def read_grammar(params: StructuredOutputsParams) -> Grammar:
-    """Reads a schema, regex, choice or grammar. Raises InvalidArgumentError where xgrammar cannot enforce it."""
+    """Reads a schema, regex, choice or grammar. Raises InvalidArgumentError if xgrammar cannot enforce it."""
     try:
         from xgrammar import Grammar as Reader
     except ImportError as error:
@@ -41,7 +41,7 @@ def read_grammar(params: StructuredOutputsParams) -> Grammar:
 
 
 def _enforceable(schema: Any, names: bool = False) -> Any:
-    """Returns a schema that xgrammar enforces as it stands. Raises ValueError for keywords that it would ignore.
+    """Returns an equivalent schema that xgrammar fully enforces. Raises ValueError for keywords that it would ignore.
 
     names: the keys of `schema` are names of properties or definitions, not keywords.
     """
@@ -51,16 +51,16 @@ def _enforceable(schema: Any, names: bool = False) -> Any:
         return schema
     if names:
         return {name: _enforceable(item) for name, item in schema.items()}
-    passed_over = [keyword for keyword in schema if keyword in _NOT_ENFORCED and schema[keyword] is not False]
-    if passed_over or len(schema.get("allOf", ())) > 1:
-        raise ValueError(f"{(passed_over or ['allOf'])[0]!r} cannot be enforced")
+    ignored = [keyword for keyword in schema if keyword in _NOT_ENFORCED and schema[keyword] is not False]
+    if ignored or len(schema.get("allOf", ())) > 1:
+        raise ValueError(f"{(ignored or ['allOf'])[0]!r} cannot be enforced")
     bounds = schema.get("minLength", 0), schema.get("maxLength", "")
     schema = {
         keyword: value if keyword in _VALUES else _enforceable(value, keyword in _NAMED_SCHEMAS)
         for keyword, value in schema.items()
         if keyword not in ("minLength", "maxLength")
     }
-    if bounds != (0, ""):  # xgrammar's own strings of a bounded length hold raw control characters
+    if bounds != (0, ""):  # a pattern instead, since xgrammar would allow raw control characters in bounded strings
         if "pattern" in schema:
             raise ValueError("'pattern' with 'minLength' or 'maxLength' cannot be enforced")
         schema["pattern"] = f"^[\\s\\S]{{{bounds[0]},{bounds[1]}}}$"

@@ -1,4 +1,4 @@
-"""OutputBuilder: from a sequence's tokens to the outputs that users see."""
+"""OutputBuilder: turns the tokens of sequences into the outputs that users see."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 class NewTokens(NamedTuple):
-    """Output tokens of a request, and, where it asked for them, log-probabilities as `CompletionOutput` has them."""
+    """Output tokens of a sequence, and their log-probabilities as in `CompletionOutput`; None if not requested."""
 
     token_ids: list[int]
     logprobs: list[dict[int, Logprob]] | None
 
     def extend(self, new: NewTokens) -> None:
-        """Takes in the tokens that follow."""
+        """Appends the tokens that follow."""
         self.token_ids.extend(new.token_ids)
         if self.logprobs is not None and new.logprobs is not None:
             self.logprobs.extend(new.logprobs)
 
 
 class OutputBuilder:
-    """Builds outputs of one model. tokenizer None: they have no text."""
+    """Builds outputs. tokenizer: None if they have no text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
         self._tokenizer = tokenizer
@@ -47,7 +47,7 @@ class OutputBuilder:
         )
 
     def request(self, sequence: Sequence, completion: CompletionOutput) -> RequestOutput:
-        """Returns the output of a request that is one sequence."""
+        """Returns the output of a request with a single completion."""
         metrics = sequence.metrics()
         return RequestOutput(
             request_id=sequence.request_id,
@@ -62,7 +62,7 @@ class OutputBuilder:
         )
 
     def _text(self, sequence: Sequence) -> str:
-        """Returns the text of an output; "" without a tokenizer, or where none is wanted."""
+        """Returns the text of an output; "" without a tokenizer, or with detokenize=False."""
         params, reason = sequence.params, sequence.stop_reason
         if self._tokenizer is None or not params.detokenize:
             return ""
@@ -74,19 +74,20 @@ class OutputBuilder:
         return decode(self._tokenizer, token_ids, params.skip_special_tokens)
 
     def new_tokens(self, sequence: Sequence, token_ids: IntArray, start: int = 0) -> NewTokens:
-        """Returns the output tokens from `start` on. token_ids: the sequence's prompt and output."""
+        """Returns the output tokens from index `start` on. token_ids: the sequence's prompt and output."""
         new = token_ids[sequence.num_prompt_tokens + start :].tolist()
         asked = sequence.params.logprobs is not None
         return NewTokens(new, self._logprobs(new, sequence.logprobs[start:]) if asked else None)
 
     def _prompt_logprobs(self, sequence: Sequence) -> list[dict[int, Logprob] | None] | None:
-        """Returns `RequestOutput.prompt_logprobs`; an aborted request has as many as were computed."""
+        """Returns `RequestOutput.prompt_logprobs`. An aborted request has as many as were computed."""
         if sequence.params.prompt_logprobs is None:
             return None
         scores = sequence.prompt_logprobs
         return [None, *self._logprobs(sequence.prompt_token_ids[1 : len(scores) + 1], scores)]
 
     def _logprobs(self, token_ids: list[int], scores: list[TokenLogprob]) -> list[dict[int, Logprob]]:
+        """Returns, for each token, its own log-probability first, then those of the most likely tokens."""
         rows: list[dict[int, Logprob]] = []
         for token_id, own in zip(token_ids, scores, strict=True):
             row = {token_id: Logprob(own.logprob, own.rank, self._token(token_id))}

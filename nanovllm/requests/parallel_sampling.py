@@ -1,8 +1,7 @@
 """Parallel sampling (`SamplingParams.n`): several completions of one prompt, each a sequence that shares its blocks.
 
-Scheduler and runner do not know of it. The first sequence computes the prompt; the others find its full blocks in the
-prefix cache, already in the same step, and compute the rest of the last block. Without prefix caching each computes the
-whole prompt.
+Scheduler and runner do not know of it. The first sequence computes the prompt. The others find its full blocks in the
+prefix cache, even in the same step, and compute only the rest. Without prefix caching each computes the whole prompt.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ class ParallelSampling:
         self._outputs: dict[str, RequestOutput] = {}
 
     def add(self, output: RequestOutput) -> RequestOutput | None:
-        """Takes the output of one completion. Returns the request's output when it was the last."""
+        """Takes the output of one completion. Returns the request's output once all have ended, else None."""
         self._outputs[output.request_id] = output
         if len(self._outputs) < len(self.ids):
             return None
@@ -41,16 +40,16 @@ class ParallelSampling:
             outputs[0],
             request_id=self.request_id,
             outputs=[replace(each.outputs[0], index=index) for index, each in enumerate(outputs)],
-            metrics=_joined([each.metrics for each in outputs if each.metrics is not None]),
+            metrics=_joined_metrics([each.metrics for each in outputs if each.metrics is not None]),
             error=errors[0] if errors else None,
         )
 
 
 class ParallelSamplingTable:
-    """The requests of several completions that have not ended."""
+    """The unfinished requests with several completions."""
 
     def __init__(self) -> None:
-        self._by_id: dict[str, ParallelSampling] = {}  # by the request's id, and by those of its sequences
+        self._by_id: dict[str, ParallelSampling] = {}  # by the id of the request, and by those of its sequences
 
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._by_id
@@ -59,16 +58,16 @@ class ParallelSamplingTable:
         self._by_id |= dict.fromkeys([request.request_id, *request.ids], request)
 
     def sequence_ids(self, request_id: str) -> list[str]:
-        """Returns the ids of a request's sequences: its own id, or those of its completions."""
+        """Returns the ids of a request's sequences: those of its completions, or its own id for a single one."""
         request = self._by_id.get(request_id)
         return request.ids if request is not None and request.request_id == request_id else [request_id]
 
     def ids_but_first(self) -> set[str]:
-        """Returns the ids of the sequences that share their prompt with the first of their request."""
+        """Returns the ids of all sequences but the first of each request, with which they share the prompt."""
         return {sequence_id for request in self._by_id.values() for sequence_id in request.ids[1:]}
 
     def join(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
-        """Replaces the outputs of completions by that of their request, once the last of them has ended."""
+        """Returns outputs of whole requests. Keeps the outputs of completions until all of their request have ended."""
         joined: list[RequestOutput] = []
         for output in outputs:
             request = self._by_id.get(output.request_id)
@@ -79,6 +78,7 @@ class ParallelSamplingTable:
         return joined
 
     def forget(self, request_id: str) -> None:
+        """Removes a request; ignores other ids."""
         request = self._by_id.get(request_id)
         if request is not None and request.request_id == request_id:
             for name in (request_id, *request.ids):
@@ -88,8 +88,8 @@ class ParallelSamplingTable:
         self._by_id.clear()
 
 
-def _joined(metrics: list[RequestMetrics]) -> RequestMetrics:
-    """Returns the earliest start and the latest end of all, with the sums of their tokens and preemptions."""
+def _joined_metrics(metrics: list[RequestMetrics]) -> RequestMetrics:
+    """Returns the earliest start and the latest end of all, and the sums of their tokens and preemptions."""
 
     def known(name: str) -> list[float]:
         return [value for each in metrics if (value := getattr(each, name)) is not None]

@@ -1,4 +1,4 @@
-"""PreparedRequest: a request that is tokenised and checked, and not yet part of an engine."""
+"""PreparedRequest: a request that is tokenised and checked, but not queued yet; RequestPreparation makes them."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """What `LLMEngine.prepare` makes and `LLMEngine.enqueue` takes."""
+    """A request as `LLMEngine.prepare` returns it and `LLMEngine.enqueue` takes it."""
 
-    prompt: str | None  # as it was given; None when it was token ids
+    prompt: str | None  # None if it was given as token ids
     token_ids: IntArray  # [num_prompt_tokens]
     params: SamplingParams
-    logit_edits: LogitEdits | None  # None: its logits stay as they are
+    logit_edits: LogitEdits | None  # None: its logits are not changed
     grammar: Grammar | None  # of structured outputs, not compiled yet
 
 
 class RequestPreparation:
-    """Prepares requests for one model, in any thread: it holds no state of the engine."""
+    """Prepares requests for one model. Any thread may use it, as it holds no state of the engine."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase | None, resolved: ResolvedConfig, grammars: GrammarCompiler
@@ -63,7 +63,7 @@ class RequestPreparation:
     def sequence(
         self, request: PreparedRequest, seq_id: int, request_id: str, params: SamplingParams, seed: int
     ) -> Sequence:
-        """Returns a waiting sequence. params: of this completion. seed: used when `params` has none."""
+        """Returns a waiting sequence. params: those of this completion. seed: used if `params` has none."""
         sequence = Sequence.from_prompt(
             seq_id,
             request_id,
@@ -81,7 +81,7 @@ class RequestPreparation:
         return sequence
 
     def _logit_edits(self, params: SamplingParams, num_prompt_tokens: int) -> LogitEdits | None:
-        """Returns what the request does to its logits, if anything."""
+        """Returns the request's logit edits; None if it has none. Raises InvalidArgumentError for unknown token ids."""
         vocab_size = self._resolved.vocab_size
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             for token in getattr(params, name) or ():
@@ -93,8 +93,8 @@ class RequestPreparation:
         return read_logit_edits(params, num_prompt_tokens, ends, self._bad_words(params), vocab_size)
 
     def _bad_words(self, params: SamplingParams) -> list[tuple[int, ...]]:
-        """Returns each word as tokens twice: as it begins a text, and as it follows a space."""
-        words: dict[tuple[int, ...], None] = {}  # in their order, each once
+        """Returns the tokens of each word, with and without a leading space."""
+        words: dict[tuple[int, ...], None] = {}  # a dictionary, to keep the order and drop duplicates
         for word in params.bad_words or ():
             for text in (word.lstrip(), f" {word.lstrip()}"):
                 token_ids = self._tokenization.encode(text, "bad_words", add_special_tokens=False)

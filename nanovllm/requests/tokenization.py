@@ -1,4 +1,4 @@
-"""Tokenization: from a prompt, in any of the forms that users give, to checked token ids."""
+"""Tokenization: turns a prompt, in any of its forms, into checked token ids."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from nanovllm.errors import InvalidArgumentError, ModelLoadError, RequestTooLarg
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A text, token ids, or vLLM's {"prompt": text} and {"prompt_token_ids": ids}.
+# A text, token ids, or as in vLLM {"prompt": text} or {"prompt_token_ids": ids}.
 Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
 
 
 class Tokenization:
-    """Turns the prompts of one model into token ids. tokenizer None: prompts must be token ids."""
+    """Turns the prompts of one model into token ids. tokenizer: None if prompts must be token ids."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None, resolved: ResolvedConfig) -> None:
         self._tokenizer = tokenizer
         self._resolved = resolved
 
     def read(self, prompt: Prompt) -> tuple[str | None, IntArray]:
-        """Returns the text, where there is one, and the token ids [num_tokens]. Raises as `LLMEngine.prepare` does."""
+        """Returns the text, if any, and the token ids [num_tokens]. Raises as `LLMEngine.prepare` does."""
         text: str | None = prompt if isinstance(prompt, str) else None
         token_ids: Any = prompt
         if isinstance(prompt, Mapping):
@@ -46,13 +46,13 @@ class Tokenization:
         return text, token_ids
 
     def encode(self, text: str, field: str = "prompt", add_special_tokens: bool = True) -> Any:
-        """Returns the text's token ids. field: the argument that an error names."""
+        """Returns the token ids of `text`. field: the name of the argument, for errors."""
         if self._tokenizer is None:
             allowed = f"{'token ids' if field == 'prompt' else 'None'}, since there is no tokenizer"
             raise InvalidArgumentError(field, text, allowed, "Leave skip_tokenizer_init out.")
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
-        except (TypeError, UnicodeError) as error:  # lone surrogates, which no UTF-8 has
+        except (TypeError, UnicodeError) as error:  # lone surrogates, which UTF-8 cannot encode
             raise InvalidArgumentError(field, text, f"a text that can be encoded ({error})") from None
 
     def _check_token_ids(self, prompt: Any) -> IntArray:
@@ -87,7 +87,10 @@ class Tokenization:
 
 
 def load_tokenizer(config: EngineConfig, folder: str) -> PreTrainedTokenizerBase:
-    """Raises ModelLoadError when there is none: a model without one needs `tokenizer` or `skip_tokenizer_init`."""
+    """Returns the tokenizer that `config` names, or the one in the model's `folder`.
+
+    Raises ModelLoadError when there is none: such a model needs `tokenizer` or `skip_tokenizer_init`.
+    """
     from transformers import AutoTokenizer
 
     from nanovllm.models.checkpoint import resolve_model_folder

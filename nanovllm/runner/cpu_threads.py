@@ -1,9 +1,9 @@
-"""How torch's threads share the cores of a CPU with other work.
+"""Chooses how many threads torch uses on a CPU, and how long they spin.
 
-OpenMP threads spin while they wait for one another, by default for milliseconds. Beside other work on the cores, a
-spinning thread keeps the one that it waits for from running, and each of the many small operators of a step takes
-milliseconds. The engine therefore lets GNU OpenMP spin briefly, which it reads only once, when torch is imported, and
-uses one thread where a measurement shows that more are slower. What the user has set stays.
+OpenMP threads spin while they wait for one another, by default for milliseconds. When other work uses the cores, a
+spinning thread keeps the thread that it waits for from running, and each of the many small operators of a step takes
+milliseconds. The engine therefore makes GNU OpenMP spin only briefly, a setting that is read once, when torch is
+imported. It uses one thread if a measurement shows that more are slower. Settings made by the user are kept.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from nanovllm.utils.logger import setup_logger
 logger = setup_logger(__name__)
 
 _ROUNDS, _PRODUCTS = 4, 8
-_SLOWER = 3.0  # all threads must take this many times as long as one before one is used
+_SLOWER = 3.0  # one thread is used if all threads take more than this many times as long
 
 
 def load_torch(device: str) -> bool:
-    """Imports torch for an engine on `device`. Returns whether it was not imported before."""
+    """Imports torch for an engine on `device`. Returns False if it was imported before."""
     if "torch" in sys.modules:
         return False
     if device.startswith("cuda") or env.omp_wait_policy() or env.gomp_spincount():
@@ -35,17 +35,17 @@ def load_torch(device: str) -> bool:
 
 
 def uses_cpu(device: str) -> bool:
-    """Whether an engine with the argument `device` computes on a CPU."""
+    """Returns whether an engine with the argument `device` computes on a CPU."""
     import torch
 
     return device == "cpu" or (device == "auto" and not torch.cuda.is_available())
 
 
 def choose_cpu_threads(is_fresh: bool, num_ranks: int = 1) -> None:
-    """Sets torch's number of threads in this process, if it is the engine's choice, and logs the reason.
+    """Sets torch's number of threads in this process unless the user has set it, and logs the number and the reason.
 
-    is_fresh: what `load_torch` returned; code that imported torch before may have set the number. num_ranks: each
-    further rank gets its share of the number.
+    is_fresh: what `load_torch` returned. If it is False, the code that imported torch may have set the number.
+    num_ranks: for the log; each further rank gets its share of the number.
     """
     import torch
 
@@ -63,9 +63,9 @@ def choose_cpu_threads(is_fresh: bool, num_ranks: int = 1) -> None:
 
 
 def _measured_choice(num_threads: int) -> tuple[int, str]:
-    """Returns `num_threads`, or 1 where that is much faster, and what was measured."""
+    """Returns `num_threads`, or 1 if that is much faster, and what was measured."""
     times = {1: 0.0, num_threads: 0.0}
-    for _ in range(_ROUNDS):  # in turns, so that other work slows both
+    for _ in range(_ROUNDS):  # alternating, so that other work slows both
         for count in times:
             times[count] += _product_ms(count) / _ROUNDS
     measured = f"a small product takes {times[num_threads]:.2f} ms with {num_threads} threads, {times[1]:.2f} ms with 1"
@@ -75,7 +75,7 @@ def _measured_choice(num_threads: int) -> tuple[int, str]:
 
 
 def _product_ms(num_threads: int) -> float:
-    """Returns the mean time of a product as small as those of a decode step."""
+    """Returns the mean milliseconds of a matrix product as small as those of a decode step."""
     import torch
 
     from nanovllm.kernels.linear import linear, pack_weight

@@ -1,8 +1,7 @@
-"""DecodeGraphs: the decode step recorded once for a batch size, then replayed with one launch.
+"""DecodeGraphs: CUDA graphs of the decode step, one per batch size, each replayed with one launch.
 
-A graph holds the whole step, from reading the rows' last tokens to writing the sampled ones back. It is
-captured when its size is first needed; sizes between two captured ones run as the next larger, padded
-with the null row.
+A graph holds the whole step, from reading the rows' last tokens to appending the sampled ones. It is captured when its
+size is first needed. A batch runs with the next larger size in `sizes`, padded with the null row.
 """
 
 from __future__ import annotations
@@ -21,11 +20,14 @@ from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
-DecodeStep = Callable[[torch.Tensor, StepNeeds], SampledTokens]  # rows [size] int32 → a token each
+DecodeStep = Callable[[torch.Tensor, StepNeeds], SampledTokens]  # takes rows [size] int32, samples a token for each
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes that get a graph: 1, 2, 4, 8, then steps of 8 to 128 and of an eighth above, up to `max_num_seqs`."""
+    """Returns the batch sizes that get a graph, up to `max_num_seqs`.
+
+    They are 1, 2, 4, 8, then multiples of 8 up to 128, then about an eighth apart.
+    """
     sizes = {1, 2, 4, max_num_seqs}
     size = 8
     while size < max_num_seqs:
@@ -37,13 +39,13 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    sampled: SampledTokens  # what a replay writes
+    sampled: SampledTokens  # each replay writes its results here
 
 
 class DecodeGraphs:
-    """Captures `decode_step` by size and by what its rows need.
+    """Captures and replays `decode_step`, with a graph for each pair of size and StepNeeds.
 
-    All graphs share one pool of memory, for only one runs at a time.
+    All graphs share one memory pool, since only one runs at a time.
     """
 
     def __init__(self, decode_step: DecodeStep, max_num_seqs: int, null_row: int, device: torch.device) -> None:
@@ -51,12 +53,12 @@ class DecodeGraphs:
         self._null_row = null_row
         self._device = device
         self.sizes = graph_sizes(max_num_seqs)
-        self._rows = torch.full((max_num_seqs,), null_row, dtype=torch.int32, device=device)  # what replays read
+        self._rows = torch.full((max_num_seqs,), null_row, dtype=torch.int32, device=device)  # the graphs' input
         self._captured: dict[tuple[int, StepNeeds], _Captured] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
     def replay(self, rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
-        """Decodes `rows` [num_rows] int32 → a token each, valid until the next replay."""
+        """Decodes `rows` [num_rows] int32. Returns a token for each; the tensors are valid until the next replay."""
         size = self.sizes[bisect.bisect_left(self.sizes, len(rows))]
         captured = self._captured.get((size, needs))
         if captured is None:
@@ -67,13 +69,13 @@ class DecodeGraphs:
         return captured.sampled.first(len(rows))
 
     def capture(self, size: int, needs: StepNeeds) -> _Captured:
-        """Records the step for `size` rows. Only the null row is computed on, so that no sequence notices."""
+        """Captures the step for `size` rows. It runs on the null row only, so that no sequence changes."""
         started = time.perf_counter()
         rows = self._rows[:size]
         rows.fill_(self._null_row)
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):  # compiles kernels and lets libraries allocate before anything is recorded
+        with torch.cuda.stream(stream):  # kernels compile and libraries allocate before anything is captured
             self._decode_step(rows, needs)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()

@@ -12,8 +12,10 @@ _TORCH_DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.float32): torch.fl
 
 
 class DeviceBatch:
-    """Gives the batch's sections as tensors. `words` is the buffer on the device, int32; what is in `host` is known
-    without waiting for the device.
+    """The sections of a batch as tensors on the device.
+
+    host: the same batch on the host, whose values are known without waiting for the device.
+    words: its buffer on the device, [num_words] int32.
     """
 
     def __init__(self, host: ScheduledBatch, words: torch.Tensor) -> None:
@@ -21,18 +23,19 @@ class DeviceBatch:
         self._words = words
 
     def has(self, section: str) -> bool:
+        """Returns whether the section has any items."""
         place = self.host.sections[section]
         return place.offset < place.end
 
     def values(self, section: str) -> torch.Tensor:
-        """A section of plain integers: a view [num_items] int32."""
+        """Returns a section of plain integers, [num_items] int32, as a view."""
         place = self.host.sections[section]
         return self._words[place.offset : place.end]
 
     def columns(self, section: str, contiguous: bool = False) -> dict[str, torch.Tensor]:
-        """The fields of a section whose records have only integers, each [num_items] int32.
+        """Returns the fields of a section whose records have only integers, each [num_items] int32.
 
-        Views of the buffer, or, where kernels read them, `contiguous` copies.
+        They are views of the buffer, or copies if `contiguous`, as kernels need them.
         """
         place = self.host.sections[section]
         columns = self._records(section).t()
@@ -40,9 +43,9 @@ class DeviceBatch:
         return dict(zip(names, (columns.contiguous() if contiguous else columns).unbind(0), strict=True))
 
     def column(self, section: str, name: str) -> torch.Tensor:
-        """The field `name` of each item: [num_items] in its dtype, or [num_items, num_words] int32 for a record.
+        """Returns the field `name` of each item, [num_items] in its dtype; a record is [num_items, num_words] int32.
 
-        Integers and records are views.
+        int32 fields and records are views, others are copies.
         """
         record = self.host.sections[section].record
         assert record.fields is not None
@@ -52,9 +55,9 @@ class DeviceBatch:
             return words
         if dtype == np.int32:
             return words.squeeze(1)
-        # A view as int64 needs an even offset: always a copy.
+        # A copy, since a view as int64 needs an even offset.
         return words.clone(memory_format=torch.contiguous_format).view(_TORCH_DTYPES[dtype]).squeeze(1)
 
     def _records(self, section: str) -> torch.Tensor:
-        """[num_items, num_words] int32, a view."""
+        """Returns the section's items as words, [num_items, num_words] int32, as a view."""
         return self.values(section).view(-1, num_words(self.host.sections[section].record))

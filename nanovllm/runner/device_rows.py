@@ -1,10 +1,10 @@
 """DeviceRows: what the device knows of every running sequence, as tensors indexed by row.
 
-The counterpart of the scheduler's `RowTable`. A step's batch changes it, decoding advances it; nothing
-is rebuilt from Python lists, and nothing is read back but the sampled tokens.
+The counterpart of the scheduler's `RowTable`. Batches change it, and sampling appends tokens to it. It is never rebuilt
+from Python lists, and only sampled tokens and log-probabilities are read back.
 
-One row more than can run, the null row, stands for padding. It is one token long and its block table
-holds the null block, which belongs to nobody: whatever padding writes, it touches nothing.
+One more row, the null row, serves as padding. It is one token long, and its block table holds only the null block,
+which no sequence owns: what padding writes goes there.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from nanovllm.runner.device_batch import DeviceBatch
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """One forward pass: decode rows first, then the chunks."""
+    """The inputs of one forward pass: the tokens of the decode rows first, then those of the chunks."""
 
     input_ids: torch.Tensor  # [num_tokens] int32
     positions: torch.Tensor  # [num_tokens] int64
     attention: AttentionMetadata
     sampled_rows: torch.Tensor  # [num_sampled] int32
-    sampled_tokens: torch.Tensor | None  # [num_sampled] int64, where in the batch they stand; None: all, in order
+    sampled_tokens: torch.Tensor | None  # [num_sampled] int64, indices of tokens; None: all tokens, in order
 
 
 class DeviceRows:
     """Tensors of `max_num_seqs` rows and the null row.
 
-    block tables point into a cache of `null_block` blocks and the null block after them.
+    null_block: the number of the null block, which follows the blocks of the KV cache.
     """
 
     def __init__(
@@ -55,7 +55,8 @@ class DeviceRows:
         self.block_size = block_size
         self.device = device
         self.token_ids = torch.zeros(num_rows, max_model_len + 1, dtype=torch.int32, device=device)
-        self.lengths = torch.ones(num_rows, dtype=torch.int32, device=device)  # tokens known, the last one not computed
+        # Known tokens of each row. The keys and values of a decoding row's last one are not computed yet.
+        self.lengths = torch.ones(num_rows, dtype=torch.int32, device=device)
         self.block_tables = torch.full((num_rows, max_blocks), null_block, dtype=torch.int32, device=device)
         self.temperatures = torch.zeros(num_rows, dtype=torch.float32, device=device)
         self.seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
@@ -63,10 +64,10 @@ class DeviceRows:
         self.logit_edits = RowLogitEdits.zeros(num_rows, vocab_size, device)
 
     def apply(self, batch: DeviceBatch) -> None:
-        """Makes the batch's changes, in the order of its sections."""
+        """Applies the batch's changes, in the order of its sections."""
         if batch.has("closed"):
             closed = batch.values("closed").long()
-            self.lengths.index_fill_(0, closed, 1)  # assigning a number would copy it to the device, and wait
+            self.lengths.index_fill_(0, closed, 1)  # `lengths[closed] = 1` would copy the number to the device and wait
             self.block_tables.index_fill_(0, closed, self.null_block)
         if batch.has("opened"):
             self._open(batch)
@@ -93,9 +94,10 @@ class DeviceRows:
         self.token_ids[token_rows, positions] = tokens
 
     def decode_inputs(self, rows: torch.Tensor, query_group: int | None = None) -> ModelInputs:
-        """Each of `rows` [num_rows] int32 computes its last token. Runs inside a captured graph.
+        """Returns the inputs of a step in which each of `rows` [num_rows] int32 computes its last token.
 
-        query_group: query heads that share a KV head, where prefixes that rows share are to be found; else None.
+        Runs inside a captured graph. query_group: number of query heads that share a KV head, to look for prefixes that
+        rows share; None: do not look for any.
         """
         tokens = read_decode_tokens(rows, self.token_ids, self.lengths, self.block_tables, self.block_size)
         shared = None
@@ -115,7 +117,10 @@ class DeviceRows:
         )
 
     def mixed_inputs(self, batch: DeviceBatch, query_group: int | None = None) -> ModelInputs:
-        """The batch's decode rows and chunks together. Shapes and bounds come from the host: nothing is waited for."""
+        """Returns the inputs of a step that computes the batch's decode rows and chunks.
+
+        Shapes and bounds are taken from the host, so that nothing waits for the device.
+        """
         chunks, host_chunks = batch.columns("chunks", contiguous=True), batch.host.chunks
         rows, starts, lengths = chunks["row"], chunks["start"], chunks["length"]
         ends = lengths.cumsum(0)
@@ -149,10 +154,11 @@ class DeviceRows:
         )
 
     def append(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
-        """Adds one token to each of `rows` [num_rows] int32, except the null row. Runs inside a captured graph."""
+        """Appends one token to each of `rows` [num_rows] int32, except the null row. Runs inside a captured graph."""
         append_tokens(rows, token_ids, self.token_ids, self.lengths, self.null_row)
 
     def _slots(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Returns the cache slot of each token, [num_tokens] int64."""
         blocks = self.block_tables[rows, positions // self.block_size].long()
         return blocks * self.block_size + positions % self.block_size
 
@@ -160,9 +166,9 @@ class DeviceRows:
 def _expand(
     rows: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, num_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and position of each token of the ranges (row, start … start + length), one after another.
+    """Returns row and position [num_tokens] of every token of the ranges `starts` to before `starts + lengths`.
 
-    `num_tokens` is the sum of `lengths`, known on the host, so that nothing is waited for.
+    num_tokens: the sum of `lengths`, given by the host so that nothing waits for the device.
     """
     first = lengths.cumsum(0) - lengths  # where each range begins in the flat batch
     token_rows = torch.repeat_interleave(rows, lengths, output_size=num_tokens)

@@ -1,4 +1,4 @@
-"""How many blocks the KV cache gets. docs/kv-cache.md works an example through."""
+"""The size of the KV cache: how large a block is, and how many fit. docs/kv-cache.md has a worked example."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CPU_SHARE = 0.25  # of the free memory, when NANOVLLM_CPU_KVCACHE_GB is not set
 
 @dataclass(frozen=True)
 class KVCacheShape:
-    """One rank's pages. Those of an FP8 cache have a scale for each token and KV head, of keys and of values."""
+    """The shape of one rank's cache. In FP8, keys and values each have a scale for every token and KV head."""
 
     num_layers: int
     num_kv_heads: int
@@ -33,7 +33,7 @@ class KVCacheShape:
     def of(
         cls, model: ModelConfig, block_size: int, dtype: torch.dtype, num_kv_heads: int | None = None
     ) -> KVCacheShape:
-        """num_kv_heads: those of this rank; None: all."""
+        """Returns the shape for a model. num_kv_heads: the KV heads of this rank; None: all."""
         return cls(model.num_layers, num_kv_heads or model.num_kv_heads, model.head_dim, block_size, dtype)
 
     @property
@@ -42,14 +42,14 @@ class KVCacheShape:
 
     @property
     def block_bytes(self) -> int:
-        """Keys and values of one block in all layers, their scales included."""
+        """Bytes of the keys and values of one block in all layers, scales included."""
         head_bytes = self.head_dim * self.dtype.itemsize + (_SCALE_DTYPE.itemsize if self.has_scales else 0)
         return self.block_size * 2 * self.num_layers * self.num_kv_heads * head_bytes
 
     def allocate(self, num_blocks: int, device: torch.device) -> list[LayerKVCache]:
-        """`num_blocks` blocks and the null block after them, one cache a layer.
+        """Returns a cache for each layer, of `num_blocks` blocks and the null block after them.
 
-        Zeroed, since attention multiplies what lies beyond a sequence's end by zero, and NaN survives that.
+        They are zeroed: attention multiplies entries past the end of a sequence by zero, which NaN would survive.
         """
         blocks = (self.num_layers, 2, num_blocks + 1)
         pages = _zeros((*blocks, self.block_size, self.num_kv_heads, self.head_dim), self.dtype, device)
@@ -62,30 +62,30 @@ class KVCacheShape:
 def _zeros(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
-    # numpy's zeros, unlike torch's, take no memory before they are written to
+    # numpy's zeros, unlike torch's, take no memory until they are written to.
     zeros = np.zeros(math.prod(size) * dtype.itemsize, dtype=np.uint8)
     return torch.from_numpy(zeros).view(dtype).view(size)
 
 
 @dataclass(frozen=True)
 class GPUMemory:
-    """What a GPU offers the cache, in bytes."""
+    """A GPU's memory before the KV cache is allocated, in bytes."""
 
     total: int  # of the device
-    utilization: float
+    utilization: float  # the fraction of it that the engine may use
     weights: int
     activations: int  # of the largest steps; not in use now
-    free: int  # now: other processes' memory, our weights and our CUDA context are gone from it
+    free: int  # now, without the memory of weights, CUDA context and other processes
 
     @property
     def available(self) -> int:
-        """What we may use: our share less our own needs, and never more than is really free."""
+        """Bytes for the cache: the engine's share less weights and activations, and never more than is free."""
         share = int(self.total * self.utilization) - self.weights
         return min(share, self.free) - self.activations
 
     def num_blocks(self, shape: KVCacheShape) -> int:
-        """Raises OutOfMemoryError, with the numbers, when not even one block fits."""
-        num_blocks = self.available // shape.block_bytes - 1  # the null block
+        """Returns how many blocks fit. Raises OutOfMemoryError, which has the numbers, when not even one does."""
+        num_blocks = self.available // shape.block_bytes - 1  # one of them is the null block
         if num_blocks < 1:
             raise OutOfMemoryError(
                 f"No memory is left for the KV cache: the GPU has {self.total / GB:.2f} GB, of which "
@@ -97,18 +97,23 @@ class GPUMemory:
         return num_blocks
 
     def _way_out(self, needed: int) -> str:
+        """Returns what to change when `needed` bytes beside the weights are not available."""
         others = (
             f"end the other processes on this GPU, which hold {(self.total - self.free - self.weights) / GB:.2f} GB"
         )
         lower = "lower max_num_batched_tokens or max_num_seqs, which activations grow with"
-        if self.free < needed:  # a larger share of what others hold is no way out
+        if self.free < needed:  # a larger share does not help when other processes hold the memory
             return f"{others[0].upper()}{others[1:]}, or {lower}."
         share = math.ceil(100 * (self.weights + needed) / self.total) / 100
         return f"Raise gpu_memory_utilization to {share} or more, {lower}, or {others}."
 
 
 def num_cpu_blocks(shape: KVCacheShape, max_num_seqs: int, max_model_len: int) -> int:
-    """Blocks on a CPU: NANOVLLM_CPU_KVCACHE_GB, else a quarter of the free memory, at most what all rows can use."""
+    """Returns the number of blocks on a CPU. Raises OutOfMemoryError when not even one fits.
+
+    They fill NANOVLLM_CPU_KVCACHE_GB if it is set, else a quarter of the free memory, or what all rows can use if that
+    is less.
+    """
     asked = env.cpu_kvcache_gb()
     if asked is None:
         blocks_of_all_rows = max_num_seqs * -(-max_model_len // shape.block_size)

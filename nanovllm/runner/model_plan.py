@@ -1,4 +1,4 @@
-"""ModelPlan: which model, on which device, in which dtype, up to which length. Decided before anything is loaded."""
+"""ModelPlan: which model runs, on which device, in which dtype, up to which length. Made before anything is loaded."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ logger = setup_logger(__name__)
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """folder: None for a built-in shape, which has no files."""
+    """The choices that follow from the configuration and the checkpoint's config.json."""
 
-    folder: Path | None
+    folder: Path | None  # None for a built-in shape, which has no files
     model_config: ModelConfig
     device: torch.device
     dtype: torch.dtype
@@ -44,7 +44,11 @@ class ModelPlan:
 
     @classmethod
     def of(cls, config: EngineConfig) -> ModelPlan:
-        """Raises a NanoVLLMError for a model that can not be had, or a device or length that it can not have."""
+        """Returns the plan for `config`.
+
+        Raises a NanoVLLMError when the model is missing or not supported, or when it cannot run on the device or with
+        the length that `config` asks for.
+        """
         folder: Path | None = None
         if config.model in BUILTIN_SHAPES:
             if config.load_format != "dummy":
@@ -70,13 +74,16 @@ class ModelPlan:
         )
 
     def pipeline_depth(self, config: EngineConfig) -> int:
-        """Steps in flight. On a CPU nothing overlaps, and a step ahead would only compute tokens too many."""
+        """Returns the number of steps in flight.
+
+        On a CPU it is 1 by default: steps do not overlap there, and a second one would only compute superfluous tokens.
+        """
         if not overlap():
             return 1
         return config.pipeline_depth or (2 if self.device.type == "cuda" else 1)
 
     def fit_max_model_len(self, config: EngineConfig, num_slots: int) -> int:
-        """The length that a request may have when the cache holds `num_slots` tokens: each must fit alone."""
+        """Returns the maximum length of a request when the cache holds `num_slots` tokens, as each must fit alone."""
         if self.max_model_len <= num_slots:
             return self.max_model_len
         if num_slots < 2:
@@ -90,7 +97,7 @@ class ModelPlan:
 
 
 def check_tensor_parallel_size(size: int, model: ModelConfig) -> None:
-    """Raises InvalidArgumentError, which names the sizes that are possible, where heads can not be shared evenly."""
+    """Raises InvalidArgumentError, which names the possible sizes, when heads cannot be divided evenly."""
 
     def fits(size: int) -> bool:
         kv_heads = model.num_kv_heads

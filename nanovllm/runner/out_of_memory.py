@@ -1,4 +1,4 @@
-"""Turns torch's out-of-memory errors into ours, which say what to change."""
+"""Turns an out-of-memory error of torch into an OutOfMemoryError that says what to change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanovllm.utils.device_memory import describe_memory
 def step_out_of_memory(
     error: torch.OutOfMemoryError, num_tokens: int, device: torch.device, resolved: ResolvedConfig
 ) -> OutOfMemoryError:
-    """Returns the error for a step of `num_tokens` tokens: it has the numbers and the way out."""
+    """Returns the error for a step of `num_tokens` tokens, with the numbers and the settings to change."""
     blocks, tokens = resolved.num_blocks, resolved.max_num_batched_tokens
     return OutOfMemoryError(
         f"A step of {num_tokens} tokens ran out of memory: {error} {describe_memory(device)[0]}. The largest "

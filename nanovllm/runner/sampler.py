@@ -1,4 +1,4 @@
-"""Sampler: from the logits of a step's rows to a token for each, and to log-probabilities where rows ask for them."""
+"""Sampler: draws a token for each row from its logits, and computes log-probabilities if a row asks for them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _PROMPT_LOGPROB_TOKENS = 256  # prompt tokens whose logits are in memory at a ti
 
 
 class Sampler:
-    """Edits, truncates and draws, with what each row asks for in `DeviceRows`. Every rank draws the same tokens.
+    """Edits logits, truncates the distribution and draws, with the parameters of each row in `DeviceRows`.
 
-    `first_token`: the first token of this rank's share of the vocabulary. Runs inside a captured graph: it launches the
-    same kernels for the same `StepNeeds`, and waits for nothing.
+    Every rank draws the same tokens. Runs inside a captured graph: it launches the same kernels for the same
+    `StepNeeds`, and never waits for the device. first_token: the first token of this rank's share of the vocabulary.
     """
 
     def __init__(self, parallel: TensorParallel, first_token: int) -> None:
@@ -31,7 +31,7 @@ class Sampler:
         self._first_token = first_token
 
     def takes_all_logits(self, needs: StepNeeds) -> bool:
-        """Whether `__call__` takes logits of the whole vocabulary; else of this rank's share of it."""
+        """Returns whether `__call__` takes logits of the whole vocabulary, or of this rank's share of it."""
         return self._parallel.size == 1 or needs.all_logits
 
     def __call__(
@@ -39,7 +39,7 @@ class Sampler:
     ) -> SampledTokens:
         """Draws a token for each of `rows` [num_rows] int32 from logits [num_rows, vocab_size or this rank's share]."""
         state = (device_rows.temperatures, device_rows.seeds, device_rows.lengths, rows)
-        if not self.takes_all_logits(needs):  # the ranks' winners are gathered, not their logits
+        if not self.takes_all_logits(needs):  # gathers the best token of each rank, not its logits
             candidates = sample_candidates(logits, *state, first_token=self._first_token)
             return SampledTokens(best_candidates(self._parallel.all_gather(candidates)))
         edited = _edited(logits, rows, device_rows) if needs.edits_logits else logits
@@ -53,7 +53,7 @@ class Sampler:
 
 
 def _edited(logits: torch.Tensor, rows: torch.Tensor, device_rows: DeviceRows) -> torch.Tensor:
-    """[num_rows, vocab_size] fp32."""
+    """Returns the logits after penalties, biases, bans and masks, [num_rows, vocab_size] float32."""
     try:
         return edit_logits(logits, rows, device_rows.token_ids, device_rows.lengths, device_rows.logit_edits)
     except torch.OutOfMemoryError as error:
@@ -69,9 +69,10 @@ def prompt_logprobs(
     compute_logits: Callable[[torch.Tensor], torch.Tensor],
     num_top: int,
 ) -> TokenLogprobs:
-    """Log-probabilities of prompt tokens [num_tokens], from the hidden states [num_tokens, hidden_size] before them.
+    """Returns the log-probabilities of `token_ids` [num_tokens].
 
-    Computes few at a time: the logits of a whole prompt do not fit.
+    hidden: the state before each of the tokens, [num_tokens, hidden_size]. Logits are computed for a few tokens at a
+    time, since those of a whole prompt would not fit in memory.
     """
     parts = zip(hidden.split(_PROMPT_LOGPROB_TOKENS), token_ids.split(_PROMPT_LOGPROB_TOKENS), strict=True)
     return TokenLogprobs.join(token_logprobs(compute_logits(states), ids, num_top) for states, ids in parts)

@@ -1,4 +1,4 @@
-"""Startup: all that happens before a model runner's first step: loading, measuring memory, allocating the KV cache."""
+"""Startup: what happens before a model runner's first step. It loads the model and allocates the KV cache."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = setup_logger("nanovllm.engine.model_runner")  # the name that users' do
 
 
 class StartingRunner(Protocol):
-    """The model runner as start-up sees it: it sets the rows and the cache, and runs steps on them."""
+    """The part of the model runner that start-up uses: it sets `rows` and `kv_caches`, and launches steps on them."""
 
     model: CausalLM
     rows: DeviceRows
@@ -43,10 +43,10 @@ class StartingRunner(Protocol):
 
 
 class Startup:
-    """One rank's start-up. Its public methods are its parts, in their order; `stopwatch` gets a lap for each.
+    """One rank's start-up. Its public methods are its stages, to be called in order; each adds a lap to `stopwatch`.
 
-    They raise a NanoVLLMError with the way out when the model or the cache does not fit, or when a device, a dtype or
-    a backend is not available.
+    They raise a NanoVLLMError that says what to do when the model or the cache does not fit, or when a device, a dtype
+    or a backend is not available.
     """
 
     def __init__(self, config: EngineConfig, parallel: TensorParallel, stopwatch: Stopwatch) -> None:
@@ -75,7 +75,7 @@ class Startup:
 
     @property
     def query_group(self) -> int | None:
-        """Query heads that share a KV head, where decode attention reads a shared prefix once; else None."""
+        """Number of query heads that share a KV head; None if decode attention cannot read a shared prefix once."""
         if self.plan.has_fp8_cache or not self.attention.decode.uses_shared_prefixes:
             return None
         return self.plan.model_config.num_heads // self._parallel.size // self._num_kv_heads
@@ -94,7 +94,10 @@ class Startup:
         return get_model_class(context.config.architecture)(context)
 
     def load(self, runner: StartingRunner, check: Callable[[], None]) -> None:
-        """Fills the model's weights; on a GPU, compiles the kernels meanwhile. `check` may raise to end it."""
+        """Loads the model's weights and, on a GPU, compiles the kernels meanwhile.
+
+        check: called while the weights load; may raise to stop loading.
+        """
         name, rank = self.plan.folder or self._config.model, self._parallel.rank
         events.model_loading.log(logger, rank=rank, model=str(name))
         self._log_model()
@@ -102,8 +105,8 @@ class Startup:
         try:
             if self.device.type == "cuda":
                 materialise(runner.model, self.device)
-                self._allocate(runner, 0, self.plan.max_model_len)
-                if self._parallel.size == 1:  # ranks must run their collectives in one order
+                self._set_rows_and_cache(runner, 0, self.plan.max_model_len)
+                if self._parallel.size == 1:  # with threads, ranks could run collectives in different orders
                     warm_up = WarmUp(runner.launch, self._config.max_num_seqs)
             report = self._load_weights(runner.model, check)
             finish_loading(runner.model)
@@ -149,7 +152,7 @@ class Startup:
     # Cache
 
     def size_cache(self, runner: StartingRunner) -> int:
-        """Returns the blocks that the cache gets: as configured, or what fits. The same on every rank."""
+        """Returns the number of blocks of the cache: as configured, or as many as fit. The same on every rank."""
         num_blocks = self._parallel.minimum(self._num_blocks(runner), self.device)
         self._stopwatch.lap("largest steps")
         return num_blocks
@@ -180,11 +183,11 @@ class Startup:
         return memory.num_blocks(self._cache)
 
     def _measure_memory(self, runner: StartingRunner) -> GPUMemory:
-        """Runs the largest steps there can be, on a cache of the null block alone, and reads what they took."""
-        self._allocate(runner, 0, self.plan.max_model_len)
+        """Runs the largest possible steps, on a cache of the null block alone, and measures the memory they take."""
+        self._set_rows_and_cache(runner, 0, self.plan.max_model_len)
         weights = torch.cuda.memory_allocated(self.device)
         activations = 0
-        for batch in self._largest_steps():  # a decode step's memory stays with its graph, beside that of prefill
+        for batch in self._largest_steps():  # summed: a decode step's CUDA graph keeps its memory during prefill steps
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             runner.launch(batch).wait()
@@ -200,7 +203,7 @@ class Startup:
         )
 
     def _largest_steps(self) -> list[ScheduledBatch]:
-        """A prefill step and a decode step."""
+        """Returns the largest prefill step and the largest decode step."""
         config = self._config
         num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
         each, rest = divmod(config.max_num_batched_tokens, num_seqs)
@@ -215,7 +218,7 @@ class Startup:
         return [prefill, ScheduledBatch.build(0, decode_rows=range(num_seqs))]
 
     def allocate(self, runner: StartingRunner, num_blocks: int) -> int:
-        """Sets the runner's rows and cache. Returns max_model_len: at most what the cache holds."""
+        """Allocates the runner's rows and cache. Returns max_model_len, at most as many tokens as the cache holds."""
         max_model_len = self.plan.fit_max_model_len(self._config, num_blocks * self._cache.block_size)
         events.kv_cache_config.log(
             logger,
@@ -226,18 +229,18 @@ class Startup:
         )
         total_gb = num_blocks * self._cache.block_bytes / GB
         events.kv_cache_allocated.log(logger, num_blocks=num_blocks, total_gb=total_gb)
-        self._allocate(runner, num_blocks, max_model_len)
+        self._set_rows_and_cache(runner, num_blocks, max_model_len)
         self._stopwatch.lap("KV cache")
         return max_model_len
 
-    def _allocate(self, runner: StartingRunner, num_blocks: int, max_model_len: int) -> None:
-        """Sets the runner's rows, for requests of up to `max_model_len` tokens, and its cache."""
+    def _set_rows_and_cache(self, runner: StartingRunner, num_blocks: int, max_model_len: int) -> None:
+        """Allocates the runner's rows, for requests of up to `max_model_len` tokens, and its cache."""
         shape, max_num_seqs = self._cache, self._config.max_num_seqs
         try:
             vocab_size = runner.model.lm_head.vocab_size
             runner.rows = DeviceRows(max_num_seqs, max_model_len, shape.block_size, num_blocks, vocab_size, self.device)
             runner.kv_caches = shape.allocate(num_blocks, self.device)
-        except (MemoryError, RuntimeError, ValueError) as error:  # by size and device, numpy's, torch's or CUDA's
+        except (MemoryError, RuntimeError, ValueError) as error:  # numpy, torch and CUDA raise different ones
             raise OutOfMemoryError(
                 f"{num_blocks} blocks of {shape.block_bytes / GB:.4f} GB for the KV cache, and rows for "
                 f"max_num_seqs={max_num_seqs} sequences of max_model_len={max_model_len} tokens, do not fit on "
@@ -248,7 +251,7 @@ class Startup:
     # Graphs
 
     def capture(self, decode_step: DecodeStep, null_row: int) -> DecodeGraphs | None:
-        """Captures the largest graph, into whose memory the others fit. None: decode steps run without graphs."""
+        """Captures the largest graph, whose memory the others share. Returns None when steps run without graphs."""
         if not self._use_cuda_graphs:
             return None
         graphs = DecodeGraphs(decode_step, self._config.max_num_seqs, null_row, self.device)
@@ -257,7 +260,7 @@ class Startup:
         return graphs
 
     def finish(self, num_blocks: int, max_model_len: int) -> ResolvedConfig:
-        """Logs the memory in use, and returns what was decided."""
+        """Logs the memory in use and returns the settings that were chosen."""
         log_gpu_memory(logger, device=self.device, event=events.kv_cache_memory)
         config, plan = self._config, self.plan
         return ResolvedConfig(

@@ -1,4 +1,4 @@
-"""DeviceStepHandle: waits for a step that the device was given."""
+"""DeviceStepHandle: waits for a step that was launched on the device."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from nanovllm.engine.batch import StepLogprobs, StepResult
 from nanovllm.kernels.logprobs import SampledTokens, TokenLogprobs
 
-_LOOK_SECONDS = 20e-6
+_POLL_SECONDS = 20e-6
 
 
 @dataclass(frozen=True)
 class DeviceStepHandle:
-    """A launched step. Its tokens are in `sampled` once `done` has passed; None: they are there already."""
+    """A launched step, whose results are in `sampled` once the event `done` has completed."""
 
     sampled: SampledTokens  # on the host
-    done: torch.cuda.Event | None
-    began: torch.cuda.Event | None  # where the time between the two is measured
+    done: torch.cuda.Event | None  # None on a CPU, where the step is done
+    began: torch.cuda.Event | None  # None if the step's time is not measured
 
     def wait(self, check: Callable[[], None] | None = None) -> StepResult:
         if self.done is not None:
@@ -46,10 +46,10 @@ def _step_logprobs(logprobs: TokenLogprobs) -> StepLogprobs:
 
 
 def wait_for(event: torch.cuda.Event, check: Callable[[], None] | None) -> None:
-    """Returns when `event` has passed, or raises what `check` raises, called over and over meanwhile."""
+    """Waits until `event` has completed. Calls `check`, if any, repeatedly meanwhile; it may raise."""
     if check is None:
         event.synchronize()
         return
     while not event.query():
         check()
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""StepLog: what a model runner logs of its steps, at DEBUG."""
+"""StepLog: the DEBUG lines of a model runner's steps."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ class StepLog:
 
     @property
     def is_detailed(self) -> bool:
+        """Whether the log is at DEBUG."""
         return logger.isEnabledFor(logging.DEBUG)
 
     def forward(self, batch: ScheduledBatch) -> AbstractContextManager[object]:
-        """Times the part of a step that runs the model."""
+        """Returns a context that times the part of a step that runs the model."""
         return timed_section(logger, self._sections[batch.kind], device=self._device, step=batch.step)
 
     def preparing(self, batch: ScheduledBatch) -> None:

@@ -1,4 +1,4 @@
-"""WarmUp: compiles the kernels while the weights load. Each takes long, and neither needs the other."""
+"""WarmUp: compiles the kernels while the weights load. Both take long, and neither depends on the other."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PROMPT_LEN = 16
 
 
 class WarmUp:
-    """Runs small steps in the background, on weights that may not be loaded yet: the results are discarded.
+    """Runs small steps in background threads, on weights that may not be loaded yet; the results are discarded.
 
     Triton compiles a kernel when it is first launched, and lets other threads run meanwhile.
-    submit: launches a step of a model runner, whose rows and an empty cache are allocated.
+    submit: launches a step of a model runner whose rows, and a cache of the null block, are allocated.
     """
 
     def __init__(self, submit: Callable[[ScheduledBatch], StepHandle], max_num_seqs: int) -> None:
@@ -33,10 +33,11 @@ class WarmUp:
             thread.start()
 
     def wait(self) -> None:
+        """Waits until all steps have run."""
         for thread in self._threads:
             thread.join()
 
     def _run(self, batches: Sequence[ScheduledBatch]) -> None:
-        with suppress(Exception):  # an error here comes again in the largest steps, where it is reported
+        with suppress(Exception):  # start-up's largest steps raise the same error again, and report it
             for batch in batches:
                 self._submit(batch).wait()

@@ -1,9 +1,9 @@
-"""RequestSpans: each request as an OpenTelemetry span, with the attributes of the GenAI semantic conventions.
+"""RequestSpans: sends an OpenTelemetry span for each request, with the attributes of the GenAI semantic conventions.
 
-On when OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set and the extra `nanovllm[otel]` is
-installed; the SDK reads the other OTEL_* variables. Spans go to the collector from the SDK's own thread, in batches:
-the engine puts one into a queue when its request has ended, and a queue that is full drops it. Names are those of
-https://github.com/open-telemetry/semantic-conventions-genai; what that does not have begins with `nanovllm.`.
+Enabled when OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set and the extra `nanovllm[otel]` is
+installed; the SDK reads the other OTEL_* variables. When a request has ended, the engine puts its span into a queue,
+which drops it if it is full. A thread of the SDK sends the spans to the collector in batches. Attribute names are those
+of https://github.com/open-telemetry/semantic-conventions-genai; others begin with `nanovllm.`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,14 @@ from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
-_CLOSE_SECONDS = 5.0  # an engine's end waits no longer for a collector that does not answer
+_CLOSE_SECONDS = 5.0  # how long the engine's end waits for a collector that does not answer
 
 
 def open_request_spans(model: str) -> RequestSpans | None:
-    """Returns spans if the environment asks for them and the extra is installed; a log line says what is missing."""
+    """Returns the observer if the environment asks for spans and the extra is installed, else None.
+
+    A log line says when the extra is missing.
+    """
     endpoint = env.otlp_traces_endpoint() or env.otlp_endpoint()
     if endpoint is None:
         return None
@@ -42,7 +45,7 @@ class RequestSpans(EngineObserver):
     """Sends a span for each request that ends. Raises ImportError without the extra."""
 
     def __init__(self, model: str) -> None:
-        # Imported here: the import takes a tenth of a second, which only engines with spans should pay.
+        # Imported here, so that engines without spans do not pay the tenth of a second that it takes.
         from opentelemetry import trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
@@ -51,14 +54,14 @@ class RequestSpans(EngineObserver):
 
         self._api, self._model = trace, model
         self._clock = time.monotonic
-        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override our name.
+        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override the service name.
         resource = Resource.create().merge(Resource({SERVICE_NAME: "nanovllm"})).merge(OTELResourceDetector().detect())
-        # A provider of our own: the process's belongs to the application. the engine's end closes it, in bounded time.
+        # A separate provider, since the global one belongs to the application. It is closed when the engine ends.
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("nanovllm")
         self._ending = threading.Event()
-        # Started now: when Python is about to end, it starts no more threads.
+        # Started now, since Python starts no threads while it shuts down.
         self._closer = threading.Thread(target=self._shut_down, name="nanovllm-spans", daemon=True)
         self._closer.start()
 
@@ -73,12 +76,15 @@ class RequestSpans(EngineObserver):
             self._record(sequence, error)
 
     def engine_exiting(self, unfinished: Iterable[Sequence]) -> None:
-        """Sends what is left, for a few seconds at most."""
+        """Sends the remaining spans, for a few seconds at most."""
         self._ending.set()
         self._closer.join(_CLOSE_SECONDS)
 
     def _record(self, sequence: Sequence, error: BaseException | None = None) -> None:
-        """Sends the span of a request that ended, by `error` if any. Its parent is the caller's current span."""
+        """Sends the span of a request that has ended. error: what ended it, if it failed.
+
+        Its parent is the caller's current span.
+        """
         now = self._clock()
         to_wall = time.time() - now
         span = self._tracer.start_span(
@@ -98,7 +104,7 @@ class RequestSpans(EngineObserver):
 
     def _shut_down(self) -> None:
         self._ending.wait()
-        self._provider.shutdown()  # waits for the collector
+        self._provider.shutdown()  # sends what is queued, and may wait for the collector
 
     def _attributes(self, sequence: Sequence, error: BaseException | None) -> dict[str, Any]:
         params = sequence.params
@@ -121,7 +127,7 @@ class RequestSpans(EngineObserver):
             metrics = sequence.metrics()
             attributes |= {
                 "gen_ai.usage.output_tokens": metrics.num_output_tokens,
-                "nanovllm.queue_time": metrics.queue_time,  # seconds, as all times
+                "nanovllm.queue_time": metrics.queue_time,  # seconds, like all times
                 "nanovllm.time_to_first_token": metrics.time_to_first_token,
                 "nanovllm.inter_token_latency": metrics.inter_token_latency,
                 "nanovllm.end_to_end": metrics.end_to_end,

@@ -1,9 +1,9 @@
-"""Timeline (`NANOVLLM_TRACE_FILE`): what the engine does over time, for Perfetto.
+"""Timeline: writes what the engine does over time to NANOVLLM_TRACE_FILE, for Perfetto.
 
-Tracks: the loop (schedule, launch, wait, update); steps from launch to their tokens, each on the track of its place in
-the pipeline; the GPU's time of each step; the steps of the other ranks, which report them; requests, each from arrival
-to end with queue, prefill and decode within.
-Counters: blocks of the KV cache, running and waiting requests. docs/timeline.md shows how to read it.
+Tracks show the phases of the loop (schedule, launch, wait, update), the steps from launch to their tokens with one
+track per place in the pipeline, the GPU's time of each step, the steps of the other ranks, and the requests from
+arrival to end, divided into queue, prefill and decode. Counters show the blocks of the KV cache, and the running and
+waiting requests. docs/timeline.md shows how to read it.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from nanovllm.tracing.trace_file import TraceFile
 if TYPE_CHECKING:
     from nanovllm.engine.executor import Executor, StepTime
 
-_ENGINE, _RANK, _REQUESTS = 1, 2, 3  # the trace's processes; the other ranks follow
-_LOOP = 1
-_GPU = 100  # after the steps' tracks
-_ASK_STEPS = 64  # after so many, the other ranks are asked for theirs
+_ENGINE, _RANK, _REQUESTS = 1, 2, 3  # processes of the trace; rank r is _REQUESTS + r for r > 0
+_LOOP = 1  # a thread of _ENGINE
+_GPU = 100  # a thread of each rank, after those of the steps
+_ASK_STEPS = 64  # the other ranks are asked for their steps once in so many steps
 
 
 class Timeline(EngineObserver):
-    """Draws one engine's trace. Raises InvalidArgumentError when the engine starts and `path` cannot be written."""
+    """Writes one engine's trace. Raises InvalidArgumentError at the engine's start if `path` cannot be written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._named: set[tuple[int, int]] = set()  # tracks of the other ranks
+        self._named: set[tuple[int, int]] = set()  # tracks of the other ranks that have a name
         self._has_other_ranks = False
         self._executor: Executor | None = None
-        self._phase: tuple[Phase, float] = ("idle", 0.0)  # and when it began
-        self._gpu_end = 0.0
-        self._lanes: list[float] = []  # of requests: when each is free again
+        self._phase: tuple[Phase, float] = ("idle", 0.0)  # the current phase, and when it began
+        self._gpu_end = 0.0  # end of the last step on the GPU's track
+        self._lanes: list[float] = []  # for each track of requests, when it is free again
 
     def engine_starting(self, config: EngineConfig) -> None:
         self._has_other_ranks = config.tensor_parallel_size > 1
@@ -59,7 +59,7 @@ class Timeline(EngineObserver):
         self._phase = phase, now
 
     def step_collected(self, step: CollectedStep) -> None:
-        """Draws a step. The GPU's time is drawn as if it had ended when the host saw the tokens."""
+        """Draws a step. The GPU's time is drawn as if it ended when the host got the tokens."""
         batch, collected, gpu_ms = step.batch, step.collected, step.gpu_ms
         details = {"step": batch.step, "num_prefill_tokens": batch.num_prefill_tokens}
         details["num_decode_seqs"] = len(batch.decode_rows)
@@ -89,7 +89,7 @@ class Timeline(EngineObserver):
     def engine_exiting(self, unfinished: Iterable[Sequence]) -> None:
         for sequence in unfinished:
             self._draw_request(sequence, "unfinished")
-        with suppress(Exception):  # whatever became of the other ranks, the file is closed
+        with suppress(Exception):  # the file is closed even if other ranks have failed
             self._draw_other_ranks()
         self._file.close()
         self._executor = None
@@ -110,7 +110,7 @@ class Timeline(EngineObserver):
         self._file.slice(_REQUESTS + rank, thread, step.kind, start, end, step=step.step)
 
     def _draw_request(self, sequence: Sequence, ended: str) -> None:
-        """Draws a request from its arrival to its end, or to now, on the first track that is free for so long."""
+        """Draws a request from its arrival to its end, or to now, on the first track that is free at its arrival."""
         now = self._clock()
         start, end = sequence.arrival, sequence.finished or now
         lane = next((lane for lane, free in enumerate(self._lanes) if free <= start), len(self._lanes))

@@ -1,7 +1,7 @@
-"""Chrome's trace format, which https://ui.perfetto.dev opens: slices on named tracks, and counters.
+"""TraceFile: writes Chrome's trace format, which https://ui.perfetto.dev opens: slices on named tracks, and counters.
 
-The file is an array of JSON objects that is complete after every write, so that it parses even if the process is
-killed. Format: Google, "Trace Event Format", 2016, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
+The file is a JSON array of events. Every write leaves it complete, so it can be read even if the process is killed.
+Format: Google, "Trace Event Format", 2016, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ from nanovllm.errors import InvalidArgumentError
 
 __all__ = ["TraceFile"]
 
-_FLUSH_EVENTS = 500  # kept before they are written; a step of the engine makes about ten
+_FLUSH_EVENTS = 500  # events kept in memory before they are written; a step of the engine makes about ten
 _END = b"\n]\n"
-# Files of this process: a second engine takes a name of its own rather than overwrite the first's trace.
+# Files that this process has written: a second engine takes another name rather than overwrite the first one's trace.
 _written: set[Path] = set()
 
 
 class TraceFile:
-    """Writes events; times are seconds of one monotonic clock."""
+    """Writes events to a file. Times are seconds of one monotonic clock.
+
+    Raises InvalidArgumentError if `path` cannot be written.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Raises InvalidArgumentError where `path` cannot be written."""
         path = path.absolute()
         self.path, number = path, 1
         while self.path in _written:
@@ -38,10 +40,11 @@ class TraceFile:
             ) from None
         _written.add(self.path)
         self._events: list[dict[str, Any]] = []
-        self._size = 0  # of the file without its end
+        self._size = 0  # bytes of the file without the closing bracket
         self._write(b"[\n")
 
     def name_track(self, process: int, thread: int, process_name: str, thread_name: str) -> None:
+        """Names a track, which is a thread of a process."""
         for kind, name in (("process_name", process_name), ("thread_name", thread_name)):
             self._add({"ph": "M", "name": kind, "pid": process, "tid": thread, "args": {"name": name}})
         self._add(
@@ -49,16 +52,18 @@ class TraceFile:
         )
 
     def slice(self, process: int, thread: int, name: str, start: float, end: float, **arguments: Any) -> None:
-        """Slices of a track lie side by side or within each other."""
+        """Adds a slice to a track. Slices of a track must not overlap, unless one contains the other."""
         begin = _microseconds(start)
         event = {"ph": "X", "name": name, "pid": process, "tid": thread, "ts": begin}
         event["dur"] = round(max(_microseconds(end) - begin, 0.0), 3)
         self._add(event | ({"args": arguments} if arguments else {}))
 
     def counter(self, process: int, name: str, time: float, **values: float) -> None:
+        """Adds the values of a counter at `time`."""
         self._add({"ph": "C", "name": name, "pid": process, "tid": 0, "ts": _microseconds(time), "args": values})
 
     def flush(self) -> None:
+        """Writes the events kept so far."""
         if self._events and not self._file.closed:
             lines = [json.dumps(event, separators=(",", ":")) for event in self._events]
             self._events.clear()
@@ -81,5 +86,5 @@ class TraceFile:
 
 
 def _microseconds(seconds: float) -> float:
-    """To the nanosecond, so that a slice's end is that of the one within it."""
+    """Returns microseconds, rounded to the nanosecond so that equal ends of nested slices stay equal."""
     return round(seconds * 1e6, 3)
