@@ -99,9 +99,7 @@ class AsyncLLM:
 
     def get_tokenizer(self) -> Any:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
-        if self._engine.tokenizer is None:
-            raise InvalidArgumentError("skip_tokenizer_init", True, "False to have a tokenizer")
-        return self._engine.tokenizer
+        return self._engine.get_tokenizer()
 
     def exit(self) -> None:
         """Ends the engine and frees the device's memory. Calling it again does nothing.
@@ -189,7 +187,7 @@ class _EngineThread:
         """Sends a request to the engine. Its consumer runs in `loop`."""
         with self._lock:
             if self._dead is not None:
-                raise _engine_has_ended(self._dead)
+                raise EngineDeadError.after(self._dead)
             if loop is not self._loop:  # the previous one is closed
                 self._drop_all()
                 self._loop = loop
@@ -263,7 +261,7 @@ class _EngineThread:
             self._dead = dead
             self._running.clear()
             left = list(self._open.values())
-        self._deliver([(request, _engine_has_ended(dead)) for request in left])
+        self._deliver([(request, EngineDeadError.after(dead)) for request in left])
 
     def _serve(self, engine: LLMEngine) -> None:
         """Runs steps while there are requests, and commands between them. Returns at the command to stop."""
@@ -331,15 +329,9 @@ class _EngineThread:
         self._to_wake.clear()
 
 
-def _engine_has_ended(cause: BaseException) -> EngineDeadError:
-    error = EngineDeadError(f"This engine has ended ({cause}): make a new one.")
-    error.__cause__ = cause
-    return error
-
-
 def _step_failed(engine: LLMEngine, cause: Exception) -> NanoVLLMError:
     if engine.is_dead:
-        return _engine_has_ended(cause)
+        return EngineDeadError.after(cause)
     error = StepFailedError(f"A step failed ({cause!r}), and with it this request; the engine goes on.")
     error.__cause__ = cause
     return error

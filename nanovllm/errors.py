@@ -122,6 +122,13 @@ class WorkerError(NanoVLLMError):
 class EngineDeadError(NanoVLLMError):
     """The engine has ended, and its requests are aborted. If a step failed on the device, `__cause__` is the error."""
 
+    @classmethod
+    def after(cls, cause: BaseException) -> EngineDeadError:
+        """Returns the error of a call to an engine that `cause` ended."""
+        error = cls(f"This engine has ended ({cause}): make a new one.")
+        error.__cause__ = cause
+        return error
+
 
 def checks_argument_names(cls: type[T]) -> type[T]:
     """Class decorator that makes an unknown keyword raise UnknownArgumentError, which names the closest known one."""

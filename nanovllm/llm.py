@@ -137,9 +137,7 @@ class LLM:
 
     def get_tokenizer(self) -> Any:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
-        if self.llm_engine.tokenizer is None:
-            raise InvalidArgumentError("skip_tokenizer_init", True, "False to have a tokenizer")
-        return self.llm_engine.tokenizer
+        return self.llm_engine.get_tokenizer()
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Container, Iterable
+from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -31,6 +32,9 @@ from nanovllm.requests.preparation import PreparedRequest, RequestPreparation
 from nanovllm.requests.tokenization import Prompt, load_tokenizer
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class LLMEngine:
@@ -282,6 +286,12 @@ class LLMEngine:
         self._shut_down()
         self._observers.engine_exited()
 
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
+        if self.tokenizer is None:
+            raise InvalidArgumentError("skip_tokenizer_init", True, "False to have a tokenizer")
+        return self.tokenizer
+
     @property
     def diagnostics(self) -> Diagnostics:
         """Profiler and memory measurements of all ranks."""
@@ -298,7 +308,7 @@ class LLMEngine:
 
     def _check_alive(self) -> None:
         if self._dead is not None:
-            raise EngineDeadError(f"This engine has ended ({self._dead}): make a new one.") from self._dead
+            raise EngineDeadError.after(self._dead)
 
     def _check_request_id(self, request_id: str) -> None:
         if not isinstance(request_id, str) or request_id in self._unfinished:
