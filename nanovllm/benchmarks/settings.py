@@ -10,6 +10,7 @@ from nanovllm.benchmarks.workloads import WORKLOADS, Requests
 from nanovllm.errors import NanoVLLMError
 from nanovllm.models.checkpoint import resolve_model_folder
 from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+from nanovllm.runner.cpu_threads import load_torch
 
 ALL_WORKLOADS = "all"
 MIN_MODEL_LEN = 4096  # as in nano-vllm's benchmark, if the workload needs less
@@ -79,6 +80,7 @@ def make_plan(settings: BenchmarkSettings, say: Say) -> Plan:
 
 def has_gpu(device: str) -> bool:
     """Returns whether an engine on `device` runs on a GPU."""
+    load_torch(device)  # before all else that imports torch: OpenMP reads once how long its threads spin
     import torch
 
     return device != "cpu" and torch.cuda.is_available()
