@@ -176,7 +176,11 @@ omp_wait_policy = Variable(
     "not set",
 )
 gomp_spincount = Variable(
-    "GOMP_SPINCOUNT", PRESENCE, False, "The same, in GNU OpenMP's turns of a loop.", "10000, if the engine imports torch"
+    "GOMP_SPINCOUNT",
+    PRESENCE,
+    False,
+    "The same, in GNU OpenMP's turns of a loop.",
+    "10000, if the engine imports torch",
 )
 
 VARIABLES = tuple(value for value in list(globals().values()) if isinstance(value, Variable))
@@ -188,7 +192,7 @@ def openmp_spins_briefly() -> Iterator[None]:
 
     It is unset afterwards, so that processes that this one starts do not inherit it.
     """
-    os.environ[gomp_spincount.name] = "10000"  # some hundred microseconds: longer than from one operator to the next
+    os.environ[gomp_spincount.name] = "10000"  # long enough to last until the next operator
     try:
         yield
     finally:
