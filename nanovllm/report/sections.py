@@ -137,20 +137,20 @@ def _draw(
 def latency_panels(run: Run) -> str:
     """Returns a histogram for each latency, and a table of all of them."""
     latencies = run.requests.latencies
-    sketches = [
+    distributions = [
         ("Time to first token", latencies["ttft_ms"], "requests"),
         ("Inter-token latency, mean of each request", latencies["itl_ms"], "requests"),
         ("End to end", latencies["e2e_ms"], "requests"),
         ("Queue time", latencies["queue_ms"], "requests"),
         ("Inter-token latency, each token", run.token_gaps, "tokens"),
     ]
-    sketches = [entry for entry in sketches if entry[1].count]
-    if not sketches:
+    distributions = [entry for entry in distributions if entry[1].count]
+    if not distributions:
         return ""
     aborted = run.requests.num_aborted
     note = "Quantiles are accurate to 0.5 %." + (f" {aborted:,} aborted requests are left out." if aborted else "")
-    panels = [_latency(title, sketch, what) for title, sketch, what in sketches]
-    table = _quantile_table([(title, sketch) for title, sketch, _ in sketches])
+    panels = [_latency(title, sketch, what) for title, sketch, what in distributions]
+    table = _quantile_table([(title, sketch) for title, sketch, _ in distributions])
     panels.append(f'<div class="panel"><h3>All latencies</h3>{table}<p class="note">{escape(note)}</p></div>')
     return f'<div class="grid3">{"".join(panels)}</div>'
 
@@ -162,9 +162,9 @@ def _latency(title: str, sketch: QuantileSketch, what: str) -> str:
     return f'<div class="panel"><h3>{escape(title)}</h3><p class="soft">{summary}</p>{chart}</div>'
 
 
-def _quantile_table(sketches: list[tuple[str, QuantileSketch]]) -> str:
+def _quantile_table(distributions: list[tuple[str, QuantileSketch]]) -> str:
     rows = []
-    for title, sketch in sketches:
+    for title, sketch in distributions:
         values = [*(sketch.quantile(share) for share, _ in _QUANTILES), sketch.mean, sketch.most]
         cells = "".join(f'<td class="num">{duration_text(ms)}</td>' for ms in values)
         rows.append(f"<tr><td>{escape(title)}</td>{cells}</tr>")

@@ -52,7 +52,7 @@ def join(parts: list[RequestOutput]) -> CompletionOutput:
         assert (part.prompt, part.prompt_token_ids) == (last.prompt, last.prompt_token_ids)
         assert part.num_cached_tokens == last.num_cached_tokens
     completions = [part.outputs[0] for part in parts]
-    scored = last.outputs[0].logprobs is not None
+    has_logprobs = last.outputs[0].logprobs is not None
     sums = [completion.cumulative_logprob or 0.0 for completion in completions]
     assert sums == sorted(sums, reverse=True)
     return CompletionOutput(
@@ -60,7 +60,7 @@ def join(parts: list[RequestOutput]) -> CompletionOutput:
         text="".join(completion.text for completion in completions),
         token_ids=[token_id for completion in completions for token_id in completion.token_ids],
         finish_reason=completions[-1].finish_reason,
-        logprobs=[row for completion in completions for row in completion.logprobs or []] if scored else None,
+        logprobs=[row for completion in completions for row in completion.logprobs or []] if has_logprobs else None,
         cumulative_logprob=completions[-1].cumulative_logprob,
         stop_reason=completions[-1].stop_reason,
     )

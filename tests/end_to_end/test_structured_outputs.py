@@ -120,10 +120,12 @@ def test_a_mask_leaves_the_draw_among_what_it_allows_alone(tiny: LLM) -> None:
 def test_who_does_not_ask_is_not_touched(tiny: LLM) -> None:
     free = [params(seed=i, max_tokens=30, top_k=5 * (i % 2)) for i in range(6)]
     alone = generate(tiny, [PROMPT] * 6, free)
-    guided = [params(asked, seed=i) for i, (asked, _) in enumerate(ASKED.values())]
-    both = generate(tiny, [PROMPT] * 10, free[:3] + guided + free[3:])
+    structured = [params(asked, seed=i) for i, (asked, _) in enumerate(ASKED.values())]
+    both = generate(tiny, [PROMPT] * 10, free[:3] + structured + free[3:])
     assert [output.outputs for output in both[:3] + both[7:]] == [output.outputs for output in alone]
-    assert [output.outputs for output in both[3:7]] == [o.outputs for p in guided for o in generate(tiny, PROMPT, p)]
+    assert [output.outputs for output in both[3:7]] == [
+        o.outputs for p in structured for o in generate(tiny, PROMPT, p)
+    ]
 
 
 def test_a_row_forgets_its_mask(tiny: LLM) -> None:
@@ -285,7 +287,7 @@ def test_streamed_text_is_the_text(tiny: LLM) -> None:
 
 def test_others_run_while_one_compiles_and_it_runs_then(tiny: LLM, gate: threading.Event) -> None:
     engine = tiny.llm_engine
-    engine.add_request("guided", PROMPT, params({"choice": ["aye"]}))
+    engine.add_request("structured", PROMPT, params({"choice": ["aye"]}))
     for name in ("a", "b"):
         engine.add_request(name, PROMPT, params(max_tokens=4))
     ended: list[RequestOutput] = []
@@ -319,7 +321,7 @@ def test_one_that_compiles_can_be_aborted_or_discarded_and_its_id_used_again(tin
 
 
 def test_waiting_for_a_grammar_alone_does_not_spin(tiny: LLM, gate: threading.Event) -> None:
-    tiny.llm_engine.add_request("guided", PROMPT, params({"choice": ["slowly"]}))
+    tiny.llm_engine.add_request("structured", PROMPT, params({"choice": ["slowly"]}))
     threading.Timer(0.3, gate.set).start()
     num_calls = 0
     while tiny.llm_engine.has_unfinished_requests():
@@ -330,7 +332,7 @@ def test_waiting_for_a_grammar_alone_does_not_spin(tiny: LLM, gate: threading.Ev
 
 def test_an_engine_can_exit_while_it_compiles(gate: threading.Event) -> None:
     with LLM("tiny", device="cpu", max_num_seqs=2) as llm:
-        llm.llm_engine.add_request("guided", PROMPT, params({"choice": ["never"]}))
+        llm.llm_engine.add_request("structured", PROMPT, params({"choice": ["never"]}))
         llm.llm_engine.step()
 
 

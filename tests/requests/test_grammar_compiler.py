@@ -281,7 +281,7 @@ class Matcher:
         self.tokens.append(token_id)
 
 
-def guided(driver: Driver, prompt_len: int, max_tokens: int = 40) -> tuple[Sequence, Matcher]:
+def with_grammar(driver: Driver, prompt_len: int, max_tokens: int = 40) -> tuple[Sequence, Matcher]:
     one, matcher = driver.add(prompt_len, max_tokens), Matcher()
     one.grammar = matcher  # type: ignore[assignment]
     return one, matcher
@@ -289,7 +289,7 @@ def guided(driver: Driver, prompt_len: int, max_tokens: int = 40) -> tuple[Seque
 
 def test_a_guided_row_waits_for_its_last_token_and_the_others_do_not() -> None:
     driver = Driver(max_num_seqs=2)
-    one, matcher = guided(driver, 3)
+    one, matcher = with_grammar(driver, 3)
     driver.add(3)
     driver.step()
     free = 1 - int(one.row or 0)
@@ -304,7 +304,7 @@ def test_a_guided_row_waits_for_its_last_token_and_the_others_do_not() -> None:
 
 def test_guided_rows_alone_leave_nothing_to_launch_until_they_are_read() -> None:
     driver = Driver()
-    guided(driver, 3)
+    with_grammar(driver, 3)
     assert driver.launch() is not None
     assert driver.launch() is None
     driver.collect()
@@ -315,7 +315,7 @@ def test_a_preempted_matcher_has_followed_what_was_in_flight_and_nothing_twice()
     driver = Driver(num_blocks=3, block_size=4, max_num_seqs=3, max_model_len=12)
     driver.add(4)
     driver.add(4)
-    youngest, matcher = guided(driver, 4)
+    youngest, matcher = with_grammar(driver, 4)
     for token in range(10, 30):
         if driver.launch() is None or len(driver.in_flight) == 2:
             driver.collect(token)

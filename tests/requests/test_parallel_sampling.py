@@ -351,11 +351,11 @@ def test_one_of_them_aborted_leaves_the_others_and_any_error_is_told(folder: Pat
         assert outputs[0].outputs[2].token_ids == whole[2].token_ids[: len(outputs[0].outputs[2].token_ids)]
         assert [each for each in outputs[0].outputs if each.index != 2] == [each for each in whole if each.index != 2]
         assert_empty(llm)
-        branches = ParallelSampling("b", SEEDED)
+        parallel = ParallelSampling("b", SEEDED)
         failed = InvalidArgumentError("structured_outputs", "x", "something else")
-        parts = [replace(outputs[0], request_id=name, outputs=whole[:1]) for name in branches.ids]
+        parts = [replace(outputs[0], request_id=name, outputs=whole[:1]) for name in parallel.ids]
         parts[2] = replace(parts[2], error=failed)
-        *before, joined = [branches.add(part) for part in parts]
+        *before, joined = [parallel.add(part) for part in parts]
         assert before == [None] * 3
         assert joined is not None
         assert joined.error is failed
