@@ -21,6 +21,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import pickle
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -43,6 +44,22 @@ __all__ = [
 T = TypeVar("T")
 
 
+class _Shown(str):
+    """Text that stands for a value: its repr is the text."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _shown(value: object) -> str:
+    """Returns the value as an error shows it, at most 80 characters. Never raises."""
+    try:
+        shown = repr(value)
+    except Exception as error:
+        shown = f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"
+    return shown if len(shown) <= 80 else shown[:77] + "..."
+
+
 class NanoVLLMError(Exception):
     """Base class of all exceptions that nanovllm raises on purpose."""
 
@@ -59,14 +76,16 @@ class InvalidArgumentError(NanoVLLMError, ValueError):
         self.value = value
         self.allowed = allowed
         self.hint = hint
-        shown = repr(value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
-        message = f"{field}={shown} is not allowed: it must be {allowed}."
+        message = f"{field}={_shown(value)} is not allowed: it must be {allowed}."
         super().__init__(f"{message} {hint}" if hint else message)
 
     def __reduce__(self) -> tuple[type[InvalidArgumentError], tuple[str, object, str, str]]:
-        return type(self), (self.field, self.value, self.allowed, self.hint)
+        value = self.value
+        try:
+            pickle.dumps(value)
+        except Exception:  # a lambda, a lock, an open file: another process gets what the message shows
+            value = _Shown(_shown(value))
+        return type(self), (self.field, value, self.allowed, self.hint)
 
 
 class RequestTooLargeError(InvalidArgumentError):
@@ -77,9 +96,13 @@ class UnknownArgumentError(NanoVLLMError, TypeError):
     """An argument does not exist. The message names the closest one that does."""
 
     def __init__(self, callee: str, name: str, known: Iterable[str]) -> None:
-        nearest = difflib.get_close_matches(name, list(known), n=1)
+        self._arguments = callee, name, tuple(known)
+        nearest = difflib.get_close_matches(name, self._arguments[2], n=1)
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         super().__init__(f"{callee} has no argument {name!r}.{hint}")
+
+    def __reduce__(self) -> tuple[type[UnknownArgumentError], tuple[str, str, tuple[str, ...]]]:
+        return type(self), self._arguments
 
 
 class ModelLoadError(NanoVLLMError):

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanovllm.errors import InvalidArgumentError, checks_argument_names
-from nanovllm.utils.arguments import SWITCH, Rule, argument, check_arguments, is_integer, is_number, lists_arguments
+from nanovllm.utils.arguments import (
+    COUNT,
+    SWITCH,
+    Rule,
+    argument,
+    check_arguments,
+    is_integer,
+    is_number,
+    lists_arguments,
+)
 
 MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
@@ -92,25 +101,27 @@ def _token_tuple(tokens: Sequence[int]) -> tuple[int, ...]:
 
 
 def _number(low: float, high: float, allowed: str) -> Rule:
-    return Rule(allowed, lambda value: is_number(value) and low <= value <= high)
+    return Rule(allowed, lambda value: is_number(value) and low <= value <= high, float)
 
 
 _TEMPERATURE = _number(0, 2, "a number from 0 (greedy) to 2")
-_TOP_P = Rule("a number above 0, up to 1 (all tokens)", lambda value: is_number(value) and 0 < value <= 1)
-_TOP_K = Rule("an integer ≥ 1, or 0 or -1 for all tokens", lambda value: is_integer(value) and value >= -1)
+_TOP_P = Rule("a number above 0, up to 1 (all tokens)", lambda value: is_number(value) and 0 < value <= 1, float)
+_TOP_K = Rule("an integer ≥ 1, or 0 or -1 for all tokens", lambda value: is_integer(value) and value >= -1, int)
 _MIN_P = _number(0, 1, "a number from 0 (all tokens) to 1")
 _PENALTY = _number(-2, 2, "a number from -2 to 2 (0: none)")
 _REPETITION_PENALTY = _number(1e-6, 1e6, "a number above 0 (1: none), no smaller than 1e-6 or larger than 1e6")
-_MAX_TOKENS = Rule("an integer ≥ 1", lambda value: is_integer(value) and value >= 1).or_none(
-    " for as many as the model's length allows"
-)
-_MIN_TOKENS = Rule("an integer from 0 to max_tokens", lambda value: is_integer(value) and value >= 0)
-_SEED = Rule("an integer from 0 to 2**63 - 1", lambda value: is_integer(value) and 0 <= value <= MAX_SEED).or_none()
+_MAX_TOKENS = COUNT.or_none(" for as many as the model's length allows")
+_MIN_TOKENS = Rule("an integer from 0 to max_tokens", lambda value: is_integer(value) and value >= 0, int)
+_SEED = Rule(
+    "an integer from 0 to 2**63 - 1", lambda value: is_integer(value) and 0 <= value <= MAX_SEED, int
+).or_none()
 _N = Rule(
-    f"an integer from 1 to {MAX_N}, and 1 with temperature 0", lambda value: is_integer(value) and 1 <= value <= MAX_N
+    f"an integer from 1 to {MAX_N}, and 1 with temperature 0",
+    lambda value: is_integer(value) and 1 <= value <= MAX_N,
+    int,
 )
 _LOGPROBS = Rule(
-    f"0 to {MAX_LOGPROBS}, -1 for all tokens", lambda value: is_integer(value) and -1 <= value <= MAX_LOGPROBS
+    f"0 to {MAX_LOGPROBS}, -1 for all tokens", lambda value: is_integer(value) and -1 <= value <= MAX_LOGPROBS, int
 ).or_none()
 # Lists are kept as tuples: a caller's list may change later, and params are compared and hashed.
 _STOP = Rule(

@@ -40,7 +40,8 @@ def read_logit_edits(
     """
     biases = [_TokenBias(token, bias) for token, bias in (params.logit_bias or {}).items()]
     if params.min_tokens:
-        biases += [_TokenBias(token, _BAN, num_prompt_tokens + params.min_tokens) for token in end_ids]
+        until = min(num_prompt_tokens + params.min_tokens, _ALWAYS)  # an int32 on the device
+        biases += [_TokenBias(token, _BAN, until) for token in end_ids]
     biases += [_TokenBias(word[-1], _BAN, ending=word[:-1]) for word in bad_words]
     banned = {item.token_id for item in biases if item.bias == _BAN and not item.ending}
     allowed = params.allowed_token_ids

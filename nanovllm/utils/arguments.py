@@ -150,5 +150,5 @@ def choice(*allowed: object) -> Rule:
     return Rule("one of " + ", ".join(map(repr, allowed)), lambda value: value in allowed)
 
 
-COUNT = Rule("an integer ≥ 1", lambda value: is_integer(value) and value >= 1)
+COUNT = Rule("an integer ≥ 1", lambda value: is_integer(value) and value >= 1, int)
 SWITCH = Rule("True or False", lambda value: isinstance(value, bool))

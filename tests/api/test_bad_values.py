@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nanovllm import LLM, AsyncLLM, InvalidArgumentError, LLMEngine, SamplingParams, StructuredOutputsParams
@@ -165,7 +166,7 @@ CHAT = [
 ]
 ASYNC = [
     *prompts("prompt"),
-    *refused("prompt", f"{TEXT_OR_IDS}.", 7, None, b"ab", [1.5], [True]),
+    *refused("prompt", f"{TEXT_OR_IDS}.", 7, None, b"ab", [1.5], [True], [True, 5], (5, np.True_)),
     *refused("request_id", f"{REQUEST_ID}.", 5, ["a"]),
     *refused("delta", f"{SWITCH}.", *NO_SWITCH),
 ]

@@ -270,3 +270,14 @@ def test_a_stop_string_counts_after_min_tokens() -> None:
         )
         assert (cut.token_ids, cut.text, cut.stop_reason) == (free[:2], "", first)
         assert (late.token_ids, late.text) == (free, tokenizer().decode(free))
+
+
+def test_any_min_tokens_hurts_no_other_request() -> None:
+    """It is an int32 on the device, and the prompt's length is added to it."""
+    others = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    with LLM("tiny", device="cpu", max_model_len=32, num_kvcache_blocks=16) as llm:
+        alone = token_ids(generate(llm, [[1, 2, 3]], others))
+        endless = SamplingParams(temperature=0, max_tokens=None, min_tokens=2**31 - 1)
+        outputs = generate(llm, [[1, 2, 3], [4, 5]], [others, endless])
+        assert token_ids(outputs[:1]) == alone
+        assert len(outputs[1].outputs[0].token_ids) == 30
