@@ -268,7 +268,17 @@ def qk_norm_rope_store(
         )
     query_out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
     if len(query):
-        _launch(query, key, value, query_out, norm, cos_sin_cache, positions, kv_cache, slot_mapping)
+        _launch(
+            query,
+            key,
+            value,
+            query_out,
+            norm=norm,
+            cos_sin_cache=cos_sin_cache,
+            positions=positions,
+            kv_cache=kv_cache,
+            slot_mapping=slot_mapping,
+        )
     return query_out
 
 
