@@ -192,11 +192,11 @@ def openmp_spins_briefly() -> Iterator[None]:
 
     It is unset afterwards, so that processes that this one starts do not inherit it.
     """
-    os.environ[gomp_spincount.name] = "10000"  # long enough to last until the next operator
+    _environment[gomp_spincount.name] = "10000"  # long enough to last until the next operator
     try:
         yield
     finally:
-        del os.environ[gomp_spincount.name]
+        del _environment[gomp_spincount.name]
 
 
 def num_usable_cores() -> int:
