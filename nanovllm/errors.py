@@ -51,13 +51,13 @@ class _Shown(str):
         return str(self)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Returns the value as an error shows it, at most 80 characters. Never raises."""
     try:
-        shown = repr(value)
+        text = repr(value)
     except Exception as error:
-        shown = f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+        text = f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class NanoVLLMError(Exception):
@@ -76,7 +76,7 @@ class InvalidArgumentError(NanoVLLMError, ValueError):
         self.value = value
         self.allowed = allowed
         self.hint = hint
-        message = f"{field}={_shown(value)} is not allowed: it must be {allowed}."
+        message = f"{field}={shown(value)} is not allowed: it must be {allowed}."
         super().__init__(f"{message} {hint}" if hint else message)
 
     def __reduce__(self) -> tuple[type[InvalidArgumentError], tuple[str, object, str, str]]:
@@ -84,7 +84,7 @@ class InvalidArgumentError(NanoVLLMError, ValueError):
         try:
             pickle.dumps(value)
         except Exception:  # a lambda, a lock, an open file: another process gets what the message shows
-            value = _Shown(_shown(value))
+            value = _Shown(shown(value))
         return type(self), (self.field, value, self.allowed, self.hint)
 
 
