@@ -22,6 +22,13 @@ engine_config = Event(
 )
 cpu_threads = Event("cpu.threads", INFO, "runner.cpu_threads", "CPU threads: {num_threads} ({threads_reason})")
 runner_init = Event("runner.init", INFO, "engine.model_runner", "Initializing ModelRunner (rank {rank})")
+model_ignored = Event(
+    "model.ignored",
+    WARNING,
+    "models.model_config",
+    "{ignored} is ignored: {why}",
+    unseen="a model folder with an odd generation_config.json",
+)
 attention_selected = Event(
     "attention.selected",
     INFO,

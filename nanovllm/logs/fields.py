@@ -57,6 +57,7 @@ FIELDS: Mapping[str, Field] = {
     "is_prefill": Field(bool, "whether the step computes any prompt token"),
     "itl_ms": Field(float | None, "mean time between tokens; null: fewer than two"),
     "k": Field(SHAPE, "shape of the keys"),
+    "ignored": Field(str, "what of the model's folder has no effect"),
     "k_cache": Field(SHAPE, "shape of the layer's key cache"),
     "kind": Field(str, "prefill, decode or mixed (PREFILL, DECODE in `runner.*`)"),
     "kv_cache_usage": Field(float, "share of the blocks in use, 0 to 1"),
@@ -148,6 +149,7 @@ FIELDS: Mapping[str, Field] = {
     "wall_ms": Field(float, "wall time; for a section on a GPU, the time to launch its work"),
     "wanted": Field(int, "the requested length"),
     "weights_gb": Field(float, "size of the weights, in GB"),
+    "why": Field(str, "why it has none"),
     "what": Field(str, "`failed` or `was interrupted`"),
     "world_size": Field(int, "number of ranks"),
 }
