@@ -29,6 +29,7 @@ _MODULE_OF = {
     "ChannelError": "nanovllm.errors",
     "EngineDeadError": "nanovllm.errors",
     "InvalidArgumentError": "nanovllm.errors",
+    "InvalidLogitsError": "nanovllm.errors",
     "InvalidStateError": "nanovllm.errors",
     "ModelLoadError": "nanovllm.errors",
     "NanoVLLMError": "nanovllm.errors",
@@ -47,6 +48,7 @@ if TYPE_CHECKING:  # "import X as X" marks a name as public
     from nanovllm.errors import ChannelError as ChannelError
     from nanovllm.errors import EngineDeadError as EngineDeadError
     from nanovllm.errors import InvalidArgumentError as InvalidArgumentError
+    from nanovllm.errors import InvalidLogitsError as InvalidLogitsError
     from nanovllm.errors import InvalidStateError as InvalidStateError
     from nanovllm.errors import ModelLoadError as ModelLoadError
     from nanovllm.errors import NanoVLLMError as NanoVLLMError

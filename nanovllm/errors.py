@@ -8,6 +8,7 @@
     ├── OutOfMemoryError                         the device has too little memory
     ├── BackendUnavailableError                  an attention backend cannot run here
     ├── InvalidStateError (also RuntimeError)    a call is not possible in the current state
+    ├── InvalidLogitsError                       the model computed NaN or infinity for a request
     ├── StepFailedError                          a step failed: its requests are aborted, the engine continues
     ├── ChannelError                             a message between processes was not delivered
     ├── WorkerError                              the process of a rank died, failed, or did not start
@@ -30,6 +31,7 @@ __all__ = [
     "ChannelError",
     "EngineDeadError",
     "InvalidArgumentError",
+    "InvalidLogitsError",
     "InvalidStateError",
     "ModelLoadError",
     "NanoVLLMError",
@@ -119,6 +121,17 @@ class BackendUnavailableError(NanoVLLMError):
 
 class InvalidStateError(NanoVLLMError, RuntimeError):
     """A call is not possible in the current state, such as a stop without a start."""
+
+
+class InvalidLogitsError(NanoVLLMError):
+    """The model's logits for a request are NaN or infinite. It ends there; the engine and the others continue."""
+
+    def __init__(
+        self,
+        message: str = "The model's logits are NaN or infinite, so no token can be drawn: its weights hold NaN or "
+        "infinity, or values overflow. Check its files, or try dtype='float32' and kv_cache_dtype='auto'.",
+    ) -> None:
+        super().__init__(message)
 
 
 class StepFailedError(NanoVLLMError):

@@ -16,7 +16,7 @@ from nanovllm.config import EngineConfig, takes_engine_arguments
 from nanovllm.diagnostics.leak_check import LeakCheck, MemoryUse, check_leak
 from nanovllm.engine.statistics import EngineStatistics
 from nanovllm.engine_factory import make_engine
-from nanovllm.errors import InvalidArgumentError
+from nanovllm.errors import InvalidArgumentError, NanoVLLMError
 from nanovllm.logs import events
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.tokenization import Prompt
@@ -268,7 +268,7 @@ class LLM:
                 for output in engine.step(wanted):
                     wanted.remove(output.request_id)
                     outputs[output.request_id] = output
-                    if isinstance(output.error, InvalidArgumentError):
+                    if output.error is not None:
                         why = _without_text(output.error)
                         events.request_failed.log(logger, request_id=output.request_id, error=why)
                     bar.update()
@@ -313,9 +313,13 @@ def _refused(request_id: str, prompt: object, error: InvalidArgumentError) -> Re
     )
 
 
-def _without_text(error: InvalidArgumentError) -> str:
+def _without_text(error: NanoVLLMError) -> str:
     """Returns the error as text for the log. It has no text of users unless NANOVLLM_LOG_PROMPTS is set."""
-    if env.log_prompts() or error.field.split(".")[0] not in _FIELDS_WITH_TEXT:
+    if (
+        env.log_prompts()
+        or not isinstance(error, InvalidArgumentError)
+        or error.field.split(".")[0] not in _FIELDS_WITH_TEXT
+    ):
         return str(error)
     return f"{error.field} must be {error.allowed}. {error.hint}".rstrip()
 

@@ -9,6 +9,7 @@ from dataclasses import fields
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.observer import CollectedStep, EngineObserver, EngineStart, Preemption
 from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import InvalidLogitsError
 from nanovllm.logs import events
 from nanovllm.outputs import CompletionOutput
 from nanovllm.utils import env
@@ -22,6 +23,7 @@ class EngineLog(EngineObserver):
 
     def __init__(self) -> None:
         self._num_preempted = 0  # preemptions since the last step was collected
+        self._has_invalid_logits = False  # which is said once
 
     def engine_starting(self, config: EngineConfig) -> None:
         log_rule(logger)
@@ -53,6 +55,14 @@ class EngineLog(EngineObserver):
 
     def sequence_preempted(self, sequence: Sequence, preemption: Preemption) -> None:
         self._num_preempted += 1
+
+    def sequence_finished(self, sequence: Sequence) -> None:
+        if isinstance(sequence.error, InvalidLogitsError) and not self._has_invalid_logits:
+            self._has_invalid_logits = True
+            num_tokens = len(sequence.output_token_ids)
+            events.logits_invalid.log(
+                logger, request_id=sequence.request_id, output_len=num_tokens, error=str(sequence.error)
+            )
 
     def step_collected(self, step: CollectedStep) -> None:
         if logger.isEnabledFor(logging.DEBUG):

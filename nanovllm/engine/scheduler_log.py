@@ -84,7 +84,7 @@ class SchedulerLog(EngineObserver):
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=metrics.num_cached_tokens,
             output_len=metrics.num_output_tokens,
-            reason=_LOGGED_REASON[sequence.finish_reason],
+            reason="failed" if sequence.error is not None else _LOGGED_REASON[sequence.finish_reason],
             arrival=metrics.arrival,
             first_scheduled=metrics.first_scheduled,
             first_token=metrics.first_token,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from nanovllm.engine.batch import NO_LOGPROBS, IntArray, LogitEdits, PromptLogprobs, StepLogprobs
 from nanovllm.engine.block_manager import BlockTable
-from nanovllm.errors import InvalidArgumentError
+from nanovllm.errors import InvalidArgumentError, NanoVLLMError
 from nanovllm.outputs import FinishReason, RequestMetrics
 from nanovllm.sampling_params import SamplingParams
 
@@ -101,7 +101,7 @@ class Sequence:
     logit_edits: LogitEdits | None = None  # None: its logits are not changed
     waits_for_grammar: bool = False  # its grammar is being compiled
     grammar: GrammarState | None = None  # of structured outputs; has accepted every known token
-    error: InvalidArgumentError | None = None  # why it ended with finish_reason "abort", if a grammar failed
+    error: NanoVLLMError | None = None  # why it ended with finish_reason "abort", if it failed
     # Seconds of the engine's clock
     arrival: float = 0.0
     queued: float = 0.0

@@ -22,13 +22,7 @@ engine_config = Event(
 )
 cpu_threads = Event("cpu.threads", INFO, "runner.cpu_threads", "CPU threads: {num_threads} ({threads_reason})")
 runner_init = Event("runner.init", INFO, "engine.model_runner", "Initializing ModelRunner (rank {rank})")
-model_ignored = Event(
-    "model.ignored",
-    WARNING,
-    "models.model_config",
-    "{ignored} is ignored: {why}",
-    unseen="a model folder with an odd generation_config.json",
-)
+model_ignored = Event("model.ignored", WARNING, "models.model_config", "{ignored} is ignored: {why}")
 attention_selected = Event(
     "attention.selected",
     INFO,
@@ -144,6 +138,12 @@ sequence_finished = Event(
 )
 request_output = Event("request.output", DEBUG, "engine.llm_engine", "Request {request_id} finished: {text!r}")
 request_failed = Event("request.failed", WARNING, "llm", "Request {request_id} is given up, the others go on: {error}")
+logits_invalid = Event(
+    "logits.invalid",
+    ERROR,
+    "engine.llm_engine",
+    "Request {request_id} is the first to fail after {output_len} tokens, the others go on: {error}",
+)
 engine_statistics = Event(
     "engine.statistics",
     INFO,

@@ -13,9 +13,10 @@ from typing import Any
 
 from nanovllm.config import DTYPES
 from nanovllm.errors import ModelLoadError, UnknownArgumentError, shown
-from nanovllm.layers.rope_parameters import MAX_POSITIONS, RopeParameters
+from nanovllm.layers.rope_parameters import RopeParameters
 from nanovllm.logs import events
 from nanovllm.models.architectures import DEFAULTS, MODELS, OF_MODEL_TYPE, check_architecture
+from nanovllm.models.rope_fields import MAX_POSITIONS, read_rope_parameters
 from nanovllm.utils.logger import setup_logger
 from nanovllm.utils.model_files import read_json
 
@@ -148,7 +149,7 @@ class ModelConfig:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             rms_norm_eps=fields.share("rms_norm_eps", 1e-6),
-            rope=RopeParameters.from_fields(_rope_fields(config, overrides), max_position_embeddings),
+            rope=read_rope_parameters(_rope_fields(config, overrides), max_position_embeddings),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             attention_bias=fields.flag("attention_bias"),
             max_position_embeddings=max_position_embeddings,

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
-from nanovllm.layers.rope_parameters import RopeParameters
 from nanovllm.layers.rotary_embedding import build_cos_sin_cache, rope_frequencies
 from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.rope_fields import read_rope_parameters
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
@@ -52,7 +52,7 @@ def test_equal_to_transformers(case: str, head_dim: int, theta: float) -> None:
     reference = Qwen3RotaryEmbedding(
         Qwen3Config(head_dim=head_dim, max_position_embeddings=max_positions, rope_parameters=dict(fields))
     )
-    rope = RopeParameters.from_fields(fields, max_positions)
+    rope = read_rope_parameters(fields, max_positions)
     inv_freq, attention_scaling = rope_frequencies(head_dim, rope)
     assert torch.equal(inv_freq, reference.inv_freq)
     assert attention_scaling == reference.attention_scaling
@@ -87,7 +87,7 @@ def test_any_yarn_is_equal_to_transformers(fields: dict[str, Any], head_dim: int
     fields |= {"rope_type": "yarn", "rope_theta": 10_000.0}
     config = Qwen3Config(head_dim=head_dim, max_position_embeddings=512, rope_parameters=dict(fields))
     reference = Qwen3RotaryEmbedding(config)
-    inv_freq, attention_scaling = rope_frequencies(head_dim, RopeParameters.from_fields(fields, 512))
+    inv_freq, attention_scaling = rope_frequencies(head_dim, read_rope_parameters(fields, 512))
     assert torch.equal(inv_freq, reference.inv_freq)
     assert attention_scaling == reference.attention_scaling
 

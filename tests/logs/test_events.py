@@ -9,10 +9,13 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, RequestTooLargeError, SamplingParams
 from nanovllm.engine import scheduler
@@ -21,6 +24,7 @@ from nanovllm.logs.fields import FIELDS, fields_of
 from nanovllm.logs.records import Event
 from nanovllm.utils.logger import configure_logging, log_gpu_memory, log_tensor_shapes, setup_logger
 from tests.engine.test_llm_engine import make_engine
+from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
 from tests.runner.cpu_graphs import use_cpu_graphs
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -132,6 +136,17 @@ def a_grammar_that_leads_nowhere(_: pytest.MonkeyPatch) -> None:
         llm.generate(PROMPT, SamplingParams(structured_outputs=asked), use_tqdm=False)
 
 
+def a_damaged_folder(_: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = make_qwen3_checkpoint(Path(name))
+        (folder / "generation_config.json").write_text("no JSON")
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"].fill_(torch.nan)
+        save_file(weights, folder / "model.safetensors")
+        with LLM(name, device="cpu", skip_tokenizer_init=True) as llm:
+            llm.generate([[5], [6]], GREEDY, use_tqdm=False)
+
+
 def a_wrong_level(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("NANOVLLM_LOG_LEVEL", "DEBUG,scheduler=LOUD")
@@ -169,6 +184,7 @@ WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [
     cuda_graphs,
     texts,
     a_grammar_that_leads_nowhere,
+    a_damaged_folder,
     a_wrong_level,
     a_profile,
     spans,

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from nanovllm.errors import ModelLoadError, NanoVLLMError, UnknownArgumentError
-from nanovllm.layers.rope_parameters import _FIELDS, MAX_POSITIONS, ROPE_TYPES, RopeParameters
+from nanovllm.layers.rope_parameters import RopeParameters
 from nanovllm.layers.rotary_embedding import rope_frequencies
 from nanovllm.models.model_config import _KNOWN_FIELDS, BUILTIN_SHAPES, ModelConfig
+from nanovllm.models.rope_fields import _FIELDS, MAX_POSITIONS, ROPE_TYPES
 from tests.models.qwen3_checkpoints import VARIANTS, make_qwen3_checkpoint
 from tests.processes import run_python
 
@@ -192,7 +193,7 @@ def test_longest_contexts() -> None:
         (changed(rope_scaling={"rope_type": "linear", "factor": 10**400}), "factor=10{50,}.*from 1 to 10000"),
         (changed(rope_scaling={"rope_type": "yarn", "factor": float("inf")}), "factor=inf.*from 1 to 10000"),
         (changed(rope_scaling={"rope_type": "yarn", "truncate": 1}), "truncate=1.*true or false"),
-        (changed(rope_scaling={"rope_type": "linear", "factor": 10_000}), "factor=10000.*at most 16777216 tokens"),
+        (changed(rope_scaling={"rope_type": "linear", "factor": 10_000}), "factor=10000.*at most 16777216 tokens long"),
         (
             changed(rope_scaling={"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}),
             "high_freq_factor=4.*larger than low_freq_factor=4",
