@@ -18,7 +18,7 @@ from nanovllm.logs import events
 from nanovllm.models.architectures import DEFAULTS, MODELS, OF_MODEL_TYPE, check_architecture
 from nanovllm.models.rope_fields import MAX_POSITIONS, read_rope_parameters
 from nanovllm.utils.logger import setup_logger
-from nanovllm.utils.model_files import read_json
+from nanovllm.utils.model_files import other_format, read_json
 
 logger = setup_logger(__name__)
 
@@ -107,7 +107,10 @@ class ModelConfig:
         folder = Path(folder)
         try:
             if not (folder / "config.json").exists():
-                raise ModelLoadError("config.json is missing; a model folder has config.json and *.safetensors.")
+                instead = f" This one {what}." if folder.is_dir() and (what := other_format(folder)) else ""
+                raise ModelLoadError(
+                    f"config.json is missing; a model folder has config.json and *.safetensors.{instead}"
+                )
             return cls.from_dict(read_json(folder / "config.json"), _generation_config(folder), overrides)
         except ModelLoadError as error:
             raise ModelLoadError(f"{folder}: {error}") from error

@@ -101,7 +101,7 @@ def load_tokenizer(config: EngineConfig, folder: str) -> PreTrainedTokenizerBase
     if any(source.glob("tokenizer*")) or any(source.glob("vocab.*")):
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                source, trust_remote_code=config.trust_remote_code
+                source, config=_config_of_tokenizer(source), trust_remote_code=config.trust_remote_code
             )
             return tokenizer
         except Exception as error:  # transformers raises many kinds
@@ -110,3 +110,18 @@ def load_tokenizer(config: EngineConfig, folder: str) -> PreTrainedTokenizerBase
         f"{source} gives no tokenizer: {problem}. Name one with tokenizer=…, or give skip_tokenizer_init=True and "
         "prompts as token ids."
     )
+
+
+def _config_of_tokenizer(folder: Path) -> Any:
+    """Returns a config with the fields by which transformers chooses a tokenizer's class.
+
+    From a folder transformers would read the whole config.json, and fail for a field that no tokenizer needs.
+    """
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    from nanovllm.utils.model_files import read_json
+
+    path = folder / "config.json"
+    fields = read_json(path) if path.exists() else {}
+    make = CONFIG_MAPPING.get(str(fields.get("model_type")), PretrainedConfig)
+    return make(tokenizer_class=fields.get("tokenizer_class"), name_or_path=fields.get("_name_or_path", ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -25,7 +26,7 @@ from nanovllm.runner.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
 from nanovllm.runner.model_plan import ModelPlan
 from nanovllm.runner.warm_up import WarmUp
 from nanovllm.utils.device_memory import GB, free_memory
-from nanovllm.utils.loader import LoadReport, load_dummy_weights, load_weights, materialise
+from nanovllm.utils.loader import LoadReport, check_weights, load_dummy_weights, load_weights, materialise
 from nanovllm.utils.logger import log_gpu_memory, setup_logger
 from nanovllm.utils.stopwatch import Stopwatch
 
@@ -84,11 +85,19 @@ class Startup:
 
     def build_model(self) -> CausalLM:
         """Returns the model without its weights."""
+        plan = self.plan
+        needed = 3 * plan.max_model_len * plan.model_config.head_dim * torch.float32.itemsize  # the table and its parts
+        if needed > (free := free_memory(self.device)):
+            raise OutOfMemoryError(
+                f"The rotary table for max_model_len={plan.max_model_len} tokens needs {needed / GB:.2f} GB to be "
+                f"made, and {self.device} has {free / GB:.2f} GB left. Give a smaller max_model_len."
+            )
         context = ModelContext(
-            config=self.plan.model_config,
+            config=plan.model_config,
+            max_positions=plan.max_model_len,
             backends=self.attention,
             parallel=self._parallel,
-            dtype=self.plan.dtype,
+            dtype=plan.dtype,
             device=self.device,
         )
         return get_model_class(context.config.architecture)(context)
@@ -102,6 +111,8 @@ class Startup:
         events.model_loading.log(logger, rank=rank, model=str(name))
         self._log_model()
         warm_up = None
+        if (folder := self._weights_folder) is not None:
+            check_weights(runner.model, folder, runner.model.redundant_weights)
         try:
             if self.device.type == "cuda":
                 materialise(runner.model, self.device)
@@ -110,7 +121,9 @@ class Startup:
                     warm_up = WarmUp(runner.launch, self._config.max_num_seqs)
             report = self._load_weights(runner.model, check)
             finish_loading(runner.model)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # of a CPU
+                raise
             num_bytes = sum(weight.nbytes for weight in runner.model.parameters())
             raise OutOfMemoryError(
                 f"The {num_bytes / GB:.2f} GB of {name}'s weights do not fit on {self.device}: {error} "
@@ -131,9 +144,14 @@ class Startup:
         self._stopwatch.lap("weights")
 
     def _load_weights(self, model: CausalLM, check: Callable[[], None]) -> LoadReport:
-        if self.plan.folder is None or self._config.load_format == "dummy":
+        if (folder := self._weights_folder) is None:
             return load_dummy_weights(model, self.device, self._config.seed)
-        return load_weights(model, self.plan.folder, self.device, model.redundant_weights, check)
+        return load_weights(model, folder, self.device, model.redundant_weights, check)
+
+    @property
+    def _weights_folder(self) -> Path | None:
+        """The folder that weights are read from; None for random weights."""
+        return None if self._config.load_format == "dummy" else self.plan.folder
 
     def _log_model(self) -> None:
         shape = self.plan.model_config

@@ -23,10 +23,11 @@ from torch import nn
 
 from nanovllm.errors import ModelLoadError, shown
 from nanovllm.layers.parameter import HasWeightParts, WeightPart
-from nanovllm.utils.model_files import check_file, read_json
+from nanovllm.utils.model_files import ADAPTER_CONFIG, check_file, other_format, read_json
 
 _DTYPES = ("BF16", "F16", "F32", "F64")  # as safetensors spells them
 _COMPUTED = ".rotary_emb.inv_freq"  # older transformers saved this buffer, which every model computes itself
+_HEAD = "lm_head.weight"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _MOST_LISTED = 10  # names in an error
 _MAX_TEXT = 300  # characters of another library's error
@@ -135,8 +136,9 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if os.path.lexists(index):
         return _files_of_index(index)
     paths = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
-    if not paths or (folder / "adapter_config.json").exists():
-        raise ModelLoadError(_no_weights(folder))
+    if not paths or (folder / ADAPTER_CONFIG).exists():
+        what = other_format(folder) or "has no *.safetensors files (load_format='dummy' runs without weights)"
+        raise ModelLoadError(f"{folder} {what}.")
     return [path for path in paths if _SHARD.fullmatch(path.name)] or paths
 
 
@@ -159,27 +161,12 @@ def _files_of_index(index: Path) -> list[Path]:
                 "same folder."
             )
         names[name] = None
-    missing = [name for name in names if not os.path.exists(index.parent / name)]
+    missing = [_short(name) for name in names if not os.path.exists(index.parent / name)]
     if missing:
         raise ModelLoadError(
             f"{index.parent}: the index names files that are not there: {_listed(missing)}. Download them."
         )
     return sorted(index.parent / name for name in names)
-
-
-def _no_weights(folder: Path) -> str:
-    """Returns what to say of a folder without a safetensors file of the whole model."""
-    others = {path.suffix for path in folder.iterdir()} - {".safetensors"}
-    if (folder / "adapter_config.json").exists():
-        return f"{folder} holds an adapter, not a model: merge it into its base model and save that."
-    if ".gguf" in others:
-        return f"{folder} has GGUF files, which are not supported: take the model's safetensors files."
-    if others & {".bin", ".pt", ".pth"}:
-        return (
-            f"{folder} has weights in PyTorch's format only. Convert them to safetensors: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder), of transformers."
-        )
-    return f"{folder} has no *.safetensors files (load_format='dummy' runs without weights)."
 
 
 @dataclass(frozen=True)
@@ -208,7 +195,7 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt", device="cpu")
     except Exception as error:  # the library's own exception type, or OSError
         raise ModelLoadError(
-            f"{path} cannot be read as safetensors: {str(error)[:_MAX_TEXT]} Download it again if it is not complete."
+            f"{path} cannot be read as safetensors: {str(error)[:_MAX_TEXT]}. If it is not complete, download it again."
         ) from error
 
 
@@ -231,7 +218,7 @@ def _compare(
     wanted = {part.name: part for part in _parts(plan) if part.name is not None}
     wrong: list[str] = []
     missing = [name for name in wanted if name not in tensors]
-    unknown = [name for name in tensors.keys() - wanted.keys() - redundant if not name.endswith(_COMPUTED)]
+    unknown = [_short(name) for name in tensors.keys() - wanted.keys() - redundant if not name.endswith(_COMPUTED)]
     for name, part in wanted.items():
         if name in tensors:
             found = tensors[name].get_slice(name)
@@ -242,7 +229,10 @@ def _compare(
     faults = {"missing from the checkpoint": missing, "unknown to the model": unknown, "of another form": wrong}
     if any(faults.values()):
         listed = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
-        raise ModelLoadError(f"{folder} does not fit the model: {listed}.")
+        way_out = (
+            " hf_overrides={'tie_word_embeddings': True} takes the embedding for it." if missing == [_HEAD] else ""
+        )
+        raise ModelLoadError(f"{folder} does not fit the model: {listed}.{way_out}")
 
 
 def _parts(plan: Mapping[str, Sequence[WeightPart]]) -> Iterator[WeightPart]:
@@ -252,7 +242,7 @@ def _parts(plan: Mapping[str, Sequence[WeightPart]]) -> Iterator[WeightPart]:
 
 def _listed(names: Sequence[str]) -> str:
     names, more = sorted(names), len(names) - _MOST_LISTED
-    return ", ".join(map(_short, names[:_MOST_LISTED])) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(names[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _short(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from nanovllm.errors import ModelLoadError
 
+ADAPTER_CONFIG = "adapter_config.json"
 _MAX_JSON_BYTES = 256 << 20  # the largest published index is a few MB
 
 
@@ -46,3 +47,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelLoadError(f"{path.name} must hold a JSON object, it holds {type(content).__name__}.")
     return content
+
+
+def other_format(folder: Path) -> str:
+    """Returns what a folder has in the place of a model that can be loaded, and what to do; "" if that is not known."""
+    suffixes = {path.suffix for path in folder.iterdir()}
+    if (folder / ADAPTER_CONFIG).exists():
+        return "holds an adapter, not a model: merge it into its base model and save that"
+    if ".gguf" in suffixes:
+        return "has GGUF files, which are not supported: take the model's safetensors files"
+    if suffixes & {".bin", ".pt", ".pth"}:
+        return (
+            "has weights in PyTorch's format only: convert them with transformers, "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    inside = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    return f"has its model in the folder {inside[0]!r}: name that" if inside else ""

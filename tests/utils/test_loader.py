@@ -206,7 +206,7 @@ def test_shards_without_an_index_go_before_other_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "message"),
     [
-        ("pytorch_model.bin", r"in PyTorch's format only\. Convert them .*save_pretrained"),
+        ("pytorch_model.bin", "in PyTorch's format only: convert them .*save_pretrained"),
         ("model-q4.gguf", "GGUF files, which are not supported"),
         ("adapter_config.json", "an adapter, not a model: merge it"),
         ("README.md", "no \\*\\.safetensors files"),
