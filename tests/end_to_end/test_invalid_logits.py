@@ -107,6 +107,13 @@ def test_a_request_that_meets_it_later_keeps_the_tokens_before(broken: Path, dep
         assert_empty(llm)
 
 
+def test_keys_and_values_in_fp8_do_not_hide_it(broken: Path, healthy: Path) -> None:
+    with load(healthy, kv_cache_dtype="fp8") as llm:
+        expected = token_ids(generate(llm, HEALTHY, PARAMS))
+    with load(broken, kv_cache_dtype="fp8") as llm:
+        check_both_kinds(llm, expected)
+
+
 def test_ranks_agree_on_it(broken: Path, expected: list[list[int]]) -> None:
     with load(broken, tensor_parallel_size=2, pipeline_depth=2) as llm:
         check_both_kinds(llm, expected)
