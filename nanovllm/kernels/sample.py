@@ -30,7 +30,7 @@ _BLOCK_SIZE = 2048  # logits a program reads
 _REFERENCE_PART = 1 << 18  # logits the reference works on at a time
 MAX_SCALE = 1e6  # the largest 1 / T: beyond it noise no longer matters, and products would overflow
 _NO_TOKEN = 0x7FFFFFFF
-MAX_LOGIT = 1e30  # a larger logit, and NaN, makes its row invalid; a lower one than -MAX_LOGIT counts as that
+MAX_LOGIT = 1e30  # -inf counts as -MAX_LOGIT, so that a row of it still gives an id
 _INVALID = constant(INVALID_TOKEN)
 
 
@@ -90,7 +90,7 @@ def _sample_block_kernel(
 ) -> None:
     """Program (block, row): the block's best score, and the lowest token id that has it.
 
-    An invalid logit scores +inf, which no other does, so that it wins wherever it is.
+    NaN scores +inf, as +inf does, so that it wins wherever it is. A row with such a winner is invalid.
     """
     join_launch_chain(PDL)
     block = tl.program_id(0)
@@ -98,7 +98,7 @@ def _sample_block_kernel(
     token_id = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     row_ptr = logits_ptr + row * logits_stride
     logits = tl.load(row_ptr + token_id, mask=token_id < vocab_size, other=-float("inf")).to(tl.float32)
-    scores = tl.where(logits <= MAX_LOGIT, tl.maximum(logits, -MAX_LOGIT), float("inf"))  # NaN compares false
+    scores = tl.where(logits < float("inf"), tl.maximum(logits, -MAX_LOGIT), float("inf"))  # NaN compares false
     state = tl.load(rows_ptr + row)
     temperature = tl.load(temperatures_ptr + state)
     if temperature > 0.0:
@@ -201,8 +201,7 @@ def _best_of_part(
     positions: torch.Tensor,
     thresholds: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = logits.float()  # [num_rows, vocab_size]
-    scores = torch.where(scores <= MAX_LOGIT, scores.clamp(min=-MAX_LOGIT), torch.inf)  # NaN compares false
+    scores = logits.float().clamp(min=-MAX_LOGIT)  # [num_rows, vocab_size]; NaN stays NaN, and is its row's maximum
     drawn = (temperatures > 0).unsqueeze(1)  # [num_rows, 1]
     if drawn.any():
         bits = noise_bits_reference(seeds, positions, logits.shape[1], first_token)
@@ -214,7 +213,7 @@ def _best_of_part(
     best = scores.amax(dim=-1, keepdim=True)  # [num_rows, 1]
     # As bytes: argmax gives the lowest id among equals.
     tokens = (scores == best).byte().argmax(dim=-1).to(torch.int32) + first_token
-    best = best.squeeze(1)
+    best = best.squeeze(1).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
     return best, tokens.masked_fill_(best == torch.inf, INVALID_TOKEN)
 
 
@@ -233,7 +232,7 @@ def sample(
     logits [num_rows, vocab_size] bf16, fp16 or fp32, rows may be strided; rows [num_rows] int32: each row's index in
     the next three; temperatures [all_rows] fp32, ≥ 0; seeds [all_rows] int64; positions [all_rows] int32
     or int64; thresholds [num_rows] fp32: tokens with lower logits are not drawn (`kernels.truncate`)
-    → [num_rows] int32, INVALID_TOKEN for a row with a logit that is NaN or above MAX_LOGIT; -inf is a valid logit.
+    → [num_rows] int32, INVALID_TOKEN for a row with a logit that is NaN or +inf; -inf is a valid logit.
     """
     if not runs_triton(logits, use_triton):
         return sample_reference(logits, temperatures, seeds, positions, rows, thresholds)
