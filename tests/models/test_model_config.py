@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
@@ -295,9 +295,9 @@ ODD = st.one_of(
 ROPE_NAMES = sorted({name for fields in _FIELDS.values() for names in fields for name in names})
 
 
-def check_resolves_or_is_refused(config: dict[str, Any], generation: dict[str, Any] | None = None) -> None:
+def check_resolves_or_is_refused(config: dict[str, Any], *others: dict[str, Any]) -> None:
     try:
-        resolved = ModelConfig.from_dict(config, generation)
+        resolved = ModelConfig.from_dict(config, *others)
     except NanoVLLMError as error:
         text = str(error)
     else:
@@ -314,6 +314,7 @@ def check_resolves_or_is_refused(config: dict[str, Any], generation: dict[str, A
 @given(st.dictionaries(st.sampled_from(sorted({*_KNOWN_FIELDS, *QWEN3_06B})), ODD, min_size=1, max_size=3))
 def test_any_value_of_a_field_is_understood_or_refused(fields: dict[str, Any]) -> None:
     check_resolves_or_is_refused(changed(**fields))
+    check_resolves_or_is_refused(QWEN3_06B, {}, {name: fields[name] for name in fields if name in _KNOWN_FIELDS})
 
 
 @settings(max_examples=600, deadline=None)
@@ -332,6 +333,19 @@ def test_any_rope_scaling_is_understood_or_refused(rope_type: str, fields: dict[
 @given(ODD)
 def test_any_generation_config_is_understood_or_refused(value: Any) -> None:
     check_resolves_or_is_refused(QWEN3_06B, {"eos_token_id": value})
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.one_of(st.binary(max_size=50), st.recursive(ODD, st.lists, max_leaves=5).map(lambda v: json.dumps(v).encode()))
+)
+def test_any_bytes_of_a_file_are_understood_or_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelLoadError):
+        ModelConfig.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B))
+    (tmp_path / "generation_config.json").write_bytes(content)
+    assert ModelConfig.from_folder(tmp_path).vocab_size == 151_936
 
 
 def test_reading_a_config_imports_neither_torch_nor_transformers() -> None:
