@@ -315,13 +315,9 @@ def _refused(request_id: str, prompt: object, error: InvalidArgumentError) -> Re
 
 def _without_text(error: NanoVLLMError) -> str:
     """Returns the error as text for the log. It has no text of users unless NANOVLLM_LOG_PROMPTS is set."""
-    if (
-        env.log_prompts()
-        or not isinstance(error, InvalidArgumentError)
-        or error.field.split(".")[0] not in _FIELDS_WITH_TEXT
-    ):
-        return str(error)
-    return f"{error.field} must be {error.allowed}. {error.hint}".rstrip()
+    if isinstance(error, InvalidArgumentError) and error.field.split(".")[0] in _FIELDS_WITH_TEXT:
+        return str(error) if env.log_prompts() else f"{error.field} must be {error.allowed}. {error.hint}".rstrip()
+    return str(error)
 
 
 def _speeds(done: EngineStatistics) -> str:

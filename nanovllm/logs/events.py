@@ -142,7 +142,7 @@ logits_invalid = Event(
     "logits.invalid",
     ERROR,
     "engine.llm_engine",
-    "Request {request_id} is the first to fail after {output_len} tokens, the others go on: {error}",
+    "Invalid logits, first in request {request_id} after {output_len} output tokens; the others go on: {error}",
 )
 engine_statistics = Event(
     "engine.statistics",

@@ -130,7 +130,7 @@ class ModelConfig:
         fields = _Fields({**config, **overrides})
         architecture = fields.architecture()
         check_architecture(architecture)
-        fields.defaults = DEFAULTS[architecture]
+        fields.defaults = DEFAULTS.get(architecture, {})
         num_layers = fields.count("num_hidden_layers")
         fields.refuse_unsupported(num_layers)
         hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
@@ -151,7 +151,7 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=fields.share("rms_norm_eps", 1e-6),
+            rms_norm_eps=fields.fraction("rms_norm_eps", 1e-6),
             rope=read_rope_parameters(_rope_fields(config, overrides), max_position_embeddings),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             attention_bias=fields.flag("attention_bias"),
@@ -179,7 +179,7 @@ class _Fields:
             raise self.unsupported(name, f"an integer from 1 to {_MOST[name]}")
         return value
 
-    def share(self, name: str, default: float) -> float:
+    def fraction(self, name: str, default: float) -> float:
         value = self.values.get(name, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
             raise self.unsupported(name, "a number > 0, at most 1")
@@ -262,18 +262,17 @@ def _eos_token_ids(sources: Iterable[Mapping[str, Any]], vocab_size: int) -> tup
     found: dict[int, None] = {}
     for source in sources:
         value = source.get("eos_token_id")
-        for token_id in value if isinstance(value, (list, tuple)) else (value,):
-            if token_id is None:
-                continue
-            if not isinstance(token_id, int) or isinstance(token_id, bool):
-                raise ModelLoadError(
-                    f"eos_token_id={shown(value)} is not supported: it must be token ids from 0 to {vocab_size - 1}."
-                )
-            if 0 <= token_id < vocab_size:
-                found[token_id] = None
-            else:
-                ignored, why = f"eos_token_id {shown(token_id)}", f"token ids go from 0 to {vocab_size - 1}"
-                events.model_ignored.log(logger, ignored=ignored, why=why)
+        listed: Iterable[Any] = value if isinstance(value, (list, tuple)) else [value]
+        token_ids = [token_id for token_id in listed if token_id is not None]
+        if any(not isinstance(token_id, int) or isinstance(token_id, bool) for token_id in token_ids):
+            raise ModelLoadError(
+                f"eos_token_id={shown(value)} is not supported: it must be token ids from 0 to {vocab_size - 1}."
+            )
+        inside = [token_id for token_id in token_ids if 0 <= token_id < vocab_size]
+        found |= dict.fromkeys(inside)
+        if len(inside) < len(token_ids):
+            ignored = f"What eos_token_id={shown(value)} has outside the vocabulary"
+            events.model_ignored.log(logger, ignored=ignored, why=f"token ids go from 0 to {vocab_size - 1}")
     return tuple(found)
 
 
