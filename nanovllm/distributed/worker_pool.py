@@ -104,6 +104,8 @@ class WorkerPool:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             start.stack.close()
         self._processes[start.rank] = process
+        # A forked child of this process would end the daemons that it finds there. `shutdown` ends the workers instead.
+        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
 
     # Messages
 
