@@ -126,6 +126,7 @@ class AsyncLLM:
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         """Returns the running event loop. Raises InvalidStateError while another one that used it is open."""
+        self._engine.owner.check()
         loop = asyncio.get_running_loop()
         if self._loop is not None and self._loop is not loop and not self._loop.is_closed():
             raise InvalidStateError(

@@ -31,6 +31,7 @@ from nanovllm.requests.parallel_sampling import ParallelSampling
 from nanovllm.requests.preparation import PreparedRequest, RequestPreparation
 from nanovllm.requests.tokenization import Prompt, load_tokenizer
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.owner_process import OwnerProcess
 from nanovllm.utils.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class LLMEngine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
+        self.owner = OwnerProcess()
         self.metrics = EngineMetrics()
         self._observers = Observers([self.metrics, *observers])
         self._clock = clock  # seconds; the source of every time that the engine reports
@@ -60,7 +62,7 @@ class LLMEngine:
         stopwatch = Stopwatch()
         self.executor: Executor = make_executor(config, stopwatch)
         # A finalizer, so that the device's memory is also freed when the engine is garbage-collected or Python ends.
-        self._shut_down = weakref.finalize(self, self.executor.shutdown)
+        self._shut_down = weakref.finalize(self, self.owner.guard(self.executor.shutdown))
         self.resolved = self.executor.resolved
         try:
             self._observers.engine_resolved(self.resolved)
@@ -77,7 +79,7 @@ class LLMEngine:
             self._shut_down()
             raise
         self._unfinished = UnfinishedRequests()
-        self._report_exit = weakref.finalize(self, _report_exit, self._observers, self._unfinished)
+        self._report_exit = weakref.finalize(self, self.owner.guard(_report_exit), self._observers, self._unfinished)
         self._num_arrivals = 0
         self._dead: BaseException | None = None
 
@@ -277,6 +279,8 @@ class LLMEngine:
 
     def exit(self) -> None:
         """Ends the engine and frees the device's memory. Calling it again does nothing; most other calls then raise."""
+        if not self.owner.is_current:
+            return
         if self._dead is None:
             self._dead = EngineDeadError("exit() was called")
         self._report_exit()
@@ -307,6 +311,7 @@ class LLMEngine:
     # Helpers
 
     def _check_alive(self) -> None:
+        self.owner.check()
         if self._dead is not None:
             raise EngineDeadError.after(self._dead)
 

@@ -182,6 +182,13 @@ gomp_spincount = Variable(
     "The same, in GNU OpenMP's turns of a loop.",
     "10000, if the engine imports torch",
 )
+nccl_socket_ifname = Variable(
+    "NCCL_SOCKET_IFNAME",
+    PRESENCE,
+    False,
+    "The network interfaces where NCCL listens; where it is set, the engine does not choose them.",
+    "lo, while several ranks start",
+)
 
 VARIABLES = tuple(value for value in list(globals().values()) if isinstance(value, Variable))
 
@@ -197,6 +204,22 @@ def openmp_spins_briefly() -> Iterator[None]:
         yield
     finally:
         del _environment[gomp_spincount.name]
+
+
+@contextmanager
+def nccl_stays_on_this_machine() -> Iterator[None]:
+    """Sets NCCL_SOCKET_IFNAME, which NCCL reads once, to the loopback interface, unless it is set.
+
+    It is unset afterwards, so that processes that this one starts do not inherit it.
+    """
+    if nccl_socket_ifname():
+        yield
+        return
+    _environment[nccl_socket_ifname.name] = "lo"
+    try:
+        yield
+    finally:
+        del _environment[nccl_socket_ifname.name]
 
 
 def num_usable_cores() -> int:

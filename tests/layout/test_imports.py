@@ -274,7 +274,7 @@ def trespasses(source: str) -> list[str]:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_no_ambient_state(module: str) -> None:
-    # utils/env.py reads a variable, and sets and removes GOMP_SPINCOUNT while torch is imported.
+    # utils/env.py reads a variable, and sets and removes GOMP_SPINCOUNT and NCCL_SOCKET_IFNAME while they are read.
     allowed = ["environ"] if module == "nanovllm.utils.env" else []
     assert trespasses(MODULES[module].read_text(encoding="utf-8")) == allowed
 

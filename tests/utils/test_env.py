@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ DEFAULTS = [
     ("MKL_NUM_THREADS", env.mkl_num_threads, False),
     ("OMP_WAIT_POLICY", env.omp_wait_policy, False),
     ("GOMP_SPINCOUNT", env.gomp_spincount, False),
+    ("NCCL_SOCKET_IFNAME", env.nccl_socket_ifname, False),
 ]
 
 VALUES = [
@@ -109,3 +111,14 @@ def test_no_other_file_of_the_package_reads_the_environment():
     readers = {file.name for file in package.rglob("*.py") if "os.environ" in file.read_text("utf-8")}
     readers |= {file.name for file in package.rglob("*.py") if "getenv(" in file.read_text("utf-8")}
     assert readers == {"env.py"}
+
+
+def test_nccl_listens_on_the_loopback_interface_unless_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    with env.nccl_stays_on_this_machine():
+        assert os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+    assert "NCCL_SOCKET_IFNAME" not in os.environ
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
+    with env.nccl_stays_on_this_machine():
+        assert os.environ["NCCL_SOCKET_IFNAME"] == "eth1"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "eth1"
