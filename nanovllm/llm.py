@@ -332,7 +332,7 @@ def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
         return [prompts]
     if isinstance(prompts, (bytes, Set)) or not isinstance(prompts, Iterable):  # bytes are not text, sets have no order
         raise InvalidArgumentError("prompts", prompts, "a text, token ids, a dictionary, or a list of these")
-    batch: list[Any] = list(prompts)
+    batch: list[Any] = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)  # a tensor or an array
     return [batch] if batch and all(isinstance(item, (int, np.integer)) for item in batch) else batch
 
 
