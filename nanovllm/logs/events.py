@@ -137,6 +137,12 @@ sequence_finished = Event(
 )
 request_output = Event("request.output", DEBUG, "engine.llm_engine", "Request {request_id} finished: {text!r}")
 request_failed = Event("request.failed", WARNING, "llm", "Request {request_id} is given up, the others go on: {error}")
+chat_tools_ignored = Event(
+    "chat.tools_ignored",
+    WARNING,
+    "requests.chat",
+    "The chat template of {model} does not read tools: the model does not see them",
+)
 engine_statistics = Event(
     "engine.statistics",
     INFO,
