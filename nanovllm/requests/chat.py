@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 
 import jinja2
-from jinja2 import meta, nodes, runtime
+from jinja2 import meta, nodes, runtime, visitor
 
 from nanovllm.errors import InvalidArgumentError, checks_argument_names
 from nanovllm.logs import events
@@ -197,11 +197,48 @@ class _Context(runtime.Context):
             raise _TemplateLimitError(f"it takes longer than {_MAX_SECONDS:g} s")
 
 
+def _size(value: object) -> int:
+    """Returns the length of a text or list. An integer counts as the square of its bits, which a product of it costs."""
+    if isinstance(value, int):
+        return value.bit_length() ** 2
+    return len(value) if isinstance(value, (str, list, tuple)) else 0
+
+
+def _size_of_product(left: object, right: object) -> int:
+    for one, other in ((left, right), (right, left)):
+        if isinstance(other, int) and not isinstance(one, int):
+            return _size(one) * other
+    return _size(left) + _size(right)
+
+
+# Upper bounds on the size of a result.
+_SIZES: dict[str, Callable[[Any, Any], float]] = {
+    "+": lambda left, right: _size(left) + _size(right),
+    "*": _size_of_product,
+    "**": lambda left, right: _size(left) * right,
+}
+
+
+def _call_binop(context: runtime.Context, operator: str, left: Any, right: Any) -> Any:
+    if _SIZES[operator](left, right) > _MAX_CHARACTERS:
+        raise _TemplateLimitError(f"it computes {operator!r} of values that are too large")
+    return context.environment.binop_table[operator](left, right)  # type: ignore[attr-defined]  # a sandbox's
+
+
+class _SumsForConcatenations(visitor.NodeTransformer):
+    """Replaces `a ~ b`, which a sandbox does not intercept, by a sum of texts."""
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+        self.generic_visit(node)
+        texts: list[nodes.Expr] = [nodes.Filter(each, "string", [], [], None, None) for each in node.nodes]
+        return functools.reduce(nodes.Add, texts).set_lineno(node.lineno)
+
+
 class _Template:
     """A compiled chat template.
 
-    Each pass of a loop and each call of a macro checks the time, and the output is counted as it is written. A single
-    expression, such as a product of a text and a number, has no limit of its own.
+    Each pass of a loop and each call of a macro checks the time, sums, products and powers their size before they are
+    computed, and the output is counted as it is written. A single call of a filter has no limit.
     """
 
     def __init__(self, source: str) -> None:
@@ -210,12 +247,14 @@ class _Template:
         # The sandbox in which transformers renders templates, with its filters and functions.
         environment = _compile_jinja_template("").environment.overlay()
         environment.context_class = _Context
+        environment.intercepted_binops = frozenset(_SIZES)
+        environment.call_binop = _call_binop
         tree = environment.parse(source)
         self.variables = meta.find_undeclared_variables(tree)
         for block in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
             check = nodes.Getattr(nodes.ContextReference(), "check_time", "load")
             block.body.insert(0, nodes.ExprStmt(nodes.Call(check, [], [], None, None)).set_lineno(block.lineno))
-        self._template = environment.from_string(tree)
+        self._template = environment.from_string(_SumsForConcatenations().visit(tree).set_environment(environment))
 
     def render(self, variables: dict[str, Any]) -> str:
         pieces, num_characters = [], 0

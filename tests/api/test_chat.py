@@ -171,6 +171,7 @@ def test_objects_that_cannot_be_shown_are_refused(llm: LLM) -> None:
 LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 LIST = "{% set l = range(9999) | list %}" + "{% for a in l %}" * 3 + "{% endfor %}" * 3
 MACRO = "{% macro twice(n) %}{% if n %}{{ twice(n - 1) }}{{ twice(n - 1) }}{% endif %}{% endmacro %}{{ twice(60) }}"
+DOUBLED = "{% set n = namespace(x='a') %}{% for i in range(40) %}{% set n.x = ? %}{% endfor %}"
 LONG = "{% for a in range(99999) %}{{ messages[0]['content'] * 1000 }}{% endfor %}"
 
 
@@ -178,6 +179,26 @@ LONG = "{% for a in range(99999) %}{{ messages[0]['content'] * 1000 }}{% endfor 
 def test_a_template_that_does_not_end_is_refused(llm: LLM, template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat, "_MAX_SECONDS", 0.1)
     assert "it takes longer than 0.1 s" in refusal(llm, chat_template=template)
+
+
+@pytest.mark.parametrize(
+    ("template", "operator"),
+    [
+        ("{{ 'a' * 10 ** 12 }}", "*"),
+        ("{{ 2 ** (10 ** 9) }}", "**"),
+        (DOUBLED.replace("?", "n.x ~ n.x"), "+"),
+        (DOUBLED.replace("?", "n.x + n.x"), "+"),
+        (DOUBLED.replace("'a'", "7").replace("?", "n.x * n.x"), "*"),
+        (DOUBLED.replace("'a'", "[1]").replace("?", "n.x + n.x"), "+"),
+    ],
+)
+def test_a_template_that_computes_too_much_is_refused(llm: LLM, template: str, operator: str) -> None:
+    assert f"it computes {operator!r} of values that are too large" in refusal(llm, chat_template=template)
+
+
+def test_arithmetic_stays(llm: LLM) -> None:
+    template = "{{ 1 + 2.5 }} {{ 'a' ~ 1 ~ none ~ [2] }} {{ [1] + [2] }} {{ 'ab' * 2 }} {{ 2 ** 10 }} {{ 2 ** -1 }}"
+    assert prompt(llm, chat_template=template) == "3.5 a1None[2] [1, 2] abab 1024 0.5"
 
 
 def test_a_template_that_writes_too_much_is_refused(llm: LLM) -> None:

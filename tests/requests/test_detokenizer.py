@@ -54,7 +54,7 @@ def test_random_tokens_read_as_when_decoded_at_once(token_ids: list[int], skip_s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=examples(1600), deadline=None)
+@settings(max_examples=examples(800), deadline=None)
 @given(data=st.data())
 def test_streamed_text_is_the_final_text(kind: str, data: st.DataObject) -> None:
     """Whatever tokens follow, what was shown stays; when none follow, all is shown. The last ids are no tokens."""
