@@ -28,7 +28,7 @@ Conversation: TypeAlias = "Seq[Mapping[str, Any]]"
 
 _MAX_SECONDS = 10.0  # a template takes milliseconds
 _MAX_CHARACTERS = 16_000_000  # more than any model's context
-_MAX_QUOTED = 300  # characters of a template's own error
+_MAX_QUOTED = 300  # characters of another library's error
 _END_MARK = "END_OF_THE_FINAL_MESSAGE "  # templates may strip the space, and with it those before
 _MESSAGES = "a list of messages, each {'role': …, 'content': …}"
 # Arguments of transformers' apply_chat_template that chat does not pass on, and names that it sets itself.
@@ -164,8 +164,8 @@ class ChatRenderer:
         try:
             text = template.render(variables)
         except Exception as error:  # templates raise any kind for input that they do not take
-            why = f"{type(error).__name__}: {error}"[:_MAX_QUOTED]
-            raise InvalidArgumentError("messages", conversation, f"what the chat template takes ({why})") from None
+            allowed = f"what the chat template takes ({_why(error)})"
+            raise InvalidArgumentError("messages", conversation, allowed) from None
         return TemplatedText(_up_to_mark(conversation, text) if options.continue_final_message else text)
 
     def _template(self, tokenizer: PreTrainedTokenizerBase, options: ChatOptions) -> _Template:
@@ -177,8 +177,7 @@ class ChatRenderer:
             source = tokenizer.get_chat_template(options.chat_template, options.tools or None)
             return self._compiled(source)
         except (ValueError, jinja2.TemplateError) as error:
-            why = f"{type(error).__name__}: {error}"[:_MAX_QUOTED]
-            raise InvalidArgumentError("chat_template", source, f"a Jinja template ({why})") from None
+            raise InvalidArgumentError("chat_template", source, f"a Jinja template ({_why(error)})") from None
 
 
 class _TemplateLimitError(Exception):
@@ -198,7 +197,7 @@ class _Context(runtime.Context):
 
 
 def _size(value: object) -> int:
-    """Returns the length of a text or list. An integer counts as the square of its bits, which a product of it costs."""
+    """Returns the length of a text or list. An integer counts as its bits squared, which is what products cost."""
     if isinstance(value, int):
         return value.bit_length() ** 2
     return len(value) if isinstance(value, (str, list, tuple)) else 0
@@ -290,9 +289,7 @@ def _text_of(part: object, index: int, at: int) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(part, dict) and kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    hint = (
-        f"Parts of type {kind!r} are not supported."[:_MAX_QUOTED] if isinstance(kind, str) and kind != "text" else ""
-    )
+    hint = "" if kind == "text" else f"Parts of type {kind!r:.40} are not supported."
     raise InvalidArgumentError(f"messages.{index}.content.{at}", part, "{'type': 'text', 'text': …}", hint)
 
 
@@ -301,13 +298,17 @@ def _plain(field: str, value: Any) -> Any:
     try:
         return json.loads(json.dumps(value, default=_as_dict))
     except Exception as error:  # a Mapping of the caller's may raise any kind
-        raise InvalidArgumentError(field, value, f"made of JSON values ({type(error).__name__}: {error})") from None
+        raise InvalidArgumentError(field, value, f"made of JSON values ({_why(error)})") from None
 
 
 def _as_dict(value: object) -> dict[Any, Any]:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} is no JSON value")
+
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:_MAX_QUOTED]
 
 
 def _up_to_mark(conversation: object, text: str) -> str:
