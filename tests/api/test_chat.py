@@ -86,6 +86,41 @@ def test_the_prompts_are_those_of_transformers() -> None:
                 assert prompt(llm, messages, **options) == template(messages, tokenize=False, **settings)
 
 
+EVERYTHING = """
+{%- macro row(name, values) -%}
+  {%- for value in values if value %}{{ name ~ '=' ~ value }}{{ ',' if not loop.last }}{% else %}none{% endfor -%}
+{%- endmacro -%}
+{%- macro framed() %}<{{ caller() }}>{% endmacro -%}
+{{- bos_token if bos_token is defined and bos_token }}
+{%- set ns = namespace(count=0, text='') -%}
+{%- for message in messages -%}
+  {%- set ns.count = ns.count + 1 -%}
+  {%- if message.role == 'system' %}{% continue %}{% endif -%}
+  {%- generation %}{{ message.content | trim | upper }}{% endgeneration -%}
+  {{ loop.index0 * 2 }}{{ loop.previtem.role if loop.previtem is defined }}
+  {%- set ns.text = ns.text ~ message['content'][:2] + '|' -%}
+{%- endfor -%}
+{%- for key, value in (tools[0] if tools else {'a': [1, {'b': 2}]}).items() recursive -%}
+  {{ key }}:{{ loop(value.items()) if value is mapping else value | tojson }};
+{%- endfor -%}
+{%- call framed() %}{% for i in range(5) %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}{% endcall -%}
+{%- set block %}{{ row('x', [1, none, 'é']) }}{{ row('y', []) }}{% endset -%}
+{{ block }}{{ ns.text }}{{ ns.count ** 2 }}{{ messages | map(attribute='role') | join('-') }}
+{%- if add_generation_prompt %}{{ '\n' + 'assistant' }}{% endif -%}
+"""
+
+
+def test_a_template_with_everything_is_as_in_transformers(llm: LLM) -> None:
+    messages = [{"role": "system", "content": "s"}, *HI, {"role": "assistant", "content": " ok ", "tool_calls": None}]
+    for tools in (None, TOOLS):
+        for generation in (True, False):
+            expected = llm.get_tokenizer().apply_chat_template(
+                messages, tools, chat_template=EVERYTHING, add_generation_prompt=generation, tokenize=False
+            )
+            options = {"chat_template": EVERYTHING, "tools": tools, "add_generation_prompt": generation}
+            assert prompt(llm, messages, **options) == expected != ""
+
+
 def test_another_template(llm: LLM) -> None:
     assert prompt(llm, chat_template="{{ messages[0]['content'] }}{{ eos_token }}") == "hi<|im_end|>"
     assert refusal(llm, chat_template="{% for %}").startswith("chat_template='{% for %}' is not allowed")
