@@ -211,10 +211,10 @@ def _size_of_product(left: object, right: object) -> int:
 
 
 # Upper bounds on the size of a result.
-_SIZES: dict[str, Callable[[Any, Any], float]] = {
+_SIZES: dict[str, Callable[[Any, Any], int]] = {
     "+": lambda left, right: _size(left) + _size(right),
     "*": _size_of_product,
-    "**": lambda left, right: _size(left) * right,
+    "**": lambda left, right: _size(left) * right if isinstance(right, int) else 0,
 }
 
 

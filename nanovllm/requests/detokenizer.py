@@ -68,8 +68,8 @@ class Detokenizer:
         self._num_shown = len(text) - text.endswith(_REPLACEMENT)
 
     def _is_byte(self, token_id: int) -> bool:
-        token: str | None = self._tokenizer.convert_ids_to_tokens(token_id)
-        return token is not None and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+        token = self._tokenizer.convert_ids_to_tokens(token_id)  # None for an unknown id; some tokenizers give bytes
+        return isinstance(token, str) and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
     def _has_text(self, token_id: int) -> bool:
         """Returns whether decoding shows the token. Two of them are decoded: the first one may lose its space."""

@@ -221,6 +221,7 @@ def test_a_template_that_does_not_end_is_refused(llm: LLM, template: str, monkey
     [
         ("{{ 'a' * 10 ** 12 }}", "*"),
         ("{{ 2 ** (10 ** 9) }}", "**"),
+        ("{{ 10 ** 9 * [1] }}", "*"),
         (DOUBLED.replace("?", "n.x ~ n.x"), "+"),
         (DOUBLED.replace("?", "n.x + n.x"), "+"),
         (DOUBLED.replace("'a'", "7").replace("?", "n.x * n.x"), "*"),

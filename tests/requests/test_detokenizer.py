@@ -106,6 +106,22 @@ def test_the_space_after_skipped_tokens_stays() -> None:
     assert [detokenizer.add(token) for token in [a, *[LLAMA.eos_token_id] * 40, a]][-1] == " a"
 
 
+class BytesAsTokens:
+    """A tokenizer like those of some checkpoints with code of their own: its tokens are bytes."""
+
+    def convert_ids_to_tokens(self, token_id: int) -> bytes:
+        return bytes([token_id])
+
+    def decode(self, token_ids: list[int], **_: Any) -> str:
+        return bytes(token_ids).decode("utf-8", "replace")
+
+
+def test_tokens_may_be_bytes() -> None:
+    detokenizer = Detokenizer(BytesAsTokens(), True)
+    text = "<0x41> 日本 😀\n" * 5
+    assert "".join(detokenizer.add(byte) for byte in text.encode()) == text
+
+
 # ---- the cost
 
 
