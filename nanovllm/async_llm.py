@@ -18,16 +18,21 @@ import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
-from typing import Any
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import EngineConfig, takes_engine_arguments
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine_factory import make_engine
 from nanovllm.errors import EngineDeadError, InvalidArgumentError, InvalidStateError, NanoVLLMError, StepFailedError
 from nanovllm.outputs import RequestOutput
+from nanovllm.requests.chat import ChatArguments, ChatOptions, ChatRenderer, Conversation
 from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.streaming import News, OutputStream, extend_news
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class AsyncLLM:
@@ -45,6 +50,7 @@ class AsyncLLM:
     def __init__(self, config: EngineConfig) -> None:
         self._thread = _EngineThread(config)
         self._counter = itertools.count()
+        self._chat = ChatRenderer()
         self._loop: asyncio.AbstractEventLoop | None = None
         try:
             self._engine = self._thread.start_engine()
@@ -134,6 +140,25 @@ class AsyncLLM:
             )
         self._loop = loop
         return loop
+
+    async def chat(
+        self,
+        messages: Conversation,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        delta: bool = False,
+        **options: Unpack[ChatArguments],
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Completes one conversation through the checkpoint's chat template; otherwise the same as `generate`.
+
+        options: as in `LLM.chat`. The template is rendered in a thread, so that it does not hold up the event loop.
+        """
+        render = self._chat.prompt
+        prompt = await asyncio.to_thread(render, self.get_tokenizer(), messages, ChatOptions(**options))
+        async with aclosing(self.generate(prompt, sampling_params, request_id, delta=delta)) as outputs:
+            async for output in outputs:
+                yield output
 
 
 class _Request:

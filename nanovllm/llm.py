@@ -19,6 +19,7 @@ from nanovllm.engine_factory import make_engine
 from nanovllm.errors import InvalidArgumentError, NanoVLLMError
 from nanovllm.logs import events
 from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.requests.chat import ChatArguments, ChatOptions, ChatRenderer, Conversation
 from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.streaming import OutputStream
@@ -26,6 +27,8 @@ from nanovllm.utils import env
 from nanovllm.utils.logger import flush_timed_sections, log_gpu_memory, log_rule, setup_logger
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from nanovllm.diagnostics.memory import MemoryReport
 
 logger = setup_logger(__name__)
@@ -56,6 +59,7 @@ class LLM:
     def __init__(self, config: EngineConfig) -> None:
         self.llm_engine = make_engine(config)
         self._counter = itertools.count()
+        self._chat = ChatRenderer()
 
     def generate(
         self,
@@ -87,10 +91,17 @@ class LLM:
         of the request ids rise in the order of the prompts. Nothing runs before the first output is requested. Closing
         the iterator, or leaving its loop, aborts the unfinished requests.
         """
+        yield from self._stream(_as_list(prompts), sampling_params)
+
+    def _stream(
+        self,
+        batch: Seq[Prompt | InvalidArgumentError],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None,
+    ) -> Iterator[RequestOutput]:
         engine = self.llm_engine
         request_ids: list[str] = []
         try:
-            refused = self._add_requests(_as_list(prompts), sampling_params, request_ids)
+            refused = self._add_requests(batch, sampling_params, request_ids)
             queued = [request_id for request_id in request_ids if request_id not in refused]
             streams = {request_id: OutputStream(engine, request_id, delta=True) for request_id in queued}
             yield from refused.values()
@@ -102,38 +113,29 @@ class LLM:
 
     def chat(
         self,
-        messages: Seq[Mapping[str, Any]] | Seq[Seq[Mapping[str, Any]]],
+        messages: Conversation | Seq[Conversation],
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        tools: Seq[Mapping[str, Any]] | None = None,
+        **options: Unpack[ChatArguments],
     ) -> list[RequestOutput]:
         """Completes one conversation, or each of a list of them, through the checkpoint's chat template.
 
-        A message is {"role": "user", "content": "…"}. The template gets `chat_template_kwargs` (Qwen3's reads
-        `enable_thinking`) and `tools`, each {"type": "function", "function": {…}}. Tool calls are part of the output's
-        text.
+        messages: [{"role": "user", "content": "…"}, …]. A content may be a list of {"type": "text", "text": "…"}.
+        options: chat_template=None, add_generation_prompt=True, continue_final_message=False, tools=None and
+        chat_template_kwargs=None, see `ChatOptions`. The template writes the special tokens; none are added.
         """
-        tokenizer = self.get_tokenizer()
-        if not tokenizer.chat_template:
-            raise InvalidArgumentError("tokenizer", tokenizer.name_or_path, "one with a chat template", "Use generate.")
-        conversations = list(messages) if isinstance(messages, (list, tuple)) else [messages]
-        if conversations and isinstance(conversations[0], Mapping):
-            conversations = [conversations]
-        if tools is not None and (
-            not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools)
-        ):
-            raise InvalidArgumentError("tools", tools, "a list of {'type': 'function', 'function': {…}}, or None")
-        if chat_template_kwargs is not None and not (
-            isinstance(chat_template_kwargs, Mapping) and all(isinstance(name, str) for name in chat_template_kwargs)
-        ):
-            raise InvalidArgumentError(
-                "chat_template_kwargs", chat_template_kwargs, "a dictionary of the template's variables, or None"
-            )
-        extra = {**(chat_template_kwargs or {}), **({"tools": list(tools)} if tools else {})}
-        prompts = [_as_prompt(tokenizer, chat, extra) for chat in conversations]
+        prompts = self._chat.prompts(self.get_tokenizer(), messages, ChatOptions(**options))
         return self._generate(prompts, sampling_params, use_tqdm)
+
+    def stream_chat(
+        self,
+        messages: Conversation | Seq[Conversation],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        **options: Unpack[ChatArguments],
+    ) -> Iterator[RequestOutput]:
+        """Completes conversations as `chat` does, and yields the new part of each output as `stream` does."""
+        prompts = self._chat.prompts(self.get_tokenizer(), messages, ChatOptions(**options))
+        yield from self._stream(prompts, sampling_params)
 
     def get_tokenizer(self) -> Any:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
@@ -288,17 +290,6 @@ class LLM:
         return outputs
 
 
-def _as_prompt(tokenizer: Any, chat: object, extra: Mapping[str, Any]) -> Prompt | InvalidArgumentError:
-    """Returns one conversation as text from the chat template, or the error if it is not allowed."""
-    if not isinstance(chat, (list, tuple)) or not all(isinstance(message, Mapping) for message in chat):
-        return InvalidArgumentError("messages", chat, "a list of messages, each {'role': …, 'content': …}")
-    try:
-        text: str = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True, **extra)
-    except Exception as error:  # templates raise any kind for input that they do not take
-        return InvalidArgumentError("messages", chat, f"what the chat template takes ({type(error).__name__}: {error})")
-    return text
-
-
 def _refused(request_id: str, prompt: object, error: InvalidArgumentError) -> RequestOutput:
     """Returns the output of a request that could not be queued."""
     return RequestOutput(
@@ -332,7 +323,7 @@ def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
         return [prompts]
     if isinstance(prompts, (bytes, Set)) or not isinstance(prompts, Iterable):  # bytes are not text, sets have no order
         raise InvalidArgumentError("prompts", prompts, "a text, token ids, a dictionary, or a list of these")
-    batch: list[Any] = list(prompts)
+    batch: list[Any] = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)  # a tensor or an array
     return [batch] if batch and all(isinstance(item, (int, np.integer)) for item in batch) else batch
 
 

@@ -8,8 +8,9 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import StepFailedError
 from nanovllm.outputs import CompletionOutput, RequestOutput
-from nanovllm.requests.detokenizer import Detokenizer
+from nanovllm.requests.detokenizer import Detokenizer, StopStrings
 from nanovllm.requests.output_builder import NewTokens
+from nanovllm.requests.stop_search import StopMatcher
 
 News = dict[int, NewTokens]  # the new tokens of a request, by the index of the completion
 
@@ -84,7 +85,9 @@ class _CompletionStream:
         self._num_read = 0
         has_text = engine.tokenizer is not None and params.detokenize
         self._detokenizer = Detokenizer(engine.tokenizer, params.skip_special_tokens) if has_text else None
-        self._stop = () if params.include_stop_str_in_output else tuple(params.stop or ())
+        stop = sequence.stop_strings
+        cuts_stop = not params.include_stop_str_in_output
+        self._stop = StopMatcher(stop.search) if isinstance(stop, StopStrings) and cuts_stop else None
         self._tokens = NewTokens([], None if params.logprobs is None else [])  # all tokens that `grow` was given
         self._text = ""  # their text
         self._num_shown = 0  # characters of it that outputs may show
@@ -113,12 +116,15 @@ class _CompletionStream:
 
     def _take(self, new: NewTokens) -> None:
         if self._detokenizer is not None:
-            self._text += self._detokenizer.add(*new.token_ids)
+            text = self._detokenizer.add(*new.token_ids)
+            self._text += text
+            if self._stop is not None:
+                self._stop.add(text)
         self._tokens.extend(new)
         if new.logprobs is not None:
             rows = zip(new.token_ids, new.logprobs, strict=True)
             self._logprob += sum(row[token_id].logprob for token_id, row in rows)
-        self._num_shown = len(self._text) - _num_held(self._text, self._stop)
+        self._num_shown = len(self._text) - (0 if self._stop is None else self._stop.num_held)
 
     def end(self, completion: CompletionOutput) -> CompletionOutput:
         num_tokens = len(self._tokens.token_ids)
@@ -129,12 +135,3 @@ class _CompletionStream:
             token_ids=completion.token_ids[num_tokens:],
             logprobs=None if scores is None else scores[num_tokens:],
         )
-
-
-def _num_held(text: str, stop: tuple[str, ...]) -> int:
-    """Returns how many characters at the end of `text` may begin a stop string."""
-    longest = min(max(map(len, stop), default=1) - 1, len(text))
-    for size in range(longest, 0, -1):
-        if any(string.startswith(text[-size:]) for string in stop):
-            return size
-    return 0

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from nanovllm.config import EngineConfig
+from nanovllm.requests.chat import ChatOptions
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from nanovllm.utils.arguments import arguments_of
 from tools.generate_logging_docs import code, generate, table, update
@@ -36,6 +37,7 @@ def arguments(cls: type) -> str:
 
 BLOCKS = {
     "arguments of LLM": partial(arguments, EngineConfig),
+    "options of chat": partial(arguments, ChatOptions),
     "fields of SamplingParams": partial(arguments, SamplingParams),
     "fields of StructuredOutputsParams": partial(arguments, StructuredOutputsParams),
 }

@@ -33,10 +33,14 @@ class SequenceStatus(enum.Enum):
 class StopStringMatcher(Protocol):
     """Watches the text of one output for stop strings (implemented in `requests.detokenizer`)."""
 
-    text: str  # the output so far, cut at the stop string once one is found
+    text: str  # the output up to the stop string, once one is found
 
     def add(self, token_id: int) -> str | None:
         """Takes the next token. Returns the stop string that it completes, or None."""
+        ...
+
+    def end(self) -> str | None:
+        """Returns the stop string in text that waited for more tokens, when none follows, or None."""
         ...
 
 

@@ -144,6 +144,12 @@ logits_invalid = Event(
     "engine.llm_engine",
     "Invalid logits, first in request {request_id} after {output_len} output tokens; the others go on: {error}",
 )
+chat_tools_ignored = Event(
+    "chat.tools_ignored",
+    WARNING,
+    "requests.chat",
+    "The chat template of {model} does not read tools: the model does not see them",
+)
 engine_statistics = Event(
     "engine.statistics",
     INFO,

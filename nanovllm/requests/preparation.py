@@ -13,6 +13,7 @@ from nanovllm.requests.detokenizer import Detokenizer, StopStrings
 from nanovllm.requests.grammar_compiler import GrammarCompiler
 from nanovllm.requests.grammar_reader import Grammar
 from nanovllm.requests.logit_edits import read_logit_edits
+from nanovllm.requests.stop_search import StopSearch
 from nanovllm.requests.tokenization import Prompt, Tokenization
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 
@@ -29,6 +30,7 @@ class PreparedRequest:
     params: SamplingParams
     logit_edits: LogitEdits | None  # None: its logits are not changed
     grammar: Grammar | None  # of structured outputs, not compiled yet
+    stop_search: StopSearch | None  # None: it has no stop strings
 
 
 class RequestPreparation:
@@ -58,6 +60,7 @@ class RequestPreparation:
             params=params,
             logit_edits=self._logit_edits(params, len(token_ids)),
             grammar=self._grammars.read(wanted) if isinstance(wanted, StructuredOutputsParams) else None,
+            stop_search=StopSearch(tuple(params.stop)) if params.stop else None,
         )
 
     def sequence(
@@ -74,10 +77,10 @@ class RequestPreparation:
             prompt=request.prompt,
         )
         sequence.logit_edits = request.logit_edits
-        if params.stop:
+        if request.stop_search is not None:
             detokenizer = Detokenizer(self._tokenizer, params.skip_special_tokens)
             include_stop = params.include_stop_str_in_output
-            sequence.stop_strings = StopStrings(tuple(params.stop), detokenizer, include_stop, params.min_tokens)
+            sequence.stop_strings = StopStrings(request.stop_search, detokenizer, include_stop, params.min_tokens)
         return sequence
 
     def _logit_edits(self, params: SamplingParams, num_prompt_tokens: int) -> LogitEdits | None:

@@ -15,6 +15,13 @@ from nanovllm.errors import InvalidArgumentError, ModelLoadError, RequestTooLarg
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_MARGIN = 1000  # tokens that the end of a cut text may have more than the text has there
+
+
+class TemplatedText(str):
+    """A prompt that a chat template wrote. It has its special tokens already."""
+
+
 # A text, token ids, or as in vLLM {"prompt": text} or {"prompt_token_ids": ids}.
 Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
 
@@ -31,19 +38,41 @@ class Tokenization:
         text: str | None = prompt if isinstance(prompt, str) else None
         token_ids: Any = prompt
         if isinstance(prompt, Mapping):
-            unknown = sorted(prompt.keys() - {"prompt", "prompt_token_ids"})
+            unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if unknown or not (text is None or isinstance(text, str)) or (text is None and token_ids is None):
                 raise InvalidArgumentError(
                     "prompt", prompt, "a dictionary with 'prompt' (a text) or 'prompt_token_ids' (a list), no other key"
                 )
         if text is not None and (token_ids is None or token_ids is prompt):
-            token_ids = self.encode(text)
+            token_ids = self._encode_prompt(text)
         token_ids = self._check_token_ids(token_ids)
         if not len(token_ids):
             raise InvalidArgumentError("prompt", prompt, "at least one token long")
         self._check_length(len(token_ids))
-        return text, token_ids
+        return None if text is None else str(text), token_ids
+
+    def _encode_prompt(self, text: str) -> Any:
+        """Returns the token ids of a prompt. Beginnings of a long text are encoded first.
+
+        So a text that cannot fit is refused soon. No bound on its characters would do: a tokenizer may drop spaces, or
+        make one token of any number of unknown characters. A cut changes only tokens near it, so a text has at least
+        half of the tokens that its beginning has, apart from `_MARGIN`.
+        """
+        add_special_tokens = not isinstance(text, TemplatedText)
+        limit = 2 * self._resolved.max_model_len + _MARGIN
+        size = 8 * limit  # characters; most texts have four or five in a token
+        while size < len(text):
+            num_tokens = len(self.encode(text[:size], add_special_tokens=False))
+            if num_tokens > limit:
+                raise RequestTooLargeError(
+                    "prompt",
+                    f"{len(text)} characters",
+                    f"at most {self._resolved.max_model_len - 1} tokens long",
+                    f"Its first {size} characters alone have about {num_tokens} tokens. Shorten the prompt.",
+                )
+            size *= 4
+        return self.encode(text, add_special_tokens=add_special_tokens)
 
     def encode(self, text: str, field: str = "prompt", add_special_tokens: bool = True) -> Any:
         """Returns the token ids of `text`. field: the name of the argument, for errors."""
@@ -58,8 +87,9 @@ class Tokenization:
     def _check_token_ids(self, prompt: Any) -> IntArray:
         allowed = f"a text or a list of token ids from 0 to {self._resolved.vocab_size - 1}"
         try:
+            prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # a tensor or an array
             token_ids = np.asarray(prompt)
-        except ValueError:
+        except Exception:  # objects of the caller's may raise any kind
             raise InvalidArgumentError("prompt", prompt, allowed) from None
         if token_ids.size == 0 and token_ids.ndim == 1:
             return np.empty(0, dtype=np.int32)
@@ -103,7 +133,9 @@ def load_tokenizer(config: EngineConfig, folder: str) -> PreTrainedTokenizerBase
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 source, config=_config_of_tokenizer(source), trust_remote_code=config.trust_remote_code
             )
-            return tokenizer
+            if tokenizer.vocab_size > len(tokenizer.all_special_ids):
+                return tokenizer
+            problem = "it has no vocabulary (tokenizer.json, or what its kind of tokenizer has instead)"
         except Exception as error:  # transformers raises many kinds
             problem = error
     raise ModelLoadError(

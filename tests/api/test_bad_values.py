@@ -17,6 +17,7 @@ import pytest
 
 from nanovllm import LLM, AsyncLLM, InvalidArgumentError, LLMEngine, SamplingParams, StructuredOutputsParams
 from nanovllm.config import EngineConfig
+from nanovllm.requests.chat import ChatArguments, ChatOptions
 from tests.small_llm import GREEDY, assert_empty, generate
 
 Table = dict[str, tuple[str, list[Any]]]  # field → what is allowed, bad values
@@ -159,10 +160,14 @@ CHAT = [
     ("messages", ["hello"], f"messages='hello' is not allowed: it must be {MESSAGES}."),
     ("messages", [["hello"]], f"messages=['hello'] is not allowed: it must be {MESSAGES}."),
     ("messages", [{}], "messages=[{}] is not allowed: it must be what the chat template takes (TemplateError: "),
-    ("messages", [[]], "messages=[] is not allowed: it must be what the chat template takes (ValueError: "),
+    ("messages", [[]], "messages=[] is not allowed: it must be at least one message long."),
     *[case for case in GENERATE if case[0] in ("sampling_params", "use_tqdm")],
     *refused("chat_template_kwargs", "a dictionary of the template's variables, or None.", 5, "x", [1], {1: 2}),
     *refused("tools", "a list of {'type': 'function', 'function': {…}}, or None.", 5, "add", [1], {"a": 1}),
+    *refused("chat_template", "a Jinja template, or None for the checkpoint's.", 5, "", ["{{ messages }}"]),
+    *refused("chat_template", "a Jinja template (TemplateSyntaxError: ", "{% for %}"),
+    *refused("add_generation_prompt", f"{SWITCH}.", *NO_SWITCH),
+    *refused("continue_final_message", f"{SWITCH}.", *NO_SWITCH),
 ]
 ASYNC = [
     *prompts("prompt"),
@@ -280,6 +285,8 @@ def test_every_field_is_in_a_table() -> None:
     assert {field.name for field in dataclasses.fields(EngineConfig)} == ENGINE_CONFIG.keys()
     assert parameters(LLM.generate) == {name for name, *_ in GENERATE}
     assert parameters(LLM.stream) == {name for name, *_ in STREAM}
-    assert parameters(LLM.chat) == {name for name, *_ in CHAT}
+    options = {field.name for field in dataclasses.fields(ChatOptions)}
+    assert ChatArguments.__annotations__.keys() == options
+    assert parameters(LLM.chat) - {"options"} | options == {name for name, *_ in CHAT}
     assert parameters(AsyncLLM.generate) == {name for name, *_ in ASYNC}
     assert parameters(LLMEngine.add_request) == {"request_id", "prompt", "params"}

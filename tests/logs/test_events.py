@@ -102,6 +102,12 @@ def errors(monkeypatch: pytest.MonkeyPatch) -> None:
                     generate(llm, "count from 3 to 9")
 
 
+def ignored_tools(_: pytest.MonkeyPatch) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    with load() as llm:
+        llm.chat([{"role": "user", "content": "a"}], GREEDY, False, chat_template="count from 3 to 9", tools=tools)
+
+
 def a_cache_that_lowers_the_length(_: pytest.MonkeyPatch) -> None:
     for settings in ({}, {"max_model_len": 1024}):
         LLM("tiny", device="cpu", num_kvcache_blocks=8, kvcache_block_size=16, **settings).exit()
@@ -175,6 +181,7 @@ def lines_of_one_s_own(_: pytest.MonkeyPatch) -> None:
 
 
 WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [
+    ignored_tools,
     prefix_hits_and_mixed_steps,
     preemption,
     abort,
