@@ -5,7 +5,8 @@
     │   └── RequestTooLargeError                 a request can never run on this engine
     ├── UnknownArgumentError (also TypeError)    there is no such argument; the closest name is given
     ├── ModelLoadError                           a checkpoint is missing, incomplete or not supported
-    ├── OutOfMemoryError                         the device has too little memory
+    ├── NotSupportedError (also AttributeError)  vLLM has this method, and nanovllm does not
+    ├── OutOfMemoryError (also RuntimeError)     the device has too little memory
     ├── BackendUnavailableError                  an attention backend cannot run here
     ├── InvalidStateError (also RuntimeError)    a call is not possible in the current state
     ├── StepFailedError                          a step failed: its requests are aborted, the engine continues
@@ -33,12 +34,14 @@ __all__ = [
     "InvalidStateError",
     "ModelLoadError",
     "NanoVLLMError",
+    "NotSupportedError",
     "OutOfMemoryError",
     "RequestTooLargeError",
     "StepFailedError",
     "UnknownArgumentError",
     "WorkerError",
     "checks_argument_names",
+    "shown",
 ]
 
 T = TypeVar("T")
@@ -51,13 +54,13 @@ class _Shown(str):
         return str(self)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Returns the value as an error shows it, at most 80 characters. Never raises."""
     try:
-        shown = repr(value)
+        text = repr(value)
     except Exception as error:
-        shown = f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+        text = f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class NanoVLLMError(Exception):
@@ -76,7 +79,7 @@ class InvalidArgumentError(NanoVLLMError, ValueError):
         self.value = value
         self.allowed = allowed
         self.hint = hint
-        message = f"{field}={_shown(value)} is not allowed: it must be {allowed}."
+        message = f"{field}={shown(value)} is not allowed: it must be {allowed}."
         super().__init__(f"{message} {hint}" if hint else message)
 
     def __reduce__(self) -> tuple[type[InvalidArgumentError], tuple[str, object, str, str]]:
@@ -84,7 +87,7 @@ class InvalidArgumentError(NanoVLLMError, ValueError):
         try:
             pickle.dumps(value)
         except Exception:  # a lambda, a lock, an open file: another process gets what the message shows
-            value = _Shown(_shown(value))
+            value = _Shown(shown(value))
         return type(self), (self.field, value, self.allowed, self.hint)
 
 
@@ -109,8 +112,22 @@ class ModelLoadError(NanoVLLMError):
     """A checkpoint is missing, is incomplete, has weights that are not used, or has an unsupported architecture."""
 
 
-class OutOfMemoryError(NanoVLLMError):
-    """The device has too little memory. The message has the numbers and the settings to change."""
+class NotSupportedError(NanoVLLMError, AttributeError):
+    """A method of vLLM does not exist here. `hasattr` is False for it. The message says what to do instead."""
+
+
+class OutOfMemoryError(NanoVLLMError, RuntimeError):
+    """The device has too little memory. The message has the numbers and the settings to change.
+
+    It begins with "out of memory", which scripts look for in torch's errors.
+    """
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+        super().__init__(f"out of memory: {message}")
+
+    def __reduce__(self) -> tuple[type[OutOfMemoryError], tuple[str]]:
+        return type(self), (self._message,)
 
 
 class BackendUnavailableError(NanoVLLMError):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import enum
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nanovllm.compat.unsupported import SAMPLING_FIELDS, accepts_without_effect
 from nanovllm.errors import InvalidArgumentError, checks_argument_names
 from nanovllm.utils.arguments import (
     COUNT,
@@ -23,6 +25,18 @@ MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
 MAX_N = 16384
 MAX_BIAS = 100.0
+
+
+class RequestOutputKind(enum.Enum):
+    """What the outputs of a request hold while it runs.
+
+    CUMULATIVE: everything so far. DELTA: what is new since the previous output. FINAL_ONLY: there is one output, at the
+    end.
+    """
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 def _schema_text(schema: object) -> str:
@@ -150,6 +164,7 @@ _LOGIT_BIAS = Rule(
     lambda value: {int(token): float(bias) for token, bias in value.items()} or None,
     hint="To forbid tokens, give bad_words or allowed_token_ids.",
 ).or_none()
+_OUTPUT_KIND = Rule("a RequestOutputKind", lambda value: isinstance(value, RequestOutputKind)).or_none()
 _STRUCTURED_OUTPUTS = Rule(
     "a StructuredOutputsParams, a dictionary of its fields",
     lambda value: (
@@ -160,11 +175,14 @@ _STRUCTURED_OUTPUTS = Rule(
 ).or_none()
 
 
+@accepts_without_effect(SAMPLING_FIELDS)
 @checks_argument_names
 @lists_arguments
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SamplingParams:
     """Sampling parameters of one request.
+
+    Fields can be assigned to. A request copies and checks them when it is added; later assignments do not change it.
 
     They apply in this order: repetition, frequency and presence penalty, logit_bias, bans (bad_words,
     allowed_token_ids, min_tokens), temperature, min_p, top_k, top_p. If bans leave none of the allowed tokens, one of
@@ -261,6 +279,13 @@ class SamplingParams:
         _STRUCTURED_OUTPUTS,
         "What the output must look like. The end-of-sequence token is sampled where nothing else may come, even before "
         "min_tokens, and bad_words where nothing else fits. max_tokens may cut the output short.",
+    )
+
+    output_kind: RequestOutputKind | None = argument(
+        None,
+        _OUTPUT_KIND,
+        "What the outputs of `AsyncLLM.generate` and `LLM.stream` hold. None: CUMULATIVE for the first, DELTA for the "
+        "second. `LLM.generate` returns final outputs.",
     )
 
     def __post_init__(self) -> None:

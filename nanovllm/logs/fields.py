@@ -22,12 +22,14 @@ SHAPE = list[int]
 FIELDS: Mapping[str, Field] = {
     "activations_gb": Field(float, "memory of the largest steps apart from weights and cache, in GB"),
     "allocated_bytes": Field(int, "GPU memory in use by torch tensors of this process"),
+    "argument": Field(str, "name of an argument"),
     "arrival": Field(float, "when the request arrived, on the clock `mono`"),
     "available_gb": Field(float, "memory left for the KV cache, in GB"),
     "batched_tokens": Field(int, "prompt tokens that the step computes"),
     "block_size": Field(int, "tokens in a block of the KV cache"),
     "bytes": Field(int, "size of the message"),
     "cache_hits": Field(int, "blocks found in the prefix cache"),
+    "callee": Field(str, "class or method that was called"),
     "coming": Field(int, "blocks that become free when steps in flight end"),
     "decode": Field(str, "attention backend for decoding"),
     "decode_reason": Field(str, "why this backend was chosen for decoding"),
@@ -44,13 +46,14 @@ FIELDS: Mapping[str, Field] = {
     "finished": Field(float, "when the sequence ended, on the clock `mono`"),
     "first_scheduled": Field(float | None, "when its first step was scheduled, on the clock `mono`; null: never"),
     "first_token": Field(float | None, "when its first token was known, on the clock `mono`; null: never"),
-    "folder": Field(str, "where the profile is written"),
+    "folder": Field(str, "folder of the profile, or of the checkpoint"),
     "free_blocks": Field(int, "blocks of the KV cache that are free now"),
     "free_bytes": Field(int, "free memory of the whole device"),
     "free_gb": Field(float, "free memory of the whole device, in GB"),
     "freed": Field(int, "blocks that are free now: no other sequence holds them"),
     "generation_tokens_per_second": Field(float, "tokens sampled per second since the last such event"),
     "gigabytes": Field(float, "size of the weights, in GB"),
+    "given": Field(str, "value of the argument, as an error shows it"),
     "gpu_ms": Field(float | None, "GPU time between two CUDA events; null: not measured"),
     "head_dim": Field(int, "size of a head"),
     "hidden_size": Field(int, "size of a hidden state"),
@@ -150,6 +153,7 @@ FIELDS: Mapping[str, Field] = {
     "weights_gb": Field(float, "size of the weights, in GB"),
     "what": Field(str, "`failed` or `was interrupted`"),
     "world_size": Field(int, "number of ranks"),
+    "why": Field(str, "why the argument has no effect"),
 }
 
 

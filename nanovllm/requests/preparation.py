@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanovllm.config import ResolvedConfig
 from nanovllm.engine.batch import IntArray, LogitEdits
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import InvalidArgumentError
+from nanovllm.requests.default_params import read_default_params
 from nanovllm.requests.detokenizer import Detokenizer, StopStrings
 from nanovllm.requests.grammar_compiler import GrammarCompiler
 from nanovllm.requests.grammar_reader import Grammar
@@ -41,12 +43,14 @@ class RequestPreparation:
         self._resolved = resolved
         self._grammars = grammars
         self._tokenization = Tokenization(tokenizer, resolved)
+        self.default_params = read_default_params(Path(resolved.model))
 
     def prepare(self, prompt: Prompt, params: SamplingParams | None) -> PreparedRequest:
         """Tokenises and checks a request. Raises as `LLMEngine.prepare` says."""
-        params = SamplingParams() if params is None else params
+        params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidArgumentError("sampling_params", params, "a SamplingParams")
+        params = replace(params)  # a checked copy: fields may have been assigned to, and may be again
         text, token_ids = self._tokenization.read(prompt)
         if params.stop and self._tokenizer is None:
             hint = "Leave skip_tokenizer_init out, or give stop_token_ids."

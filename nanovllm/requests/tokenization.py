@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from nanovllm.compat.unsupported import PROMPT_KEYS, without_effect
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import IntArray
 from nanovllm.errors import InvalidArgumentError, ModelLoadError, RequestTooLargeError
@@ -27,11 +28,12 @@ class Tokenization:
         self._resolved = resolved
 
     def read(self, prompt: Prompt) -> tuple[str | None, IntArray]:
-        """Returns the text, if any, and the token ids [num_tokens]. Raises as `LLMEngine.prepare` does."""
+        """Returns the text, if any, and the token ids [num_tokens]. Raises as `LLMEngine.prepare`."""
         text: str | None = prompt if isinstance(prompt, str) else None
         token_ids: Any = prompt
         if isinstance(prompt, Mapping):
-            unknown = sorted(prompt.keys() - {"prompt", "prompt_token_ids"})
+            prompt = without_effect("prompt", prompt, PROMPT_KEYS, prefix="prompt.")
+            unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if unknown or not (text is None or isinstance(text, str)) or (text is None and token_ids is None):
                 raise InvalidArgumentError(

@@ -9,6 +9,7 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import numpy as np
@@ -19,6 +20,7 @@ from nanovllm.engine import scheduler
 from nanovllm.logs.events import EVENTS
 from nanovllm.logs.fields import FIELDS, fields_of
 from nanovllm.logs.records import Event
+from nanovllm.requests.default_params import read_default_params
 from nanovllm.utils.logger import configure_logging, log_gpu_memory, log_tensor_shapes, setup_logger
 from tests.engine.test_llm_engine import make_engine
 from tests.runner.cpu_graphs import use_cpu_graphs
@@ -153,6 +155,16 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> None:
     make_engine()[0].exit()
 
 
+def arguments_of_vllm(_: pytest.MonkeyPatch) -> None:
+    SamplingParams(skip_clone=True)  # type: ignore[call-arg]  # it has no effect
+
+
+def a_recommendation_that_is_not_allowed(_: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "generation_config.json").write_text('{"top_p": 2}')
+        read_default_params(Path(folder))
+
+
 def lines_of_one_s_own(_: pytest.MonkeyPatch) -> None:
     logger = setup_logger("tests")
     log_gpu_memory(logger, "Before", "cpu")
@@ -172,6 +184,8 @@ WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [
     a_wrong_level,
     a_profile,
     spans,
+    arguments_of_vllm,
+    a_recommendation_that_is_not_allowed,
     lines_of_one_s_own,
 ]
 
