@@ -28,6 +28,7 @@ class PreparedRequest:
 
     prompt: str | None  # None if it was given as token ids
     token_ids: IntArray  # [num_prompt_tokens]
+    cache_salt: bytes  # the prefix cache shares blocks only between requests with the same salt
     params: SamplingParams
     logit_edits: LogitEdits | None  # None: its logits are not changed
     grammar: Grammar | None  # of structured outputs, not compiled yet
@@ -51,7 +52,7 @@ class RequestPreparation:
         if not isinstance(params, SamplingParams):
             raise InvalidArgumentError("sampling_params", params, "a SamplingParams")
         params = replace(params)  # a checked copy: fields may have been assigned to, and may be again
-        text, token_ids = self._tokenization.read(prompt)
+        text, token_ids, cache_salt = self._tokenization.read(prompt)
         if params.stop and self._tokenizer is None:
             hint = "Leave skip_tokenizer_init out, or give stop_token_ids."
             raise InvalidArgumentError("stop", params.stop, "None, since there is no tokenizer", hint)
@@ -59,6 +60,7 @@ class RequestPreparation:
         return PreparedRequest(
             prompt=text,
             token_ids=token_ids,
+            cache_salt=cache_salt,
             params=params,
             logit_edits=self._logit_edits(params, len(token_ids)),
             grammar=self._grammars.read(wanted) if isinstance(wanted, StructuredOutputsParams) else None,
@@ -77,6 +79,7 @@ class RequestPreparation:
             seed=seed,
             prompt=request.prompt,
         )
+        sequence.cache_salt = request.cache_salt
         sequence.logit_edits = request.logit_edits
         if params.stop:
             detokenizer = Detokenizer(self._tokenizer, params.skip_special_tokens)
