@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from nanovllm.compat.unsupported import ENGINE_ARGUMENTS, without_effect
+from nanovllm.compat.unsupported import ENGINE_ARGUMENTS, WRITTEN_IN, without_effect
 from nanovllm.errors import InvalidArgumentError, UnknownArgumentError
 from nanovllm.utils.arguments import (
     COUNT,
@@ -169,7 +169,9 @@ class EngineConfig:
     )
     load_format: str = argument(
         "auto",
-        choice("auto", "safetensors", "dummy"),
+        replace(
+            choice("auto", "safetensors", "dummy"), hint=f"Not supported: GGUF and other formats (see {WRITTEN_IN})."
+        ),
         "How weights are loaded. 'dummy': random weights made from `seed`, without reading a checkpoint.",
     )
     skip_tokenizer_init: bool = argument(

@@ -71,7 +71,7 @@ _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 class StructuredOutputsParams:
     """What an output must look like. Exactly one of `json`, `regex`, `choice`, `grammar` and `json_object` is given.
 
-    Needs `pip install 'nanovllm[structured]'`. Raises InvalidArgumentError (a ValueError), which names the field, for a
+    Needs xgrammar (`pip install xgrammar`). Raises InvalidArgumentError (a ValueError), which names the field, for a
     value that is not allowed.
     """
 

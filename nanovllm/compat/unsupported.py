@@ -165,7 +165,7 @@ REQUEST_ARGUMENTS: Mapping[str, Unsupported] = {
     ),
     "tokenization_kwargs": Unsupported(_NONE, "the tokenizer's defaults apply", "arguments of the tokenizer"),
     "mm_processor_kwargs": _IMAGES,
-    "trace_headers": Unsupported(_NONE, "spans have no parent", "spans below those of a client"),
+    "trace_headers": Unsupported(_NONE, "spans belong to the caller's current span", "another parent of a span"),
 }
 
 PROMPT_KEYS: Mapping[str, Unsupported] = {

@@ -89,7 +89,7 @@ spans_missing = Event(
     "spans.missing",
     INFO,
     "tracing.request_spans",
-    "No spans go to {endpoint}: pip install 'nanovllm[otel]' ({error})",
+    "No spans go to {endpoint}: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http ({error})",
 )
 logging_level = Event(
     "logging.level", WARNING, "logs.configuration", "{source}: {problem}. Valid levels: {valid_levels}"

@@ -152,8 +152,8 @@ FIELDS: Mapping[str, Field] = {
     "wanted": Field(int, "the requested length"),
     "weights_gb": Field(float, "size of the weights, in GB"),
     "what": Field(str, "`failed` or `was interrupted`"),
-    "world_size": Field(int, "number of ranks"),
     "why": Field(str, "why the argument has no effect"),
+    "world_size": Field(int, "number of ranks"),
 }
 
 
