@@ -19,7 +19,7 @@ def show(metric):
 
 def main():
     llm = LLM(model=sys.argv[1], disable_log_stats=False)
-    llm.generate(["count from 3 to 9", "introduce yourself"], SamplingParams(temperature=0, max_tokens=8))
+    llm.generate(["count from 3 to 9", "introduce yourself"], SamplingParams(max_tokens=8, ignore_eos=True))
     for metric in llm.get_metrics():
         show(metric)
 
