@@ -207,6 +207,9 @@ class EngineConfig:
         self._set_alias("block_size", block_size)
         self._set_alias("num_gpu_blocks_override", num_gpu_blocks_override)
         check_arguments(self)
+        if self.model.endswith(".gguf"):
+            hint = f"Not supported: GGUF (see {WRITTEN_IN})."
+            raise InvalidArgumentError("model", self.model, "a folder with safetensors files", hint)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidArgumentError(
                 "max_num_batched_tokens",

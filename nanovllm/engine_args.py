@@ -16,6 +16,8 @@ from nanovllm.utils.arguments import Argument, arguments_of
 
 E = TypeVar("E", bound="EngineArgs")
 
+DEFAULT_MODEL = "Qwen/Qwen3-0.6B"  # as in vLLM
+
 
 class EngineArgs(EngineConfig):
     """The arguments of `LLM`, which can be assigned to.
@@ -29,7 +31,7 @@ class EngineArgs(EngineConfig):
 
     __hash__ = None  # type: ignore[assignment]  # EngineConfig has one, as it is frozen
 
-    def __init__(self, model: str = "Qwen/Qwen3-0.6B", **arguments: Any) -> None:
+    def __init__(self, model: str = DEFAULT_MODEL, **arguments: Any) -> None:
         super().__init__(model, **check_names(type(self).__name__, arguments))
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -65,7 +67,7 @@ class AsyncEngineArgs(EngineArgs):
 
 
 def _add_option(group: argparse._ArgumentGroup, declared: Argument, type_hint: Any) -> None:
-    default = EngineArgs().model if declared.default is MISSING else declared.default
+    default = DEFAULT_MODEL if declared.default is MISSING else declared.default
     help_text = f"{declared.help} Allowed: {declared.rule.allowed}. Default: {default!r}".replace("%", "%%")
     option = "--" + declared.name.replace("_", "-")
     if type_hint is bool:

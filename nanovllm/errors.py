@@ -173,7 +173,7 @@ class EngineDeadError(NanoVLLMError):
 def checks_argument_names(cls: type[T]) -> type[T]:
     """Class decorator that makes an unknown keyword raise UnknownArgumentError, which names the closest known one."""
     original: Any = cls.__init__
-    known = list(inspect.signature(original).parameters)[1:]
+    known = dict.fromkeys(list(inspect.signature(original).parameters)[1:])
 
     @functools.wraps(original)
     def checked(self: T, *args: Any, **kwargs: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import enum
 import json
 from collections.abc import Mapping, Sequence
@@ -307,6 +308,12 @@ class SamplingParams:
             raise InvalidArgumentError("ignore_eos", True, "False with structured_outputs", hint)
         if self.structured_outputs is not None and self.allowed_token_ids is not None:
             raise InvalidArgumentError("allowed_token_ids", self.allowed_token_ids, "None with structured_outputs")
+
+    def clone(self) -> SamplingParams:
+        """Returns a checked copy. Raises InvalidArgumentError for a value that was assigned and is not allowed."""
+        copied = copy.copy(self)
+        copied.__post_init__()
+        return copied
 
     @property
     def truncates(self) -> bool:

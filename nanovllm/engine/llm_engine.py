@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Container, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -304,7 +304,7 @@ class LLMEngine(UnsupportedMethods):
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Returns the parameters of requests without any: those of the checkpoint's generation_config.json."""
-        return replace(self._preparation.default_params)
+        return self._preparation.default_params.clone()
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +51,7 @@ class RequestPreparation:
         params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidArgumentError("sampling_params", params, "a SamplingParams")
-        params = replace(params)  # a checked copy: fields may have been assigned to, and may be again
+        params = params.clone()  # its fields may have been assigned to, and may be again
         text, token_ids, cache_salt = self._tokenization.read(prompt)
         if params.stop and self._tokenizer is None:
             hint = "Leave skip_tokenizer_init out, or give stop_token_ids."

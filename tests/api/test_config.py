@@ -144,6 +144,12 @@ def test_an_argument_is_not_positional() -> None:
         LLM("/no/such/model", "tokenizer")  # type: ignore[misc]  # that it is refused is the point
 
 
+def test_gguf_is_refused_by_name() -> None:
+    for arguments in ({"model": "/models/qwen3.gguf"}, {"model": "m", "load_format": "gguf"}):
+        with pytest.raises(InvalidArgumentError, match="gguf' is not allowed: .*Not supported: GGUF.*docs/api.md"):
+            EngineConfig(**arguments)
+
+
 def test_choices_are_listed() -> None:
     with pytest.raises(InvalidArgumentError, match="'auto', 'flash_attn', 'triton', 'torch'"):
         EngineConfig("m", attention_backend="xformers")

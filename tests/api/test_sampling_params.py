@@ -7,6 +7,7 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nanovllm import InvalidArgumentError, SamplingParams, StructuredOutputsParams, UnknownArgumentError
@@ -223,6 +224,19 @@ def test_fields_can_be_assigned_to_and_others_not() -> None:
         params.max_token = 5  # type: ignore[attr-defined]  # that it is refused is the point
     with pytest.raises(TypeError, match="unhashable"):
         hash(params)
+
+
+def test_a_clone_is_checked() -> None:
+    params = SamplingParams(logit_bias={1: 2.0})
+    params.stop, params.max_tokens = "a", np.uint8(100)
+    clone = params.clone()
+    assert (clone.stop, clone.max_tokens, type(clone.max_tokens)) == (("a",), 100, int)
+    assert isinstance(params.logit_bias, dict)
+    params.logit_bias[1] = 3.0
+    assert clone.logit_bias == {1: 2.0}
+    params.max_tokens, params.min_tokens = 3, 4
+    with pytest.raises(InvalidArgumentError, match="min_tokens=4"):
+        params.clone()
 
 
 def test_values_can_be_pickled_and_replaced() -> None:
