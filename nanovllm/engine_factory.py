@@ -1,4 +1,4 @@
-"""Builds engines for `LLM` and `AsyncLLM`: chooses the executor that runs the steps, and the observers."""
+"""What an engine is made of: chooses the executor that runs the steps, and the observers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from nanovllm.diagnostics.function_trace import start_function_trace
 from nanovllm.engine.engine_log import EngineLog
 from nanovllm.engine.executor import Executor
 from nanovllm.engine.in_process_executor import InProcessExecutor
-from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.metrics import StatisticsLine
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine.scheduler_log import SchedulerLog
@@ -17,14 +16,6 @@ from nanovllm.tracing.timeline import Timeline
 from nanovllm.utils import env
 from nanovllm.utils.logger import configure_logging
 from nanovllm.utils.stopwatch import Stopwatch
-
-
-def make_engine(config: EngineConfig) -> LLMEngine:
-    """Returns an engine with the executor and the observers that the configuration and the environment ask for.
-
-    Raises what loading the model raises, and InvalidArgumentError for an environment variable that is not allowed.
-    """
-    return LLMEngine(config, make_executor, default_observers(config))
 
 
 def make_executor(config: EngineConfig, stopwatch: Stopwatch) -> Executor:

@@ -5,7 +5,8 @@
     │   └── RequestTooLargeError                 a request can never run on this engine
     ├── UnknownArgumentError (also TypeError)    there is no such argument; the closest name is given
     ├── ModelLoadError                           a checkpoint is missing, incomplete or not supported
-    ├── OutOfMemoryError                         the device has too little memory
+    ├── NotSupportedError (also AttributeError)  vLLM has this method, and nanovllm does not
+    ├── OutOfMemoryError (also RuntimeError)     the device has too little memory
     ├── BackendUnavailableError                  an attention backend cannot run here
     ├── InvalidStateError (also RuntimeError)    a call is not possible in the current state
     ├── InvalidLogitsError                       the model computed NaN or infinity for a request
@@ -35,12 +36,14 @@ __all__ = [
     "InvalidStateError",
     "ModelLoadError",
     "NanoVLLMError",
+    "NotSupportedError",
     "OutOfMemoryError",
     "RequestTooLargeError",
     "StepFailedError",
     "UnknownArgumentError",
     "WorkerError",
     "checks_argument_names",
+    "shown",
 ]
 
 T = TypeVar("T")
@@ -111,8 +114,22 @@ class ModelLoadError(NanoVLLMError):
     """A checkpoint is missing, is incomplete, has weights that are not used, or has an unsupported architecture."""
 
 
-class OutOfMemoryError(NanoVLLMError):
-    """The device has too little memory. The message has the numbers and the settings to change."""
+class NotSupportedError(NanoVLLMError, AttributeError):
+    """A method of vLLM does not exist here. `hasattr` is False for it. The message says what to do instead."""
+
+
+class OutOfMemoryError(NanoVLLMError, RuntimeError):
+    """The device has too little memory. The message has the numbers and the settings to change.
+
+    It begins with "out of memory", which scripts look for in torch's errors.
+    """
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+        super().__init__(f"out of memory: {message}")
+
+    def __reduce__(self) -> tuple[type[OutOfMemoryError], tuple[str]]:
+        return type(self), (self._message,)
 
 
 class BackendUnavailableError(NanoVLLMError):
@@ -169,7 +186,7 @@ class EngineDeadError(NanoVLLMError):
 def checks_argument_names(cls: type[T]) -> type[T]:
     """Class decorator that makes an unknown keyword raise UnknownArgumentError, which names the closest known one."""
     original: Any = cls.__init__
-    known = list(inspect.signature(original).parameters)[1:]
+    known = dict.fromkeys(list(inspect.signature(original).parameters)[1:])
 
     @functools.wraps(original)
     def checked(self: T, *args: Any, **kwargs: Any) -> None:

@@ -12,16 +12,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from nanovllm.compat.interface import VllmInterface
+from nanovllm.compat.unsupported import REQUEST_ARGUMENTS, accepting
 from nanovllm.config import EngineConfig, takes_engine_arguments
+from nanovllm.diagnostics import default_profile_folder
 from nanovllm.diagnostics.leak_check import LeakCheck, MemoryUse, check_leak
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.statistics import EngineStatistics
-from nanovllm.engine_factory import make_engine
 from nanovllm.errors import InvalidArgumentError, NanoVLLMError
 from nanovllm.logs import events
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.chat import ChatArguments, ChatOptions, ChatRenderer, Conversation
 from nanovllm.requests.tokenization import Prompt
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.streaming import OutputStream
 from nanovllm.utils import env
 from nanovllm.utils.logger import flush_timed_sections, log_gpu_memory, log_rule, setup_logger
@@ -46,7 +49,7 @@ class ProgressBar(tqdm):  # type: ignore[type-arg]
     monitor_interval = 0
 
 
-class LLM:
+class LLM(VllmInterface):
     """Offline inference on one model.
 
         llm = LLM("tiny")
@@ -57,26 +60,27 @@ class LLM:
 
     @takes_engine_arguments
     def __init__(self, config: EngineConfig) -> None:
-        self.llm_engine = make_engine(config)
+        self.llm_engine = LLMEngine.from_engine_args(config)
         self._counter = itertools.count()
         self._chat = ChatRenderer()
 
+    @accepting(REQUEST_ARGUMENTS)
     def generate(
         self,
         prompts: Prompt | Seq[Prompt],
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Completes each prompt and returns the outputs in the order of the prompts.
 
         prompts: a text, token ids, {"prompt": …}, {"prompt_token_ids": …}, or a list that mixes these.
-        sampling_params: one for all prompts, one for each, or None for the defaults.
+        sampling_params: one for all prompts, one for each, or None for `get_default_sampling_params()`.
         A request that is not allowed fails alone: its output has an `error` and no tokens, and a log line says so.
         Raises InvalidArgumentError, before anything runs, if no request of the call is allowed.
         """
         return self._generate(_as_list(prompts), sampling_params, use_tqdm)
 
+    @accepting(REQUEST_ARGUMENTS)
     def stream(
         self,
         prompts: Prompt | Seq[Prompt],
@@ -85,11 +89,11 @@ class LLM:
         """Completes each prompt, and yields the new part of each output after every step.
 
         The arguments are those of `generate`. `outputs[0]` holds the text, tokens and log-probabilities since the
-        request's previous output. With n > 1, `outputs` holds the completions that grew, identified by their `index`,
-        and in the last output all of them. The parts of a request joined equal what `generate` returns: text that was
-        yielded never changes. `finished` and `finish_reason` are set in a request's last output. The numbers at the end
-        of the request ids rise in the order of the prompts. Nothing runs before the first output is requested. Closing
-        the iterator, or leaving its loop, aborts the unfinished requests.
+        request's previous output, unless its `output_kind` says otherwise. With n > 1, `outputs` holds the completions
+        that grew, identified by their `index`, and in the last output all of them. The parts of a request joined equal
+        what `generate` returns: text that was yielded never changes. `finished` and `finish_reason` are set in a
+        request's last output. The numbers at the end of the request ids rise in the order of the prompts. Nothing runs
+        before the first output is requested. Closing the iterator, or leaving its loop, aborts the unfinished requests.
         """
         yield from self._stream(_as_list(prompts), sampling_params)
 
@@ -103,7 +107,7 @@ class LLM:
         try:
             refused = self._add_requests(batch, sampling_params, request_ids)
             queued = [request_id for request_id in request_ids if request_id not in refused]
-            streams = {request_id: OutputStream(engine, request_id, delta=True) for request_id in queued}
+            streams = {request_id: OutputStream(engine, request_id, RequestOutputKind.DELTA) for request_id in queued}
             yield from refused.values()
             while streams:
                 yield from self._step_streams(streams)
@@ -111,6 +115,7 @@ class LLM:
             engine.discard_requests(request_ids)
             engine.drain()
 
+    @accepting(REQUEST_ARGUMENTS)
     def chat(
         self,
         messages: Conversation | Seq[Conversation],
@@ -141,18 +146,24 @@ class LLM:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
         return self.llm_engine.get_tokenizer()
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns the parameters of requests without any: those of the checkpoint's generation_config.json."""
+        return self.llm_engine.get_default_sampling_params()
+
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix."""
         self.llm_engine.reset_prefix_cache()
 
     # Debugging, see docs/debugging.md
 
-    def start_profile(self, folder: str | Path) -> None:
+    def start_profile(self, folder: str | Path | None = None) -> None:
         """Records every rank with torch's profiler until `stop_profile`. Creates `folder`, which gets the files.
+
+        folder: None for the one in `profiler_config`, or else a new temporary one, which the log names.
 
         Raises InvalidStateError when a profile already runs, and InvalidArgumentError when `folder` cannot be written.
         """
-        self.llm_engine.diagnostics.start_profile(Path(folder))
+        self.llm_engine.diagnostics.start_profile(Path(folder or default_profile_folder(self.llm_engine.config)))
 
     def stop_profile(self) -> str:
         """Ends the profile, writes its files, and returns the tables, which are also logged.
@@ -329,13 +340,13 @@ def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
 
 def _params_for_each(
     sampling_params: SamplingParams | Seq[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
-    """Returns a SamplingParams for each of `num_prompts` prompts."""
+) -> list[SamplingParams | None]:
+    """Returns the parameters of each of `num_prompts` prompts. None: the default ones."""
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [sampling_params or SamplingParams()] * num_prompts
+        return [sampling_params] * num_prompts
     if isinstance(sampling_params, (str, bytes, Mapping, Set)) or not isinstance(sampling_params, Iterable):
         raise InvalidArgumentError("sampling_params", sampling_params, "a SamplingParams or a list of them")
-    params = list(sampling_params)
+    params: list[SamplingParams | None] = list(sampling_params)
     if len(params) != num_prompts:
         raise InvalidArgumentError(
             "sampling_params", f"a list of {len(params)}", f"one for all, or one for each of the {num_prompts} prompts"

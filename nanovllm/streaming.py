@@ -6,11 +6,12 @@ from dataclasses import replace
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import StepFailedError
+from nanovllm.errors import InvalidArgumentError, StepFailedError
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.detokenizer import Detokenizer, StopStrings
 from nanovllm.requests.output_builder import NewTokens
 from nanovllm.requests.stop_search import StopMatcher
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 News = dict[int, NewTokens]  # the new tokens of a request, by the index of the completion
 
@@ -24,24 +25,36 @@ def extend_news(news: News, newer: News) -> None:
             news[index] = tokens
 
 
+def kind_of(delta: bool | None, params: SamplingParams | None) -> RequestOutputKind:
+    """Returns the kind that `delta` means. Raises InvalidArgumentError if `params` ask for another one."""
+    if delta is not None and not isinstance(delta, bool):
+        raise InvalidArgumentError("delta", delta, "True, False, or None for what output_kind says")
+    asked = params.output_kind if isinstance(params, SamplingParams) else None
+    if delta is not None and asked is not None and delta != (asked is RequestOutputKind.DELTA):
+        raise InvalidArgumentError("delta", delta, f"left out, or what output_kind={asked.name} says")
+    return RequestOutputKind.DELTA if delta else RequestOutputKind.CUMULATIVE
+
+
 class OutputStream:
     """The outputs of one request, from its first token to its end.
 
     The thread that runs the steps calls `read`. The consumer calls `grow` and `end`, possibly in another thread. They
     decode the text, once for all tokens since the previous output.
 
-    delta: an output holds only what is new since the previous one, for the completions that have new tokens. Otherwise
-    it holds everything so far.
+    default_kind: what outputs hold if the request's `output_kind` is None. DELTA outputs hold the completions that have
+    new tokens, and of them only what is new.
     Text that was shown never changes: an incomplete character is held back, and so is text that may begin a stop
     string. A completion that ends before the others of its request gets its finish_reason in the last output.
     """
 
-    def __init__(self, engine: LLMEngine, request_id: str, *, delta: bool) -> None:
+    def __init__(self, engine: LLMEngine, request_id: str, default_kind: RequestOutputKind) -> None:
         sequences = engine.sequences(request_id)
         assert sequences, f"{request_id} has ended"
-        self._engine, self._request_id, self._delta = engine, request_id, delta
+        self._engine, self._request_id = engine, request_id
+        self._kind = sequences[0].params.output_kind or default_kind
+        self._delta = self._kind is RequestOutputKind.DELTA
         self._sequences = sequences
-        self._completions = [_CompletionStream(engine, *each, delta) for each in enumerate(sequences)]
+        self._completions = [_CompletionStream(engine, *each, self._delta) for each in enumerate(sequences)]
 
     def read(self) -> News | None:
         """Returns the tokens since the last call, or None when there are none. Call it while the request runs.
@@ -51,6 +64,8 @@ class OutputStream:
         for sequence in self._sequences:
             if sequence.finish_reason is None and self._engine.sequences(sequence.request_id) != [sequence]:
                 raise StepFailedError(f"A step failed: request {self._request_id!r} is lost.")
+        if self._kind is RequestOutputKind.FINAL_ONLY:
+            return None
         news = {index: new for index, each in enumerate(self._completions) if (new := each.read()) is not None}
         return news or None
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Container, Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import xxhash
 
+from nanovllm.compat.unsupported import REQUEST_ARGUMENTS, UnsupportedMethods, accepting
 from nanovllm.config import EngineConfig
 from nanovllm.engine.executor import Diagnostics, Executor, ExecutorFactory
 from nanovllm.engine.metrics import EngineMetrics
@@ -38,11 +40,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class LLMEngine:
+class LLMEngine(UnsupportedMethods):
     """Owns the scheduler and the executor, and keeps up to `pipeline_depth` steps in flight.
 
     make_executor: builds the executor, which runs the steps. observers: are called, in order, for every event; without
-    any the engine logs nothing. `nanovllm.engine_factory.make_engine` chooses both, and `LLM` uses it.
+    any the engine logs nothing. `from_engine_args` chooses both, as `LLM` does.
     Use the engine as a context manager, or call `exit`, to free the device's memory.
     """
 
@@ -83,8 +85,21 @@ class LLMEngine:
         self._num_arrivals = 0
         self._dead: BaseException | None = None
 
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineConfig) -> LLMEngine:
+        """Returns an engine with the executor and the observers that the arguments and the environment ask for.
+
+        engine_args: an EngineArgs or an EngineConfig. Raises what loading the model raises, and InvalidArgumentError
+        for an argument or an environment variable that is not allowed.
+        """
+        from nanovllm.engine_factory import default_observers, make_executor  # not needed by who passes their own
+
+        config = EngineConfig(**asdict(engine_args))  # an EngineArgs can be changed: this is a checked copy
+        return cls(config, make_executor, default_observers(config))
+
     # Requests
 
+    @accepting(REQUEST_ARGUMENTS)
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None) -> str:
         """Queues a request and returns its id: `prepare` and `enqueue` in one.
 
@@ -138,13 +153,14 @@ class LLMEngine:
         self.scheduler.add(sequence)
         self._observers.request_added(sequence)
 
-    def abort_request(self, request_id: str) -> None:
-        """Ends a request; the next `step` returns what it has so far. Ignores an unknown or finished id."""
+    def abort_request(self, request_ids: str | Iterable[str]) -> None:
+        """Ends one or several requests; the next `step` returns what they have so far. Ignores unknown ids."""
         self._check_alive()
-        for sequence in self._unfinished.sequences_of(request_id):
-            if sequence.request_id not in self._unfinished.aborted:
-                self.scheduler.abort(sequence)
-                self._unfinished.aborted[sequence.request_id] = sequence
+        for request_id in [request_ids] if isinstance(request_ids, str) else request_ids:
+            for sequence in self._unfinished.sequences_of(request_id):
+                if sequence.request_id not in self._unfinished.aborted:
+                    self.scheduler.abort(sequence)
+                    self._unfinished.aborted[sequence.request_id] = sequence
 
     def discard_requests(self, request_ids: Iterable[str]) -> None:
         """Ends requests without an output. Ignores unknown ids, and those whose output `step` has returned."""
@@ -289,6 +305,10 @@ class LLMEngine:
         self._grammars.shutdown()
         self._shut_down()
         self._observers.engine_exited()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns the parameters of requests without any: those of the checkpoint's generation_config.json."""
+        return self._preparation.default_params.clone()
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""

@@ -259,9 +259,8 @@ class Scheduler:
         if sequence is None or not self.rows.has_free_row:
             return None
         # The log-probabilities of a prompt token exist only in the step that computes it: a cached prefix has none.
-        table = self.block_manager.allocate(
-            sequence.seq_id, sequence.token_ids, share=not sequence.needs_prompt_logprobs
-        )
+        share = not sequence.needs_prompt_logprobs
+        table = self.block_manager.allocate(sequence.seq_id, sequence.token_ids, salt=sequence.cache_salt, share=share)
         if table is None:
             return None
         self.waiting.remove(sequence)

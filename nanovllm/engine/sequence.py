@@ -95,6 +95,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     row: int | None = None
     block_table: BlockTable = field(default_factory=BlockTable)
+    cache_salt: bytes = b""  # its prefix is shared only with sequences that have the same one
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of each output token, if asked for
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of each prompt token but the first
     num_prompt_logprobs: int = 0  # how many of these are computed or in flight

@@ -79,15 +79,28 @@ engine_max_model_len = Event(
     "max_model_len lowered from {wanted} to {max_model_len}: the KV cache holds no more tokens. "
     "Raise num_kvcache_blocks or the memory for the cache for longer requests.",
 )
+default_params_invalid = Event(
+    "default_params.invalid",
+    WARNING,
+    "requests.default_params",
+    "generation_config.json in {folder}: {error} It has no effect.",
+)
 spans_started = Event("spans.started", INFO, "tracing.request_spans", "Sending a span for each request to {endpoint}")
 spans_missing = Event(
     "spans.missing",
     INFO,
     "tracing.request_spans",
-    "No spans go to {endpoint}: pip install 'nanovllm[otel]' ({error})",
+    "No spans go to {endpoint}: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http ({error})",
 )
 logging_level = Event(
     "logging.level", WARNING, "logs.configuration", "{source}: {problem}. Valid levels: {valid_levels}"
+)
+
+argument_without_effect = Event(
+    "argument.without_effect",
+    DEBUG,
+    "compat.unsupported",
+    "{callee}: {argument}={given} has no effect: {why}",
 )
 
 # ---- memory

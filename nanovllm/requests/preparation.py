@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanovllm.config import ResolvedConfig
 from nanovllm.engine.batch import IntArray, LogitEdits
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import InvalidArgumentError
+from nanovllm.requests.default_params import read_default_params
 from nanovllm.requests.detokenizer import Detokenizer, StopStrings
 from nanovllm.requests.grammar_compiler import GrammarCompiler
 from nanovllm.requests.grammar_reader import Grammar
@@ -27,6 +29,7 @@ class PreparedRequest:
 
     prompt: str | None  # None if it was given as token ids
     token_ids: IntArray  # [num_prompt_tokens]
+    cache_salt: bytes  # the prefix cache shares blocks only between requests with the same salt
     params: SamplingParams
     logit_edits: LogitEdits | None  # None: its logits are not changed
     grammar: Grammar | None  # of structured outputs, not compiled yet
@@ -43,13 +46,15 @@ class RequestPreparation:
         self._resolved = resolved
         self._grammars = grammars
         self._tokenization = Tokenization(tokenizer, resolved)
+        self.default_params = read_default_params(Path(resolved.model))
 
     def prepare(self, prompt: Prompt, params: SamplingParams | None) -> PreparedRequest:
         """Tokenises and checks a request. Raises as `LLMEngine.prepare` says."""
-        params = SamplingParams() if params is None else params
+        params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidArgumentError("sampling_params", params, "a SamplingParams")
-        text, token_ids = self._tokenization.read(prompt)
+        params = params.clone()  # its fields may have been assigned to, and may be again
+        text, token_ids, cache_salt = self._tokenization.read(prompt)
         if params.stop and self._tokenizer is None:
             hint = "Leave skip_tokenizer_init out, or give stop_token_ids."
             raise InvalidArgumentError("stop", params.stop, "None, since there is no tokenizer", hint)
@@ -57,6 +62,7 @@ class RequestPreparation:
         return PreparedRequest(
             prompt=text,
             token_ids=token_ids,
+            cache_salt=cache_salt,
             params=params,
             logit_edits=self._logit_edits(params, len(token_ids)),
             grammar=self._grammars.read(wanted) if isinstance(wanted, StructuredOutputsParams) else None,
@@ -76,6 +82,7 @@ class RequestPreparation:
             seed=seed,
             prompt=request.prompt,
         )
+        sequence.cache_salt = request.cache_salt
         sequence.logit_edits = request.logit_edits
         if request.stop_search is not None:
             detokenizer = Detokenizer(self._tokenizer, params.skip_special_tokens)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from nanovllm.compat.unsupported import PROMPT_KEYS, without_effect
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import IntArray
 from nanovllm.errors import InvalidArgumentError, ModelLoadError, RequestTooLargeError
@@ -22,7 +23,7 @@ class TemplatedText(str):
     """A prompt that a chat template wrote. It has its special tokens already."""
 
 
-# A text, token ids, or as in vLLM {"prompt": text} or {"prompt_token_ids": ids}.
+# A text, token ids, or as in vLLM {"prompt": text} or {"prompt_token_ids": ids}, with a "cache_salt" if wanted.
 Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
 
 
@@ -33,24 +34,29 @@ class Tokenization:
         self._tokenizer = tokenizer
         self._resolved = resolved
 
-    def read(self, prompt: Prompt) -> tuple[str | None, IntArray]:
-        """Returns the text, if any, and the token ids [num_tokens]. Raises as `LLMEngine.prepare` does."""
+    def read(self, prompt: Prompt) -> tuple[str | None, IntArray, bytes]:
+        """Returns the text, if any, the token ids [num_tokens] and the cache salt. Raises as `LLMEngine.prepare`."""
         text: str | None = prompt if isinstance(prompt, str) else None
         token_ids: Any = prompt
+        cache_salt: Any = None
         if isinstance(prompt, Mapping):
-            unknown = prompt.keys() - {"prompt", "prompt_token_ids"}
+            prompt = without_effect("prompt", prompt, PROMPT_KEYS, prefix="prompt.")
+            unknown = prompt.keys() - {"prompt", "prompt_token_ids", "cache_salt"}
+            cache_salt = prompt.get("cache_salt")
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if unknown or not (text is None or isinstance(text, str)) or (text is None and token_ids is None):
                 raise InvalidArgumentError(
                     "prompt", prompt, "a dictionary with 'prompt' (a text) or 'prompt_token_ids' (a list), no other key"
                 )
+            if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
+                raise InvalidArgumentError("prompt.cache_salt", cache_salt, "a text of at least one character, or None")
         if text is not None and (token_ids is None or token_ids is prompt):
             token_ids = self._encode_prompt(text)
         token_ids = self._check_token_ids(token_ids)
         if not len(token_ids):
             raise InvalidArgumentError("prompt", prompt, "at least one token long")
         self._check_length(len(token_ids))
-        return None if text is None else str(text), token_ids
+        return None if text is None else str(text), token_ids, (cache_salt or "").encode("utf-8", "surrogatepass")
 
     def _encode_prompt(self, text: str) -> Any:
         """Returns the token ids of a prompt. Beginnings of a long text are encoded first.

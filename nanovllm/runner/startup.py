@@ -22,7 +22,7 @@ from nanovllm.models.model_context import ModelContext
 from nanovllm.models.registry import get_model_class
 from nanovllm.runner.cuda_graph import DecodeGraphs, DecodeStep
 from nanovllm.runner.device_rows import DeviceRows
-from nanovllm.runner.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
+from nanovllm.runner.kv_cache import GPUMemory, KVCacheShape, lower_cache_size, num_cpu_blocks
 from nanovllm.runner.model_plan import ModelPlan
 from nanovllm.runner.warm_up import WarmUp
 from nanovllm.utils.device_memory import GB, free_memory
@@ -259,11 +259,12 @@ class Startup:
             runner.rows = DeviceRows(max_num_seqs, max_model_len, shape.block_size, num_blocks, vocab_size, self.device)
             runner.kv_caches = shape.allocate(num_blocks, self.device)
         except (MemoryError, RuntimeError, ValueError) as error:  # numpy, torch and CUDA raise different ones
+            free = free_memory(self.device)
+            cache = lower_cache_size(self._config.num_kvcache_blocks, free, shape.block_bytes, self.device)
             raise OutOfMemoryError(
                 f"{num_blocks} blocks of {shape.block_bytes / GB:.4f} GB for the KV cache, and rows for "
                 f"max_num_seqs={max_num_seqs} sequences of max_model_len={max_model_len} tokens, do not fit on "
-                f"{self.device}, which has {(free := free_memory(self.device)) / GB:.2f} GB left: {error} Lower "
-                f"num_kvcache_blocks below {free // shape.block_bytes} (or leave it out), max_num_seqs, max_model_len."
+                f"{self.device}, which has {free / GB:.2f} GB left: {error} Lower {cache}, max_num_seqs, max_model_len."
             ) from error
 
     # Graphs

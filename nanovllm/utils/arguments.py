@@ -139,7 +139,10 @@ def lists_arguments(cls: type[T]) -> type[T]:
 
 
 def is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)  # NumPy integers included
+    """Returns whether the value is an integer, Python's or NumPy's. One that Python refuses to print is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return False
+    return int(value).bit_length() <= 4096
 
 
 def is_number(value: object) -> bool:

@@ -150,7 +150,7 @@ otlp_endpoint = Variable(
     "OTEL_EXPORTER_OTLP_ENDPOINT",
     URL,
     None,
-    "Sends a span for each request to this collector if `nanovllm[otel]` is installed. Its SDK reads `OTEL_*` too.",
+    "Sends a span for each request to this collector if OpenTelemetry's SDK is installed, which reads `OTEL_*` too.",
     "no spans",
 )
 otlp_traces_endpoint = Variable(

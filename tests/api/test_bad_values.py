@@ -62,6 +62,7 @@ SAMPLING_PARAMS: Table = {
     "include_stop_str_in_output": (SWITCH, NO_SWITCH),
     "detokenize": (SWITCH, NO_SWITCH),
     "skip_special_tokens": (SWITCH, NO_SWITCH),
+    "output_kind": ("a RequestOutputKind, or None", ["DELTA", 1, True]),
     "structured_outputs": (
         "a StructuredOutputsParams, a dictionary of its fields, or None",
         ["json", 3, [("regex", "a")], {1: 2}],
@@ -100,12 +101,16 @@ ENGINE_CONFIG: Table = {
     "kv_cache_dtype": ("one of 'auto', 'fp8', 'fp8_e4m3'", ["int4", None, 8]),
     "load_format": ("one of 'auto', 'safetensors', 'dummy'", ["gguf", None, []]),
     "skip_tokenizer_init": (SWITCH, NO_SWITCH),
-    "seed": ("an integer from 0 to 2**63 - 1", [-1, 2**63, "0", None, 1.0, True]),
+    "seed": ("an integer from 0 to 2**63 - 1", [-1, 2**63, "0", 1.0, True]),
     "trust_remote_code": (SWITCH, NO_SWITCH),
     "revision": ("a tag, a branch or a commit, or None", [5, "", ["main"]]),
     "hf_overrides": ("a dictionary of fields of config.json, or None", [5, "x", [1], {1: 2}]),
     "pipeline_depth": (f"{COUNT}, or None", NO_COUNT),
     "max_prefill_tokens_beside_decode": (f"{COUNT}, or None", NO_COUNT),
+    "profiler_config": (
+        "{'profiler': 'torch', 'torch_profiler_dir': a folder}, or None",
+        ["./profile", {}, {"torch_profiler_dir": 5}, {"torch_profiler_dir": "a", "profiler": "cuda"}, {"other": 1}],
+    ),
 }
 
 TEXT_OR_IDS = "a text or a list of token ids from 0 to 511"
@@ -173,7 +178,7 @@ ASYNC = [
     *prompts("prompt"),
     *refused("prompt", f"{TEXT_OR_IDS}.", 7, None, b"ab", [1.5], [True], [True, 5], (5, np.True_)),
     *refused("request_id", f"{REQUEST_ID}.", 5, ["a"]),
-    *refused("delta", f"{SWITCH}.", *NO_SWITCH),
+    *refused("delta", "True, False, or None for what output_kind says.", 1, 0, "yes"),
 ]
 
 

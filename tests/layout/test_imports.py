@@ -20,9 +20,10 @@ FILES = sorted((ROOT / "nanovllm").rglob("*.py"))
 LEVELS = [
     ("nanovllm.__main__", "nanovllm.cli"),
     ("nanovllm.benchmarks",),
-    ("nanovllm", "nanovllm.llm", "nanovllm.async_llm", "nanovllm.streaming", "nanovllm.report"),
-    ("nanovllm.engine_factory",),
+    ("nanovllm", "nanovllm.entrypoints", "nanovllm.v1", "nanovllm.engine.async_llm_engine", "nanovllm.report"),
+    ("nanovllm.llm", "nanovllm.async_llm", "nanovllm.streaming"),
     ("nanovllm.engine.llm_engine",),
+    ("nanovllm.engine_factory",),
     ("nanovllm.tracing", "nanovllm.diagnostics"),
     ("nanovllm.engine", "nanovllm.distributed"),
     ("nanovllm.runner",),
@@ -34,7 +35,14 @@ LEVELS = [
     ("nanovllm.layers",),
     ("nanovllm.attention",),
     ("nanovllm.kernels",),
-    ("nanovllm.config", "nanovllm.sampling_params", "nanovllm.outputs"),
+    (
+        "nanovllm.config",
+        "nanovllm.engine_args",
+        "nanovllm.compat",
+        "nanovllm.inputs",
+        "nanovllm.sampling_params",
+        "nanovllm.outputs",
+    ),
     ("nanovllm.utils", "nanovllm.logs"),
     ("nanovllm.errors",),
 ]

@@ -22,6 +22,7 @@ from nanovllm.engine import scheduler
 from nanovllm.logs.events import EVENTS
 from nanovllm.logs.fields import FIELDS, fields_of
 from nanovllm.logs.records import Event
+from nanovllm.requests.default_params import read_default_params
 from nanovllm.utils.logger import configure_logging, log_gpu_memory, log_tensor_shapes, setup_logger
 from tests.engine.test_llm_engine import make_engine
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
@@ -136,7 +137,7 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_grammar_that_leads_nowhere(_: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("xgrammar", reason="the extra nanovllm[structured] is not installed")
+    pytest.importorskip("xgrammar", reason="xgrammar is not installed")
     with load() as llm:
         asked = {"grammar": 'root ::= "planet" x\nx ::= x "y"'}
         llm.generate(PROMPT, SamplingParams(structured_outputs=asked), use_tqdm=False)
@@ -174,6 +175,16 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> None:
     make_engine()[0].exit()
 
 
+def arguments_of_vllm(_: pytest.MonkeyPatch) -> None:
+    SamplingParams(skip_clone=True)  # type: ignore[call-arg]  # it has no effect
+
+
+def a_recommendation_that_is_not_allowed(_: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "generation_config.json").write_text('{"top_p": 2}')
+        read_default_params(Path(folder))
+
+
 def lines_of_one_s_own(_: pytest.MonkeyPatch) -> None:
     logger = setup_logger("tests")
     log_gpu_memory(logger, "Before", "cpu")
@@ -195,6 +206,8 @@ WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [
     a_wrong_level,
     a_profile,
     spans,
+    arguments_of_vllm,
+    a_recommendation_that_is_not_allowed,
     lines_of_one_s_own,
 ]
 
