@@ -12,6 +12,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.metrics import StatisticsLine
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine.scheduler_log import SchedulerLog
+from nanovllm.logs.records import in_engine
 from nanovllm.tracing.request_spans import open_request_spans
 from nanovllm.tracing.timeline import Timeline
 from nanovllm.utils import env
@@ -24,7 +25,14 @@ def make_engine(config: EngineConfig) -> LLMEngine:
 
     Raises what loading the model raises, and InvalidArgumentError for an environment variable that is not allowed.
     """
-    return LLMEngine(config, make_executor, default_observers(config))
+    observers = default_observers(config)
+    with in_engine(None):  # a start that fails leaves no mark on what this thread logs
+        try:
+            return LLMEngine(config, make_executor, observers)
+        except BaseException as error:
+            for observer in observers:
+                observer.engine_start_failed(error)
+            raise
 
 
 def make_executor(config: EngineConfig, stopwatch: Stopwatch) -> Executor:
@@ -43,9 +51,10 @@ def default_observers(config: EngineConfig) -> list[EngineObserver]:
     """
     configure_logging()  # the environment may have changed since the import
     trace_file = env.trace_file()
+    function_trace = start_function_trace(rank=0)
     observers: list[EngineObserver | None] = [
-        start_function_trace(rank=0),
         EngineLog(),
+        function_trace,
         SchedulerLog(),
         StatisticsLine(env.log_stats_interval()),
         None if trace_file is None else Timeline(trace_file),

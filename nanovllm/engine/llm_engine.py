@@ -55,6 +55,7 @@ class LLMEngine:
         self.config = config
         self.metrics = EngineMetrics()
         self._observers = Observers([self.metrics, *observers])
+        self.engine_id = self._observers.engine_id  # in the records of the log
         self._clock = clock  # seconds; the source of every time that the engine reports
         self._observers.engine_starting(config)
         stopwatch = Stopwatch()

@@ -21,6 +21,7 @@ LEVELS = [
     ("nanovllm.__main__", "nanovllm.cli"),
     ("nanovllm.benchmarks",),
     ("nanovllm", "nanovllm.llm", "nanovllm.async_llm", "nanovllm.streaming", "nanovllm.report"),
+    ("nanovllm.generation_log",),
     ("nanovllm.engine_factory",),
     ("nanovllm.engine.llm_engine",),
     ("nanovllm.tracing", "nanovllm.diagnostics"),
