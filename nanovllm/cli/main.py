@@ -21,13 +21,15 @@ COMMANDS: Mapping[str, str] = {  # each a module of this package
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a subcommand and returns its exit status. `arguments` defaults to those of the process.
+    """Runs a subcommand and returns its exit status. `arguments` defaults to those of the process."""
+    return without_broken_pipe(lambda: run(arguments))
 
-    Exit status 1, without a message, when the reader of standard output leaves, as `head` does.
-    """
+
+def without_broken_pipe(run: Callable[[], int]) -> int:
+    """Returns what `run` returns; 1, without a message, if the reader of standard output leaves, as `head` does."""
     try:
         try:
-            return run(arguments)
+            return run()
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()

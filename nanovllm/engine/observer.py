@@ -134,19 +134,22 @@ class Observers(EngineObserver):
 
     def _call_each(self, functions: list[Callable[..., None]], name: str) -> Callable[..., None]:
         """Returns a function that calls all of `functions` in order."""
-        begins = name in ("engine_starting", "phase")  # what follows on this thread is this engine's
+        is_phase, number = name == "phase", self.engine_id
+        begins = is_phase or name == "engine_starting"  # what follows on this thread is this engine's
         ends = name in ("engine_started", "engine_failed")
 
         def call(*arguments: object, **named: object) -> None:
-            before = current_engine.set(self.engine_id)
+            before = current_engine.get()
+            if before != number:
+                current_engine.set(number)
             try:
                 for function in functions:
                     function(*arguments, **named)
             finally:
-                if ends or arguments == ("idle",):
+                if ends or (is_phase and arguments[0] == "idle"):
                     current_engine.set(None)
-                elif not begins:
-                    current_engine.reset(before)
+                elif before != number and not begins:
+                    current_engine.set(before)
 
         return call if functions or begins or ends else _ignore
 
