@@ -63,7 +63,7 @@ class LogFileHandler(logging.Handler):
             except FileNotFoundError:
                 pass
         opened = self._open()
-        self.close()
+        self._close_file()
         self._file, self._begins_line = opened, True
 
     def _write(self, line: bytes) -> None:
@@ -80,11 +80,15 @@ class LogFileHandler(logging.Handler):
     def close(self) -> None:
         self.acquire()
         try:
-            file, self._file = self._file, -1
-            if file >= 0:
-                os.close(file)
+            self._close_file()
         finally:
             self.release()
+        super().close()
+
+    def _close_file(self) -> None:
+        file, self._file = self._file, -1
+        if file >= 0:
+            os.close(file)
 
 
 class ConsoleHandler(logging.Handler):

@@ -62,14 +62,20 @@ class ProgressBar:
                     self._write("\r" + self._text())
                     self._is_drawn, self._drawn_at = True, now
 
-    def clear(self, printed: str = "") -> None:
-        """Removes the bar from the terminal, for the text `printed` that follows."""
+    def clear(self) -> None:
+        """Removes the bar from the terminal."""
         with self._lock:
             if self._is_drawn:
                 self._write("\r" + " " * self._columns() + "\r")
                 self._is_drawn = False
-            if printed:
-                self._line_is_open = not printed.endswith("\n")
+
+    def write_instead(self, stream: Any, text: str) -> Any:
+        """Writes something else to the terminal. The bar is not drawn again before its line has ended."""
+        with self._lock:
+            self.clear()
+            if text:
+                self._line_is_open = not text.endswith("\n")
+            return stream.write(text)
 
     def _text(self) -> str:
         from tqdm import tqdm  # here, so that logging alone does not import it
@@ -106,8 +112,7 @@ class _Guard:
         self.stream, self._bar = stream, bar
 
     def write(self, text: str) -> Any:
-        self._bar.clear(text)
-        return self.stream.write(text)
+        return self._bar.write_instead(self.stream, text)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
