@@ -57,6 +57,7 @@ def configure_logging(rank: int | None = None) -> None:
         _open_file(None)
         _STATE.level_spec = None
         _apply_levels({})
+        _warn_about_variables()
         return
     log_format, console = env.log_format(), _STATE.console
     console.rank = _STATE.rank

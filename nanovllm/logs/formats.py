@@ -45,7 +45,7 @@ class TextFormatter(logging.Formatter):
 
 
 class TerminalFormatter(TextFormatter):
-    """Lines of at most 120 columns: lists at the end of a sentence are cut, other sentences wrapped."""
+    """Lines of at most 120 columns: lists at the end of a sentence are cut, other sentences wrapped. Tables stay."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         line, message = super().formatMessage(record), record.message
@@ -54,7 +54,7 @@ class TerminalFormatter(TextFormatter):
         event = EVENTS.get(getattr(record, "event", ""))
         if event is not None and event.name == "rule":
             return head + message[0] * max(_columns() - used, 1)
-        if used + len(message) <= _WIDTH:
+        if used + len(message) <= _WIDTH or "\n" in message:
             return line
         if event is not None and event.sentence.endswith(("{seqs}", "{all_fields}")):
             return head + message[: _WIDTH - used - 1].rpartition(" ")[0] + " …"

@@ -13,7 +13,7 @@ from nanovllm.report.steps import SlowSteps
 
 _MOST_PROBLEMS = 20  # warnings and errors shown
 _MOST_GENERATIONS = 20
-_ENVELOPE = {"ts", "mono", "level", "logger", "event", "message", "pid", "rank"}
+_ENVELOPE = {"ts", "mono", "level", "logger", "event", "message", "pid", "rank", "engine_id"}
 _SETTING_EVENTS = (
     "engine.model",
     "engine.config",

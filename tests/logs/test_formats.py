@@ -413,6 +413,12 @@ def test_other_sentences_are_wrapped_on_a_terminal() -> None:
     assert sentence == events.generation_complete.sentence.format(**fields)
 
 
+def test_a_table_keeps_its_lines_on_a_terminal() -> None:
+    table = "a    b\n" * 30
+    lines = on_a_terminal(events.profile_written, trace="t", table_file="f", table=table, rank=0)
+    assert lines.endswith(table)
+
+
 @pytest.mark.parametrize("columns", [60, 100, 200])
 def test_a_rule_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
     monkeypatch.setattr(formats, "_columns", lambda: columns)
