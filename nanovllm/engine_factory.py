@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
 from nanovllm.config import EngineConfig
 from nanovllm.diagnostics import make_diagnostics
 from nanovllm.diagnostics.function_trace import start_function_trace
@@ -11,11 +14,24 @@ from nanovllm.engine.in_process_executor import InProcessExecutor
 from nanovllm.engine.metrics import StatisticsLine
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine.scheduler_log import SchedulerLog
+from nanovllm.logs.records import in_engine
 from nanovllm.tracing.request_spans import open_request_spans
 from nanovllm.tracing.timeline import Timeline
 from nanovllm.utils import env
 from nanovllm.utils.logger import configure_logging
 from nanovllm.utils.stopwatch import Stopwatch
+
+
+@contextmanager
+def reporting_start(observers: Iterable[EngineObserver]) -> Iterator[None]:
+    """Tells the observers of an engine that does not start. What it logs leaves no mark on this thread."""
+    with in_engine(None):
+        try:
+            yield
+        except BaseException as error:
+            for observer in observers:
+                observer.engine_start_failed(error)
+            raise
 
 
 def make_executor(config: EngineConfig, stopwatch: Stopwatch) -> Executor:
@@ -34,9 +50,10 @@ def default_observers(config: EngineConfig) -> list[EngineObserver]:
     """
     configure_logging()  # the environment may have changed since the import
     trace_file = env.trace_file()
+    function_trace = start_function_trace(rank=0)
     observers: list[EngineObserver | None] = [
-        start_function_trace(rank=0),
         EngineLog(),
+        function_trace,
         SchedulerLog(),
         StatisticsLine(env.log_stats_interval()),
         None if trace_file is None else Timeline(trace_file),

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
 from nanovllm.compat.interface import VllmInterface
 from nanovllm.compat.unsupported import REQUEST_ARGUMENTS, accepting
@@ -18,8 +16,8 @@ from nanovllm.config import EngineConfig, takes_engine_arguments
 from nanovllm.diagnostics import default_profile_folder
 from nanovllm.diagnostics.leak_check import LeakCheck, MemoryUse, check_leak
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.statistics import EngineStatistics
 from nanovllm.errors import InvalidArgumentError, NanoVLLMError
+from nanovllm.generation_log import GenerationLog
 from nanovllm.logs import events
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.chat import ChatArguments, ChatOptions, ChatRenderer, Conversation
@@ -27,7 +25,7 @@ from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.streaming import OutputStream
 from nanovllm.utils import env
-from nanovllm.utils.logger import flush_timed_sections, log_gpu_memory, log_rule, setup_logger
+from nanovllm.utils.logger import setup_logger
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -37,16 +35,6 @@ if TYPE_CHECKING:
 logger = setup_logger(__name__)
 
 _FIELDS_WITH_TEXT = ("prompt", "messages", "structured_outputs", "stop", "bad_words")  # errors quote what users wrote
-
-
-class ProgressBar(tqdm):  # type: ignore[type-arg]
-    """tqdm without its monitor thread.
-
-    That thread takes the lock that log lines need, and a debugger that stops all threads could stop it while it holds
-    the lock.
-    """
-
-    monitor_interval = 0
 
 
 class LLM(VllmInterface):
@@ -269,35 +257,17 @@ class LLM(VllmInterface):
     def _run(self, request_ids: list[str], use_tqdm: bool) -> dict[str, RequestOutput]:
         """Runs steps until these requests have ended. Returns their outputs by id."""
         engine = self.llm_engine
-        before = engine.statistics.copy()
-        log_rule(logger, "-")
-        events.generation_start.log(logger, num_prompts=len(request_ids))
-        events.generation_prompt_tokens.log(logger, num_prompt_tokens=engine.num_waiting_tokens)
         outputs: dict[str, RequestOutput] = {}
         wanted = set(request_ids)
-        use_tqdm = use_tqdm and logger.isEnabledFor(logging.INFO)  # a silent log silences the bar too
-        with ProgressBar(total=len(request_ids), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
+        with GenerationLog(engine, len(request_ids), use_tqdm=use_tqdm) as log:
             while wanted:
-                for output in engine.step(wanted):
+                for output in log.step(engine.step(wanted)):
                     wanted.remove(output.request_id)
                     outputs[output.request_id] = output
                     if output.error is not None:
                         why = _without_text(output.error)
                         events.request_failed.log(logger, request_id=output.request_id, error=why)
-                    bar.update()
-                if use_tqdm:
-                    bar.set_postfix_str(_speeds(engine.statistics.since(before)), refresh=False)
             engine.drain()
-        done = engine.statistics.since(before)
-        flush_timed_sections()
-        events.generation_complete.log(
-            logger,
-            num_steps=done.num_steps,
-            total_output_tokens=sum(len(each.token_ids) for output in outputs.values() for each in output.outputs),
-            prefill_time=done.prefill_seconds,
-            decode_time=done.decode_seconds,
-        )
-        log_gpu_memory(logger, device=engine.resolved.device, event=events.generation_memory)
         return outputs
 
 
@@ -320,12 +290,6 @@ def _without_text(error: NanoVLLMError) -> str:
     if isinstance(error, InvalidArgumentError) and error.field.split(".")[0] in _FIELDS_WITH_TEXT:
         return str(error) if env.log_prompts() else f"{error.field} must be {error.allowed}. {error.hint}".rstrip()
     return str(error)
-
-
-def _speeds(done: EngineStatistics) -> str:
-    """Returns the rates that the progress bar shows."""
-    seconds = max(done.prefill_seconds + done.decode_seconds, 1e-9)
-    return f"in {done.num_prompt_tokens / seconds:.0f} tok/s, out {done.num_output_tokens / seconds:.0f} tok/s"
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

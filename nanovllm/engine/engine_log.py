@@ -13,7 +13,8 @@ from nanovllm.errors import InvalidLogitsError
 from nanovllm.logs import events
 from nanovllm.outputs import CompletionOutput
 from nanovllm.utils import env
-from nanovllm.utils.logger import log_rule, setup_logger
+from nanovllm.utils.logger import Listing, log_rule, setup_logger
+from nanovllm.utils.versions import device_name, versions
 
 logger = setup_logger("nanovllm.engine.llm_engine")  # the name that users' documents show
 
@@ -24,14 +25,23 @@ class EngineLog(EngineObserver):
     def __init__(self) -> None:
         self._num_preempted = 0  # preemptions since the last step was collected
         self._has_invalid_logits = False  # which is said once
+        self._fatal: BaseException | None = None  # what ended the engine
 
     def engine_starting(self, config: EngineConfig) -> None:
+        if logger.isEnabledFor(logging.INFO):
+            events.engine_versions.log(
+                logger,
+                schema=events.SCHEMA,
+                versions=Listing(versions()),
+                device=device_name(config.device),
+                variables=env.variables_in_force(),
+            )
         log_rule(logger)
         events.engine_init.log(logger)
         events.engine_model.log(logger, model=config.model)
         names = ["tensor_parallel_size", "max_model_len", *(f.name for f in fields(config) if f.name != "model")]
         events.engine_config.log(logger, **{name: getattr(config, name) for name in names})
-        log_rule(logger)
+        log_rule(logger, in_summary=False)
 
     def engine_resolved(self, resolved: ResolvedConfig) -> None:
         events.engine_resolved.log(logger, **{f.name: getattr(resolved, f.name) for f in fields(resolved)})
@@ -89,7 +99,19 @@ class EngineLog(EngineObserver):
         if logger.isEnabledFor(logging.DEBUG) and env.log_prompts():
             events.request_output.log(logger, request_id=sequence.request_id, text=completion.text)
 
+    def engine_start_failed(self, error: BaseException) -> None:
+        events.engine_start_failed.log(logger, error=repr(error))
+
+    def engine_exiting(self, unfinished: Iterable[Sequence]) -> None:
+        events.engine_exit.log(
+            logger,
+            outcome="clean" if self._fatal is None else "error",
+            num_unfinished=len(list(unfinished)),
+            **({} if self._fatal is None else {"error": repr(self._fatal)}),
+        )
+
     def engine_failed(self, error: BaseException, lost: Iterable[Sequence], goes_on: bool) -> None:
+        self._fatal = None if goes_on else error
         interrupted = not isinstance(error, Exception)
         event = events.engine_interrupted if interrupted else events.engine_error
         event.log(

@@ -59,6 +59,7 @@ class LLMEngine(UnsupportedMethods):
         self.owner = OwnerProcess()
         self.metrics = EngineMetrics()
         self._observers = Observers([self.metrics, *observers])
+        self.engine_id = self._observers.engine_id  # in the records of the log
         self._clock = clock  # seconds; the source of every time that the engine reports
         self._observers.engine_starting(config)
         stopwatch = Stopwatch()
@@ -92,10 +93,13 @@ class LLMEngine(UnsupportedMethods):
         engine_args: an EngineArgs or an EngineConfig. Raises what loading the model raises, and InvalidArgumentError
         for an argument or an environment variable that is not allowed.
         """
-        from nanovllm.engine_factory import default_observers, make_executor  # not needed by who passes their own
+        # Imported here: an engine that is given its executor and observers does not need it.
+        from nanovllm.engine_factory import default_observers, make_executor, reporting_start
 
         config = EngineConfig(**asdict(engine_args))  # an EngineArgs can be changed: this is a checked copy
-        return cls(config, make_executor, default_observers(config))
+        observers = default_observers(config)
+        with reporting_start(observers):
+            return cls(config, make_executor, observers)
 
     # Requests
 

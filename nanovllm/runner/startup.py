@@ -238,6 +238,7 @@ class Startup:
     def allocate(self, runner: StartingRunner, num_blocks: int) -> int:
         """Allocates the runner's rows and cache. Returns max_model_len, at most as many tokens as the cache holds."""
         max_model_len = self.plan.fit_max_model_len(self._config, num_blocks * self._cache.block_size)
+        events.kv_cache_allocating.log(logger)
         events.kv_cache_config.log(
             logger,
             num_kv_heads=self._cache.num_kv_heads,

@@ -66,7 +66,8 @@ def calls_of_events() -> list[tuple[str, Event, set[str]]]:
                 names = {keyword.arg for keyword in node.keywords}
                 if node.func.attr != "emit" and None not in names:
                     place = f"{path.relative_to(PACKAGE)}:{node.lineno}"
-                    found.append((place, getattr(events, owner.attr), {name for name in names if name}))
+                    fields = {name for name in names if name and name != "in_summary"}
+                    found.append((place, getattr(events, owner.attr), fields))
     return found
 
 

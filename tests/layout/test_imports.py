@@ -22,6 +22,7 @@ LEVELS = [
     ("nanovllm.benchmarks",),
     ("nanovllm", "nanovllm.entrypoints", "nanovllm.v1", "nanovllm.engine.async_llm_engine", "nanovllm.report"),
     ("nanovllm.llm", "nanovllm.async_llm", "nanovllm.streaming"),
+    ("nanovllm.generation_log",),
     ("nanovllm.engine.llm_engine",),
     ("nanovllm.engine_factory",),
     ("nanovllm.tracing", "nanovllm.diagnostics"),

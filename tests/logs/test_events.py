@@ -17,12 +17,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from nanovllm import LLM, RequestTooLargeError, SamplingParams
+from nanovllm import LLM, NanoVLLMError, RequestTooLargeError, SamplingParams
 from nanovllm.engine import scheduler
+from nanovllm.logs import configuration
 from nanovllm.logs.events import EVENTS
 from nanovllm.logs.fields import FIELDS, fields_of
+from nanovllm.logs.lost_lines import LostLines
 from nanovllm.logs.records import Event
 from nanovllm.requests.default_params import read_default_params
+from nanovllm.tracing.trace_file import TraceFile
 from nanovllm.utils.logger import configure_logging, log_gpu_memory, log_tensor_shapes, setup_logger
 from tests.engine.test_llm_engine import make_engine
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
@@ -154,6 +157,33 @@ def a_damaged_folder(_: pytest.MonkeyPatch) -> None:
             llm.generate([[5], [6]], GREEDY, use_tqdm=False)
 
 
+def a_start_that_fails(_: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NanoVLLMError):
+        load(attention_backend="flash_attn")
+
+
+def an_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configuration._STATE, "unknown_variables", set())
+    monkeypatch.setenv("NANOVLLM_LOGGING_LEVEL", "DEBUG")
+    configure_logging()
+
+
+def files_that_are_full(_: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        lost = LostLines(Path(folder, "run.log"))
+        lost.add(OSError(28, "No space left on device"))
+        lost.warn()
+        trace = TraceFile(Path(folder, "trace.json"), max_mb=0)
+        trace.counter(1, "requests", 0.0, running=1)
+        trace.close()
+
+
+def a_function_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("NANOVLLM_TRACE_FUNCTION", f"{folder}/calls.txt")
+        make_engine()[0].exit()
+
+
 def a_wrong_level(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setenv("NANOVLLM_LOG_LEVEL", "DEBUG,scheduler=LOUD")
@@ -203,6 +233,10 @@ WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [
     texts,
     a_grammar_that_leads_nowhere,
     a_damaged_folder,
+    a_start_that_fails,
+    an_unknown_variable,
+    files_that_are_full,
+    a_function_trace,
     a_wrong_level,
     a_profile,
     spans,

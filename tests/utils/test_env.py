@@ -18,6 +18,8 @@ DEFAULTS = [
     ("NANOVLLM_OVERLAP", env.overlap, True),
     ("NANOVLLM_LOG_FORMAT", env.log_format, "text"),
     ("NANOVLLM_LOG_FILE", env.log_file, None),
+    ("NANOVLLM_LOG_FILE_FORMAT", env.log_file_format, None),
+    ("NANOVLLM_TRACE_MAX_MB", env.trace_max_mb, 1000),
     ("NANOVLLM_LOG_PROMPTS", env.log_prompts, False),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, 10.0),
     ("NANOVLLM_TRACE_FILE", env.trace_file, None),
@@ -42,6 +44,8 @@ VALUES = [
     ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "2", 2.0),
     ("NANOVLLM_LOG_FORMAT", env.log_format, "json", "json"),
     ("NANOVLLM_LOG_FILE", env.log_file, "logs/run.jsonl", Path("logs/run.jsonl")),
+    ("NANOVLLM_LOG_FILE_FORMAT", env.log_file_format, "json", "json"),
+    ("NANOVLLM_TRACE_MAX_MB", env.trace_max_mb, "5", 5),
     ("NANOVLLM_LOG_PROMPTS", env.log_prompts, "1", True),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "0.5", 0.5),
     ("NANOVLLM_TRACE_FILE", env.trace_file, "trace.json", Path("trace.json")),
@@ -66,6 +70,8 @@ BAD_VALUES = [
     ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "4GB"),
     ("NANOVLLM_LOG_FORMAT", env.log_format, "JSON"),
     ("NANOVLLM_LOG_FORMAT", env.log_format, "xml"),
+    ("NANOVLLM_LOG_FILE_FORMAT", env.log_file_format, "xml"),
+    ("NANOVLLM_TRACE_MAX_MB", env.trace_max_mb, "0"),
     ("NANOVLLM_LOG_PROMPTS", env.log_prompts, "yes"),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "0"),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "nan"),
@@ -104,6 +110,15 @@ def test_a_bad_value_names_variable_value_and_what_is_allowed(monkeypatch, varia
     assert caught.value.value == text
     assert repr(text) in str(caught.value)
     assert caught.value.allowed in str(caught.value)
+
+
+def test_the_variables_in_force_hide_what_may_be_a_secret(monkeypatch):
+    secret = env.Variable("NANOVLLM_SOME_KEY", env.SWITCH, False, "a key")
+    monkeypatch.setattr(env, "VARIABLES", (env.log_level, env.overlap, secret))
+    monkeypatch.setenv("NANOVLLM_SOME_KEY", "abc")
+    monkeypatch.setenv("NANOVLLM_LOG_LEVEL", " DEBUG ")
+    monkeypatch.delenv("NANOVLLM_OVERLAP", raising=False)
+    assert env.variables_in_force() == {"NANOVLLM_LOG_LEVEL": "DEBUG", "NANOVLLM_SOME_KEY": "set"}
 
 
 def test_no_other_file_of_the_package_reads_the_environment():
