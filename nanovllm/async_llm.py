@@ -289,6 +289,8 @@ class _EngineThread:
         try:
             engine.add_request(request.request_id, request.prompt, request.params)
         except Exception as error:  # concerns this request alone
+            if isinstance(error, InvalidArgumentError):
+                engine.refuse_request(request.request_id, error)
             self._deliver([(request, error)])
             return
         request.stream = OutputStream(engine, request.request_id, delta=request.delta)

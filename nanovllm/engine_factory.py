@@ -9,9 +9,9 @@ from nanovllm.engine.engine_log import EngineLog
 from nanovllm.engine.executor import Executor
 from nanovllm.engine.in_process_executor import InProcessExecutor
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.metrics import StatisticsLine
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine.scheduler_log import SchedulerLog
+from nanovllm.engine.statistics_log import StatisticsLine
 from nanovllm.tracing.request_spans import open_request_spans
 from nanovllm.tracing.timeline import Timeline
 from nanovllm.utils import env

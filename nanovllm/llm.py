@@ -22,15 +22,12 @@ from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.streaming import OutputStream
-from nanovllm.utils import env
 from nanovllm.utils.logger import flush_timed_sections, log_gpu_memory, log_rule, setup_logger
 
 if TYPE_CHECKING:
     from nanovllm.diagnostics.memory import MemoryReport
 
 logger = setup_logger(__name__)
-
-_FIELDS_WITH_TEXT = ("prompt", "messages", "structured_outputs", "stop", "bad_words")  # errors quote what users wrote
 
 
 class ProgressBar(tqdm):  # type: ignore[type-arg]
@@ -217,11 +214,10 @@ class LLM:
                     raise prompt
                 self.llm_engine.add_request(request_id, prompt, param)
             except InvalidArgumentError as error:
+                self.llm_engine.refuse_request(request_id, error)
                 refused[request_id] = prompt, error
         if refused and len(refused) == len(batch):
             raise refused[request_ids[0]][1]
-        for request_id, (_, reason) in refused.items():
-            events.request_failed.log(logger, request_id=request_id, error=_without_text(reason))
         return {request_id: _refused(request_id, *why) for request_id, why in refused.items()}
 
     def _generate(
@@ -268,9 +264,6 @@ class LLM:
                 for output in engine.step(wanted):
                     wanted.remove(output.request_id)
                     outputs[output.request_id] = output
-                    if isinstance(output.error, InvalidArgumentError):
-                        why = _without_text(output.error)
-                        events.request_failed.log(logger, request_id=output.request_id, error=why)
                     bar.update()
                 if use_tqdm:
                     bar.set_postfix_str(_speeds(engine.statistics.since(before)), refresh=False)
@@ -311,13 +304,6 @@ def _refused(request_id: str, prompt: object, error: InvalidArgumentError) -> Re
         metrics=None,
         error=error,
     )
-
-
-def _without_text(error: InvalidArgumentError) -> str:
-    """Returns the error as text for the log. It has no text of users unless NANOVLLM_LOG_PROMPTS is set."""
-    if env.log_prompts() or error.field.split(".")[0] not in _FIELDS_WITH_TEXT:
-        return str(error)
-    return f"{error.field} must be {error.allowed}. {error.hint}".rstrip()
 
 
 def _speeds(done: EngineStatistics) -> str:

@@ -40,6 +40,8 @@ class OutputStream:
         assert sequences, f"{request_id} has ended"
         self._engine, self._request_id, self._delta = engine, request_id, delta
         self._sequences = sequences
+        for sequence in sequences:
+            sequence.streamed = True
         self._completions = [_CompletionStream(engine, *each, delta) for each in enumerate(sequences)]
 
     def read(self) -> News | None:

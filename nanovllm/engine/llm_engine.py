@@ -19,6 +19,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.executor import Diagnostics, Executor, ExecutorFactory
 from nanovllm.engine.metrics import EngineMetrics
 from nanovllm.engine.observer import CollectedStep, EngineObserver, EngineStart, Observers
+from nanovllm.engine.request_tracker import track_requests
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.statistics import EngineStatistics
@@ -54,7 +55,7 @@ class LLMEngine:
     ) -> None:
         self.config = config
         self.metrics = EngineMetrics()
-        self._observers = Observers([self.metrics, *observers])
+        self._observers = track_requests([self.metrics, *observers])
         self._clock = clock  # seconds; the source of every time that the engine reports
         self._observers.engine_starting(config)
         stopwatch = Stopwatch()
@@ -136,6 +137,10 @@ class LLMEngine:
         self.scheduler.add(sequence)
         self._observers.request_added(sequence)
 
+    def refuse_request(self, request_id: str, error: InvalidArgumentError) -> None:
+        """Reports to the log and the metrics that `prepare` or `enqueue` did not allow a request."""
+        self._observers.request_refused(request_id, error)
+
     def abort_request(self, request_id: str) -> None:
         """Ends a request; the next `step` returns what it has so far. Ignores an unknown or finished id."""
         self._check_alive()
@@ -150,6 +155,7 @@ class LLMEngine:
         self._unfinished.drop_outputs(request_ids)
         for request_id in request_ids:
             for sequence in self._unfinished.sequences_of(request_id):
+                sequence.left = True
                 self.scheduler.abort(sequence)
             self._unfinished.remove(request_id)
 
@@ -261,7 +267,7 @@ class LLMEngine:
         lost = self._unfinished.running()
         self._unfinished.clear()
         # Before the wait, which Ctrl-C may interrupt.
-        self.scheduler = Scheduler(self.resolved, self._observers, self._clock)
+        self.scheduler = Scheduler(self.resolved, self._observers, self._clock, self.scheduler.last_step)
         try:
             self.executor.synchronize()
         except Exception:

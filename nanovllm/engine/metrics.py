@@ -11,13 +11,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 from nanovllm.engine.batch import ScheduledBatch
-from nanovllm.engine.observer import CollectedStep, EngineObserver, EngineStart, Preemption
+from nanovllm.engine.observer import CollectedStep, EngineObserver, Preemption
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.statistics import EngineStatistics, Load
-from nanovllm.logs import events
-from nanovllm.utils.logger import setup_logger
-
-logger = setup_logger(__name__)
+from nanovllm.engine.statistics import EngineStatistics
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
@@ -85,37 +81,3 @@ class EngineMetrics(EngineObserver):
         self.queue_time.observe(metrics.queue_time)
         self.inter_token_latency.observe(metrics.inter_token_latency)
         self.end_to_end.observe(metrics.end_to_end)
-
-
-class StatisticsLine(EngineObserver):
-    """Logs a line at INFO every `interval` seconds while there is work, with the rates over that time."""
-
-    def __init__(self, interval: float) -> None:
-        self._interval = interval
-        self._totals = self._before = EngineStatistics()
-        self._began = 0.0  # seconds of the engine's clock
-
-    def engine_started(self, start: EngineStart) -> None:
-        self._totals = start.statistics
-
-    def work_began(self, now: float) -> None:
-        self._began = now
-        self._before = self._totals.copy()
-
-    def step_collected(self, step: CollectedStep) -> None:
-        if step.collected - self._began >= self._interval:
-            self._log(step.collected, step.load)
-
-    def _log(self, now: float, load: Load) -> None:
-        done, seconds = self._totals.since(self._before), now - self._began
-        self.work_began(now)
-        events.engine_statistics.log(
-            logger,
-            prompt_tokens_per_second=done.num_prompt_tokens / seconds,
-            generation_tokens_per_second=done.num_output_tokens / seconds,
-            num_running=load.num_running,
-            num_waiting=load.num_waiting,
-            kv_cache_usage=load.used_blocks / load.num_blocks,
-            prefix_cache_hit_rate=done.num_prefix_hits / max(done.num_prefix_queries, 1),
-            preemptions=done.num_preemptions,
-        )

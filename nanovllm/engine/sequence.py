@@ -102,6 +102,9 @@ class Sequence:
     waits_for_grammar: bool = False  # its grammar is being compiled
     grammar: GrammarState | None = None  # of structured outputs; has accepted every known token
     error: InvalidArgumentError | None = None  # why it ended with finish_reason "abort", if a grammar failed
+    left: bool = False  # ended since its caller left
+    streamed: bool = False  # its tokens are read while it runs
+    parent_id: str | None = None  # with n > 1, the id of the request whose completion it is
     # Seconds of the engine's clock
     arrival: float = 0.0
     queued: float = 0.0

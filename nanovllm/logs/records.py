@@ -1,8 +1,9 @@
 """Records: a sentence for people and named fields for programs, made by one call so that they cannot disagree.
 
-In addition to the attributes that `logging` sets, a record has `event` (a dotted name), `fields` (a dict) and `mono`
-(seconds of `time.monotonic`). `log_event` makes a record from its parts. An `Event` is declared once, with its
-sentence, and is then logged with its fields only. nanovllm's own events are in `events.py`.
+In addition to the attributes that `logging` sets, a record has `event` (a dotted name), `fields` (a dict), `mono`
+(seconds of `time.monotonic`) and `console` (whether the console may show it as text). `log_event` makes a record from
+its parts. An `Event` is declared once, with its sentence, and is then logged with its fields only. nanovllm's own
+events are in `events.py`.
 """
 
 from __future__ import annotations
@@ -48,37 +49,56 @@ class Event:
     of_each_rank: bool = False  # whether its content differs between ranks, so that all show it at INFO
     unseen: str = ""  # what it takes to see it, if a run in one process on a CPU does not show it
 
-    def log(self, logger: logging.Logger, **fields: Any) -> None:
+    def log(self, logger: logging.Logger, *, console: bool = True, **fields: Any) -> None:
+        """Logs an event. console: whether the record's attribute `console` lets the console show it as text."""
         level = self.levels if isinstance(self.levels, int) else self.levels[0]
         if logger.isEnabledFor(level):
-            self.emit(logger, level, fields, place_of(sys._getframe(1)))
+            self.emit(logger, level, fields, place_of(sys._getframe(1)), console=console)
 
     def log_at(self, level: int, logger: logging.Logger, **fields: Any) -> None:
         """Logs an event that has several levels at one of them."""
         if logger.isEnabledFor(level):
             self.emit(logger, level, fields, place_of(sys._getframe(1)))
 
-    def emit(self, logger: logging.Logger, level: int, fields: dict[str, Any], place: Place, **words: object) -> None:
+    def emit(
+        self,
+        logger: logging.Logger,
+        level: int,
+        fields: dict[str, Any],
+        place: Place,
+        *,
+        console: bool = True,
+        **words: object,
+    ) -> None:
         """For helpers that log for their caller and have checked the level. `words` are in the sentence only."""
         if "{all_fields}" in self.sentence:
             words["all_fields"] = Listing(fields)
-        emit(logger, level, self.name, self.sentence.format(**fields, **words), fields, place)
+        emit(logger, level, self.name, self.sentence.format(**fields, **words), fields, place, console=console)
 
 
 def place_of(frame: FrameType) -> Place:
     return frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name
 
 
-def emit(logger: logging.Logger, level: int, event: str, sentence: str, fields: dict[str, Any], place: Place) -> None:
+def emit(
+    logger: logging.Logger,
+    level: int,
+    event: str,
+    sentence: str,
+    fields: dict[str, Any],
+    place: Place,
+    *,
+    console: bool = True,
+) -> None:
     filename, line, function = place
-    extra = {"event": event, "fields": fields, "mono": time.monotonic()}
+    extra = {"event": event, "fields": fields, "mono": time.monotonic(), "console": console}
     logger.handle(logger.makeRecord(logger.name, level, filename, line, sentence, (), None, function, extra))
 
 
 def add_missing_attributes(record: logging.LogRecord) -> bool:
     """A filter that passes all records and adds the attributes that a plain `logger.info(...)` does not set."""
     if not hasattr(record, "event"):
-        record.event, record.fields, record.mono = "", {}, time.monotonic()
+        record.event, record.fields, record.mono, record.console = "", {}, time.monotonic(), True
     return True
 
 

@@ -74,6 +74,8 @@ class RequestPreparation:
             prompt=request.prompt,
         )
         sequence.logit_edits = request.logit_edits
+        if request.params.n > 1:
+            sequence.parent_id = request_id.rpartition("/")[0]
         if params.stop:
             detokenizer = Detokenizer(self._tokenizer, params.skip_special_tokens)
             include_stop = params.include_stop_str_in_output

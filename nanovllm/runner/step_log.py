@@ -33,6 +33,11 @@ class StepLog:
         """Whether the log is at DEBUG."""
         return logger.isEnabledFor(logging.DEBUG)
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether the statistics at INFO show the GPU time of the steps."""
+        return self._rank == 0 and logger.isEnabledFor(logging.INFO)
+
     def forward(self, batch: ScheduledBatch) -> AbstractContextManager[object]:
         """Returns a context that times the part of a step that runs the model."""
         return timed_section(logger, self._sections[batch.kind], device=self._device, step=batch.step)

@@ -409,8 +409,9 @@ def test_a_reset_prefix_cache_gives_no_hits() -> None:
 
 def test_start_up_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="nanovllm.engine.llm_engine")
-    make_engine()
+    engine, _ = make_engine()
     messages = caplog.messages
+    assert not engine.is_dead  # it is still referenced: its end is logged too
     assert messages[:3] == ["=" * 80, "Initializing LLMEngine", "Model: simulated"]
     assert messages[3].startswith("Configuration: tensor_parallel_size=1, max_model_len=None, ")
     assert messages[4] == "=" * 80

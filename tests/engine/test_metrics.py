@@ -8,20 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from nanovllm import LLMEngine, RequestMetrics, RequestOutput, SamplingParams
-from nanovllm.engine.batch import StepResult
 from nanovllm.engine.metrics import EngineMetrics, Histogram
-from tests.engine.simulated_executor import Handle
-from tests.engine.test_llm_engine import greedy, make_engine, run
-
-
-class Clock:
-    """Seconds; each collected step takes one."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.engine.stepping_clock import Clock, make_timed_engine
+from tests.engine.test_llm_engine import greedy, run
 
 
 @pytest.fixture
@@ -32,15 +21,7 @@ def clock() -> Clock:
 @pytest.fixture
 def engine_of(clock: Clock) -> Callable[..., LLMEngine]:
     def make(**config: object) -> LLMEngine:
-        engine, executor = make_engine(clock=clock, **config)
-        original = executor.collect
-
-        def collect(handle: Handle) -> StepResult:
-            clock.now += 1
-            return original(handle)
-
-        executor.collect = collect  # type: ignore[method-assign]
-        return engine
+        return make_timed_engine(clock, **config)[0]
 
     return make
 
@@ -168,8 +149,55 @@ def test_the_statistics_line_comes_while_there_is_work(
         "kv_cache_usage": 4 / 32,
         "prefix_cache_hit_rate": 0.0,
         "preemptions": 0,
+        "final": False,
+        "seconds": 4,
+        "num_steps": 4,
+        "num_prompt_tokens": 6,
+        "num_output_tokens": 8,
+        "num_prefix_queries": 6,
+        "num_prefix_hits": 0,
+        "num_blocks": 32,
+        "wall_s": 4,
+        "device_s": None,
+        "peak_kv_cache_usage": 4 / 32,
+        "peak_kv_cache_at": 103,
+        "peak_waiting": 1,
+        "peak_waiting_at": 101,
+        "slowest_step": 1,
+        "slowest_step_kind": "prefill",
+        "slowest_step_ms": 1000,
+        "slowest_step_gpu_ms": None,
+        "slowest_step_prompt_tokens": 6,
+        "slowest_step_decode_seqs": 0,
+        "slowest_step_request_ids": ["a", "b"],
+        "finished_by_cause": {},
+        "num_failed": 0,
+        "num_refused": 0,
     }
     assert (second["prompt_tokens_per_second"], second["generation_tokens_per_second"]) == (0, 2)
+
+
+def test_the_last_statistics_cover_the_run(
+    engine_of: Callable[..., LLMEngine], clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "nanovllm"):
+        engine = engine_of(max_num_seqs=1)
+        for request_id in "ab":
+            engine.add_request(request_id, [1, 2, 3, 4, 5], greedy(3))
+        run(engine)
+        clock.now += 50  # idle
+        engine.add_request("c", [1, 2, 3, 4, 5], greedy(3))
+        engine.step()
+        engine.exit()
+        engine.exit()
+    (final,) = lines(caplog, "engine.statistics")
+    assert caplog.records[-1].event == "engine.statistics"  # type: ignore[attr-defined]
+    assert final["final"]
+    assert (final["num_steps"], final["num_output_tokens"], final["wall_s"], final["seconds"]) == (7, 7, 7, 57)
+    assert (final["num_prefix_queries"], final["num_prefix_hits"]) == (15, 8)
+    assert (final["peak_waiting"], final["peak_kv_cache_usage"]) == (1, 2 / 32)
+    assert final["generation_tokens_per_second"] == 1
+    assert final["finished_by_cause"] == {"length": 2, "abort": 1}
 
 
 def test_the_lines_of_requests_and_steps(engine_of: Callable[..., LLMEngine], caplog: pytest.LogCaptureFixture) -> None:
