@@ -10,7 +10,7 @@ from typing import Any
 
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import ScheduledBatch
-from nanovllm.engine.observer import CollectedStep, EngineObserver, EngineStart, Preemption, SampledStep
+from nanovllm.engine.observer import CollectedStep, Delay, EngineObserver, EngineStart, Preemption, SampledStep
 from nanovllm.engine.request_end import COMPLETE, CompletionEnd, RequestEnd
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
@@ -25,6 +25,7 @@ logger = setup_logger("nanovllm.engine.llm_engine")  # the name that users' docu
 
 _FIELDS_WITH_TEXT = ("prompt", "messages", "structured_outputs", "stop", "bad_words")  # errors quote what users wrote
 _MAX_REQUESTS = 64  # that an error names
+_DELAY_SECONDS = 60.0  # between two warnings of slow steps
 _MAX_TRACEBACK = 20_000  # characters, from its end
 
 
@@ -34,6 +35,7 @@ class EngineLog(EngineObserver):
     def __init__(self) -> None:
         self._num_preempted = 0  # preemptions since the last step was collected
         self._planned = self._submitted = self._collected = 0  # the last steps, by number
+        self._delay_logged: float | None = None  # when the last warning of a slow step was logged
 
     def engine_starting(self, config: EngineConfig) -> None:
         log_rule(logger)
@@ -86,6 +88,20 @@ class EngineLog(EngineObserver):
 
     def tokens_sampled(self, step: SampledStep) -> None:
         self._collected = step.batch.step
+
+    def delayed(self, delay: Delay) -> None:
+        if self._delay_logged is not None and delay.now - self._delay_logged < _DELAY_SECONDS:
+            return
+        self._delay_logged = delay.now
+        events.engine_slow.log(
+            logger,
+            what=delay.kind,
+            seconds=delay.seconds,
+            threshold=env.log_slow_seconds(),
+            slow_reason=delay.reason,
+            step=delay.step,
+            request_id=delay.request_id,
+        )
 
     def sequence_preempted(self, sequence: Sequence, preemption: Preemption) -> None:
         self._num_preempted += 1

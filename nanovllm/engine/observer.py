@@ -84,6 +84,18 @@ class CollectedStep:
     load: Load  # after it
 
 
+@dataclass(frozen=True)
+class Delay:
+    """A step, or a request's wait for its next token, that took longer than NANOVLLM_LOG_SLOW_SECONDS."""
+
+    kind: Literal["step", "wait"]
+    seconds: float
+    step: int
+    request_id: str | None  # the request that waited longest; None if the step gave no request its next token
+    reason: str
+    now: float  # seconds of the engine's clock
+
+
 class EngineObserver:
     """Ignores every event. Subclasses override the methods of the events that they need."""
 
@@ -122,6 +134,9 @@ class EngineObserver:
 
     def tokens_sampled(self, step: SampledStep) -> None:
         """A step's tokens are on the host, and the scheduler is about to process them."""
+
+    def delayed(self, delay: Delay) -> None:
+        """A step or a wait took too long."""
 
     def first_token(self, sequence: Sequence) -> None:
         """A sequence has its first token."""

@@ -23,10 +23,11 @@ from nanovllm.engine.stalls import Stalls
 
 
 def track_requests(observers: Iterable[EngineObserver]) -> Observers:
-    """Returns `observers` as one observer, with a tracker that calls their `request_finished`."""
+    """Returns `observers` as one observer, with the parts that call their `request_finished` and `delayed`."""
     observers = list(observers)
-    stalls = Stalls()
-    return Observers([stalls, RequestTracker(stalls, Observers(observers)), *observers])
+    listener = Observers(observers)
+    stalls = Stalls(listener)
+    return Observers([stalls, RequestTracker(stalls, listener), *observers])
 
 
 @dataclass

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from nanovllm.engine.batch import IntArray
-from nanovllm.engine.observer import EngineObserver, EngineStart, Phase, Preemption, SampledStep
+from nanovllm.engine.observer import Delay, EngineObserver, EngineStart, Phase, Preemption, SampledStep
 from nanovllm.engine.request_end import Stall, StallCause
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
+from nanovllm.utils import env
 
 _MAX_NAMES = 8  # requests that a reason names
 _SAME = 1e-6  # seconds below which two times count as equal
@@ -32,7 +34,9 @@ class Stalls(EngineObserver):
     was preempted, has its values in `_kept` until it runs again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, listener: EngineObserver) -> None:
+        self._listener = listener  # its `delayed` is called
+        self._slow_seconds = env.log_slow_seconds()
         self._clock = time.monotonic
         self._seq_ids: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
         self._longest: npt.NDArray[np.float64] = np.empty(0)  # seconds
@@ -40,12 +44,13 @@ class Stalls(EngineObserver):
         self._rows: dict[int, int] = {}  # by seq_id: the row with its values
         self._kept: dict[int, tuple[float, _Reason | None]] = {}
         self._preemptions: dict[int, list[str]] = {}  # by seq_id: the reasons since its last token
-        self._collected = 0.0  # when the previous step was collected
+        self._collected: float | None = None  # when the previous step was collected
         self._left_at: float | None = None  # when the loop returned to its caller
         self._outside = 0.0  # seconds outside the loop since the previous step was collected
 
     def engine_started(self, start: EngineStart) -> None:
         self._clock = start.clock
+        self._collected = self._left_at = start.clock()
 
     def phase(self, phase: Phase) -> None:
         if phase == "idle":
@@ -66,7 +71,7 @@ class Stalls(EngineObserver):
             self._seq_ids = np.full(len(rows.sequences), -1, dtype=np.int64)
             self._longest = np.zeros(len(rows.sequences))
             self._reasons = np.empty(len(rows.sequences), dtype=np.object_)
-        elapsed, self._collected = step.now - self._collected, step.now
+        elapsed, self._collected = 0.0 if self._collected is None else step.now - self._collected, step.now
         outside, self._outside = self._outside, 0.0
         for index in np.flatnonzero(self._seq_ids[sampled] != rows.seq_id[sampled]).tolist():
             self._take_row(rows, int(sampled[index]), float(gaps[index]), step.batch.step)
@@ -78,6 +83,8 @@ class Stalls(EngineObserver):
             skipped = stalled[gaps[longer] > elapsed + _SAME]
             if len(skipped):
                 self._explain_skipped(rows, skipped, step.batch.step)
+        if elapsed > self._slow_seconds or gaps.max(initial=0.0) > self._slow_seconds:
+            self._tell_delay(step, elapsed, outside)
 
     def take(self, seq_id: int) -> Stall | None:
         """Returns the longest stall of a sequence that has ended, and forgets the sequence."""
@@ -104,6 +111,21 @@ class Stalls(EngineObserver):
         if preemptions is not None and gap > self._longest[row]:
             self._longest[row] = gap
             self._reasons[row] = _Reason("preempted", step, "preempted " + ", then ".join(preemptions))
+
+    def _tell_delay(self, step: SampledStep, elapsed: float, outside: float) -> None:
+        """Tells the listener of a slow step or a long wait. Time in which the caller ran no step does not count."""
+        kind: Literal["step", "wait"] = "step"
+        seconds, name = elapsed - outside, None
+        reason = _reason(step, seconds, outside=0.0)
+        if len(step.gaps):
+            index = int(step.gaps.argmax())
+            gap, row = float(step.gaps[index]), int(step.sampled[index])
+            name = step.rows.sequence(row).request_id if gap > 0 else None
+            if gap > elapsed + _SAME:  # it took no part in the steps before
+                kind, seconds = "wait", gap
+                reason = self._reasons[row] if gap == self._longest[row] else reason
+        if seconds > self._slow_seconds:
+            self._listener.delayed(Delay(kind, seconds, step.batch.step, name, reason.text, step.now))
 
     def _explain_skipped(self, rows: RowTable, skipped: IntArray, step: int) -> None:
         """Sets the reasons of rows that took no part in the previous step."""

@@ -167,6 +167,15 @@ _STOPPED_FIELDS = "step request_ids num_requests traceback"
 engine_error = Event("engine.error", ERROR, "engine.llm_engine", _STOPPED, _STOPPED_FIELDS)
 engine_interrupted = Event("engine.interrupted", INFO, "engine.llm_engine", _STOPPED, _STOPPED_FIELDS)
 
+engine_slow = Event(
+    "engine.slow",
+    WARNING,
+    "engine.llm_engine",
+    "Slow {what}: {seconds:.1f}s, longer than {threshold:g}s ({slow_reason})",
+    "step request_id",
+    unseen="a step of more than NANOVLLM_LOG_SLOW_SECONDS",
+)
+
 # ---- scheduling
 
 batch_prefill = Event(

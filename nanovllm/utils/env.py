@@ -122,6 +122,12 @@ log_decode_interval = Variable(
 log_stats_interval = Variable(
     "NANOVLLM_LOG_STATS_INTERVAL", SECONDS, 10.0, "Seconds between the statistics lines of a busy engine."
 )
+log_slow_seconds = Variable(
+    "NANOVLLM_LOG_SLOW_SECONDS",
+    SECONDS,
+    5.0,
+    "A step, or a request's wait for its next token, that takes longer is a warning; at most one a minute.",
+)
 configure_logging = Variable(
     "NANOVLLM_CONFIGURE_LOGGING", SWITCH, True, "0: no handler is attached, no level is set, no log file is written."
 )

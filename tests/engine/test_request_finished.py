@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[..., list[dict[st
         assert all(record.name == LOGGER for record in records if event.startswith("request."))
         return [{**record.fields, "console": record.console} for record in records]  # type: ignore[attr-defined]
 
+    gc.collect()  # engines of earlier tests, whose end is logged
     with caplog.at_level(logging.INFO, "nanovllm"):
         yield fields
 
@@ -292,6 +294,37 @@ def test_a_stall_by_a_caller_that_runs_no_step(log: Callable[..., list[dict[str,
     (a,) = log()
     assert (a["longest_stall_s"], a["stall_cause"]) == (31, "idle")
     assert a["stall_reason"] == "the caller ran no step for 30.000s"
+
+
+@pytest.mark.parametrize("seconds", [4, 9])
+def test_a_slow_step_is_a_warning_once_a_minute(
+    log: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    monkeypatch.setenv("NANOVLLM_LOG_SLOW_SECONDS", "8")
+    clock = Clock()
+    engine, executor = make_timed_engine(clock)
+    original = executor.collect
+
+    def slow(handle: Handle) -> StepResult:
+        clock.now += seconds - 1
+        return original(handle)
+
+    executor.collect = slow  # type: ignore[method-assign]
+    clock.now += 1000  # idle
+    engine.add_request("a", [1, 2], greedy(30))
+    engine.step()
+    clock.now += 1000  # the caller runs no step
+    engine.step()
+    for _ in range(4):
+        engine.step()
+    warnings = log("engine.slow")
+    assert [(each["what"], each["seconds"], each["step"]) for each in warnings] == (
+        [("step", 9, 1), ("step", 9, 2)] if seconds == 9 else []
+    )
+    if warnings:
+        assert warnings[0]["slow_reason"] == "step 1 computed 2 prompt tokens of a"
+        assert [each["request_id"] for each in warnings] == [None, "a"]
+        assert warnings[0]["threshold"] == 8
 
 
 # ---- LLM, stream and AsyncLLM

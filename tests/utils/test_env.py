@@ -19,6 +19,7 @@ DEFAULTS = [
     ("NANOVLLM_LOG_FILE", env.log_file, None),
     ("NANOVLLM_LOG_PROMPTS", env.log_prompts, False),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, 10.0),
+    ("NANOVLLM_LOG_SLOW_SECONDS", env.log_slow_seconds, 5.0),
     ("NANOVLLM_TRACE_FILE", env.trace_file, None),
     ("NANOVLLM_TRACE_FUNCTION", env.trace_function, None),
     ("NO_COLOR", env.no_color, False),
@@ -42,6 +43,7 @@ VALUES = [
     ("NANOVLLM_LOG_FILE", env.log_file, "logs/run.jsonl", Path("logs/run.jsonl")),
     ("NANOVLLM_LOG_PROMPTS", env.log_prompts, "1", True),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "0.5", 0.5),
+    ("NANOVLLM_LOG_SLOW_SECONDS", env.log_slow_seconds, "0.5", 0.5),
     ("NANOVLLM_TRACE_FILE", env.trace_file, "trace.json", Path("trace.json")),
     ("NANOVLLM_TRACE_FUNCTION", env.trace_function, "1", Path("nanovllm_trace_rank0.txt")),
     ("NANOVLLM_TRACE_FUNCTION", env.trace_function, "0", None),
@@ -68,6 +70,7 @@ BAD_VALUES = [
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "0"),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "nan"),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "10s"),
+    ("NANOVLLM_LOG_SLOW_SECONDS", env.log_slow_seconds, "0"),
 ]
 
 
