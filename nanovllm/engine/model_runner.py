@@ -54,7 +54,7 @@ class ModelRunner:
         self.device = startup.device
         self._query_group = startup.query_group
         self._graphs: DecodeGraphs | None = None
-        self._log = StepLog(self.parallel.rank, self.device)
+        self._log = StepLog(self.parallel, self.device)
         self._has_timeline = env.trace_file() is not None
         with torch.inference_mode(), self._on_device():
             self.model = startup.build_model()

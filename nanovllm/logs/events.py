@@ -318,7 +318,7 @@ communication = Event(
     "layers.parallel distributed.worker_process distributed.worker_messages",
     "[Rank {rank}/{world_size}] {operation}: {details}",
     "elapsed_ms",
-    optional="shapes bytes",
+    optional="shapes bytes wait_ms move_ms started step",
     unseen="more than one rank",
 )
 

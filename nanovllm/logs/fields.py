@@ -92,6 +92,7 @@ FIELDS: Mapping[str, Field] = {
     "max_seqlen_q": Field(int, "largest number of queries of a sequence in the step"),
     "max_tokens": Field(int, "maximum number of output tokens of the request"),
     "model": Field(str, "folder or name of the checkpoint"),
+    "move_ms": Field(float, "the rest of `elapsed_ms`: copying"),
     "needed": Field(int, "blocks that the decoding sequences needed in the step"),
     "new": Field(int, "free blocks taken"),
     "num_blocks": Field(int, "number of blocks of the sequence, or of the whole KV cache"),
@@ -189,6 +190,11 @@ FIELDS: Mapping[str, Field] = {
     ),
     "stall_reason": Field(str | None, "`stall_cause` in words"),
     "stall_step": Field(int | None, "the step that ended the longest stall"),
+    "started": Field(
+        float,
+        "when this rank began, on the clock `mono`, which all ranks share; until the last rank of a collective begins, "
+        "the others wait",
+    ),
     "state": Field(str, "whether the engine goes on"),
     "step": Field(int | None, "number of the step since the engine started; null: none"),
     "stop_reason": Field(int | str | None, "the stop string or stop token that ended it; null in all other cases"),
@@ -215,6 +221,7 @@ FIELDS: Mapping[str, Field] = {
     "v_cache": Field(SHAPE, "shape of the layer's value cache"),
     "valid_levels": Field(str, "the valid levels"),
     "vocab_size": Field(int, "size of the vocabulary"),
+    "wait_ms": Field(float, "the part of `elapsed_ms` in which the rank waited for another"),
     "wall_ms": Field(float, "wall time; for a section on a GPU, the time to launch its work"),
     "wall_s": Field(float, "wall time of the steps, in seconds; steps in flight together count once"),
     "wanted": Field(int, "the requested length"),
