@@ -24,6 +24,7 @@ from nanovllm.config import EngineConfig, takes_engine_arguments
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine_factory import make_engine
 from nanovllm.errors import EngineDeadError, InvalidArgumentError, InvalidStateError, NanoVLLMError, StepFailedError
+from nanovllm.metrics import MetricsSnapshot
 from nanovllm.outputs import RequestOutput
 from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import SamplingParams
@@ -100,6 +101,11 @@ class AsyncLLM:
     def get_tokenizer(self) -> Any:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
         return self._engine.get_tokenizer()
+
+    @property
+    def metrics(self) -> MetricsSnapshot:
+        """The engine's counters, gauges and distributions at this moment. Any thread may ask for them."""
+        return self._engine.metrics.snapshot(self._engine.scheduler.load)
 
     def exit(self) -> None:
         """Ends the engine and frees the device's memory. Calling it again does nothing.

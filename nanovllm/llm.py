@@ -18,6 +18,7 @@ from nanovllm.engine.statistics import EngineStatistics
 from nanovllm.engine_factory import make_engine
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.logs import events
+from nanovllm.metrics import Metric
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import SamplingParams
@@ -135,6 +136,11 @@ class LLM:
     def get_tokenizer(self) -> Any:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
         return self.llm_engine.get_tokenizer()
+
+    def get_metrics(self) -> list[Metric]:
+        """Returns the engine's counters, gauges and histograms under vLLM's names. `nanovllm.metrics` has the types."""
+        engine = self.llm_engine
+        return engine.metrics.snapshot(engine.scheduler.load).metrics(model_name=engine.config.model, engine="0")
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix."""

@@ -20,7 +20,7 @@ FILES = sorted((ROOT / "nanovllm").rglob("*.py"))
 LEVELS = [
     ("nanovllm.__main__", "nanovllm.cli"),
     ("nanovllm.benchmarks",),
-    ("nanovllm", "nanovllm.llm", "nanovllm.async_llm", "nanovllm.streaming", "nanovllm.report"),
+    ("nanovllm", "nanovllm.llm", "nanovllm.async_llm", "nanovllm.streaming", "nanovllm.report", "nanovllm.v1"),
     ("nanovllm.engine_factory",),
     ("nanovllm.engine.llm_engine",),
     ("nanovllm.tracing", "nanovllm.diagnostics"),
@@ -34,7 +34,7 @@ LEVELS = [
     ("nanovllm.layers",),
     ("nanovllm.attention",),
     ("nanovllm.kernels",),
-    ("nanovllm.config", "nanovllm.sampling_params", "nanovllm.outputs"),
+    ("nanovllm.config", "nanovllm.sampling_params", "nanovllm.outputs", "nanovllm.metrics"),
     ("nanovllm.utils", "nanovllm.logs"),
     ("nanovllm.errors",),
 ]

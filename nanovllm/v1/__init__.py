@@ -1,0 +1,1 @@
+"""Names at the places where vLLM's scripts import them from: `nanovllm.v1.engine`."""
