@@ -12,6 +12,7 @@ The event loop and the engine's thread share two things only, one for each direc
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import queue
 import threading
@@ -149,6 +150,7 @@ class _Request:
         self.stream: OutputStream | None = None  # made by the engine's thread when it adds the request
         self.waiting: News | None = None  # what the consumer has not fetched
         self.end: RequestOutput | BaseException | None = None
+        self.context = contextvars.copy_context()  # its consumer's, with the current span if there is one
         self.news, self.ended = asyncio.Event(), asyncio.Event()  # set in the event loop only
 
 
@@ -293,10 +295,10 @@ class _EngineThread:
 
     def _add(self, engine: LLMEngine, request: _Request) -> None:
         try:
-            engine.add_request(request.request_id, request.prompt, request.params)
+            request.context.run(engine.add_request, request.request_id, request.prompt, request.params)
         except Exception as error:  # concerns this request alone
             if isinstance(error, InvalidArgumentError):
-                engine.refuse_request(request.request_id, error)
+                request.context.run(engine.refuse_request, request.request_id, error)
             self._deliver([(request, error)])
             return
         request.stream = OutputStream(engine, request.request_id, delta=request.delta)

@@ -11,19 +11,18 @@ from typing import Any
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.observer import CollectedStep, Delay, EngineObserver, EngineStart, Preemption, SampledStep
-from nanovllm.engine.request_end import COMPLETE, CompletionEnd, RequestEnd
+from nanovllm.engine.request_end import COMPLETE, CompletionEnd, RequestEnd, error_text
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import InvalidArgumentError
 from nanovllm.logs import events
 from nanovllm.outputs import CompletionOutput
 from nanovllm.utils import env
+from nanovllm.utils.active_span import span_fields
 from nanovllm.utils.logger import log_rule, setup_logger
 
 logger = setup_logger("nanovllm.engine.llm_engine")  # the name that users' documents show
 
 
-_FIELDS_WITH_TEXT = ("prompt", "messages", "structured_outputs", "stop", "bad_words")  # errors quote what users wrote
 _MAX_REQUESTS = 64  # that an error names
 _DELAY_SECONDS = 60.0  # between two warnings of slow steps
 _MAX_TRACEBACK = 20_000  # characters, from its end
@@ -56,14 +55,15 @@ class EngineLog(EngineObserver):
 
     def request_added(self, sequence: Sequence) -> None:
         if logger.isEnabledFor(logging.DEBUG):
-            text: dict[str, Any] = {"prompt": sequence.prompt} if env.log_prompts() else {}
+            more: dict[str, Any] = {"prompt": sequence.prompt} if env.log_prompts() else {}
+            more |= span_fields(sequence.span)
             events.request_added.log(
                 logger,
                 request_id=sequence.request_id,
                 seq_id=sequence.seq_id,
                 num_prompt_tokens=sequence.num_prompt_tokens,
                 max_tokens=sequence.params.max_tokens,
-                **text,
+                **more,
             )
 
     def request_finished(self, end: RequestEnd) -> None:
@@ -73,8 +73,9 @@ class EngineLog(EngineObserver):
                 console=not end.lost,  # `engine.error` names the requests of a failed step
                 request_id=end.request_id,
                 others="with all others" if end.lost else "the others go on",
-                error=_error_text(end.error),
+                error=error_text(end.error),
                 cause=end.cause,
+                **span_fields(end.span),
             )
         if logger.isEnabledFor(logging.INFO):
             console = end.streamed or end.cause not in COMPLETE
@@ -185,10 +186,8 @@ def _request_fields(end: RequestEnd) -> dict[str, Any]:
     if len(end.completions) > 1:
         values["completions"] = [_completion_fields(*each, end.arrival) for each in enumerate(end.completions)]
     if end.error is not None:
-        values["error"] = _error_text(end.error)
-    if end.trace_id is not None:
-        values |= {"trace_id": end.trace_id, "span_id": end.span_id}
-    return values
+        values["error"] = error_text(end.error)
+    return values | span_fields(end.span)
 
 
 def _completion_fields(index: int, end: CompletionEnd, arrival: float) -> dict[str, object]:
@@ -202,12 +201,3 @@ def _completion_fields(index: int, end: CompletionEnd, arrival: float) -> dict[s
         "num_preemptions": end.num_preemptions,
         "e2e_s": end.finished - arrival,
     }
-
-
-def _error_text(error: BaseException | None) -> str:
-    """Returns an error as text. It has no text of users unless NANOVLLM_LOG_PROMPTS is set."""
-    if not isinstance(error, InvalidArgumentError):
-        return repr(error)
-    if env.log_prompts() or error.field.split(".")[0] not in _FIELDS_WITH_TEXT:
-        return str(error)
-    return f"{error.field} must be {error.allowed}. {error.hint}".rstrip()

@@ -8,12 +8,16 @@ from itertools import zip_longest
 from typing import Literal
 
 from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import FinishReason
+from nanovllm.utils import env
+from nanovllm.utils.active_span import ActiveSpan
 
 Cause = Literal["eos", "stop", "length", "abort", "left", "refused", "failed"]
 StallCause = Literal["preempted", "prefill", "grammar", "blocks", "idle", "host", "decode"]
 
 COMPLETE: tuple[Cause, ...] = ("eos", "stop", "length")
+_FIELDS_WITH_TEXT = ("prompt", "messages", "structured_outputs", "stop", "bad_words")  # errors quote what users wrote
 # The label `finished_reason` of the metric request_success.
 FINISHED_REASON: Mapping[Cause, str] = {
     "eos": "stop",
@@ -118,8 +122,7 @@ class RequestEnd:
     num_cached_tokens: int = 0
     queued_behind: int = 0
     kv_cache_usage: float = 0.0
-    trace_id: str | None = None  # of the span that was current when it was added
-    span_id: str | None = None
+    span: ActiveSpan | None = None  # OpenTelemetry's, where it was added
 
     @property
     def last(self) -> CompletionEnd | None:
@@ -151,3 +154,12 @@ class RequestEnd:
     @property
     def num_output_tokens(self) -> int:
         return sum(each.num_output_tokens for each in self.completions)
+
+
+def error_text(error: BaseException | None) -> str:
+    """Returns an error as text. It has no text of users unless NANOVLLM_LOG_PROMPTS is set."""
+    if not isinstance(error, InvalidArgumentError):
+        return repr(error)
+    if env.log_prompts() or error.field.split(".")[0] not in _FIELDS_WITH_TEXT:
+        return str(error)
+    return f"{error.field} must be {error.allowed}. {error.hint}".rstrip()

@@ -20,6 +20,7 @@ from nanovllm.engine.request_end import Cause, CompletionEnd, RequestEnd, Times,
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stalls import Stalls
+from nanovllm.utils.active_span import active_span
 
 
 def track_requests(observers: Iterable[EngineObserver]) -> Observers:
@@ -70,6 +71,7 @@ class RequestTracker(EngineObserver):
             arrival=self._clock(),
             completions=(),
             error=error,
+            span=active_span(),
             queued_behind=len(self._num_waiting),
             kv_cache_usage=self._kv_cache_usage,
         )
@@ -171,6 +173,7 @@ def _request_end(request_id: str, request: _Request, error: BaseException | None
         completions=tuple(request.ended[each.seq_id] for each in request.sequences),
         error=error if error is not None else errors[0] if errors else None,
         lost=error is not None,
+        span=first.span,
         streamed=any(each.streamed for each in request.sequences),
         num_prompt_tokens=first.num_prompt_tokens,
         num_cached_tokens=first.num_cached_tokens or 0,

@@ -85,6 +85,13 @@ spans_missing = Event(
     "tracing.request_spans",
     "No spans go to {endpoint}: pip install 'nanovllm[otel]' ({error})",
 )
+meters_started = Event("meters.started", INFO, "tracing.request_metrics", "Sending metrics of requests to {endpoint}")
+meters_missing = Event(
+    "meters.missing",
+    INFO,
+    "tracing.request_metrics",
+    "No metrics go to {endpoint}: pip install 'nanovllm[otel]' ({error})",
+)
 logging_level = Event(
     "logging.level", WARNING, "logs.configuration", "{source}: {problem}. Valid levels: {valid_levels}"
 )
@@ -125,7 +132,7 @@ request_added = Event(
     "engine.llm_engine",
     "Request added: request_id={request_id}, seq_id={seq_id}, num_prompt_tokens={num_prompt_tokens}, "
     "max_tokens={max_tokens}",
-    optional="prompt",
+    optional="prompt trace_id span_id",
 )
 sequence_finished = Event(
     "sequence.finished",
@@ -134,10 +141,16 @@ sequence_finished = Event(
     "Sequence finished: seq_id={seq_id}, output_len={output_len}, reason={reason}",
     "request_id step num_prompt_tokens num_cached_tokens arrival first_scheduled first_token finished queue_ms ttft_ms "
     "itl_ms e2e_ms preemptions",
+    optional="trace_id span_id",
 )
 request_output = Event("request.output", DEBUG, "engine.llm_engine", "Request {request_id} finished: {text!r}")
 request_failed = Event(
-    "request.failed", WARNING, "engine.llm_engine", "Request {request_id} is given up, {others}: {error}", "cause"
+    "request.failed",
+    WARNING,
+    "engine.llm_engine",
+    "Request {request_id} is given up, {others}: {error}",
+    "cause",
+    "trace_id span_id",
 )
 request_finished = Event(
     "request.finished",
@@ -206,6 +219,7 @@ sequence_preempted = Event(
     "{num_tokens} tokens to compute again, free_blocks={free_blocks}, for {whom} (needed {needed} blocks, "
     "{free_before} free)",
     "request_id for_seq_id for_request_id step",
+    optional="trace_id span_id",
 )
 batch_postprocess = Event(
     "batch.postprocess",

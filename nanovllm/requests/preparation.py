@@ -15,6 +15,7 @@ from nanovllm.requests.grammar_reader import Grammar
 from nanovllm.requests.logit_edits import read_logit_edits
 from nanovllm.requests.tokenization import Prompt, Tokenization
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from nanovllm.utils.active_span import active_span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,6 +75,7 @@ class RequestPreparation:
             prompt=request.prompt,
         )
         sequence.logit_edits = request.logit_edits
+        sequence.span = active_span()
         if request.params.n > 1:
             sequence.parent_id = request_id.rpartition("/")[0]
         if params.stop:

@@ -156,8 +156,8 @@ otlp_endpoint = Variable(
     "OTEL_EXPORTER_OTLP_ENDPOINT",
     URL,
     None,
-    "Sends a span for each request to this collector if `nanovllm[otel]` is installed. Its SDK reads `OTEL_*` too.",
-    "no spans",
+    "Sends spans and metrics of requests to this collector if `nanovllm[otel]` is installed. Its SDK reads `OTEL_*`.",
+    "nothing is sent",
 )
 otlp_traces_endpoint = Variable(
     "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
@@ -165,6 +165,13 @@ otlp_traces_endpoint = Variable(
     None,
     "The same for spans only, with the full path: `http://localhost:4318/v1/traces`.",
     "no spans",
+)
+otlp_metrics_endpoint = Variable(
+    "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
+    URL,
+    None,
+    "The same for metrics only, with the full path: `http://localhost:4318/v1/metrics`.",
+    "no metrics",
 )
 omp_num_threads = Variable(
     "OMP_NUM_THREADS",

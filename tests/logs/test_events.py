@@ -149,7 +149,8 @@ def a_profile(_: pytest.MonkeyPatch) -> None:
 def spans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
     make_engine()[0].exit()
-    monkeypatch.setitem(sys.modules, "opentelemetry", None)  # as if it were not installed
+    for name in ("opentelemetry", "opentelemetry.sdk.metrics"):  # as if it were not installed
+        monkeypatch.setitem(sys.modules, name, None)
     make_engine()[0].exit()
 
 

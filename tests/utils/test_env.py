@@ -25,6 +25,7 @@ DEFAULTS = [
     ("NO_COLOR", env.no_color, False),
     ("OTEL_EXPORTER_OTLP_ENDPOINT", env.otlp_endpoint, None),
     ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", env.otlp_traces_endpoint, None),
+    ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", env.otlp_metrics_endpoint, None),
     ("OMP_NUM_THREADS", env.omp_num_threads, False),
     ("MKL_NUM_THREADS", env.mkl_num_threads, False),
     ("OMP_WAIT_POLICY", env.omp_wait_policy, False),
@@ -51,6 +52,7 @@ VALUES = [
     ("NO_COLOR", env.no_color, "0", True),
     ("OTEL_EXPORTER_OTLP_ENDPOINT", env.otlp_endpoint, "http://localhost:4318", "http://localhost:4318"),
     ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", env.otlp_traces_endpoint, "http://a/v1/traces", "http://a/v1/traces"),
+    ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", env.otlp_metrics_endpoint, "http://a/v1/metrics", "http://a/v1/metrics"),
 ]
 
 BAD_VALUES = [
