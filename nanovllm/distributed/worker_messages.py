@@ -76,7 +76,6 @@ class WorkerMessages:
                 memoryview(payload).nbytes,
                 0,
                 self.size,
-                elapsed_ms=(time.monotonic() - started) * 1e3,
                 wait_ms=self._commands.waited * 1e3,
                 started=started,
                 step=step,

@@ -186,7 +186,6 @@ class _Worker:
                 len(message.payload),
                 self.start.rank,
                 self.start.size,
-                elapsed_ms=(time.monotonic() - started) * 1e3,
                 wait_ms=self.commands.waited * 1e3,
                 started=started,
                 step=ScheduledBatch.from_buffer(np.frombuffer(message.payload, dtype=np.int32)).step

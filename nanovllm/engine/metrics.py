@@ -6,6 +6,7 @@ here. `EngineMetrics` does not depend on how they are shown.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 
@@ -46,19 +47,24 @@ class DistributionCounter:
     """Counts values by upper bound, as Prometheus does; the last of `counts` is for values above all bounds."""
 
     def __init__(self, bounds: Seq[float]) -> None:
-        self._bounds = np.array(bounds)
+        self._bounds = tuple(bounds)
+        self._bounds_array = np.array(bounds)
         self.counts: npt.NDArray[np.int64] = np.zeros(len(bounds) + 1, dtype=np.int64)
         self.sum = 0.0
 
     def observe(self, value: float | None) -> None:
         """Counts a value. None, for something that did not happen, is ignored."""
         if value is not None:
-            self.counts[self._bounds.searchsorted(value)] += 1
+            self.counts[bisect.bisect_left(self._bounds, value)] += 1
             self.sum += value
 
     def observe_all(self, values: npt.NDArray[np.float64]) -> None:
-        """Counts each of `values`."""
-        self.counts += np.bincount(self._bounds.searchsorted(values), minlength=len(self.counts))
+        """Counts each of `values`, which are often equal."""
+        if len(values) and (values == values[0]).all():
+            self.counts[bisect.bisect_left(self._bounds, values[0])] += len(values)
+            self.sum += float(values[0]) * len(values)
+            return
+        self.counts += np.bincount(self._bounds_array.searchsorted(values), minlength=len(self.counts))
         self.sum += float(values.sum())
 
     @property
@@ -66,7 +72,7 @@ class DistributionCounter:
         return int(self.counts.sum())
 
     def snapshot(self) -> Distribution:
-        return Distribution(tuple(self._bounds.tolist()), tuple(self.counts.tolist()), self.sum)
+        return Distribution(self._bounds, tuple(self.counts.tolist()), self.sum)
 
 
 class EngineMetrics(EngineObserver):
@@ -115,7 +121,8 @@ class EngineMetrics(EngineObserver):
     def tokens_sampled(self, step: SampledStep) -> None:
         self.num_generated += len(step.sampled)
         self.distributions["iteration_tokens_total"].observe(step.batch.num_tokens)
-        self.distributions["inter_token_latency_seconds"].observe_all(step.gaps[step.gaps >= 0])
+        gaps = step.gaps if not len(step.batch.chunks) else step.gaps[step.gaps >= 0]  # without first tokens
+        self.distributions["inter_token_latency_seconds"].observe_all(gaps)
 
     def step_collected(self, step: CollectedStep) -> None:
         elapsed, self._last_collected = step.collected - self._last_collected, step.collected

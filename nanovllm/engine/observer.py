@@ -176,6 +176,8 @@ class Observers(EngineObserver):
 
 def _call_each(functions: list[Callable[..., None]]) -> Callable[..., None]:
     """Returns a function that calls all of `functions` in order."""
+    if len(functions) == 1:
+        return functions[0]
 
     def call(*arguments: object, **named: object) -> None:
         for function in functions:

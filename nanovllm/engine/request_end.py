@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -124,16 +125,16 @@ class RequestEnd:
     kv_cache_usage: float = 0.0
     span: ActiveSpan | None = None  # OpenTelemetry's, where it was added
 
-    @property
+    @functools.cached_property
     def last(self) -> CompletionEnd | None:
         """The completion that ended last."""
         return max(self.completions, key=lambda each: each.finished, default=None)
 
-    @property
+    @functools.cached_property
     def cause(self) -> Cause:
         return "refused" if self.last is None else self.last.cause
 
-    @property
+    @functools.cached_property
     def stall(self) -> Stall | None:
         """The longest stall of all completions."""
         stalls = [each.stall for each in self.completions if each.stall is not None]

@@ -9,8 +9,15 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from nanovllm.engine.batch import IntArray
-from nanovllm.engine.observer import Delay, EngineObserver, EngineStart, Phase, Preemption, SampledStep
+from nanovllm.engine.batch import IntArray, ScheduledBatch
+from nanovllm.engine.observer import (
+    CollectedStep,
+    Delay,
+    EngineObserver,
+    EngineStart,
+    Preemption,
+    SampledStep,
+)
 from nanovllm.engine.request_end import Stall, StallCause
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
@@ -42,22 +49,27 @@ class Stalls(EngineObserver):
         self._longest: npt.NDArray[np.float64] = np.empty(0)  # seconds
         self._reasons: npt.NDArray[np.object_] = np.empty(0, dtype=np.object_)
         self._rows: dict[int, int] = {}  # by seq_id: the row with its values
+        self._admitted: set[int] = set()  # sequences with a row that have no token from it yet
         self._kept: dict[int, tuple[float, _Reason | None]] = {}
         self._preemptions: dict[int, list[str]] = {}  # by seq_id: the reasons since its last token
         self._collected: float | None = None  # when the previous step was collected
-        self._left_at: float | None = None  # when the loop returned to its caller
-        self._outside = 0.0  # seconds outside the loop since the previous step was collected
+        self._left_at: float | None = None  # when the loop ended a step; None: it has planned another one since
+        self._outside = 0.0  # seconds from there to the next plan, since the previous step was collected
 
     def engine_started(self, start: EngineStart) -> None:
         self._clock = start.clock
         self._collected = self._left_at = start.clock()
 
-    def phase(self, phase: Phase) -> None:
-        if phase == "idle":
-            self._left_at = self._clock()
-        elif self._left_at is not None:
+    def step_collected(self, step: CollectedStep) -> None:
+        self._left_at = self._clock()
+
+    def batch_scheduled(self, batch: ScheduledBatch, rows: RowTable) -> None:
+        if self._left_at is not None:
             self._outside += self._clock() - self._left_at
             self._left_at = None
+
+    def sequence_scheduled(self, sequence: Sequence, num_cached: int) -> None:
+        self._admitted.add(sequence.seq_id)
 
     def sequence_preempted(self, sequence: Sequence, preemption: Preemption) -> None:
         shortage = preemption.shortage
@@ -73,23 +85,26 @@ class Stalls(EngineObserver):
             self._reasons = np.empty(len(rows.sequences), dtype=np.object_)
         elapsed, self._collected = 0.0 if self._collected is None else step.now - self._collected, step.now
         outside, self._outside = self._outside, 0.0
-        for index in np.flatnonzero(self._seq_ids[sampled] != rows.seq_id[sampled]).tolist():
-            self._take_row(rows, int(sampled[index]), float(gaps[index]), step.batch.step)
+        if self._admitted:
+            for index in np.flatnonzero(self._seq_ids[sampled] != rows.seq_id[sampled]).tolist():
+                self._take_row(rows, int(sampled[index]), float(gaps[index]), step.batch.step)
         longer = gaps > self._longest[sampled]
-        if longer.any():
+        any_longer = bool(longer.any())
+        if any_longer:
             stalled = sampled[longer]
             self._longest[stalled] = gaps[longer]
             self._reasons[stalled] = _reason(step, elapsed, outside)
             skipped = stalled[gaps[longer] > elapsed + _SAME]
             if len(skipped):
                 self._explain_skipped(rows, skipped, step.batch.step)
-        if elapsed > self._slow_seconds or gaps.max(initial=0.0) > self._slow_seconds:
+        if elapsed > self._slow_seconds or (any_longer and gaps.max() > self._slow_seconds):
             self._tell_delay(step, elapsed, outside)
 
     def take(self, seq_id: int) -> Stall | None:
         """Returns the longest stall of a sequence that has ended, and forgets the sequence."""
         seconds, reason = self._values(seq_id)
         self._rows.pop(seq_id, None)
+        self._admitted.discard(seq_id)
         self._preemptions.pop(seq_id, None)
         return None if reason is None else Stall(seconds, reason.cause, reason.step, reason.text)
 
@@ -107,6 +122,7 @@ class Stalls(EngineObserver):
             self._kept[before] = float(self._longest[row]), self._reasons[row]
         self._longest[row], self._reasons[row] = self._values(seq_id)
         self._seq_ids[row], self._rows[seq_id] = seq_id, row
+        self._admitted.discard(seq_id)
         preemptions = self._preemptions.pop(seq_id, None)
         if preemptions is not None and gap > self._longest[row]:
             self._longest[row] = gap

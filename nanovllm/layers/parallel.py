@@ -131,14 +131,5 @@ class TensorParallel:
 
     def _log(self, operation: str, tensor: torch.Tensor, started: float) -> None:
         if logger.isEnabledFor(logging.DEBUG):  # on a GPU the call only launches the work, whose time is not known
-            is_known = tensor.device.type == "cpu"
-            log_communication(
-                logger,
-                operation,
-                [tensor],
-                self.rank,
-                self.size,
-                elapsed_ms=(time.monotonic() - started) * 1e3 if is_known else None,
-                started=started if is_known else None,
-                step=self.step.number,
-            )
+            known = started if tensor.device.type == "cpu" else None
+            log_communication(logger, operation, [tensor], self.rank, self.size, started=known, step=self.step.number)

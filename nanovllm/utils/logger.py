@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,10 +121,13 @@ def log_communication(
 
     `tensor_shapes`: tensors or their shapes, in a list or by name, or the size of the message in bytes. `wait_ms`: the
     part of `elapsed_ms` in which this rank waited for another. `started`: when this rank began, in seconds of
-    `time.monotonic`, which all processes of a machine share. `step`: the step that it belongs to.
+    `time.monotonic`, which all processes of a machine share; `elapsed_ms` is then the time since. `step`: the step that
+    it belongs to.
     """
     if not logger.isEnabledFor(logging.DEBUG):
         return
+    if started is not None and elapsed_ms is None:
+        elapsed_ms = (time.monotonic() - started) * 1e3
     what = "bytes" if isinstance(tensor_shapes, int) else "shapes"
     size = shape_of(tensor_shapes)
     fields: dict[str, Any] = {
