@@ -12,6 +12,7 @@ The event loop and the engine's thread share two things only, one for each direc
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import itertools
 import queue
 import threading
@@ -26,6 +27,7 @@ from nanovllm.compat.unsupported import REQUEST_ARGUMENTS, accepting
 from nanovllm.config import EngineConfig, takes_engine_arguments
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import EngineDeadError, InvalidArgumentError, InvalidStateError, NanoVLLMError, StepFailedError
+from nanovllm.metrics import MetricsSnapshot
 from nanovllm.outputs import RequestOutput
 from nanovllm.requests.chat import ChatArguments, ChatOptions, ChatRenderer, Conversation
 from nanovllm.requests.tokenization import Prompt
@@ -111,6 +113,11 @@ class AsyncLLM(VllmInterface):
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
         return self._engine.get_tokenizer()
 
+    @property
+    def metrics(self) -> MetricsSnapshot:
+        """The engine's counters, gauges and distributions at this moment. Any thread may ask for them."""
+        return self._engine.metrics.snapshot(self._engine.scheduler.load)
+
     def exit(self) -> None:
         """Ends the engine and frees the device's memory. Calling it again does nothing.
 
@@ -173,6 +180,7 @@ class _Request:
         self.stream: OutputStream | None = None  # made by the engine's thread when it adds the request
         self.waiting: News | None = None  # what the consumer has not fetched
         self.end: RequestOutput | BaseException | None = None
+        self.context = contextvars.copy_context()  # its consumer's, with the current span if there is one
         self.news, self.ended = asyncio.Event(), asyncio.Event()  # set in the event loop only
 
 
@@ -317,8 +325,10 @@ class _EngineThread:
 
     def _add(self, engine: LLMEngine, request: _Request) -> None:
         try:
-            engine.add_request(request.request_id, request.prompt, request.params)
+            request.context.run(engine.add_request, request.request_id, request.prompt, request.params)
         except Exception as error:  # concerns this request alone
+            if isinstance(error, InvalidArgumentError):
+                request.context.run(engine.refuse_request, request.request_id, error)
             self._deliver([(request, error)])
             return
         request.stream = OutputStream(engine, request.request_id, request.kind)

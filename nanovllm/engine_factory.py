@@ -11,10 +11,11 @@ from nanovllm.diagnostics.function_trace import start_function_trace
 from nanovllm.engine.engine_log import EngineLog
 from nanovllm.engine.executor import Executor
 from nanovllm.engine.in_process_executor import InProcessExecutor
-from nanovllm.engine.metrics import StatisticsLine
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine.scheduler_log import SchedulerLog
+from nanovllm.engine.statistics_log import StatisticsLine
 from nanovllm.logs.records import in_engine
+from nanovllm.tracing.request_metrics import open_request_metrics
 from nanovllm.tracing.request_spans import open_request_spans
 from nanovllm.tracing.timeline import Timeline
 from nanovllm.utils import env
@@ -58,5 +59,6 @@ def default_observers(config: EngineConfig) -> list[EngineObserver]:
         StatisticsLine(env.log_stats_interval()),
         None if trace_file is None else Timeline(trace_file),
         open_request_spans(config.model),
+        open_request_metrics(config.model),
     ]
     return [observer for observer in observers if observer is not None]

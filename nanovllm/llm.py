@@ -16,25 +16,19 @@ from nanovllm.config import EngineConfig, takes_engine_arguments
 from nanovllm.diagnostics import default_profile_folder
 from nanovllm.diagnostics.leak_check import LeakCheck, MemoryUse, check_leak
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.errors import InvalidArgumentError, NanoVLLMError
+from nanovllm.errors import InvalidArgumentError
 from nanovllm.generation_log import GenerationLog
-from nanovllm.logs import events
+from nanovllm.metrics import Metric
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.chat import ChatArguments, ChatOptions, ChatRenderer, Conversation
 from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.streaming import OutputStream
-from nanovllm.utils import env
-from nanovllm.utils.logger import setup_logger
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from nanovllm.diagnostics.memory import MemoryReport
-
-logger = setup_logger(__name__)
-
-_FIELDS_WITH_TEXT = ("prompt", "messages", "structured_outputs", "stop", "bad_words")  # errors quote what users wrote
 
 
 class LLM(VllmInterface):
@@ -138,6 +132,11 @@ class LLM(VllmInterface):
         """Returns the parameters of requests without any: those of the checkpoint's generation_config.json."""
         return self.llm_engine.get_default_sampling_params()
 
+    def get_metrics(self) -> list[Metric]:
+        """Returns the engine's counters, gauges and histograms under vLLM's names. `nanovllm.metrics` has the types."""
+        engine = self.llm_engine
+        return engine.metrics.snapshot(engine.scheduler.load).metrics(model_name=engine.config.model, engine="0")
+
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix."""
         self.llm_engine.reset_prefix_cache()
@@ -218,11 +217,10 @@ class LLM(VllmInterface):
                     raise prompt
                 self.llm_engine.add_request(request_id, prompt, param)
             except InvalidArgumentError as error:
+                self.llm_engine.refuse_request(request_id, error)
                 refused[request_id] = prompt, error
         if refused and len(refused) == len(batch):
             raise refused[request_ids[0]][1]
-        for request_id, (_, reason) in refused.items():
-            events.request_failed.log(logger, request_id=request_id, error=_without_text(reason))
         return {request_id: _refused(request_id, *why) for request_id, why in refused.items()}
 
     def _generate(
@@ -264,9 +262,6 @@ class LLM(VllmInterface):
                 for output in log.step(engine.step(wanted)):
                     wanted.remove(output.request_id)
                     outputs[output.request_id] = output
-                    if output.error is not None:
-                        why = _without_text(output.error)
-                        events.request_failed.log(logger, request_id=output.request_id, error=why)
             engine.drain()
         return outputs
 
@@ -283,13 +278,6 @@ def _refused(request_id: str, prompt: object, error: InvalidArgumentError) -> Re
         metrics=None,
         error=error,
     )
-
-
-def _without_text(error: NanoVLLMError) -> str:
-    """Returns the error as text for the log. It has no text of users unless NANOVLLM_LOG_PROMPTS is set."""
-    if isinstance(error, InvalidArgumentError) and error.field.split(".")[0] in _FIELDS_WITH_TEXT:
-        return str(error) if env.log_prompts() else f"{error.field} must be {error.allowed}. {error.hint}".rstrip()
-    return str(error)
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

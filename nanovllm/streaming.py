@@ -54,6 +54,8 @@ class OutputStream:
         self._kind = sequences[0].params.output_kind or default_kind
         self._delta = self._kind is RequestOutputKind.DELTA
         self._sequences = sequences
+        for sequence in sequences:
+            sequence.streamed = True
         self._completions = [_CompletionStream(engine, *each, self._delta) for each in enumerate(sequences)]
 
     def read(self) -> News | None:

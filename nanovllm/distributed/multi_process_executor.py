@@ -111,7 +111,7 @@ class MultiProcessExecutor:
         try:
             # Ctrl-C between the two calls would leave the ranks at different steps.
             with _interrupts_deferred(), self._workers.within("step_timeout"):
-                self._workers.send(MessageKind.STEP, batch.buffer)
+                self._workers.send(MessageKind.STEP, batch.buffer, batch.step)
                 return runner.submit(batch)
         except Exception as error:
             raise self._break(error) from error

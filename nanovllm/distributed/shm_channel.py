@@ -64,6 +64,7 @@ class _Segment:
         self._words = buffer[:start].cast("Q")
         self._data = buffer[start : start + capacity]
         self._headers = self._data.cast("Q")
+        self.waited = 0.0  # seconds that the last `send` or `receive` waited for the other side
         self._fence_lock = threading.Lock()
         self._fence_lock.acquire()
 
@@ -91,6 +92,7 @@ class _Segment:
         while True:
             waited = time.monotonic() - started
             if ready():
+                self.waited += waited
                 return True
             if timeout is not None and waited >= timeout:
                 return False
@@ -148,6 +150,7 @@ class ChannelWriter(_Segment):
         """
         if self._is_broken:
             raise ChannelError(f"{self.name}: an earlier message was cut short, nothing can follow it.")
+        self.waited = 0.0
         view = memoryview(payload)
         data = view.cast("B") if view.nbytes else memoryview(b"")
         piece_limit = self.capacity // 4 - _LINE
@@ -219,6 +222,7 @@ class ChannelReader(_Segment):
         A partly received message is kept for the next call, so a writer that stops in the middle blocks no reader.
         Raises ChannelError for bytes that are not the expected record.
         """
+        self.waited = 0.0
         while True:
             if self._words[_HEAD] == self._tail and (
                 timeout == 0 or not self._wait(lambda: self._words[_HEAD] != self._tail, timeout, while_waiting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,10 +64,22 @@ class WorkerMessages:
         *,
         timeout: float | None = None,
         while_waiting: Callable[[], None] | None = None,
+        step: int | None = None,
     ) -> None:
-        """Sends to all workers, as `ChannelWriter.send`."""
-        self._log("send", kind, memoryview(payload).nbytes)
+        """Sends to all workers, as `ChannelWriter.send`. step: the step that a STEP message holds."""
+        started = time.monotonic()
         self._commands.send(kind, payload, timeout, while_waiting)
+        if logger.isEnabledFor(logging.DEBUG):
+            log_communication(
+                logger,
+                f"send {kind.name}",
+                memoryview(payload).nbytes,
+                0,
+                self.size,
+                wait_ms=self._commands.waited * 1e3,
+                started=started,
+                step=step,
+            )
 
     def next_question(self) -> bytes:
         """Returns the number of a new question, which its answers repeat."""
@@ -86,7 +99,7 @@ class WorkerMessages:
             for rank, channel in self._reports.items():
                 while (message := channel.receive(timeout=0)) is not None:
                     kind = MessageKind(message.kind)
-                    self._log("receive", kind, len(message.payload), rank)
+                    self._log_received(kind, len(message.payload), rank)
                     if kind == MessageKind.FAILED:
                         text = message.payload[FAILURE.size :].decode("utf-8", "replace")
                         self.failures[rank] = FailureReport(FAILURE.unpack_from(message.payload)[0], text)
@@ -95,10 +108,9 @@ class WorkerMessages:
                     else:
                         self.stages[rank] = kind
 
-    def _log(self, verb: str, kind: MessageKind, num_bytes: int, sender: int = 0) -> None:
+    def _log_received(self, kind: MessageKind, num_bytes: int, sender: int) -> None:
         if logger.isEnabledFor(logging.DEBUG):
-            operation = f"{verb} {kind.name}" + (f" from rank {sender}" if sender else "")
-            log_communication(logger, operation, num_bytes, 0, self.size)
+            log_communication(logger, f"receive {kind.name} from rank {sender}", num_bytes, 0, self.size)
 
     def unlink(self) -> None:
         """Removes the names of the shared memory, which is then freed with the last process that has it open."""

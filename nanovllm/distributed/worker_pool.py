@@ -109,10 +109,10 @@ class WorkerPool:
 
     # Messages
 
-    def send(self, kind: MessageKind, payload: Any = b"") -> None:
-        """Sends to all workers. Raises WorkerError when one is lost."""
+    def send(self, kind: MessageKind, payload: Any = b"", step: int | None = None) -> None:
+        """Sends to all workers. step: the step that a STEP message holds. Raises WorkerError when one is lost."""
         self.check()
-        self._messages.send(kind, payload, while_waiting=self.check)
+        self._messages.send(kind, payload, while_waiting=self.check, step=step)
 
     def ask(self, kind: MessageKind, question: bytes = b"") -> list[bytes]:
         """Sends a question to all workers and returns their answers in rank order."""

@@ -174,10 +174,24 @@ class _Worker:
                 raise ChannelError(f"{self.commands.name}: a worker received {kind!r}, which no worker handles.")
 
     def _receive(self) -> tuple[MessageKind, bytearray]:
+        started = time.monotonic()
         message = self.commands.receive()
         assert message is not None, "receive has no timeout"
         kind = MessageKind(message.kind)
-        log_communication(logger, f"receive {kind.name}", len(message.payload), self.start.rank, self.start.size)
+        if logger.isEnabledFor(logging.DEBUG):
+            is_step = kind == MessageKind.STEP
+            log_communication(
+                logger,
+                f"receive {kind.name}",
+                len(message.payload),
+                self.start.rank,
+                self.start.size,
+                wait_ms=self.commands.waited * 1e3,
+                started=started,
+                step=ScheduledBatch.from_buffer(np.frombuffer(message.payload, dtype=np.int32)).step
+                if is_step
+                else None,
+            )
         return kind, message.payload
 
     def _send(self, kind: MessageKind, payload: bytes | bytearray = b"") -> None:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterable
 from dataclasses import fields
+from typing import Any
 
 from nanovllm.config import EngineConfig, ResolvedConfig
-from nanovllm.engine.observer import CollectedStep, EngineObserver, EngineStart, Preemption
+from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.observer import CollectedStep, Delay, EngineObserver, EngineStart, Preemption, SampledStep
+from nanovllm.engine.request_end import COMPLETE, CompletionEnd, RequestEnd, error_text
+from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import InvalidLogitsError
 from nanovllm.logs import events
 from nanovllm.outputs import CompletionOutput
 from nanovllm.utils import env
+from nanovllm.utils.active_span import span_fields
 from nanovllm.utils.logger import Listing, log_rule, setup_logger
 from nanovllm.utils.versions import device_name, versions
 
 logger = setup_logger("nanovllm.engine.llm_engine")  # the name that users' documents show
+
+
+_MAX_REQUESTS = 64  # that an error names
+_DELAY_SECONDS = 60.0  # between two warnings of slow steps
+_MAX_TRACEBACK = 20_000  # characters, from its end
 
 
 class EngineLog(EngineObserver):
@@ -26,6 +37,8 @@ class EngineLog(EngineObserver):
         self._num_preempted = 0  # preemptions since the last step was collected
         self._has_invalid_logits = False  # which is said once
         self._fatal: BaseException | None = None  # what ended the engine
+        self._planned = self._submitted = self._collected = 0  # the last steps, by number
+        self._delay_logged: float | None = None  # when the last warning of a slow step was logged
 
     def engine_starting(self, config: EngineConfig) -> None:
         if logger.isEnabledFor(logging.INFO):
@@ -54,14 +67,54 @@ class EngineLog(EngineObserver):
 
     def request_added(self, sequence: Sequence) -> None:
         if logger.isEnabledFor(logging.DEBUG):
+            more: dict[str, Any] = {"prompt": sequence.prompt} if env.log_prompts() else {}
+            more |= span_fields(sequence.span)
             events.request_added.log(
                 logger,
                 request_id=sequence.request_id,
                 seq_id=sequence.seq_id,
                 num_prompt_tokens=sequence.num_prompt_tokens,
                 max_tokens=sequence.params.max_tokens,
-                **({"prompt": sequence.prompt} if env.log_prompts() else {}),
+                **more,
             )
+
+    def request_finished(self, end: RequestEnd) -> None:
+        if end.cause in ("refused", "failed"):
+            events.request_failed.log(
+                logger,
+                in_summary=not end.lost,  # `engine.error` names the requests of a failed step
+                request_id=end.request_id,
+                others="with all others" if end.lost else "the others go on",
+                error=error_text(end.error),
+                cause=end.cause,
+                **span_fields(end.span),
+            )
+        if logger.isEnabledFor(logging.INFO):
+            in_summary = end.streamed or end.cause not in COMPLETE
+            events.request_finished.log(logger, in_summary=in_summary, **_request_fields(end))
+
+    def batch_scheduled(self, batch: ScheduledBatch, rows: RowTable) -> None:
+        self._planned = batch.step
+
+    def step_submitted(self, batch: ScheduledBatch, now: float, num_in_flight: int) -> None:
+        self._submitted = batch.step
+
+    def tokens_sampled(self, step: SampledStep) -> None:
+        self._collected = step.batch.step
+
+    def delayed(self, delay: Delay) -> None:
+        if self._delay_logged is not None and delay.now - self._delay_logged < _DELAY_SECONDS:
+            return
+        self._delay_logged = delay.now
+        events.engine_slow.log(
+            logger,
+            what=delay.kind,
+            seconds=delay.seconds,
+            threshold=env.log_slow_seconds(),
+            slow_reason=delay.reason,
+            step=delay.step,
+            request_id=delay.request_id,
+        )
 
     def sequence_preempted(self, sequence: Sequence, preemption: Preemption) -> None:
         self._num_preempted += 1
@@ -103,20 +156,77 @@ class EngineLog(EngineObserver):
         events.engine_start_failed.log(logger, error=repr(error))
 
     def engine_exiting(self, unfinished: Iterable[Sequence]) -> None:
-        events.engine_exit.log(
-            logger,
-            outcome="clean" if self._fatal is None else "error",
-            num_unfinished=len(list(unfinished)),
-            **({} if self._fatal is None else {"error": repr(self._fatal)}),
-        )
+        error: dict[str, Any] = {} if self._fatal is None else {"error": repr(self._fatal)}
+        outcome = "error" if error else "clean"
+        events.engine_exit.log(logger, outcome=outcome, num_unfinished=len(list(unfinished)), **error)
 
     def engine_failed(self, error: BaseException, lost: Iterable[Sequence], goes_on: bool) -> None:
         self._fatal = None if goes_on else error
         interrupted = not isinstance(error, Exception)
         event = events.engine_interrupted if interrupted else events.engine_error
+        names = [sequence.request_id for sequence in lost]
+        is_launched = self._planned == self._submitted
         event.log(
             logger,
             what="was interrupted" if interrupted else "failed",
             error=repr(error),
             state="goes on" if goes_on else "can not go on",
+            step=min(self._collected + 1, self._planned) or None if is_launched else self._planned,
+            request_ids=names[:_MAX_REQUESTS],
+            num_requests=len(names),
+            traceback="".join(traceback.format_exception(error))[-_MAX_TRACEBACK:],
         )
+        self._submitted = self._collected = self._planned  # the steps in flight are lost
+
+
+def _request_fields(end: RequestEnd) -> dict[str, Any]:
+    """Returns the fields of `request.finished`."""
+    last, stall = end.last, end.stall
+    times = None if last is None else last.times
+    first_steps = [each.first_step for each in end.completions if each.first_step is not None]
+    values: dict[str, Any] = {
+        "request_id": end.request_id,
+        "seq_ids": [each.seq_id for each in end.completions],
+        "cause": end.cause,
+        "finish_reason": "abort" if last is None else last.finish_reason,
+        "stop_reason": None if last is None else last.stop_reason,
+        "e2e_s": 0.0 if last is None else last.finished - end.arrival,
+        "queue_s": 0.0 if times is None else times.queue,
+        "prefill_s": 0.0 if times is None else times.prefill,
+        "decode_s": 0.0 if times is None else times.decode,
+        "preempted_s": 0.0 if times is None else times.preempted,
+        "ttft_s": end.to_first_token,
+        "itl_s": end.inter_token_latency,
+        "longest_stall_s": None if stall is None else stall.seconds,
+        "stall_cause": None if stall is None else stall.cause,
+        "stall_step": None if stall is None else stall.step,
+        "stall_reason": None if stall is None else stall.reason,
+        "num_prompt_tokens": end.num_prompt_tokens,
+        "num_cached_tokens": end.num_cached_tokens,
+        "num_output_tokens": end.num_output_tokens,
+        "num_preemptions": sum(each.num_preemptions for each in end.completions),
+        "queued_behind": end.queued_behind,
+        "kv_cache_usage": end.kv_cache_usage,
+        "arrival": end.arrival,
+        "finished": end.arrival if last is None else last.finished,
+        "first_step": min(first_steps, default=None),
+        "last_step": max((each.last_step for each in end.completions if each.last_step is not None), default=None),
+    }
+    if len(end.completions) > 1:
+        values["completions"] = [_completion_fields(*each, end.arrival) for each in enumerate(end.completions)]
+    if end.error is not None:
+        values["error"] = error_text(end.error)
+    return values | span_fields(end.span)
+
+
+def _completion_fields(index: int, end: CompletionEnd, arrival: float) -> dict[str, object]:
+    return {
+        "index": index,
+        "seq_id": end.seq_id,
+        "cause": end.cause,
+        "finish_reason": end.finish_reason,
+        "stop_reason": end.stop_reason,
+        "num_output_tokens": end.num_output_tokens,
+        "num_preemptions": end.num_preemptions,
+        "e2e_s": end.finished - arrival,
+    }

@@ -21,6 +21,7 @@ from nanovllm.config import EngineConfig
 from nanovllm.engine.executor import Diagnostics, Executor, ExecutorFactory
 from nanovllm.engine.metrics import EngineMetrics
 from nanovllm.engine.observer import CollectedStep, EngineObserver, EngineStart, Observers
+from nanovllm.engine.request_tracker import track_requests
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.statistics import EngineStatistics
@@ -58,7 +59,7 @@ class LLMEngine(UnsupportedMethods):
         self.config = config
         self.owner = OwnerProcess()
         self.metrics = EngineMetrics()
-        self._observers = Observers([self.metrics, *observers])
+        self._observers = track_requests([self.metrics, *observers])
         self.engine_id = self._observers.engine_id  # in the records of the log
         self._clock = clock  # seconds; the source of every time that the engine reports
         self._observers.engine_starting(config)
@@ -157,6 +158,10 @@ class LLMEngine(UnsupportedMethods):
         self.scheduler.add(sequence)
         self._observers.request_added(sequence)
 
+    def refuse_request(self, request_id: str, error: InvalidArgumentError) -> None:
+        """Reports to the log and the metrics that `prepare` or `enqueue` did not allow a request."""
+        self._observers.request_refused(request_id, error)
+
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """Ends one or several requests; the next `step` returns what they have so far. Ignores unknown ids."""
         self._check_alive()
@@ -172,6 +177,7 @@ class LLMEngine(UnsupportedMethods):
         self._unfinished.drop_outputs(request_ids)
         for request_id in request_ids:
             for sequence in self._unfinished.sequences_of(request_id):
+                sequence.left = True
                 self.scheduler.abort(sequence)
             self._unfinished.remove(request_id)
 
@@ -283,7 +289,7 @@ class LLMEngine(UnsupportedMethods):
         lost = self._unfinished.running()
         self._unfinished.clear()
         # Before the wait, which Ctrl-C may interrupt.
-        self.scheduler = Scheduler(self.resolved, self._observers, self._clock)
+        self.scheduler = Scheduler(self.resolved, self._observers, self._clock, self.scheduler.last_step)
         try:
             self.executor.synchronize()
         except Exception:

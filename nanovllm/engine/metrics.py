@@ -1,57 +1,111 @@
-"""What an engine counts: totals, and distributions of latencies.
+"""What an engine counts: totals, and distributions of times and sizes.
 
-The statistics line, the progress bar and benchmarks take their figures from here. `EngineMetrics` does not depend on
-how they are shown.
+`LLM.get_metrics`, `AsyncLLM.metrics`, the statistics line, the progress bar and benchmarks take their figures from
+here. `EngineMetrics` does not depend on how they are shown.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
+from nanovllm.config import ResolvedConfig
 from nanovllm.engine.batch import ScheduledBatch
-from nanovllm.engine.observer import CollectedStep, EngineObserver, EngineStart, Preemption
+from nanovllm.engine.observer import CollectedStep, EngineObserver, Preemption, SampledStep
+from nanovllm.engine.request_end import FINISHED_REASON, RequestEnd
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.statistics import EngineStatistics, Load
-from nanovllm.logs import events
-from nanovllm.utils.logger import setup_logger
+from nanovllm.metrics import Distribution, MetricsSnapshot
 
-logger = setup_logger(__name__)
+# Upper bounds: in seconds, and in tokens. Snapshots of different engines are added, so all have the same.
+_SECONDS = tuple(digit * 10.0**power for power in range(-3, 4) for digit in (1, 2.5, 5))
+_GAP_SECONDS = (
+    *(0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
+_BOUNDS: Mapping[str, Seq[float]] = {  # by vLLM's name of the metric; times in seconds
+    "time_to_first_token_seconds": _SECONDS,
+    "inter_token_latency_seconds": _GAP_SECONDS,  # each gap
+    "request_time_per_output_token_seconds": _GAP_SECONDS,  # the mean gap of a request
+    "e2e_request_latency_seconds": _SECONDS,
+    "request_queue_time_seconds": _SECONDS,
+    "request_prefill_time_seconds": _SECONDS,  # from the first step to the first token, with preemptions
+    "request_decode_time_seconds": _SECONDS,  # from the first token to the end, with preemptions
+    "request_inference_time_seconds": _SECONDS,  # both
+    "request_prompt_tokens": _TOKENS,
+    "request_generation_tokens": _TOKENS,
+    "iteration_tokens_total": (1.0, *(8.0 * 2**power for power in range(13))),  # of a step
+}
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
-
-class Histogram:
+class DistributionCounter:
     """Counts values by upper bound, as Prometheus does; the last of `counts` is for values above all bounds."""
 
-    def __init__(self, bounds: Seq[float] = _SECONDS) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
+    def __init__(self, bounds: Seq[float]) -> None:
+        self._bounds = tuple(bounds)
+        self._bounds_array = np.array(bounds)
+        self.counts: npt.NDArray[np.int64] = np.zeros(len(bounds) + 1, dtype=np.int64)
         self.sum = 0.0
 
     def observe(self, value: float | None) -> None:
         """Counts a value. None, for something that did not happen, is ignored."""
         if value is not None:
-            self.counts[bisect.bisect_left(self.bounds, value)] += 1
+            self.counts[bisect.bisect_left(self._bounds, value)] += 1
             self.sum += value
+
+    def observe_all(self, values: npt.NDArray[np.float64]) -> None:
+        """Counts each of `values`, which are often equal."""
+        if len(values) and (values == values[0]).all():
+            self.counts[bisect.bisect_left(self._bounds, values[0])] += len(values)
+            self.sum += float(values[0]) * len(values)
+            return
+        self.counts += np.bincount(self._bounds_array.searchsorted(values), minlength=len(self.counts))
+        self.sum += float(values.sum())
 
     @property
     def count(self) -> int:
-        return sum(self.counts)
+        return int(self.counts.sum())
+
+    def snapshot(self) -> Distribution:
+        return Distribution(self._bounds, tuple(self.counts.tolist()), self.sum)
 
 
-@dataclass
 class EngineMetrics(EngineObserver):
-    """Counters and histograms (in seconds) of one engine. Its gauges are the scheduler's `load`."""
+    """Counters and distributions of one engine. Its gauges are the scheduler's `load`."""
 
-    totals: EngineStatistics = field(default_factory=EngineStatistics)
-    num_finished: dict[str, int] = field(default_factory=dict)  # by finish reason
-    queue_time: Histogram = field(default_factory=Histogram)
-    time_to_first_token: Histogram = field(default_factory=Histogram)
-    inter_token_latency: Histogram = field(default_factory=Histogram)  # a request's mean
-    end_to_end: Histogram = field(default_factory=Histogram)
-    _last_collected: float = 0.0
+    def __init__(self) -> None:
+        self.totals = EngineStatistics()
+        self.num_generated = 0  # tokens that requests got
+        self.num_finished = dict.fromkeys(FINISHED_REASON.values(), 0)
+        self.distributions = {name: DistributionCounter(bounds) for name, bounds in _BOUNDS.items()}
+        self._block_size = 0
+        self._last_collected = 0.0
+
+    def engine_resolved(self, resolved: ResolvedConfig) -> None:
+        self._block_size = resolved.block_size
+
+    def snapshot(self, load: Load) -> MetricsSnapshot:
+        """Returns the figures of this moment. Any thread may call it."""
+        totals = self.totals
+        return MetricsSnapshot(
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            used_blocks=load.used_blocks,
+            num_blocks=load.num_blocks,
+            block_size=self._block_size,
+            prompt_tokens=totals.num_prompt_tokens,
+            generation_tokens=self.num_generated,
+            preemptions=totals.num_preemptions,
+            prefix_cache_queries=totals.num_prefix_queries,
+            prefix_cache_hits=totals.num_prefix_hits,
+            finished=dict(self.num_finished),
+            distributions={name: counter.snapshot() for name, counter in self.distributions.items()},
+        )
 
     def sequence_scheduled(self, sequence: Sequence, num_cached: int) -> None:
         self.totals.num_prefix_queries += len(sequence.token_ids)
@@ -63,6 +117,12 @@ class EngineMetrics(EngineObserver):
     def step_submitted(self, batch: ScheduledBatch, now: float, num_in_flight: int) -> None:
         if not num_in_flight:  # the engine was idle, and idle time belongs to no step
             self._last_collected = now
+
+    def tokens_sampled(self, step: SampledStep) -> None:
+        self.num_generated += len(step.sampled)
+        self.distributions["iteration_tokens_total"].observe(step.batch.num_tokens)
+        gaps = step.gaps if not len(step.batch.chunks) else step.gaps[step.gaps >= 0]  # without first tokens
+        self.distributions["inter_token_latency_seconds"].observe_all(gaps)
 
     def step_collected(self, step: CollectedStep) -> None:
         elapsed, self._last_collected = step.collected - self._last_collected, step.collected
@@ -76,46 +136,27 @@ class EngineMetrics(EngineObserver):
             totals.decode_seconds += elapsed
 
     def first_token(self, sequence: Sequence) -> None:
-        if sequence.first_token is not None:
-            self.time_to_first_token.observe(sequence.first_token - sequence.arrival)
+        is_first = sequence.parent_id is None or sequence.request_id == f"{sequence.parent_id}/0"
+        if is_first and sequence.first_token is not None:
+            self.distributions["time_to_first_token_seconds"].observe(sequence.first_token - sequence.arrival)
 
-    def sequence_finished(self, sequence: Sequence) -> None:
-        metrics, reason = sequence.metrics(), str(sequence.finish_reason)
-        self.num_finished[reason] = self.num_finished.get(reason, 0) + 1
-        self.queue_time.observe(metrics.queue_time)
-        self.inter_token_latency.observe(metrics.inter_token_latency)
-        self.end_to_end.observe(metrics.end_to_end)
-
-
-class StatisticsLine(EngineObserver):
-    """Logs a line at INFO every `interval` seconds while there is work, with the rates over that time."""
-
-    def __init__(self, interval: float) -> None:
-        self._interval = interval
-        self._totals = self._before = EngineStatistics()
-        self._began = 0.0  # seconds of the engine's clock
-
-    def engine_started(self, start: EngineStart) -> None:
-        self._totals = start.statistics
-
-    def work_began(self, now: float) -> None:
-        self._began = now
-        self._before = self._totals.copy()
-
-    def step_collected(self, step: CollectedStep) -> None:
-        if step.collected - self._began >= self._interval:
-            self._log(step.collected, step.load)
-
-    def _log(self, now: float, load: Load) -> None:
-        done, seconds = self._totals.since(self._before), now - self._began
-        self.work_began(now)
-        events.engine_statistics.log(
-            logger,
-            prompt_tokens_per_second=done.num_prompt_tokens / seconds,
-            generation_tokens_per_second=done.num_output_tokens / seconds,
-            num_running=load.num_running,
-            num_waiting=load.num_waiting,
-            kv_cache_usage=load.used_blocks / load.num_blocks,
-            prefix_cache_hit_rate=done.num_prefix_hits / max(done.num_prefix_queries, 1),
-            preemptions=done.num_preemptions,
-        )
+    def request_finished(self, end: RequestEnd) -> None:
+        self.num_finished[FINISHED_REASON[end.cause]] += 1
+        last = end.last
+        if last is None:
+            return
+        end_to_end, times = last.finished - end.arrival, last.times
+        values: dict[str, float | None] = {
+            "e2e_request_latency_seconds": end_to_end,
+            "request_prompt_tokens": end.num_prompt_tokens,
+            "request_generation_tokens": end.num_output_tokens,
+            "request_time_per_output_token_seconds": end.inter_token_latency,
+        }
+        if last.first_step is not None:
+            values["request_queue_time_seconds"] = times.queue
+            values["request_inference_time_seconds"] = end_to_end - times.queue
+        if times.to_first_token is not None:
+            values["request_prefill_time_seconds"] = times.to_first_token - times.queue
+            values["request_decode_time_seconds"] = end_to_end - times.to_first_token
+        for name, value in values.items():
+            self.distributions[name].observe(value)

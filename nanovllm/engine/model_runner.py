@@ -54,7 +54,7 @@ class ModelRunner:
         self.device = startup.device
         self._query_group = startup.query_group
         self._graphs: DecodeGraphs | None = None
-        self._log = StepLog(self.parallel.rank, self.device)
+        self._log = StepLog(self.parallel, self.device)
         self._has_timeline = env.trace_file() is not None
         with torch.inference_mode(), self._on_device():
             self.model = startup.build_model()
@@ -119,7 +119,7 @@ class ModelRunner:
         if needs.shares_prefix and self._query_group is None:
             needs = replace(needs, shares_prefix=False)
         with torch.inference_mode(), self._on_device():
-            began = self._record_event() if self._has_timeline or self._log.is_detailed else None
+            began = self._record_event() if self._has_timeline or self._log.is_timed else None
             uploaded = DeviceBatch(batch, self._upload(batch.buffer))
             self.rows.apply(uploaded)
             self._log.preparing(batch)

@@ -11,8 +11,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from nanovllm.config import EngineConfig, ResolvedConfig
-from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.batch import IntArray, ScheduledBatch
+from nanovllm.engine.request_end import RequestEnd
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.statistics import EngineStatistics, Load
@@ -38,13 +42,36 @@ class EngineStart:
 
 
 @dataclass(frozen=True)
+class Shortage:
+    """Why a sequence is preempted: a step needs more blocks than are free."""
+
+    step: int  # the step that is being planned
+    oldest: Sequence  # the oldest of the sequences that need a block, which may be the preempted one itself
+    needed: int  # blocks that the step needs
+    free: int  # blocks that are free
+
+
+@dataclass(frozen=True)
 class Preemption:
     """The blocks that a preempted sequence gives back, and its tokens."""
 
+    shortage: Shortage
     freed: int  # blocks that are free now
     coming: int  # blocks that become free when the steps in flight that write them have ended
     num_tokens: int  # tokens to compute again
     free_blocks: int  # all free blocks, after this
+
+
+@dataclass(frozen=True)
+class SampledStep:
+    """The tokens of a step, at the moment when the scheduler takes them."""
+
+    batch: ScheduledBatch
+    rows: RowTable  # before it has the new tokens
+    sampled: IntArray  # rows that get a token
+    gaps: npt.NDArray[np.float64]  # for each of them, seconds since its previous token; -inf for its first
+    now: float  # seconds of the engine's clock
+    gpu_ms: float | None  # time on the GPU; None if it was not measured
 
 
 @dataclass(frozen=True)
@@ -57,6 +84,18 @@ class CollectedStep:
     gpu_ms: float | None  # time on the GPU; None if it was not measured
     ended: list[Sequence]  # the sequences that ended with it
     load: Load  # after it
+
+
+@dataclass(frozen=True)
+class Delay:
+    """A step, or a request's wait for its next token, that took longer than NANOVLLM_LOG_SLOW_SECONDS."""
+
+    kind: Literal["step", "wait"]
+    seconds: float
+    step: int
+    request_id: str | None  # the request that waited longest; None if the step gave no request its next token
+    reason: str
+    now: float  # seconds of the engine's clock
 
 
 class EngineObserver:
@@ -77,6 +116,9 @@ class EngineObserver:
     def request_added(self, sequence: Sequence) -> None:
         """A sequence joins the waiting queue."""
 
+    def request_refused(self, request_id: str, error: BaseException) -> None:
+        """A request is not allowed, and is not queued."""
+
     def phase(self, phase: Phase) -> None:
         """The loop enters another phase of a step."""
 
@@ -92,11 +134,20 @@ class EngineObserver:
     def step_submitted(self, batch: ScheduledBatch, now: float, num_in_flight: int) -> None:
         """The executor has the step. num_in_flight: number of earlier steps that are not collected yet."""
 
+    def tokens_sampled(self, step: SampledStep) -> None:
+        """A step's tokens are on the host, and the scheduler is about to process them."""
+
+    def delayed(self, delay: Delay) -> None:
+        """A step or a wait took too long."""
+
     def first_token(self, sequence: Sequence) -> None:
         """A sequence has its first token."""
 
     def sequence_finished(self, sequence: Sequence) -> None:
         """A sequence has ended, for any reason. Its tokens and times are final."""
+
+    def request_finished(self, end: RequestEnd) -> None:
+        """A request has ended: all its sequences have, or a failure, `exit` or a refusal ended it."""
 
     def step_collected(self, step: CollectedStep) -> None:
         """A step's tokens are on the host, and the scheduler has processed them."""

@@ -52,7 +52,9 @@ class RowTable:
     num_computed: IntArray = _column(np.int32)  # tokens whose keys and values are written by the steps planned so far
     num_cached: IntArray = _column(np.int32)  # of those, found in the prefix cache on admission
     max_num_tokens: IntArray = _column(np.int32, opened=lambda sequence: sequence.max_num_tokens)
-    last_token: npt.NDArray[np.float64] = _column(np.float64, opened=lambda sequence: sequence.last_token or 0.0)  # s
+    last_token: npt.NDArray[np.float64] = _column(  # seconds; inf: none yet
+        np.float64, opened=lambda sequence: np.inf if sequence.last_token is None else sequence.last_token
+    )
     # Blocks
     num_blocks: IntArray = _column(np.int32, opened=lambda sequence: len(sequence.block_table.blocks))
     # The block at the end of the shortest prefix worth sharing; rows that share the prefix have the same.

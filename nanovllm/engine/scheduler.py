@@ -31,7 +31,7 @@ from nanovllm.engine.batch import (
     StepResult,
 )
 from nanovllm.engine.block_manager import BlockManager, BlockTable
-from nanovllm.engine.observer import EngineObserver, Preemption
+from nanovllm.engine.observer import EngineObserver, Preemption, SampledStep, Shortage
 from nanovllm.engine.row_table import NO_BLOCK, BoolArray, RowArray, RowTable
 from nanovllm.engine.sequence import Sequence, SequenceStatus, token_logprobs
 from nanovllm.engine.statistics import Load
@@ -69,6 +69,7 @@ class Scheduler:
         config: ResolvedConfig,
         observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
+        last_step: int = 0,
     ) -> None:
         self.now = 0.0  # seconds of `clock`, which each `schedule` and each `update` reads once
         self._clock = clock
@@ -88,7 +89,7 @@ class Scheduler:
         self._prefilling: Sequence | None = None  # has a row and prompt tokens left; no other prompt starts before
         self._leaving: list[int] = []  # rows to release as soon as no step in flight touches them
         self._closed: list[int] = []  # rows released since the last step was planned
-        self._step = 0
+        self.last_step = last_step  # the last step that was planned
         self._max_prompt_logprob_tokens = max(_MAX_PROMPT_LOGPROBS // config.vocab_size, 1)
         self._shares_prefix = False  # whether decode rows of the last step shared a prefix; for the log
 
@@ -121,9 +122,9 @@ class Scheduler:
         # Only the last chunk can stop before the end of its prompt, so the final ones come first, as batches need.
         final_rows = [chunk.row for chunk in plan.chunks if self.rows.decoding[chunk.row]]
         sampled = np.append(decode_rows, np.array(final_rows, dtype=np.intp))
-        self._step += 1
+        self.last_step += 1
         batch = ScheduledBatch.build(
-            self._step,
+            self.last_step,
             closed=self._closed,
             opened=plan.opened,
             blocks=np.concatenate(plan.blocks) if plan.blocks else (),
@@ -202,17 +203,19 @@ class Scheduler:
         coming = sum(self.block_manager.num_releasable(self.rows.sequence(row).block_table) for row in self._leaving)
         while True:
             rows = self.rows.schedulable_decode_rows()
-            missing = len(self._rows_without_room(rows)) - self.block_manager.num_free_blocks - coming
-            if missing <= 0:
+            full, free = self._rows_without_room(rows), self.block_manager.num_free_blocks
+            if len(full) <= free + coming:
                 return rows
             candidates = [
                 s for s in self.rows.running() if s.status in (SequenceStatus.PREFILLING, SequenceStatus.DECODING)
             ]
             if len(candidates) < 2:
                 return rows
-            coming += self._preempt(max(candidates, key=lambda sequence: sequence.seq_id))
+            oldest = self.rows.sequence(int(full[self.rows.seq_id[full].argmin()]))
+            shortage = Shortage(self.last_step + 1, oldest, len(full), free)
+            coming += self._preempt(max(candidates, key=lambda sequence: sequence.seq_id), shortage)
 
-    def _preempt(self, sequence: Sequence) -> int:
+    def _preempt(self, sequence: Sequence, shortage: Shortage) -> int:
         """Sends `sequence` back to the queue. Returns how many of its blocks become free later rather than now."""
         releasable = self.block_manager.num_releasable(sequence.block_table)
         num_tokens = int(self.rows.num_tokens[self._row(sequence)])
@@ -220,7 +223,8 @@ class Scheduler:
         coming = 0 if released else releasable
         sequence.preempted_at.append(self.now)
         free_blocks = self.block_manager.num_free_blocks
-        self._observer.sequence_preempted(sequence, Preemption(releasable - coming, coming, num_tokens, free_blocks))
+        preemption = Preemption(shortage, releasable - coming, coming, num_tokens, free_blocks)
+        self._observer.sequence_preempted(sequence, preemption)
         return coming
 
     def _schedule_prefill(self, plan: _StepPlan, budget: int) -> None:
@@ -315,6 +319,8 @@ class Scheduler:
         live = ~rows.stopped[sampled]  # the tokens of all others are dropped
         self._record_logprobs(batch, live, result)
         sampled, token_ids = sampled[live], result.token_ids[live]
+        gaps = now - rows.last_token[sampled]
+        self._observer.tokens_sampled(SampledStep(batch, rows, sampled, gaps, now, result.gpu_ms))
         rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids
         rows.num_tokens[sampled] += 1
         rows.last_token[sampled] = now
@@ -400,6 +406,7 @@ class Scheduler:
             sequence = self.rows.sequence(row)
             if sequence.status is SequenceStatus.PREEMPTED:
                 sequence.token_ids = self.rows.known_tokens(row).copy()
+                sequence.last_token = None if sequence.first_token is None else float(self.rows.last_token[row])
                 sequence.status = SequenceStatus.WAITING
                 bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.seq_id)
             self.block_manager.release(sequence.seq_id, sequence.block_table)

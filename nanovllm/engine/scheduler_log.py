@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from nanovllm.engine.batch import ScheduledBatch
-from nanovllm.engine.observer import CollectedStep, EngineObserver, Preemption
+from nanovllm.engine.observer import CollectedStep, EngineObserver, Preemption, SampledStep
+from nanovllm.engine.request_end import Cause, cause_of
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.logs import events
 from nanovllm.logs.decode_rule import DecodeLogPolicy
-from nanovllm.outputs import FinishReason
+from nanovllm.utils.active_span import span_fields
 from nanovllm.utils.logger import first_items, setup_logger
 
 logger = setup_logger("nanovllm.engine.scheduler")  # the name that users' documents show
 
-_LOGGED_REASON: dict[FinishReason, str] = {"stop": "eos", "length": "max_tokens", "abort": "abort"}
+_LOGGED_REASON: Mapping[Cause, str] = {
+    "eos": "eos",
+    "stop": "stop",
+    "length": "max_tokens",
+    "abort": "abort",
+    "left": "abort",
+    "failed": "failed",
+}
 
 
 class SchedulerLog(EngineObserver):
@@ -25,6 +34,7 @@ class SchedulerLog(EngineObserver):
         self._decode_log = DecodeLogPolicy()
         self._decode_step = 0  # decode steps since the engine was idle
         self._num_preempted = 0  # preemptions since the last decode step
+        self._collected = 0  # the last step that was collected
 
     def work_began(self, now: float) -> None:
         self._decode_step = 0
@@ -32,6 +42,8 @@ class SchedulerLog(EngineObserver):
 
     def sequence_preempted(self, sequence: Sequence, preemption: Preemption) -> None:
         self._num_preempted += 1
+        shortage = preemption.shortage
+        other = None if shortage.oldest is sequence else shortage.oldest
         events.sequence_preempted.log(
             logger,
             seq_id=sequence.seq_id,
@@ -40,7 +52,17 @@ class SchedulerLog(EngineObserver):
             coming=preemption.coming,
             num_tokens=preemption.num_tokens,
             free_blocks=preemption.free_blocks,
+            whom="its own next token" if other is None else f"seq_id={other.seq_id}",
+            for_seq_id=None if other is None else other.seq_id,
+            for_request_id=None if other is None else other.request_id,
+            needed=shortage.needed,
+            free_before=shortage.free,
+            step=shortage.step,
+            **span_fields(sequence.span),
         )
+
+    def tokens_sampled(self, step: SampledStep) -> None:
+        self._collected = step.batch.step
 
     def batch_scheduled(self, batch: ScheduledBatch, rows: RowTable) -> None:
         if len(batch.chunks) and logger.isEnabledFor(logging.INFO):
@@ -85,7 +107,8 @@ class SchedulerLog(EngineObserver):
             num_prompt_tokens=sequence.num_prompt_tokens,
             num_cached_tokens=metrics.num_cached_tokens,
             output_len=metrics.num_output_tokens,
-            reason="failed" if sequence.error is not None else _LOGGED_REASON[sequence.finish_reason],
+            step=self._collected,
+            reason=_LOGGED_REASON[cause_of(sequence)],
             arrival=metrics.arrival,
             first_scheduled=metrics.first_scheduled,
             first_token=metrics.first_token,
@@ -95,6 +118,7 @@ class SchedulerLog(EngineObserver):
             itl_ms=_milliseconds(metrics.inter_token_latency),
             e2e_ms=_milliseconds(metrics.end_to_end),
             preemptions=metrics.num_preemptions,
+            **span_fields(sequence.span),
         )
 
     def step_collected(self, step: CollectedStep) -> None:

@@ -16,6 +16,7 @@ from nanovllm.engine.block_manager import BlockTable
 from nanovllm.errors import InvalidArgumentError, NanoVLLMError
 from nanovllm.outputs import FinishReason, RequestMetrics
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.active_span import ActiveSpan
 
 ALL_LOGPROBS = 2**30  # larger than any vocabulary
 
@@ -107,6 +108,10 @@ class Sequence:
     waits_for_grammar: bool = False  # its grammar is being compiled
     grammar: GrammarState | None = None  # of structured outputs; has accepted every known token
     error: NanoVLLMError | None = None  # why it ended with finish_reason "abort", if it failed
+    left: bool = False  # ended since its caller left
+    streamed: bool = False  # its tokens are read while it runs
+    span: ActiveSpan | None = None  # OpenTelemetry's, where it was added
+    parent_id: str | None = None  # with n > 1, the id of the request whose completion it is
     # Seconds of the engine's clock
     arrival: float = 0.0
     queued: float = 0.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -55,6 +55,12 @@ class Shard:
         return Shard(self.total * width, self.start * width, self.stop * width)
 
 
+class StepOfCollectives:
+    """The step that a rank's collectives belong to, for the log. None: none."""
+
+    number: int | None = None
+
+
 @dataclass(frozen=True)
 class TensorParallel:
     """Rank `rank` of `size`. `group` joins the ranks (None at size 1); `one_shot`, if present, sums small tensors."""
@@ -63,6 +69,7 @@ class TensorParallel:
     size: int = 1
     group: Group | None = None
     one_shot: OneShotAllReduce | None = None
+    step: StepOfCollectives = field(default_factory=StepOfCollectives, compare=False)
 
     def divide(self, field: str, value: int) -> int:
         """Returns this rank's share of `value`. Raises InvalidArgumentError when it cannot be shared evenly."""
@@ -92,7 +99,7 @@ class TensorParallel:
     def all_reduce(self, tensor: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Returns the sum over the ranks, plus `residual` (the same on every rank). Sums in place."""
         if self.size > 1:
-            started = time.perf_counter()
+            started = time.monotonic()
             if self.one_shot is not None and self.one_shot.takes(tensor):
                 self.one_shot(tensor, residual)
                 residual = None
@@ -104,7 +111,7 @@ class TensorParallel:
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the ranks' tensors [...] one after another: [size, ...]."""
         stacked = tensor.new_empty((self.size, *tensor.shape))
-        started = time.perf_counter()
+        started = time.monotonic()
         self._members._allgather_base(stacked.flatten(0, 1), tensor.contiguous()).wait()
         self._log("all_gather", tensor, started)
         return stacked
@@ -124,5 +131,5 @@ class TensorParallel:
 
     def _log(self, operation: str, tensor: torch.Tensor, started: float) -> None:
         if logger.isEnabledFor(logging.DEBUG):  # on a GPU the call only launches the work, whose time is not known
-            elapsed_ms = (time.perf_counter() - started) * 1e3 if tensor.device.type == "cpu" else None
-            log_communication(logger, operation, [tensor], self.rank, self.size, elapsed_ms=elapsed_ms)
+            known = started if tensor.device.type == "cpu" else None
+            log_communication(logger, operation, [tensor], self.rank, self.size, started=known, step=self.step.number)

@@ -133,6 +133,13 @@ unknown_variable = Event(
 log_lost = Event(
     "log.lost", WARNING, "logs.lost_lines", "{path} cannot be written ({error}): {num_lost} lines are lost"
 )
+meters_started = Event("meters.started", INFO, "tracing.request_metrics", "Sending metrics of requests to {endpoint}")
+meters_missing = Event(
+    "meters.missing",
+    INFO,
+    "tracing.request_metrics",
+    "No metrics go to {endpoint}: pip install 'nanovllm[otel]' ({error})",
+)
 logging_level = Event(
     "logging.level", WARNING, "logs.configuration", "{source}: {problem}. Valid levels: {valid_levels}"
 )
@@ -191,18 +198,37 @@ request_added = Event(
     "engine.llm_engine",
     "Request added: request_id={request_id}, seq_id={seq_id}, num_prompt_tokens={num_prompt_tokens}, "
     "max_tokens={max_tokens}",
-    optional="prompt",
+    optional="prompt trace_id span_id",
 )
 sequence_finished = Event(
     "sequence.finished",
     DEBUG,
     "engine.scheduler",
     "Sequence finished: seq_id={seq_id}, output_len={output_len}, reason={reason}",
-    "request_id num_prompt_tokens num_cached_tokens arrival first_scheduled first_token finished queue_ms ttft_ms "
+    "request_id step num_prompt_tokens num_cached_tokens arrival first_scheduled first_token finished queue_ms ttft_ms "
     "itl_ms e2e_ms preemptions",
+    optional="trace_id span_id",
 )
 request_output = Event("request.output", DEBUG, "engine.llm_engine", "Request {request_id} finished: {text!r}")
-request_failed = Event("request.failed", WARNING, "llm", "Request {request_id} is given up, the others go on: {error}")
+request_failed = Event(
+    "request.failed",
+    WARNING,
+    "engine.llm_engine",
+    "Request {request_id} is given up, {others}: {error}",
+    "cause",
+    "trace_id span_id",
+)
+request_finished = Event(
+    "request.finished",
+    INFO,
+    "engine.llm_engine",
+    "Request {request_id} finished: {cause} after {e2e_s:.2f}s (queued {queue_s:.2f}, prefill {prefill_s:.2f}, "
+    "decode {decode_s:.2f}, preempted {preempted_s:.2f}), prompt_tokens={num_prompt_tokens}, "
+    "output_tokens={num_output_tokens}",
+    "seq_ids finish_reason stop_reason ttft_s itl_s longest_stall_s stall_cause stall_step stall_reason "
+    "num_cached_tokens num_preemptions queued_behind kv_cache_usage arrival finished first_step last_step",
+    optional="completions error trace_id span_id",
+)
 logits_invalid = Event(
     "logits.invalid",
     ERROR,
@@ -222,10 +248,24 @@ engine_statistics = Event(
     "Statistics: prompt {prompt_tokens_per_second:.0f} tok/s, generation {generation_tokens_per_second:.0f} tok/s, "
     "running={num_running}, waiting={num_waiting}, kv_cache_usage={kv_cache_usage:.1%}, "
     "prefix_cache_hit_rate={prefix_cache_hit_rate:.1%}, preemptions={preemptions}",
+    "final seconds num_steps num_prompt_tokens num_output_tokens num_prefix_queries num_prefix_hits num_blocks "
+    "peak_kv_cache_usage peak_kv_cache_at peak_waiting peak_waiting_at wall_s device_s slowest_step slowest_step_kind "
+    "slowest_step_ms slowest_step_gpu_ms slowest_step_prompt_tokens slowest_step_decode_seqs slowest_step_request_ids "
+    "finished_by_cause num_failed num_refused",
 )
 _STOPPED = "A step {what} ({error}); its requests are aborted, and the engine {state}"
-engine_error = Event("engine.error", ERROR, "engine.llm_engine", _STOPPED)
-engine_interrupted = Event("engine.interrupted", INFO, "engine.llm_engine", _STOPPED)
+_STOPPED_FIELDS = "step request_ids num_requests traceback"
+engine_error = Event("engine.error", ERROR, "engine.llm_engine", _STOPPED, _STOPPED_FIELDS)
+engine_interrupted = Event("engine.interrupted", INFO, "engine.llm_engine", _STOPPED, _STOPPED_FIELDS)
+
+engine_slow = Event(
+    "engine.slow",
+    WARNING,
+    "engine.llm_engine",
+    "Slow {what}: {seconds:.1f}s, longer than {threshold:g}s ({slow_reason})",
+    "step request_id",
+    unseen="a step of more than NANOVLLM_LOG_SLOW_SECONDS",
+)
 
 # ---- scheduling
 
@@ -255,8 +295,10 @@ sequence_preempted = Event(
     INFO,
     "engine.scheduler",
     "Preempted seq_id={seq_id}: freed={freed} blocks, {coming} more when its steps in flight end, "
-    "{num_tokens} tokens to compute again, free_blocks={free_blocks}",
-    "request_id",
+    "{num_tokens} tokens to compute again, free_blocks={free_blocks}, for {whom} (needed {needed} blocks, "
+    "{free_before} free)",
+    "request_id for_seq_id for_request_id step",
+    optional="trace_id span_id",
 )
 batch_postprocess = Event(
     "batch.postprocess",
@@ -382,7 +424,7 @@ communication = Event(
     "layers.parallel distributed.worker_process distributed.worker_messages",
     "[Rank {rank}/{world_size}] {operation}: {details}",
     "elapsed_ms",
-    optional="shapes bytes",
+    optional="shapes bytes wait_ms move_ms started step",
     unseen="more than one rank",
 )
 

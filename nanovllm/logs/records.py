@@ -69,10 +69,11 @@ class Event:
     on_console: bool = True  # whether the console shows it at all
     unseen: str = ""  # what it takes to see it, if a run in one process on a CPU does not show it
 
-    def log(self, logger: logging.Logger, **fields: Any) -> None:
+    def log(self, logger: logging.Logger, *, in_summary: bool = True, **fields: Any) -> None:
+        """Logs an event. in_summary: whether the console shows it at its default level, if it shows such events."""
         level = self.levels if isinstance(self.levels, int) else self.levels[0]
         if logger.isEnabledFor(level):
-            self.emit(logger, level, fields, place_of(sys._getframe(1)))
+            self.emit(logger, level, fields, place_of(sys._getframe(1)), in_summary)
 
     def log_at(self, level: int, logger: logging.Logger, *, in_summary: bool = True, **fields: Any) -> None:
         """Logs an event that has several levels at one of them."""

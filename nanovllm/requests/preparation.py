@@ -18,6 +18,7 @@ from nanovllm.requests.logit_edits import read_logit_edits
 from nanovllm.requests.stop_search import StopSearch
 from nanovllm.requests.tokenization import Prompt, Tokenization
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from nanovllm.utils.active_span import active_span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,6 +85,9 @@ class RequestPreparation:
         )
         sequence.cache_salt = request.cache_salt
         sequence.logit_edits = request.logit_edits
+        sequence.span = active_span()
+        if request.params.n > 1:
+            sequence.parent_id = request_id.rpartition("/")[0]
         if request.stop_search is not None:
             detokenizer = Detokenizer(self._tokenizer, params.skip_special_tokens)
             include_stop = params.include_stop_str_in_output

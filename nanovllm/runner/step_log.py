@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.layers.parallel import TensorParallel
 from nanovllm.logs import events
 from nanovllm.runner.device_rows import ModelInputs
 from nanovllm.utils.logger import setup_logger, shapes_of, timed_section
@@ -18,7 +19,8 @@ logger = setup_logger("nanovllm.engine.model_runner")  # the name that users' do
 class StepLog:
     """Writes the lines of one rank's steps."""
 
-    def __init__(self, rank: int, device: torch.device) -> None:
+    def __init__(self, parallel: TensorParallel, device: torch.device) -> None:
+        self._step, rank = parallel.step, parallel.rank
         self._rank = rank
         self._device = device
         section = f"[Rank {rank}] Model forward"
@@ -33,11 +35,17 @@ class StepLog:
         """Whether the log is at DEBUG."""
         return logger.isEnabledFor(logging.DEBUG)
 
+    @property
+    def is_timed(self) -> bool:
+        """Whether the statistics at INFO show the GPU time of the steps."""
+        return self._rank == 0 and logger.isEnabledFor(logging.INFO)
+
     def forward(self, batch: ScheduledBatch) -> AbstractContextManager[object]:
         """Returns a context that times the part of a step that runs the model."""
         return timed_section(logger, self._sections[batch.kind], device=self._device, step=batch.step)
 
     def preparing(self, batch: ScheduledBatch) -> None:
+        self._step.number = batch.step
         rank, step, num_prefill, num_decode = self._rank, batch.step, len(batch.chunks), len(batch.decode_rows)
         if num_prefill:
             events.runner_prepare_prefill.log(logger, rank=rank, step=step, kind="PREFILL", num_seqs=num_prefill)

@@ -8,20 +8,20 @@ of https://github.com/open-telemetry/semantic-conventions-genai; others begin wi
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from nanovllm.engine.observer import EngineObserver, EngineStart
+from nanovllm.engine.request_end import RequestEnd, error_text
 from nanovllm.engine.sequence import Sequence
 from nanovllm.logs import events
+from nanovllm.tracing.otlp import SCHEMA_URL, SCOPE, Closer, make_resource, scope_version
 from nanovllm.utils import env
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
-
-_CLOSE_SECONDS = 5.0  # how long the engine's end waits for a collector that does not answer
 
 
 def open_request_spans(model: str) -> RequestSpans | None:
@@ -41,98 +41,112 @@ def open_request_spans(model: str) -> RequestSpans | None:
     return spans
 
 
+@dataclass
+class _Request:
+    """An unfinished request."""
+
+    context: Any  # of the caller that added it: its span is the parent
+    sequences: list[Sequence] = field(default_factory=list)
+
+
 class RequestSpans(EngineObserver):
     """Sends a span for each request that ends. Raises ImportError without the extra."""
 
     def __init__(self, model: str) -> None:
         # Imported here, so that engines without spans do not pay the tenth of a second that it takes.
-        from opentelemetry import trace
+        from opentelemetry import context, trace
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        self._api, self._model = trace, model
+        self._api, self._current_context, self._model = trace, context.get_current, model
         self._clock = time.monotonic
-        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override the service name.
-        resource = Resource.create().merge(Resource({SERVICE_NAME: "nanovllm"})).merge(OTELResourceDetector().detect())
+        self._requests: dict[str, _Request] = {}
         # A separate provider, since the global one belongs to the application. It is closed when the engine ends.
-        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-        self._tracer = self._provider.get_tracer("nanovllm")
-        self._ending = threading.Event()
-        # Started now, since Python starts no threads while it shuts down.
-        self._closer = threading.Thread(target=self._shut_down, name="nanovllm-spans", daemon=True)
-        self._closer.start()
+        provider = TracerProvider(resource=make_resource(), shutdown_on_exit=False)
+        provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+        self._tracer = provider.get_tracer(SCOPE, scope_version(), schema_url=SCHEMA_URL)
+        self._closer = Closer(provider.shutdown)
 
     def engine_started(self, start: EngineStart) -> None:
         self._clock = start.clock
 
-    def sequence_finished(self, sequence: Sequence) -> None:
-        self._record(sequence)
+    def request_added(self, sequence: Sequence) -> None:
+        name = sequence.parent_id or sequence.request_id
+        if name not in self._requests:
+            self._requests[name] = _Request(self._current_context())
+        self._requests[name].sequences.append(sequence)
 
-    def engine_failed(self, error: BaseException, lost: Iterable[Sequence], goes_on: bool) -> None:
-        for sequence in lost:
-            self._record(sequence, error)
+    def request_finished(self, end: RequestEnd) -> None:
+        request = self._requests.pop(end.request_id, None)
+        self._record(end, _Request(self._current_context()) if request is None else request)
 
     def engine_exiting(self, unfinished: Iterable[Sequence]) -> None:
         """Sends the remaining spans, for a few seconds at most."""
-        self._ending.set()
-        self._closer.join(_CLOSE_SECONDS)
+        self._closer.close()
 
-    def _record(self, sequence: Sequence, error: BaseException | None = None) -> None:
-        """Sends the span of a request that has ended. error: what ended it, if it failed.
-
-        Its parent is the caller's current span.
-        """
-        now = self._clock()
-        to_wall = time.time() - now
+    def _record(self, end: RequestEnd, request: _Request) -> None:
+        to_wall = time.time() - self._clock()
         span = self._tracer.start_span(
             f"text_completion {self._model}",
+            context=request.context,
             kind=self._api.SpanKind.INTERNAL,  # the convention for a model in the same process
-            attributes=self._attributes(sequence, error),
-            start_time=_nanoseconds(sequence.arrival + to_wall),
+            attributes={
+                name: value for name, value in self._attributes(end, request.sequences).items() if value is not None
+            },
+            start_time=_nanoseconds(end.arrival + to_wall),
         )
-        if sequence.first_token is not None:
-            span.add_event("nanovllm.first_token", timestamp=_nanoseconds(sequence.first_token + to_wall))
-        for moment in sequence.preempted_at:
-            span.add_event("nanovllm.preempted", timestamp=_nanoseconds(moment + to_wall))
-        if error is not None:
-            span.set_status(self._api.StatusCode.ERROR, repr(error))
-        end = now if sequence.finished is None else sequence.finished
-        span.end(_nanoseconds(end + to_wall))
+        if end.to_first_token is not None:
+            moment = end.arrival + end.to_first_token
+            span.add_event("nanovllm.first_token", timestamp=_nanoseconds(moment + to_wall))
+        for sequence in request.sequences:
+            for moment in sequence.preempted_at:
+                span.add_event("nanovllm.preempted", timestamp=_nanoseconds(moment + to_wall))
+        if end.cause in ("failed", "refused"):
+            span.set_status(self._api.StatusCode.ERROR, error_text(end.error))
+        finished = end.arrival if end.last is None else end.last.finished
+        span.end(_nanoseconds(finished + to_wall))
 
-    def _shut_down(self) -> None:
-        self._ending.wait()
-        self._provider.shutdown()  # sends what is queued, and may wait for the collector
-
-    def _attributes(self, sequence: Sequence, error: BaseException | None) -> dict[str, Any]:
-        params = sequence.params
+    def _attributes(self, end: RequestEnd, sequences: list[Sequence]) -> dict[str, Any]:
+        """Returns the attributes of a request; None for those that do not apply."""
+        failed = end.cause in ("failed", "refused")
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": "text_completion",
             "gen_ai.provider.name": "nanovllm",
             "gen_ai.request.model": self._model,
             "gen_ai.response.model": self._model,
-            "gen_ai.response.id": sequence.request_id,
+            "gen_ai.response.id": end.request_id,
+            "gen_ai.response.finish_reasons": [
+                "error" if each.cause == "failed" else each.finish_reason for each in end.completions
+            ]
+            or ["error"],
+            "error.type": type(end.error).__qualname__ if failed else None,
+            "nanovllm.cause": end.cause,
+        }
+        if not sequences:
+            return attributes
+        params, choices = sequences[0].params, len(sequences)
+        attributes |= {
             "gen_ai.request.temperature": float(params.temperature),
+            "gen_ai.request.top_p": float(params.top_p),
             "gen_ai.request.max_tokens": None if params.max_tokens is None else int(params.max_tokens),
             "gen_ai.request.seed": None if params.seed is None else int(params.seed),
-            "gen_ai.usage.input_tokens": sequence.num_prompt_tokens,
-            "gen_ai.usage.cache_read.input_tokens": sequence.num_cached_tokens or 0,
-            "gen_ai.response.finish_reasons": [sequence.finish_reason or "error"],
-            "error.type": None if error is None else type(error).__qualname__,
-            "nanovllm.preemptions": len(sequence.preempted_at),
+            "gen_ai.request.stop_sequences": list(params.stop) if params.stop else None,
+            "gen_ai.request.choice.count": choices if choices > 1 else None,
+            "gen_ai.usage.input_tokens": end.num_prompt_tokens,
+            "gen_ai.usage.cache_read.input_tokens": end.num_cached_tokens,
+            "gen_ai.usage.output_tokens": end.num_output_tokens,
+            "nanovllm.preemptions": sum(each.num_preemptions for each in end.completions),
         }
-        if sequence.finished is not None:
-            metrics = sequence.metrics()
+        if end.last is not None:
+            has_run = end.last.first_step is not None
             attributes |= {
-                "gen_ai.usage.output_tokens": metrics.num_output_tokens,
-                "nanovllm.queue_time": metrics.queue_time,  # seconds, like all times
-                "nanovllm.time_to_first_token": metrics.time_to_first_token,
-                "nanovllm.inter_token_latency": metrics.inter_token_latency,
-                "nanovllm.end_to_end": metrics.end_to_end,
+                "nanovllm.queue_time": end.last.times.queue if has_run else None,  # seconds, like all times
+                "nanovllm.time_to_first_token": end.to_first_token,
+                "nanovllm.inter_token_latency": end.inter_token_latency,
+                "nanovllm.end_to_end": end.last.finished - end.arrival,
             }
-        return {name: value for name, value in attributes.items() if value is not None}
+        return attributes
 
 
 def _nanoseconds(seconds: float) -> int:

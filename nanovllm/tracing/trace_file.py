@@ -1,4 +1,6 @@
-"""TraceFile: writes Chrome's trace format, which https://ui.perfetto.dev opens: slices on named tracks, and counters.
+"""TraceFile: writes Chrome's trace format, which https://ui.perfetto.dev opens.
+
+It has slices, moments and arrows on named tracks, and counters.
 
 The file is a JSON array of events. Every write leaves it complete, so it can be read even if the process is killed.
 Nothing here raises while the engine runs: what a full disk does not take is lost, and so is what exceeds the limit.
@@ -69,6 +71,19 @@ class TraceFile:
         event = {"ph": "X", "name": name, "pid": process, "tid": thread, "ts": begin}
         event["dur"] = round(max(_microseconds(end) - begin, 0.0), 3)
         self._add(event | ({"args": arguments} if arguments else {}))
+
+    def instant(self, process: int, thread: int, name: str, time: float, **arguments: Any) -> None:
+        """Adds a moment to a track."""
+        self._add(
+            {"ph": "i", "s": "t", "name": name, "pid": process, "tid": thread, "ts": _microseconds(time)}
+            | ({"args": arguments} if arguments else {})
+        )
+
+    def arrow(self, number: int, name: str, start: tuple[int, int], end: tuple[int, int], time: float) -> None:
+        """Adds an arrow between the slices that two tracks, each a process and a thread, have at `time`."""
+        for kind, (process, thread) in (("s", start), ("f", end)):
+            event = {"ph": kind, "cat": "flow", "id": number, "name": name, "pid": process, "tid": thread}
+            self._add({**event, "ts": _microseconds(time)} | ({"bp": "e"} if kind == "f" else {}))
 
     def counter(self, process: int, name: str, time: float, **values: float) -> None:
         """Adds the values of a counter at `time`."""

@@ -143,6 +143,12 @@ log_decode_interval = Variable(
 log_stats_interval = Variable(
     "NANOVLLM_LOG_STATS_INTERVAL", SECONDS, 10.0, "Seconds between the statistics lines of a busy engine."
 )
+log_slow_seconds = Variable(
+    "NANOVLLM_LOG_SLOW_SECONDS",
+    SECONDS,
+    5.0,
+    "A step, or a request's wait for its next token, that takes longer is a warning; at most one a minute.",
+)
 configure_logging = Variable(
     "NANOVLLM_CONFIGURE_LOGGING", SWITCH, True, "0: no handler is attached, no level is set, no log file is written."
 )
@@ -174,8 +180,8 @@ otlp_endpoint = Variable(
     "OTEL_EXPORTER_OTLP_ENDPOINT",
     URL,
     None,
-    "Sends a span for each request to this collector if OpenTelemetry's SDK is installed, which reads `OTEL_*` too.",
-    "no spans",
+    "Sends spans and metrics of requests to this collector if `nanovllm[otel]` is installed. Its SDK reads `OTEL_*`.",
+    "nothing is sent",
 )
 otlp_traces_endpoint = Variable(
     "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
@@ -183,6 +189,13 @@ otlp_traces_endpoint = Variable(
     None,
     "The same for spans only, with the full path: `http://localhost:4318/v1/traces`.",
     "no spans",
+)
+otlp_metrics_endpoint = Variable(
+    "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT",
+    URL,
+    None,
+    "The same for metrics only, with the full path: `http://localhost:4318/v1/metrics`.",
+    "no metrics",
 )
 omp_num_threads = Variable(
     "OMP_NUM_THREADS",

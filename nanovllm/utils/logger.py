@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -112,17 +113,36 @@ def log_communication(
     world_size: int,
     *,
     elapsed_ms: float | None = None,
+    wait_ms: float | None = None,
+    started: float | None = None,
+    step: int | None = None,
 ) -> None:
     """Logs a DEBUG line for a collective or a shared-memory message.
 
-    `tensor_shapes`: tensors or their shapes, in a list or by name, or the size of the message in bytes.
+    `tensor_shapes`: tensors or their shapes, in a list or by name, or the size of the message in bytes. `wait_ms`: the
+    part of `elapsed_ms` in which this rank waited for another. `started`: when this rank began, in seconds of
+    `time.monotonic`, which all processes of a machine share; `elapsed_ms` is then the time since. `step`: the step that
+    it belongs to.
     """
     if not logger.isEnabledFor(logging.DEBUG):
         return
+    if started is not None and elapsed_ms is None:
+        elapsed_ms = (time.monotonic() - started) * 1e3
     what = "bytes" if isinstance(tensor_shapes, int) else "shapes"
     size = shape_of(tensor_shapes)
-    fields = {"operation": operation, what: size, "rank": rank, "world_size": world_size, "elapsed_ms": elapsed_ms}
+    fields: dict[str, Any] = {
+        "operation": operation,
+        what: size,
+        "rank": rank,
+        "world_size": world_size,
+        "elapsed_ms": elapsed_ms,
+    }
+    known = {"wait_ms": wait_ms, "started": started, "step": step}
+    fields |= {name: value for name, value in known.items() if value is not None}
     details = f"{what}={size}" if elapsed_ms is None else f"{what}={size}, elapsed={elapsed_ms:.2f}ms"
+    if elapsed_ms is not None and wait_ms is not None:
+        fields["move_ms"] = elapsed_ms - wait_ms
+        details += f", of which waiting={wait_ms:.2f}ms"
     events.communication.emit(logger, logging.DEBUG, fields, place_of(sys._getframe(1)), details=details)
 
 

@@ -180,6 +180,18 @@ if __name__ == "__main__":
         assert {record["rank"] for record in records} == {rank}
         operations = {record["operation"] for record in records if record["event"] == "communication"}
         assert operations >= {"all_reduce", "all_gather"}
+        messages = [record for record in records if record["event"] == "communication"]
+        steps = [
+            record["step"] for record in messages if record["operation"] == ("receive STEP" if rank else "send STEP")
+        ]
+        assert steps == list(range(1, len(steps) + 1))
+        assert {record.get("step") for record in messages if record["operation"] == "all_reduce"} >= set(steps)
+        for record in messages:
+            if "wait_ms" in record:
+                assert 0 <= record["wait_ms"] <= record["elapsed_ms"]
+                assert record["move_ms"] == record["elapsed_ms"] - record["wait_ms"]
+        waits = [record["wait_ms"] for record in messages if record["operation"] == "receive STEP"]
+        assert all(wait is not None for wait in waits)
         told.append(operations)
     commands = {"JOIN", "STEP", "DIAGNOSE", "SYNCHRONIZE", "SHUTDOWN"}
     reports = {"ATTACHED", "READY", "ANSWER"}

@@ -9,7 +9,8 @@ import numpy as np
 from nanovllm import SamplingParams
 from nanovllm.engine.batch import ScheduledBatch, StepResult
 from nanovllm.engine.metrics import EngineMetrics
-from nanovllm.engine.observer import CollectedStep, Observers
+from nanovllm.engine.observer import CollectedStep, Shortage
+from nanovllm.engine.request_tracker import track_requests
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.scheduler_log import SchedulerLog
 from nanovllm.engine.sequence import Sequence
@@ -23,7 +24,7 @@ class Driver:
 
     def __init__(self, **config: object) -> None:
         self.metrics = EngineMetrics()
-        self.observers = Observers([self.metrics, SchedulerLog()])
+        self.observers = track_requests([self.metrics, SchedulerLog()])
         self.scheduler = Scheduler(make_config(**config), self.observers)
         self.max_model_len = self.scheduler.rows.token_ids.shape[1] - 1
         self.in_flight: deque[ScheduledBatch] = deque()
@@ -60,6 +61,9 @@ class Driver:
         assert batch is not None
         self.collect(token)
         return batch
+
+    def preempt(self, sequence: Sequence) -> None:
+        self.scheduler._preempt(sequence, Shortage(step=1, oldest=sequence, needed=1, free=0))
 
     def check(self) -> None:
         self.scheduler.block_manager.check_integrity(s.block_table for s in self.scheduler.rows.running())

@@ -410,6 +410,7 @@ def test_a_reset_prefix_cache_gives_no_hits() -> None:
 def test_start_up_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="nanovllm.engine.llm_engine")
     engine, _ = make_engine()
+    assert not engine.is_dead  # it is still referenced: its end is logged too
     assert engine.engine_id >= 0
     versions, *messages = caplog.messages
     assert versions.startswith("Versions: nanovllm=")

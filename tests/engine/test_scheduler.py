@@ -240,7 +240,7 @@ def test_abort_frees_everything(state: str) -> None:
     if state in ("in flight", "preempted"):
         driver.launch()
     if state == "preempted":
-        driver.scheduler._preempt(sequence)
+        driver.preempt(sequence)
     expected = {"waiting": SequenceStatus.WAITING, "prefilling": SequenceStatus.PREFILLING}
     expected |= {"preempted": SequenceStatus.PREEMPTED}
     assert sequence.status is expected.get(state, SequenceStatus.DECODING)
@@ -291,7 +291,7 @@ def test_what_comes_back_brings_its_own_tokens_and_counts_no_hit_on_itself() -> 
     prompts = [s.token_ids.tolist() for s in sequences]
     driver.step()
     for sequence in sequences:  # the first now gets the second's row
-        driver.scheduler._preempt(sequence)
+        driver.preempt(sequence)
     while driver.scheduler.has_unfinished:
         driver.step()
     assert [s.token_ids.tolist() for s in sequences] == [prompt + [TOKEN] * 4 for prompt in prompts]
@@ -303,7 +303,7 @@ def test_the_queue_is_in_order_of_arrival_whoever_leaves_first() -> None:
     sequences = [driver.add(4) for _ in range(3)]
     driver.launch()
     for index in (1, 0, 2):
-        driver.scheduler._preempt(sequences[index])
+        driver.preempt(sequences[index])
     driver.collect()
     assert list(driver.scheduler.waiting) == sequences
 

@@ -58,13 +58,18 @@ def test_preemption_lines(caplog: pytest.LogCaptureFixture) -> None:
         (
             "INFO",
             "Preempted seq_id=2: freed=1 blocks, 0 more when its steps in flight end, "
-            "5 tokens to compute again, free_blocks=1",
+            "5 tokens to compute again, free_blocks=1, for seq_id=0 (needed 3 blocks, 0 free)",
         ),
         (
             "INFO",
             "Preempted seq_id=1: freed=1 blocks, 0 more when its steps in flight end, "
-            "5 tokens to compute again, free_blocks=2",
+            "5 tokens to compute again, free_blocks=2, for seq_id=0 (needed 2 blocks, 1 free)",
         ),
+    ]
+    fields = [record.fields for record in caplog.records if record.event == "sequence.preempted"]
+    assert [(each["request_id"], each["for_request_id"], each["step"]) for each in fields] == [
+        ("r2", "r0", 2),
+        ("r1", "r0", 2),
     ]
     assert lines(caplog, "Scheduled DECODE")[0] == (
         "INFO",

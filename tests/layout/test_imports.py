@@ -43,6 +43,7 @@ LEVELS = [
         "nanovllm.inputs",
         "nanovllm.sampling_params",
         "nanovllm.outputs",
+        "nanovllm.metrics",
     ),
     ("nanovllm.utils", "nanovllm.logs"),
     ("nanovllm.errors",),

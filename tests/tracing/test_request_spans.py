@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
-from nanovllm import SamplingParams
-from nanovllm.tracing import request_spans
+from nanovllm import LLM, AsyncLLM, InvalidArgumentError, SamplingParams
+from nanovllm.tracing import otlp
 from tests.engine.test_llm_engine import greedy, make_engine, run
 
 pytest.importorskip("opentelemetry.sdk", reason="OpenTelemetry is not installed")
 
+from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from tests.processes import run_python
+from tests.processes import WATCHDOG, run_python
+
+METRICS = "/v1/metrics"
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -38,7 +43,7 @@ class Collector(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Receiver)
-        self.requests: list[tuple[str, dict[str, str], ExportTraceServiceRequest]] = []
+        self.requests: list[tuple[str, dict[str, str], Any]] = []
         self.answers = threading.Event()
         self.answers.set()
 
@@ -50,10 +55,20 @@ class Collector(ThreadingHTTPServer):
     def spans(self) -> dict[str, Span]:
         """By request id."""
         found = {}
-        for _, _, message in self.requests:
-            for resource in message.resource_spans:
+        for path, _, message in self.requests:
+            for resource in message.resource_spans if path != METRICS else ():
                 for scope in resource.scope_spans:
                     found.update({attributes_of(span)["gen_ai.response.id"]: span for span in scope.spans})
+        return found
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """By name, the data points of the last export."""
+        found = {}
+        for path, _, message in self.requests:
+            for resource in message.resource_metrics if path == METRICS else ():
+                for scope in resource.scope_metrics:
+                    found.update({metric.name: metric.histogram.data_points for metric in scope.metrics})
         return found
 
 
@@ -63,7 +78,8 @@ class Receiver(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.answers.wait(60)
-        self.server.requests.append((self.path, dict(self.headers), ExportTraceServiceRequest.FromString(body)))
+        kind = ExportMetricsServiceRequest if self.path == METRICS else ExportTraceServiceRequest
+        self.server.requests.append((self.path, dict(self.headers), kind.FromString(body)))
         self.send_response(200)
         self.end_headers()
 
@@ -98,11 +114,20 @@ def collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collector]:
 def test_a_request_is_a_span(collector: Collector) -> None:
     before = time.time()
     engine, _ = make_engine(max_num_seqs=1)
-    engine.add_request("a", [1, 2, 3], SamplingParams(temperature=0.5, max_tokens=4, ignore_eos=True, seed=7))
+    engine.add_request(
+        "a", [1, 2, 3], SamplingParams(temperature=0.5, max_tokens=4, top_p=0.9, ignore_eos=True, seed=7)
+    )
     engine.add_request("b", [4], greedy(1))
     outputs = run(engine)
     engine.exit()
-    assert {path for path, _, _ in collector.requests} == {"/v1/traces"}
+    assert {path for path, _, _ in collector.requests} == {"/v1/traces", METRICS}
+    (scope,) = {
+        (scope.schema_url, scope.scope.name, scope.scope.version)
+        for path, _, message in collector.requests
+        for resource in (message.resource_metrics if path == METRICS else message.resource_spans)
+        for scope in (resource.scope_metrics if path == METRICS else resource.scope_spans)
+    }
+    assert scope == (otlp.SCHEMA_URL, "nanovllm", otlp.scope_version() or "")
     assert collector.spans.keys() == {"a", "b"}
     span, metrics = collector.spans["a"], outputs["a"].metrics
     assert span.name == "text_completion simulated"
@@ -115,14 +140,16 @@ def test_a_request_is_a_span(collector: Collector) -> None:
         "gen_ai.response.model": "simulated",
         "gen_ai.response.id": "a",
         "gen_ai.request.temperature": 0.5,
+        "gen_ai.request.top_p": 0.9,
         "gen_ai.request.max_tokens": 4,
         "gen_ai.request.seed": 7,
         "gen_ai.usage.input_tokens": 3,
         "gen_ai.usage.cache_read.input_tokens": 0,
         "gen_ai.usage.output_tokens": 4,
         "gen_ai.response.finish_reasons": ["length"],
+        "nanovllm.cause": "length",
         "nanovllm.preemptions": 0,
-        "nanovllm.queue_time": metrics.queue_time,
+        "nanovllm.queue_time": metrics.first_scheduled - metrics.arrival,
         "nanovllm.time_to_first_token": metrics.time_to_first_token,
         "nanovllm.inter_token_latency": metrics.inter_token_latency,
         "nanovllm.end_to_end": metrics.end_to_end,
@@ -192,6 +219,100 @@ def test_the_caller_s_span_is_the_parent(collector: Collector) -> None:
     assert collector.spans["a"].parent_span_id == mine.get_span_context().span_id.to_bytes(8, "big")
 
 
+def test_the_span_is_that_of_the_caller_who_added_the_request(collector: Collector) -> None:
+    from opentelemetry.sdk.trace import TracerProvider
+
+    tracer = TracerProvider().get_tracer("application")
+    engine, _ = make_engine()
+    with tracer.start_as_current_span("adds") as adds:
+        engine.add_request("a", [1], greedy(2))
+    with tracer.start_as_current_span("steps"):
+        run(engine)
+    engine.exit()
+    assert collector.spans["a"].parent_span_id == adds.get_span_context().span_id.to_bytes(8, "big")
+
+
+def test_the_span_of_a_coroutine_is_that_of_its_task(collector: Collector, caplog: pytest.LogCaptureFixture) -> None:
+    from opentelemetry.sdk.trace import TracerProvider
+
+    tracer = TracerProvider().get_tracer("application")
+    parents: dict[str, int] = {}
+
+    async def one(engine: AsyncLLM, name: str) -> None:
+        with tracer.start_as_current_span(name) as span:
+            parents[name] = span.get_span_context().span_id
+            prompt = [] if name == "refused" else [1, 2, 3]
+            params = SamplingParams(max_tokens=3, ignore_eos=True)
+            with suppress(InvalidArgumentError):
+                async for _ in engine.generate(prompt, params, name):
+                    await asyncio.sleep(0)
+
+    async def all_of(engine: AsyncLLM) -> None:
+        await asyncio.gather(*(one(engine, name) for name in ("a", "b", "refused")))
+
+    with caplog.at_level(logging.INFO, "nanovllm"), AsyncLLM("tiny", device="cpu", max_model_len=64) as engine:
+        asyncio.run(asyncio.wait_for(all_of(engine), WATCHDOG))
+    spans = collector.spans
+    assert {name: int.from_bytes(span.parent_span_id, "big") for name, span in spans.items()} == parents
+    assert spans["refused"].status.code == Status.STATUS_CODE_ERROR
+    assert attributes_of(spans["refused"])["error.type"] == "InvalidArgumentError"
+    records = [record for record in caplog.records if record.event == "request.finished"]  # type: ignore[attr-defined]
+    assert {record.fields["request_id"]: int(record.fields["span_id"], 16) for record in records} == parents  # type: ignore[attr-defined]
+    traces = {record.fields["request_id"]: record.fields["trace_id"] for record in records}  # type: ignore[attr-defined]
+    assert traces == {name: span.trace_id.hex() for name, span in spans.items()}
+
+
+def test_a_request_with_several_completions_is_one_span(collector: Collector) -> None:
+    engine, _ = make_engine()
+    engine.add_request("several", [1, 2], SamplingParams(n=3, seed=1, max_tokens=2, ignore_eos=True))
+    run(engine)
+    engine.exit()
+    (span,) = collector.spans.values()
+    attributes = attributes_of(span)
+    assert attributes["gen_ai.response.id"] == "several"
+    assert attributes["gen_ai.request.choice.count"] == 3
+    assert attributes["gen_ai.response.finish_reasons"] == ["length"] * 3
+    assert attributes["gen_ai.usage.output_tokens"] == 6
+
+
+def test_stop_strings_are_attributes(collector: Collector) -> None:
+    with LLM("tiny", device="cpu", max_model_len=64) as llm:
+        llm.generate("count", SamplingParams(max_tokens=2, stop=["three", "four"]), use_tqdm=False)
+    (span,) = collector.spans.values()
+    assert attributes_of(span)["gen_ai.request.stop_sequences"] == ["three", "four"]
+
+
+def test_the_metrics_of_requests(collector: Collector) -> None:
+    engine, executor = make_engine()
+    for name in ("a", "b"):
+        engine.add_request(name, [1, 2, 3], greedy(4))
+    outputs = run(engine)
+    engine.add_request("lost", [1], greedy(4))
+    executor.failures["collect"] = RuntimeError("the device failed")
+    with pytest.raises(RuntimeError):
+        engine.step()
+    engine.exit()
+    metrics = collector.metrics
+    assert metrics.keys() == {
+        "gen_ai.server.request.duration",
+        "gen_ai.server.time_to_first_token",
+        "gen_ai.server.time_per_output_token",
+    }
+    fine, failed = sorted(metrics["gen_ai.server.request.duration"], key=lambda point: len(point.attributes))
+    assert (fine.count, failed.count) == (2, 1)
+    assert attributes_of(failed)["error.type"] == "RuntimeError"
+    assert attributes_of(fine) == {
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.provider.name": "nanovllm",
+        "gen_ai.request.model": "simulated",
+        "gen_ai.response.model": "simulated",
+    }
+    assert fine.sum == pytest.approx(sum(output.metrics.end_to_end for output in outputs.values()))
+    (first,) = metrics["gen_ai.server.time_to_first_token"]
+    assert first.count == 2
+    assert list(first.explicit_bounds)[:3] == [0.001, 0.005, 0.01]
+
+
 @pytest.mark.parametrize("name", ["nanovllm", "shop"])
 def test_the_standard_variables_hold(collector: Collector, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     if name != "nanovllm":
@@ -204,7 +325,7 @@ def test_the_standard_variables_hold(collector: Collector, monkeypatch: pytest.M
     engine.add_request("a", [1], greedy(2))
     run(engine)
     engine.exit()
-    (path, headers, message) = collector.requests[0]
+    ((path, headers, message),) = collector.requests  # metrics have an endpoint of their own
     assert path == "/elsewhere"
     assert headers["x-key"] == "secret"
     resource = attributes_of(message.resource_spans[0].resource)
@@ -217,7 +338,7 @@ def test_a_collector_that_does_not_answer_holds_nobody_up(
 ) -> None:
     if way == "absent":
         monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(request_spans, "_CLOSE_SECONDS", 0.3)
+    monkeypatch.setattr(otlp, "CLOSE_SECONDS", 0.3)
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")  # posts at once
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")  # and is full soon
     collector.answers.clear()
@@ -257,11 +378,14 @@ def test_nothing_is_imported_where_nobody_asked() -> None:
 def test_without_the_extra_a_line_says_what_to_install(
     collector: Collector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    for name in ("opentelemetry", "opentelemetry.sdk.metrics"):
+        monkeypatch.setitem(sys.modules, name, None)
     with caplog.at_level(logging.INFO, "nanovllm"):
         engine, _ = make_engine()
     engine.add_request("a", [1], greedy(2))
     assert run(engine).keys() == {"a"}
     engine.exit()
     assert f"No spans go to {collector.url}: pip install opentelemetry-sdk " in caplog.text
+    assert f"No spans go to {collector.url}: pip install 'nanovllm[otel]'" in caplog.text
+    assert f"No metrics go to {collector.url}: pip install 'nanovllm[otel]'" in caplog.text
     assert not collector.requests

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections import defaultdict
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def read(path: Path) -> list[Event]:
     slices = defaultdict(list)
     counters = defaultdict(list)
     for event in events:
-        assert event["ph"] in "MXC"
+        assert event["ph"] in "MXCisf"
         if event["ph"] == "X":
             slices[event["pid"], event["tid"]].append(event)
         elif event["ph"] == "C":
@@ -55,6 +57,11 @@ def read(path: Path) -> list[Event]:
             open_ends.append(end)
     for times in counters.values():
         assert times == sorted(times)
+    for event in events:
+        if event["ph"] in "sf":  # an arrow binds to the slice that its track has at that moment
+            assert any(
+                each["ts"] <= event["ts"] <= each["ts"] + each["dur"] for each in slices[event["pid"], event["tid"]]
+            )
     return events
 
 
@@ -83,7 +90,17 @@ def test_steps_requests_and_counters(path: Path, depth: int) -> None:
     assert sum(event["tid"] < 100 for event in steps) == sum(event["tid"] == 100 for event in steps) == num_steps
     assert {event["dur"] for event in steps if event["tid"] == 100} == {750_000.0}
     assert len(named(events, "wait")) == len(named(events, "update")) == len(named(events, "launch")) == num_steps
-    assert sum(event["name"] == "preempted" for event in events) == num_preemptions > 0
+    assert len(named(events, "preempted")) == num_preemptions > 0
+    instants = [event for event in events if event["ph"] == "i" and event["name"] == "preempted"]
+    assert len(instants) == num_preemptions
+    for event in [*named(events, "preempted"), *instants]:
+        assert event["args"]["needed"] > event["args"]["free"]
+        assert event["args"]["for_request_id"] in ("a", "b")
+    assert {name for event in steps for name in event["args"]["requests"]} == {"a", "b", "c"}
+    starts, ends = ([event for event in events if event["ph"] == kind] for kind in "sf")
+    assert len(starts) == len(ends) == 3 + num_preemptions  # one for each admission
+    assert {event["pid"] for event in starts} == {3}
+    assert {event["pid"] for event in ends} == {2}
     (a,) = named(events, "a (length)")
     parts = [event for event in events if event["ph"] == "X" and event["pid"] == 3 and event["tid"] == a["tid"]]
     assert [event["name"] for event in parts[:4]] == ["a (length)", "queued", "prefill", "decode"]
@@ -91,6 +108,35 @@ def test_steps_requests_and_counters(path: Path, depth: int) -> None:
     assert a["args"]["num_output_tokens"] == 12
     last = [event for event in events if event["name"] == "KV cache blocks"][-1]
     assert last["args"] == {"used": 0, "free": 8}
+
+
+def test_the_start_and_the_time_of_day_are_there(path: Path) -> None:
+    before = time.time()
+    engine, _ = make_engine()
+    engine.exit()
+    events = read(path)
+    (whole,) = named(events, "start-up")
+    (part,) = named(events, "tokenizer")
+    assert whole["ts"] <= part["ts"] <= part["ts"] + part["dur"] <= whole["ts"] + whole["dur"]
+    (anchor,) = (event for event in events if event["name"].startswith("wall clock "))
+    assert before <= datetime.fromisoformat(anchor["args"]["utc"]).timestamp() <= time.time()
+    assert anchor["ts"] == pytest.approx(anchor["args"]["monotonic"] * 1e6, abs=1)
+
+
+def test_an_abort_is_a_moment_of_its_request(path: Path) -> None:
+    engine, _ = make_engine()
+    for name in ("aborted", "left"):
+        engine.add_request(name, [1, 2, 3], greedy(9))
+    engine.step()
+    engine.abort_request("aborted")
+    engine.discard_requests(["left"])
+    run(engine)
+    engine.exit()
+    moments = [event for event in read(path) if event["ph"] == "i" and event["pid"] == 3]
+    assert [(event["name"], event["args"]["request_id"]) for event in moments] == [
+        ("abort", "aborted"),
+        ("left", "left"),
+    ]
 
 
 def test_requests_lie_one_after_another_where_they_can(path: Path) -> None:

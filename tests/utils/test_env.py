@@ -22,11 +22,13 @@ DEFAULTS = [
     ("NANOVLLM_TRACE_MAX_MB", env.trace_max_mb, 1000),
     ("NANOVLLM_LOG_PROMPTS", env.log_prompts, False),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, 10.0),
+    ("NANOVLLM_LOG_SLOW_SECONDS", env.log_slow_seconds, 5.0),
     ("NANOVLLM_TRACE_FILE", env.trace_file, None),
     ("NANOVLLM_TRACE_FUNCTION", env.trace_function, None),
     ("NO_COLOR", env.no_color, False),
     ("OTEL_EXPORTER_OTLP_ENDPOINT", env.otlp_endpoint, None),
     ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", env.otlp_traces_endpoint, None),
+    ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", env.otlp_metrics_endpoint, None),
     ("OMP_NUM_THREADS", env.omp_num_threads, False),
     ("MKL_NUM_THREADS", env.mkl_num_threads, False),
     ("OMP_WAIT_POLICY", env.omp_wait_policy, False),
@@ -48,6 +50,7 @@ VALUES = [
     ("NANOVLLM_TRACE_MAX_MB", env.trace_max_mb, "5", 5),
     ("NANOVLLM_LOG_PROMPTS", env.log_prompts, "1", True),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "0.5", 0.5),
+    ("NANOVLLM_LOG_SLOW_SECONDS", env.log_slow_seconds, "0.5", 0.5),
     ("NANOVLLM_TRACE_FILE", env.trace_file, "trace.json", Path("trace.json")),
     ("NANOVLLM_TRACE_FUNCTION", env.trace_function, "1", Path("nanovllm_trace_rank0.txt")),
     ("NANOVLLM_TRACE_FUNCTION", env.trace_function, "0", None),
@@ -55,6 +58,7 @@ VALUES = [
     ("NO_COLOR", env.no_color, "0", True),
     ("OTEL_EXPORTER_OTLP_ENDPOINT", env.otlp_endpoint, "http://localhost:4318", "http://localhost:4318"),
     ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", env.otlp_traces_endpoint, "http://a/v1/traces", "http://a/v1/traces"),
+    ("OTEL_EXPORTER_OTLP_METRICS_ENDPOINT", env.otlp_metrics_endpoint, "http://a/v1/metrics", "http://a/v1/metrics"),
 ]
 
 BAD_VALUES = [
@@ -76,6 +80,7 @@ BAD_VALUES = [
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "0"),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "nan"),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "10s"),
+    ("NANOVLLM_LOG_SLOW_SECONDS", env.log_slow_seconds, "0"),
 ]
 
 

@@ -1,0 +1,1 @@
+"""vLLM's place of the metrics that `LLM.get_metrics` returns."""
