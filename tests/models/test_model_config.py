@@ -169,7 +169,9 @@ def test_longest_contexts() -> None:
         (changed(rms_norm_eps=0), "rms_norm_eps=0.*a number > 0, at most 1"),
         (changed(num_hidden_layers=10**7), "num_hidden_layers=10000000.*from 1 to 1024"),
         (changed(head_dim=10**9), "head_dim=1000000000.*from 1 to 1024"),
-        (changed(max_position_embeddings=10**12), "max_position_embeddings=10{12}.*from 1 to 16777216"),
+        (changed(max_position_embeddings=10**12), "max_position_embeddings=10{12}.*from 2 to 16777216"),
+        (changed(max_position_embeddings=1), "max_position_embeddings=1 .*from 2 to"),
+        (changed(use_sliding_window=True, sliding_window=4096, max_window_layers=0), "use_sliding_window=True"),
         (changed(vocab_size=2**31), "vocab_size=2147483648.*from 1 to 16777216"),
         (changed(hidden_size=-1), "hidden_size=-1.*from 1 to"),
         (changed(intermediate_size=3072.0), "intermediate_size=3072.0.*an integer from 1 to"),
@@ -300,7 +302,7 @@ def check_resolves_or_is_refused(config: dict[str, Any], *others: dict[str, Any]
         text = str(error)
     else:
         text = ""
-        assert 2 <= resolved.max_context_len <= MAX_POSITIONS or resolved.max_position_embeddings == 1
+        assert 2 <= resolved.max_context_len <= MAX_POSITIONS
         inv_freq, scaling = rope_frequencies(resolved.head_dim, resolved.rope)
         assert inv_freq.isfinite().all()
         assert 0 < scaling < float("inf")
