@@ -18,6 +18,7 @@ from nanovllm.models.model_config import _KNOWN_FIELDS, BUILTIN_SHAPES, ModelCon
 from nanovllm.models.rope_fields import _FIELDS, MAX_POSITIONS, ROPE_TYPES
 from tests.models.qwen3_checkpoints import VARIANTS, make_qwen3_checkpoint
 from tests.processes import run_python
+from tests.properties import examples
 
 # Qwen/Qwen3-0.6B as published.
 QWEN3_06B: dict[str, Any] = {
@@ -310,14 +311,14 @@ def check_resolves_or_is_refused(config: dict[str, Any], *others: dict[str, Any]
     assert not text or (text.endswith(".") and len(text) < 1000), text
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(2000), deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted({*_KNOWN_FIELDS, *QWEN3_06B})), ODD, min_size=1, max_size=3))
 def test_any_value_of_a_field_is_understood_or_refused(fields: dict[str, Any]) -> None:
     check_resolves_or_is_refused(changed(**fields))
     check_resolves_or_is_refused(QWEN3_06B, {}, {name: fields[name] for name in fields if name in _KNOWN_FIELDS})
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(2000), deadline=None)
 @given(
     st.sampled_from(ROPE_TYPES),
     st.dictionaries(
@@ -329,13 +330,13 @@ def test_any_rope_scaling_is_understood_or_refused(rope_type: str, fields: dict[
     check_resolves_or_is_refused(changed(rope_scaling={"rope_type": rope_type, **fields}))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(800), deadline=None)
 @given(ODD)
 def test_any_generation_config_is_understood_or_refused(value: Any) -> None:
     check_resolves_or_is_refused(QWEN3_06B, {"eos_token_id": value})
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(800), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.one_of(st.binary(max_size=50), st.recursive(ODD, st.lists, max_leaves=5).map(lambda v: json.dumps(v).encode()))
 )
