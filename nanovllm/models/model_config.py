@@ -30,17 +30,18 @@ _ROPE_FIELDS = (
     "partial_rotary_factor",
     "original_max_position_embeddings",
 )
-# The largest values: several times those of published models, so that what is built from them stays within bounds.
-_MOST = {
-    "vocab_size": 1 << 24,
-    "hidden_size": 1 << 18,
-    "intermediate_size": 1 << 20,
-    "num_hidden_layers": 1 << 10,
-    "num_attention_heads": 1 << 12,
-    "num_key_value_heads": 1 << 12,
-    "head_dim": 1 << 10,
-    "max_position_embeddings": MAX_POSITIONS,
-    "max_window_layers": 1 << 10,
+# The smallest and the largest value of each number: what is built from them stays within bounds, and no published model
+# comes near the largest.
+_RANGES = {
+    "vocab_size": (1, 1 << 24),
+    "hidden_size": (1, 1 << 18),
+    "intermediate_size": (1, 1 << 20),
+    "num_hidden_layers": (1, 1 << 10),
+    "num_attention_heads": (1, 1 << 12),
+    "num_key_value_heads": (1, 1 << 12),
+    "head_dim": (1, 1 << 10),
+    "max_position_embeddings": (2, MAX_POSITIONS),  # a prompt and an output of one token each
+    "max_window_layers": (0, 1 << 10),
 }
 # Every field of config.json that is read below, and that hf_overrides may name.
 _KNOWN_FIELDS = (
@@ -175,8 +176,9 @@ class _Fields:
     def count(self, name: str, default: int | None = None) -> int:
         value = self.values.get(name, self.defaults.get(name))
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MOST[name]:
-            raise self.unsupported(name, f"an integer from 1 to {_MOST[name]}")
+        lowest, highest = _RANGES[name]
+        if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+            raise self.unsupported(name, f"an integer from {lowest} to {highest}")
         return value
 
     def fraction(self, name: str, default: float) -> float:

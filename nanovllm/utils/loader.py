@@ -190,8 +190,8 @@ def _open_checkpoint(model: nn.Module, folder: Path, redundant: frozenset[str]) 
 
 
 def _open(path: Path) -> Any:
+    check_file(path)
     try:
-        check_file(path)
         return safe_open(path, framework="pt", device="cpu")
     except Exception as error:  # the library's own exception type, or OSError
         raise ModelLoadError(

@@ -119,6 +119,16 @@ def test_ranks_agree_on_it(broken: Path, expected: list[list[int]]) -> None:
         check_both_kinds(llm, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"enforce_eager": True}, {"kv_cache_dtype": "fp8"}])
+def test_on_a_gpu(broken: Path, healthy: Path, settings: dict[str, Any]) -> None:
+    on_gpu = {"device": "cuda", "attention_backend": "triton", "dtype": "float32", **settings}
+    with load(healthy, **on_gpu) as llm:
+        expected = token_ids(generate(llm, HEALTHY, PARAMS))
+    with load(broken, **on_gpu) as llm:
+        check_both_kinds(llm, expected)
+
+
 def test_an_asynchronous_request_raises_it(broken: Path) -> None:
     async def run() -> None:
         engine = AsyncLLM(str(broken), device="cpu", skip_tokenizer_init=True, num_kvcache_blocks=64)

@@ -14,6 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from nanovllm.layers.rotary_embedding import build_cos_sin_cache, rope_frequencies
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.rope_fields import read_rope_parameters
+from tests.properties import examples
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
@@ -67,7 +68,7 @@ def positive(lowest: float, highest: float) -> st.SearchStrategy[float]:
     return st.one_of(st.floats(lowest, highest), st.integers(int(lowest) + 1, int(highest)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(1200), deadline=None)
 @given(
     st.fixed_dictionaries(
         {"factor": positive(1, 64), "original_max_position_embeddings": st.integers(8, 512)},

@@ -18,6 +18,7 @@ from nanovllm.models.model_config import _KNOWN_FIELDS, BUILTIN_SHAPES, ModelCon
 from nanovllm.models.rope_fields import _FIELDS, MAX_POSITIONS, ROPE_TYPES
 from tests.models.qwen3_checkpoints import VARIANTS, make_qwen3_checkpoint
 from tests.processes import run_python
+from tests.properties import examples
 
 # Qwen/Qwen3-0.6B as published.
 QWEN3_06B: dict[str, Any] = {
@@ -169,7 +170,9 @@ def test_longest_contexts() -> None:
         (changed(rms_norm_eps=0), "rms_norm_eps=0.*a number > 0, at most 1"),
         (changed(num_hidden_layers=10**7), "num_hidden_layers=10000000.*from 1 to 1024"),
         (changed(head_dim=10**9), "head_dim=1000000000.*from 1 to 1024"),
-        (changed(max_position_embeddings=10**12), "max_position_embeddings=10{12}.*from 1 to 16777216"),
+        (changed(max_position_embeddings=10**12), "max_position_embeddings=10{12}.*from 2 to 16777216"),
+        (changed(max_position_embeddings=1), "max_position_embeddings=1 .*from 2 to"),
+        (changed(use_sliding_window=True, sliding_window=4096, max_window_layers=0), "use_sliding_window=True"),
         (changed(vocab_size=2**31), "vocab_size=2147483648.*from 1 to 16777216"),
         (changed(hidden_size=-1), "hidden_size=-1.*from 1 to"),
         (changed(intermediate_size=3072.0), "intermediate_size=3072.0.*an integer from 1 to"),
@@ -300,7 +303,7 @@ def check_resolves_or_is_refused(config: dict[str, Any], *others: dict[str, Any]
         text = str(error)
     else:
         text = ""
-        assert 2 <= resolved.max_context_len <= MAX_POSITIONS or resolved.max_position_embeddings == 1
+        assert 2 <= resolved.max_context_len <= MAX_POSITIONS
         inv_freq, scaling = rope_frequencies(resolved.head_dim, resolved.rope)
         assert inv_freq.isfinite().all()
         assert 0 < scaling < float("inf")
@@ -308,14 +311,14 @@ def check_resolves_or_is_refused(config: dict[str, Any], *others: dict[str, Any]
     assert not text or (text.endswith(".") and len(text) < 1000), text
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(2000), deadline=None)
 @given(st.dictionaries(st.sampled_from(sorted({*_KNOWN_FIELDS, *QWEN3_06B})), ODD, min_size=1, max_size=3))
 def test_any_value_of_a_field_is_understood_or_refused(fields: dict[str, Any]) -> None:
     check_resolves_or_is_refused(changed(**fields))
     check_resolves_or_is_refused(QWEN3_06B, {}, {name: fields[name] for name in fields if name in _KNOWN_FIELDS})
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=examples(2000), deadline=None)
 @given(
     st.sampled_from(ROPE_TYPES),
     st.dictionaries(
@@ -327,13 +330,13 @@ def test_any_rope_scaling_is_understood_or_refused(rope_type: str, fields: dict[
     check_resolves_or_is_refused(changed(rope_scaling={"rope_type": rope_type, **fields}))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(800), deadline=None)
 @given(ODD)
 def test_any_generation_config_is_understood_or_refused(value: Any) -> None:
     check_resolves_or_is_refused(QWEN3_06B, {"eos_token_id": value})
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(800), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.one_of(st.binary(max_size=50), st.recursive(ODD, st.lists, max_leaves=5).map(lambda v: json.dumps(v).encode()))
 )
