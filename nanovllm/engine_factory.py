@@ -12,6 +12,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.metrics import StatisticsLine
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine.scheduler_log import SchedulerLog
+from nanovllm.errors import OutOfMemoryError
 from nanovllm.tracing.request_spans import open_request_spans
 from nanovllm.tracing.timeline import Timeline
 from nanovllm.utils import env
@@ -22,9 +23,15 @@ from nanovllm.utils.stopwatch import Stopwatch
 def make_engine(config: EngineConfig) -> LLMEngine:
     """Returns an engine with the executor and the observers that the configuration and the environment ask for.
 
-    Raises what loading the model raises, and InvalidArgumentError for an environment variable that is not allowed.
+    Raises what loading the model raises, OutOfMemoryError when this process gets too little memory, and
+    InvalidArgumentError for an environment variable that is not allowed.
     """
-    return LLMEngine(config, make_executor, default_observers(config))
+    try:
+        return LLMEngine(config, make_executor, default_observers(config))
+    except MemoryError as error:
+        raise OutOfMemoryError(
+            "This process gets too little memory to start an engine. Raise its limit (`ulimit -v`, the container's)."
+        ) from error
 
 
 def make_executor(config: EngineConfig, stopwatch: Stopwatch) -> Executor:

@@ -31,7 +31,7 @@ _LEAVE_SECONDS = 5.0
 
 
 def open_server(config: EngineConfig) -> Any:
-    """Returns the store's server; its `port` is for `open_store`. The server and its connections end with the object."""
+    """Returns the store's server; its `port` is for `open_store`. It closes, with its connections, with the object."""
     with socket.create_server((_HOST, 0)) as listener:  # TCPStore itself would listen on all interfaces
         port = listener.getsockname()[1]
         return _tcp_store(config, port, is_master=True, master_listen_fd=listener.detach())

@@ -1,9 +1,10 @@
-"""Checks that this process can start several ranks, before it starts one: otherwise a rank would fail, or never react."""
+"""Checks that this process can start several ranks, before one of them fails or hangs for another reason."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import resource
 import socket
 import sys
 from pathlib import Path
@@ -11,11 +12,12 @@ from pathlib import Path
 from nanovllm.errors import InvalidArgumentError
 
 _DESCRIPTORS, _DESCRIPTORS_PER_RANK = 32, 8  # more than rank 0 opens while it starts
+_ADDRESS_SPACE = 1_000_000_000  # bytes; about what a small model and the threads of gloo take beside torch
 
 
 def check_start_conditions(num_ranks: int) -> None:
     """Raises InvalidArgumentError, which says what to do, if this process cannot start `num_ranks` ranks."""
-    for problem in (_daemon(), _script(), _loopback(), _descriptors(num_ranks)):
+    for problem in (_daemon(), _script(), _loopback(), _descriptors(num_ranks), _address_space()):
         if problem is not None:
             raise InvalidArgumentError("tensor_parallel_size", num_ranks, *problem)
 
@@ -28,6 +30,9 @@ def _daemon() -> tuple[str, str] | None:
 
 
 def _script() -> tuple[str, str] | None:
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        hint = "What the script does must stand below if __name__ == '__main__', because each rank reads the script."
+        return "1 while another process reads the script", hint
     main = sys.modules["__main__"]
     path = getattr(main, "__file__", None)
     if path is None or getattr(main, "__spec__", None) is not None or Path(path).exists():
@@ -53,3 +58,14 @@ def _descriptors(num_ranks: int) -> tuple[str, str] | None:
     if free >= needed:
         return None
     return f"1 with {free} free file descriptors", f"It needs {needed}: raise the limit, as with `ulimit -n 1024`."
+
+
+def _address_space() -> tuple[str, str] | None:
+    limit, statm = resource.getrlimit(resource.RLIMIT_AS)[0], Path("/proc/self/statm")
+    if limit == resource.RLIM_INFINITY or not statm.exists():
+        return None
+    free = limit - int(statm.read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    if free >= _ADDRESS_SPACE:
+        return None
+    hint = f"Each rank needs {_ADDRESS_SPACE / 1e9:g} GB and the model: raise the limit, as with `ulimit -v unlimited`."
+    return f"1 with {free / 1e9:.2f} GB of free address space", hint

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from nanovllm import ChannelError, InvalidArgumentError
+from nanovllm import ChannelError, InvalidArgumentError, OutOfMemoryError, WorkerError
 from nanovllm.distributed.shm_channel import ChannelWriter
 from tests.distributed.rank_processes import ONLY_LINUX, SHARED_MEMORY, folder, nothing_stays_behind, segments
 from tests.processes import run_python
@@ -32,15 +32,57 @@ def refused(match: str) -> Iterator[None]:
     assert multiprocessing.active_children() == before
 
 
-def test_few_descriptors(folder: Path) -> None:
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    used = len(os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 20, limits[1]))
+@contextmanager
+def limited(kind: int, value: int) -> Iterator[None]:
+    limits = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, limits[1]))
     try:
-        with refused(r"with \d+ free file descriptors. It needs 48: raise the limit, as with `ulimit -n 1024`"):
-            load(folder, tensor_parallel_size=2)
+        yield
     finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        resource.setrlimit(kind, limits)
+
+
+def test_few_descriptors(folder: Path) -> None:
+    few = len(os.listdir("/proc/self/fd")) + 20
+    match = r"with \d+ free file descriptors. It needs 48: raise the limit, as with `ulimit -n 1024`"
+    with limited(resource.RLIMIT_NOFILE, few), refused(match):
+        load(folder, tensor_parallel_size=2)
+
+
+def test_little_address_space(folder: Path) -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    match = r"with 0\.\d+ GB of free address space. Each rank needs 1 GB and the model: raise the limit, as with"
+    with limited(resource.RLIMIT_AS, used + 800_000_000), refused(match):
+        load(folder, tensor_parallel_size=2)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_no_memory_left(folder: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    def full(*arguments: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("nanovllm.runner.startup.load_weights", full)
+    with pytest.raises(OutOfMemoryError, match=r"This process gets too little memory to start an engine. Raise its"):
+        load(folder, tensor_parallel_size=size)
+
+
+def test_no_further_process(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr("multiprocessing.context.SpawnProcess._Popen", full)
+    with pytest.raises(WorkerError, match=r"Rank 1 cannot be started \(Resource temporarily .* raise its limits"):
+        load(folder, tensor_parallel_size=2)
+
+
+def test_a_script_without_a_guard(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text(f"from tests.small_llm import *\nload({str(folder)!r}, tensor_parallel_size=2)")
+    run = run_python(str(path), NANOVLLM_LOG_LEVEL="ERROR")
+    assert run.returncode == 1
+    assert "tensor_parallel_size=2 is not allowed: it must be 1 while another process reads the script." in run.stderr
+    assert "freeze_support" not in run.stderr
+    assert run.stderr.splitlines()[-1].endswith("must stand below if __name__ == '__main__'.")
 
 
 def test_no_loopback_network(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,8 +105,8 @@ def test_a_script_on_standard_input(folder: Path) -> None:
     run = run_python("-", stdin=script, NANOVLLM_LOG_LEVEL="ERROR")
     assert run.returncode == 1
     assert run.stderr.splitlines()[-1].endswith(
-        "tensor_parallel_size=2 is not allowed: it must be 1 for a script that is not a file (<stdin>). Each rank reads "
-        "the script: write it to a file."
+        "tensor_parallel_size=2 is not allowed: it must be 1 for a script that is not a file (<stdin>). Each rank "
+        "reads the script: write it to a file."
     )
     assert run.stderr.count("Traceback") == 1
 
