@@ -14,6 +14,7 @@ from nanovllm.engine.in_process_executor import InProcessExecutor
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine.scheduler_log import SchedulerLog
 from nanovllm.engine.statistics_log import StatisticsLine
+from nanovllm.errors import OutOfMemoryError
 from nanovllm.logs.records import in_engine
 from nanovllm.tracing.request_metrics import open_request_metrics
 from nanovllm.tracing.request_spans import open_request_spans
@@ -25,13 +26,21 @@ from nanovllm.utils.stopwatch import Stopwatch
 
 @contextmanager
 def reporting_start(observers: Iterable[EngineObserver]) -> Iterator[None]:
-    """Tells the observers of an engine that does not start. What it logs leaves no mark on this thread."""
+    """Tells the observers of an engine that does not start. What it logs leaves no mark on this thread.
+
+    Raises OutOfMemoryError when this process gets too little memory.
+    """
     with in_engine(None):
         try:
             yield
         except BaseException as error:
             for observer in observers:
                 observer.engine_start_failed(error)
+            if isinstance(error, MemoryError):
+                raise OutOfMemoryError(
+                    "This process gets too little memory to start an engine. Raise its limit (`ulimit -v`, the "
+                    "container's)."
+                ) from error
             raise
 
 

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import EngineConfig
+from nanovllm.distributed.start_conditions import check_start_conditions
 from nanovllm.distributed.worker_pool import WorkerPool
 from nanovllm.distributed.worker_process import NUMBER, MessageKind
 from nanovllm.engine.batch import ScheduledBatch, StepHandle, StepResult
@@ -60,6 +61,7 @@ class MultiProcessExecutor:
         plan = ModelPlan.of(config)  # raises for arguments that cannot work, before any process starts
         size = config.tensor_parallel_size
         configs = [replace(config, device=str(device)) for device in rank_devices(plan.device, size)]
+        check_start_conditions(size)
         self._runner: ModelRunner | None = None
         self._parallel: TensorParallel | None = None
         self._server: Any = None  # of the store where the ranks meet

@@ -20,7 +20,6 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from nanovllm.config import EngineConfig
 from nanovllm.distributed.peer_memory import PeerMemory
-from nanovllm.errors import ChannelError
 from nanovllm.kernels.one_shot_all_reduce import BUFFER_BYTES, MAX_RANKS, OneShotAllReduce
 from nanovllm.kernels.triton_support import HAS_TRITON
 from nanovllm.layers.parallel import TensorParallel
@@ -32,22 +31,10 @@ _LEAVE_SECONDS = 5.0
 
 
 def open_server(config: EngineConfig) -> Any:
-    """Returns the store's server; its `port` is for `open_store`. The server and its connections end with the object.
-
-    Raises ChannelError without a loopback network.
-    """
-    listener = socket.socket()  # TCPStore itself would listen on all interfaces
-    try:
-        listener.bind((_HOST, 0))
-        listener.listen()
-    except OSError as error:
-        listener.close()
-        raise ChannelError(
-            f"The ranks cannot meet: listening on {_HOST} fails ({error.strerror}). tensor_parallel_size > 1 needs the "
-            "loopback network: run `ip link set lo up` in this network namespace, or use a container with a network."
-        ) from error
-    port = listener.getsockname()[1]
-    return _tcp_store(config, port, is_master=True, master_listen_fd=listener.detach())
+    """Returns the store's server; its `port` is for `open_store`. It closes, with its connections, with the object."""
+    with socket.create_server((_HOST, 0)) as listener:  # TCPStore itself would listen on all interfaces
+        port = listener.getsockname()[1]
+        return _tcp_store(config, port, is_master=True, master_listen_fd=listener.detach())
 
 
 def open_store(config: EngineConfig, port: int) -> Any:

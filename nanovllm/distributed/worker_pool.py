@@ -100,6 +100,9 @@ class WorkerPool:
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
+        except OSError as error:
+            hint = "The system allows no further process: end others, or raise its limits (`ulimit -u`, `ulimit -v`)."
+            raise WorkerError(start.rank, f"cannot be started ({error.strerror}). {hint}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             start.stack.close()
