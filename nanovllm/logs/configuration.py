@@ -115,9 +115,9 @@ def _apply_levels(wanted: Mapping[str, int]) -> None:
 
 def _warn_about_variables() -> None:
     """Logs each variable NANOVLLM_… that nanovllm does not read, once."""
-    multiprocessing = sys.modules.get("multiprocessing.process")
-    if multiprocessing is not None and multiprocessing.parent_process() is not None:
-        return  # the parent has the same environment
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.current_process().name != "MainProcess":
+        return  # the process that started this one has the same environment, and reports it
     for name, nearest in env.unknown_variables().items():
         if name not in _STATE.unknown_variables:
             _STATE.unknown_variables.add(name)

@@ -26,19 +26,20 @@ def versions() -> dict[str, str | None]:
 
 
 def device_name(device: str) -> str:
-    """Returns the name of the GPU that an engine with the argument `device` runs on; cpu without a GPU.
+    """Returns the name of the GPU that an engine with the argument `device` runs on; cpu for a torch without CUDA.
 
-    The names are those of the machine's GPUs: the first one if `device` has no index.
+    The driver numbers the machine's GPUs by bus; the first one counts if `device` has no index. `device` itself is
+    returned if the driver does not tell.
     """
-    if device == "cpu":
+    if device == "cpu" or _cuda() is None:
         return "cpu"
-    index = int(device.partition(":")[2] or 0) if device.partition(":")[2].isdecimal() else 0
+    index = device.partition(":")[2]
     try:
-        folders = sorted(_GPUS.iterdir())  # by bus, as nvidia-smi numbers them
-        found = re.search(r"^Model:\s*(.+?)\s*$", (folders[index] / "information").read_text(), re.MULTILINE)
-    except (OSError, IndexError):
-        return "cpu"
-    return found[1] if found else "cuda"
+        folder = sorted(_GPUS.iterdir())[int(index or 0)]
+        found = re.search(r"^Model:\s*(.+?)\s*$", (folder / "information").read_text("utf-8"), re.MULTILINE)
+    except (OSError, IndexError, ValueError):
+        return device
+    return found[1] if found else device
 
 
 def _installed(name: str) -> str | None:

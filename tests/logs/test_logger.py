@@ -808,3 +808,19 @@ logger.warning("trouble")
     ]
     _, error = run_script(script, NANOVLLM_LOG_LEVEL="DEBUG")
     assert "[Rank 1] Loading model: m" in error
+
+
+def test_a_process_that_another_one_starts_does_not_repeat_the_warning(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "from nanovllm.utils.logger import setup_logger\n"
+        "setup_logger('mine').warning('imported')\n"
+        "if __name__ == '__main__':\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=print)\n"
+        "    process.start()\n"
+        "    process.join()\n"
+    )
+    done = run_python(str(script), NANOVLLM_LOGGING_LEVEL="DEBUG")
+    assert done.stderr.count("imported") == 2
+    assert done.stderr.count("NANOVLLM_LOGGING_LEVEL is set") == 1
