@@ -143,6 +143,7 @@ def test_an_error_reaches_another_process_with_any_value(value: object) -> None:
         ("temperature", np.float32(0.5), 0.5),
         ("top_p", np.float16(0.5), 0.5),
         ("frequency_penalty", np.float32(0.25), 0.25),
+        ("ignore_eos", np.True_, True),
     ],
 )
 def test_numpy_s_numbers_are_kept_as_python_s(field: str, given: Any, kept: float) -> None:
