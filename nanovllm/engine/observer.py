@@ -175,9 +175,9 @@ class Observers(EngineObserver):
     logs while the engine starts, and during a step.
     """
 
-    def __init__(self, observers: Iterable[EngineObserver] = ()) -> None:
+    def __init__(self, observers: Iterable[EngineObserver] = (), engine_id: int | None = None) -> None:
         observers = tuple(observers)
-        self.engine_id = next(_engine_ids)
+        self.engine_id = next(_engine_ids) if engine_id is None else engine_id
         for name, default in vars(EngineObserver).items():
             if not name.startswith("_"):
                 overriding = [observer for observer in observers if getattr(type(observer), name) is not default]

@@ -28,7 +28,7 @@ def track_requests(observers: Iterable[EngineObserver]) -> Observers:
     observers = list(observers)
     listener = Observers(observers)
     stalls = Stalls(listener)
-    return Observers([stalls, RequestTracker(stalls, listener), *observers])
+    return Observers([stalls, RequestTracker(stalls, listener), *observers], listener.engine_id)
 
 
 @dataclass
@@ -101,6 +101,9 @@ class RequestTracker(EngineObserver):
     def engine_failed(self, error: BaseException, lost: Iterable[Sequence], goes_on: bool) -> None:
         for sequence in lost:
             self._end(sequence, "failed" if isinstance(error, Exception) else "abort", error)
+        self._requests.clear()  # what Ctrl-C broke off while it ended
+        self._waiting.clear()
+        self._num_waiting.clear()
         self._collected = self._planned  # the steps in flight are lost
         self._kv_cache_usage, self._rows = 0.0, None
 
@@ -125,10 +128,9 @@ class RequestTracker(EngineObserver):
         """Records how a sequence ended, and tells how its request did if it was the last one."""
         self._run(sequence)
         name = sequence.parent_id or sequence.request_id
-        if name not in self._requests:  # it was interrupted before `request_added`
-            self.request_added(sequence)
-            self._run(sequence)
-        request = self._requests[name]
+        request = self._requests.setdefault(name, _Request(len(self._num_waiting), self._kv_cache_usage))
+        if sequence not in request.sequences:  # Ctrl-C broke off `request_added`
+            request.sequences.append(sequence)
         finished = self._clock() if sequence.finished is None else sequence.finished
         first_step = request.first_steps.get(sequence.seq_id)
         request.ended[sequence.seq_id] = CompletionEnd(

@@ -138,7 +138,7 @@ meters_missing = Event(
     "meters.missing",
     INFO,
     "tracing.request_metrics",
-    "No metrics go to {endpoint}: pip install 'nanovllm[otel]' ({error})",
+    "No metrics go to {endpoint}: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http ({error})",
 )
 logging_level = Event(
     "logging.level", WARNING, "logs.configuration", "{source}: {problem}. Valid levels: {valid_levels}"
@@ -341,16 +341,17 @@ _PREPARING = "[Rank {rank}] Preparing {kind} batch: {num_seqs} sequences"
 runner_prepare_prefill = Event("runner.prepare_prefill", DEBUG, "engine.model_runner", _PREPARING, "step")
 runner_prepare_decode = Event("runner.prepare_decode", DEBUG, "engine.model_runner", _PREPARING, "step")
 runner_prefill_tensors = Event(
-    "runner.prefill_tensors", DEBUG, "engine.model_runner", "[Rank {rank}] PREFILL tensors: {shapes}"
+    "runner.prefill_tensors", DEBUG, "engine.model_runner", "[Rank {rank}] PREFILL tensors: {shapes}", "step"
 )
 runner_decode_tensors = Event(
-    "runner.decode_tensors", DEBUG, "engine.model_runner", "[Rank {rank}] DECODE tensors: {shapes}"
+    "runner.decode_tensors", DEBUG, "engine.model_runner", "[Rank {rank}] DECODE tensors: {shapes}", "step"
 )
 runner_prefill_shape = Event(
     "runner.prefill_shape",
     DEBUG,
     "engine.model_runner",
     "[Rank {rank}] PREFILL: max_seqlen_q={max_seqlen_q}, max_seqlen_k={max_seqlen_k}, total_tokens={total_tokens}",
+    "step",
 )
 section_start = Event("section.start", DEBUG, "engine.model_runner", "[START] {section}", optional="step")
 section_end = Event(
@@ -361,7 +362,7 @@ section_end = Event(
     "wall_ms gpu_ms failed",
     optional="step",
 )
-runner_output = Event("runner.output", DEBUG, "engine.model_runner", "[Rank {rank}] Output: logits={logits}")
+runner_output = Event("runner.output", DEBUG, "engine.model_runner", "[Rank {rank}] Output: logits={logits}", "step")
 attention_forward = Event(
     "attention.forward",
     DEBUG,

@@ -207,7 +207,7 @@ FIELDS: Mapping[str, Field] = {
         "the others wait",
     ),
     "state": Field(str, "whether the engine goes on"),
-    "step": Field(int | None, "number of the step since the engine started; null: none"),
+    "step": Field(int | None, "number of the step since the engine started; null: none, as in a warm-up"),
     "stop_reason": Field(int | str | None, "the stop string or stop token that ended it; null in all other cases"),
     "table": Field(str, "the most expensive operators"),
     "table_file": Field(str, "the file with the table"),

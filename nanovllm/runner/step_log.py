@@ -55,22 +55,23 @@ class StepLog:
     def inputs(self, inputs: ModelInputs) -> None:
         if not self.is_detailed:
             return
-        rank, attention = self._rank, inputs.attention
+        rank, step, attention = self._rank, self._step.number, inputs.attention
         prefill, decode = attention.prefill, attention.decode
         tensors = {"input_ids": inputs.input_ids, "positions": inputs.positions}
         if prefill is not None:
             tensors["slot_mapping"] = attention.slot_mapping
-            events.runner_prefill_tensors.log(logger, rank=rank, shapes=shapes_of(tensors))
+            events.runner_prefill_tensors.log(logger, rank=rank, step=step, shapes=shapes_of(tensors))
             events.runner_prefill_shape.log(
                 logger,
                 rank=rank,
+                step=step,
                 max_seqlen_q=prefill.max_seqlen_q,
                 max_seqlen_k=prefill.max_seqlen_k,
                 total_tokens=len(inputs.input_ids),
             )
         elif decode is not None:
             tensors |= {"context_lens": decode.context_lens, "block_tables": decode.block_tables}
-            events.runner_decode_tensors.log(logger, rank=rank, shapes=shapes_of(tensors))
+            events.runner_decode_tensors.log(logger, rank=rank, step=step, shapes=shapes_of(tensors))
 
     def logits(self, logits: torch.Tensor) -> None:
-        events.runner_output.log(logger, rank=self._rank, logits=list(logits.shape))
+        events.runner_output.log(logger, rank=self._rank, step=self._step.number, logits=list(logits.shape))

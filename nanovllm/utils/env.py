@@ -180,7 +180,7 @@ otlp_endpoint = Variable(
     "OTEL_EXPORTER_OTLP_ENDPOINT",
     URL,
     None,
-    "Sends spans and metrics of requests to this collector if `nanovllm[otel]` is installed. Its SDK reads `OTEL_*`.",
+    "Sends spans and metrics of requests to this collector if the extra `otel` is installed. Its SDK reads `OTEL_*`.",
     "nothing is sent",
 )
 otlp_traces_endpoint = Variable(

@@ -268,8 +268,9 @@ def test_the_last_line_is_right_with_and_without_a_progress_bar(
                 "Starting generation for 2 prompts",
                 "Total prompt tokens: 4",
             ]
-            assert [record.event for record in records[3:]] == ["generation.complete", "generation.memory"]
-            fields = records[3].fields
+            assert [record.event for record in records[3:5]] == ["request.finished"] * 2
+            assert [record.event for record in records[5:]] == ["generation.complete", "generation.memory"]
+            fields = records[5].fields
             assert fields["num_steps"] == 6
             assert fields["total_output_tokens"] == sum(map(len, token_ids(outputs)))
             assert fields["prefill_time"] > 0

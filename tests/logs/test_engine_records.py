@@ -74,7 +74,7 @@ def test_the_first_record_names_what_the_engine_runs_on(monkeypatch: pytest.Monk
     monkeypatch.setenv("NANOVLLM_OVERLAP", "0")
     with heard() as records:
         make_engine()[0].exit()
-    first, last = records[0], records[-1]
+    first, last, statistics = records[0], *records[-2:]
     assert first.event == "engine.versions"
     assert first.fields["schema"] == SCHEMA
     assert first.fields["variables"].items() >= {"NANOVLLM_LOG_LEVEL": "DEBUG", "NANOVLLM_OVERLAP": "0"}.items()
@@ -84,6 +84,7 @@ def test_the_first_record_names_what_the_engine_runs_on(monkeypatch: pytest.Monk
     assert first.fields["versions"]["torch"] == torch.__version__
     assert first.fields["versions"]["cuda"] == torch.version.cuda
     assert (last.event, last.getMessage()) == ("engine.exit", "Engine ended: clean, 0 unfinished requests")
+    assert (statistics.event, statistics.fields["final"]) == ("engine.statistics", True)
 
 
 def test_an_engine_that_failed_ends_with_its_error() -> None:

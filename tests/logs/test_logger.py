@@ -136,7 +136,7 @@ def test_the_rule_is_80_characters(caplog):
 )
 def test_a_value_breaks_no_line_and_moves_no_cursor(caplog, value, shown):
     log_event(debug_logger(), logging.INFO, "x", "Request {request_id} failed", request_id=value)
-    events.request_failed.log(debug_logger(), request_id=value, error="x")
+    events.request_failed.log(debug_logger(), request_id=value, others="the others go on", error="x", cause="refused")
     assert caplog.messages == [f"Request {shown} failed", f"Request {shown} is given up, the others go on: x"]
     assert [record.fields["request_id"] for record in caplog.records] == [value] * 2
 
