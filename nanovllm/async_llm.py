@@ -246,7 +246,7 @@ class _EngineThread:
 
     def _run(self, config: EngineConfig) -> None:
         try:
-            engine = make_engine(config)
+            engine = make_engine(config.with_fast_start(False))
         except BaseException as error:
             self._started.set_exception(error)
             return

@@ -181,6 +181,13 @@ class EngineConfig:
         "Maximum number of prompt tokens computed in a step that also decodes. It bounds the time between the tokens "
         "of running requests. None: what max_num_batched_tokens leaves, which gives the best throughput.",
     )
+    fast_start: bool | None = argument(
+        None,
+        SWITCH.or_none(),
+        "True: capture CUDA graphs when they are first needed, some 50 ms each. False: capture those of all batch "
+        "sizes at start-up, which takes some seconds, so that no request waits for them. None: True for LLM, False "
+        "for AsyncLLM.",
+    )
     block_size: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of kvcache_block_size.")
     num_gpu_blocks_override: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of num_kvcache_blocks.")
 
@@ -195,6 +202,11 @@ class EngineConfig:
                 f"at least max_num_seqs={self.max_num_seqs}",
                 "A decode step computes one token of each running sequence: raise it, or lower max_num_seqs.",
             )
+
+    def with_fast_start(self, value: bool) -> EngineConfig:
+        """Returns a copy in which `fast_start` is `value` where it is None."""
+        chosen = value if self.fast_start is None else self.fast_start
+        return replace(self, fast_start=chosen, block_size=None, num_gpu_blocks_override=None)
 
     def _set_alias(self, alias: str, value: int | None, name: str) -> None:
         if value is None:
