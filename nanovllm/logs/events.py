@@ -277,14 +277,14 @@ graph_mixed_captured = Event(
 graph_mixed_ready = Event(
     "graph.mixed_ready",
     INFO,
-    "runner.startup",
+    "engine.model_runner",
     "Steps with prompt tokens are CUDA graphs up to {max_tokens} tokens, {num_captured} of them captured already",
     unseen="a GPU, and CUDA graphs",
 )
 graph_mixed_off = Event(
     "graph.mixed_off",
     INFO,
-    "runner.startup",
+    "engine.model_runner",
     "Steps with prompt tokens are launched kernel by kernel: {reason}",
     unseen="a GPU, and CUDA graphs",
 )

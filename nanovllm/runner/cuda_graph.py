@@ -46,12 +46,17 @@ class GraphPool:
         self.handle = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
-    def capture(self, step: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
-        """Returns a graph of `step`, and what it returned; a replay writes its tensors again. Runs the step once."""
+    def capture(self, step: Callable[[], Result], run_first: bool = True) -> tuple[torch.cuda.CUDAGraph, Result]:
+        """Returns a graph of `step`, and what it returned; a replay writes its tensors again.
+
+        run_first: run the step once before, in which kernels compile and libraries allocate; nothing else can be done
+        while a graph is captured. False is enough where an earlier step launched the same kernels.
+        """
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):  # kernels compile and libraries allocate before anything is captured
-            step()
+        if run_first:
+            with torch.cuda.stream(self._stream):
+                step()
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.handle, stream=self._stream):

@@ -91,6 +91,7 @@ class MixedGraphs:
         device = pool.device
         self._words = torch.zeros(_num_words(largest), dtype=torch.int32, device=device)  # the graphs' input
         self._hidden = torch.zeros(max_num_seqs, hidden_size, dtype=dtype, device=device)  # from model to sampling
+        self._launched: set[tuple[str, int, bool]] = set()  # sizes of which the model has run
         self._models: dict[tuple[StepShape, bool], torch.cuda.CUDAGraph] = {}
         self._samplers: dict[tuple[int, StepNeeds], tuple[torch.cuda.CUDAGraph, SampledTokens]] = {}
 
@@ -155,7 +156,10 @@ class MixedGraphs:
         def run() -> None:
             self._hidden[: shape.num_rows].copy_(self._model(step, needs))
 
-        self._models[shape, needs.shares_prefix], _ = self._pool.capture(run)
+        # Which kernels run depends on the number of tokens, the number of rows, and whether prefixes are shared.
+        kernels = {(name, size, needs.shares_prefix) for name, size in shape._asdict().items()}
+        self._models[shape, needs.shares_prefix], _ = self._pool.capture(run, run_first=not kernels <= self._launched)
+        self._launched |= kernels
         self._log("model", began, shape.num_tokens, shape.num_rows, needs)
 
     def capture_sampler(self, num_rows: int, needs: StepNeeds) -> None:

@@ -36,7 +36,6 @@ _FLOPS = 600e12  # a second, of a Hopper GPU's matrix products in bf16
 _MIN_GRAPH_TOKENS, _MAX_GRAPH_TOKENS = 512, 8192
 
 logger = setup_logger("nanovllm.engine.model_runner")  # the name that users' documents show
-startup_logger = setup_logger(__name__)
 
 
 class StartingRunner(Protocol):
@@ -275,7 +274,7 @@ class Startup:
         """Returns the graphs of steps with chunks, or None when these run without graphs."""
         if not self._has_mixed_graphs:
             reason = f"the prefill backend {self.attention.prefill.name} cannot be captured"
-            events.graph_mixed_off.log(startup_logger, reason=reason)
+            events.graph_mixed_off.log(logger, reason=reason)
             return None
         config = self.plan.model_config
         graphs = MixedGraphs(
@@ -290,7 +289,7 @@ class Startup:
         )
         if self._config.fast_start is False:
             graphs.capture_all()
-        events.graph_mixed_ready.log(startup_logger, max_tokens=graphs.max_tokens, num_captured=graphs.num_captured)
+        events.graph_mixed_ready.log(logger, max_tokens=graphs.max_tokens, num_captured=graphs.num_captured)
         self._stopwatch.lap("CUDA graphs of prompts")
         return graphs
 

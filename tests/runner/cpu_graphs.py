@@ -27,7 +27,7 @@ class CpuGraphPool:
     device = torch.device("cpu")
     handle = None
 
-    def capture(self, step: Callable[[], Any]) -> tuple[CpuGraph, Any]:
+    def capture(self, step: Callable[[], Any], run_first: bool = True) -> tuple[CpuGraph, Any]:
         captured, graph = step(), CpuGraph()
 
         def replay() -> None:
