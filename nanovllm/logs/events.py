@@ -278,21 +278,21 @@ graph_mixed_ready = Event(
     "graph.mixed_ready",
     INFO,
     "engine.model_runner",
-    "Steps with prompt tokens are CUDA graphs up to {max_tokens} tokens, {num_captured} of them captured already",
+    "Steps with prompt tokens are CUDA graphs up to {max_graph_tokens} tokens, {num_captured} of them captured already",
     unseen="a GPU, and CUDA graphs",
 )
 graph_mixed_off = Event(
     "graph.mixed_off",
     INFO,
     "engine.model_runner",
-    "Steps with prompt tokens are launched kernel by kernel: {reason}",
+    "Steps with prompt tokens are launched kernel by kernel: {why_eager}",
     unseen="a GPU, and CUDA graphs",
 )
 step_eager = Event(
     "step.eager",
     DEBUG,
     "engine.model_runner",
-    "Step {step} is launched kernel by kernel: {reason}",
+    "Step {step} is launched kernel by kernel: {why_eager}",
     unseen="a GPU, and CUDA graphs",
 )
 profile_started = Event(

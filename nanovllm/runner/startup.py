@@ -273,8 +273,8 @@ class Startup:
     def mixed_graphs(self, pool: GraphPool, model: Model, sample: Sample, null_row: int) -> MixedGraphs | None:
         """Returns the graphs of steps with chunks, or None when these run without graphs."""
         if not self._has_mixed_graphs:
-            reason = f"the prefill backend {self.attention.prefill.name} cannot be captured"
-            events.graph_mixed_off.log(logger, reason=reason)
+            why = f"the prefill backend {self.attention.prefill.name} cannot be captured"
+            events.graph_mixed_off.log(logger, why_eager=why)
             return None
         config = self.plan.model_config
         graphs = MixedGraphs(
@@ -289,7 +289,7 @@ class Startup:
         )
         if self._config.fast_start is False:
             graphs.capture_all()
-        events.graph_mixed_ready.log(logger, max_tokens=graphs.max_tokens, num_captured=graphs.num_captured)
+        events.graph_mixed_ready.log(logger, max_graph_tokens=graphs.max_tokens, num_captured=graphs.num_captured)
         self._stopwatch.lap("CUDA graphs of prompts")
         return graphs
 

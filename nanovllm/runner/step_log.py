@@ -38,7 +38,7 @@ class StepLog:
         return timed_section(logger, self._sections[batch.kind], device=self._device, step=batch.step)
 
     def eager(self, batch: ScheduledBatch, reason: str) -> None:
-        events.step_eager.log(logger, step=batch.step, reason=reason)
+        events.step_eager.log(logger, step=batch.step, why_eager=reason)
 
     def preparing(self, batch: ScheduledBatch) -> None:
         rank, step, num_prefill, num_decode = self._rank, batch.step, len(batch.chunks), len(batch.decode_rows)
