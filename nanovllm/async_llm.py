@@ -284,7 +284,7 @@ class _EngineThread:
 
     def _run(self, config: EngineConfig) -> None:
         try:
-            engine = LLMEngine.from_engine_args(config)
+            engine = LLMEngine.from_engine_args(config.with_fast_start(False))
         except BaseException as error:
             self._started.set_exception(error)
             return

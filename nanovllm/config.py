@@ -200,6 +200,13 @@ class EngineConfig:
         _PROFILER_CONFIG,
         "Where `start_profile()` writes, in vLLM's form. None: a new temporary folder, which the log names.",
     )
+    fast_start: bool | None = argument(
+        None,
+        SWITCH.or_none(),
+        "True: capture CUDA graphs when they are first needed, some 50 ms each. False: capture those of all batch "
+        "sizes at start-up, which takes some seconds, so that no request waits for them. None: True for LLM, False "
+        "for AsyncLLM.",
+    )
     block_size: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of kvcache_block_size.")
     num_gpu_blocks_override: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of num_kvcache_blocks.")
 
@@ -217,6 +224,11 @@ class EngineConfig:
                 f"at least max_num_seqs={self.max_num_seqs}",
                 "A decode step computes one token of each running sequence: raise it, or lower max_num_seqs.",
             )
+
+    def with_fast_start(self, value: bool) -> EngineConfig:
+        """Returns a copy in which `fast_start` is `value` where it is None."""
+        chosen = value if self.fast_start is None else self.fast_start
+        return replace(self, fast_start=chosen, block_size=None, num_gpu_blocks_override=None)
 
     def _set_alias(self, alias: str, value: int | None) -> None:
         if value is None:

@@ -20,6 +20,7 @@ class FlashAttentionBackend:
 
     name = "flash_attn"
     supports_cuda_graphs = True
+    supports_prefill_graphs = False
     uses_shared_prefixes = False
 
     def __init__(self) -> None:
@@ -29,11 +30,16 @@ class FlashAttentionBackend:
         self._with_kvcache = flash_attn_with_kvcache
 
     def prefill(
-        self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
+        self,
+        query: torch.Tensor,
+        kv_cache: LayerKVCache,
+        metadata: PrefillMetadata,
+        scale: float,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_tokens, num_heads, head_dim], in the same shape and dtype."""
         ends = metadata.context_lens.cumsum(0, dtype=torch.int32)
-        out: torch.Tensor = self._varlen(
+        attended: torch.Tensor = self._varlen(
             query,
             kv_cache.key,
             kv_cache.value,
@@ -45,13 +51,18 @@ class FlashAttentionBackend:
             causal=True,
             block_table=metadata.block_tables,
         )
-        return out
+        return attended if out is None else out.copy_(attended)
 
     def decode(
-        self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
+        self,
+        query: torch.Tensor,
+        kv_cache: LayerKVCache,
+        metadata: DecodeMetadata,
+        scale: float,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_seqs, num_heads, head_dim]; may be captured in a CUDA graph."""
-        out: torch.Tensor = self._with_kvcache(
+        attended: torch.Tensor = self._with_kvcache(
             query.unsqueeze(1),  # [num_seqs, 1, num_heads, head_dim]
             kv_cache.key,
             kv_cache.value,
@@ -60,7 +71,8 @@ class FlashAttentionBackend:
             softmax_scale=scale,
             causal=True,
         )
-        return out.squeeze(1)
+        attended = attended.squeeze(1)
+        return attended if out is None else out.copy_(attended)
 
 
 class FlashAttention4Prefill:
@@ -71,6 +83,7 @@ class FlashAttention4Prefill:
     """
 
     name = "flash_attn_4"
+    supports_prefill_graphs = False
 
     def __init__(self) -> None:
         from flash_attn.cute import flash_attn_varlen_func
@@ -78,10 +91,15 @@ class FlashAttention4Prefill:
         self._varlen = flash_attn_varlen_func
 
     def prefill(
-        self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
+        self,
+        query: torch.Tensor,
+        kv_cache: LayerKVCache,
+        metadata: PrefillMetadata,
+        scale: float,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_tokens, num_heads, head_dim], in the same shape and dtype."""
-        out = self._varlen(
+        result = self._varlen(
             query,
             kv_cache.key,
             kv_cache.value,
@@ -93,8 +111,8 @@ class FlashAttention4Prefill:
             softmax_scale=scale,
             causal=True,
         )
-        attended: torch.Tensor = out[0] if isinstance(out, tuple) else out
-        return attended
+        attended: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return attended if out is None else out.copy_(attended)
 
 
 def flash_attn_problem(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

@@ -21,6 +21,7 @@ class TorchBackend:
 
     name = "torch"
     supports_cuda_graphs = False
+    supports_prefill_graphs = False
     uses_shared_prefixes = False
 
     def __init__(self) -> None:
@@ -28,14 +29,22 @@ class TorchBackend:
         self._planned: tuple[DecodeMetadata, _DecodePlan] | None = None
 
     def prefill(
-        self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
+        self,
+        query: torch.Tensor,
+        kv_cache: LayerKVCache,
+        metadata: PrefillMetadata,
+        scale: float,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_tokens, num_heads, head_dim]. Computes one sequence at a time, unpadded."""
-        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
+        if out is None:
+            out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
         starts = metadata.cu_seqlens_q.tolist()
         for seq, context_len in enumerate(metadata.context_lens.tolist()):
             chunk = slice(starts[seq], starts[seq + 1])
             query_len = chunk.stop - chunk.start
+            if not query_len:  # padding
+                continue
             positions = torch.arange(context_len, device=query.device).unsqueeze(0)
             slots = _slots(metadata.block_tables[seq : seq + 1], positions, kv_cache.key.shape[1])
             keys, values = _gather(kv_cache, slots, query.dtype)
@@ -55,17 +64,24 @@ class TorchBackend:
         return out
 
     def decode(
-        self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
+        self,
+        query: torch.Tensor,
+        kv_cache: LayerKVCache,
+        metadata: DecodeMetadata,
+        scale: float,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_seqs, num_heads, head_dim]. Sequences of similar length attend together."""
         if self._planned is None or self._planned[0] is not metadata:
             self._planned = (metadata, _DecodePlan.of(metadata, kv_cache.key.shape[1], query.dtype))
         plan = self._planned[1]
         if plan.order is None or plan.inverse is None:
-            return _decode_bucket(query, kv_cache, plan.buckets[0], scale)
-        parts = query.index_select(0, plan.order).split(_DECODE_BUCKET)
-        outs = [_decode_bucket(part, kv_cache, bucket, scale) for part, bucket in zip(parts, plan.buckets, strict=True)]
-        return torch.cat(outs).index_select(0, plan.inverse)
+            attended = _decode_bucket(query, kv_cache, plan.buckets[0], scale)
+        else:
+            parts = zip(query.index_select(0, plan.order).split(_DECODE_BUCKET), plan.buckets, strict=True)
+            ordered = torch.cat([_decode_bucket(part, kv_cache, bucket, scale) for part, bucket in parts])
+            attended = ordered.index_select(0, plan.inverse)
+        return attended if out is None else out.copy_(attended)
 
 
 @dataclass(frozen=True)

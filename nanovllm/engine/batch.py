@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nanovllm.kernels.columns import (
-    LOGIT_EDITS,
+    BLOCKS,
     NO_TRUNCATION,
-    TRUNCATION,
+    OPENED,
     WORD_BYTES,
     column_of,
     columns_of,
@@ -66,17 +66,6 @@ def _integers(*names: str) -> np.dtype[np.void]:
 
 
 _INTEGER = np.dtype(np.int32)
-OPENED = np.dtype(
-    [
-        ("row", np.int32),
-        ("num_tokens", np.int32),
-        ("temperature", np.float32),
-        ("seed", np.int64),
-        ("truncation", TRUNCATION),
-        ("logit_edits", LOGIT_EDITS),
-    ]
-)
-BLOCKS = _integers("row", "index", "block")  # entry `index` of the row's block table becomes `block`
 SECTIONS: dict[str, np.dtype[Any]] = {
     "closed": _INTEGER,  # rows that become free
     "opened": OPENED,  # rows that a sequence takes

@@ -22,6 +22,7 @@ from nanovllm.layers.parallel import TensorParallel
 from nanovllm.runner.cuda_graph import DecodeGraphs
 from nanovllm.runner.device_batch import DeviceBatch
 from nanovllm.runner.device_rows import DeviceRows, ModelInputs
+from nanovllm.runner.mixed_graphs import MixedGraphs, PaddedStep
 from nanovllm.runner.out_of_memory import step_out_of_memory
 from nanovllm.runner.sampler import Sampler, prompt_logprobs
 from nanovllm.runner.startup import Startup
@@ -54,6 +55,7 @@ class ModelRunner:
         self.device = startup.device
         self._query_group = startup.query_group
         self._graphs: DecodeGraphs | None = None
+        self._mixed_graphs: MixedGraphs | None = None
         self._log = StepLog(self.parallel, self.device)
         self._has_timeline = env.trace_file() is not None
         with torch.inference_mode(), self._on_device():
@@ -63,12 +65,15 @@ class ModelRunner:
             num_blocks = startup.size_cache(self)
             max_model_len = startup.allocate(self, num_blocks)
             self._graphs = startup.capture(self._decode, self.rows.null_row)
+            if self._graphs is not None:
+                pool, null_row = self._graphs.pool, self.rows.null_row
+                self._mixed_graphs = startup.mixed_graphs(pool, self._hidden, self._sample, null_row)
         self.resolved = startup.finish(num_blocks, max_model_len)
 
     @property
     def graph_pool(self) -> tuple[int, int] | None:
         """The memory pool of the CUDA graphs; None without graphs."""
-        return self._graphs.pool if self._graphs else None
+        return self._graphs.pool.handle if self._graphs else None
 
     def submit(self, batch: ScheduledBatch) -> DeviceStepHandle:
         """Launches a step and returns without waiting for the device.
@@ -106,7 +111,7 @@ class ModelRunner:
         """Frees the device's memory. The runner cannot be used afterwards."""
         with suppress(RuntimeError):  # a CUDA error, which a step's handle has raised already
             self.synchronize()
-        del self.model, self.rows, self.kv_caches, self._graphs
+        del self.model, self.rows, self.kv_caches, self._graphs, self._mixed_graphs
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -128,14 +133,31 @@ class ModelRunner:
             return self._download(sampled, began)
 
     def _run(self, batch: DeviceBatch, needs: StepNeeds) -> SampledTokens:
-        """Runs a step. Steps that only decode replay a CUDA graph where there is one."""
-        if batch.has("chunks"):
-            return self._forward(self.rows.mixed_inputs(batch, self._shared_group(needs)), needs, batch.host)
-        rows = batch.values("decode_rows")
-        # A graph that returns log-probabilities of the whole vocabulary would hold too much memory.
-        if self._graphs is None or (needs.num_logprobs or 0) > MAX_LOGPROBS:
-            return self._decode(rows, needs)
-        return self._graphs.replay(rows, needs)
+        """Runs a step. Replays CUDA graphs where there are some for it."""
+        host = batch.host
+        problem = _graph_problem(batch, needs)
+        if not batch.has("chunks"):
+            rows = batch.values("decode_rows")
+            if self._graphs is not None and problem is None:
+                return self._graphs.replay(rows, needs)
+            sampled = self._decode(rows, needs)
+        else:
+            if self._mixed_graphs is not None and problem is None:
+                shape = self._mixed_graphs.shape_of(host)
+                if shape is not None:
+                    return self._mixed_graphs.replay(host, needs, shape)
+                problem = f"more than {self._mixed_graphs.max_tokens} tokens"
+            sampled = self._forward(self.rows.mixed_inputs(batch, self._shared_group(needs)), needs, host)
+        if self._graphs is not None and problem is not None:
+            self._log.eager(host, problem)
+        return sampled
+
+    def _hidden(self, step: PaddedStep, needs: StepNeeds) -> torch.Tensor:
+        """Returns the hidden states of a padded step's sampled tokens. This is what a CUDA graph records."""
+        inputs = self.rows.padded_inputs(step, self._shared_group(needs))
+        self._log.inputs(inputs)
+        hidden: torch.Tensor = self.model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
+        return hidden[inputs.sampled_tokens]
 
     def _decode(self, rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
         """Decodes `rows` [num_rows] int32, one token each. This is what a CUDA graph records."""
@@ -151,10 +173,14 @@ class ModelRunner:
             return SampledTokens(rows, None, of_prompts)
         if inputs.sampled_tokens is not None:
             hidden = hidden[inputs.sampled_tokens]
+        return replace(self._sample(hidden, rows, needs), prompt_logprobs=of_prompts)
+
+    def _sample(self, hidden: torch.Tensor, rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
+        """Samples a token for each of `rows` [num_rows] from hidden [num_rows, hidden_size], and appends them."""
         logits = self._logits(hidden, needs)
         sampled = self.sampler(logits, rows, self.rows, needs)
         self.rows.append(rows, sampled.token_ids)
-        return replace(sampled, prompt_logprobs=of_prompts)
+        return sampled
 
     def _logits(self, hidden: torch.Tensor, needs: StepNeeds) -> torch.Tensor:
         """Returns logits for `hidden` [num_rows, hidden_size] → [num_rows, vocab_size or this rank's share of it]."""
@@ -213,3 +239,12 @@ class ModelRunner:
         event = torch.cuda.Event(enable_timing=with_time)
         event.record(torch.cuda.current_stream(self.device))
         return event
+
+
+def _graph_problem(batch: DeviceBatch, needs: StepNeeds) -> str | None:
+    """Returns why a step cannot be a CUDA graph, or None."""
+    if batch.has("prompt_logprobs"):
+        return "prompt_logprobs"
+    if (needs.num_logprobs or 0) > MAX_LOGPROBS:  # such a graph would keep too much memory
+        return f"logprobs of more than {MAX_LOGPROBS} tokens"
+    return None

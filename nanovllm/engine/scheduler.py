@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from nanovllm.config import MIN_SHARED_PREFIX, ResolvedConfig
 from nanovllm.engine.batch import (
-    BLOCKS,
     NO_LOGPROBS,
     Chunk,
     OpenedRow,
@@ -36,7 +35,7 @@ from nanovllm.engine.row_table import NO_BLOCK, BoolArray, RowArray, RowTable
 from nanovllm.engine.sequence import Sequence, SequenceStatus, token_logprobs
 from nanovllm.engine.statistics import Load
 from nanovllm.errors import InvalidLogitsError
-from nanovllm.kernels.columns import INVALID_TOKEN
+from nanovllm.kernels.columns import BLOCKS, INVALID_TOKEN
 from nanovllm.logs import events
 from nanovllm.outputs import FinishReason
 from nanovllm.utils.logger import setup_logger

@@ -30,6 +30,19 @@ LOGIT_EDITS = np.dtype(
     ]
 )
 
+# A row that a sequence takes, and an entry of a row's block table (`kernels.row_changes`).
+OPENED = np.dtype(
+    [
+        ("row", np.int32),
+        ("num_tokens", np.int32),
+        ("temperature", np.float32),
+        ("seed", np.int64),
+        ("truncation", TRUNCATION),
+        ("logit_edits", LOGIT_EDITS),
+    ]
+)
+BLOCKS = np.dtype([("row", np.int32), ("index", np.int32), ("block", np.int32)])  # entry `index` becomes `block`
+
 # A number to add to one token's logit, while the row is shorter than `until_length` and its output ends in the
 # `ending_length` tokens stored `ending_start` words after the row's first bias.
 TOKEN_BIAS = np.dtype(

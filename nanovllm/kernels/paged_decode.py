@@ -163,6 +163,7 @@ def paged_decode(
     kv_cache: LayerKVCache,
     metadata: DecodeMetadata,
     scale: float,
+    out: torch.Tensor | None = None,
     *,
     num_splits: int | None = None,
     prefix_splits: int | None = None,
@@ -172,11 +173,14 @@ def paged_decode(
 
     query [num_seqs, num_heads, head_dim] → the same shape and dtype. The cache has query's dtype. Prefixes in
     `metadata.shared` are read once for many rows; the result differs by rounding alone. num_splits and prefix_splits
-    override the choice. No synchronisation: may be captured in a CUDA graph.
+    override the choice. out: contiguous, where to write the result; None: a new tensor. No synchronisation: may be
+    captured in a CUDA graph.
     """
     if not runs_triton(query, use_triton):
-        return paged_decode_reference(query, kv_cache, metadata, scale)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_seqs, num_heads, head_dim]
+        attended = paged_decode_reference(query, kv_cache, metadata, scale)
+        return attended if out is None else out.copy_(attended)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_seqs, num_heads, head_dim]
     num_seqs, num_kv_heads, shared = query.shape[0], kv_cache.key.shape[2], metadata.shared
     if num_seqs == 0:
         return out

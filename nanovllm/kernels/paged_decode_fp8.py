@@ -184,6 +184,7 @@ def paged_decode_fp8(
     kv_cache: LayerKVCache,
     metadata: DecodeMetadata,
     scale: float,
+    out: torch.Tensor | None = None,
     *,
     num_splits: int | None = None,
     use_triton: bool | None = None,
@@ -191,12 +192,14 @@ def paged_decode_fp8(
     """Returns the result of `paged_decode` for an FP8 cache, where each head of a token has a scale.
 
     query [num_seqs, num_heads, head_dim], head_dim even → the same shape and dtype. `metadata.shared` is not used.
-    No synchronisation: may be captured in a CUDA graph.
+    out: contiguous, where to write the result; None: a new tensor. No synchronisation: may be captured in a CUDA graph.
     """
     if not runs_triton(query, use_triton):
-        return paged_decode_fp8_reference(query, kv_cache, metadata, scale)
+        attended = paged_decode_fp8_reference(query, kv_cache, metadata, scale)
+        return attended if out is None else out.copy_(attended)
     num_seqs, num_kv_heads = query.shape[0], kv_cache.key.shape[2]
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_seqs, num_heads, head_dim]
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_seqs, num_heads, head_dim]
     if num_seqs == 0:
         return out
     if num_splits is None:

@@ -251,17 +251,21 @@ def paged_prefill(
     kv_cache: LayerKVCache,
     metadata: PrefillMetadata,
     scale: float,
+    out: torch.Tensor | None = None,
     *,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
     """Returns causal softmax(scale · query · keysᵀ) · values; a sequence's queries are the last ones of its context.
 
     query [num_tokens, num_heads, head_dim] → the same shape and dtype. The cache has query's dtype or is an FP8 cache,
-    and holds the chunk's own keys and values.
+    and holds the chunk's own keys and values. out: contiguous, where to write the result; None: a new tensor. Tokens of
+    no chunk keep their value in it. No synchronisation: may be captured in a CUDA graph, with upper bounds for lengths.
     """
     if not runs_triton(query, use_triton):
-        return paged_prefill_reference(query, kv_cache, metadata, scale)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
+        attended = paged_prefill_reference(query, kv_cache, metadata, scale)
+        return attended if out is None else out.copy_(attended)
+    if out is None:
+        out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
     if query.shape[0] == 0:
         return out
     if can_run_on_hopper(query, kv_cache.key):

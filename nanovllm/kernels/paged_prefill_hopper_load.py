@@ -20,7 +20,8 @@ def _find_tile(
     come first.
 
     Sequence i's tiles begin at cu_seqlens_q[i] // TILE_TOKENS + i, which leaves room for each and needs no sum. Some
-    tiles have no tokens: their first token lies outside the chunk.
+    tiles have no tokens: their first token lies outside the chunk. So do those before the first sequence, where
+    cu_seqlens_q does not begin at 0.
     """
     slot = index // num_kv_heads
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
@@ -30,6 +31,7 @@ def _find_tile(
         start = gl.load(cu_seqlens_q_ptr + candidate, mask=candidate < num_seqs, other=0)
         begun = (candidate < num_seqs) & (start // TILE_TOKENS + candidate <= slot)
         seq += gl.sum(begun.to(gl.int32), axis=0)
+    seq = gl.maximum(seq, 0)
     tiles_end = gl.load(cu_seqlens_q_ptr + seq + 1) // TILE_TOKENS + seq
     return seq, index % num_kv_heads, (tiles_end - slot) * TILE_TOKENS
 

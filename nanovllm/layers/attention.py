@@ -50,10 +50,10 @@ class Attention:
             return self.backends.prefill.prefill(query, kv_cache, metadata.prefill, self.scale)
         if metadata.prefill is None:
             return self.backends.decode.decode(query, kv_cache, metadata.decode, self.scale)
-        output = torch.empty_like(query)  # [num_tokens, num_heads, head_dim]
-        split = metadata.num_decode_tokens
-        output[:split] = self.backends.decode.decode(query[:split], kv_cache, metadata.decode, self.scale)
-        output[split:] = self.backends.prefill.prefill(query[split:], kv_cache, metadata.prefill, self.scale)
+        output = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
+        end, first = metadata.num_decode_tokens, metadata.first_prefill_token
+        self.backends.decode.decode(query[:end], kv_cache, metadata.decode, self.scale, output[:end])
+        self.backends.prefill.prefill(query[first:], kv_cache, metadata.prefill, self.scale, output[first:])
         return output
 
 

@@ -388,6 +388,35 @@ graph_captured = Event(
     "shares_prefix truncates num_logprobs edits_logits",
     unseen="a GPU, and CUDA graphs",
 )
+graph_mixed_captured = Event(
+    "graph.mixed_captured",
+    DEBUG,
+    "runner.mixed_graphs",
+    "Captured the {part} of steps with prompt tokens for {num_tokens} tokens and {num_rows} rows in {elapsed_ms:.0f}ms",
+    "shares_prefix truncates num_logprobs edits_logits",
+    unseen="a GPU, and CUDA graphs",
+)
+graph_mixed_ready = Event(
+    "graph.mixed_ready",
+    INFO,
+    "engine.model_runner",
+    "Steps with prompt tokens are CUDA graphs up to {max_graph_tokens} tokens, {num_captured} of them captured already",
+    unseen="a GPU, and CUDA graphs",
+)
+graph_mixed_off = Event(
+    "graph.mixed_off",
+    INFO,
+    "engine.model_runner",
+    "Steps with prompt tokens are launched kernel by kernel: {why_eager}",
+    unseen="a GPU, and CUDA graphs",
+)
+step_eager = Event(
+    "step.eager",
+    DEBUG,
+    "engine.model_runner",
+    "Step {step} is launched kernel by kernel: {why_eager}",
+    unseen="a GPU, and CUDA graphs",
+)
 profile_started = Event(
     "profile.started", INFO, "diagnostics.rank", "Profiling into {folder} until stop_profile", "rank"
 )

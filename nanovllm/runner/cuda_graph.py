@@ -10,6 +10,7 @@ import bisect
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +21,7 @@ from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
+Result = TypeVar("Result")
 DecodeStep = Callable[[torch.Tensor, StepNeeds], SampledTokens]  # takes rows [size] int32, samples a token for each
 
 
@@ -36,6 +38,32 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return sorted(size for size in sizes if size <= max_num_seqs)
 
 
+class GraphPool:
+    """Captures CUDA graphs that share one memory pool, since only one runs at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.handle = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def capture(self, step: Callable[[], Result], run_first: bool = True) -> tuple[torch.cuda.CUDAGraph, Result]:
+        """Returns a graph of `step`, and what it returned; a replay writes its tensors again.
+
+        run_first: run the step once before, in which kernels compile and libraries allocate; nothing else can be done
+        while a graph is captured. False is enough where an earlier step launched the same kernels.
+        """
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        if run_first:
+            with torch.cuda.stream(self._stream):
+                step()
+        current.wait_stream(self._stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.handle, stream=self._stream):
+            result = step()
+        return graph, result
+
+
 @dataclass(frozen=True)
 class _Captured:
     graph: torch.cuda.CUDAGraph
@@ -43,19 +71,15 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """Captures and replays `decode_step`, with a graph for each pair of size and StepNeeds.
+    """Captures and replays `decode_step`, with a graph for each pair of size and StepNeeds."""
 
-    All graphs share one memory pool, since only one runs at a time.
-    """
-
-    def __init__(self, decode_step: DecodeStep, max_num_seqs: int, null_row: int, device: torch.device) -> None:
+    def __init__(self, pool: GraphPool, decode_step: DecodeStep, max_num_seqs: int, null_row: int) -> None:
+        self.pool = pool
         self._decode_step = decode_step
         self._null_row = null_row
-        self._device = device
         self.sizes = graph_sizes(max_num_seqs)
-        self._rows = torch.full((max_num_seqs,), null_row, dtype=torch.int32, device=device)  # the graphs' input
+        self._rows = torch.full((max_num_seqs,), null_row, dtype=torch.int32, device=pool.device)  # the graphs' input
         self._captured: dict[tuple[int, StepNeeds], _Captured] = {}
-        self.pool = torch.cuda.graph_pool_handle()
 
     def replay(self, rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
         """Decodes `rows` [num_rows] int32. Returns a token for each; the tensors are valid until the next replay."""
@@ -73,15 +97,7 @@ class DecodeGraphs:
         started = time.perf_counter()
         rows = self._rows[:size]
         rows.fill_(self._null_row)
-        stream = torch.cuda.Stream(self._device)
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):  # kernels compile and libraries allocate before anything is captured
-            self._decode_step(rows, needs)
-        torch.cuda.current_stream(self._device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=stream):
-            sampled = self._decode_step(rows, needs)
-        captured = self._captured[size, needs] = _Captured(graph, sampled)
+        captured = self._captured[size, needs] = _Captured(*self.pool.capture(lambda: self._decode_step(rows, needs)))
         elapsed_ms = (time.perf_counter() - started) * 1e3
         events.graph_captured.log(logger, size=size, elapsed_ms=elapsed_ms, **asdict(needs))
         return captured

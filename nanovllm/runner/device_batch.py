@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from nanovllm.engine.batch import ScheduledBatch
-from nanovllm.kernels.columns import columns_of, num_words
-
-_TORCH_DTYPES = {np.dtype(np.int64): torch.int64, np.dtype(np.float32): torch.float32}
+from nanovllm.kernels.columns import num_words
 
 
 class DeviceBatch:
@@ -38,26 +35,10 @@ class DeviceBatch:
         They are views of the buffer, or copies if `contiguous`, as kernels need them.
         """
         place = self.host.sections[section]
-        columns = self._records(section).t()
+        columns = self.records(section).t()
         names = place.record.names or ()
         return dict(zip(names, (columns.contiguous() if contiguous else columns).unbind(0), strict=True))
 
-    def column(self, section: str, name: str) -> torch.Tensor:
-        """Returns the field `name` of each item, [num_items] in its dtype; a record is [num_items, num_words] int32.
-
-        int32 fields and records are views, others are copies.
-        """
-        record = self.host.sections[section].record
-        assert record.fields is not None
-        words = self._records(section)[:, columns_of(record, name)]
-        dtype = record.fields[name][0]
-        if dtype.fields:
-            return words
-        if dtype == np.int32:
-            return words.squeeze(1)
-        # A copy, since a view as int64 needs an even offset.
-        return words.clone(memory_format=torch.contiguous_format).view(_TORCH_DTYPES[dtype]).squeeze(1)
-
-    def _records(self, section: str) -> torch.Tensor:
+    def records(self, section: str) -> torch.Tensor:
         """Returns the section's items as words, [num_items, num_words] int32, as a view."""
         return self.values(section).view(-1, num_words(self.host.sections[section].record))

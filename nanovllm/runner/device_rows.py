@@ -17,8 +17,11 @@ from nanovllm.attention.interface import AttentionMetadata, DecodeMetadata, Pref
 from nanovllm.kernels.columns import LOGIT_EDITS, NO_TRUNCATION, column_of
 from nanovllm.kernels.decode_state import append_tokens, read_decode_tokens
 from nanovllm.kernels.logit_edits import RowLogitEdits
+from nanovllm.kernels.row_changes import OpenedRows, close_rows, open_rows, set_blocks
 from nanovllm.kernels.shared_prefix import find_shared_prefixes
+from nanovllm.kernels.step_tokens import read_step_tokens
 from nanovllm.runner.device_batch import DeviceBatch
+from nanovllm.runner.mixed_graphs import PaddedStep
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class ModelInputs:
     positions: torch.Tensor  # [num_tokens] int64
     attention: AttentionMetadata
     sampled_rows: torch.Tensor  # [num_sampled] int32
-    sampled_tokens: torch.Tensor | None  # [num_sampled] int64, indices of tokens; None: all tokens, in order
+    sampled_tokens: torch.Tensor | None  # [num_sampled] integers, indices of tokens; None: all tokens, in order
 
 
 class DeviceRows:
@@ -62,18 +65,23 @@ class DeviceRows:
         self.seeds = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.truncations = torch.tensor([NO_TRUNCATION], device=device).repeat(num_rows, 1)  # columns of TRUNCATION
         self.logit_edits = RowLogitEdits.zeros(num_rows, vocab_size, device)
+        self._opened = OpenedRows(
+            token_ids=self.token_ids,
+            lengths=self.lengths,
+            temperatures=self.temperatures,
+            seeds=self.seeds,
+            truncations=self.truncations,
+            logit_edits=self.logit_edits.settings,
+        )
 
     def apply(self, batch: DeviceBatch) -> None:
         """Applies the batch's changes, in the order of its sections."""
         if batch.has("closed"):
-            closed = batch.values("closed").long()
-            self.lengths.index_fill_(0, closed, 1)  # `lengths[closed] = 1` would copy the number to the device and wait
-            self.block_tables.index_fill_(0, closed, self.null_block)
+            close_rows(batch.values("closed"), self.lengths, self.block_tables, self.null_block)
         if batch.has("opened"):
-            self._open(batch)
+            open_rows(batch.records("opened"), batch.values("opened_tokens"), self._opened)
         if batch.has("blocks"):
-            entries = batch.columns("blocks")
-            self.block_tables[entries["row"], entries["index"]] = entries["block"]
+            set_blocks(batch.records("blocks"), self.block_tables)
         if batch.has("token_biases"):
             biases = batch.columns("token_biases")
             self.logit_edits.token_biases[biases["row"], biases["index"]] = biases["word"]
@@ -81,17 +89,6 @@ class DeviceRows:
             masked = batch.values("masked").long()
             self.logit_edits.masks[masked] = batch.values("mask_words").view(len(masked), -1)
             self.logit_edits.settings[:, column_of(LOGIT_EDITS, "has_mask")].index_fill_(0, masked, 1)
-
-    def _open(self, batch: DeviceBatch) -> None:
-        rows, num_tokens = batch.column("opened", "row"), batch.column("opened", "num_tokens")
-        self.lengths[rows] = num_tokens
-        self.temperatures[rows] = batch.column("opened", "temperature")
-        self.seeds[rows] = batch.column("opened", "seed")
-        self.truncations[rows] = batch.column("opened", "truncation").contiguous().view(torch.float32)
-        self.logit_edits.settings[rows] = batch.column("opened", "logit_edits")
-        tokens = batch.values("opened_tokens")
-        token_rows, positions = _expand(rows, torch.zeros_like(rows), num_tokens, len(tokens))
-        self.token_ids[token_rows, positions] = tokens
 
     def decode_inputs(self, rows: torch.Tensor, query_group: int | None = None) -> ModelInputs:
         """Returns the inputs of a step in which each of `rows` [num_rows] int32 computes its last token.
@@ -148,9 +145,42 @@ class DeviceRows:
                 num_decode_tokens=num_decode,
                 decode=decode.attention.decode,
                 prefill=prefill,
+                first_prefill_token=num_decode,
             ),
             sampled_rows=torch.cat([decode.sampled_rows, final_rows]),
             sampled_tokens=torch.cat([torch.arange(num_decode, device=self.device), num_decode + last_tokens]),
+        )
+
+    def padded_inputs(self, step: PaddedStep, query_group: int | None = None) -> ModelInputs:
+        """Returns the inputs of a padded step with chunks. Runs inside a captured graph.
+
+        All decode rows of its shape attend, and read the query at their place in the flat batch. What the padding among
+        them writes there is overwritten by the chunks.
+        """
+        make_up, num_tokens = step.make_up, step.shape.num_tokens
+        tokens = read_step_tokens(make_up, self.token_ids, self.lengths, self.block_tables, self.block_size, num_tokens)
+        context_lens = self.lengths[make_up.decode_rows]
+        block_tables = self.block_tables[make_up.decode_rows]
+        shared = None
+        if query_group is not None:
+            shared = find_shared_prefixes(block_tables, context_lens, self.block_size, query_group)
+        return ModelInputs(
+            input_ids=tokens.input_ids,
+            positions=tokens.positions,
+            attention=AttentionMetadata(
+                slot_mapping=tokens.slot_mapping,
+                num_decode_tokens=step.shape.num_rows,
+                decode=DecodeMetadata(context_lens, block_tables, self.max_model_len, shared),
+                prefill=PrefillMetadata(
+                    cu_seqlens_q=make_up.cu_seqlens_q,
+                    context_lens=step.context_lens,
+                    block_tables=self.block_tables[make_up.chunk_rows],
+                    max_seqlen_q=num_tokens,
+                    max_seqlen_k=self.max_model_len,
+                ),
+            ),
+            sampled_rows=step.sampled_rows,
+            sampled_tokens=step.sampled_tokens,
         )
 
     def append(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:

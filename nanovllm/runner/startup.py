@@ -11,6 +11,7 @@ import torch
 
 from nanovllm.attention.interface import LayerKVCache
 from nanovllm.attention.selection import select_attention
+from nanovllm.attention.triton_backend import MIN_COPYING_QUERIES
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import Chunk, OpenedRow, ScheduledBatch, StepHandle, StepNeeds
 from nanovllm.errors import OutOfMemoryError
@@ -20,15 +21,20 @@ from nanovllm.logs import events
 from nanovllm.models.causal_lm import CausalLM
 from nanovllm.models.model_context import ModelContext
 from nanovllm.models.registry import get_model_class
-from nanovllm.runner.cuda_graph import DecodeGraphs, DecodeStep
+from nanovllm.runner.cuda_graph import DecodeGraphs, DecodeStep, GraphPool
 from nanovllm.runner.device_rows import DeviceRows
 from nanovllm.runner.kv_cache import GPUMemory, KVCacheShape, lower_cache_size, num_cpu_blocks
+from nanovllm.runner.mixed_graphs import MixedGraphs, Model, Sample
 from nanovllm.runner.model_plan import ModelPlan
 from nanovllm.runner.warm_up import WarmUp
 from nanovllm.utils.device_memory import GB, free_memory
 from nanovllm.utils.loader import LoadReport, check_weights, load_dummy_weights, load_weights, materialise
 from nanovllm.utils.logger import log_gpu_memory, setup_logger
 from nanovllm.utils.stopwatch import Stopwatch
+
+_LAUNCH_SECONDS = 0.7e-3  # to launch a layer from Python
+_FLOPS = 600e12  # a second, of a Hopper GPU's matrix products in bf16
+_MIN_GRAPH_TOKENS, _MAX_GRAPH_TOKENS = 512, 8192
 
 logger = setup_logger("nanovllm.engine.model_runner")  # the name that users' documents show
 
@@ -205,11 +211,14 @@ class Startup:
         self._set_rows_and_cache(runner, 0, self.plan.max_model_len)
         weights = torch.cuda.memory_allocated(self.device)
         activations = 0
-        for batch in self._largest_steps():  # summed: a decode step's CUDA graph keeps its memory during prefill steps
+        for batch in self._largest_steps():  # summed: CUDA graphs keep their memory during other steps
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
             runner.launch(batch).wait()
-            activations += torch.cuda.max_memory_allocated(self.device) - weights
+            peak = torch.cuda.max_memory_allocated(self.device) - weights
+            activations += peak
+            if len(batch.chunks) and self._has_mixed_graphs:  # a graph of such a step takes as much for each token
+                activations += peak * self._max_graph_tokens() // batch.num_tokens
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         return GPUMemory(
@@ -271,13 +280,57 @@ class Startup:
     # Graphs
 
     def capture(self, decode_step: DecodeStep, null_row: int) -> DecodeGraphs | None:
-        """Captures the largest graph, whose memory the others share. Returns None when steps run without graphs."""
+        """Captures the graphs of decode steps, or with `fast_start` the largest. Returns None without graphs."""
         if not self._use_cuda_graphs:
             return None
-        graphs = DecodeGraphs(decode_step, self._config.max_num_seqs, null_row, self.device)
-        graphs.capture(self._config.max_num_seqs, StepNeeds())
-        self._stopwatch.lap("first CUDA graph")
+        graphs = DecodeGraphs(GraphPool(self.device), decode_step, self._config.max_num_seqs, null_row)
+        sizes = reversed(graphs.sizes) if self._config.fast_start is False else graphs.sizes[-1:]
+        for size in sizes:  # the largest first, whose memory the others share
+            graphs.capture(size, StepNeeds())
+        self._stopwatch.lap("CUDA graphs")
         return graphs
+
+    def mixed_graphs(self, pool: GraphPool, model: Model, sample: Sample, null_row: int) -> MixedGraphs | None:
+        """Returns the graphs of steps with chunks, or None when these run without graphs."""
+        if not self._has_mixed_graphs:
+            why = f"the prefill backend {self.attention.prefill.name} cannot be captured"
+            events.graph_mixed_off.log(logger, why_eager=why)
+            return None
+        config = self.plan.model_config
+        graphs = MixedGraphs(
+            pool,
+            model,
+            sample,
+            max_tokens=self._max_graph_tokens(),
+            max_num_seqs=self._config.max_num_seqs,
+            hidden_size=config.hidden_size,
+            dtype=self.plan.dtype,
+            null_row=null_row,
+        )
+        if self._config.fast_start is False:
+            graphs.capture_all()
+        events.graph_mixed_ready.log(logger, max_graph_tokens=graphs.max_tokens, num_captured=graphs.num_captured)
+        self._stopwatch.lap("CUDA graphs of prompts")
+        return graphs
+
+    def _max_graph_tokens(self) -> int:
+        """Returns up to how many tokens a step with chunks is a graph.
+
+        The device takes as long for more tokens as the host takes to launch the step, so that a graph gains nothing.
+        """
+        most = self._config.max_num_batched_tokens
+        if self.plan.has_fp8_cache:
+            return min(MIN_COPYING_QUERIES - 1, most)
+        config = self.plan.model_config
+        weights = config.hidden_size * (
+            (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim + 3 * config.intermediate_size
+        )
+        tokens = _LAUNCH_SECONDS * _FLOPS * self._parallel.size / (2 * weights)
+        return min(max(int(tokens), _MIN_GRAPH_TOKENS), _MAX_GRAPH_TOKENS, most)
+
+    @property
+    def _has_mixed_graphs(self) -> bool:
+        return self._use_cuda_graphs and self.attention.prefill.supports_prefill_graphs
 
     def finish(self, num_blocks: int, max_model_len: int) -> ResolvedConfig:
         """Logs the memory in use and returns the settings that were chosen."""

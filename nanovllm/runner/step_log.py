@@ -44,6 +44,9 @@ class StepLog:
         """Returns a context that times the part of a step that runs the model."""
         return timed_section(logger, self._sections[batch.kind], device=self._device, step=batch.step)
 
+    def eager(self, batch: ScheduledBatch, reason: str) -> None:
+        events.step_eager.log(logger, step=batch.step, why_eager=reason)
+
     def preparing(self, batch: ScheduledBatch) -> None:
         self._step.number = batch.step
         rank, step, num_prefill, num_decode = self._rank, batch.step, len(batch.chunks), len(batch.decode_rows)

@@ -275,7 +275,7 @@ def test_the_last_line_is_right_with_and_without_a_progress_bar(
             assert fields["total_output_tokens"] == sum(map(len, token_ids(outputs)))
             assert fields["prefill_time"] > 0
             assert fields["decode_time"] > 0
-            assert records[3].getMessage() == (
+            assert records[5].getMessage() == (
                 f"Generation complete: 6 steps, total_output_tokens={fields['total_output_tokens']}, "
                 f"prefill_time={fields['prefill_time']:.2f}s, decode_time={fields['decode_time']:.2f}s"
             )

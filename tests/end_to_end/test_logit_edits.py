@@ -167,10 +167,10 @@ def test_each_token_is_the_one_that_the_rules_say(arguments: dict[str, Any], dep
         assert not arguments or llm.llm_engine.statistics.num_preemptions > 0
 
 
-def test_through_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_through_graphs() -> None:
     """Steps with a row that asks have graphs of their own; captured in one crowd, they serve another."""
     with load(max_num_seqs=len(cases())) as llm:
-        use_cpu_graphs(llm, monkeypatch)
+        use_cpu_graphs(llm)
         for some in (slice(None), slice(1, 8), slice(0, 1), slice(9, None), slice(0, 2)):
             check(llm, some)
         graphs: Any = llm.llm_engine.executor._runner._graphs  # type: ignore[attr-defined]

@@ -128,7 +128,7 @@ def shared_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     with load(max_num_seqs=4) as llm:
-        use_cpu_graphs(llm, monkeypatch)
+        use_cpu_graphs(llm)
         generate(llm, "count from 3 to 9")
 
 

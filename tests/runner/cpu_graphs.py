@@ -6,60 +6,53 @@ writes stays there until the next replay.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 
 from nanovllm import LLM
-from nanovllm.engine.batch import StepNeeds
 from nanovllm.kernels.logprobs import SampledTokens
 from nanovllm.runner.cuda_graph import DecodeGraphs
+from nanovllm.runner.mixed_graphs import MixedGraphs
 
 
 class CpuGraph:
     replay: Callable[[], object]
 
 
-class CpuStream:
-    def __init__(self, device: torch.device | None = None) -> None: ...
+class CpuGraphPool:
+    """Stands in for `GraphPool`."""
 
-    def wait_stream(self, other: CpuStream) -> None: ...
+    device = torch.device("cpu")
+    handle = None
 
-
-def use_cpu_graphs(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets a CPU engine, with one step in flight, decode through `DecodeGraphs`."""
-    runner: Any = llm.llm_engine.executor._runner  # type: ignore[attr-defined]
-    capturing: list[CpuGraph] = []
-
-    @contextlib.contextmanager
-    def capture(graph: CpuGraph, pool: object, stream: object) -> Iterator[None]:
-        capturing.append(graph)
-        yield
-        capturing.clear()
-
-    def decode_step(rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
-        captured = runner._decode(rows, needs)
+    def capture(self, step: Callable[[], Any], run_first: bool = True) -> tuple[CpuGraph, Any]:
+        captured, graph = step(), CpuGraph()
 
         def replay() -> None:
-            for tensor, new in zip(captured.tensors(), runner._decode(rows, needs).tensors(), strict=True):
-                tensor.copy_(new)
+            result = step()
+            if isinstance(captured, SampledTokens):
+                for tensor, new in zip(captured.tensors(), result.tensors(), strict=True):
+                    tensor.copy_(new)
 
-        for graph in capturing:
-            graph.replay = replay
-        return captured
+        graph.replay = replay
+        return graph, captured
 
-    for name, stand_in in {
-        "CUDAGraph": CpuGraph,
-        "graph": capture,
-        "Stream": CpuStream,
-        "current_stream": CpuStream,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "graph_pool_handle": lambda: None,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, stand_in)
-    with torch.inference_mode():
-        max_num_seqs = llm.llm_engine.resolved.max_num_seqs
-        runner._graphs = DecodeGraphs(decode_step, max_num_seqs, runner.rows.null_row, runner.device)
+
+def use_cpu_graphs(llm: LLM) -> None:
+    """Lets a CPU engine, with one step in flight, run through `DecodeGraphs` and `MixedGraphs`."""
+    runner: Any = llm.llm_engine.executor._runner  # type: ignore[attr-defined]
+    pool: Any = CpuGraphPool()
+    resolved, null_row = llm.llm_engine.resolved, runner.rows.null_row
+    runner._graphs = DecodeGraphs(pool, runner._decode, resolved.max_num_seqs, null_row)
+    runner._mixed_graphs = MixedGraphs(
+        pool,
+        runner._hidden,
+        runner._sample,
+        max_tokens=resolved.max_num_batched_tokens,
+        max_num_seqs=resolved.max_num_seqs,
+        hidden_size=runner.model.model.norm.weight.shape[0],
+        dtype=runner.model.model.norm.weight.dtype,
+        null_row=null_row,
+    )

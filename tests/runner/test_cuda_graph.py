@@ -31,10 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Loader:
     """Makes engines that decode eagerly or through graphs, and notes the sizes of the batches that were replayed."""
 
-    def __init__(self, folder: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, folder: Path, device: str) -> None:
         self.folder = folder
         self.device = device
-        self.monkeypatch = monkeypatch
         self.replayed: list[int] = []
 
     def __call__(self, use_graphs: bool, **arguments: Any) -> LLM:
@@ -44,7 +43,7 @@ class Loader:
         llm = LLM(str(self.folder), **{**defaults, **arguments}, enforce_eager=not use_graphs)
         if use_graphs:
             if self.device == "cpu":
-                use_cpu_graphs(llm, self.monkeypatch)
+                use_cpu_graphs(llm)
             graphs = llm.llm_engine.executor._runner._graphs  # type: ignore[attr-defined]
             replay = graphs.replay
 
@@ -57,8 +56,8 @@ class Loader:
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def load(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
-    return Loader(folder, request.param, monkeypatch)
+def load(request: pytest.FixtureRequest, folder: Path) -> Loader:
+    return Loader(folder, request.param)
 
 
 def greedy(num_tokens: int) -> SamplingParams:
