@@ -34,6 +34,6 @@ def _hint(stage: int) -> str:
     if stage:
         return ""
     return (
-        " Each rank reads the script that starts the engine: what the script does must stand below "
-        "if __name__ == '__main__'."
+        " Its error output may say why. Each rank reads the script that starts the engine: what the script does must "
+        "stand below if __name__ == '__main__'."
     )

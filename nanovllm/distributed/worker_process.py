@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 logger = setup_logger(__name__)
 
 _REPORT_SECONDS = 1.0  # to send the message about a failure
+_PARENT_SECONDS = 0.5  # between looks at the parent
 
 
 class MessageKind(IntEnum):
@@ -106,7 +107,9 @@ def _attach(start: WorkerStart) -> tuple[ChannelReader, ChannelWriter]:
     answer_with_stacks(start.stack)
 
     def end_with_the_parent() -> None:
-        connection.wait([parent.sentinel])
+        # A forked child of rank 0 inherits its end of the sentinel, which is then not ready when rank 0 ends.
+        while not connection.wait([parent.sentinel], timeout=_PARENT_SECONDS) and os.getppid() == parent.pid:
+            pass
         commands.unlink()  # in case rank 0 was killed before it did
         reports.unlink()
         os._exit(1)

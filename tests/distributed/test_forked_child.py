@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.rank_processes import ONLY_LINUX, folder, start_script
-from tests.processes import WATCHDOG
+from tests.distributed.rank_processes import ONLY_LINUX, folder, is_alive, session_of, start_script
+from tests.processes import WATCHDOG, until
 
 __all__ = ["folder"]  # fixture
 pytestmark = ONLY_LINUX
@@ -83,3 +85,28 @@ def test_a_forked_child_leaves_the_engine_to_its_parent(folder: Path, tmp_path: 
     assert "Traceback" not in errors
     slices = [json.dumps(event) for event in json.loads(trace.read_text()) if event["ph"] == "X"]
     assert len(set(slices)) == len(slices), "a child writes its copy of them"
+
+
+ORPHANS = """
+import os, signal, time
+from tests.small_llm import *
+if __name__ == "__main__":
+    llm = load({folder!r}, tensor_parallel_size=2)
+    if not os.fork():
+        time.sleep(600)
+    print(*(process.pid for process in llm.llm_engine.executor._workers._processes.values()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_ranks_end_with_rank_0_while_its_child_lives(folder: Path, tmp_path: Path) -> None:
+    process = start_script(ORPHANS.format(folder=str(folder)), tmp_path, PYTHONWARNINGS="ignore")
+    try:
+        assert process.stdout is not None
+        (worker,) = map(int, process.stdout.readline().split())
+        assert process.wait(WATCHDOG) == -signal.SIGKILL
+        assert until(lambda: not is_alive(worker))
+        assert len(session_of(process.pid)) >= 1, "the child"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
