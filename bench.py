@@ -3,6 +3,7 @@
 import sys
 
 from nanovllm.cli.bench import main
+from nanovllm.cli.main import without_broken_pipe
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], prog="bench.py"))
+    sys.exit(without_broken_pipe(lambda: main(sys.argv[1:], prog="bench.py")))

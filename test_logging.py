@@ -38,19 +38,23 @@ INFO_LINES = [
     ("engine.model_runner", r"Model config: num_layers=\d+, hidden_size=\d+, .*"),
     ("engine.model_runner", rf"After model loading - {MEMORY}"),
     ("engine.model_runner", r"KV cache configuration: num_kv_heads=2, head_dim=64, block_size=\d+, dtype=float32"),
+    ("engine.model_runner", r"Allocating KV cache"),
     ("engine.model_runner", r"Allocating \d+ KV cache blocks, total_size=\d+\.\d\dGB"),
     ("engine.model_runner", rf"After KV cache allocation - {MEMORY}"),
-    ("llm", r"-{80}"),
-    ("llm", r"Starting generation for 2 prompts"),
-    ("llm", r"Total prompt tokens: [1-9]\d*"),
+    ("engine.llm_engine", r"-{80}"),
+    ("engine.llm_engine", r"Starting generation for 2 prompts"),
+    ("engine.llm_engine", r"Total prompt tokens: [1-9]\d*"),
     (
         "engine.scheduler",
         rf"Scheduled PREFILL batch: size=2, batched_tokens=\d+, {SEQS.format(',cached=0', ',cached=0')}",
     ),
     ("engine.scheduler", rf"Scheduled DECODE batch \(step 1\): size=2, preempted=0, {SEQS.format('', '')}"),
     ("engine.scheduler", rf"Scheduled DECODE batch \(step 10\): size=2, preempted=0, {SEQS.format('', '')}"),
-    ("llm", r"Generation complete: 12 steps, total_output_tokens=24, prefill_time=\d+\.\d\ds, decode_time=\d+\.\d\ds"),
-    ("llm", rf"After generation - {MEMORY}"),
+    (
+        "engine.llm_engine",
+        r"Generation complete: 12 steps, total_output_tokens=24, prefill_time=\d+\.\d\ds, decode_time=\d+\.\d\ds",
+    ),
+    ("engine.llm_engine", rf"After generation - {MEMORY}"),
 ]
 
 DEBUG_LINES = [
@@ -267,7 +271,9 @@ def test_file() -> None:
         path = Path(folder) / "run.log"
         with recording("INFO", NANOVLLM_LOG_FILE=str(path)) as recorder:
             generate()
-        assert path.read_text("utf-8") == recorder.text
+        # The line with the versions is the file's first; on the console it comes after "Initializing LLMEngine".
+        assert sorted(path.read_text("utf-8").splitlines()) == sorted(recorder.text.splitlines())
+        assert "Versions: nanovllm=" in path.read_text("utf-8").splitlines()[0]
         check([match for line in recorder.text.splitlines() if (match := LINE.fullmatch(line))], "INFO", INFO_LINES)
         with recording("INFO", NANOVLLM_LOG_FILE=str(path)) as theirs:
             logging.basicConfig(format="MY FORMAT %(message)s")

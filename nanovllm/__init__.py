@@ -18,9 +18,15 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "LLM": "nanovllm.llm",
     "AsyncLLM": "nanovllm.async_llm",
+    "AsyncLLMEngine": "nanovllm.engine.async_llm_engine",
     "LLMEngine": "nanovllm.engine.llm_engine",
+    "EngineArgs": "nanovllm.engine_args",
+    "AsyncEngineArgs": "nanovllm.engine_args",
     "SamplingParams": "nanovllm.sampling_params",
+    "RequestOutputKind": "nanovllm.sampling_params",
     "StructuredOutputsParams": "nanovllm.sampling_params",
+    "TextPrompt": "nanovllm.inputs",
+    "TokensPrompt": "nanovllm.inputs",
     "CompletionOutput": "nanovllm.outputs",
     "Logprob": "nanovllm.outputs",
     "RequestMetrics": "nanovllm.outputs",
@@ -29,9 +35,11 @@ _MODULE_OF = {
     "ChannelError": "nanovllm.errors",
     "EngineDeadError": "nanovllm.errors",
     "InvalidArgumentError": "nanovllm.errors",
+    "InvalidLogitsError": "nanovllm.errors",
     "InvalidStateError": "nanovllm.errors",
     "ModelLoadError": "nanovllm.errors",
     "NanoVLLMError": "nanovllm.errors",
+    "NotSupportedError": "nanovllm.errors",
     "OutOfMemoryError": "nanovllm.errors",
     "RequestTooLargeError": "nanovllm.errors",
     "StepFailedError": "nanovllm.errors",
@@ -42,24 +50,32 @@ __all__ = list(_MODULE_OF)
 
 if TYPE_CHECKING:  # "import X as X" marks a name as public
     from nanovllm.async_llm import AsyncLLM as AsyncLLM
+    from nanovllm.engine.async_llm_engine import AsyncLLMEngine as AsyncLLMEngine
     from nanovllm.engine.llm_engine import LLMEngine as LLMEngine
+    from nanovllm.engine_args import AsyncEngineArgs as AsyncEngineArgs
+    from nanovllm.engine_args import EngineArgs as EngineArgs
     from nanovllm.errors import BackendUnavailableError as BackendUnavailableError
     from nanovllm.errors import ChannelError as ChannelError
     from nanovllm.errors import EngineDeadError as EngineDeadError
     from nanovllm.errors import InvalidArgumentError as InvalidArgumentError
+    from nanovllm.errors import InvalidLogitsError as InvalidLogitsError
     from nanovllm.errors import InvalidStateError as InvalidStateError
     from nanovllm.errors import ModelLoadError as ModelLoadError
     from nanovllm.errors import NanoVLLMError as NanoVLLMError
+    from nanovllm.errors import NotSupportedError as NotSupportedError
     from nanovllm.errors import OutOfMemoryError as OutOfMemoryError
     from nanovllm.errors import RequestTooLargeError as RequestTooLargeError
     from nanovllm.errors import StepFailedError as StepFailedError
     from nanovllm.errors import UnknownArgumentError as UnknownArgumentError
     from nanovllm.errors import WorkerError as WorkerError
+    from nanovllm.inputs import TextPrompt as TextPrompt
+    from nanovllm.inputs import TokensPrompt as TokensPrompt
     from nanovllm.llm import LLM as LLM
     from nanovllm.outputs import CompletionOutput as CompletionOutput
     from nanovllm.outputs import Logprob as Logprob
     from nanovllm.outputs import RequestMetrics as RequestMetrics
     from nanovllm.outputs import RequestOutput as RequestOutput
+    from nanovllm.sampling_params import RequestOutputKind as RequestOutputKind
     from nanovllm.sampling_params import SamplingParams as SamplingParams
     from nanovllm.sampling_params import StructuredOutputsParams as StructuredOutputsParams
 

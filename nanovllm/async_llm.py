@@ -17,22 +17,28 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future
-from typing import Any
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
 
+from nanovllm.compat.interface import VllmInterface
+from nanovllm.compat.unsupported import REQUEST_ARGUMENTS, accepting
 from nanovllm.config import EngineConfig, takes_engine_arguments
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine_factory import make_engine
 from nanovllm.errors import EngineDeadError, InvalidArgumentError, InvalidStateError, NanoVLLMError, StepFailedError
 from nanovllm.metrics import MetricsSnapshot
 from nanovllm.outputs import RequestOutput
+from nanovllm.requests.chat import ChatArguments, ChatOptions, ChatRenderer, Conversation
 from nanovllm.requests.tokenization import Prompt
-from nanovllm.sampling_params import SamplingParams
-from nanovllm.streaming import News, OutputStream, extend_news
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.streaming import News, OutputStream, extend_news, kind_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
-class AsyncLLM:
+class AsyncLLM(VllmInterface):
     """Inference for coroutines on one model; each request is a stream of outputs.
 
         engine = AsyncLLM("tiny")
@@ -47,6 +53,7 @@ class AsyncLLM:
     def __init__(self, config: EngineConfig) -> None:
         self._thread = _EngineThread(config)
         self._counter = itertools.count()
+        self._chat = ChatRenderer()
         self._loop: asyncio.AbstractEventLoop | None = None
         try:
             self._engine = self._thread.start_engine()
@@ -56,27 +63,29 @@ class AsyncLLM:
         # A finalizer, so that the engine also ends when this object is garbage-collected or Python ends.
         self._exit = weakref.finalize(self, self._thread.stop)
 
+    @accepting(REQUEST_ARGUMENTS)
     async def generate(
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
-        delta: bool = False,
+        delta: bool | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """Completes one prompt. Each output has the text and tokens so far, or with `delta` only the new ones.
+        """Completes one prompt. Each output has the text and tokens so far, or what `output_kind` asks for.
 
         prompt: a text, token ids, {"prompt": …} or {"prompt_token_ids": …}.
+        sampling_params: None for those of the checkpoint's generation_config.json.
+        delta: True means RequestOutputKind.DELTA: only what is new since the previous output.
         request_id: unique among the unfinished requests; None: chosen by the engine.
         An output includes every token since the previous one. In the last one, `finished` is True. Leaving the loop,
         closing the generator or cancelling the task aborts the request and frees its blocks.
         Raises InvalidArgumentError and RequestTooLargeError, which concern this request alone; StepFailedError when a
         step failed, and all requests with it; and EngineDeadError when the engine has ended.
         """
-        if not isinstance(delta, bool):
-            raise InvalidArgumentError("delta", delta, "True or False")
+        default_kind = kind_of(delta, sampling_params)
         request_id = f"async-{next(self._counter)}" if request_id is None else request_id
-        request = _Request(request_id, prompt, sampling_params, delta)
+        request = _Request(request_id, prompt, sampling_params, default_kind)
         self._thread.open(request, self._running_loop())
         try:
             while True:
@@ -89,15 +98,16 @@ class AsyncLLM:
         finally:
             self._thread.close(request)
 
-    async def abort(self, request_id: str) -> None:
-        """Ends a request; its consumer gets the tokens so far, with finish_reason "abort".
+    async def abort(self, request_ids: str | Iterable[str]) -> None:
+        """Ends one or several requests; their consumers get the tokens so far, with finish_reason "abort".
 
-        Returns when the request has ended. Ignores an unknown or finished id.
+        Returns when the requests have ended. Ignores unknown and finished ids.
         """
         self._running_loop()
-        request = self._thread.abort(request_id)
-        if request is not None:
-            await request.ended.wait()
+        ids = [request_ids] if isinstance(request_ids, str) else request_ids
+        for request in [self._thread.abort(request_id) for request_id in ids]:
+            if request is not None:
+                await request.ended.wait()
 
     def get_tokenizer(self) -> Any:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
@@ -133,6 +143,7 @@ class AsyncLLM:
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         """Returns the running event loop. Raises InvalidStateError while another one that used it is open."""
+        self._engine.owner.check()
         loop = asyncio.get_running_loop()
         if self._loop is not None and self._loop is not loop and not self._loop.is_closed():
             raise InvalidStateError(
@@ -141,12 +152,31 @@ class AsyncLLM:
         self._loop = loop
         return loop
 
+    async def chat(
+        self,
+        messages: Conversation,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        delta: bool = False,
+        **options: Unpack[ChatArguments],
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Completes one conversation through the checkpoint's chat template; otherwise the same as `generate`.
+
+        options: as in `LLM.chat`. The template is rendered in a thread, so that it does not hold up the event loop.
+        """
+        render = self._chat.prompt
+        prompt = await asyncio.to_thread(render, self.get_tokenizer(), messages, ChatOptions(**options))
+        async with aclosing(self.generate(prompt, sampling_params, request_id, delta=delta)) as outputs:
+            async for output in outputs:
+                yield output
+
 
 class _Request:
     """A request that its consumer and the engine's thread share. The thread's lock guards `waiting` and `end`."""
 
-    def __init__(self, request_id: str, prompt: Prompt, params: SamplingParams | None, delta: bool) -> None:
-        self.request_id, self.prompt, self.params, self.delta = request_id, prompt, params, delta
+    def __init__(self, request_id: str, prompt: Prompt, params: SamplingParams | None, kind: RequestOutputKind) -> None:
+        self.request_id, self.prompt, self.params, self.kind = request_id, prompt, params, kind
         self.stream: OutputStream | None = None  # made by the engine's thread when it adds the request
         self.waiting: News | None = None  # what the consumer has not fetched
         self.end: RequestOutput | BaseException | None = None
@@ -254,7 +284,7 @@ class _EngineThread:
 
     def _run(self, config: EngineConfig) -> None:
         try:
-            engine = make_engine(config)
+            engine = LLMEngine.from_engine_args(config)
         except BaseException as error:
             self._started.set_exception(error)
             return
@@ -301,7 +331,7 @@ class _EngineThread:
                 request.context.run(engine.refuse_request, request.request_id, error)
             self._deliver([(request, error)])
             return
-        request.stream = OutputStream(engine, request.request_id, delta=request.delta)
+        request.stream = OutputStream(engine, request.request_id, request.kind)
         self._running[request.request_id] = request
 
     def _abort(self, engine: LLMEngine, request: _Request) -> None:

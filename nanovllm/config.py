@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, InitVar, dataclass, field, replace
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
+from nanovllm.compat.unsupported import ENGINE_ARGUMENTS, WRITTEN_IN, without_effect
 from nanovllm.errors import InvalidArgumentError, UnknownArgumentError
 from nanovllm.utils.arguments import (
     COUNT,
@@ -37,6 +38,7 @@ _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 ATTENTION_BACKENDS = ("auto", "flash_attn", "triton", "torch")
 MIN_SHARED_PREFIX = 256  # tokens; looking for a shorter shared prefix costs more than reading it once for each row
 MAX_BIAS_WORDS = 8192  # int32 words on the device for the token biases of one request
+ALIASES = {"block_size": "kvcache_block_size", "num_gpu_blocks_override": "num_kvcache_blocks"}  # vLLM's names
 _MAX_TIMEOUT = 86400
 
 
@@ -70,15 +72,25 @@ _KV_CACHE_DTYPE = replace(
     convert=lambda value: "fp8_e4m3" if value == "fp8" else value,
     hint="'auto' is the model's dtype.",
 )
-_MEMORY_SHARE = Rule("a number above 0, at most 1", lambda value: is_number(value) and 0 < value <= 1)
+_MEMORY_SHARE = Rule("a number above 0, at most 1", lambda value: is_number(value) and 0 < value <= 1, float)
 _SECONDS = Rule(
     f"a number of seconds > 0, at most {_MAX_TIMEOUT} (a day)",
     lambda value: is_number(value) and 0 < value <= _MAX_TIMEOUT,
+    float,
 )
-_SEED = Rule("an integer from 0 to 2**63 - 1", lambda value: is_integer(value) and 0 <= value < 2**63)
+_SEED = Rule("an integer from 0 to 2**63 - 1", lambda value: is_integer(value) and 0 <= value < 2**63, int)
 _OVERRIDES = Rule(
     "a dictionary of fields of config.json",
     lambda value: isinstance(value, Mapping) and all(isinstance(name, str) for name in value),
+).or_none()
+_PROFILER_CONFIG = Rule(
+    "{'profiler': 'torch', 'torch_profiler_dir': a folder}",
+    lambda value: (
+        isinstance(value, Mapping)
+        and value.keys() <= {"profiler", "torch_profiler_dir"}
+        and value.get("profiler", "torch") == "torch"
+        and _is_text(value.get("torch_profiler_dir"))
+    ),
 ).or_none()
 _COUNT_OR_NONE = COUNT.or_none()
 
@@ -157,7 +169,9 @@ class EngineConfig:
     )
     load_format: str = argument(
         "auto",
-        choice("auto", "safetensors", "dummy"),
+        replace(
+            choice("auto", "safetensors", "dummy"), hint=f"Not supported: GGUF and other formats (see {WRITTEN_IN})."
+        ),
         "How weights are loaded. 'dummy': random weights made from `seed`, without reading a checkpoint.",
     )
     skip_tokenizer_init: bool = argument(
@@ -181,13 +195,21 @@ class EngineConfig:
         "Maximum number of prompt tokens computed in a step that also decodes. It bounds the time between the tokens "
         "of running requests. None: what max_num_batched_tokens leaves, which gives the best throughput.",
     )
+    profiler_config: Mapping[str, Any] | None = argument(
+        None,
+        _PROFILER_CONFIG,
+        "Where `start_profile()` writes, in vLLM's form. None: a new temporary folder, which the log names.",
+    )
     block_size: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of kvcache_block_size.")
     num_gpu_blocks_override: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of num_kvcache_blocks.")
 
     def __post_init__(self, block_size: int | None, num_gpu_blocks_override: int | None) -> None:
-        self._set_alias("block_size", block_size, "kvcache_block_size")
-        self._set_alias("num_gpu_blocks_override", num_gpu_blocks_override, "num_kvcache_blocks")
+        self._set_alias("block_size", block_size)
+        self._set_alias("num_gpu_blocks_override", num_gpu_blocks_override)
         check_arguments(self)
+        if self.model.endswith(".gguf"):
+            hint = f"Not supported: GGUF (see {WRITTEN_IN})."
+            raise InvalidArgumentError("model", self.model, "a folder with safetensors files", hint)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InvalidArgumentError(
                 "max_num_batched_tokens",
@@ -196,12 +218,23 @@ class EngineConfig:
                 "A decode step computes one token of each running sequence: raise it, or lower max_num_seqs.",
             )
 
-    def _set_alias(self, alias: str, value: int | None, name: str) -> None:
+    def _set_alias(self, alias: str, value: int | None) -> None:
         if value is None:
             return
+        name = ALIASES[alias]
         if getattr(self, name) is not None:
             raise InvalidArgumentError(alias, value, f"given once: it is another name of {name}")
         object.__setattr__(self, name, value)
+
+
+def check_names(callee: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments without those that have no effect. Raises UnknownArgumentError for an unknown name."""
+    known = [each.name for each in arguments_of(EngineConfig)]
+    arguments = without_effect(callee, arguments, ENGINE_ARGUMENTS)
+    for name in arguments:
+        if name not in known:
+            raise UnknownArgumentError(callee, name, known)
+    return arguments
 
 
 def _takes_arguments_of(
@@ -210,14 +243,9 @@ def _takes_arguments_of(
     """Returns `takes_engine_arguments`. The ParamSpec of `make_config` tells type checkers the arguments."""
 
     def decorate(init: Callable[[T, EngineConfig], None]) -> Any:
-        known = [each.name for each in arguments_of(EngineConfig)]
-
         @functools.wraps(init)
         def init_from_arguments(self: T, model: str, **arguments: Any) -> None:
-            for name in arguments:
-                if name not in known:
-                    raise UnknownArgumentError(type(self).__name__, name, known)
-            init(self, EngineConfig(model, **arguments))
+            init(self, EngineConfig(model, **check_names(type(self).__name__, arguments)))
 
         this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = inspect.signature(EngineConfig).parameters.values()

@@ -1,6 +1,9 @@
-"""Builds engines for `LLM` and `AsyncLLM`: chooses the executor that runs the steps, and the observers."""
+"""What an engine is made of: chooses the executor that runs the steps, and the observers."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from nanovllm.config import EngineConfig
 from nanovllm.diagnostics import make_diagnostics
@@ -8,10 +11,11 @@ from nanovllm.diagnostics.function_trace import start_function_trace
 from nanovllm.engine.engine_log import EngineLog
 from nanovllm.engine.executor import Executor
 from nanovllm.engine.in_process_executor import InProcessExecutor
-from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine.scheduler_log import SchedulerLog
 from nanovllm.engine.statistics_log import StatisticsLine
+from nanovllm.errors import OutOfMemoryError
+from nanovllm.logs.records import in_engine
 from nanovllm.tracing.request_metrics import open_request_metrics
 from nanovllm.tracing.request_spans import open_request_spans
 from nanovllm.tracing.timeline import Timeline
@@ -20,12 +24,24 @@ from nanovllm.utils.logger import configure_logging
 from nanovllm.utils.stopwatch import Stopwatch
 
 
-def make_engine(config: EngineConfig) -> LLMEngine:
-    """Returns an engine with the executor and the observers that the configuration and the environment ask for.
+@contextmanager
+def reporting_start(observers: Iterable[EngineObserver]) -> Iterator[None]:
+    """Tells the observers of an engine that does not start. What it logs leaves no mark on this thread.
 
-    Raises what loading the model raises, and InvalidArgumentError for an environment variable that is not allowed.
+    Raises OutOfMemoryError when this process gets too little memory.
     """
-    return LLMEngine(config, make_executor, default_observers(config))
+    with in_engine(None):
+        try:
+            yield
+        except BaseException as error:
+            for observer in observers:
+                observer.engine_start_failed(error)
+            if isinstance(error, MemoryError):
+                raise OutOfMemoryError(
+                    "This process gets too little memory to start an engine. Raise its limit (`ulimit -v`, the "
+                    "container's)."
+                ) from error
+            raise
 
 
 def make_executor(config: EngineConfig, stopwatch: Stopwatch) -> Executor:
@@ -44,9 +60,10 @@ def default_observers(config: EngineConfig) -> list[EngineObserver]:
     """
     configure_logging()  # the environment may have changed since the import
     trace_file = env.trace_file()
+    function_trace = start_function_trace(rank=0)
     observers: list[EngineObserver | None] = [
-        start_function_trace(rank=0),
         EngineLog(),
+        function_trace,
         SchedulerLog(),
         StatisticsLine(env.log_stats_interval()),
         None if trace_file is None else Timeline(trace_file),

@@ -5,9 +5,11 @@
     │   └── RequestTooLargeError                 a request can never run on this engine
     ├── UnknownArgumentError (also TypeError)    there is no such argument; the closest name is given
     ├── ModelLoadError                           a checkpoint is missing, incomplete or not supported
-    ├── OutOfMemoryError                         the device has too little memory
+    ├── NotSupportedError (also AttributeError)  vLLM has this method, and nanovllm does not
+    ├── OutOfMemoryError (also RuntimeError)     the device has too little memory
     ├── BackendUnavailableError                  an attention backend cannot run here
     ├── InvalidStateError (also RuntimeError)    a call is not possible in the current state
+    ├── InvalidLogitsError                       the model computed NaN or infinity for a request
     ├── StepFailedError                          a step failed: its requests are aborted, the engine continues
     ├── ChannelError                             a message between processes was not delivered
     ├── WorkerError                              the process of a rank died, failed, or did not start
@@ -30,15 +32,18 @@ __all__ = [
     "ChannelError",
     "EngineDeadError",
     "InvalidArgumentError",
+    "InvalidLogitsError",
     "InvalidStateError",
     "ModelLoadError",
     "NanoVLLMError",
+    "NotSupportedError",
     "OutOfMemoryError",
     "RequestTooLargeError",
     "StepFailedError",
     "UnknownArgumentError",
     "WorkerError",
     "checks_argument_names",
+    "shown",
 ]
 
 T = TypeVar("T")
@@ -51,13 +56,13 @@ class _Shown(str):
         return str(self)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """Returns the value as an error shows it, at most 80 characters. Never raises."""
     try:
-        shown = repr(value)
+        text = repr(value)
     except Exception as error:
-        shown = f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"
-    return shown if len(shown) <= 80 else shown[:77] + "..."
+        text = f"<{type(value).__name__}, whose repr raises {type(error).__name__}>"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class NanoVLLMError(Exception):
@@ -76,7 +81,7 @@ class InvalidArgumentError(NanoVLLMError, ValueError):
         self.value = value
         self.allowed = allowed
         self.hint = hint
-        message = f"{field}={_shown(value)} is not allowed: it must be {allowed}."
+        message = f"{field}={shown(value)} is not allowed: it must be {allowed}."
         super().__init__(f"{message} {hint}" if hint else message)
 
     def __reduce__(self) -> tuple[type[InvalidArgumentError], tuple[str, object, str, str]]:
@@ -84,7 +89,7 @@ class InvalidArgumentError(NanoVLLMError, ValueError):
         try:
             pickle.dumps(value)
         except Exception:  # a lambda, a lock, an open file: another process gets what the message shows
-            value = _Shown(_shown(value))
+            value = _Shown(shown(value))
         return type(self), (self.field, value, self.allowed, self.hint)
 
 
@@ -109,8 +114,22 @@ class ModelLoadError(NanoVLLMError):
     """A checkpoint is missing, is incomplete, has weights that are not used, or has an unsupported architecture."""
 
 
-class OutOfMemoryError(NanoVLLMError):
-    """The device has too little memory. The message has the numbers and the settings to change."""
+class NotSupportedError(NanoVLLMError, AttributeError):
+    """A method of vLLM does not exist here. `hasattr` is False for it. The message says what to do instead."""
+
+
+class OutOfMemoryError(NanoVLLMError, RuntimeError):
+    """The device has too little memory. The message has the numbers and the settings to change.
+
+    It begins with "out of memory", which scripts look for in torch's errors.
+    """
+
+    def __init__(self, message: str) -> None:
+        self._message = message
+        super().__init__(f"out of memory: {message}")
+
+    def __reduce__(self) -> tuple[type[OutOfMemoryError], tuple[str]]:
+        return type(self), (self._message,)
 
 
 class BackendUnavailableError(NanoVLLMError):
@@ -119,6 +138,17 @@ class BackendUnavailableError(NanoVLLMError):
 
 class InvalidStateError(NanoVLLMError, RuntimeError):
     """A call is not possible in the current state, such as a stop without a start."""
+
+
+class InvalidLogitsError(NanoVLLMError):
+    """The model's logits for a request are NaN or infinite. It ends there; the engine and the others continue."""
+
+    def __init__(
+        self,
+        message: str = "The model's logits are NaN or infinite, so no token can be drawn: its weights hold NaN or "
+        "infinity, or values overflow. Check its files, or try dtype='float32' and kv_cache_dtype='auto'.",
+    ) -> None:
+        super().__init__(message)
 
 
 class StepFailedError(NanoVLLMError):
@@ -156,7 +186,7 @@ class EngineDeadError(NanoVLLMError):
 def checks_argument_names(cls: type[T]) -> type[T]:
     """Class decorator that makes an unknown keyword raise UnknownArgumentError, which names the closest known one."""
     original: Any = cls.__init__
-    known = list(inspect.signature(original).parameters)[1:]
+    known = dict.fromkeys(list(inspect.signature(original).parameters)[1:])
 
     @functools.wraps(original)
     def checked(self: T, *args: Any, **kwargs: Any) -> None:

@@ -3,45 +3,35 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Iterable, Iterator, Mapping, Set
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
+from nanovllm.compat.interface import VllmInterface
+from nanovllm.compat.unsupported import REQUEST_ARGUMENTS, accepting
 from nanovllm.config import EngineConfig, takes_engine_arguments
+from nanovllm.diagnostics import default_profile_folder
 from nanovllm.diagnostics.leak_check import LeakCheck, MemoryUse, check_leak
-from nanovllm.engine.statistics import EngineStatistics
-from nanovllm.engine_factory import make_engine
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import InvalidArgumentError
-from nanovllm.logs import events
+from nanovllm.generation_log import GenerationLog
 from nanovllm.metrics import Metric
 from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.requests.chat import ChatArguments, ChatOptions, ChatRenderer, Conversation
 from nanovllm.requests.tokenization import Prompt
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.streaming import OutputStream
-from nanovllm.utils.logger import flush_timed_sections, log_gpu_memory, log_rule, setup_logger
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from nanovllm.diagnostics.memory import MemoryReport
 
-logger = setup_logger(__name__)
 
-
-class ProgressBar(tqdm):  # type: ignore[type-arg]
-    """tqdm without its monitor thread.
-
-    That thread takes the lock that log lines need, and a debugger that stops all threads could stop it while it holds
-    the lock.
-    """
-
-    monitor_interval = 0
-
-
-class LLM:
+class LLM(VllmInterface):
     """Offline inference on one model.
 
         llm = LLM("tiny")
@@ -52,25 +42,27 @@ class LLM:
 
     @takes_engine_arguments
     def __init__(self, config: EngineConfig) -> None:
-        self.llm_engine = make_engine(config)
+        self.llm_engine = LLMEngine.from_engine_args(config)
         self._counter = itertools.count()
+        self._chat = ChatRenderer()
 
+    @accepting(REQUEST_ARGUMENTS)
     def generate(
         self,
         prompts: Prompt | Seq[Prompt],
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Completes each prompt and returns the outputs in the order of the prompts.
 
         prompts: a text, token ids, {"prompt": …}, {"prompt_token_ids": …}, or a list that mixes these.
-        sampling_params: one for all prompts, one for each, or None for the defaults.
+        sampling_params: one for all prompts, one for each, or None for `get_default_sampling_params()`.
         A request that is not allowed fails alone: its output has an `error` and no tokens, and a log line says so.
         Raises InvalidArgumentError, before anything runs, if no request of the call is allowed.
         """
         return self._generate(_as_list(prompts), sampling_params, use_tqdm)
 
+    @accepting(REQUEST_ARGUMENTS)
     def stream(
         self,
         prompts: Prompt | Seq[Prompt],
@@ -79,18 +71,25 @@ class LLM:
         """Completes each prompt, and yields the new part of each output after every step.
 
         The arguments are those of `generate`. `outputs[0]` holds the text, tokens and log-probabilities since the
-        request's previous output. With n > 1, `outputs` holds the completions that grew, identified by their `index`,
-        and in the last output all of them. The parts of a request joined equal what `generate` returns: text that was
-        yielded never changes. `finished` and `finish_reason` are set in a request's last output. The numbers at the end
-        of the request ids rise in the order of the prompts. Nothing runs before the first output is requested. Closing
-        the iterator, or leaving its loop, aborts the unfinished requests.
+        request's previous output, unless its `output_kind` says otherwise. With n > 1, `outputs` holds the completions
+        that grew, identified by their `index`, and in the last output all of them. The parts of a request joined equal
+        what `generate` returns: text that was yielded never changes. `finished` and `finish_reason` are set in a
+        request's last output. The numbers at the end of the request ids rise in the order of the prompts. Nothing runs
+        before the first output is requested. Closing the iterator, or leaving its loop, aborts the unfinished requests.
         """
+        yield from self._stream(_as_list(prompts), sampling_params)
+
+    def _stream(
+        self,
+        batch: Seq[Prompt | InvalidArgumentError],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None,
+    ) -> Iterator[RequestOutput]:
         engine = self.llm_engine
         request_ids: list[str] = []
         try:
-            refused = self._add_requests(_as_list(prompts), sampling_params, request_ids)
+            refused = self._add_requests(batch, sampling_params, request_ids)
             queued = [request_id for request_id in request_ids if request_id not in refused]
-            streams = {request_id: OutputStream(engine, request_id, delta=True) for request_id in queued}
+            streams = {request_id: OutputStream(engine, request_id, RequestOutputKind.DELTA) for request_id in queued}
             yield from refused.values()
             while streams:
                 yield from self._step_streams(streams)
@@ -98,44 +97,40 @@ class LLM:
             engine.discard_requests(request_ids)
             engine.drain()
 
+    @accepting(REQUEST_ARGUMENTS)
     def chat(
         self,
-        messages: Seq[Mapping[str, Any]] | Seq[Seq[Mapping[str, Any]]],
+        messages: Conversation | Seq[Conversation],
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        tools: Seq[Mapping[str, Any]] | None = None,
+        **options: Unpack[ChatArguments],
     ) -> list[RequestOutput]:
         """Completes one conversation, or each of a list of them, through the checkpoint's chat template.
 
-        A message is {"role": "user", "content": "…"}. The template gets `chat_template_kwargs` (Qwen3's reads
-        `enable_thinking`) and `tools`, each {"type": "function", "function": {…}}. Tool calls are part of the output's
-        text.
+        messages: [{"role": "user", "content": "…"}, …]. A content may be a list of {"type": "text", "text": "…"}.
+        options: chat_template=None, add_generation_prompt=True, continue_final_message=False, tools=None and
+        chat_template_kwargs=None, see `ChatOptions`. The template writes the special tokens; none are added.
         """
-        tokenizer = self.get_tokenizer()
-        if not tokenizer.chat_template:
-            raise InvalidArgumentError("tokenizer", tokenizer.name_or_path, "one with a chat template", "Use generate.")
-        conversations = list(messages) if isinstance(messages, (list, tuple)) else [messages]
-        if conversations and isinstance(conversations[0], Mapping):
-            conversations = [conversations]
-        if tools is not None and (
-            not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools)
-        ):
-            raise InvalidArgumentError("tools", tools, "a list of {'type': 'function', 'function': {…}}, or None")
-        if chat_template_kwargs is not None and not (
-            isinstance(chat_template_kwargs, Mapping) and all(isinstance(name, str) for name in chat_template_kwargs)
-        ):
-            raise InvalidArgumentError(
-                "chat_template_kwargs", chat_template_kwargs, "a dictionary of the template's variables, or None"
-            )
-        extra = {**(chat_template_kwargs or {}), **({"tools": list(tools)} if tools else {})}
-        prompts = [_as_prompt(tokenizer, chat, extra) for chat in conversations]
+        prompts = self._chat.prompts(self.get_tokenizer(), messages, ChatOptions(**options))
         return self._generate(prompts, sampling_params, use_tqdm)
+
+    def stream_chat(
+        self,
+        messages: Conversation | Seq[Conversation],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        **options: Unpack[ChatArguments],
+    ) -> Iterator[RequestOutput]:
+        """Completes conversations as `chat` does, and yields the new part of each output as `stream` does."""
+        prompts = self._chat.prompts(self.get_tokenizer(), messages, ChatOptions(**options))
+        yield from self._stream(prompts, sampling_params)
 
     def get_tokenizer(self) -> Any:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
         return self.llm_engine.get_tokenizer()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns the parameters of requests without any: those of the checkpoint's generation_config.json."""
+        return self.llm_engine.get_default_sampling_params()
 
     def get_metrics(self) -> list[Metric]:
         """Returns the engine's counters, gauges and histograms under vLLM's names. `nanovllm.metrics` has the types."""
@@ -148,12 +143,14 @@ class LLM:
 
     # Debugging, see docs/debugging.md
 
-    def start_profile(self, folder: str | Path) -> None:
+    def start_profile(self, folder: str | Path | None = None) -> None:
         """Records every rank with torch's profiler until `stop_profile`. Creates `folder`, which gets the files.
+
+        folder: None for the one in `profiler_config`, or else a new temporary one, which the log names.
 
         Raises InvalidStateError when a profile already runs, and InvalidArgumentError when `folder` cannot be written.
         """
-        self.llm_engine.diagnostics.start_profile(Path(folder))
+        self.llm_engine.diagnostics.start_profile(Path(folder or default_profile_folder(self.llm_engine.config)))
 
     def stop_profile(self) -> str:
         """Ends the profile, writes its files, and returns the tables, which are also logged.
@@ -258,44 +255,15 @@ class LLM:
     def _run(self, request_ids: list[str], use_tqdm: bool) -> dict[str, RequestOutput]:
         """Runs steps until these requests have ended. Returns their outputs by id."""
         engine = self.llm_engine
-        before = engine.statistics.copy()
-        log_rule(logger, "-")
-        events.generation_start.log(logger, num_prompts=len(request_ids))
-        events.generation_prompt_tokens.log(logger, num_prompt_tokens=engine.num_waiting_tokens)
         outputs: dict[str, RequestOutput] = {}
         wanted = set(request_ids)
-        use_tqdm = use_tqdm and logger.isEnabledFor(logging.INFO)  # a silent log silences the bar too
-        with ProgressBar(total=len(request_ids), desc="Generating", dynamic_ncols=True, disable=not use_tqdm) as bar:
+        with GenerationLog(engine, len(request_ids), use_tqdm=use_tqdm) as log:
             while wanted:
-                for output in engine.step(wanted):
+                for output in log.step(engine.step(wanted)):
                     wanted.remove(output.request_id)
                     outputs[output.request_id] = output
-                    bar.update()
-                if use_tqdm:
-                    bar.set_postfix_str(_speeds(engine.statistics.since(before)), refresh=False)
             engine.drain()
-        done = engine.statistics.since(before)
-        flush_timed_sections()
-        events.generation_complete.log(
-            logger,
-            num_steps=done.num_steps,
-            total_output_tokens=sum(len(each.token_ids) for output in outputs.values() for each in output.outputs),
-            prefill_time=done.prefill_seconds,
-            decode_time=done.decode_seconds,
-        )
-        log_gpu_memory(logger, device=engine.resolved.device, event=events.generation_memory)
         return outputs
-
-
-def _as_prompt(tokenizer: Any, chat: object, extra: Mapping[str, Any]) -> Prompt | InvalidArgumentError:
-    """Returns one conversation as text from the chat template, or the error if it is not allowed."""
-    if not isinstance(chat, (list, tuple)) or not all(isinstance(message, Mapping) for message in chat):
-        return InvalidArgumentError("messages", chat, "a list of messages, each {'role': …, 'content': …}")
-    try:
-        text: str = tokenizer.apply_chat_template(list(chat), tokenize=False, add_generation_prompt=True, **extra)
-    except Exception as error:  # templates raise any kind for input that they do not take
-        return InvalidArgumentError("messages", chat, f"what the chat template takes ({type(error).__name__}: {error})")
-    return text
 
 
 def _refused(request_id: str, prompt: object, error: InvalidArgumentError) -> RequestOutput:
@@ -312,31 +280,25 @@ def _refused(request_id: str, prompt: object, error: InvalidArgumentError) -> Re
     )
 
 
-def _speeds(done: EngineStatistics) -> str:
-    """Returns the rates that the progress bar shows."""
-    seconds = max(done.prefill_seconds + done.decode_seconds, 1e-9)
-    return f"in {done.num_prompt_tokens / seconds:.0f} tok/s, out {done.num_output_tokens / seconds:.0f} tok/s"
-
-
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     """Returns the prompts as a list. A single prompt (text, dictionary, token ids) becomes a list of one."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     if isinstance(prompts, (bytes, Set)) or not isinstance(prompts, Iterable):  # bytes are not text, sets have no order
         raise InvalidArgumentError("prompts", prompts, "a text, token ids, a dictionary, or a list of these")
-    batch: list[Any] = list(prompts)
+    batch: list[Any] = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)  # a tensor or an array
     return [batch] if batch and all(isinstance(item, (int, np.integer)) for item in batch) else batch
 
 
 def _params_for_each(
     sampling_params: SamplingParams | Seq[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
-    """Returns a SamplingParams for each of `num_prompts` prompts."""
+) -> list[SamplingParams | None]:
+    """Returns the parameters of each of `num_prompts` prompts. None: the default ones."""
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [sampling_params or SamplingParams()] * num_prompts
+        return [sampling_params] * num_prompts
     if isinstance(sampling_params, (str, bytes, Mapping, Set)) or not isinstance(sampling_params, Iterable):
         raise InvalidArgumentError("sampling_params", sampling_params, "a SamplingParams or a list of them")
-    params = list(sampling_params)
+    params: list[SamplingParams | None] = list(sampling_params)
     if len(params) != num_prompts:
         raise InvalidArgumentError(
             "sampling_params", f"a list of {len(params)}", f"one for all, or one for each of the {num_prompts} prompts"

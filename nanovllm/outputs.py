@@ -92,6 +92,17 @@ class RequestMetrics:
         """Seconds from arrival until the request finished."""
         return self.finished - self.arrival
 
+    # vLLM's names of the above
+    arrival_time = property(operator.attrgetter("arrival"))
+    queued_ts = property(operator.attrgetter("queued"))
+    first_scheduled_time = scheduled_ts = property(operator.attrgetter("first_scheduled"))
+    first_token_time = first_token_ts = property(operator.attrgetter("first_token"))
+    last_token_time = last_token_ts = property(operator.attrgetter("last_token"))
+    finished_time = property(operator.attrgetter("finished"))
+    time_in_queue = property(operator.attrgetter("queue_time"))
+    first_token_latency = property(operator.attrgetter("time_to_first_token"))
+    num_generation_tokens = property(operator.attrgetter("num_output_tokens"))
+
 
 @dataclass(frozen=True)
 class RequestOutput:

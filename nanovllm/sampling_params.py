@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import enum
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nanovllm.compat.unsupported import SAMPLING_FIELDS, accepts_without_effect
 from nanovllm.errors import InvalidArgumentError, checks_argument_names
 from nanovllm.utils.arguments import (
     COUNT,
@@ -23,6 +26,18 @@ MAX_SEED = 2**63 - 1
 MAX_LOGPROBS = 20
 MAX_N = 16384
 MAX_BIAS = 100.0
+
+
+class RequestOutputKind(enum.Enum):
+    """What the outputs of a request hold while it runs.
+
+    CUMULATIVE: everything so far. DELTA: what is new since the previous output. FINAL_ONLY: there is one output, at the
+    end.
+    """
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 def _schema_text(schema: object) -> str:
@@ -57,7 +72,7 @@ _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 class StructuredOutputsParams:
     """What an output must look like. Exactly one of `json`, `regex`, `choice`, `grammar` and `json_object` is given.
 
-    Needs `pip install 'nanovllm[structured]'`. Raises InvalidArgumentError (a ValueError), which names the field, for a
+    Needs xgrammar (`pip install xgrammar`). Raises InvalidArgumentError (a ValueError), which names the field, for a
     value that is not allowed.
     """
 
@@ -150,6 +165,7 @@ _LOGIT_BIAS = Rule(
     lambda value: {int(token): float(bias) for token, bias in value.items()} or None,
     hint="To forbid tokens, give bad_words or allowed_token_ids.",
 ).or_none()
+_OUTPUT_KIND = Rule("a RequestOutputKind", lambda value: isinstance(value, RequestOutputKind)).or_none()
 _STRUCTURED_OUTPUTS = Rule(
     "a StructuredOutputsParams, a dictionary of its fields",
     lambda value: (
@@ -160,11 +176,14 @@ _STRUCTURED_OUTPUTS = Rule(
 ).or_none()
 
 
+@accepts_without_effect(SAMPLING_FIELDS)
 @checks_argument_names
 @lists_arguments
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class SamplingParams:
     """Sampling parameters of one request.
+
+    Fields can be assigned to. A request copies and checks them when it is added; later assignments do not change it.
 
     They apply in this order: repetition, frequency and presence penalty, logit_bias, bans (bad_words,
     allowed_token_ids, min_tokens), temperature, min_p, top_k, top_p. If bans leave none of the allowed tokens, one of
@@ -263,6 +282,13 @@ class SamplingParams:
         "min_tokens, and bad_words where nothing else fits. max_tokens may cut the output short.",
     )
 
+    output_kind: RequestOutputKind | None = argument(
+        None,
+        _OUTPUT_KIND,
+        "What the outputs of `AsyncLLM.generate` and `LLM.stream` hold. None: CUMULATIVE for the first, DELTA for the "
+        "second. `LLM.generate` returns final outputs.",
+    )
+
     def __post_init__(self) -> None:
         check_arguments(self)
         if self.temperature == 0 and self.n > 1:
@@ -282,6 +308,12 @@ class SamplingParams:
             raise InvalidArgumentError("ignore_eos", True, "False with structured_outputs", hint)
         if self.structured_outputs is not None and self.allowed_token_ids is not None:
             raise InvalidArgumentError("allowed_token_ids", self.allowed_token_ids, "None with structured_outputs")
+
+    def clone(self) -> SamplingParams:
+        """Returns a checked copy. Raises InvalidArgumentError for a value that was assigned and is not allowed."""
+        copied = copy.copy(self)
+        copied.__post_init__()
+        return copied
 
     @property
     def truncates(self) -> bool:

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import StepFailedError
+from nanovllm.errors import InvalidArgumentError, StepFailedError
 from nanovllm.outputs import CompletionOutput, RequestOutput
-from nanovllm.requests.detokenizer import Detokenizer
+from nanovllm.requests.detokenizer import Detokenizer, StopStrings
 from nanovllm.requests.output_builder import NewTokens
+from nanovllm.requests.stop_search import StopMatcher
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 
 News = dict[int, NewTokens]  # the new tokens of a request, by the index of the completion
 
@@ -23,26 +25,38 @@ def extend_news(news: News, newer: News) -> None:
             news[index] = tokens
 
 
+def kind_of(delta: bool | None, params: SamplingParams | None) -> RequestOutputKind:
+    """Returns the kind that `delta` means. Raises InvalidArgumentError if `params` ask for another one."""
+    if delta is not None and not isinstance(delta, bool):
+        raise InvalidArgumentError("delta", delta, "True, False, or None for what output_kind says")
+    asked = params.output_kind if isinstance(params, SamplingParams) else None
+    if delta is not None and asked is not None and delta != (asked is RequestOutputKind.DELTA):
+        raise InvalidArgumentError("delta", delta, f"left out, or what output_kind={asked.name} says")
+    return RequestOutputKind.DELTA if delta else RequestOutputKind.CUMULATIVE
+
+
 class OutputStream:
     """The outputs of one request, from its first token to its end.
 
     The thread that runs the steps calls `read`. The consumer calls `grow` and `end`, possibly in another thread. They
     decode the text, once for all tokens since the previous output.
 
-    delta: an output holds only what is new since the previous one, for the completions that have new tokens. Otherwise
-    it holds everything so far.
+    default_kind: what outputs hold if the request's `output_kind` is None. DELTA outputs hold the completions that have
+    new tokens, and of them only what is new.
     Text that was shown never changes: an incomplete character is held back, and so is text that may begin a stop
     string. A completion that ends before the others of its request gets its finish_reason in the last output.
     """
 
-    def __init__(self, engine: LLMEngine, request_id: str, *, delta: bool) -> None:
+    def __init__(self, engine: LLMEngine, request_id: str, default_kind: RequestOutputKind) -> None:
         sequences = engine.sequences(request_id)
         assert sequences, f"{request_id} has ended"
-        self._engine, self._request_id, self._delta = engine, request_id, delta
+        self._engine, self._request_id = engine, request_id
+        self._kind = sequences[0].params.output_kind or default_kind
+        self._delta = self._kind is RequestOutputKind.DELTA
         self._sequences = sequences
         for sequence in sequences:
             sequence.streamed = True
-        self._completions = [_CompletionStream(engine, *each, delta) for each in enumerate(sequences)]
+        self._completions = [_CompletionStream(engine, *each, self._delta) for each in enumerate(sequences)]
 
     def read(self) -> News | None:
         """Returns the tokens since the last call, or None when there are none. Call it while the request runs.
@@ -52,6 +66,8 @@ class OutputStream:
         for sequence in self._sequences:
             if sequence.finish_reason is None and self._engine.sequences(sequence.request_id) != [sequence]:
                 raise StepFailedError(f"A step failed: request {self._request_id!r} is lost.")
+        if self._kind is RequestOutputKind.FINAL_ONLY:
+            return None
         news = {index: new for index, each in enumerate(self._completions) if (new := each.read()) is not None}
         return news or None
 
@@ -86,7 +102,9 @@ class _CompletionStream:
         self._num_read = 0
         has_text = engine.tokenizer is not None and params.detokenize
         self._detokenizer = Detokenizer(engine.tokenizer, params.skip_special_tokens) if has_text else None
-        self._stop = () if params.include_stop_str_in_output else tuple(params.stop or ())
+        stop = sequence.stop_strings
+        cuts_stop = not params.include_stop_str_in_output
+        self._stop = StopMatcher(stop.search) if isinstance(stop, StopStrings) and cuts_stop else None
         self._tokens = NewTokens([], None if params.logprobs is None else [])  # all tokens that `grow` was given
         self._text = ""  # their text
         self._num_shown = 0  # characters of it that outputs may show
@@ -115,12 +133,15 @@ class _CompletionStream:
 
     def _take(self, new: NewTokens) -> None:
         if self._detokenizer is not None:
-            self._text += self._detokenizer.add(*new.token_ids)
+            text = self._detokenizer.add(*new.token_ids)
+            self._text += text
+            if self._stop is not None:
+                self._stop.add(text)
         self._tokens.extend(new)
         if new.logprobs is not None:
             rows = zip(new.token_ids, new.logprobs, strict=True)
             self._logprob += sum(row[token_id].logprob for token_id, row in rows)
-        self._num_shown = len(self._text) - _num_held(self._text, self._stop)
+        self._num_shown = len(self._text) - (0 if self._stop is None else self._stop.num_held)
 
     def end(self, completion: CompletionOutput) -> CompletionOutput:
         num_tokens = len(self._tokens.token_ids)
@@ -131,12 +152,3 @@ class _CompletionStream:
             token_ids=completion.token_ids[num_tokens:],
             logprobs=None if scores is None else scores[num_tokens:],
         )
-
-
-def _num_held(text: str, stop: tuple[str, ...]) -> int:
-    """Returns how many characters at the end of `text` may begin a stop string."""
-    longest = min(max(map(len, stop), default=1) - 1, len(text))
-    for size in range(longest, 0, -1):
-        if any(string.startswith(text[-size:]) for string in stop):
-            return size
-    return 0

@@ -9,11 +9,14 @@ from __future__ import annotations
 import sys
 from dataclasses import MISSING
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from nanovllm.compat import unsupported
 from nanovllm.config import EngineConfig
+from nanovllm.requests.chat import ChatOptions
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from nanovllm.utils.arguments import arguments_of
 from tools.generate_logging_docs import code, generate, table, update
@@ -34,10 +37,32 @@ def arguments(cls: type) -> str:
     return table("argument | default | allowed | meaning", rows)
 
 
+def not_supported() -> str:
+    """Returns the table of what vLLM has and nanovllm does not."""
+    tables = {
+        "`LLM`, `AsyncLLM`": unsupported.ENGINE_ARGUMENTS,
+        "`SamplingParams`": unsupported.SAMPLING_FIELDS,
+        "a request": unsupported.REQUEST_ARGUMENTS,
+        "a prompt": unsupported.PROMPT_KEYS,
+    }
+    rows = [
+        [code(name), callee, entry.passes.allowed, entry.reason, f"{entry.missing}. {entry.hint}".strip(". ")]
+        for callee, entries in tables.items()
+        for name, entry in entries.items()
+    ]
+    for refusal, names in groupby(unsupported.METHODS, key=unsupported.METHODS.__getitem__):
+        rows.append(
+            [", ".join(code(f"{name}()") for name in names), "an engine", "", "", ". ".join(refusal).strip(". ")]
+        )
+    return table("name | of | what passes | has no effect, because | not supported", rows)
+
+
 BLOCKS = {
     "arguments of LLM": partial(arguments, EngineConfig),
+    "options of chat": partial(arguments, ChatOptions),
     "fields of SamplingParams": partial(arguments, SamplingParams),
     "fields of StructuredOutputsParams": partial(arguments, StructuredOutputsParams),
+    "not supported": not_supported,
 }
 
 

@@ -1,6 +1,6 @@
 """Trains the checkpoint that ships with nanovllm: a Qwen3 of 2.5 million parameters, on a corpus made here.
 
-    python tools/train_tiny.py                    train, write nanovllm/assets/tiny-qwen3, print the score
+    python tools/train_tiny.py                    train, write a temporary folder (or --out), print the score
     python tools/train_tiny.py --steps 20 --out /tmp/tiny --documents 2000      a quick run of everything
     python tools/train_tiny.py --score-only --dtype float32                     score the checkpoint that ships
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from tiny_tokenizer import VOCAB_SIZE, build_tokenizer, render, tokenizer_config
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = Path(__file__).resolve().parent.parent / "nanovllm" / "assets" / "tiny-qwen3"
 ROW_LENGTH = 512  # tokens in one packed training row; the longest answer, counting to 100, fits
 MAX_POSITIONS = 4096
 SHOWCASE = (
@@ -272,8 +273,8 @@ def write_heldout(path: Path) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=ROOT / "nanovllm" / "assets" / "tiny-qwen3")
-    parser.add_argument("--heldout", type=Path, default=ROOT / "tests" / "data" / "heldout_additions.json")
+    parser.add_argument("--out", type=Path, help="the checkpoint's folder (default: a new temporary one)")
+    parser.add_argument("--heldout", type=Path, help="the additions kept out of training (default: a file in --out)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--documents", type=int, default=200_000)
@@ -284,9 +285,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--log-every", type=int, default=500)
     parser.add_argument("--save-every", type=int, default=4000, help="write and score the checkpoint on the way")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--score-only", action="store_true", help="score the checkpoint in --out; train nothing")
+    parser.add_argument("--score-only", action="store_true", help="score --out, or what ships; train nothing")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), nargs="*", default=("bfloat16", "float32"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.out is None:
+        args.out = SHIPPED if args.score_only else Path(tempfile.mkdtemp(prefix="tiny-qwen3-"))
+    args.heldout = args.heldout or args.out / "heldout_additions.json"
+    return args
 
 
 def main() -> None:
@@ -309,7 +314,7 @@ def main() -> None:
 
         train(model, rows, args, save)
         write_checkpoint(model, tokenizer, args.out)
-        print(f"trained in {time.perf_counter() - start:.1f} s", flush=True)
+        print(f"trained in {time.perf_counter() - start:.1f} s, written to {args.out}", flush=True)
     results = {name: score(args.out, device, getattr(torch, name)) for name in args.dtype}
     print(json.dumps(results))
 

@@ -80,7 +80,7 @@ def save_plot(path: Path | None, draw: Callable[[Figure], None], size: tuple[flo
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"\nmatplotlib is not installed, so {path} is not drawn: pip install 'nanovllm[examples]'. ", end="")
+        print(f"\nmatplotlib is not installed, so {path} is not drawn: pip install matplotlib. ", end="")
         print("The drawing above shows the same.")
         return
     figure = Figure(figsize=size, layout="constrained")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -21,10 +22,28 @@ COMMANDS: Mapping[str, str] = {  # each a module of this package
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a subcommand and returns its exit status. `arguments` defaults to those of the process."""
+    return without_broken_pipe(lambda: run(arguments))
+
+
+def without_broken_pipe(run: Callable[[], int]) -> int:
+    """Returns what `run` returns; 1, without a message, if the reader of standard output leaves, as `head` does."""
+    try:
+        try:
+            return run()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python writes at its end
+        return 1
+
+
+def run(arguments: Sequence[str] | None) -> int:
+    """Runs a subcommand and returns its exit status."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     name = given[0] if given and given[0] in COMMANDS else parse_command(given)
-    run: Callable[[Sequence[str], str], int] = importlib.import_module(f"nanovllm.cli.{name}").main
-    return run(given[1:], f"nanovllm {name}")
+    command: Callable[[Sequence[str], str], int] = importlib.import_module(f"nanovllm.cli.{name}").main
+    return command(given[1:], f"nanovllm {name}")
 
 
 def parse_command(arguments: Sequence[str]) -> str:

@@ -20,11 +20,17 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 
+from nanovllm.config import EngineConfig
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.errors import InvalidArgumentError
+from nanovllm.logs import events
+from nanovllm.logs.lost_lines import LostLines
 from nanovllm.utils import env
+from nanovllm.utils.logger import setup_logger
 
 __all__ = ["FunctionTrace", "start_function_trace"]
+
+logger = setup_logger(__name__)
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
@@ -45,16 +51,24 @@ def start_function_trace(rank: int) -> FunctionTrace | None:
         name = path.name.replace("rank0", f"rank{rank}") if "rank0" in path.name else f"{path.name}.rank{rank}"
         path = path.with_name(name)
     try:
-        return FunctionTrace(path, rank)
+        trace = FunctionTrace(path, rank)
     except OSError as error:
         allowed = f"0, 1, or the path of a file that can be written ({error.strerror})"
         raise InvalidArgumentError("NANOVLLM_TRACE_FUNCTION", str(path), allowed) from None
+    if rank:
+        trace.log_path()  # rank 0 does it when its engine starts, below the engine's first line
+    return trace
 
 
 class FunctionTrace(EngineObserver):
-    """Traces this thread and all threads started later, until `stop`. Appends to an existing file."""
+    """Traces this thread and all threads started later, until `stop`. Appends to an existing file.
+
+    A line that the disk does not take is lost, and ends the trace with a warning.
+    """
 
     def __init__(self, path: Path, rank: int) -> None:
+        self._path, self._rank = path.absolute(), rank
+        self._lock = threading.RLock()  # a line is not written to a file that `stop` has closed
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         self._thread = threading.local()  # .depth: calls within nanovllm that have not returned
         started = datetime.now(timezone.utc).isoformat(timespec="microseconds")
@@ -62,17 +76,28 @@ class FunctionTrace(EngineObserver):
         threading.setprofile(self._on_event)
         sys.setprofile(self._on_event)
 
+    def log_path(self) -> None:
+        """Logs where the file is."""
+        events.function_trace.log(logger, rank=self._rank, path=str(self._path))
+
+    def engine_starting(self, config: EngineConfig) -> None:
+        self.log_path()
+
+    def engine_start_failed(self, error: BaseException) -> None:
+        self.stop()
+
     def engine_exited(self) -> None:
         self.stop()
 
     def stop(self) -> None:
         """Ends the trace; other threads stop at their next call. Calling it again does nothing."""
-        if self._file < 0:
-            return
-        sys.setprofile(None)
-        threading.setprofile(None)
-        file, self._file = self._file, -1
-        os.close(file)
+        with self._lock:
+            if self._file < 0:
+                return
+            sys.setprofile(None)
+            threading.setprofile(None)
+            file, self._file = self._file, -1
+            os.close(file)
 
     def _on_event(self, frame: FrameType, event: str, _argument: object) -> None:
         code = frame.f_code
@@ -93,4 +118,14 @@ class FunctionTrace(EngineObserver):
         self._thread.depth = depth if event == "call" else max(depth - 1, 0)
 
     def _write(self, line: str) -> None:
-        os.write(self._file, line.encode())
+        with self._lock:
+            if self._file < 0:
+                return
+            try:
+                os.write(self._file, line.encode("utf-8", "backslashreplace"))
+                return
+            except OSError as error:
+                self.stop()
+                lost = LostLines(self._path)
+                lost.add(error)
+        lost.warn()

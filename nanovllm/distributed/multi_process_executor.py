@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import signal
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing.util import Finalize
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nanovllm.config import EngineConfig
+from nanovllm.distributed.start_conditions import check_start_conditions
 from nanovllm.distributed.worker_pool import WorkerPool
 from nanovllm.distributed.worker_process import NUMBER, MessageKind
 from nanovllm.engine.batch import ScheduledBatch, StepHandle, StepResult
@@ -59,8 +61,10 @@ class MultiProcessExecutor:
         plan = ModelPlan.of(config)  # raises for arguments that cannot work, before any process starts
         size = config.tensor_parallel_size
         configs = [replace(config, device=str(device)) for device in rank_devices(plan.device, size)]
+        check_start_conditions(size)
         self._runner: ModelRunner | None = None
         self._parallel: TensorParallel | None = None
+        self._server: Any = None  # of the store where the ranks meet
         self._diagnostics: RankDiagnostics | None = None
         self._error: BaseException | None = None
         if plan.device.type == "cpu":
@@ -76,24 +80,30 @@ class MultiProcessExecutor:
         except BaseException as error:
             cause = self._workers.explain(error) if isinstance(error, Exception) else error
             self.shutdown()
+            traceback.clear_frames(error.__traceback__)  # they hold the group, and with it sockets
             if cause is error:
                 raise
             raise cause from error
 
     def _start(self, config: EngineConfig, device: torch.device, stopwatch: Stopwatch) -> ModelRunner:
-        from nanovllm.distributed.process_group import join_ranks, leave_ranks, open_store
+        from nanovllm.distributed.process_group import join_ranks, leave_ranks, open_server, open_store
         from nanovllm.engine.model_runner import ModelRunner
 
         stopwatch.lap("imports")
         workers = self._workers
         workers.wait_until_attached()
-        store = open_store(config)
-        workers.send(MessageKind.JOIN, NUMBER.pack(store.port))
-        parallel = self._parallel = workers.run(lambda check: join_ranks(store, 0, config, device))
+        self._server = open_server(config)
+        port = self._server.port
+        workers.send(MessageKind.JOIN, NUMBER.pack(port))
+        parallel = self._parallel = workers.run(
+            lambda check: join_ranks(open_store(config, port), 0, config, device, check)
+        )
         workers.break_off = lambda: leave_ranks(parallel, seconds=0)
         stopwatch.lap("ranks")
         runner = self._runner = workers.run(lambda check: ModelRunner(config, parallel, stopwatch, check))
         workers.wait_until_ready()
+        if device.type == "cpu":
+            self._server = None  # NCCL asks the store for errors of other ranks as long as the group exists
         stopwatch.lap("other ranks")
         self.resolved = runner.resolved
         return runner
@@ -163,6 +173,7 @@ class MultiProcessExecutor:
         parallel, self._parallel = self._parallel, None
         if parallel is not None:
             leave_ranks(parallel)
+        self._server = None
 
     def _break(self, error: Exception) -> BaseException:
         """Ends all ranks, which may be at different steps after an error. Returns the error to raise."""

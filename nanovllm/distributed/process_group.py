@@ -1,12 +1,15 @@
 """Joins the ranks' processes: NCCL between GPUs, gloo between processes on a CPU.
 
 The groups are created directly, not as torch's process-wide default, so that one process can hold several engines.
-The ranks meet at a store whose port the system chooses.
+The ranks meet at a store, which is open to processes of this machine only, on a port that the system chooses.
 """
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -20,28 +23,49 @@ from nanovllm.distributed.peer_memory import PeerMemory
 from nanovllm.kernels.one_shot_all_reduce import BUFFER_BYTES, MAX_RANKS, OneShotAllReduce
 from nanovllm.kernels.triton_support import HAS_TRITON
 from nanovllm.layers.parallel import TensorParallel
+from nanovllm.utils import env
 
 _HOST = "127.0.0.1"
+_MEETING_SLEEP = 2e-3
 _LEAVE_SECONDS = 5.0
 
 
-def open_store(config: EngineConfig, port: int | None = None) -> Any:
-    """Opens the store: on a free port for rank 0 (`port` None), on rank 0's port for the others."""
-    size, limit = config.tensor_parallel_size, timedelta(seconds=config.startup_timeout)
-    return TCPStore(_HOST, port or 0, size, is_master=port is None, wait_for_workers=False, timeout=limit)
+def open_server(config: EngineConfig) -> Any:
+    """Returns the store's server; its `port` is for `open_store`. It closes, with its connections, with the object."""
+    with socket.create_server((_HOST, 0)) as listener:  # TCPStore itself would listen on all interfaces
+        port = listener.getsockname()[1]
+        return _tcp_store(config, port, is_master=True, master_listen_fd=listener.detach())
 
 
-def join_ranks(store: Any, rank: int, config: EngineConfig, device: torch.device) -> TensorParallel:
-    """Returns the group once all ranks have joined. device: of this rank."""
+def open_store(config: EngineConfig, port: int) -> Any:
+    """Returns the store whose server listens on `port`."""
+    return _tcp_store(config, port)
+
+
+def _tcp_store(config: EngineConfig, port: int, **arguments: Any) -> Any:
+    timeout = timedelta(seconds=config.startup_timeout)
+    return TCPStore(_HOST, port, config.tensor_parallel_size, timeout=timeout, wait_for_workers=False, **arguments)
+
+
+def join_ranks(
+    store: Any, rank: int, config: EngineConfig, device: torch.device, check: Callable[[], None] = lambda: None
+) -> TensorParallel:
+    """Returns the group once all ranks have joined. device: of this rank. check: called meanwhile; may raise."""
     size = config.tensor_parallel_size
+    # Torch's own wait for the others could not be broken off.
+    store.set(f"joined/{rank}", b"")
+    while not store.check([f"joined/{other}" for other in range(size)]):
+        check()
+        time.sleep(_MEETING_SLEEP)
     # Longer than rank 0's watch waits, because the watch knows which rank is late.
     timeout = timedelta(seconds=config.startup_timeout + config.step_timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # NCCL uses the current device
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        nccl: Any = dist.ProcessGroupNCCL(store, rank, size, options)
-        nccl.eager_connect_single_device(device)
+        with env.nccl_stays_on_this_machine():
+            nccl: Any = dist.ProcessGroupNCCL(store, rank, size, options)
+            nccl.eager_connect_single_device(device)
         return TensorParallel(rank, size, nccl, _one_shot_all_reduce(store, rank, size, device, nccl))
     gloo: Any = dist.ProcessGroupGloo
     gloo_options = gloo._Options()  # stays on this machine, whatever the host name resolves to

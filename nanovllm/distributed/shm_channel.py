@@ -118,12 +118,12 @@ class ChannelWriter(_Segment):
     def create(cls, num_readers: int, capacity: int = 1 << 20) -> ChannelWriter:
         """Creates a channel, after removing those of processes that no longer exist.
 
-        capacity: bytes of the ring, a multiple of 64.
+        capacity: bytes of the ring, a multiple of 64. Raises ChannelError when the system has no shared memory for it.
         """
         assert capacity >= 512, "a quarter of the ring holds a header and a piece"
         assert capacity % _LINE == 0, "the ring holds whole cache lines"
         remove_stale_segments()
-        memory = SharedMemory(_new_name(), create=True, size=_data_start(num_readers) + capacity)
+        memory = _create_memory(_data_start(num_readers) + capacity)
         channel = cls(memory, num_readers, capacity)
         for index, number in enumerate((VERSION, capacity, num_readers), start=1):
             channel._words[index] = number
@@ -251,6 +251,26 @@ class ChannelReader(_Segment):
                 self._sequence += 1
                 self._received = 0
                 return Message(kind, sequence, self._payload)
+
+
+def _create_memory(size: int) -> SharedMemory:
+    """Returns new shared memory that takes its `size` bytes at once: later, a lack of them would end the process."""
+    folder, memory = _SHARED_MEMORY_FOLDER, None
+    try:
+        memory = SharedMemory(_new_name(), create=True, size=size)
+        if (path := folder / memory.name).exists() and hasattr(os, "posix_fallocate"):
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if memory is not None:
+            memory.close()
+            memory.unlink()
+        raise ChannelError(
+            f"The ranks cannot exchange messages: {size} bytes of shared memory are not available in {folder} "
+            f"({error.strerror}). Make it writable and larger, as with `docker run --shm-size=1g`, or with "
+            f"`mount -o remount,rw,size=1g {folder}`."
+        ) from error
+    return memory
 
 
 def _open(name: str) -> tuple[SharedMemory, int, int]:

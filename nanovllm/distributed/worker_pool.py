@@ -100,10 +100,15 @@ class WorkerPool:
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
+        except OSError as error:
+            hint = "The system allows no further process: end others, or raise its limits (`ulimit -u`, `ulimit -v`)."
+            raise WorkerError(start.rank, f"cannot be started ({error.strerror}). {hint}") from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             start.stack.close()
         self._processes[start.rank] = process
+        # A forked child of this process would end the daemons that it finds there. `shutdown` ends the workers instead.
+        multiprocessing.process._children.discard(process)  # type: ignore[attr-defined]
 
     # Messages
 
@@ -171,7 +176,8 @@ class WorkerPool:
             try:
                 future.set_result(function(check))
             except BaseException as error:
-                future.set_exception(error)
+                if not is_abandoned.is_set():  # its frames would keep what they hold
+                    future.set_exception(error)
 
         thread = threading.Thread(target=call, name="nanovllm-start", daemon=True)
         try:
@@ -273,5 +279,6 @@ class WorkerPool:
             if self._watch_thread is not None and self._watch_thread is not threading.current_thread():
                 self._watch_thread.join()
             self._messages.close()
+            self.break_off = lambda: None  # it holds the group, and with it sockets
             for closable in (*self._processes.values(), *self._stacks.values()):
                 closable.close()

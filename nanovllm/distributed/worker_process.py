@@ -135,7 +135,7 @@ class _Worker:
         kind, payload = self._receive()
         if kind != MessageKind.JOIN:  # rank 0 failed before the ranks met
             return
-        store = open_store(start.config, port=NUMBER.unpack(payload)[0])
+        store = open_store(start.config, NUMBER.unpack(payload)[0])
         parallel = join_ranks(store, start.rank, start.config, ModelPlan.of(start.config).device)
         runner = ModelRunner(start.config, parallel)
         diagnostics = None if start.make_diagnostics is None else start.make_diagnostics(runner)

@@ -320,7 +320,7 @@ class StepLogprobs:
 class StepResult:
     """The result of a step: one token for each of the batch's `sampled_rows`."""
 
-    token_ids: IntArray  # [num_sampled_rows]
+    token_ids: IntArray  # [num_sampled_rows], INVALID_TOKEN where the row's logits are NaN or infinite
     gpu_ms: float | None = None  # time on the GPU; None if it was not measured
     logprobs: StepLogprobs | None = None  # None if no row asked for them
     prompt_logprobs: tuple[StepLogprobs, ...] = ()  # one for each of the batch's `prompt_logprobs`

@@ -32,17 +32,21 @@ class CachedBlock:
 
     block: int
     prefix_hash: int
-    tokens: bytes
+    tokens: bytes  # after the salt in the first block of a prefix
     parent: CachedBlock | None
 
 
 @dataclass(eq=False)
 class BlockTable:
-    """A sequence's blocks, in order. Each of the first `num_registered` is registered, or equals a registered one."""
+    """A sequence's blocks, in order. Each of the first `num_registered` is registered, or equals a registered one.
+
+    salt: only tables with the same one share blocks.
+    """
 
     blocks: list[int] = field(default_factory=list)
     num_registered: int = 0
     last_registered: CachedBlock | None = None
+    salt: bytes = b""
 
 
 class BlockManager:
@@ -75,20 +79,21 @@ class BlockManager:
         """Returns the number of blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def allocate(self, seq_id: int, token_ids: IntArray, *, share: bool = True) -> BlockTable | None:
+    def allocate(self, seq_id: int, token_ids: IntArray, *, salt: bytes = b"", share: bool = True) -> BlockTable | None:
         """Returns blocks for all of `token_ids`, or None when too few are free.
 
         The longest registered prefix is shared: its blocks are the first `num_registered` of the table. The last token
-        is never part of it, since a step computes logits only for tokens that it runs. share: False shares nothing.
+        is never part of it, since a step computes logits only for tokens that it runs. salt: that of the table. share:
+        False shares nothing.
         """
-        shared = self._match(token_ids) if share else []
+        shared = self._match(token_ids, salt) if share else []
         num_blocks = self.blocks_for(len(token_ids))
         num_new = num_blocks - len(shared)
         revived = sum(cached.block in self._evictable for cached in shared) if self._evictable else 0
         if num_new > self.num_free_blocks - revived:
             return None
         events.blocks_allocating.log(logger, seq_id=seq_id, num_blocks=num_blocks)
-        table = BlockTable([cached.block for cached in shared], len(shared), shared[-1] if shared else None)
+        table = BlockTable([cached.block for cached in shared], len(shared), shared[-1] if shared else None, salt)
         for block in table.blocks:
             self._reference_counts[block] += 1
             if revived:
@@ -121,7 +126,7 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return
         first, end = table.num_registered, len(token_ids) // self.block_size
-        for index, tokens in enumerate(self._tokens_of_blocks(token_ids, first, end), start=first):
+        for index, tokens in enumerate(self._tokens_of_blocks(token_ids, first, end, table.salt), start=first):
             parent = table.last_registered
             prefix_hash = self._hash(parent, tokens)
             known = self._by_hash.get(prefix_hash)
@@ -185,13 +190,13 @@ class BlockManager:
         by_block = {cached.block: cached for cached in self._by_hash.values()}
         assert by_block == self._by_block, "the two indices of registered blocks differ"
 
-    def _match(self, token_ids: IntArray) -> list[CachedBlock]:
+    def _match(self, token_ids: IntArray, salt: bytes) -> list[CachedBlock]:
         """Returns the registered blocks of the longest prefix of `token_ids`, the last token excluded."""
         if not self.enable_prefix_caching:
             return []
         shared: list[CachedBlock] = []
         parent: CachedBlock | None = None
-        for tokens in self._tokens_of_blocks(token_ids, 0, (len(token_ids) - 1) // self.block_size):
+        for tokens in self._tokens_of_blocks(token_ids, 0, (len(token_ids) - 1) // self.block_size, salt):
             cached = self._by_hash.get(self._hash(parent, tokens))
             if cached is None or cached.tokens != tokens or cached.parent is not parent:
                 break
@@ -199,11 +204,12 @@ class BlockManager:
             parent = cached
         return shared
 
-    def _tokens_of_blocks(self, token_ids: IntArray, first: int, end: int) -> Iterator[bytes]:
-        """Yields the tokens of blocks `first` to before `end` as bytes, all cut from one copy."""
+    def _tokens_of_blocks(self, token_ids: IntArray, first: int, end: int, salt: bytes) -> Iterator[bytes]:
+        """Yields the tokens of blocks `first` to before `end` as bytes, cut from one copy; block 0 has the salt."""
         tokens = token_ids[first * self.block_size : end * self.block_size].tobytes()
         size = self.block_size * token_ids.itemsize
-        return (tokens[start : start + size] for start in range(0, len(tokens), size))
+        for start in range(0, len(tokens), size):
+            yield (b"" if first or start else salt) + tokens[start : start + size]
 
     def _hash(self, parent: CachedBlock | None, tokens: bytes) -> int:
         return xxhash.xxh3_64_intdigest(tokens, seed=self._root_hash if parent is None else parent.prefix_hash)

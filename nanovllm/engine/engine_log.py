@@ -14,11 +14,13 @@ from nanovllm.engine.observer import CollectedStep, Delay, EngineObserver, Engin
 from nanovllm.engine.request_end import COMPLETE, CompletionEnd, RequestEnd, error_text
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
+from nanovllm.errors import InvalidLogitsError
 from nanovllm.logs import events
 from nanovllm.outputs import CompletionOutput
 from nanovllm.utils import env
 from nanovllm.utils.active_span import span_fields
-from nanovllm.utils.logger import log_rule, setup_logger
+from nanovllm.utils.logger import Listing, log_rule, setup_logger
+from nanovllm.utils.versions import device_name, versions
 
 logger = setup_logger("nanovllm.engine.llm_engine")  # the name that users' documents show
 
@@ -33,16 +35,26 @@ class EngineLog(EngineObserver):
 
     def __init__(self) -> None:
         self._num_preempted = 0  # preemptions since the last step was collected
+        self._has_invalid_logits = False  # which is said once
+        self._fatal: BaseException | None = None  # what ended the engine
         self._planned = self._submitted = self._collected = 0  # the last steps, by number
         self._delay_logged: float | None = None  # when the last warning of a slow step was logged
 
     def engine_starting(self, config: EngineConfig) -> None:
+        if logger.isEnabledFor(logging.INFO):
+            events.engine_versions.log(
+                logger,
+                schema=events.SCHEMA,
+                versions=Listing(versions()),
+                device=device_name(config.device),
+                variables=env.variables_in_force(),
+            )
         log_rule(logger)
         events.engine_init.log(logger)
         events.engine_model.log(logger, model=config.model)
         names = ["tensor_parallel_size", "max_model_len", *(f.name for f in fields(config) if f.name != "model")]
         events.engine_config.log(logger, **{name: getattr(config, name) for name in names})
-        log_rule(logger)
+        log_rule(logger, in_summary=False)
 
     def engine_resolved(self, resolved: ResolvedConfig) -> None:
         events.engine_resolved.log(logger, **{f.name: getattr(resolved, f.name) for f in fields(resolved)})
@@ -70,7 +82,7 @@ class EngineLog(EngineObserver):
         if end.cause in ("refused", "failed"):
             events.request_failed.log(
                 logger,
-                console=not end.lost,  # `engine.error` names the requests of a failed step
+                in_summary=not end.lost,  # `engine.error` names the requests of a failed step
                 request_id=end.request_id,
                 others="with all others" if end.lost else "the others go on",
                 error=error_text(end.error),
@@ -78,8 +90,8 @@ class EngineLog(EngineObserver):
                 **span_fields(end.span),
             )
         if logger.isEnabledFor(logging.INFO):
-            console = end.streamed or end.cause not in COMPLETE
-            events.request_finished.log(logger, console=console, **_request_fields(end))
+            in_summary = end.streamed or end.cause not in COMPLETE
+            events.request_finished.log(logger, in_summary=in_summary, **_request_fields(end))
 
     def batch_scheduled(self, batch: ScheduledBatch, rows: RowTable) -> None:
         self._planned = batch.step
@@ -107,6 +119,14 @@ class EngineLog(EngineObserver):
     def sequence_preempted(self, sequence: Sequence, preemption: Preemption) -> None:
         self._num_preempted += 1
 
+    def sequence_finished(self, sequence: Sequence) -> None:
+        if isinstance(sequence.error, InvalidLogitsError) and not self._has_invalid_logits:
+            self._has_invalid_logits = True
+            num_tokens = len(sequence.output_token_ids)
+            events.logits_invalid.log(
+                logger, request_id=sequence.request_id, output_len=num_tokens, error=str(sequence.error)
+            )
+
     def step_collected(self, step: CollectedStep) -> None:
         if logger.isEnabledFor(logging.DEBUG):
             batch, load = step.batch, step.load
@@ -132,7 +152,16 @@ class EngineLog(EngineObserver):
         if logger.isEnabledFor(logging.DEBUG) and env.log_prompts():
             events.request_output.log(logger, request_id=sequence.request_id, text=completion.text)
 
+    def engine_start_failed(self, error: BaseException) -> None:
+        events.engine_start_failed.log(logger, error=repr(error))
+
+    def engine_exiting(self, unfinished: Iterable[Sequence]) -> None:
+        error: dict[str, Any] = {} if self._fatal is None else {"error": repr(self._fatal)}
+        outcome = "error" if error else "clean"
+        events.engine_exit.log(logger, outcome=outcome, num_unfinished=len(list(unfinished)), **error)
+
     def engine_failed(self, error: BaseException, lost: Iterable[Sequence], goes_on: bool) -> None:
+        self._fatal = None if goes_on else error
         interrupted = not isinstance(error, Exception)
         event = events.engine_interrupted if interrupted else events.engine_error
         names = [sequence.request_id for sequence in lost]

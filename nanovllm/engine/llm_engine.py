@@ -11,10 +11,12 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Container, Iterable
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import xxhash
 
+from nanovllm.compat.unsupported import REQUEST_ARGUMENTS, UnsupportedMethods, accepting
 from nanovllm.config import EngineConfig
 from nanovllm.engine.executor import Diagnostics, Executor, ExecutorFactory
 from nanovllm.engine.metrics import EngineMetrics
@@ -32,17 +34,18 @@ from nanovllm.requests.parallel_sampling import ParallelSampling
 from nanovllm.requests.preparation import PreparedRequest, RequestPreparation
 from nanovllm.requests.tokenization import Prompt, load_tokenizer
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.utils.owner_process import OwnerProcess
 from nanovllm.utils.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class LLMEngine:
+class LLMEngine(UnsupportedMethods):
     """Owns the scheduler and the executor, and keeps up to `pipeline_depth` steps in flight.
 
     make_executor: builds the executor, which runs the steps. observers: are called, in order, for every event; without
-    any the engine logs nothing. `nanovllm.engine_factory.make_engine` chooses both, and `LLM` uses it.
+    any the engine logs nothing. `from_engine_args` chooses both, as `LLM` does.
     Use the engine as a context manager, or call `exit`, to free the device's memory.
     """
 
@@ -54,14 +57,16 @@ class LLMEngine:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
+        self.owner = OwnerProcess()
         self.metrics = EngineMetrics()
         self._observers = track_requests([self.metrics, *observers])
+        self.engine_id = self._observers.engine_id  # in the records of the log
         self._clock = clock  # seconds; the source of every time that the engine reports
         self._observers.engine_starting(config)
         stopwatch = Stopwatch()
         self.executor: Executor = make_executor(config, stopwatch)
         # A finalizer, so that the device's memory is also freed when the engine is garbage-collected or Python ends.
-        self._shut_down = weakref.finalize(self, self.executor.shutdown)
+        self._shut_down = weakref.finalize(self, self.owner.guard(self.executor.shutdown))
         self.resolved = self.executor.resolved
         try:
             self._observers.engine_resolved(self.resolved)
@@ -78,12 +83,28 @@ class LLMEngine:
             self._shut_down()
             raise
         self._unfinished = UnfinishedRequests()
-        self._report_exit = weakref.finalize(self, _report_exit, self._observers, self._unfinished)
+        self._report_exit = weakref.finalize(self, self.owner.guard(_report_exit), self._observers, self._unfinished)
         self._num_arrivals = 0
         self._dead: BaseException | None = None
 
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineConfig) -> LLMEngine:
+        """Returns an engine with the executor and the observers that the arguments and the environment ask for.
+
+        engine_args: an EngineArgs or an EngineConfig. Raises what loading the model raises, and InvalidArgumentError
+        for an argument or an environment variable that is not allowed.
+        """
+        # Imported here: an engine that is given its executor and observers does not need it.
+        from nanovllm.engine_factory import default_observers, make_executor, reporting_start
+
+        config = EngineConfig(**asdict(engine_args))  # an EngineArgs can be changed: this is a checked copy
+        observers = default_observers(config)
+        with reporting_start(observers):
+            return cls(config, make_executor, observers)
+
     # Requests
 
+    @accepting(REQUEST_ARGUMENTS)
     def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None) -> str:
         """Queues a request and returns its id: `prepare` and `enqueue` in one.
 
@@ -141,13 +162,14 @@ class LLMEngine:
         """Reports to the log and the metrics that `prepare` or `enqueue` did not allow a request."""
         self._observers.request_refused(request_id, error)
 
-    def abort_request(self, request_id: str) -> None:
-        """Ends a request; the next `step` returns what it has so far. Ignores an unknown or finished id."""
+    def abort_request(self, request_ids: str | Iterable[str]) -> None:
+        """Ends one or several requests; the next `step` returns what they have so far. Ignores unknown ids."""
         self._check_alive()
-        for sequence in self._unfinished.sequences_of(request_id):
-            if sequence.request_id not in self._unfinished.aborted:
-                self.scheduler.abort(sequence)
-                self._unfinished.aborted[sequence.request_id] = sequence
+        for request_id in [request_ids] if isinstance(request_ids, str) else request_ids:
+            for sequence in self._unfinished.sequences_of(request_id):
+                if sequence.request_id not in self._unfinished.aborted:
+                    self.scheduler.abort(sequence)
+                    self._unfinished.aborted[sequence.request_id] = sequence
 
     def discard_requests(self, request_ids: Iterable[str]) -> None:
         """Ends requests without an output. Ignores unknown ids, and those whose output `step` has returned."""
@@ -283,6 +305,8 @@ class LLMEngine:
 
     def exit(self) -> None:
         """Ends the engine and frees the device's memory. Calling it again does nothing; most other calls then raise."""
+        if not self.owner.is_current:
+            return
         if self._dead is None:
             self._dead = EngineDeadError("exit() was called")
         self._report_exit()
@@ -291,6 +315,10 @@ class LLMEngine:
         self._grammars.shutdown()
         self._shut_down()
         self._observers.engine_exited()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns the parameters of requests without any: those of the checkpoint's generation_config.json."""
+        return self._preparation.default_params.clone()
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
@@ -313,6 +341,7 @@ class LLMEngine:
     # Helpers
 
     def _check_alive(self) -> None:
+        self.owner.check()
         if self._dead is not None:
             raise EngineDeadError.after(self._dead)
 

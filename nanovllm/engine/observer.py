@@ -6,6 +6,7 @@ it does. Their methods run on the engine's thread, in the middle of the loop, so
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -19,6 +20,7 @@ from nanovllm.engine.request_end import RequestEnd
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.statistics import EngineStatistics, Load
+from nanovllm.logs.records import current_engine
 from nanovllm.outputs import CompletionOutput
 from nanovllm.utils.stopwatch import Stopwatch
 
@@ -157,6 +159,9 @@ class EngineObserver:
     def engine_failed(self, error: BaseException, lost: Iterable[Sequence], goes_on: bool) -> None:
         """A step failed or was interrupted, and lost the sequences `lost`. goes_on: the engine takes new requests."""
 
+    def engine_start_failed(self, error: BaseException) -> None:
+        """The engine could not start. Nothing follows."""
+
     def engine_exiting(self, unfinished: Iterable[Sequence]) -> None:
         """The engine ends: `exit` was called, it is garbage-collected, or Python ends. Its executor still runs."""
 
@@ -165,23 +170,44 @@ class EngineObserver:
 
 
 class Observers(EngineObserver):
-    """Several observers as one. Each call reaches the observers that override the method, in order."""
+    """Several observers as one. Each call reaches the observers that override the method, in order.
 
-    def __init__(self, observers: Iterable[EngineObserver] = ()) -> None:
+    What they log has this engine's `engine_id`, a count of the engines of the process from 0. So has what the thread
+    logs while the engine starts, and during a step.
+    """
+
+    def __init__(self, observers: Iterable[EngineObserver] = (), engine_id: int | None = None) -> None:
         observers = tuple(observers)
+        self.engine_id = next(_engine_ids) if engine_id is None else engine_id
         for name, default in vars(EngineObserver).items():
             if not name.startswith("_"):
                 overriding = [observer for observer in observers if getattr(type(observer), name) is not default]
-                setattr(self, name, _call_each([getattr(observer, name) for observer in overriding]))
+                setattr(self, name, self._call_each([getattr(observer, name) for observer in overriding], name))
+
+    def _call_each(self, functions: list[Callable[..., None]], name: str) -> Callable[..., None]:
+        """Returns a function that calls all of `functions` in order."""
+        is_phase, number = name == "phase", self.engine_id
+        begins = is_phase or name == "engine_starting"  # what follows on this thread is this engine's
+        ends = name in ("engine_started", "engine_failed")
+
+        def call(*arguments: object, **named: object) -> None:
+            before = current_engine.get()
+            if before != number:
+                current_engine.set(number)
+            try:
+                for function in functions:
+                    function(*arguments, **named)
+            finally:
+                if ends or (is_phase and arguments[0] == "idle"):
+                    current_engine.set(None)
+                elif before != number and not begins:
+                    current_engine.set(before)
+
+        return call if functions or begins or ends else _ignore
 
 
-def _call_each(functions: list[Callable[..., None]]) -> Callable[..., None]:
-    """Returns a function that calls all of `functions` in order."""
-    if len(functions) == 1:
-        return functions[0]
+_engine_ids = itertools.count()
 
-    def call(*arguments: object, **named: object) -> None:
-        for function in functions:
-            function(*arguments, **named)
 
-    return call
+def _ignore(*_arguments: object, **_named: object) -> None:
+    """Does nothing, for a method that no observer overrides."""

@@ -28,7 +28,7 @@ def track_requests(observers: Iterable[EngineObserver]) -> Observers:
     observers = list(observers)
     listener = Observers(observers)
     stalls = Stalls(listener)
-    return Observers([stalls, RequestTracker(stalls, listener), *observers])
+    return Observers([stalls, RequestTracker(stalls, listener), *observers], listener.engine_id)
 
 
 @dataclass

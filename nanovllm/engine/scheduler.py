@@ -35,6 +35,8 @@ from nanovllm.engine.observer import EngineObserver, Preemption, SampledStep, Sh
 from nanovllm.engine.row_table import NO_BLOCK, BoolArray, RowArray, RowTable
 from nanovllm.engine.sequence import Sequence, SequenceStatus, token_logprobs
 from nanovllm.engine.statistics import Load
+from nanovllm.errors import InvalidLogitsError
+from nanovllm.kernels.columns import INVALID_TOKEN
 from nanovllm.logs import events
 from nanovllm.outputs import FinishReason
 from nanovllm.utils.logger import setup_logger
@@ -261,9 +263,8 @@ class Scheduler:
         if sequence is None or not self.rows.has_free_row:
             return None
         # The log-probabilities of a prompt token exist only in the step that computes it: a cached prefix has none.
-        table = self.block_manager.allocate(
-            sequence.seq_id, sequence.token_ids, share=not sequence.needs_prompt_logprobs
-        )
+        share = not sequence.needs_prompt_logprobs
+        table = self.block_manager.allocate(sequence.seq_id, sequence.token_ids, salt=sequence.cache_salt, share=share)
         if table is None:
             return None
         self.waiting.remove(sequence)
@@ -313,6 +314,8 @@ class Scheduler:
         rows.steps_in_flight[batch.chunks["row"]] -= 1
         sampled = batch.sampled_rows
         rows.num_pending[sampled] -= 1
+        invalid = sampled[~rows.stopped[sampled] & (result.token_ids == INVALID_TOKEN)]
+        rows.stopped[invalid] = True
         live = ~rows.stopped[sampled]  # the tokens of all others are dropped
         self._record_logprobs(batch, live, result)
         sampled, token_ids = sampled[live], result.token_ids[live]
@@ -340,6 +343,10 @@ class Scheduler:
         for sequence, eos in zip(ended, at_eos[at_end].tolist(), strict=True):
             stopped = eos or sequence.stop_reason is not None
             self._finish(sequence, "abort" if sequence.error is not None else "stop" if stopped else "length")
+        for sequence in [rows.sequence(row) for row in invalid.tolist()]:
+            sequence.error = InvalidLogitsError()
+            self._finish(sequence, "abort")
+            ended.append(sequence)
         self._release_leaving()
         return ended
 

@@ -86,6 +86,7 @@ class SchedulerLog(EngineObserver):
             events.batch_decode.log_at(
                 level,
                 logger,
+                in_summary=self._decode_log.in_summary(self._decode_step, self._num_preempted),
                 step=batch.step,
                 decode_step=self._decode_step,
                 size=size,

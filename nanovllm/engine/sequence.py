@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from nanovllm.engine.batch import NO_LOGPROBS, IntArray, LogitEdits, PromptLogprobs, StepLogprobs
 from nanovllm.engine.block_manager import BlockTable
-from nanovllm.errors import InvalidArgumentError
+from nanovllm.errors import InvalidArgumentError, NanoVLLMError
 from nanovllm.outputs import FinishReason, RequestMetrics
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.active_span import ActiveSpan
@@ -34,10 +34,14 @@ class SequenceStatus(enum.Enum):
 class StopStringMatcher(Protocol):
     """Watches the text of one output for stop strings (implemented in `requests.detokenizer`)."""
 
-    text: str  # the output so far, cut at the stop string once one is found
+    text: str  # the output up to the stop string, once one is found
 
     def add(self, token_id: int) -> str | None:
         """Takes the next token. Returns the stop string that it completes, or None."""
+        ...
+
+    def end(self) -> str | None:
+        """Returns the stop string in text that waited for more tokens, when none follows, or None."""
         ...
 
 
@@ -92,6 +96,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     row: int | None = None
     block_table: BlockTable = field(default_factory=BlockTable)
+    cache_salt: bytes = b""  # its prefix is shared only with sequences that have the same one
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of each output token, if asked for
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of each prompt token but the first
     num_prompt_logprobs: int = 0  # how many of these are computed or in flight
@@ -102,7 +107,7 @@ class Sequence:
     logit_edits: LogitEdits | None = None  # None: its logits are not changed
     waits_for_grammar: bool = False  # its grammar is being compiled
     grammar: GrammarState | None = None  # of structured outputs; has accepted every known token
-    error: InvalidArgumentError | None = None  # why it ended with finish_reason "abort", if a grammar failed
+    error: NanoVLLMError | None = None  # why it ended with finish_reason "abort", if it failed
     left: bool = False  # ended since its caller left
     streamed: bool = False  # its tokens are read while it runs
     span: ActiveSpan | None = None  # OpenTelemetry's, where it was added

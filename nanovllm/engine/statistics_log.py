@@ -152,7 +152,7 @@ class StatisticsLine(EngineObserver):
         per = max(wall if final else seconds, 1e-9)  # a run's rates leave out the time without work
         events.engine_statistics.log(
             logger,
-            console=not final or wall >= self._interval,
+            in_summary=not final or wall >= self._interval,
             prompt_tokens_per_second=done.num_prompt_tokens / per,
             generation_tokens_per_second=done.num_output_tokens / per,
             num_running=load.num_running,

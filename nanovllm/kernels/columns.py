@@ -11,6 +11,8 @@ import numpy as np
 
 WORD_BYTES = 4
 
+INVALID_TOKEN = -1  # sampled from a row whose logits are NaN or infinite
+
 # How a row's distribution is truncated (`kernels.truncate`). NO_TRUNCATION keeps every token.
 TRUNCATION = np.dtype([("top_k", np.float32), ("top_p", np.float32), ("min_p", np.float32)])
 NO_TRUNCATION = (0.0, 1.0, 0.0)

@@ -83,7 +83,7 @@ def _append_tokens_kernel(
     row = tl.load(rows_ptr + index, mask=index < num_rows, other=null_row).to(tl.int64)
     mask = row != null_row
     length = tl.load(lengths_ptr + row, mask=mask, other=0)
-    new_id = tl.load(new_ids_ptr + index, mask=mask, other=0)
+    new_id = tl.maximum(tl.load(new_ids_ptr + index, mask=mask, other=0), 0)
     tl.store(token_ids_ptr + row * max_tokens + length, new_id, mask=mask)
     tl.store(lengths_ptr + row, length + 1, mask=mask)
 
@@ -149,7 +149,7 @@ def append_tokens_reference(
 ) -> None:
     """Reference for `append_tokens` in plain torch; also used on CPUs."""
     row_lengths = lengths[rows]
-    token_ids[rows, row_lengths] = new_ids
+    token_ids[rows, row_lengths] = new_ids.clamp(min=0)
     lengths[rows] = torch.where(rows == null_row, row_lengths, row_lengths + 1)
 
 
@@ -165,6 +165,7 @@ def append_tokens(
     """Appends new_ids [num_rows] int32 to `rows` [num_rows] int32, which are distinct except for the null row.
 
     Written in place: token_ids [all_rows, max_tokens] int32, lengths [all_rows] int32. The null row keeps its length.
+    INVALID_TOKEN is written as 0, which a step that is already planned can compute.
     """
     if not runs_triton(token_ids, use_triton):
         append_tokens_reference(rows, new_ids, token_ids, lengths, null_row)

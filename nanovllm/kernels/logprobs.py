@@ -61,7 +61,7 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) 
 
 def _logprobs_of_part(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> TokenLogprobs:
     logprobs = logits.float().log_softmax(dim=-1)  # [num_rows, vocab_size]
-    own = logprobs.gather(1, token_ids.long().unsqueeze(1))  # [num_rows, 1]
+    own = logprobs.gather(1, token_ids.long().clamp_(min=0).unsqueeze(1))  # [num_rows, 1]; INVALID_TOKEN reads any
     ranks = (logprobs > own).sum(dim=1, dtype=torch.int32) + 1
     top, top_ids = logprobs.topk(num_top, dim=1)
     return TokenLogprobs(own.squeeze(1), ranks, top_ids.int(), top)

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import torch
 
+from nanovllm.kernels.columns import INVALID_TOKEN
 from nanovllm.kernels.triton_support import (
     INTERPRETED,
+    constant,
     jit,
     jit_with_varying,
     join_launch_chain,
@@ -28,7 +30,8 @@ _BLOCK_SIZE = 2048  # logits a program reads
 _REFERENCE_PART = 1 << 18  # logits the reference works on at a time
 MAX_SCALE = 1e6  # the largest 1 / T: beyond it noise no longer matters, and products would overflow
 _NO_TOKEN = 0x7FFFFFFF
-MAX_LOGIT = 1e30  # infinities and NaN are clamped to finite numbers, so that a row of them still gives an id
+MAX_LOGIT = 1e30  # -inf counts as -MAX_LOGIT, so that a row of it still gives an id
+_INVALID = constant(INVALID_TOKEN)
 
 
 @jit
@@ -85,14 +88,17 @@ def _sample_block_kernel(
     INTERPRETED: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Program (block, row): the block's best score, and the lowest token id that has it."""
+    """Program (block, row): the block's best score, and the lowest token id that has it.
+
+    NaN scores +inf, as +inf does, so that it wins wherever it is. A row with such a winner is invalid.
+    """
     join_launch_chain(PDL)
     block = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     token_id = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     row_ptr = logits_ptr + row * logits_stride
     logits = tl.load(row_ptr + token_id, mask=token_id < vocab_size, other=-float("inf")).to(tl.float32)
-    scores = tl.where(logits >= -MAX_LOGIT, tl.minimum(logits, MAX_LOGIT), -MAX_LOGIT)  # NaN compares false
+    scores = tl.where(logits < float("inf"), tl.maximum(logits, -MAX_LOGIT), float("inf"))  # NaN compares false
     state = tl.load(rows_ptr + row)
     temperature = tl.load(temperatures_ptr + state)
     if temperature > 0.0:
@@ -105,8 +111,9 @@ def _sample_block_kernel(
     best = tl.max(scores, axis=0)
     token = tl.min(tl.where(scores == best, token_id, 0x7FFFFFFF), axis=0)
     tl.store(block_score_ptr + row * num_blocks + block, best)
-    # In a row of nothing but -inf and NaN the masked ids behind the vocabulary may win.
-    tl.store(block_token_ptr + row * num_blocks + block, first_token + tl.minimum(token, vocab_size - 1))
+    # In a row of nothing but -inf the masked ids behind the vocabulary may win.
+    token = first_token + tl.minimum(token, vocab_size - 1)
+    tl.store(block_token_ptr + row * num_blocks + block, tl.where(best < float("inf"), token, _INVALID))
 
 
 @jit
@@ -194,7 +201,7 @@ def _best_of_part(
     positions: torch.Tensor,
     thresholds: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    scores = torch.nan_to_num(logits.float(), nan=-MAX_LOGIT).clamp_(-MAX_LOGIT, MAX_LOGIT)  # [num_rows, vocab_size]
+    scores = logits.float().clamp(min=-MAX_LOGIT)  # [num_rows, vocab_size]; NaN stays NaN, and is its row's maximum
     drawn = (temperatures > 0).unsqueeze(1)  # [num_rows, 1]
     if drawn.any():
         bits = noise_bits_reference(seeds, positions, logits.shape[1], first_token)
@@ -206,7 +213,8 @@ def _best_of_part(
     best = scores.amax(dim=-1, keepdim=True)  # [num_rows, 1]
     # As bytes: argmax gives the lowest id among equals.
     tokens = (scores == best).byte().argmax(dim=-1).to(torch.int32) + first_token
-    return best.squeeze(1), tokens
+    best = best.squeeze(1).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return best, tokens.masked_fill_(best == torch.inf, INVALID_TOKEN)
 
 
 def sample(
@@ -224,7 +232,7 @@ def sample(
     logits [num_rows, vocab_size] bf16, fp16 or fp32, rows may be strided; rows [num_rows] int32: each row's index in
     the next three; temperatures [all_rows] fp32, ≥ 0; seeds [all_rows] int64; positions [all_rows] int32
     or int64; thresholds [num_rows] fp32: tokens with lower logits are not drawn (`kernels.truncate`)
-    → [num_rows] int32. NaN counts as the lowest logit, and every row gives a valid id, whatever its logits.
+    → [num_rows] int32, INVALID_TOKEN for a row with a logit that is NaN or +inf; -inf is a valid logit.
     """
     if not runs_triton(logits, use_triton):
         return sample_reference(logits, temperatures, seeds, positions, rows, thresholds)

@@ -9,11 +9,13 @@ always gets every record.
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nanovllm.logs import events
+from nanovllm.logs.formats import TerminalFormatter
 from nanovllm.logs.handlers import ConsoleHandler, LogFileHandler, formatter_of
 from nanovllm.logs.levels import LEVELS, levels_by_logger, parse_level_spec
 from nanovllm.utils import env
@@ -33,6 +35,7 @@ class _Configuration:
     rank: int = 0
     level_spec: str | None = None  # as last read, so that a mistake is reported once
     levels_set: dict[str, int] = field(default_factory=dict)  # logger name -> the level that nanovllm set
+    unknown_variables: set[str] = field(default_factory=set)  # of the environment, each reported once
 
 
 # Process-wide as all of `logging` is: the console handler is the counterpart of its own `lastResort`.
@@ -42,9 +45,10 @@ _STATE = _Configuration()
 def configure_logging(rank: int | None = None) -> None:
     """Reads the environment and applies it. `setup_logger` and each new engine call this.
 
-    Levels that a user set with `setLevel` are kept. With `NANOVLLM_CONFIGURE_LOGGING=0` the changes of earlier calls
-    are undone, and logging is left alone. `rank` is the rank of this process from now on, for records and the name of
-    the log file. Raises InvalidArgumentError for a variable whose value is not allowed.
+    Levels that a user set with `setLevel` are kept. Loggers that `logging.config` has disabled are enabled again. With
+    `NANOVLLM_CONFIGURE_LOGGING=0` the changes of earlier calls are undone, and logging is left alone. `rank` is the
+    rank of this process from now on, for records and the name of the log file. Raises InvalidArgumentError for a
+    variable whose value is not allowed.
     """
     _STATE.rank = _STATE.rank if rank is None else rank
     package_logger = logging.getLogger(PACKAGE)
@@ -53,20 +57,26 @@ def configure_logging(rank: int | None = None) -> None:
         _open_file(None)
         _STATE.level_spec = None
         _apply_levels({})
+        _warn_about_variables()
         return
     log_format, console = env.log_format(), _STATE.console
     console.rank = _STATE.rank
     console.setFormatter(formatter_of(log_format, _STATE.rank))
-    console.terminal_formatter = None if env.no_color() else formatter_of(log_format, _STATE.rank, colour=True)
+    console.terminal_formatter = TerminalFormatter(colour=not env.no_color()) if log_format == "text" else None
+    console.shows_summary = log_format == "text" and not env.log_level.is_set
     if console not in package_logger.handlers:
         package_logger.addHandler(console)
     _open_file(env.log_file())
     if _STATE.file is not None:
-        _STATE.file.setFormatter(formatter_of(log_format, _STATE.rank))
-    text = env.log_level()
-    spec = parse_level_spec(text)
+        _STATE.file.setFormatter(formatter_of(env.log_file_format() or log_format, _STATE.rank))
     existing = [name for name in list(logging.root.manager.loggerDict) if name.startswith(PACKAGE + ".")]
+    for name in (PACKAGE, *existing):
+        logging.getLogger(name).disabled = False
+    text = env.log_level() if env.log_level.is_set else ""
+    # basicConfig(level=DEBUG) asks for more than INFO, its default level WARNING does not ask for less.
+    spec = parse_level_spec(text, unset=min(logging.INFO, logging.root.level))
     _apply_levels(levels_by_logger(spec, PACKAGE, existing))
+    _warn_about_variables()
     if text != _STATE.level_spec:
         _STATE.level_spec = text
         problems = spec.problems + spec.unknown_parts(existing)
@@ -76,9 +86,11 @@ def configure_logging(rank: int | None = None) -> None:
 
 def _open_file(path: Path | None) -> None:
     """Makes `path` the log file of this rank; None: no file."""
-    if _STATE.file_of == (path, _STATE.rank):
-        return
     package_logger = logging.getLogger(PACKAGE)
+    if _STATE.file_of == (path, _STATE.rank):
+        if _STATE.file is not None:
+            package_logger.addHandler(_STATE.file)  # `logging.config` may have removed it
+        return
     opened = None if path is None else LogFileHandler(path, _STATE.rank)
     if _STATE.file is not None:
         package_logger.removeHandler(_STATE.file)
@@ -99,6 +111,18 @@ def _apply_levels(wanted: Mapping[str, int]) -> None:
         logger.setLevel(wanted.get(name, logging.NOTSET))
         if name in wanted:
             levels_set[name] = wanted[name]
+
+
+def _warn_about_variables() -> None:
+    """Logs each variable NANOVLLM_… that nanovllm does not read, once."""
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.current_process().name != "MainProcess":
+        return  # the process that started this one has the same environment, and reports it
+    for name, nearest in env.unknown_variables().items():
+        if name not in _STATE.unknown_variables:
+            _STATE.unknown_variables.add(name)
+            hint = f" Did you mean {nearest}?" if nearest else ""
+            events.unknown_variable.log(logging.getLogger(__name__), variable=name, hint=hint)
 
 
 def warn_about_level(source: str, problem: str) -> None:

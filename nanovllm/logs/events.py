@@ -12,24 +12,37 @@ from logging import DEBUG, ERROR, INFO, WARNING
 
 from nanovllm.logs.records import Event
 
+SCHEMA = 1  # the version of the events and their fields: a change that a reader of logs notices raises it
+
 # ---- start-up
 
-rule = Event("rule", INFO, "engine.llm_engine llm", "{line}")
+engine_versions = Event(
+    "engine.versions", INFO, "engine.llm_engine", "Versions: {versions}, device={device}", "schema variables"
+)
+rule = Event("rule", INFO, "engine.llm_engine", "{line}")
 engine_init = Event("engine.init", INFO, "engine.llm_engine", "Initializing LLMEngine")
 engine_model = Event("engine.model", INFO, "engine.llm_engine", "Model: {model}")
 engine_config = Event(
     "engine.config", INFO, "engine.llm_engine", "Configuration: {all_fields}", others="every argument by its name"
 )
-cpu_threads = Event("cpu.threads", INFO, "runner.cpu_threads", "CPU threads: {num_threads} ({threads_reason})")
-runner_init = Event("runner.init", INFO, "engine.model_runner", "Initializing ModelRunner (rank {rank})")
+cpu_threads = Event(
+    "cpu.threads", INFO, "runner.cpu_threads", "CPU threads: {num_threads} ({threads_reason})", in_summary=False
+)
+runner_init = Event(
+    "runner.init", INFO, "engine.model_runner", "Initializing ModelRunner (rank {rank})", in_summary=False
+)
+model_ignored = Event("model.ignored", WARNING, "models.model_config", "{ignored} is ignored: {why}")
 attention_selected = Event(
     "attention.selected",
     INFO,
     "attention.selection",
     "Attention backends: prefill={prefill} ({prefill_reason}), decode={decode} ({decode_reason}), "
     "block_size={block_size}",
+    in_summary=False,
 )
-model_loading = Event("model.loading", INFO, "engine.model_runner", "[Rank {rank}] Loading model: {model}")
+model_loading = Event(
+    "model.loading", INFO, "engine.model_runner", "[Rank {rank}] Loading model: {model}", in_summary=False
+)
 model_config = Event(
     "model.config",
     INFO,
@@ -43,6 +56,7 @@ model_weights = Event(
     "engine.model_runner",
     "[Rank {rank}] Loaded {num_tensors} tensors, {gigabytes:.2f}GB from {num_files} files in {seconds:.2f}s",
     of_each_rank=True,
+    in_summary=False,
 )
 kv_cache_sizing = Event(
     "kv_cache.sizing",
@@ -52,13 +66,16 @@ kv_cache_sizing = Event(
     "activations={activations_gb:.2f}GB, free={free_gb:.2f}GB, so available={available_gb:.2f}GB",
     unseen="a GPU, and no num_kvcache_blocks",
     of_each_rank=True,
+    in_summary=False,
 )
 kv_cache_config = Event(
     "kv_cache.config",
     INFO,
     "engine.model_runner",
     "KV cache configuration: num_kv_heads={num_kv_heads}, head_dim={head_dim}, block_size={block_size}, dtype={dtype}",
+    in_summary=False,
 )
+kv_cache_allocating = Event("kv_cache.allocating", INFO, "engine.model_runner", "Allocating KV cache")
 kv_cache_allocated = Event(
     "kv_cache.allocated",
     INFO,
@@ -66,7 +83,23 @@ kv_cache_allocated = Event(
     "Allocating {num_blocks} KV cache blocks, total_size={total_gb:.2f}GB",
 )
 engine_resolved = Event(
-    "engine.resolved", INFO, "engine.llm_engine", "Resolved: {all_fields}", others="every setting by its name"
+    "engine.resolved",
+    INFO,
+    "engine.llm_engine",
+    "Resolved: {all_fields}",
+    others="every setting by its name",
+    in_summary=False,
+)
+engine_start_failed = Event(
+    "engine.start_failed", ERROR, "engine.llm_engine", "The engine did not start: {error}", on_console=False
+)
+engine_exit = Event(
+    "engine.exit",
+    INFO,
+    "engine.llm_engine",
+    "Engine ended: {outcome}, {num_unfinished} unfinished requests",
+    optional="error",
+    in_summary=False,
 )
 engine_startup = Event(
     "engine.startup", INFO, "engine.llm_engine", "Start-up: {total_seconds:.2f}s, of which {parts}", "seconds"
@@ -78,22 +111,44 @@ engine_max_model_len = Event(
     "max_model_len lowered from {wanted} to {max_model_len}: the KV cache holds no more tokens. "
     "Raise num_kvcache_blocks or the memory for the cache for longer requests.",
 )
+default_params_invalid = Event(
+    "default_params.invalid",
+    WARNING,
+    "requests.default_params",
+    "generation_config.json in {folder}: {error} It has no effect.",
+)
 spans_started = Event("spans.started", INFO, "tracing.request_spans", "Sending a span for each request to {endpoint}")
 spans_missing = Event(
     "spans.missing",
     INFO,
     "tracing.request_spans",
-    "No spans go to {endpoint}: pip install 'nanovllm[otel]' ({error})",
+    "No spans go to {endpoint}: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http ({error})",
+)
+unknown_variable = Event(
+    "environment.unknown",
+    WARNING,
+    "logs.configuration",
+    "{variable} is set, but nanovllm reads no variable of this name.{hint}",
+)
+log_lost = Event(
+    "log.lost", WARNING, "logs.lost_lines", "{path} cannot be written ({error}): {num_lost} lines are lost"
 )
 meters_started = Event("meters.started", INFO, "tracing.request_metrics", "Sending metrics of requests to {endpoint}")
 meters_missing = Event(
     "meters.missing",
     INFO,
     "tracing.request_metrics",
-    "No metrics go to {endpoint}: pip install 'nanovllm[otel]' ({error})",
+    "No metrics go to {endpoint}: pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-http ({error})",
 )
 logging_level = Event(
     "logging.level", WARNING, "logs.configuration", "{source}: {problem}. Valid levels: {valid_levels}"
+)
+
+argument_without_effect = Event(
+    "argument.without_effect",
+    DEBUG,
+    "compat.unsupported",
+    "{callee}: {argument}={given} has no effect: {why}",
 )
 
 # ---- memory
@@ -103,7 +158,13 @@ _MEMORY = f"device peak_bytes resident_bytes {_GPU_MEMORY}"  # which of them are
 
 memory = Event("memory", INFO, "", "{prefix}{memory}", optional=_MEMORY)
 model_loaded = Event(
-    "model.loaded", INFO, "engine.model_runner", "After model loading - {memory}", optional=_MEMORY, of_each_rank=True
+    "model.loaded",
+    INFO,
+    "engine.model_runner",
+    "After model loading - {memory}",
+    optional=_MEMORY,
+    of_each_rank=True,
+    in_summary=False,
 )
 kv_cache_memory = Event(
     "kv_cache.memory",
@@ -112,17 +173,22 @@ kv_cache_memory = Event(
     "After KV cache allocation - {memory}",
     optional=_MEMORY,
     of_each_rank=True,
+    in_summary=False,
 )
-generation_memory = Event("generation.memory", INFO, "llm", "After generation - {memory}", optional=_MEMORY)
+generation_memory = Event(
+    "generation.memory", INFO, "engine.llm_engine", "After generation - {memory}", optional=_MEMORY
+)
 
 # ---- generations and requests
 
-generation_start = Event("generation.start", INFO, "llm", "Starting generation for {num_prompts} prompts")
-generation_prompt_tokens = Event("generation.prompt_tokens", INFO, "llm", "Total prompt tokens: {num_prompt_tokens}")
+generation_start = Event("generation.start", INFO, "engine.llm_engine", "Starting generation for {num_prompts} prompts")
+generation_prompt_tokens = Event(
+    "generation.prompt_tokens", INFO, "engine.llm_engine", "Total prompt tokens: {num_prompt_tokens}"
+)
 generation_complete = Event(
     "generation.complete",
     INFO,
-    "llm",
+    "engine.llm_engine",
     "Generation complete: {num_steps} steps, total_output_tokens={total_output_tokens}, "
     "prefill_time={prefill_time:.2f}s, decode_time={decode_time:.2f}s",
 )
@@ -162,6 +228,18 @@ request_finished = Event(
     "seq_ids finish_reason stop_reason ttft_s itl_s longest_stall_s stall_cause stall_step stall_reason "
     "num_cached_tokens num_preemptions queued_behind kv_cache_usage arrival finished first_step last_step",
     optional="completions error trace_id span_id",
+)
+logits_invalid = Event(
+    "logits.invalid",
+    ERROR,
+    "engine.llm_engine",
+    "Invalid logits, first in request {request_id} after {output_len} output tokens; the others go on: {error}",
+)
+chat_tools_ignored = Event(
+    "chat.tools_ignored",
+    WARNING,
+    "requests.chat",
+    "The chat template of {model} does not read tools: the model does not see them",
 )
 engine_statistics = Event(
     "engine.statistics",
@@ -210,6 +288,7 @@ batch_shares_prefix = Event(
     INFO,
     "engine.scheduler",
     "{num_sharing} of {size} decode rows share prefixes: {saved_tokens} tokens less to read in a step",
+    in_summary=False,
 )
 sequence_preempted = Event(
     "sequence.preempted",
@@ -318,6 +397,19 @@ profile_written = Event(
     "diagnostics.rank",
     "Profile written: {trace} (open it at https://ui.perfetto.dev) and {table_file}\n{table}",
     "rank",
+)
+function_trace = Event(
+    "function_trace.started",
+    INFO,
+    "diagnostics.function_trace",
+    "Function trace of rank {rank}: {path}",
+    of_each_rank=True,
+)
+trace_full = Event(
+    "trace.full",
+    WARNING,
+    "tracing.trace_file",
+    "{path} has reached {megabytes} MB: later events are not in it. Raise NANOVLLM_TRACE_MAX_MB for more.",
 )
 tensors = Event("tensors", DEBUG, "", "{prefix}tensors: {shapes}")
 worker_lost = Event(

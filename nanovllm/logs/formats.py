@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+import re
+import sys
+import textwrap
 import time
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
-__all__ = ["JsonFormatter", "TextFormatter"]
+from nanovllm.logs.events import EVENTS
+
+__all__ = ["JsonFormatter", "TerminalFormatter", "TextFormatter", "strict_json"]
 
 TEXT_FORMAT = "[%(asctime)s] [%(name)s] [%(levelname)s] %(message)s"
 _COLOURS = {"DEBUG": "36", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
 
 
+_WIDTH = 120  # columns of a line on a terminal
+_COLOUR = re.compile("\33\\[[\\d;]*m")
+_DEEPEST = 8  # levels of lists and mappings in a field
+
+
 class TextFormatter(logging.Formatter):
-    """`[time] [logger] [level] sentence`, with the level in colour if `colour` is set."""
+    """`[time and zone] [logger] [level] sentence`, with the level in colour if `colour` is set."""
 
     def __init__(self, *, colour: bool = False) -> None:
         level = "\33[%(colour)sm%(levelname)s\33[0m" if colour else "%(levelname)s"
@@ -27,12 +38,45 @@ class TextFormatter(logging.Formatter):
         record.colour = _COLOURS.get(record.levelname, "0")
         return super().format(record)
 
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
+        """Returns the local time with its offset: `2026-11-28 08:08:17,754+0100`."""
+        milliseconds = int(record.created % 1 * 1000)
+        return time.strftime(f"%Y-%m-%d %H:%M:%S,{milliseconds:03d}%z", time.localtime(record.created))
+
+
+class TerminalFormatter(TextFormatter):
+    """Lines of at most 120 columns: lists at the end of a sentence are cut, other sentences wrapped. Tables stay."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line, message = super().formatMessage(record), record.message
+        head = line[: len(line) - len(message)]
+        used = len(_COLOUR.sub("", head))
+        event = EVENTS.get(getattr(record, "event", ""))
+        if event is not None and event.name == "rule":
+            return head + message[0] * max(_columns() - used, 1)
+        if used + len(message) <= _WIDTH or "\n" in message:
+            return line
+        if event is not None and event.sentence.endswith(("{seqs}", "{all_fields}")):
+            return head + message[: _WIDTH - used - 1].rpartition(" ")[0] + " …"
+        wrapped = textwrap.fill(
+            message, _WIDTH, initial_indent=" " * used, subsequent_indent="    ", break_on_hyphens=False
+        )
+        return head + wrapped[used:]
+
+
+def _columns() -> int:
+    """Returns the width of the terminal that standard error is."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (AttributeError, OSError, ValueError):
+        return _WIDTH
+
 
 class JsonFormatter(logging.Formatter):
     """One object a line: ts (RFC 3339, UTC), mono, level, logger, event, message, pid, rank, then the fields.
 
-    A line is written whatever the fields hold: values that JSON cannot represent become text. Tensors on a GPU are not
-    read.
+    A line is written whatever the fields hold: NaN and infinity become null, other values that JSON cannot represent
+    text. Tensors on a GPU are not read.
     """
 
     def __init__(self, rank: int = 0) -> None:
@@ -52,14 +96,24 @@ class JsonFormatter(logging.Formatter):
             "pid": record.process or os.getpid(),
             "rank": fields.get("rank", self.rank),
         }
+        if (engine_id := getattr(record, "engine_id", None)) is not None:
+            entry["engine_id"] = engine_id
         for name, value in fields.items():
             entry.setdefault(name, value)
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
-        try:
-            return _encode(entry)
-        except Exception:  # NaN, a key that is not text, a list that contains itself: convert value by value
-            return json.dumps({str(name): _anything(value) for name, value in entry.items()})
+        return strict_json(entry)
+
+
+def strict_json(value: Any, *, compact: bool = False) -> str:
+    """Returns JSON that any reader takes, whatever `value` holds."""
+    try:
+        text = (_encode_compactly if compact else _encode)(value)
+        if _SURROGATE not in text:
+            return text
+    except Exception:  # NaN, a key that is not text, a list that contains itself
+        pass
+    return json.dumps(_strict(value))
 
 
 def _plain(value: Any) -> Any:
@@ -73,14 +127,26 @@ def _plain(value: Any) -> Any:
 
 
 _encode = json.JSONEncoder(default=_plain, allow_nan=False).encode
+_encode_compactly = json.JSONEncoder(default=_plain, allow_nan=False, separators=(",", ":")).encode
+_SURROGATE = "\\ud"  # may be half of a pair without the other, which strict readers refuse
 
 
-def _anything(value: Any) -> Any:
+def _strict(value: Any, depth: int = 0) -> Any:
+    """Returns the closest value that any reader of JSON takes."""
     try:
-        return json.loads(_encode(value))
-    except Exception:
-        pass
-    try:
-        return str(value)
+        if isinstance(value, str):
+            return value.encode("utf-8", "backslashreplace").decode("utf-8")
+        if value is None or isinstance(value, bool):
+            return value
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        if isinstance(value, int):
+            str(value)  # raises for a number of too many digits, as writing it would
+            return value
+        if isinstance(value, Mapping) and depth < _DEEPEST:
+            return {_strict(str(name)): _strict(item, depth + 1) for name, item in value.items()}
+        if isinstance(value, (list, tuple)) and depth < _DEEPEST:
+            return [_strict(item, depth + 1) for item in value]
+        return _strict(str(value) if depth >= _DEEPEST else _plain(value), depth + 1)
     except Exception as error:
         return f"<{type(value).__name__} that cannot be shown: {type(error).__name__}>"

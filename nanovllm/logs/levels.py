@@ -20,6 +20,7 @@ LEVELS: Mapping[str, int] = {
     "ERROR": logging.ERROR,
     "CRITICAL": logging.CRITICAL,
 }
+_ALIASES: Mapping[str, int] = {"WARN": logging.WARNING, "FATAL": logging.CRITICAL}  # `logging` takes these too
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,17 @@ def parse_level(level: int | str) -> tuple[int, str]:
     """Returns a level's number and a problem, empty for a known level. The number of an unknown level is INFO."""
     if isinstance(level, int):
         return level, ""
-    number = LEVELS.get(level.strip().upper())
+    number = {**LEVELS, **_ALIASES}.get(level.strip().upper())
     if number is None:
         return logging.INFO, f"unknown level {level.strip()!r}, using INFO"
     return number, ""
 
 
-def parse_level_spec(text: str) -> LevelSpec:
-    """Parses `LEVEL` and `PART=LEVEL` items, separated by commas, in any order, at most one of them without a part."""
+def parse_level_spec(text: str, unset: int = logging.INFO) -> LevelSpec:
+    """Parses `LEVEL` and `PART=LEVEL` items, separated by commas, in any order, at most one of them without a part.
+
+    unset: the default level of a text that has none.
+    """
     default: int | None = None
     parts: dict[str, int] = {}
     problems: list[str] = []
@@ -78,7 +82,7 @@ def parse_level_spec(text: str) -> LevelSpec:
             parts[part] = number
         else:
             problems.append(f"{item!r} is neither the one default level nor PART=LEVEL, ignored")
-    return LevelSpec(logging.INFO if default is None else default, parts, tuple(problems))
+    return LevelSpec(unset if default is None else default, parts, tuple(problems))
 
 
 def levels_by_logger(spec: LevelSpec, package: str, logger_names: Iterable[str]) -> dict[str, int]:

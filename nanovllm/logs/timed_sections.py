@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import sys
+import threading
 import time
 from collections import deque
 from contextlib import AbstractContextManager, nullcontext
@@ -87,6 +88,9 @@ class _TimedSection:
 _NO_SECTION = nullcontext()
 # Sections that have ended on the host, oldest first: pending log output, on which nothing else depends.
 _PENDING: deque[_TimedSection] = deque()
+_LOGGING_ENDS = (
+    threading.RLock()
+)  # held by the thread that logs them, so that their order stays; a handler may time, too
 atexit.register(flush_timed_sections)
 
 
@@ -94,18 +98,23 @@ def _log_finished_sections(*, wait: bool) -> None:
     """Logs the ends of pending sections in order: all with `wait`, else up to the first that the GPU still runs."""
     if not _PENDING or sys.modules["torch"].cuda.is_current_stream_capturing():  # a capture forbids querying events
         return
-    while _PENDING:
-        section = _PENDING.popleft()
-        try:
-            if wait:
-                section.end.synchronize()
-            elif not section.end.query():
-                _PENDING.appendleft(section)
-                return
-            gpu_ms = section.start.elapsed_time(section.end)
-        except RuntimeError:  # a log line does not raise CUDA errors: the code that uses the work does
-            gpu_ms = None
-        section.log_end(gpu_ms)
+    if not _LOGGING_ENDS.acquire(blocking=wait):  # another thread logs them
+        return
+    try:
+        while _PENDING:
+            section = _PENDING[0]
+            try:
+                if wait:
+                    section.end.synchronize()
+                elif not section.end.query():
+                    return
+                gpu_ms = section.start.elapsed_time(section.end)
+            except RuntimeError:  # a log line does not raise CUDA errors: the code that uses the work does
+                gpu_ms = None
+            _PENDING.popleft()
+            section.log_end(gpu_ms)
+    finally:
+        _LOGGING_ENDS.release()
 
 
 def _record_cuda_event(device: object) -> Any:

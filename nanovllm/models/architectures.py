@@ -7,10 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nanovllm.errors import ModelLoadError
+from nanovllm.errors import ModelLoadError, shown
 
 MODELS: Mapping[str, str] = {  # each a module of this package
     "Qwen3ForCausalLM": "qwen3",
+}
+# The architecture of a config.json that names only its model_type.
+OF_MODEL_TYPE: Mapping[str, str] = {"qwen3": "Qwen3ForCausalLM"}
+# What a field means that config.json leaves out, as in transformers' configuration class.
+DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    "Qwen3ForCausalLM": {"head_dim": 128, "max_position_embeddings": 32_768, "max_window_layers": 28},
 }
 
 
@@ -18,6 +24,6 @@ def check_architecture(architecture: str) -> None:
     """Raises ModelLoadError, with the supported architectures, when `architecture` is not one of them."""
     if architecture not in MODELS:
         raise ModelLoadError(
-            f"architectures=[{architecture!r}] is not supported. Supported: {', '.join(MODELS)}. "
+            f"architectures=[{shown(architecture)}] is not supported. Supported: {', '.join(MODELS)}. "
             "A new one is a file in nanovllm/models and a line in nanovllm/models/architectures.py."
         )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from nanovllm.errors import ModelLoadError
+from nanovllm.errors import ModelLoadError, shown
+from nanovllm.utils.model_files import check_folder
 
 TINY_MODEL = "tiny"
 TINY_MODEL_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen3"
 _PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model"]  # config, chat template, tokenizer
 _WEIGHTS = ["*.safetensors"]
+_MAX_TEXT = 500  # characters of another library's error
 _WAYS = (
     "model must be a folder with config.json and *.safetensors, a Hugging Face id such as 'Qwen/Qwen3-0.6B', or "
     "'tiny', the checkpoint that ships with nanovllm"
@@ -25,12 +28,14 @@ def resolve_model_folder(model: str, revision: str | None = None, *, with_weight
     """
     if model == TINY_MODEL:
         return TINY_MODEL_FOLDER
-    path = Path(model).expanduser()
-    if model and path.is_dir():
+    path = Path(os.path.expanduser(model))
+    if model and os.path.isdir(path):
+        check_folder(path)
         return path
-    looks_like_path = path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1 or path.exists()
-    if looks_like_path:
-        raise ModelLoadError(f"model={model!r}: there is no such folder. {_WAYS}.")
+    exists = os.path.exists(path)
+    if exists or path.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+        what = "this is a file, not a folder" if exists and model else "there is no such folder"
+        raise ModelLoadError(f"model={shown(model)}: {what}. {_WAYS}.")
     # Imported here: nothing else needs it, and a start from a folder should not pay for it.
     from huggingface_hub import snapshot_download
 
@@ -39,5 +44,6 @@ def resolve_model_folder(model: str, revision: str | None = None, *, with_weight
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, hub, cache and file errors come from several libraries
         raise ModelLoadError(
-            f"model={model!r}: there is no such folder here, and the download failed: {error} {_WAYS}."
+            f"model={shown(model)}: there is no such folder here, and the download failed: {str(error)[:_MAX_TEXT]} "
+            f"{_WAYS}."
         ) from error

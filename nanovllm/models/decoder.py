@@ -32,7 +32,7 @@ class StepInputs:
     """The inputs that all layers of a step share."""
 
     positions: torch.Tensor  # [num_tokens] int64
-    cos_sin_cache: torch.Tensor  # [max_context_len, head_dim] float32
+    cos_sin_cache: torch.Tensor  # [max_positions, head_dim] float32
     metadata: AttentionMetadata
 
 
@@ -124,7 +124,7 @@ class DecoderLayer(nn.Module):
 class DecoderModel(nn.Module):
     """The model without its head: token ids in, normed hidden states out. `make_layer` builds the layer of an index."""
 
-    cos_sin_cache: torch.Tensor  # [max_context_len, head_dim] float32
+    cos_sin_cache: torch.Tensor  # [max_positions, head_dim] float32
 
     def __init__(self, context: ModelContext, make_layer: Callable[[ModelContext, int], nn.Module]) -> None:
         super().__init__()
@@ -132,7 +132,8 @@ class DecoderModel(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(context, config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(make_layer(context, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context.dtype)
-        cos_sin_cache = build_cos_sin_cache(config.head_dim, config.max_context_len, config.rope, context.device)
+        max_positions = context.max_positions or config.max_context_len
+        cos_sin_cache = build_cos_sin_cache(config.head_dim, max_positions, config.rope, context.device)
         self.register_buffer("cos_sin_cache", cos_sin_cache, persistent=False)
 
     def forward(

@@ -6,22 +6,47 @@ which need no folder.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanovllm.config import DTYPES
-from nanovllm.errors import ModelLoadError, UnknownArgumentError
+from nanovllm.errors import ModelLoadError, UnknownArgumentError, shown
 from nanovllm.layers.rope_parameters import RopeParameters
-from nanovllm.models.architectures import check_architecture
+from nanovllm.logs import events
+from nanovllm.models.architectures import DEFAULTS, MODELS, OF_MODEL_TYPE, check_architecture
+from nanovllm.models.rope_fields import MAX_POSITIONS, read_rope_parameters
+from nanovllm.utils.logger import setup_logger
+from nanovllm.utils.model_files import other_format, read_json
+
+logger = setup_logger(__name__)
 
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
-_ROPE_FIELDS = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
+_ROPE_FIELDS = (
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+)
+# The smallest and the largest value of each number: what is built from them stays within bounds, and no published model
+# comes near the largest.
+_RANGES = {
+    "vocab_size": (1, 1 << 24),
+    "hidden_size": (1, 1 << 18),
+    "intermediate_size": (1, 1 << 20),
+    "num_hidden_layers": (1, 1 << 10),
+    "num_attention_heads": (1, 1 << 12),
+    "num_key_value_heads": (1, 1 << 12),
+    "head_dim": (1, 1 << 10),
+    "max_position_embeddings": (2, MAX_POSITIONS),  # a prompt and an output of one token each
+    "max_window_layers": (0, 1 << 10),
+}
 # Every field of config.json that is read below, and that hf_overrides may name.
 _KNOWN_FIELDS = (
     "architectures",
+    "model_type",
     "vocab_size",
     "hidden_size",
     "intermediate_size",
@@ -74,18 +99,20 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
-        """Reads config.json and, if present, generation_config.json.
+        """Reads config.json and, if present, generation_config.json. A broken one of the latter counts as absent.
 
         `overrides` (the user's hf_overrides) replaces fields of config.json under the names they have there.
         Raises ModelLoadError for a missing or broken file and for a model that is not supported,
         UnknownArgumentError for an override that names no field.
         """
         folder = Path(folder)
-        generation = folder / "generation_config.json"
         try:
-            return cls.from_dict(
-                _read_json(folder / "config.json"), _read_json(generation) if generation.is_file() else {}, overrides
-            )
+            if not (folder / "config.json").exists():
+                instead = f" This one {what}." if folder.is_dir() and (what := other_format(folder)) else ""
+                raise ModelLoadError(
+                    f"config.json is missing; a model folder has config.json and *.safetensors.{instead}"
+                )
+            return cls.from_dict(read_json(folder / "config.json"), _generation_config(folder), overrides)
         except ModelLoadError as error:
             raise ModelLoadError(f"{folder}: {error}") from error
 
@@ -104,11 +131,12 @@ class ModelConfig:
         fields = _Fields({**config, **overrides})
         architecture = fields.architecture()
         check_architecture(architecture)
+        fields.defaults = DEFAULTS.get(architecture, {})
         num_layers = fields.count("num_hidden_layers")
         fields.refuse_unsupported(num_layers)
         hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
         num_kv_heads = fields.count("num_key_value_heads", num_heads)
-        head_dim = fields.count("head_dim", hidden_size // num_heads)
+        head_dim = fields.count("head_dim", hidden_size // num_heads)  # of null; left out, it is the default
         if num_heads % num_kv_heads:
             raise fields.unsupported("num_key_value_heads", f"a divisor of num_attention_heads={num_heads}")
         if head_dim % 2:
@@ -124,8 +152,8 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=fields.positive("rms_norm_eps", 1e-6),
-            rope=RopeParameters.from_fields(_rope_fields(config, overrides), max_position_embeddings),
+            rms_norm_eps=fields.fraction("rms_norm_eps", 1e-6),
+            rope=read_rope_parameters(_rope_fields(config, overrides), max_position_embeddings),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             attention_bias=fields.flag("attention_bias"),
             max_position_embeddings=max_position_embeddings,
@@ -139,22 +167,24 @@ class _Fields:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
+        self.defaults: Mapping[str, int] = {}  # of the architecture
 
     def unsupported(self, name: str, supported: str) -> ModelLoadError:
-        state = f"{name}={self.values[name]!r} is not supported" if name in self.values else f"{name} is missing"
+        state = f"{name}={shown(self.values[name])} is not supported" if name in self.values else f"{name} is missing"
         return ModelLoadError(f"config.json: {state}: it must be {supported}.")
 
     def count(self, name: str, default: int | None = None) -> int:
-        value = self.values.get(name)
+        value = self.values.get(name, self.defaults.get(name))
         value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.unsupported(name, "an integer ≥ 1")
+        lowest, highest = _RANGES[name]
+        if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
+            raise self.unsupported(name, f"an integer from {lowest} to {highest}")
         return value
 
-    def positive(self, name: str, default: float) -> float:
+    def fraction(self, name: str, default: float) -> float:
         value = self.values.get(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise self.unsupported(name, "a number > 0")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
+            raise self.unsupported(name, "a number > 0, at most 1")
         return float(value)
 
     def flag(self, name: str) -> bool:
@@ -164,10 +194,15 @@ class _Fields:
         return bool(value)
 
     def architecture(self) -> str:
+        """Returns the first supported one of `architectures`, or the first; without any, that of `model_type`."""
         names = self.values.get("architectures")
-        if not isinstance(names, (list, tuple)) or len(names) != 1 or not isinstance(names[0], str):
-            raise self.unsupported("architectures", "a list of one name")
-        return names[0]
+        if not names:
+            model_type = self.values.get("model_type")
+            names = [OF_MODEL_TYPE[model_type]] if isinstance(model_type, str) and model_type in OF_MODEL_TYPE else None
+        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+            raise self.unsupported("architectures", f"a list of names, such as [{next(iter(MODELS))!r}]")
+        supported: list[str] = [name for name in names if name in MODELS]
+        return supported[0] if supported else str(names[0])
 
     def dtype(self) -> str:
         """Returns `dtype`, as transformers 5 writes it, or the earlier `torch_dtype`; neither means float32."""
@@ -185,12 +220,15 @@ class _Fields:
                 raise self.unsupported(name, "absent (dense models; no mixture of experts)")
         if self.values.get("hidden_act", "silu") != "silu":
             raise self.unsupported("hidden_act", "'silu'")
-        if self.values.get("layer_types") is not None:
-            if set(self.values["layer_types"]) != {"full_attention"}:
+        layer_types = self.values.get("layer_types")
+        if layer_types is not None:
+            if not isinstance(layer_types, (list, tuple)) or any(each != "full_attention" for each in layer_types):
                 raise self.unsupported("layer_types", "'full_attention' for every layer (no sliding window)")
-            return
-        windowed_from = self.values.get("max_window_layers", 0)
-        if self.flag("use_sliding_window") and self.values.get("sliding_window") and windowed_from < num_layers:
+        elif (
+            self.flag("use_sliding_window")
+            and self.values.get("sliding_window", True) is not None
+            and self.count("max_window_layers") < num_layers
+        ):
             raise self.unsupported("use_sliding_window", "false (full attention in every layer)")
 
 
@@ -205,10 +243,12 @@ def _rope_fields(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
         if scaling is not None:
             if not isinstance(scaling, Mapping) or any(isinstance(value, Mapping) for value in scaling.values()):
                 raise ModelLoadError(
-                    f"config.json: rope parameters {scaling!r} are not supported: they must be one flat object, "
+                    f"config.json: rope parameters {shown(scaling)} are not supported: they must be one flat object, "
                     "the same for every layer."
                 )
             merged = {name: merged[name] for name in ("rope_theta",) if name in merged} | dict(scaling)
+        if source.get("original_max_position_embeddings") is not None:  # beside the object, it goes before its own
+            merged["original_max_position_embeddings"] = source["original_max_position_embeddings"]
         for name in ("rope_theta", "partial_rotary_factor"):
             # Within one source, transformers looks inside the scaling object first.
             if source.get(name) is not None and not (scaling and scaling.get(name) is not None):
@@ -217,29 +257,37 @@ def _rope_fields(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dic
 
 
 def _eos_token_ids(sources: Iterable[Mapping[str, Any]], vocab_size: int) -> tuple[int, ...]:
-    """Returns all end-of-sequence ids in order, each once; any of them ends a sequence."""
+    """Returns all end-of-sequence ids in order, each once; any of them ends a sequence.
+
+    An id outside the vocabulary, such as -1, ends none: it is left out, as null is, and the log says so.
+    """
     found: dict[int, None] = {}
     for source in sources:
         value = source.get("eos_token_id")
-        for token_id in value if isinstance(value, (list, tuple)) else () if value is None else (value,):
-            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
-                raise ModelLoadError(
-                    f"eos_token_id={value!r} is not supported: it must be token ids from 0 to {vocab_size - 1}."
-                )
-            found[token_id] = None
+        listed: Iterable[Any] = value if isinstance(value, (list, tuple)) else [value]
+        token_ids = [token_id for token_id in listed if token_id is not None]
+        if any(not isinstance(token_id, int) or isinstance(token_id, bool) for token_id in token_ids):
+            raise ModelLoadError(
+                f"eos_token_id={shown(value)} is not supported: it must be token ids from 0 to {vocab_size - 1}."
+            )
+        inside = [token_id for token_id in token_ids if 0 <= token_id < vocab_size]
+        found |= dict.fromkeys(inside)
+        if len(inside) < len(token_ids):
+            ignored = f"What eos_token_id={shown(value)} has outside the vocabulary"
+            events.model_ignored.log(logger, ignored=ignored, why=f"token ids go from 0 to {vocab_size - 1}")
     return tuple(found)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _generation_config(folder: Path) -> dict[str, Any]:
+    """Returns the content of generation_config.json; nothing if it is absent or, as for transformers, broken."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelLoadError(f"{path.name} is missing; a model folder has config.json and *.safetensors.") from None
-    except (OSError, ValueError) as error:
-        raise ModelLoadError(f"{path.name} cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise ModelLoadError(f"{path.name} must hold a JSON object, it holds {type(content).__name__}.")
-    return content
+        return read_json(path)
+    except ModelLoadError as error:
+        events.model_ignored.log(logger, ignored=str(path), why=str(error))
+        return {}
 
 
 def _qwen3(

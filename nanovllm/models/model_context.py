@@ -19,5 +19,6 @@ class ModelContext(LayerContext):
     """
 
     config: ModelConfig
+    max_positions: int | None = None  # of a request, prompt and output; None: the longest context of the model
     backends: AttentionBackends
     device: torch.device | str  # of buffers, computed while the model is built; parameters are on the meta device

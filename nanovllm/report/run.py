@@ -13,7 +13,7 @@ from nanovllm.report.steps import SlowSteps
 
 _MOST_PROBLEMS = 20  # warnings and errors shown
 _MOST_GENERATIONS = 20
-_ENVELOPE = {"ts", "mono", "level", "logger", "event", "message", "pid", "rank"}
+_ENVELOPE = {"ts", "mono", "level", "logger", "event", "message", "pid", "rank", "engine_id"}
 _SETTING_EVENTS = (
     "engine.model",
     "engine.config",
@@ -89,7 +89,10 @@ class Run:
         """Adds a record. Fields of unexpected types are ignored."""
         event: str = record["event"]
         self.num_records += 1
-        if event != "rule":  # a rule before the start of the next engine is not part of this one
+        if event not in (
+            "rule",
+            "engine.versions",
+        ):  # before the start of the next engine they are not part of this one
             self.end = max(self.end, record["mono"])
         self.last_ts = str(record.get("ts", ""))
         self.first_ts = self.first_ts or self.last_ts

@@ -7,60 +7,109 @@ from __future__ import annotations
 
 from typing import Any
 
+from nanovllm.requests.stop_search import StopMatcher, StopSearch
+
 _CONTEXT = 4  # tokens decoded again before the new ones, since a token's text may depend on those to its left
+_MAX_WINDOW = 16  # tokens after which the window is cut to its context
 _REPLACEMENT = "\ufffd"  # stands for bytes that are not a character, or not a complete one yet
-_MAX_HELD = 3  # an incomplete character at the end of the text decodes to at most this many replacements
 
 
 class Detokenizer:
-    """Decodes a growing list of tokens. Text that it has returned never changes, and ends with a whole character."""
+    """Decodes a growing list of tokens. The returned texts, joined, begin the text of all tokens decoded at once.
+
+    It decodes a window of the newest tokens. Two things at its end may still change, and are held back:
+
+    - The bytes of a character that needs more tokens. They decode to one replacement, and are at most three, so the
+      context has all of them.
+    - Tokens that stand for one byte each, such as `<0xE2>`. A tokenizer with byte fallback decodes a run of them at
+      once, and to replacements alone if the run is not valid UTF-8. They wait for the token that ends the run.
+    """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._window: list[int] = []  # the newest tokens: those not fully shown, and `_CONTEXT` before them
+        self._window: list[int] = []
+        self._bytes: list[int] = []  # the run of byte tokens after the window
         self._num_shown = 0  # characters of the window's text that were returned
 
     def add(self, *token_ids: int) -> str:
         """Returns the characters that these tokens complete; "" if the character needs more tokens."""
-        self._window += token_ids
-        text = decode(self._tokenizer, self._window, self._skip_special_tokens)
-        num_held = min(len(text) - len(text.rstrip(_REPLACEMENT)), _MAX_HELD)
-        new = text[self._num_shown : len(text) - num_held]
+        known = len(self._window)
+        for token_id in token_ids:
+            if self._is_byte(token_id):
+                self._bytes.append(token_id)
+            elif not self._bytes:
+                self._window.append(token_id)
+            elif self._has_text(token_id):  # a skipped token does not end the run
+                self._window += [*self._bytes, token_id]
+                self._bytes.clear()
+        if len(self._window) == known:
+            return ""
+        text = self._decode(self._window)
+        new = text[self._num_shown : len(text) - text.endswith(_REPLACEMENT)]
         self._num_shown += len(new)
-        if not num_held:
-            self._window = self._window[-_CONTEXT:]
-            self._num_shown = len(decode(self._tokenizer, self._window, self._skip_special_tokens))
+        if len(self._window) > _MAX_WINDOW:
+            self._cut_window()
         return new
+
+    def end(self) -> str:
+        """Returns the rest of the text, when no token follows."""
+        return self._decode(self._window + self._bytes)[self._num_shown :]
+
+    def _cut_window(self) -> None:
+        context: list[int] = []
+        for token_id in reversed(self._window):
+            if len(context) == _CONTEXT:
+                break
+            if self._has_text(token_id):
+                context.append(token_id)
+        self._window = context[::-1]
+        text = self._decode(self._window)
+        self._num_shown = len(text) - text.endswith(_REPLACEMENT)
+
+    def _is_byte(self, token_id: int) -> bool:
+        token = self._tokenizer.convert_ids_to_tokens(token_id)  # None for an unknown id; some tokenizers give bytes
+        return isinstance(token, str) and len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+    def _has_text(self, token_id: int) -> bool:
+        """Returns whether decoding shows the token. Two of them are decoded: the first one may lose its space."""
+        return self._decode([token_id, token_id]) != ""
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return decode(self._tokenizer, token_ids, self._skip_special_tokens)
 
 
 class StopStrings:
     """Watches the text of one output for stop strings."""
 
-    def __init__(
-        self, stop: tuple[str, ...], detokenizer: Detokenizer, include_stop: bool, min_tokens: int = 0
-    ) -> None:
-        self.text = ""
-        self._stop = stop
+    def __init__(self, search: StopSearch, detokenizer: Detokenizer, include_stop: bool, min_tokens: int = 0) -> None:
+        self.search = search
+        self.text = ""  # the output up to the stop string, once one is found
+        self._matcher = StopMatcher(search)
         self._detokenizer = detokenizer
         self._include_stop = include_stop
         self._num_ignored = min_tokens  # tokens left in which stop strings do not count
+        self._pieces: list[str] = []  # of the text
 
     def add(self, token_id: int) -> str | None:
-        """Returns the stop string that this token completes, the leftmost if there are several, and cuts `text` there.
+        """Returns the stop string that this token completes, the leftmost if there are several, and sets `text`.
 
         Returns None if it completes none.
         """
-        known = len(self.text)
-        self.text += self._detokenizer.add(token_id)
-        starts = {stop: max(0, known + 1 - len(stop)) for stop in self._stop}  # must end in the new text
-        found = [(at, stop) for stop, start in starts.items() if (at := self.text.find(stop, start)) >= 0]
         self._num_ignored -= 1
-        if not found or self._num_ignored >= 0:
+        return self._watch(self._detokenizer.add(token_id))
+
+    def end(self) -> str | None:
+        """Returns the stop string in text that waited for more tokens, when none follows, and sets `text`; or None."""
+        return self._watch(self._detokenizer.end())
+
+    def _watch(self, text: str) -> str | None:
+        self._pieces.append(text)
+        found = self._matcher.add(text)
+        if found is None or self._num_ignored >= 0:
             return None
-        at, stop = min(found, key=lambda match: match[0])
-        self.text = self.text[: at + len(stop) if self._include_stop else at]
-        return stop
+        self.text = "".join(self._pieces)[: found.start + len(found.stop) * self._include_stop]
+        return found.stop
 
 
 def decode(tokenizer: Any, token_ids: list[int], skip_special_tokens: bool) -> str:

@@ -22,7 +22,7 @@ def read_grammar(params: StructuredOutputsParams) -> Grammar:
     try:
         from xgrammar import Grammar as Reader
     except ImportError as error:
-        hint = f"pip install 'nanovllm[structured]' ({error})"
+        hint = f"pip install xgrammar ({error})"
         raise InvalidArgumentError("structured_outputs", params, "None, since xgrammar is missing", hint) from None
     try:
         if params.kind in ("json", "json_object"):

@@ -36,14 +36,15 @@ class OutputBuilder:
         """Returns the completion of a sequence that has ended."""
         assert sequence.finish_reason is not None, f"seq_id={sequence.seq_id} goes on"
         token_ids, logprobs = self.new_tokens(sequence, sequence.token_ids)
+        stop_reason = _stop_reason(sequence)
         return CompletionOutput(
             index=0,
-            text=self._text(sequence),
+            text=self._text(sequence, stop_reason),
             token_ids=token_ids,
-            finish_reason=sequence.finish_reason,
+            finish_reason=sequence.finish_reason if stop_reason is None else "stop",
             logprobs=logprobs,
             cumulative_logprob=None if logprobs is None else sum(own.logprob for own in sequence.logprobs),
-            stop_reason=sequence.stop_reason,
+            stop_reason=stop_reason,
         )
 
     def request(self, sequence: Sequence, completion: CompletionOutput) -> RequestOutput:
@@ -61,9 +62,9 @@ class OutputBuilder:
             error=sequence.error,
         )
 
-    def _text(self, sequence: Sequence) -> str:
+    def _text(self, sequence: Sequence, reason: int | str | None) -> str:
         """Returns the text of an output; "" without a tokenizer, or with detokenize=False."""
-        params, reason = sequence.params, sequence.stop_reason
+        params = sequence.params
         if self._tokenizer is None or not params.detokenize:
             return ""
         if isinstance(reason, str) and sequence.stop_strings is not None:
@@ -99,3 +100,15 @@ class OutputBuilder:
 
     def _token(self, token_id: int) -> str | None:
         return None if self._tokenizer is None else str(self._tokenizer.decode([token_id]))
+
+
+def _stop_reason(sequence: Sequence) -> int | str | None:
+    """Returns the stop string or stop token that ended the sequence, or None.
+
+    The detokenizer may have held back the text of the last tokens. A stop string in it is found here.
+    """
+    reason = sequence.stop_reason
+    if sequence.stop_strings is None or isinstance(reason, str) or sequence.finish_reason == "abort":
+        return reason
+    found = sequence.stop_strings.end()
+    return reason if found is None else found

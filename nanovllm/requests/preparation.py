@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanovllm.config import ResolvedConfig
 from nanovllm.engine.batch import IntArray, LogitEdits
 from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import InvalidArgumentError
+from nanovllm.requests.default_params import read_default_params
 from nanovllm.requests.detokenizer import Detokenizer, StopStrings
 from nanovllm.requests.grammar_compiler import GrammarCompiler
 from nanovllm.requests.grammar_reader import Grammar
 from nanovllm.requests.logit_edits import read_logit_edits
+from nanovllm.requests.stop_search import StopSearch
 from nanovllm.requests.tokenization import Prompt, Tokenization
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
 from nanovllm.utils.active_span import active_span
@@ -27,9 +30,11 @@ class PreparedRequest:
 
     prompt: str | None  # None if it was given as token ids
     token_ids: IntArray  # [num_prompt_tokens]
+    cache_salt: bytes  # the prefix cache shares blocks only between requests with the same salt
     params: SamplingParams
     logit_edits: LogitEdits | None  # None: its logits are not changed
     grammar: Grammar | None  # of structured outputs, not compiled yet
+    stop_search: StopSearch | None  # None: it has no stop strings
 
 
 class RequestPreparation:
@@ -42,13 +47,15 @@ class RequestPreparation:
         self._resolved = resolved
         self._grammars = grammars
         self._tokenization = Tokenization(tokenizer, resolved)
+        self.default_params = read_default_params(Path(resolved.model))
 
     def prepare(self, prompt: Prompt, params: SamplingParams | None) -> PreparedRequest:
         """Tokenises and checks a request. Raises as `LLMEngine.prepare` says."""
-        params = SamplingParams() if params is None else params
+        params = self.default_params if params is None else params
         if not isinstance(params, SamplingParams):
             raise InvalidArgumentError("sampling_params", params, "a SamplingParams")
-        text, token_ids = self._tokenization.read(prompt)
+        params = params.clone()  # its fields may have been assigned to, and may be again
+        text, token_ids, cache_salt = self._tokenization.read(prompt)
         if params.stop and self._tokenizer is None:
             hint = "Leave skip_tokenizer_init out, or give stop_token_ids."
             raise InvalidArgumentError("stop", params.stop, "None, since there is no tokenizer", hint)
@@ -56,9 +63,11 @@ class RequestPreparation:
         return PreparedRequest(
             prompt=text,
             token_ids=token_ids,
+            cache_salt=cache_salt,
             params=params,
             logit_edits=self._logit_edits(params, len(token_ids)),
             grammar=self._grammars.read(wanted) if isinstance(wanted, StructuredOutputsParams) else None,
+            stop_search=StopSearch(tuple(params.stop)) if params.stop else None,
         )
 
     def sequence(
@@ -74,14 +83,15 @@ class RequestPreparation:
             seed=seed,
             prompt=request.prompt,
         )
+        sequence.cache_salt = request.cache_salt
         sequence.logit_edits = request.logit_edits
         sequence.span = active_span()
         if request.params.n > 1:
             sequence.parent_id = request_id.rpartition("/")[0]
-        if params.stop:
+        if request.stop_search is not None:
             detokenizer = Detokenizer(self._tokenizer, params.skip_special_tokens)
             include_stop = params.include_stop_str_in_output
-            sequence.stop_strings = StopStrings(tuple(params.stop), detokenizer, include_stop, params.min_tokens)
+            sequence.stop_strings = StopStrings(request.stop_search, detokenizer, include_stop, params.min_tokens)
         return sequence
 
     def _logit_edits(self, params: SamplingParams, num_prompt_tokens: int) -> LogitEdits | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from nanovllm.compat.unsupported import PROMPT_KEYS, without_effect
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import IntArray
 from nanovllm.errors import InvalidArgumentError, ModelLoadError, RequestTooLargeError
@@ -15,7 +16,14 @@ from nanovllm.errors import InvalidArgumentError, ModelLoadError, RequestTooLarg
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# A text, token ids, or as in vLLM {"prompt": text} or {"prompt_token_ids": ids}.
+_MARGIN = 1000  # tokens that the end of a cut text may have more than the text has there
+
+
+class TemplatedText(str):
+    """A prompt that a chat template wrote. It has its special tokens already."""
+
+
+# A text, token ids, or as in vLLM {"prompt": text} or {"prompt_token_ids": ids}, with a "cache_salt" if wanted.
 Prompt: TypeAlias = "str | list[int] | Mapping[str, Any]"
 
 
@@ -26,24 +34,51 @@ class Tokenization:
         self._tokenizer = tokenizer
         self._resolved = resolved
 
-    def read(self, prompt: Prompt) -> tuple[str | None, IntArray]:
-        """Returns the text, if any, and the token ids [num_tokens]. Raises as `LLMEngine.prepare` does."""
+    def read(self, prompt: Prompt) -> tuple[str | None, IntArray, bytes]:
+        """Returns the text, if any, the token ids [num_tokens] and the cache salt. Raises as `LLMEngine.prepare`."""
         text: str | None = prompt if isinstance(prompt, str) else None
         token_ids: Any = prompt
+        cache_salt: Any = None
         if isinstance(prompt, Mapping):
-            unknown = sorted(prompt.keys() - {"prompt", "prompt_token_ids"})
+            prompt = without_effect("prompt", prompt, PROMPT_KEYS, prefix="prompt.")
+            unknown = prompt.keys() - {"prompt", "prompt_token_ids", "cache_salt"}
+            cache_salt = prompt.get("cache_salt")
             text, token_ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if unknown or not (text is None or isinstance(text, str)) or (text is None and token_ids is None):
                 raise InvalidArgumentError(
                     "prompt", prompt, "a dictionary with 'prompt' (a text) or 'prompt_token_ids' (a list), no other key"
                 )
+            if cache_salt is not None and not (isinstance(cache_salt, str) and cache_salt):
+                raise InvalidArgumentError("prompt.cache_salt", cache_salt, "a text of at least one character, or None")
         if text is not None and (token_ids is None or token_ids is prompt):
-            token_ids = self.encode(text)
+            token_ids = self._encode_prompt(text)
         token_ids = self._check_token_ids(token_ids)
         if not len(token_ids):
             raise InvalidArgumentError("prompt", prompt, "at least one token long")
         self._check_length(len(token_ids))
-        return text, token_ids
+        return None if text is None else str(text), token_ids, (cache_salt or "").encode("utf-8", "surrogatepass")
+
+    def _encode_prompt(self, text: str) -> Any:
+        """Returns the token ids of a prompt. Beginnings of a long text are encoded first.
+
+        So a text that cannot fit is refused soon. No bound on its characters would do: a tokenizer may drop spaces, or
+        make one token of any number of unknown characters. A cut changes only tokens near it, so a text has at least
+        half of the tokens that its beginning has, apart from `_MARGIN`.
+        """
+        add_special_tokens = not isinstance(text, TemplatedText)
+        limit = 2 * self._resolved.max_model_len + _MARGIN
+        size = 8 * limit  # characters; most texts have four or five in a token
+        while size < len(text):
+            num_tokens = len(self.encode(text[:size], add_special_tokens=False))
+            if num_tokens > limit:
+                raise RequestTooLargeError(
+                    "prompt",
+                    f"{len(text)} characters",
+                    f"at most {self._resolved.max_model_len - 1} tokens long",
+                    f"Its first {size} characters alone have about {num_tokens} tokens. Shorten the prompt.",
+                )
+            size *= 4
+        return self.encode(text, add_special_tokens=add_special_tokens)
 
     def encode(self, text: str, field: str = "prompt", add_special_tokens: bool = True) -> Any:
         """Returns the token ids of `text`. field: the name of the argument, for errors."""
@@ -58,8 +93,9 @@ class Tokenization:
     def _check_token_ids(self, prompt: Any) -> IntArray:
         allowed = f"a text or a list of token ids from 0 to {self._resolved.vocab_size - 1}"
         try:
+            prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # a tensor or an array
             token_ids = np.asarray(prompt)
-        except ValueError:
+        except Exception:  # objects of the caller's may raise any kind
             raise InvalidArgumentError("prompt", prompt, allowed) from None
         if token_ids.size == 0 and token_ids.ndim == 1:
             return np.empty(0, dtype=np.int32)
@@ -101,12 +137,29 @@ def load_tokenizer(config: EngineConfig, folder: str) -> PreTrainedTokenizerBase
     if any(source.glob("tokenizer*")) or any(source.glob("vocab.*")):
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                source, trust_remote_code=config.trust_remote_code
+                source, config=_config_of_tokenizer(source), trust_remote_code=config.trust_remote_code
             )
-            return tokenizer
+            if tokenizer.vocab_size > len(tokenizer.all_special_ids):
+                return tokenizer
+            problem = "it has no vocabulary (tokenizer.json, or what its kind of tokenizer has instead)"
         except Exception as error:  # transformers raises many kinds
             problem = error
     raise ModelLoadError(
         f"{source} gives no tokenizer: {problem}. Name one with tokenizer=…, or give skip_tokenizer_init=True and "
         "prompts as token ids."
     )
+
+
+def _config_of_tokenizer(folder: Path) -> Any:
+    """Returns a config with the fields by which transformers chooses a tokenizer's class.
+
+    From a folder transformers would read the whole config.json, and fail for a field that no tokenizer needs.
+    """
+    from transformers import CONFIG_MAPPING, PretrainedConfig
+
+    from nanovllm.utils.model_files import read_json
+
+    path = folder / "config.json"
+    fields = read_json(path) if path.exists() else {}
+    make = CONFIG_MAPPING.get(str(fields.get("model_type")), PretrainedConfig)
+    return make(tokenizer_class=fields.get("tokenizer_class"), name_or_path=fields.get("_name_or_path", ""))

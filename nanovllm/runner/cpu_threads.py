@@ -13,6 +13,7 @@ import sys
 import time
 
 from nanovllm.logs import events
+from nanovllm.runner.forked_process import check_cuda_usable, may_have_torch_of_parent
 from nanovllm.utils import env
 from nanovllm.utils.logger import setup_logger
 
@@ -23,8 +24,12 @@ _SLOWER = 3.0  # one thread is used if all threads take more than this many time
 
 
 def load_torch(device: str) -> bool:
-    """Imports torch for an engine on `device`. Returns False if it was imported before."""
+    """Imports torch for an engine on `device`. Returns False if it was imported before.
+
+    Raises InvalidStateError in a forked child that cannot use the device.
+    """
     if "torch" in sys.modules:
+        check_cuda_usable(device)
         return False
     if device.startswith("cuda") or env.omp_wait_policy() or env.gomp_spincount():
         importlib.import_module("torch")
@@ -50,7 +55,10 @@ def choose_cpu_threads(is_fresh: bool, num_ranks: int = 1) -> None:
     import torch
 
     num_threads = torch.get_num_threads()
-    if env.omp_num_threads() or env.mkl_num_threads() or (not is_fresh and num_threads != env.num_usable_cores()):
+    if may_have_torch_of_parent():  # more threads could wait forever
+        num_threads, reason = 1, "this process was forked, and torch may be its parent's: spawn it to use more"
+        torch.set_num_threads(num_threads)
+    elif env.omp_num_threads() or env.mkl_num_threads() or (not is_fresh and num_threads != env.num_usable_cores()):
         reason = "set before the engine started"
     elif num_threads == 1:
         reason = "one core"

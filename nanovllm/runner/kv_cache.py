@@ -108,6 +108,13 @@ class GPUMemory:
         return f"Raise gpu_memory_utilization to {share} or more, {lower}, or {others}."
 
 
+def lower_cache_size(num_kvcache_blocks: int | None, free: int, block_bytes: int, device: torch.device) -> str:
+    """Returns the setting to lower so that the cache fits into `free` bytes: the one that the user made."""
+    if num_kvcache_blocks is not None:
+        return f"num_kvcache_blocks below {free // block_bytes} (or leave it out)"
+    return "gpu_memory_utilization" if device.type == "cuda" else f"NANOVLLM_CPU_KVCACHE_GB below {free / GB:.2f}"
+
+
 def num_cpu_blocks(shape: KVCacheShape, max_num_seqs: int, max_model_len: int) -> int:
     """Returns the number of blocks on a CPU. Raises OutOfMemoryError when not even one fits.
 

@@ -89,7 +89,11 @@ class ModelPlan:
         if num_slots < 2:
             raise OutOfMemoryError(
                 f"The KV cache holds {num_slots} token, and a request needs 2: raise "
-                f"num_kvcache_blocks={config.num_kvcache_blocks} to 2 or more."
+                + (
+                    "its memory."
+                    if (asked := config.num_kvcache_blocks) is None
+                    else f"num_kvcache_blocks={asked} to 2."
+                )
             )
         level = logging.INFO if config.max_model_len is None else logging.WARNING
         events.engine_max_model_len.log_at(level, logger, wanted=self.max_model_len, max_model_len=num_slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -21,11 +22,11 @@ from nanovllm.models.model_context import ModelContext
 from nanovllm.models.registry import get_model_class
 from nanovllm.runner.cuda_graph import DecodeGraphs, DecodeStep
 from nanovllm.runner.device_rows import DeviceRows
-from nanovllm.runner.kv_cache import GPUMemory, KVCacheShape, num_cpu_blocks
+from nanovllm.runner.kv_cache import GPUMemory, KVCacheShape, lower_cache_size, num_cpu_blocks
 from nanovllm.runner.model_plan import ModelPlan
 from nanovllm.runner.warm_up import WarmUp
 from nanovllm.utils.device_memory import GB, free_memory
-from nanovllm.utils.loader import LoadReport, load_dummy_weights, load_weights, materialise
+from nanovllm.utils.loader import LoadReport, check_weights, load_dummy_weights, load_weights, materialise
 from nanovllm.utils.logger import log_gpu_memory, setup_logger
 from nanovllm.utils.stopwatch import Stopwatch
 
@@ -84,11 +85,19 @@ class Startup:
 
     def build_model(self) -> CausalLM:
         """Returns the model without its weights."""
+        plan = self.plan
+        needed = 3 * plan.max_model_len * plan.model_config.head_dim * torch.float32.itemsize  # the table and its parts
+        if needed > (free := free_memory(self.device)):
+            raise OutOfMemoryError(
+                f"The rotary table for max_model_len={plan.max_model_len} tokens needs {needed / GB:.2f} GB to be "
+                f"made, and {self.device} has {free / GB:.2f} GB left. Give a smaller max_model_len."
+            )
         context = ModelContext(
-            config=self.plan.model_config,
+            config=plan.model_config,
+            max_positions=plan.max_model_len,
             backends=self.attention,
             parallel=self._parallel,
-            dtype=self.plan.dtype,
+            dtype=plan.dtype,
             device=self.device,
         )
         return get_model_class(context.config.architecture)(context)
@@ -102,6 +111,8 @@ class Startup:
         events.model_loading.log(logger, rank=rank, model=str(name))
         self._log_model()
         warm_up = None
+        if (folder := self._weights_folder) is not None:
+            check_weights(runner.model, folder, runner.model.redundant_weights)
         try:
             if self.device.type == "cuda":
                 materialise(runner.model, self.device)
@@ -110,7 +121,9 @@ class Startup:
                     warm_up = WarmUp(runner.launch, self._config.max_num_seqs)
             report = self._load_weights(runner.model, check)
             finish_loading(runner.model)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # of a CPU
+                raise
             num_bytes = sum(weight.nbytes for weight in runner.model.parameters())
             raise OutOfMemoryError(
                 f"The {num_bytes / GB:.2f} GB of {name}'s weights do not fit on {self.device}: {error} "
@@ -131,9 +144,14 @@ class Startup:
         self._stopwatch.lap("weights")
 
     def _load_weights(self, model: CausalLM, check: Callable[[], None]) -> LoadReport:
-        if self.plan.folder is None or self._config.load_format == "dummy":
+        if (folder := self._weights_folder) is None:
             return load_dummy_weights(model, self.device, self._config.seed)
-        return load_weights(model, self.plan.folder, self.device, model.redundant_weights, check)
+        return load_weights(model, folder, self.device, model.redundant_weights, check)
+
+    @property
+    def _weights_folder(self) -> Path | None:
+        """The folder that weights are read from; None for random weights."""
+        return None if self._config.load_format == "dummy" else self.plan.folder
 
     def _log_model(self) -> None:
         shape = self.plan.model_config
@@ -220,6 +238,7 @@ class Startup:
     def allocate(self, runner: StartingRunner, num_blocks: int) -> int:
         """Allocates the runner's rows and cache. Returns max_model_len, at most as many tokens as the cache holds."""
         max_model_len = self.plan.fit_max_model_len(self._config, num_blocks * self._cache.block_size)
+        events.kv_cache_allocating.log(logger)
         events.kv_cache_config.log(
             logger,
             num_kv_heads=self._cache.num_kv_heads,
@@ -241,11 +260,12 @@ class Startup:
             runner.rows = DeviceRows(max_num_seqs, max_model_len, shape.block_size, num_blocks, vocab_size, self.device)
             runner.kv_caches = shape.allocate(num_blocks, self.device)
         except (MemoryError, RuntimeError, ValueError) as error:  # numpy, torch and CUDA raise different ones
+            free = free_memory(self.device)
+            cache = lower_cache_size(self._config.num_kvcache_blocks, free, shape.block_bytes, self.device)
             raise OutOfMemoryError(
                 f"{num_blocks} blocks of {shape.block_bytes / GB:.4f} GB for the KV cache, and rows for "
                 f"max_num_seqs={max_num_seqs} sequences of max_model_len={max_model_len} tokens, do not fit on "
-                f"{self.device}, which has {(free := free_memory(self.device)) / GB:.2f} GB left: {error} Lower "
-                f"num_kvcache_blocks below {free // shape.block_bytes} (or leave it out), max_num_seqs, max_model_len."
+                f"{self.device}, which has {free / GB:.2f} GB left: {error} Lower {cache}, max_num_seqs, max_model_len."
             ) from error
 
     # Graphs

@@ -1,6 +1,6 @@
 """RequestMeters: sends the metrics `gen_ai.server.*` of the GenAI semantic conventions to an OpenTelemetry collector.
 
-Enabled when OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_METRICS_ENDPOINT is set and the extra `nanovllm[otel]` is
+Enabled when OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_METRICS_ENDPOINT is set and the extra `otel` is
 installed; the SDK reads the other OTEL_* variables, such as OTEL_METRIC_EXPORT_INTERVAL. A thread of the SDK sends the
 metrics, once a minute and when the engine ends.
 """

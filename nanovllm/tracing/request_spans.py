@@ -1,6 +1,6 @@
 """RequestSpans: sends an OpenTelemetry span for each request, with the attributes of the GenAI semantic conventions.
 
-Enabled when OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set and the extra `nanovllm[otel]` is
+Enabled when OTEL_EXPORTER_OTLP_ENDPOINT or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT is set and OpenTelemetry's SDK is
 installed; the SDK reads the other OTEL_* variables. When a request has ended, the engine puts its span into a queue,
 which drops it if it is full. A thread of the SDK sends the spans to the collector in batches. Attribute names are those
 of https://github.com/open-telemetry/semantic-conventions-genai; others begin with `nanovllm.`.

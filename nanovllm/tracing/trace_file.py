@@ -3,18 +3,26 @@
 It has slices, moments and arrows on named tracks, and counters.
 
 The file is a JSON array of events. Every write leaves it complete, so it can be read even if the process is killed.
+Nothing here raises while the engine runs: what a full disk does not take is lost, and so is what exceeds the limit.
 Format: Google, "Trace Event Format", 2016, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
 """
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nanovllm.errors import InvalidArgumentError
+from nanovllm.logs import events
+from nanovllm.logs.formats import strict_json
+from nanovllm.logs.lost_lines import LostLines
+from nanovllm.utils import env
+from nanovllm.utils.logger import setup_logger
 
 __all__ = ["TraceFile"]
+
+logger = setup_logger(__name__)
 
 _FLUSH_EVENTS = 500  # events kept in memory before they are written; a step of the engine makes about ten
 _END = b"\n]\n"
@@ -25,10 +33,11 @@ _written: set[Path] = set()
 class TraceFile:
     """Writes events to a file. Times are seconds of one monotonic clock.
 
-    Raises InvalidArgumentError if `path` cannot be written.
+    max_mb: the size at which it ends; None: `NANOVLLM_TRACE_MAX_MB`. Raises InvalidArgumentError if `path` cannot be
+    written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_mb: int | None = None) -> None:
         path = path.absolute()
         self.path, number = path, 1
         while self.path in _written:
@@ -43,7 +52,10 @@ class TraceFile:
         _written.add(self.path)
         self._events: list[dict[str, Any]] = []
         self._size = 0  # bytes of the file without the closing bracket
-        self._write(b"[\n")
+        self._max_mb = env.trace_max_mb() if max_mb is None else max_mb
+        self._lost = LostLines(self.path)
+        self._is_full = False
+        self._append(b"[\n", 0)
 
     def name_track(self, process: int, thread: int, process_name: str, thread_name: str) -> None:
         """Names a track, which is a thread of a process."""
@@ -79,25 +91,46 @@ class TraceFile:
 
     def flush(self) -> None:
         """Writes the events kept so far."""
-        if self._events and not self._file.closed:
-            lines = [json.dumps(event, separators=(",", ":")) for event in self._events]
+        if not self._events or self._file.closed or self._is_full:
             self._events.clear()
-            self._write((",\n" if self._size > 2 else "").encode() + ",\n".join(lines).encode())
+            return
+        lines = [strict_json(event, compact=True) for event in self._events]
+        self._events.clear()
+        text = (",\n" if self._size > 2 else "").encode() + ",\n".join(lines).encode()
+        if self._size + len(text) > self._max_mb * 10**6:
+            self._is_full = True
+            events.trace_full.log(logger, path=str(self.path), megabytes=self._max_mb)
+        else:
+            self._append(text, len(lines))
 
     def close(self) -> None:
         """Closes the file; later events are dropped. Calling it again does nothing."""
         self.flush()
         self._file.close()
+        self._events.clear()
 
     def _add(self, event: dict[str, Any]) -> None:
         self._events.append(event)
         if len(self._events) >= _FLUSH_EVENTS:
             self.flush()
 
-    def _write(self, text: bytes) -> None:
-        self._file.seek(self._size)
-        self._file.write(text + _END)
-        self._size += len(text)
+    def _append(self, text: bytes, num_events: int) -> None:
+        """Writes text over the closing bracket, and a new one. A file that does not take it stays as it was."""
+        try:
+            self._write_at(self._size, text + _END)
+            self._size += len(text)
+        except OSError as error:
+            self._lost.add(error, num_events)
+            with suppress(OSError):
+                self._write_at(self._size, _END)
+                self._file.truncate()
+        self._lost.warn()
+
+    def _write_at(self, position: int, text: bytes) -> None:
+        self._file.seek(position)
+        written = 0
+        while written < len(text):  # a full disk takes a part, and then raises
+            written += self._file.write(text[written:])
 
 
 def _microseconds(seconds: float) -> float:

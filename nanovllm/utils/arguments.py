@@ -34,6 +34,7 @@ __all__ = [
     "check_arguments",
     "choice",
     "declaration",
+    "is_boolean",
     "is_integer",
     "is_number",
     "lists_arguments",
@@ -139,11 +140,20 @@ def lists_arguments(cls: type[T]) -> type[T]:
 
 
 def is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)  # NumPy integers included
+    """Returns whether the value is an integer, Python's or NumPy's. One that Python refuses to print is none."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        return False
+    return int(value).bit_length() <= 4096
 
 
 def is_number(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_boolean(value: object) -> bool:
+    """Returns whether the value is a boolean, Python's or NumPy's, which is not imported for it."""
+    kind = type(value)
+    return kind is bool or (kind.__module__, kind.__name__) in (("numpy", "bool"), ("numpy", "bool_"))
 
 
 def choice(*allowed: object) -> Rule:
@@ -151,4 +161,4 @@ def choice(*allowed: object) -> Rule:
 
 
 COUNT = Rule("an integer ≥ 1", lambda value: is_integer(value) and value >= 1, int)
-SWITCH = Rule("True or False", lambda value: isinstance(value, bool))
+SWITCH = Rule("True or False", is_boolean, bool)

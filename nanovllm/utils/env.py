@@ -9,6 +9,7 @@ makes the table in LOGGING.md from these declarations.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -51,9 +52,14 @@ class Variable(Generic[T_co]):
         except ValueError:
             raise InvalidArgumentError(self.name, text, self.kind.allowed) from None
 
+    @property
+    def is_set(self) -> bool:
+        """Whether the environment has a value for the variable."""
+        return bool(_environment.get(self.name, "").strip())
+
     def set_default(self, text: str) -> None:
         """Sets the variable, for this process and those that it starts, unless it is set already."""
-        if not _environment.get(self.name, "").strip():
+        if not self.is_set:
             _environment[self.name] = text
 
 
@@ -75,6 +81,8 @@ def _at_least_one(text: str) -> int:
     return value
 
 
+_PREFIX = "NANOVLLM_"
+_SECRET = ("_KEY", "_TOKEN", "_PASSWORD")
 _TRACE_SWITCH = {"0": None, "1": Path("nanovllm_trace_rank0.txt")}
 
 LEVELS = Kind(
@@ -83,6 +91,7 @@ LEVELS = Kind(
 SWITCH = Kind("switch", "0 or 1", lambda text: ("0", "1").index(text) == 1)
 COUNT = Kind("integer", "an integer ≥ 1", _at_least_one)
 SECONDS = Kind("number", "a number of seconds > 0", _positive)
+MEGABYTES = Kind("integer", "an integer of megabytes ≥ 1", _at_least_one)
 GIGABYTES: Kind[float | None] = Kind("number", "a number of gigabytes > 0, such as 0.5", _positive)
 FILE: Kind[Path | None] = Kind("path", "the path of a file that can be written", Path)
 TRACE: Kind[Path | None] = Kind(
@@ -96,12 +105,20 @@ log_level = Variable(
     LEVELS,
     "INFO",
     "The lowest level that is logged. A mistake in it is a warning, so that a typo does not stop an engine.",
+    "`INFO`, of which the console shows a selection",
 )
 log_format = Variable(
     "NANOVLLM_LOG_FORMAT",
     _choice("text", "json"),
     "text",
     "Lines for people, or one JSON object per line; on the console and in the file.",
+)
+log_file_format: Variable[str | None] = Variable(
+    "NANOVLLM_LOG_FILE_FORMAT",
+    _choice("text", "json"),
+    None,
+    "The same for the file alone.",
+    "as `NANOVLLM_LOG_FORMAT`",
 )
 log_file = Variable(
     "NANOVLLM_LOG_FILE",
@@ -117,7 +134,11 @@ log_prompts = Variable(
     "1: at DEBUG, `request.added` has the text of the prompt and `request.output` that of the output.",
 )
 log_decode_interval = Variable(
-    "NANOVLLM_LOG_DECODE_INTERVAL", COUNT, 10, "One in this many decode steps is logged at INFO."
+    "NANOVLLM_LOG_DECODE_INTERVAL",
+    COUNT,
+    10,
+    "One in this many decode steps is logged at INFO.",
+    "`10`, and 50 on the default console",
 )
 log_stats_interval = Variable(
     "NANOVLLM_LOG_STATS_INTERVAL", SECONDS, 10.0, "Seconds between the statistics lines of a busy engine."
@@ -134,6 +155,9 @@ configure_logging = Variable(
 no_color = Variable("NO_COLOR", PRESENCE, False, "Any value: no colour on a terminal (no-color.org).", "not set")
 trace_file = Variable(
     "NANOVLLM_TRACE_FILE", FILE, None, "Writes a timeline in the Chrome trace format, which Perfetto opens.", "no file"
+)
+trace_max_mb = Variable(
+    "NANOVLLM_TRACE_MAX_MB", MEGABYTES, 1000, "Size at which the timeline ends, with a warning. A MB is 10⁶ bytes."
 )
 trace_function = Variable(
     "NANOVLLM_TRACE_FUNCTION",
@@ -156,7 +180,7 @@ otlp_endpoint = Variable(
     "OTEL_EXPORTER_OTLP_ENDPOINT",
     URL,
     None,
-    "Sends spans and metrics of requests to this collector if `nanovllm[otel]` is installed. Its SDK reads `OTEL_*`.",
+    "Sends spans and metrics of requests to this collector if the extra `otel` is installed. Its SDK reads `OTEL_*`.",
     "nothing is sent",
 )
 otlp_traces_endpoint = Variable(
@@ -195,6 +219,13 @@ gomp_spincount = Variable(
     "The same, in GNU OpenMP's turns of a loop.",
     "10000, if the engine imports torch",
 )
+nccl_socket_ifname = Variable(
+    "NCCL_SOCKET_IFNAME",
+    PRESENCE,
+    False,
+    "The network interfaces where NCCL listens; where it is set, the engine does not choose them.",
+    "lo, while several ranks start",
+)
 
 VARIABLES = tuple(value for value in list(globals().values()) if isinstance(value, Variable))
 
@@ -210,6 +241,39 @@ def openmp_spins_briefly() -> Iterator[None]:
         yield
     finally:
         del _environment[gomp_spincount.name]
+
+
+@contextmanager
+def nccl_stays_on_this_machine() -> Iterator[None]:
+    """Sets NCCL_SOCKET_IFNAME, which NCCL reads once, to the loopback interface, unless it is set.
+
+    It is unset afterwards, so that processes that this one starts do not inherit it.
+    """
+    if nccl_socket_ifname():
+        yield
+        return
+    _environment[nccl_socket_ifname.name] = "lo"
+    try:
+        yield
+    finally:
+        del _environment[nccl_socket_ifname.name]
+
+
+def unknown_variables() -> dict[str, str]:
+    """Returns the variables NANOVLLM_… of the environment that nanovllm does not read, each with the nearest name.
+
+    The nearest name is empty if none is near.
+    """
+    known = [variable.name.removeprefix(_PREFIX) for variable in VARIABLES if variable.name.startswith(_PREFIX)]
+    given = [name.removeprefix(_PREFIX) for name in list(_environment) if name.startswith(_PREFIX)]
+    nearest = {name: difflib.get_close_matches(name, known, n=1) for name in given if name not in known}
+    return {_PREFIX + name: _PREFIX + found[0] if found else "" for name, found in nearest.items()}
+
+
+def variables_in_force() -> dict[str, str]:
+    """Returns the variables NANOVLLM_… that are set. A value that may be a secret is replaced by `set`."""
+    names = [variable.name for variable in VARIABLES if variable.name.startswith(_PREFIX) and variable.is_set]
+    return {name: "set" if name.endswith(_SECRET) else _environment[name].strip() for name in names}
 
 
 def num_usable_cores() -> int:

@@ -8,23 +8,29 @@ what this rank needs.
 
 from __future__ import annotations
 
-import json
+import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
-from nanovllm.errors import ModelLoadError
+from nanovllm.errors import ModelLoadError, shown
 from nanovllm.layers.parameter import HasWeightParts, WeightPart
+from nanovllm.utils.model_files import ADAPTER_CONFIG, check_file, other_format, read_json
 
-_DTYPES = ("BF16", "F16", "F32")  # as safetensors spells them
+_DTYPES = ("BF16", "F16", "F32", "F64")  # as safetensors spells them
+_COMPUTED = ".rotary_emb.inv_freq"  # older transformers saved this buffer, which every model computes itself
+_HEAD = "lm_head.weight"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _MOST_LISTED = 10  # names in an error
+_MAX_TEXT = 300  # characters of another library's error
 
 
 @dataclass(frozen=True)
@@ -52,14 +58,10 @@ def load_weights(
     another shape or dtype than the model's.
     """
     started = time.perf_counter()
-    plan = weight_plan(model)
-    with ExitStack() as stack:
-        paths = checkpoint_files(folder)
-        files = {path: stack.enter_context(_open(path)) for path in paths}
-        tensors = _locate(files)
-        _compare(plan, tensors, redundant, folder)
+    with _open_checkpoint(model, folder, redundant) as checkpoint:
+        tensors = checkpoint.tensors
         parameters = materialise(model, device)
-        for parameter_name, parts in plan.items():
+        for parameter_name, parts in checkpoint.plan.items():
             for part in parts:
                 check()
                 rows = parameters[parameter_name][part.row : part.row + part.num_rows]
@@ -67,7 +69,13 @@ def load_weights(
                     rows.zero_()
                 elif part.num_rows:
                     rows.copy_(tensors[part.name].get_slice(part.name)[part.source])
-    return _report(parameters, len(paths), started)
+    return _report(parameters, checkpoint.num_files, started)
+
+
+def check_weights(model: nn.Module, folder: Path, redundant: frozenset[str] = frozenset()) -> None:
+    """Raises what `load_weights` would raise, from the names, shapes and dtypes of the tensors alone."""
+    with _open_checkpoint(model, folder, redundant):
+        pass
 
 
 def load_dummy_weights(model: nn.Module, device: torch.device, seed: int = 0) -> LoadReport:
@@ -117,29 +125,78 @@ def weight_plan(model: nn.Module) -> dict[str, Sequence[WeightPart]]:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files of a folder: those that its index names, or all if it has none."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise ModelLoadError(f"{folder} has no *.safetensors files (load_format='dummy' runs without weights).")
-        return paths
+    """Returns the safetensors files that hold a folder's weights, chosen as transformers does.
+
+    They are model.safetensors; without it, the files that the index names; without an index, all shards, or else all
+    safetensors files. Copies in other precisions, adapters and the like beside them are left alone.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if os.path.lexists(whole):
+        return [whole]
+    if os.path.lexists(index):
+        return _files_of_index(index)
+    paths = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    if not paths or (folder / ADAPTER_CONFIG).exists():
+        what = other_format(folder) or "has no *.safetensors files (load_format='dummy' runs without weights)"
+        raise ModelLoadError(f"{folder} {what}.")
+    return [path for path in paths if _SHARD.fullmatch(path.name)] or paths
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    """Returns the files that an index names. They must lie beside it: no name leads to another folder.
+
+    A file itself may be a link to anywhere, as in the caches of huggingface_hub.
+    """
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelLoadError(f"{index} is not a safetensors index: {error!r}.") from error
-    paths = sorted(folder / name for name in names)
-    missing = [path.name for path in paths if not path.is_file()]
+        weight_map = read_json(index).get("weight_map")
+    except ModelLoadError as error:
+        raise ModelLoadError(f"{index.parent}: {error}") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelLoadError(f"{index} is not a safetensors index: it has no weight_map from tensors to files.")
+    names: dict[str, None] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name or name == ".." or PureWindowsPath(name).name != name or "\0" in name:
+            raise ModelLoadError(
+                f"{index}: the file of {_short(tensor)} is {shown(name)}: it must be the name of a file in the "
+                "same folder."
+            )
+        names[name] = None
+    missing = [_short(name) for name in names if not os.path.exists(index.parent / name)]
     if missing:
-        raise ModelLoadError(f"{folder}: the index names files that are not there: {_listed(missing)}.")
-    return paths
+        raise ModelLoadError(
+            f"{index.parent}: the index names files that are not there: {_listed(missing)}. Download them."
+        )
+    return sorted(index.parent / name for name in names)
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """The open files of a checkpoint that fits a model."""
+
+    plan: Mapping[str, Sequence[WeightPart]]
+    tensors: Mapping[str, Any]  # the open file that holds each tensor, by the tensor's name
+    num_files: int
+
+
+@contextmanager
+def _open_checkpoint(model: nn.Module, folder: Path, redundant: frozenset[str]) -> Iterator[_Checkpoint]:
+    """Opens the files of `folder`. Raises ModelLoadError unless they fit the model exactly."""
+    plan = weight_plan(model)
+    with ExitStack() as stack:
+        files = {path: stack.enter_context(_open(path)) for path in checkpoint_files(folder)}
+        tensors = _locate(files)
+        _compare(plan, tensors, redundant, folder)
+        yield _Checkpoint(plan, tensors, len(files))
 
 
 def _open(path: Path) -> Any:
+    check_file(path)
     try:
         return safe_open(path, framework="pt", device="cpu")
     except Exception as error:  # the library's own exception type, or OSError
-        raise ModelLoadError(f"{path} cannot be read as safetensors: {error}.") from error
+        raise ModelLoadError(
+            f"{path} cannot be read as safetensors: {str(error)[:_MAX_TEXT]}. If it is not complete, download it again."
+        ) from error
 
 
 def _locate(files: Mapping[Path, Any]) -> dict[str, Any]:
@@ -149,7 +206,7 @@ def _locate(files: Mapping[Path, Any]) -> dict[str, Any]:
         names: list[str] = file.keys()  # a method that returns a list: the file is no mapping
         for name in names:
             if name in located:
-                raise ModelLoadError(f"{name} is in two files: {located[name][0].name} and {path.name}.")
+                raise ModelLoadError(f"{_short(name)} is in two files: {located[name][0].name} and {path.name}.")
             located[name] = (path, file)
     return {name: file for name, (_, file) in located.items()}
 
@@ -161,18 +218,21 @@ def _compare(
     wanted = {part.name: part for part in _parts(plan) if part.name is not None}
     wrong: list[str] = []
     missing = [name for name in wanted if name not in tensors]
-    unknown = [name for name in tensors if name not in wanted and name not in redundant]
+    unknown = [_short(name) for name in tensors.keys() - wanted.keys() - redundant if not name.endswith(_COMPUTED)]
     for name, part in wanted.items():
         if name in tensors:
             found = tensors[name].get_slice(name)
             if tuple(found.get_shape()) != part.shape:
-                wrong.append(f"{name} has shape {found.get_shape()} and needs {list(part.shape)}")
+                wrong.append(f"{name} has shape {shown(found.get_shape())} and needs {list(part.shape)}")
             if found.get_dtype() not in _DTYPES:
                 wrong.append(f"{name} has dtype {found.get_dtype()} and needs one of {_DTYPES}")
     faults = {"missing from the checkpoint": missing, "unknown to the model": unknown, "of another form": wrong}
     if any(faults.values()):
         listed = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
-        raise ModelLoadError(f"{folder} does not fit the model: {listed}.")
+        way_out = (
+            " hf_overrides={'tie_word_embeddings': True} takes the embedding for it." if missing == [_HEAD] else ""
+        )
+        raise ModelLoadError(f"{folder} does not fit the model: {listed}.{way_out}")
 
 
 def _parts(plan: Mapping[str, Sequence[WeightPart]]) -> Iterator[WeightPart]:
@@ -183,6 +243,11 @@ def _parts(plan: Mapping[str, Sequence[WeightPart]]) -> Iterator[WeightPart]:
 def _listed(names: Sequence[str]) -> str:
     names, more = sorted(names), len(names) - _MOST_LISTED
     return ", ".join(names[:_MOST_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _short(name: str) -> str:
+    """Returns a name from a file as an error shows it."""
+    return name if len(name) <= 80 and name.isprintable() else shown(name)
 
 
 def _report(parameters: Mapping[str, nn.Parameter], num_files: int, started: float) -> LoadReport:

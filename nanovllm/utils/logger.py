@@ -73,10 +73,10 @@ def setup_logger(name: str, level: int | str | None = None) -> logging.Logger:
     return logger
 
 
-def log_rule(logger: logging.Logger, character: str = "=") -> None:
-    """Logs a line of 80 characters at INFO, to set off the lines that follow."""
+def log_rule(logger: logging.Logger, character: str = "=", *, in_summary: bool = True) -> None:
+    """Logs a line of 80 characters at INFO, to set off the lines that follow. On a terminal it has the rest's width."""
     if logger.isEnabledFor(logging.INFO):
-        events.rule.emit(logger, logging.INFO, {}, place_of(sys._getframe(1)), line=character * 80)
+        events.rule.emit(logger, logging.INFO, {}, place_of(sys._getframe(1)), in_summary, line=character * 80)
 
 
 def shape_of(value: Any) -> Any:

@@ -17,6 +17,7 @@ import pytest
 
 from nanovllm import LLM, AsyncLLM, InvalidArgumentError, LLMEngine, SamplingParams, StructuredOutputsParams
 from nanovllm.config import EngineConfig
+from nanovllm.requests.chat import ChatArguments, ChatOptions
 from tests.small_llm import GREEDY, assert_empty, generate
 
 Table = dict[str, tuple[str, list[Any]]]  # field → what is allowed, bad values
@@ -61,6 +62,7 @@ SAMPLING_PARAMS: Table = {
     "include_stop_str_in_output": (SWITCH, NO_SWITCH),
     "detokenize": (SWITCH, NO_SWITCH),
     "skip_special_tokens": (SWITCH, NO_SWITCH),
+    "output_kind": ("a RequestOutputKind, or None", ["DELTA", 1, True]),
     "structured_outputs": (
         "a StructuredOutputsParams, a dictionary of its fields, or None",
         ["json", 3, [("regex", "a")], {1: 2}],
@@ -99,12 +101,16 @@ ENGINE_CONFIG: Table = {
     "kv_cache_dtype": ("one of 'auto', 'fp8', 'fp8_e4m3'", ["int4", None, 8]),
     "load_format": ("one of 'auto', 'safetensors', 'dummy'", ["gguf", None, []]),
     "skip_tokenizer_init": (SWITCH, NO_SWITCH),
-    "seed": ("an integer from 0 to 2**63 - 1", [-1, 2**63, "0", None, 1.0, True]),
+    "seed": ("an integer from 0 to 2**63 - 1", [-1, 2**63, "0", 1.0, True]),
     "trust_remote_code": (SWITCH, NO_SWITCH),
     "revision": ("a tag, a branch or a commit, or None", [5, "", ["main"]]),
     "hf_overrides": ("a dictionary of fields of config.json, or None", [5, "x", [1], {1: 2}]),
     "pipeline_depth": (f"{COUNT}, or None", NO_COUNT),
     "max_prefill_tokens_beside_decode": (f"{COUNT}, or None", NO_COUNT),
+    "profiler_config": (
+        "{'profiler': 'torch', 'torch_profiler_dir': a folder}, or None",
+        ["./profile", {}, {"torch_profiler_dir": 5}, {"torch_profiler_dir": "a", "profiler": "cuda"}, {"other": 1}],
+    ),
 }
 
 TEXT_OR_IDS = "a text or a list of token ids from 0 to 511"
@@ -159,16 +165,20 @@ CHAT = [
     ("messages", ["hello"], f"messages='hello' is not allowed: it must be {MESSAGES}."),
     ("messages", [["hello"]], f"messages=['hello'] is not allowed: it must be {MESSAGES}."),
     ("messages", [{}], "messages=[{}] is not allowed: it must be what the chat template takes (TemplateError: "),
-    ("messages", [[]], "messages=[] is not allowed: it must be what the chat template takes (ValueError: "),
+    ("messages", [[]], "messages=[] is not allowed: it must be at least one message long."),
     *[case for case in GENERATE if case[0] in ("sampling_params", "use_tqdm")],
     *refused("chat_template_kwargs", "a dictionary of the template's variables, or None.", 5, "x", [1], {1: 2}),
     *refused("tools", "a list of {'type': 'function', 'function': {…}}, or None.", 5, "add", [1], {"a": 1}),
+    *refused("chat_template", "a Jinja template, or None for the checkpoint's.", 5, "", ["{{ messages }}"]),
+    *refused("chat_template", "a Jinja template (TemplateSyntaxError: ", "{% for %}"),
+    *refused("add_generation_prompt", f"{SWITCH}.", *NO_SWITCH),
+    *refused("continue_final_message", f"{SWITCH}.", *NO_SWITCH),
 ]
 ASYNC = [
     *prompts("prompt"),
     *refused("prompt", f"{TEXT_OR_IDS}.", 7, None, b"ab", [1.5], [True], [True, 5], (5, np.True_)),
     *refused("request_id", f"{REQUEST_ID}.", 5, ["a"]),
-    *refused("delta", f"{SWITCH}.", *NO_SWITCH),
+    *refused("delta", "True, False, or None for what output_kind says.", 1, 0, "yes"),
 ]
 
 
@@ -280,6 +290,8 @@ def test_every_field_is_in_a_table() -> None:
     assert {field.name for field in dataclasses.fields(EngineConfig)} == ENGINE_CONFIG.keys()
     assert parameters(LLM.generate) == {name for name, *_ in GENERATE}
     assert parameters(LLM.stream) == {name for name, *_ in STREAM}
-    assert parameters(LLM.chat) == {name for name, *_ in CHAT}
+    options = {field.name for field in dataclasses.fields(ChatOptions)}
+    assert ChatArguments.__annotations__.keys() == options
+    assert parameters(LLM.chat) - {"options"} | options == {name for name, *_ in CHAT}
     assert parameters(AsyncLLM.generate) == {name for name, *_ in ASYNC}
     assert parameters(LLMEngine.add_request) == {"request_id", "prompt", "params"}

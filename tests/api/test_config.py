@@ -109,7 +109,7 @@ def test_a_typo_is_answered_with_the_nearest_name(make: Any, given: str, nearest
         ],
         *[(name, None) for name in ("max_num_seqs", "max_num_batched_tokens")],
         *[("gpu_memory_utilization", value) for value in (0, -0.5, 1.01, math.nan, math.inf, "0.9")],
-        *[("seed", value) for value in (-1, 2**63, "0", None)],
+        *[("seed", value) for value in (-1, 2**63, "0")],
         *[(name, 1) for name in ("enable_prefix_caching", "enforce_eager", "skip_tokenizer_init", "trust_remote_code")],
         ("dtype", "int8"),
         ("load_format", "gguf"),
@@ -142,6 +142,12 @@ def test_help_lists_every_argument_with_its_default_and_meaning(make: type) -> N
 def test_an_argument_is_not_positional() -> None:
     with pytest.raises(TypeError, match="takes 2 positional arguments but 3"):
         LLM("/no/such/model", "tokenizer")  # type: ignore[misc]  # that it is refused is the point
+
+
+def test_gguf_is_refused_by_name() -> None:
+    for arguments in ({"model": "/models/qwen3.gguf"}, {"model": "m", "load_format": "gguf"}):
+        with pytest.raises(InvalidArgumentError, match="gguf' is not allowed: .*Not supported: GGUF.*docs/api.md"):
+            EngineConfig(**arguments)
 
 
 def test_choices_are_listed() -> None:

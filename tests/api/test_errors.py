@@ -13,6 +13,8 @@ from nanovllm.errors import (
     InvalidArgumentError,
     InvalidStateError,
     NanoVLLMError,
+    NotSupportedError,
+    OutOfMemoryError,
     RequestTooLargeError,
     UnknownArgumentError,
     checks_argument_names,
@@ -32,13 +34,16 @@ def test_the_tree_is_the_one_that_the_docstring_draws() -> None:
         "InvalidArgumentError",
         "UnknownArgumentError",
         "InvalidStateError",
+        "NotSupportedError",
+        "OutOfMemoryError",
     }
-    assert {cls for cls in CLASSES if issubclass(cls, RuntimeError)} == {InvalidStateError}
+    assert {cls for cls in CLASSES if issubclass(cls, RuntimeError)} == {InvalidStateError, OutOfMemoryError}
+    assert {cls for cls in CLASSES if issubclass(cls, AttributeError)} == {NotSupportedError}
     assert issubclass(RequestTooLargeError, InvalidArgumentError)
 
 
 def test_every_class_is_exported_and_documented() -> None:
-    assert {cls.__name__ for cls in CLASSES} | {"checks_argument_names"} == set(errors.__all__)
+    assert {cls.__name__ for cls in CLASSES} | {"checks_argument_names", "shown"} == set(errors.__all__)
     assert all(cls.__doc__ for cls in CLASSES)
 
 
@@ -60,6 +65,12 @@ def test_a_long_value_is_cut_in_the_message_and_kept_on_the_error() -> None:
     assert len(str(error)) < 150
     assert "..." in str(error)
     assert error.value is value
+
+
+def test_out_of_memory_begins_as_scripts_expect() -> None:
+    error = OutOfMemoryError("Lower max_num_seqs.")
+    assert str(error) == "out of memory: Lower max_num_seqs."
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 @pytest.mark.parametrize("cls", [InvalidArgumentError, RequestTooLargeError])

@@ -256,20 +256,21 @@ def test_a_prefix_is_found_again_and_forgotten_when_asked(folder: Path) -> None:
 def test_the_last_line_is_right_with_and_without_a_progress_bar(
     folder: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], use_tqdm: bool, depth: int
 ) -> None:
-    caplog.set_level(logging.INFO, logger="nanovllm.llm")
+    caplog.set_level(logging.INFO, logger="nanovllm.engine.llm_engine")
     with load(folder, pipeline_depth=depth) as llm:
         for _ in range(2):  # totals are of one generation, not of the engine
             llm.reset_prefix_cache()
             caplog.clear()
             outputs = llm.generate([[5, 6, 7], [8]], [GREEDY, SamplingParams(max_tokens=3)], use_tqdm=use_tqdm)
-            records = [record for record in caplog.records if record.name == "nanovllm.llm"]
+            records = [record for record in caplog.records if record.name == "nanovllm.engine.llm_engine"]
             assert [record.getMessage() for record in records[:3]] == [
                 "-" * 80,
                 "Starting generation for 2 prompts",
                 "Total prompt tokens: 4",
             ]
-            assert [record.event for record in records[3:]] == ["generation.complete", "generation.memory"]
-            fields = records[3].fields
+            assert [record.event for record in records[3:5]] == ["request.finished"] * 2
+            assert [record.event for record in records[5:]] == ["generation.complete", "generation.memory"]
+            fields = records[5].fields
             assert fields["num_steps"] == 6
             assert fields["total_output_tokens"] == sum(map(len, token_ids(outputs)))
             assert fields["prefill_time"] > 0

@@ -21,6 +21,7 @@ from nanovllm import (
     StepFailedError,
 )
 from nanovllm.requests.output_builder import NewTokens
+from nanovllm.sampling_params import RequestOutputKind
 from nanovllm.streaming import OutputStream
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
 from tests.properties import examples
@@ -132,8 +133,8 @@ def test_text_that_was_shown_never_changes(tiny: LLM, data: st.DataObject) -> No
     stop = [string for start in starts if (string := text[start : start + 3] + "\x00") not in text]  # a token is \x00
     engine.add_request("r", [1], SamplingParams(stop=stop or None))
     try:
-        stream = OutputStream(engine, "r", delta=True)
-        whole = OutputStream(engine, "r", delta=False)
+        stream = OutputStream(engine, "r", RequestOutputKind.DELTA)
+        whole = OutputStream(engine, "r", RequestOutputKind.CUMULATIVE)
         shown, at = "", 0
         while at < len(token_ids):
             size = data.draw(st.integers(1, 6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,23 @@ def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_version(arguments: list[str]) -> None:
     done = run_cli(*arguments)
     assert (done.returncode, done.stdout) == (0, f"nanovllm {nanovllm.__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", ["version", "--help", "bench --help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_leaves_gets_no_traceback(arguments: str, unbuffered: str) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "nanovllm", *arguments.split()]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True, env=environment)
+    os.close(write)
+    assert done.stderr == ""
+
+
+def test_closed_streams_end_nothing() -> None:
+    done = subprocess.run(["sh", "-c", f"{sys.executable} -m nanovllm version >&- 2>&-"], cwd=ROOT, timeout=120)
+    assert done.returncode == 0
 
 
 def test_help_lists_every_subcommand(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,9 @@ package's name in import lines, nothing else.
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -49,12 +51,13 @@ def imported(source: str) -> list[str]:
     return names
 
 
-def run(name: str, folder: Path, model: str = TINY) -> list[str]:
-    """What the script prints, line by line."""
+def run(name: str, folder: Path, *arguments: str) -> list[str]:
+    """What the script prints, line by line. arguments: its command line; the model's folder unless given."""
     path = folder / f"{name}.py"
     path.write_text(with_our_import(name), encoding="utf-8")
-    done = run_python(str(path), model, cwd=folder, NANOVLLM_LOG_LEVEL="WARNING")
-    assert (done.returncode, done.stderr) == (0, "")
+    done = run_python(str(path), *(arguments or [TINY]), cwd=folder, NANOVLLM_LOG_LEVEL="WARNING")
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("USDT:")]  # of torch's profiler
+    assert (done.returncode, errors) == (0, [])
     return done.stdout.splitlines()
 
 
@@ -120,6 +123,69 @@ def test_structured_outputs(tmp_path: Path) -> None:
     assert re.fullmatch(r"grammar: SELECT (id|name) FROM table_[1-3]", grammar)
 
 
+def test_generate_with_options(llm: LLM, tmp_path: Path) -> None:
+    options = ["--model", TINY, "--max_model_len", "256", "--max-tokens", "20", "--temperature=0", "--swap-space", "0"]
+    params, *lines = run("vllm_generate", tmp_path, *options, "--enable-chunked-prefill", "--top-k", "5")
+    assert params == "Params: 20 0.0 1.0 5"
+    prompts = ["count from 3 to 9", "What is 27 + 58?"]
+    expected = texts(llm, prompts, temperature=0, max_tokens=20)
+    assert lines == [f"Prompt: {prompt!r}, text: {text!r}" for prompt, text in zip(prompts, expected, strict=True)]
+
+
+TEMPLATE = """{{- "<|im_start|>system\n" ~ tools | tojson ~ "<|im_end|>\n" if tools }}
+{%- for message in messages %}
+    {{- "<|im_start|>" ~ message.role ~ "\n" ~ message.content ~ "<|im_end|>\n" }}
+{%- endfor %}
+{{- "<|im_start|>assistant\n" if add_generation_prompt }}"""
+
+
+def test_chat_with_tools(tmp_path: Path) -> None:
+    pytest.importorskip("xgrammar", reason="xgrammar is not installed")
+    model = Path(shutil.copytree(TINY, tmp_path / "model"))
+    config = json.loads((model / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": TEMPLATE}), encoding="utf-8")
+    has_tool, answer, has_answer, text = run("vllm_chat_with_tools", tmp_path, str(model))
+    assert (has_tool, has_answer) == ("Prompt has the tool: True", "Prompt has the answer: True")
+    assert re.fullmatch(r"Answer: \d+ \+ \d+ = \d+", answer)
+    assert text.startswith("Text: '")
+
+
+def test_prefix_caching(tmp_path: Path) -> None:
+    assert run("vllm_prefix_caching", tmp_path) == ["Same: True", "Cached: True", "Salted: 0 True"]
+
+
+def test_simple_profiling(tmp_path: Path) -> None:
+    assert run("vllm_simple_profiling", tmp_path) == ["Texts: ['str', 'str']"]
+    assert (tmp_path / "profile" / "profile_rank0.json").is_file()
+
+
+def test_reproducibility(tmp_path: Path) -> None:
+    lines = run("vllm_reproducibility", tmp_path)
+    assert lines == ["Again the same: True", "Another seed: False", "No seed is seed 0: True"]
+
+
+def test_the_engine_s_loop(tmp_path: Path) -> None:
+    lines = run("vllm_llm_engine", tmp_path, "--model", TINY, "--max-num-seqs", "4")
+    by_request = {line.split()[0]: line for line in lines}
+    assert sorted(by_request) == ["0", "1", "2", "3", "4"]
+    assert by_request["0"].endswith("True")
+    assert by_request["2"].startswith("2 2 [")
+    assert [by_request[number] for number in "34"] == [f"{number} 1 ['abort'] False" for number in "34"]
+
+
+@pytest.mark.skipif(not hasattr(LLM, "get_metrics"), reason="LLM has no get_metrics")
+def test_metrics(tmp_path: Path) -> None:
+    lines = [line.split() for line in run("vllm_metrics", tmp_path)]
+    values = {name: float(value) for kind, name, value, *_ in lines if kind in ("counter", "gauge", "histogram")}
+    assert values["vllm:generation_tokens"] == 16
+    assert values["vllm:num_requests_running"] == 0
+    assert values["vllm:time_to_first_token_seconds"] == 2
+
+
+def test_async_streaming(tmp_path: Path) -> None:
+    assert run("vllm_async_streaming", tmp_path) == ["1 text from 3 streams: True"] * 2
+
+
 def test_nano_vllm_s_example(tmp_path: Path) -> None:
     lines = [line for line in run("nano_vllm_example", tmp_path) if line]
     assert len(lines) == 4
@@ -138,4 +204,4 @@ def test_nano_vllm_s_benchmark(tmp_path: Path) -> None:
 
 def test_every_script_is_run() -> None:
     source = Path(__file__).read_text(encoding="utf-8")
-    assert {path.stem for path in SCRIPTS.glob("*.py")} == set(re.findall(r'run\("(\w+)", tmp_path\)', source))
+    assert {path.stem for path in SCRIPTS.glob("*.py")} == set(re.findall(r'run\("(\w+)", tmp_path', source))

@@ -241,8 +241,14 @@ def test_a_cache_too_large_says_what_is_left(monkeypatch):
 
     monkeypatch.setattr("nanovllm.runner.kv_cache.KVCacheShape.allocate", refuse)
     monkeypatch.setattr("nanovllm.runner.startup.free_memory", lambda device: 3 * 10**9)
-    with pytest.raises(OutOfMemoryError, match=r"64 blocks of 0\.0001 GB.*has 3\.00 GB left.*below 45776 "):
+    with pytest.raises(OutOfMemoryError, match=r"64 blocks of 0\.0001 GB.*has 3\.00 GB left.*below 45776 ") as caught:
         load()
+    assert str(caught.value).startswith("out of memory: ")
+    monkeypatch.setenv("NANOVLLM_CPU_KVCACHE_GB", "4")
+    with pytest.raises(
+        OutOfMemoryError, match=r"has 3\.00 GB left.*Lower NANOVLLM_CPU_KVCACHE_GB below 3\.00, max_num"
+    ):
+        LLM("tiny", device="cpu")
 
 
 # ---- on a GPU

@@ -6,15 +6,19 @@ import re
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from nanovllm.config import EngineConfig
+from nanovllm.diagnostics import function_trace
 from nanovllm.diagnostics.function_trace import FunctionTrace, start_function_trace
-from nanovllm.errors import InvalidArgumentError
+from nanovllm.engine_factory import make_engine
+from nanovllm.errors import InvalidArgumentError, NanoVLLMError
 from nanovllm.logs import decode_rule as decode_log
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.stopwatch import Stopwatch
-from tests.processes import run_python, start_python
+from tests.processes import PATIENCE, run_python, start_python
 
 LINE = re.compile(r"(\d+\.\d{6}) (.{15}) (call  |return) +(\d+)  ( *)(\S+\.py):(\d+) (\S+)$")
 Row = tuple[float, str, str, int, str, str]  # time, thread, event, depth, place, function
@@ -146,6 +150,61 @@ def test_a_path_that_can_not_be_written_says_so(monkeypatch, tmp_path, no_profil
     with pytest.raises(InvalidArgumentError, match="NANOVLLM_TRACE_FUNCTION.*No such file"):
         start_function_trace(0)
     assert sys.getprofile() is None
+
+
+def test_the_engine_s_log_says_where_the_file_is(monkeypatch, tmp_path, no_profiler, caplog):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NANOVLLM_TRACE_FUNCTION", "1")
+    trace = start_function_trace(0)
+    trace.engine_starting(EngineConfig("tiny"))
+    trace.stop()
+    start_function_trace(1).stop()
+    assert caplog.messages == [
+        f"Function trace of rank {rank}: {tmp_path / f'nanovllm_trace_rank{rank}.txt'}" for rank in (0, 1)
+    ]
+
+
+def test_a_start_that_fails_ends_the_trace(monkeypatch, tmp_path, no_profiler):
+    monkeypatch.setenv("NANOVLLM_TRACE_FUNCTION", str(tmp_path / "trace.txt"))
+    with pytest.raises(NanoVLLMError):
+        make_engine(EngineConfig(str(tmp_path / "no model")))
+    assert sys.getprofile() is None
+
+
+def test_the_file_is_not_closed_while_a_thread_writes(monkeypatch, tmp_path, no_profiler):
+    writes, goes_on, closed = threading.Event(), threading.Event(), []
+    trace = FunctionTrace(tmp_path / "trace.txt", 0)
+    sys.setprofile(None)
+    real = function_trace.os
+
+    def write(file, data):
+        writes.set()
+        assert goes_on.wait(PATIENCE)
+        assert closed == []
+        return real.write(file, data)
+
+    fake = SimpleNamespace(write=write, close=lambda file: closed.append(file) or real.close(file))
+    monkeypatch.setattr(function_trace, "os", fake)
+    writer = threading.Thread(target=Stopwatch)
+    writer.start()
+    assert writes.wait(PATIENCE)
+    stopper = threading.Thread(target=trace.stop)
+    threading.setprofile(None)
+    stopper.start()
+    goes_on.set()
+    for thread in (writer, stopper):
+        thread.join(PATIENCE)
+    assert len(closed) == 1
+    trace._write("after the end\n")
+    assert "after the end" not in (tmp_path / "trace.txt").read_text()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_ends_the_trace_with_a_warning(no_profiler, caplog):
+    FunctionTrace(Path("/dev/full"), 0)
+    Stopwatch()
+    assert sys.getprofile() is None
+    assert caplog.messages == ["/dev/full cannot be written (No space left on device): 1 lines are lost"]
 
 
 def test_a_hang_leaves_its_last_call_on_disk(tmp_path):

@@ -63,10 +63,11 @@ def calls_of_events() -> list[tuple[str, Event, set[str]]]:
                 continue
             owner = node.func.value
             if node.func.attr in HELPERS and isinstance(owner, ast.Attribute) and ast.unparse(owner.value) == "events":
-                names = {keyword.arg for keyword in node.keywords} - {"console"}
+                names = {keyword.arg for keyword in node.keywords} - {"in_summary"}
                 if node.func.attr != "emit" and None not in names:
                     place = f"{path.relative_to(PACKAGE)}:{node.lineno}"
-                    found.append((place, getattr(events, owner.attr), {name for name in names if name}))
+                    fields = {name for name in names if name and name != "in_summary"}
+                    found.append((place, getattr(events, owner.attr), fields))
     return found
 
 

@@ -228,7 +228,7 @@ def num_hits(manager: BlockManager, *tokens: int) -> int:
 
 def num_cached(manager: BlockManager, *prefix: int) -> int:
     """Blocks of `prefix` in the cache, without counting as a use of them."""
-    return len(manager._match(ids(*prefix, 0)))
+    return len(manager._match(ids(*prefix, 0), b""))
 
 
 @pytest.fixture(params=["constant", "blind to the parent"])
@@ -379,3 +379,15 @@ def test_lines(caplog: pytest.LogCaptureFixture) -> None:
         "blocks.freed",
     ]
     assert caplog.records[3].fields == {"seq_id": 1, "new": 2, "cache_hits": 1, "free_blocks": 4, "used_blocks": 4}
+
+
+def test_only_tables_with_the_same_salt_share_blocks() -> None:
+    manager, tokens = BlockManager(num_blocks=16, block_size=2), ids(1, 2, 3, 4, 5)
+
+    def num_shared(salt: bytes) -> int:
+        table = manager.allocate(0, tokens, salt=salt)
+        assert table is not None
+        manager.register(table, tokens)
+        return sum(manager._reference_counts[block] > 1 for block in table.blocks)
+
+    assert [num_shared(salt) for salt in (b"", b"a", b"b", b"a", b"", b"ab")] == [0, 0, 0, 2, 2, 0]

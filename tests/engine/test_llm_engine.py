@@ -410,13 +410,15 @@ def test_a_reset_prefix_cache_gives_no_hits() -> None:
 def test_start_up_lines(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="nanovllm.engine.llm_engine")
     engine, _ = make_engine()
-    messages = caplog.messages
     assert not engine.is_dead  # it is still referenced: its end is logged too
+    assert engine.engine_id >= 0
+    versions, *messages = caplog.messages
+    assert versions.startswith("Versions: nanovllm=")
     assert messages[:3] == ["=" * 80, "Initializing LLMEngine", "Model: simulated"]
     assert messages[3].startswith("Configuration: tensor_parallel_size=1, max_model_len=None, ")
     assert messages[4] == "=" * 80
     assert messages[5].startswith("Resolved: model=simulated, device=cpu, dtype=float32, ")
-    assert caplog.records[3].fields["max_num_seqs"] == 512
+    assert caplog.records[4].fields["max_num_seqs"] == 512
     assert messages[6].startswith("Start-up: ")
-    assert list(caplog.records[6].fields["seconds"]) == ["tokenizer"]  # a given executor has its own past
+    assert list(caplog.records[7].fields["seconds"]) == ["tokenizer"]  # a given executor has its own past
     assert len(messages) == 7

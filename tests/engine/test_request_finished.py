@@ -30,7 +30,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[..., list[dict[st
     def fields(event: str = "request.finished") -> list[dict[str, Any]]:
         records = [record for record in caplog.records if record.event == event]  # type: ignore[attr-defined]
         assert all(record.name == LOGGER for record in records if event.startswith("request."))
-        return [{**record.fields, "console": record.console} for record in records]  # type: ignore[attr-defined]
+        return [{**record.fields, "in_summary": record.in_summary} for record in records]  # type: ignore[attr-defined]
 
     gc.collect()  # engines of earlier tests, whose end is logged
     with caplog.at_level(logging.INFO, "nanovllm"):
@@ -77,7 +77,7 @@ def test_the_record_of_a_request_that_waited(log: Callable[..., list[dict[str, A
         "finished": 104,
         "first_step": 1,
         "last_step": 4,
-        "console": False,
+        "in_summary": False,
     }
     assert (second["queued_behind"], third["queued_behind"]) == (0, 1)
     assert second["kv_cache_usage"] == third["kv_cache_usage"] == 1 / 32
@@ -118,7 +118,7 @@ def test_abort_and_leave(log: Callable[..., list[dict[str, Any]]]) -> None:
     runs, waits, leaves = log()
     assert [runs["cause"], waits["cause"], leaves["cause"]] == ["abort", "abort", "left"]
     assert {each["finish_reason"] for each in log()} == {"abort"}
-    assert all(each["console"] for each in log())
+    assert all(each["in_summary"] for each in log())
     assert (runs["num_output_tokens"], runs["first_step"], runs["last_step"]) == (1, 1, 1)
     assert (waits["num_output_tokens"], waits["first_step"], waits["last_step"]) == (0, None, None)
     assert (waits["queue_s"], waits["e2e_s"], waits["ttft_s"]) == (1, 1, None)
@@ -342,13 +342,13 @@ def test_llm_and_its_stream(log: Callable[..., list[dict[str, Any]]]) -> None:
             None,
         )
         assert "prompt must be at least one token long" in refused["error"]
-        assert [(each["cause"], each["console"]) for each in ends] == [("length", False)] * 2
+        assert [(each["cause"], each["in_summary"]) for each in ends] == [("length", False)] * 2
         stream = llm.stream(PROMPT, short)
         next(stream)
         stream.close()
-        assert (log()[-1]["cause"], log()[-1]["console"]) == ("left", True)
+        assert (log()[-1]["cause"], log()[-1]["in_summary"]) == ("left", True)
         list(llm.stream(PROMPT, short))
-        assert (log()[-1]["cause"], log()[-1]["console"]) == ("length", True)
+        assert (log()[-1]["cause"], log()[-1]["in_summary"]) == ("length", True)
         with pytest.raises(InvalidArgumentError):
             llm.generate([[]], short, use_tqdm=False)
         assert log()[-1]["cause"] == "refused"
@@ -378,7 +378,7 @@ def test_async_llm(log: Callable[..., list[dict[str, Any]]]) -> None:
     assert {each["request_id"]: each["cause"] for each in log()} == {
         **{"refused": "refused", "left": "left", "aborted": "abort"}
     }
-    assert all(each["console"] for each in log())
+    assert all(each["in_summary"] for each in log())
 
 
 def test_a_grammar_that_leads_nowhere_failed(log: Callable[..., list[dict[str, Any]]]) -> None:

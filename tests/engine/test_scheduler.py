@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
-from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.batch import ScheduledBatch, StepResult
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.errors import InvalidLogitsError
+from nanovllm.kernels.columns import INVALID_TOKEN
 from tests.engine.scheduler_driver import TOKEN, Driver, fill_the_cache
 from tests.engine.simulated_executor import EOS
 from tests.properties import examples
@@ -389,3 +392,45 @@ def test_the_oldest_is_never_preempted_and_ends_come_in_bounded_time(
         assert num_steps <= 24 * 8
     assert [len(s.output_token_ids) for s in sequences] == [max_tokens for _, max_tokens in requests]
     assert driver.num_free_blocks == num_blocks
+
+
+# ---- rows without a valid token
+
+
+def test_a_row_without_a_valid_token_ends_with_an_error_and_without_that_token() -> None:
+    driver = Driver()
+    first, second = driver.add(5), driver.add(5)
+    driver.launch()
+    batch = driver.in_flight.popleft()
+    ended = driver.scheduler.update(batch, StepResult(np.array([INVALID_TOKEN, TOKEN], dtype=np.int32)))
+    driver.check()
+    assert ended == [first]
+    assert isinstance(first.error, InvalidLogitsError)
+    assert (first.finish_reason, len(first.output_token_ids), first.first_token) == ("abort", 0, None)
+    assert (first.row, second.error, second.status) == (None, None, SequenceStatus.DECODING)
+    driver.step()
+    assert len(driver.scheduler.rows.known_tokens(second.row)) == 7
+
+
+def test_a_row_that_later_steps_compute_is_released_after_them() -> None:
+    driver = Driver(pipeline_depth=3)
+    sequence = driver.add(5)
+    driver.step()
+    for _ in range(3):
+        driver.launch()
+    assert driver.collect(INVALID_TOKEN) == [sequence]
+    assert sequence.row is not None
+    assert driver.collect(INVALID_TOKEN) == driver.collect() == []
+    assert (sequence.row, len(sequence.output_token_ids), driver.scheduler.has_unfinished) == (None, 1, False)
+
+
+def test_a_preempted_sequence_without_a_valid_token_does_not_come_back() -> None:
+    driver = Driver(num_blocks=5, block_size=4, max_num_seqs=3, max_model_len=20)
+    oldest, middle, youngest = driver.add(4), driver.add(3), driver.add(9)
+    driver.launch()
+    driver.launch()
+    assert youngest.status is SequenceStatus.PREEMPTED
+    assert driver.collect(INVALID_TOKEN) == [oldest, middle, youngest]
+    driver.collect()
+    assert not driver.scheduler.has_unfinished
+    assert driver.num_free_blocks == 5

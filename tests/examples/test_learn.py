@@ -52,7 +52,7 @@ def test_without_matplotlib_a_script_says_so_and_draws_in_the_terminal(tmp_path:
     )
     done = run_python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "matplotlib is not installed, so picture.png is not drawn: pip install 'nanovllm[examples]'" in done.stdout
+    assert "matplotlib is not installed, so picture.png is not drawn: pip install matplotlib" in done.stdout
     assert "▓█" in done.stdout
     assert not (tmp_path / "picture.png").exists()
 

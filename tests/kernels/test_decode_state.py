@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nanovllm.kernels.columns import INVALID_TOKEN
 from nanovllm.kernels.decode_state import (
     append_tokens,
     append_tokens_reference,
@@ -55,3 +56,13 @@ def test_append_tokens_lengthens_each_row_and_spares_the_rest(device, generator,
     for row in range(NULL_ROW + 1):
         added = [2000 + rows.index(row)] if row in rows and row != NULL_ROW else []
         assert token_ids[row, : lengths[row]].tolist() == before[row] + added
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+def test_an_invalid_token_is_appended_as_one_that_can_be_computed(device, generator, use_triton):
+    """A step that is in flight reads it, and an embedding has no row -1."""
+    token_ids, lengths, _ = state(device, generator, 4, 4)
+    row, length = torch.tensor([1], dtype=torch.int32, device=device), int(lengths[1])
+    new_ids = torch.tensor([INVALID_TOKEN], dtype=torch.int32, device=device)
+    append_tokens(row, new_ids, token_ids, lengths, NULL_ROW, use_triton=use_triton)
+    assert (int(lengths[1]), int(token_ids[1, length])) == (length + 1, 0)

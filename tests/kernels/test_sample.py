@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from nanovllm.kernels.columns import INVALID_TOKEN
 from nanovllm.kernels.sample import (
     best_candidates,
     noise_bits_reference,
@@ -148,24 +149,45 @@ def test_a_tiny_temperature_still_draws_among_equals(device, use_triton):
 
 
 def broken_logits(device):
-    """Rows of NaN, of both infinities, and two with one token to draw: 77 and 4099."""
-    logits = torch.zeros(5, 4100, device=device)
+    """Rows with NaN, inf, both in another block, a lone NaN, and two valid ones: nothing but -inf, and one token."""
+    logits = torch.zeros(6, 4100, device=device)
     logits[0] = torch.nan
     logits[1] = torch.inf
-    logits[2] = -torch.inf
-    logits[3, 77], logits[3, 78] = torch.inf, torch.nan
-    logits[4], logits[4, 4099] = -torch.inf, 0.0
+    logits[2, 77], logits[2, 78] = torch.inf, torch.nan
+    logits[3, 4099] = torch.nan
+    logits[4] = -torch.inf
+    logits[5], logits[5, 4099] = -torch.inf, 0.0
     return logits
 
 
+def check_broken(tokens):
+    assert tokens[:4] == [INVALID_TOKEN] * 4
+    assert 0 <= tokens[4] < 4100
+    assert tokens[5:] == [4099]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("use_triton", [True, False])
-@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1.0])
-def test_broken_logits_still_give_valid_ids(device, temperature, use_triton):
+@pytest.mark.parametrize("temperature", [0.0, 1e-45, 1.0, 2.0])
+def test_a_row_with_a_logit_that_is_no_number_has_no_token(device, temperature, use_triton, dtype):
+    logits = broken_logits(device).to(dtype)
+    rows = torch.arange(6, device=device)
+    check_broken(draw(logits, temperature, rows, rows, use_triton).tolist())
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("cut", [70, 78, 4099])
+def test_ranks_agree_that_a_row_has_no_token(device, temperature, cut, use_triton):
+    """Whichever rank has the logit, and whatever score the others' winners have."""
     logits = broken_logits(device)
-    rows = torch.arange(5, device=device)
-    tokens = draw(logits, temperature, rows, rows, use_triton).tolist()
-    assert all(0 <= token < 4100 for token in tokens)
-    assert tokens[3:] == [77, 4099]
+    rows = torch.arange(6, dtype=torch.int32, device=device)
+    state = (torch.full((6,), temperature, device=device), rows.long(), rows, rows)
+    parts = [
+        sample_candidates(part, *state, first_token=first, use_triton=use_triton)
+        for first, part in ((0, logits[:, :cut]), (cut, logits[:, cut:]))
+    ]
+    check_broken(best_candidates(torch.stack(parts)).tolist())
 
 
 def test_no_rows_give_no_tokens(device):

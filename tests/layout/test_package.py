@@ -69,6 +69,7 @@ def test_requirements(metadata: Message) -> None:
     names = {re.split(r"[<>=;\s\[]", line)[0] for line in requirements if "extra ==" not in line}
     assert names == {
         "huggingface-hub",
+        "jinja2",
         "numpy",
         "safetensors",
         "torch",

@@ -9,18 +9,26 @@ import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
-from nanovllm import LLM, RequestTooLargeError, SamplingParams
+from nanovllm import LLM, NanoVLLMError, RequestTooLargeError, SamplingParams
 from nanovllm.engine import scheduler
+from nanovllm.logs import configuration
 from nanovllm.logs.events import EVENTS
 from nanovllm.logs.fields import FIELDS, fields_of
+from nanovllm.logs.lost_lines import LostLines
 from nanovllm.logs.records import Event
+from nanovllm.requests.default_params import read_default_params
+from nanovllm.tracing.trace_file import TraceFile
 from nanovllm.utils.logger import configure_logging, log_gpu_memory, log_tensor_shapes, setup_logger
 from tests.engine.test_llm_engine import make_engine
+from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
 from tests.runner.cpu_graphs import use_cpu_graphs
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -98,6 +106,12 @@ def errors(monkeypatch: pytest.MonkeyPatch) -> None:
                     generate(llm, "count from 3 to 9")
 
 
+def ignored_tools(_: pytest.MonkeyPatch) -> None:
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    with load() as llm:
+        llm.chat([{"role": "user", "content": "a"}], GREEDY, False, chat_template="count from 3 to 9", tools=tools)
+
+
 def a_cache_that_lowers_the_length(_: pytest.MonkeyPatch) -> None:
     for settings in ({}, {"max_model_len": 1024}):
         LLM("tiny", device="cpu", num_kvcache_blocks=8, kvcache_block_size=16, **settings).exit()
@@ -126,10 +140,48 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_grammar_that_leads_nowhere(_: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("xgrammar", reason="the extra nanovllm[structured] is not installed")
+    pytest.importorskip("xgrammar", reason="xgrammar is not installed")
     with load() as llm:
         asked = {"grammar": 'root ::= "planet" x\nx ::= x "y"'}
         llm.generate(PROMPT, SamplingParams(structured_outputs=asked), use_tqdm=False)
+
+
+def a_damaged_folder(_: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = make_qwen3_checkpoint(Path(name))
+        (folder / "generation_config.json").write_text("no JSON")
+        weights = load_file(folder / "model.safetensors")
+        weights["model.norm.weight"].fill_(torch.nan)
+        save_file(weights, folder / "model.safetensors")
+        with LLM(name, device="cpu", skip_tokenizer_init=True) as llm:
+            llm.generate([[5], [6]], GREEDY, use_tqdm=False)
+
+
+def a_start_that_fails(_: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NanoVLLMError):
+        load(attention_backend="flash_attn")
+
+
+def an_unknown_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configuration._STATE, "unknown_variables", set())
+    monkeypatch.setenv("NANOVLLM_LOGGING_LEVEL", "DEBUG")
+    configure_logging()
+
+
+def files_that_are_full(_: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        lost = LostLines(Path(folder, "run.log"))
+        lost.add(OSError(28, "No space left on device"))
+        lost.warn()
+        trace = TraceFile(Path(folder, "trace.json"), max_mb=0)
+        trace.counter(1, "requests", 0.0, running=1)
+        trace.close()
+
+
+def a_function_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setenv("NANOVLLM_TRACE_FUNCTION", f"{folder}/calls.txt")
+        make_engine()[0].exit()
 
 
 def a_wrong_level(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +206,16 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> None:
     make_engine()[0].exit()
 
 
+def arguments_of_vllm(_: pytest.MonkeyPatch) -> None:
+    SamplingParams(skip_clone=True)  # type: ignore[call-arg]  # it has no effect
+
+
+def a_recommendation_that_is_not_allowed(_: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "generation_config.json").write_text('{"top_p": 2}')
+        read_default_params(Path(folder))
+
+
 def lines_of_one_s_own(_: pytest.MonkeyPatch) -> None:
     logger = setup_logger("tests")
     log_gpu_memory(logger, "Before", "cpu")
@@ -161,6 +223,7 @@ def lines_of_one_s_own(_: pytest.MonkeyPatch) -> None:
 
 
 WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [
+    ignored_tools,
     prefix_hits_and_mixed_steps,
     preemption,
     abort,
@@ -170,9 +233,16 @@ WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [
     cuda_graphs,
     texts,
     a_grammar_that_leads_nowhere,
+    a_damaged_folder,
+    a_start_that_fails,
+    an_unknown_variable,
+    files_that_are_full,
+    a_function_trace,
     a_wrong_level,
     a_profile,
     spans,
+    arguments_of_vllm,
+    a_recommendation_that_is_not_allowed,
     lines_of_one_s_own,
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,11 +22,15 @@ import pytest
 import torch
 
 from nanovllm.errors import InvalidArgumentError
-from nanovllm.logs.formats import JsonFormatter, TextFormatter
+from nanovllm.logs import events, formats, lost_lines
+from nanovllm.logs.formats import JsonFormatter, TerminalFormatter, TextFormatter
+from nanovllm.logs.handlers import LogFileHandler
+from nanovllm.logs.records import Event, ItemList
 from nanovllm.utils.logger import configure_logging, log_event, setup_logger
+from tests.logs.test_events import Recorder
 from tests.processes import run_python
 
-TEXT_LINE = re.compile(r"\[[\d\- :,]+\] \[nanovllm\.tests\] \[(?P<level>[A-Z]+)\] (?P<message>.*)")
+TEXT_LINE = re.compile(r"\[[\d\- :,]+[+-]\d{4}\] \[nanovllm\.tests\] \[(?P<level>[A-Z]+)\] (?P<message>.*)")
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +85,7 @@ def test_a_json_line_has_the_envelope_and_the_fields(
     assert before <= datetime.strptime(entry["ts"], "%Y-%m-%dT%H:%M:%S.%f%z") <= after
     assert mono_before <= entry["mono"] <= mono_after
     assert (entry["level"], entry["logger"], entry["event"]) == ("INFO", "nanovllm.tests", "tests.said")
-    assert entry["message"] == "said 3 … two\nlines"
+    assert entry["message"] == "said 3 … two\\nlines"
     assert (entry["pid"], entry["rank"]) == (os.getpid(), 0)
     fields = {"n": 3, "text": "two\nlines", "ratio": 0.25, "shape": [2, 5], "missing": None, "yes": True}
     assert {name: entry[name] for name in list(entry)[8:]} == fields
@@ -118,10 +124,13 @@ def test_a_plain_record_and_a_traceback_are_json_too(
         (frozenset({4}), [4]),
         (Path("a/b"), "a/b"),
         (torch.float16, "torch.float16"),
-        (float("nan"), "nan"),
-        (np.float64("inf"), "inf"),
-        ({(1, 2): 3}, "{(1, 2): 3}"),
-        ("\ud800 half a pair", "\ud800 half a pair"),
+        (float("nan"), None),
+        (np.float64("inf"), None),
+        (torch.tensor(float("-inf")), None),
+        ([1.5, float("nan")], [1.5, None]),
+        ({(1, 2): 3}, {"(1, 2)": 3}),
+        ("\ud800 half a pair", "\\ud800 half a pair"),
+        ({"\udc00": "😀"}, {"\\udc00": "😀"}),
         (b"bytes", "b'bytes'"),
         (10**400, 10**400),
     ],
@@ -144,10 +153,11 @@ def test_no_field_stops_a_line() -> None:
     endless: list[object] = []
     endless.append(endless)
     entry = formatted(endless=endless, unspeakable=Unspeakable(), inside=[Unspeakable()], deep={"nan": [float("nan")]})
-    assert entry["endless"] == "[[...]]"
+    assert "[...]" in str(entry["endless"])
     assert entry["unspeakable"] == "<Unspeakable that cannot be shown: RuntimeError>"
-    assert "list" in entry["inside"]
-    assert entry["deep"] == "{'nan': [nan]}"
+    assert entry["inside"] == [entry["unspeakable"]]
+    assert entry["deep"] == {"nan": [None]}
+    assert "int that cannot be shown" in formatted(huge=10**5000)["huge"]
 
 
 def test_a_tensor_on_a_gpu_is_not_read() -> None:
@@ -199,6 +209,70 @@ def test_the_user_s_format_decides_and_the_file_is_ours(monkeypatch: pytest.Monk
     assert stream.getvalue() == "USER after\nUSER again\n"
     messages = [entry["message"] for entry in json_lines((tmp_path / "run.jsonl").read_text("utf-8"))]
     assert messages == ["before", "after", "again"]
+
+
+def test_the_file_has_a_format_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_root_bare(monkeypatch)
+    monkeypatch.setenv("NANOVLLM_LOG_FILE", str(tmp_path / "run.jsonl"))
+    monkeypatch.setenv("NANOVLLM_LOG_FILE_FORMAT", "json")
+    log("one")
+    assert [entry["message"] for entry in json_lines((tmp_path / "run.jsonl").read_text("utf-8"))] == ["one"]
+    assert TEXT_LINE.fullmatch(capsys.readouterr().err.strip())
+
+
+def test_a_renamed_or_removed_file_is_followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "run.log"
+    monkeypatch.setenv("NANOVLLM_LOG_FILE", str(path))
+    log("first")
+    path.rename(tmp_path / "run.log.1")
+    log("second")
+    path.unlink()
+    log("third")
+    assert "first" in (tmp_path / "run.log.1").read_text("utf-8")
+    assert "second" not in (tmp_path / "run.log.1").read_text("utf-8")
+    assert path.read_text("utf-8").endswith("third\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_warning_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    leave_root_bare(monkeypatch)
+    monkeypatch.setenv("NANOVLLM_LOG_FILE", "/dev/full")
+    now = [1000.0]
+    monkeypatch.setattr(lost_lines, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for _ in range(100):
+        log()
+    now[0] += 61
+    log()
+    lines = capsys.readouterr().err.splitlines()
+    warnings = [line.rpartition("] ")[2] for line in lines if "WARNING" in line]
+    assert warnings == [
+        f"/dev/full cannot be written (No space left on device): {count} lines are lost" for count in (1, 101)
+    ]
+    assert len(lines) == 103
+
+
+def test_a_disk_with_room_again_begins_a_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    handler = LogFileHandler(tmp_path / "run.log")
+    write = os.write
+
+    def fill(file: int, data: bytes) -> int:
+        if len(data) > 3:
+            return write(file, data[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def handle(message: str) -> None:
+        handler.handle(logging.LogRecord("nanovllm.tests", logging.INFO, "", 0, message, (), None))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", fill)
+        handle("abcdefgh")
+    handle("whole")
+    handler.close()
+    assert (tmp_path / "run.log").read_text("utf-8") == "abcdef\nwhole\n"
 
 
 def test_other_ranks_have_files_of_their_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -307,3 +381,50 @@ def test_every_level_has_a_colour_and_any_number_a_line() -> None:
         assert found is not None
         colours.add(found[1])
     assert len(colours) == 6
+
+
+# Width
+
+
+def on_a_terminal(event: Event, **fields: Any) -> str:
+    """The lines of an event on a terminal, without colour."""
+    recorder = Recorder()
+    logger = setup_logger(event.loggers.split()[0])
+    logger.addHandler(recorder)
+    try:
+        event.log(logger, **fields)
+    finally:
+        logger.removeHandler(recorder)
+    return re.sub("\33\\[[\\d;]*m", "", TerminalFormatter(colour=True).format(recorder.records[0]))
+
+
+def test_a_list_is_cut_on_a_terminal_and_whole_elsewhere() -> None:
+    seqs = ItemList(f"seq_{number}(len=100,cached=0)" for number in range(16))
+    line = on_a_terminal(events.batch_prefill, step=1, size=16, batched_tokens=1600, seqs=seqs)
+    assert len(line) <= 120
+    assert line.endswith("] Scheduled PREFILL batch: size=16, …")  # no number is cut
+
+
+def test_other_sentences_are_wrapped_on_a_terminal() -> None:
+    fields = {"num_steps": 95, "total_output_tokens": 18900, "prefill_time": 0.0625, "decode_time": 1.5}
+    first, second = on_a_terminal(events.generation_complete, **fields).splitlines()
+    assert max(len(first), len(second)) <= 120
+    sentence = first.partition("[INFO] ")[2] + " " + second.strip()
+    assert sentence == events.generation_complete.sentence.format(**fields)
+
+
+def test_a_table_keeps_its_lines_on_a_terminal() -> None:
+    table = "a    b\n" * 30
+    lines = on_a_terminal(events.profile_written, trace="t", table_file="f", table=table, rank=0)
+    assert lines.endswith(table)
+
+
+@pytest.mark.parametrize("columns", [60, 100, 200])
+def test_a_rule_is_as_wide_as_the_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setattr(formats, "_columns", lambda: columns)
+    record = logging.LogRecord("nanovllm.engine.llm_engine", logging.INFO, "", 0, "=" * 80, (), None)
+    record.event = "rule"
+    line = TerminalFormatter(colour=True).format(record)
+    assert line.endswith("] =" if columns == 60 else "===")
+    visible = len(re.sub("\33\\[[\\d;]*m", "", line))
+    assert visible == columns or columns == 60

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import logging.config
 import re
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,10 +28,10 @@ from nanovllm.utils.logger import (
     setup_logger,
     timed_section,
 )
-from tests.processes import run_python
+from tests.processes import PATIENCE, run_python
 
 LINE = re.compile(
-    r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\] \[(?P<name>[\w.]+)\] \[(?P<level>[A-Z]+)\] (?P<message>.*)$"
+    r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}[+-]\d{4}\] \[(?P<name>[\w.]+)\] \[(?P<level>[A-Z]+)\] (?P<message>.*)$"
 )
 
 
@@ -121,6 +124,28 @@ def test_the_rule_is_80_characters(caplog):
     assert caplog.messages == ["=" * 80, "-" * 80]
 
 
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("a\nb", "a\\nb"),
+        ("\33[2J", "\\x1b[2J"),
+        ("\ud800", "\\ud800"),
+        ("\u202eabc", "\\u202eabc"),
+        ("日本 😀 …", "日本 😀 …"),
+    ],
+)
+def test_a_value_breaks_no_line_and_moves_no_cursor(caplog, value, shown):
+    log_event(debug_logger(), logging.INFO, "x", "Request {request_id} failed", request_id=value)
+    events.request_failed.log(debug_logger(), request_id=value, others="the others go on", error="x", cause="refused")
+    assert caplog.messages == [f"Request {shown} failed", f"Request {shown} is given up, the others go on: x"]
+    assert [record.fields["request_id"] for record in caplog.records] == [value] * 2
+
+
+def test_a_template_may_have_lines(caplog):
+    log_event(debug_logger(), logging.INFO, "x", "Table:\n{table}", table="a\nb\33")
+    assert caplog.messages == ["Table:\na\nb\\x1b"]
+
+
 def test_a_long_list_is_cut_and_only_what_is_shown_is_rendered():
     rendered = []
 
@@ -166,6 +191,28 @@ def test_an_unknown_level_is_one_warning_that_names_the_valid_ones_then_info(mon
         assert word in record.getMessage()
     assert setup_logger("nanovllm.three", level="QUIET").getEffectiveLevel() == logging.INFO
     assert "'QUIET'" in caplog.records[-1].getMessage()
+
+
+@pytest.mark.parametrize(
+    ("text", "level"), [("WARN", logging.WARNING), ("fatal", logging.CRITICAL), ("Warn,scheduler=fatal", 30)]
+)
+def test_the_names_that_logging_takes_pass(monkeypatch, caplog, text, level):
+    monkeypatch.setenv("NANOVLLM_LOG_LEVEL", text)
+    assert setup_logger("nanovllm.one").getEffectiveLevel() == level
+    assert caplog.records == []
+
+
+def test_an_unknown_variable_is_one_warning_with_the_nearest_name(monkeypatch, caplog):
+    monkeypatch.setattr(configuration._STATE, "unknown_variables", set())
+    monkeypatch.setenv("NANOVLLM_LOGGING_LEVEL", "DEBUG")
+    monkeypatch.setenv("NANOVLLM_ZQ", "1")
+    configure_logging()
+    setup_logger("nanovllm.one")
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert {record.fields["variable"]: record.getMessage() for record in caplog.records} == {
+        name: f"{name} is set, but nanovllm reads no variable of this name.{hint}"
+        for name, hint in (("NANOVLLM_LOGGING_LEVEL", " Did you mean NANOVLLM_LOG_LEVEL?"), ("NANOVLLM_ZQ", ""))
+    }
 
 
 def test_levels_per_part(monkeypatch):
@@ -293,6 +340,35 @@ def test_basic_config_decides_the_format_and_no_line_appears_twice(order):
         assert err == ""
 
 
+@pytest.mark.parametrize("order", ["before the import", "after the import"])
+def test_basic_config_at_debug_gives_debug_lines(order):
+    configure = (
+        'import logging, sys; logging.basicConfig(level="DEBUG", format="USER %(message)s", stream=sys.stdout)\n'
+    )
+    parts = [configure, IMPORT] if order == "before the import" else [IMPORT, configure]
+    start = "from nanovllm.utils.logger import configure_logging; configure_logging()\n"  # as each engine does
+    assert run_script("".join([*parts, start, LOG_TWO])) == ("USER first 1\nUSER second\n", "")
+    out, _ = run_script("".join([*parts, start, LOG_TWO]), NANOVLLM_LOG_LEVEL="INFO")
+    assert out == "USER first 1\n"
+
+
+def test_loggers_that_dict_config_disables_are_revived(monkeypatch, tmp_path):
+    monkeypatch.setenv("NANOVLLM_LOG_FILE", str(tmp_path / "run.log"))
+    logger = setup_logger("nanovllm.engine.scheduler")
+    handlers = list(logging.getLogger("nanovllm").handlers)
+    root = logging.root.handlers[:]
+    try:
+        logging.config.dictConfig({"version": 1, "loggers": {"nanovllm": {"level": "INFO", "handlers": []}}})
+        logging.config.dictConfig({"version": 1, "root": {"level": "WARNING"}})
+        assert logger.disabled
+        configure_logging()
+    finally:
+        logging.root.handlers[:] = root
+    assert logging.getLogger("nanovllm").handlers == handlers
+    log_event(logger, logging.INFO, "x", "again")
+    assert (tmp_path / "run.log").read_text("utf-8").endswith("again\n")
+
+
 def test_configure_logging_0_leaves_logging_alone(monkeypatch):
     monkeypatch.setenv("NANOVLLM_CONFIGURE_LOGGING", "0")
     monkeypatch.setenv("NANOVLLM_LOG_LEVEL", "DEBUG,scheduler=DEBUG")
@@ -339,10 +415,19 @@ def test_a_replaced_standard_error_is_followed(monkeypatch, capsys):
 
 def test_a_lost_standard_error_ends_nothing(monkeypatch):
     leave_root_bare(monkeypatch)
-    for stream in (None, SimpleNamespace(write=None, flush=None)):
+    closed = io.StringIO()
+    closed.close()
+    for stream in (None, SimpleNamespace(write=None, flush=None), closed):
         monkeypatch.setattr(sys, "stderr", stream)
-        monkeypatch.setattr(logging, "raiseExceptions", False)
         log_event(setup_logger("nanovllm.engine.scheduler"), logging.INFO, "x", "to nowhere")
+
+
+def test_a_closed_stream_of_the_user_s_handler_ends_nothing(monkeypatch):
+    closed = io.StringIO()
+    monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler(closed)])
+    monkeypatch.setattr(sys, "stderr", closed)  # where `logging` reports what a handler raised
+    closed.close()
+    log_event(setup_logger("nanovllm.engine.scheduler"), logging.INFO, "x", "to nowhere")
 
 
 # ---- shapes, communication, memory
@@ -553,6 +638,36 @@ def test_flush_waits_and_logs_the_rest(gpu, caplog):
     assert len(caplog.records) == 2
 
 
+def test_ends_are_logged_once_and_in_order_from_several_threads(gpu, caplog):
+    """One thread is stopped while it asks the GPU; meanwhile another one leaves the pending sections to it."""
+    logger = debug_logger()
+    asks, goes_on = threading.Event(), threading.Event()
+    for name in ("first", "second"):
+        with timed_section(logger, name):
+            pass
+    query = gpu.cuda.Event.query
+
+    def wait(event):
+        asks.set()
+        assert goes_on.wait(PATIENCE)
+        return query(event)
+
+    def time_a_section(name):
+        with timed_section(logger, name):
+            pass
+
+    gpu.passed, gpu.cuda.Event.query = True, wait
+    stopped = threading.Thread(target=time_a_section, args=("third",))
+    stopped.start()
+    assert asks.wait(PATIENCE)
+    time_a_section("fourth")
+    goes_on.set()
+    stopped.join(PATIENCE)
+    flush_timed_sections()
+    ends = [message.split(" - ")[0] for message in caplog.messages if message.startswith("[END]")]
+    assert ends == ["[END] first", "[END] second", "[END] fourth", "[END] third"]
+
+
 def test_during_capture_no_event_is_recorded_or_asked(gpu, caplog):
     logger = debug_logger()
     with timed_section(logger, "before"):
@@ -655,6 +770,18 @@ def test_a_changed_batch_size_and_a_preemption_are_info():
     assert levels(DecodeLogPolicy(interval=100), steps) == "IdIdIdId"
 
 
+def in_summary(policy, steps):
+    return [step for step, num_preempted in steps if policy.in_summary(step, num_preempted)]
+
+
+def test_the_summary_has_the_first_step_every_nth_and_preemptions(monkeypatch):
+    monkeypatch.delenv("NANOVLLM_LOG_DECODE_INTERVAL", raising=False)
+    steps = [(step, int(step == 7)) for step in range(1, 101)]
+    assert in_summary(DecodeLogPolicy(), steps) == [1, 7, 50, 100]
+    monkeypatch.setenv("NANOVLLM_LOG_DECODE_INTERVAL", "30")
+    assert in_summary(DecodeLogPolicy(), steps) == [1, 7, 30, 60, 90]
+
+
 def test_after_a_reset_the_first_step_is_first_again():
     policy = DecodeLogPolicy(interval=100)
     assert levels(policy, [(1, 4, 0), (2, 4, 0)]) == "Id"
@@ -673,7 +800,7 @@ events.model_weights.log(logger, rank=1, num_tensors=1, gigabytes=0.5, num_files
 logger.info("of a plugin")
 logger.warning("trouble")
 """
-    _, error = run_script(script)
+    _, error = run_script(script, NANOVLLM_LOG_LEVEL="INFO")
     assert [LINE.match(line)["message"] for line in error.splitlines()] == [
         "[Rank 1] Loaded 1 tensors, 0.50GB from 1 files in 0.10s",
         "of a plugin",
@@ -681,3 +808,19 @@ logger.warning("trouble")
     ]
     _, error = run_script(script, NANOVLLM_LOG_LEVEL="DEBUG")
     assert "[Rank 1] Loading model: m" in error
+
+
+def test_a_process_that_another_one_starts_does_not_repeat_the_warning(tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import multiprocessing\n"
+        "from nanovllm.utils.logger import setup_logger\n"
+        "setup_logger('mine').warning('imported')\n"
+        "if __name__ == '__main__':\n"
+        "    process = multiprocessing.get_context('spawn').Process(target=print)\n"
+        "    process.start()\n"
+        "    process.join()\n"
+    )
+    done = run_python(str(script), NANOVLLM_LOGGING_LEVEL="DEBUG")
+    assert done.stderr.count("imported") == 2
+    assert done.stderr.count("NANOVLLM_LOGGING_LEVEL is set") == 1

@@ -44,6 +44,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 64,
         }
     },
+    "rope_yarn_attn_factor": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1_000_000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 64,
+            "attn_factor": 0.8782488562869419,
+        }
+    },
+    "rope_yarn_mscale": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10_000.0,
+            "factor": 8.0,
+            "original_max_position_embeddings": 32,
+            "mscale": 0.7,
+            "mscale_all_dim": 1.3,
+            "truncate": False,
+        }
+    },
     "rope_llama3": {
         "rope_parameters": {
             "rope_type": "llama3",

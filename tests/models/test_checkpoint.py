@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from nanovllm.errors import ModelLoadError
@@ -33,8 +34,39 @@ def test_a_file_is_not_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     (tmp_path / "org").mkdir()
     (tmp_path / "org" / "name").touch()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelLoadError, match="no such folder"):
+    with pytest.raises(ModelLoadError, match=r"'org/name': this is a file, not a folder\. model must be a folder"):
         resolve_model_folder("org/name")
+
+
+@pytest.mark.parametrize("model", ["~nobody-here/model", "/" + "x" * 5000, "a\0b", "org/na\0me", "org/" + "x" * 5000])
+def test_a_name_that_no_system_has_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelLoadError, match="model must be a folder") as caught:
+        resolve_model_folder(model)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
+def test_a_pipe_or_a_device_in_the_folder_is_refused_before_anybody_reads_it(name: str, tmp_path: Path) -> None:
+    """What reads a pipe waits for ever, and /dev/zero never ends."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ModelLoadError, match=rf"{name} is a pipe, a socket or a device"):
+        resolve_model_folder(str(tmp_path))
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("/dev/zero")
+    with pytest.raises(ModelLoadError, match=rf"{name} is a pipe, a socket or a device"):
+        resolve_model_folder(str(tmp_path))
+
+
+def test_links_to_files_and_links_to_nowhere_are_fine_in_a_folder(tmp_path: Path) -> None:
+    """A cache of huggingface_hub links to its blobs, and some blobs may not be downloaded."""
+    snapshot, blob = tmp_path / "snapshots" / "main", tmp_path / "blobs" / "0123"
+    snapshot.mkdir(parents=True)
+    blob.parent.mkdir()
+    blob.write_text("{}")
+    (snapshot / "config.json").symlink_to("../../blobs/0123")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/absent")
+    assert resolve_model_folder(str(snapshot)) == snapshot
 
 
 def test_an_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

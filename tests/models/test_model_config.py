@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from nanovllm.errors import ModelLoadError, UnknownArgumentError
+from nanovllm.errors import ModelLoadError, NanoVLLMError, UnknownArgumentError
 from nanovllm.layers.rope_parameters import RopeParameters
-from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+from nanovllm.layers.rotary_embedding import rope_frequencies
+from nanovllm.models.model_config import _KNOWN_FIELDS, BUILTIN_SHAPES, ModelConfig
+from nanovllm.models.rope_fields import _FIELDS, MAX_POSITIONS, ROPE_TYPES
 from tests.models.qwen3_checkpoints import VARIANTS, make_qwen3_checkpoint
 from tests.processes import run_python
+from tests.properties import examples
 
 # Qwen/Qwen3-0.6B as published.
 QWEN3_06B: dict[str, Any] = {
@@ -80,7 +85,7 @@ def test_fields_that_may_be_absent() -> None:
     config = ModelConfig.from_dict(
         without("num_key_value_heads", "head_dim", "rope_theta", "torch_dtype", "tie_word_embeddings", "eos_token_id")
     )
-    assert (config.num_kv_heads, config.head_dim, config.dtype) == (16, 64, "float32")
+    assert (config.num_kv_heads, config.head_dim, config.dtype) == (16, 128, "float32")
     assert (config.rope.theta, config.tie_word_embeddings, config.eos_token_ids) == (10_000.0, False, ())
 
 
@@ -151,15 +156,27 @@ def test_longest_contexts() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (without("architectures"), "architectures is missing: it must be a list of one name"),
+        (without("architectures", "model_type"), "architectures is missing: it must be a list of names"),
+        (changed(architectures=None, model_type="gpt2"), "architectures=None.*a list of names"),
+        (changed(architectures="Qwen3ForCausalLM"), "architectures='Qwen3ForCausalLM'.*a list of names"),
+        (changed(architectures=["a", 5]), "architectures=.*a list of names"),
         (changed(architectures=["Qwen3MoeForCausalLM"]), "'Qwen3MoeForCausalLM'.*Supported: Qwen3ForCausalLM"),
-        (without("hidden_size"), "hidden_size is missing: it must be an integer ≥ 1"),
-        (changed(num_hidden_layers=0), "num_hidden_layers=0 is not supported: it must be an integer ≥ 1"),
+        (without("hidden_size"), "hidden_size is missing: it must be an integer from 1 to"),
+        (changed(num_hidden_layers=0), "num_hidden_layers=0 is not supported: it must be an integer from 1 to"),
         (changed(vocab_size="151936"), "vocab_size='151936'"),
         (changed(num_attention_heads=True), "num_attention_heads=True"),
         (changed(num_key_value_heads=3), "num_key_value_heads=3.*a divisor of num_attention_heads=16"),
         (changed(head_dim=65), "head_dim=65.*even"),
-        (changed(rms_norm_eps=0), "rms_norm_eps=0.*a number > 0"),
+        (changed(rms_norm_eps=0), "rms_norm_eps=0.*a number > 0, at most 1"),
+        (changed(num_hidden_layers=10**7), "num_hidden_layers=10000000.*from 1 to 1024"),
+        (changed(head_dim=10**9), "head_dim=1000000000.*from 1 to 1024"),
+        (changed(max_position_embeddings=10**12), "max_position_embeddings=10{12}.*from 2 to 16777216"),
+        (changed(max_position_embeddings=1), "max_position_embeddings=1 .*from 2 to"),
+        (changed(use_sliding_window=True, sliding_window=4096, max_window_layers=0), "use_sliding_window=True"),
+        (changed(vocab_size=2**31), "vocab_size=2147483648.*from 1 to 16777216"),
+        (changed(hidden_size=-1), "hidden_size=-1.*from 1 to"),
+        (changed(intermediate_size=3072.0), "intermediate_size=3072.0.*an integer from 1 to"),
+        (changed(hidden_size=10**400), "hidden_size=10{50,}.*an integer from 1 to"),
         (changed(tie_word_embeddings="yes"), "tie_word_embeddings='yes'.*true or false"),
         (changed(hidden_act="gelu"), "hidden_act='gelu'.*'silu'"),
         (changed(torch_dtype="float8_e4m3fn"), "torch_dtype='float8_e4m3fn'.*bfloat16, float16, float32"),
@@ -167,8 +184,25 @@ def test_longest_contexts() -> None:
         (changed(quantization_config={"quant_method": "fp8"}), "quantization_config=.*fp8"),
         (changed(num_experts=128), "num_experts=128.*dense"),
         (changed(use_sliding_window=True, sliding_window=4096, max_window_layers=20), "use_sliding_window=True"),
+        (changed(use_sliding_window=True, sliding_window=4096, max_window_layers=None), "max_window_layers=None"),
         (changed(layer_types=["full_attention", "sliding_attention"]), "layer_types=.*sliding_attention"),
-        (changed(rope_scaling={"rope_type": "longrope"}), "rope_type='longrope'.*Supported: default, linear"),
+        (changed(layer_types=5), "layer_types=5.*full_attention"),
+        (changed(layer_types=[["full_attention"]]), "layer_types=.*full_attention"),
+        (
+            changed(rope_scaling={"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}),
+            "rope_type='longrope'.*Supported: default, linear",
+        ),
+        (changed(rope_scaling={"rope_type": ["yarn"]}), r"rope_type=\['yarn'\].*Supported: default, linear"),
+        (changed(rope_scaling={"rope_type": "linear", "factor": 10**400}), "factor=10{50,}.*from 1 to 10000"),
+        (changed(rope_scaling={"rope_type": "yarn", "factor": float("inf")}), "factor=inf.*from 1 to 10000"),
+        (changed(rope_scaling={"rope_type": "yarn", "truncate": 1}), "truncate=1.*true or false"),
+        (changed(rope_scaling={"rope_type": "linear", "factor": 10_000}), "factor=10000.*at most 16777216 tokens long"),
+        (
+            changed(rope_scaling={"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}),
+            "high_freq_factor=4.*larger than low_freq_factor=4",
+        ),
+        (changed(rope_theta=0), "rope_theta=0 .*from 2 to"),
+        (changed(rope_scaling="yarn"), "rope parameters 'yarn' are not supported"),
         (changed(rope_scaling={"type": "linear"}), r"'linear' needs \['factor'\].*missing: \['factor'\]"),
         (changed(rope_scaling={"type": "yarn", "short_factor": 1.0}), r"not supported: \['short_factor'\]"),
         (changed(rope_scaling={"type": "linear", "factor": "2"}), "factor='2'"),
@@ -200,9 +234,119 @@ def test_files_that_are_missing_or_broken(tmp_path: Path) -> None:
         ModelConfig.from_folder(tmp_path)
     path.write_text(json.dumps(QWEN3_06B))
     assert ModelConfig.from_folder(tmp_path).eos_token_ids == (151645,)
-    (tmp_path / "generation_config.json").write_text("nonsense")
-    with pytest.raises(ModelLoadError, match=r"generation_config\.json cannot be read"):
+    path.write_text('{"a": ' * 100_000)
+    with pytest.raises(ModelLoadError, match=r"config\.json cannot be read as JSON: it is nested too deep\."):
         ModelConfig.from_folder(tmp_path)
+    path.write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ModelLoadError, match=r"config\.json cannot be read as JSON"):
+        ModelConfig.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["nonsense", "[]", "", '{"a": ' * 100_000])
+def test_a_broken_generation_config_counts_as_absent(
+    content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B))
+    (tmp_path / "generation_config.json").write_text(content)
+    with caplog.at_level("WARNING", logger="nanovllm"):
+        assert ModelConfig.from_folder(tmp_path).eos_token_ids == (151645,)
+    assert "generation_config.json is ignored: generation_config.json " in caplog.text
+
+
+@pytest.mark.parametrize("odd", [[None, 7], [-1, 7], [7, 151936], [None, -1, 7, 2**70]])
+def test_ids_that_no_token_has_are_left_out_of_the_eos_ids(odd: list[Any], caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING", logger="nanovllm"):
+        assert ModelConfig.from_dict(QWEN3_06B, {"eos_token_id": odd}).eos_token_ids == (7, 151645)
+        assert ModelConfig.from_dict(changed(eos_token_id=odd)).eos_token_ids == (7,)
+    line = f"What eos_token_id={odd} has outside the vocabulary is ignored: token ids go from 0 to 151935"
+    assert [record.message for record in caplog.records] == [line] * 2 * (len({-1, 151_936} & {*odd}) > 0)
+
+
+def test_what_is_left_out_means_what_it_means_to_transformers(tmp_path: Path) -> None:
+    names = ("head_dim", "max_position_embeddings", "rope_theta", "tie_word_embeddings", "rms_norm_eps")
+    fields = without(*names) | {"architectures": None}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ours, theirs = ModelConfig.from_folder(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    assert (ours.architecture, ours.rope.theta) == ("Qwen3ForCausalLM", theirs.rope_parameters["rope_theta"])
+    for name in ("head_dim", "max_position_embeddings", "tie_word_embeddings", "rms_norm_eps"):
+        assert getattr(ours, name) == getattr(theirs, name), name
+
+
+def test_null_is_a_head_dim_of_hidden_size_over_heads() -> None:
+    assert ModelConfig.from_dict(changed(head_dim=None)).head_dim == 64
+
+
+def test_the_first_supported_architecture_counts() -> None:
+    assert ModelConfig.from_dict(changed(architectures=["X", "Qwen3ForCausalLM"])).architecture == "Qwen3ForCausalLM"
+
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(min_value=-(10**400), max_value=10**400),
+    st.sampled_from([0, 1, 2, 3, 10**7, 10**9, 10**12, 2**31, 2**63, 2**64, -1]),
+    st.floats(),
+    st.text(max_size=200),
+    st.sampled_from(["full_attention", "yarn", "longrope", "bfloat16", "torch.bfloat16", "NaN"]),
+    st.lists(st.one_of(st.none(), st.integers(), st.text(max_size=3), st.lists(st.integers())), max_size=3),
+    st.dictionaries(st.sampled_from(["rope_type", "type", "factor", "x"]), st.integers(), max_size=3),
+    st.just([[[[]]] * 3] * 50),
+)
+ROPE_NAMES = sorted({name for fields in _FIELDS.values() for names in fields for name in names})
+
+
+def check_resolves_or_is_refused(config: dict[str, Any], *others: dict[str, Any]) -> None:
+    try:
+        resolved = ModelConfig.from_dict(config, *others)
+    except NanoVLLMError as error:
+        text = str(error)
+    else:
+        text = ""
+        assert 2 <= resolved.max_context_len <= MAX_POSITIONS
+        inv_freq, scaling = rope_frequencies(resolved.head_dim, resolved.rope)
+        assert inv_freq.isfinite().all()
+        assert 0 < scaling < float("inf")
+        assert all(0 <= token_id < resolved.vocab_size for token_id in resolved.eos_token_ids)
+    assert not text or (text.endswith(".") and len(text) < 1000), text
+
+
+@settings(max_examples=examples(2000), deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted({*_KNOWN_FIELDS, *QWEN3_06B})), ODD, min_size=1, max_size=3))
+def test_any_value_of_a_field_is_understood_or_refused(fields: dict[str, Any]) -> None:
+    check_resolves_or_is_refused(changed(**fields))
+    check_resolves_or_is_refused(QWEN3_06B, {}, {name: fields[name] for name in fields if name in _KNOWN_FIELDS})
+
+
+@settings(max_examples=examples(2000), deadline=None)
+@given(
+    st.sampled_from(ROPE_TYPES),
+    st.dictionaries(
+        st.sampled_from([*ROPE_NAMES, "rope_theta", "attn_factor", "partial_rotary_factor"]),
+        st.one_of(ODD, st.floats(min_value=0, max_value=1e7), st.integers(min_value=0, max_value=10**8)),
+    ),
+)
+def test_any_rope_scaling_is_understood_or_refused(rope_type: str, fields: dict[str, Any]) -> None:
+    check_resolves_or_is_refused(changed(rope_scaling={"rope_type": rope_type, **fields}))
+
+
+@settings(max_examples=examples(800), deadline=None)
+@given(ODD)
+def test_any_generation_config_is_understood_or_refused(value: Any) -> None:
+    check_resolves_or_is_refused(QWEN3_06B, {"eos_token_id": value})
+
+
+@settings(max_examples=examples(800), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.one_of(st.binary(max_size=50), st.recursive(ODD, st.lists, max_leaves=5).map(lambda v: json.dumps(v).encode()))
+)
+def test_any_bytes_of_a_file_are_understood_or_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelLoadError):
+        ModelConfig.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(QWEN3_06B))
+    (tmp_path / "generation_config.json").write_bytes(content)
+    assert ModelConfig.from_folder(tmp_path).vocab_size == 151_936
 
 
 def test_reading_a_config_imports_neither_torch_nor_transformers() -> None:

@@ -23,6 +23,7 @@ CHECKPOINT = ROOT / "nanovllm" / "assets" / "tiny-qwen3"
 sys.path.append(str(ROOT / "tools"))
 corpus = importlib.import_module("tiny_corpus")
 tokenization = importlib.import_module("tiny_tokenizer")
+training = importlib.import_module("train_tiny")
 
 SHIPPED = Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
 ADDITION = re.compile(r"(\d+) \+ (\d+) = (\d+)")
@@ -183,3 +184,12 @@ def test_checkpoint_is_a_small_qwen3_that_two_ranks_can_split() -> None:
     assert "lm_head.weight" not in names
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
     assert all(torch.isfinite(tensor).all() for tensor in tensors)
+
+
+def test_training_writes_nothing_into_the_checkout_unless_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py"])
+    args = training.parse_arguments()
+    args.out.rmdir()
+    assert not any(path.is_relative_to(ROOT) for path in (args.out, args.heldout))
+    monkeypatch.setattr(sys, "argv", ["train_tiny.py", "--score-only"])
+    assert training.parse_arguments().out == CHECKPOINT

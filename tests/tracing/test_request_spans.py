@@ -19,7 +19,7 @@ from nanovllm import LLM, AsyncLLM, InvalidArgumentError, SamplingParams
 from nanovllm.tracing import otlp
 from tests.engine.test_llm_engine import greedy, make_engine, run
 
-pytest.importorskip("opentelemetry.sdk", reason="the extra nanovllm[otel] is not installed")
+pytest.importorskip("opentelemetry.sdk", reason="OpenTelemetry is not installed")
 
 from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportMetricsServiceRequest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
@@ -385,6 +385,6 @@ def test_without_the_extra_a_line_says_what_to_install(
     engine.add_request("a", [1], greedy(2))
     assert run(engine).keys() == {"a"}
     engine.exit()
-    assert f"No spans go to {collector.url}: pip install 'nanovllm[otel]'" in caplog.text
-    assert f"No metrics go to {collector.url}: pip install 'nanovllm[otel]'" in caplog.text
+    assert f"No spans go to {collector.url}: pip install opentelemetry-sdk " in caplog.text
+    assert f"No metrics go to {collector.url}: pip install opentelemetry-sdk " in caplog.text
     assert not collector.requests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ DEFAULTS = [
     ("NANOVLLM_OVERLAP", env.overlap, True),
     ("NANOVLLM_LOG_FORMAT", env.log_format, "text"),
     ("NANOVLLM_LOG_FILE", env.log_file, None),
+    ("NANOVLLM_LOG_FILE_FORMAT", env.log_file_format, None),
+    ("NANOVLLM_TRACE_MAX_MB", env.trace_max_mb, 1000),
     ("NANOVLLM_LOG_PROMPTS", env.log_prompts, False),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, 10.0),
     ("NANOVLLM_LOG_SLOW_SECONDS", env.log_slow_seconds, 5.0),
@@ -30,6 +33,7 @@ DEFAULTS = [
     ("MKL_NUM_THREADS", env.mkl_num_threads, False),
     ("OMP_WAIT_POLICY", env.omp_wait_policy, False),
     ("GOMP_SPINCOUNT", env.gomp_spincount, False),
+    ("NCCL_SOCKET_IFNAME", env.nccl_socket_ifname, False),
 ]
 
 VALUES = [
@@ -42,6 +46,8 @@ VALUES = [
     ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "2", 2.0),
     ("NANOVLLM_LOG_FORMAT", env.log_format, "json", "json"),
     ("NANOVLLM_LOG_FILE", env.log_file, "logs/run.jsonl", Path("logs/run.jsonl")),
+    ("NANOVLLM_LOG_FILE_FORMAT", env.log_file_format, "json", "json"),
+    ("NANOVLLM_TRACE_MAX_MB", env.trace_max_mb, "5", 5),
     ("NANOVLLM_LOG_PROMPTS", env.log_prompts, "1", True),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "0.5", 0.5),
     ("NANOVLLM_LOG_SLOW_SECONDS", env.log_slow_seconds, "0.5", 0.5),
@@ -68,6 +74,8 @@ BAD_VALUES = [
     ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, "4GB"),
     ("NANOVLLM_LOG_FORMAT", env.log_format, "JSON"),
     ("NANOVLLM_LOG_FORMAT", env.log_format, "xml"),
+    ("NANOVLLM_LOG_FILE_FORMAT", env.log_file_format, "xml"),
+    ("NANOVLLM_TRACE_MAX_MB", env.trace_max_mb, "0"),
     ("NANOVLLM_LOG_PROMPTS", env.log_prompts, "yes"),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "0"),
     ("NANOVLLM_LOG_STATS_INTERVAL", env.log_stats_interval, "nan"),
@@ -109,8 +117,28 @@ def test_a_bad_value_names_variable_value_and_what_is_allowed(monkeypatch, varia
     assert caught.value.allowed in str(caught.value)
 
 
+def test_the_variables_in_force_hide_what_may_be_a_secret(monkeypatch):
+    secret = env.Variable("NANOVLLM_SOME_KEY", env.SWITCH, False, "a key")
+    monkeypatch.setattr(env, "VARIABLES", (env.log_level, env.overlap, secret))
+    monkeypatch.setenv("NANOVLLM_SOME_KEY", "abc")
+    monkeypatch.setenv("NANOVLLM_LOG_LEVEL", " DEBUG ")
+    monkeypatch.delenv("NANOVLLM_OVERLAP", raising=False)
+    assert env.variables_in_force() == {"NANOVLLM_LOG_LEVEL": "DEBUG", "NANOVLLM_SOME_KEY": "set"}
+
+
 def test_no_other_file_of_the_package_reads_the_environment():
     package = Path(env.__file__).parents[1]
     readers = {file.name for file in package.rglob("*.py") if "os.environ" in file.read_text("utf-8")}
     readers |= {file.name for file in package.rglob("*.py") if "getenv(" in file.read_text("utf-8")}
     assert readers == {"env.py"}
+
+
+def test_nccl_listens_on_the_loopback_interface_unless_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    with env.nccl_stays_on_this_machine():
+        assert os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+    assert "NCCL_SOCKET_IFNAME" not in os.environ
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
+    with env.nccl_stays_on_this_machine():
+        assert os.environ["NCCL_SOCKET_IFNAME"] == "eth1"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "eth1"

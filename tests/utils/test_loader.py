@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import struct
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,13 @@ from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.linear import GatedParallelLinear
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.parameter import WeightPart, empty_parameter
-from nanovllm.utils.loader import checkpoint_files, load_dummy_weights, load_weights, weight_plan
+from nanovllm.utils.loader import (
+    check_weights,
+    checkpoint_files,
+    load_dummy_weights,
+    load_weights,
+    weight_plan,
+)
 
 CPU = torch.device("cpu")
 Tensors = dict[str, torch.Tensor]
@@ -94,7 +104,7 @@ def without(name: str) -> Callable[[Tensors], Tensors]:
         ),
         (
             lambda content: content | {"gate_proj.weight": torch.zeros(6, 4, dtype=torch.int8)},
-            r"gate_proj\.weight has dtype I8 and needs one of \('BF16', 'F16', 'F32'\)",
+            r"gate_proj\.weight has dtype I8 and needs one of \('BF16', 'F16', 'F32', 'F64'\)",
         ),
     ],
     ids=["missing", "unknown", "shape", "dtype"],
@@ -150,12 +160,169 @@ def test_files_that_are_not_there_or_broken(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not a tensor file")
     with pytest.raises(ModelLoadError, match="cannot be read as safetensors"):
         load_weights(Small(), tmp_path, CPU)
+    (tmp_path / "model.safetensors").unlink()
     write_index(tmp_path, {"gate_proj.weight": "absent.safetensors"})
     with pytest.raises(ModelLoadError, match=r"names files that are not there: absent\.safetensors"):
         load_weights(Small(), tmp_path, CPU)
     (tmp_path / "model.safetensors.index.json").write_text("[]")
-    with pytest.raises(ModelLoadError, match="not a safetensors index"):
+    with pytest.raises(ModelLoadError, match="must hold a JSON object, it holds list"):
         load_weights(Small(), tmp_path, CPU)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        "consolidated.safetensors",
+        "model.fp16.safetensors",
+        "adapter_model.safetensors",
+        "optimizer.safetensors",
+        "._model.safetensors",
+    ],
+)
+def test_the_whole_file_is_read_whatever_lies_beside_it(beside: str, tmp_path: Path) -> None:
+    write(tmp_path, tensors())
+    write(tmp_path, {"another.weight": torch.zeros(2)}, beside)
+    assert load_weights(Small(), tmp_path, CPU).num_files == 1
+
+
+@pytest.mark.parametrize("content", ['{"weight_map": {"gate_proj.weight": "gone.safetensors"}}', "no JSON", "[]"])
+def test_the_whole_file_goes_before_an_index_left_from_earlier(content: str, tmp_path: Path) -> None:
+    write(tmp_path, tensors())
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert load_weights(Small(), tmp_path, CPU).num_files == 1
+
+
+def test_shards_without_an_index_go_before_other_files(tmp_path: Path) -> None:
+    content = tensors()
+    write(tmp_path, {"up_proj.weight": content.pop("up_proj.weight")}, "model-00001-of-00002.safetensors")
+    write(tmp_path, content, "model-00002-of-00002.safetensors")
+    write(tmp_path, tensors(), "consolidated.safetensors")
+    assert load_weights(Small(), tmp_path, CPU).num_files == 2
+    (tmp_path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(ModelLoadError, match=r"missing from the checkpoint: up_proj\.weight"):
+        load_weights(Small(), tmp_path, CPU)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("pytorch_model.bin", "in PyTorch's format only: convert them .*save_pretrained"),
+        ("model-q4.gguf", "GGUF files, which are not supported"),
+        ("adapter_config.json", "an adapter, not a model: merge it"),
+        ("README.md", "no \\*\\.safetensors files"),
+    ],
+)
+def test_a_folder_without_safetensors_is_told_what_it_has(file: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / file).touch()
+    with pytest.raises(ModelLoadError, match=message):
+        load_weights(Small(), tmp_path, CPU)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "/etc/passwd",
+        "a/../../outside.safetensors",
+        "..\\outside.safetensors",
+        "C:outside",
+        "sub/model.safetensors",
+        *("..", ".", "", "a\0b", 5, None, True, ["a.safetensors"], {"a": "b"}),
+    ],
+)
+def test_an_index_names_files_of_its_own_folder_only(name: object, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write(tmp_path, tensors(), "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"up_proj.weight": name}}))
+    with pytest.raises(ModelLoadError, match=r"the file of up_proj\.weight is .* a file in the same folder\."):
+        load_weights(Small(), folder, CPU)
+
+
+def test_a_file_may_be_a_link_to_anywhere(tmp_path: Path) -> None:
+    """As in the caches of huggingface_hub, where files are links to ../../blobs."""
+    snapshot, blobs = tmp_path / "snapshots" / "main", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    write(blobs, tensors(), "0123")
+    (snapshot / "model-00001-of-00001.safetensors").symlink_to("../../blobs/0123")
+    write_index(snapshot, {"up_proj.weight": "model-00001-of-00001.safetensors"})
+    assert load_weights(Small(), snapshot, CPU).num_files == 1
+
+
+@pytest.mark.parametrize("weight_map", [{}, [], None, "model.safetensors", 5])
+def test_an_index_without_files_is_refused(weight_map: object, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ModelLoadError, match="is not a safetensors index: it has no weight_map"):
+        load_weights(Small(), tmp_path, CPU)
+
+
+def test_an_index_that_is_nested_deep_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": ' + "[" * 100_000)
+    with pytest.raises(ModelLoadError, match="nested too deep"):
+        load_weights(Small(), tmp_path, CPU)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "shard.safetensors", "model.safetensors.index.json"])
+def test_a_pipe_or_a_folder_in_the_place_of_a_file_is_refused(name: str, tmp_path: Path) -> None:
+    for make, unmake in ((os.mkfifo, os.unlink), (os.mkdir, os.rmdir)):
+        make(tmp_path / name)
+        with pytest.raises(ModelLoadError, match=r"it is no regular file\."):
+            load_weights(Small(), tmp_path, CPU)
+        unmake(tmp_path / name)
+
+
+def test_the_rotary_buffer_of_older_files_is_left_alone(tmp_path: Path) -> None:
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    load_weights(Small(), write(tmp_path, tensors() | buffer), CPU)
+
+
+def test_weights_in_float64_are_converted(tmp_path: Path) -> None:
+    model, content = Small(), tensors()
+    load_weights(model, write(tmp_path, {name: tensor.double() for name, tensor in content.items()}), CPU)
+    assert torch.equal(model.embed_tokens.weight, content["embed_tokens.weight"])
+
+
+def test_a_check_reads_no_weights_and_finds_what_loading_would(tmp_path: Path) -> None:
+    model = Small()
+    check_weights(model, write(tmp_path, tensors()))
+    write(tmp_path, without("up_proj.weight")(tensors()))
+    with pytest.raises(ModelLoadError, match=r"missing from the checkpoint: up_proj\.weight"):
+        check_weights(model, tmp_path)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_broken_file_is_refused_or_loaded_and_nothing_else(tmp_path: Path) -> None:
+    """Cut short anywhere, or with any bytes of its header changed."""
+    path = write(tmp_path, tensors()) / "model.safetensors"
+    whole = path.read_bytes()
+    (header_len,) = struct.unpack("<Q", whole[:8])
+    chance = random.Random(0)
+    cut = [whole[: chance.randrange(len(whole))] for _ in range(50)]
+    changed = []
+    for _ in range(300):
+        content = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            content[chance.randrange(8 + header_len)] = chance.randrange(256)
+        changed.append(bytes(content))
+    for content in [*cut, *changed, b"", whole + b"more"]:
+        path.write_bytes(content)
+        with suppress(ModelLoadError):
+            load_weights(Small(), tmp_path, CPU)
+            assert len(content) == len(whole)
+
+
+def test_a_header_that_lies_about_offsets_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, tensors()) / "model.safetensors"
+    whole = path.read_bytes()
+    (header_len,) = struct.unpack("<Q", whole[:8])
+    for offsets in ([0, 10**12], [-4, 92], [92, 0], [0, 95], [2**63, 2**64]):
+        header = json.loads(whole[8 : 8 + header_len])
+        header["gate_proj.weight"]["data_offsets"] = offsets
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + header_len :])
+        with pytest.raises(ModelLoadError, match="cannot be read as safetensors"):
+            load_weights(Small(), tmp_path, CPU)
 
 
 class Planned(nn.Module):

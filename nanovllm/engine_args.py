@@ -1,0 +1,102 @@
+"""EngineArgs and AsyncEngineArgs: the arguments of an engine as an object and as command-line options, as in vLLM."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, InitVar
+from typing import Any, TypeVar
+
+from nanovllm.compat.unsupported import ENGINE_ARGUMENTS
+from nanovllm.config import ALIASES, EngineConfig, check_names
+from nanovllm.utils.argparse_utils import FlexibleArgumentParser
+from nanovllm.utils.arguments import Argument, arguments_of
+
+E = TypeVar("E", bound="EngineArgs")
+
+DEFAULT_MODEL = "Qwen/Qwen3-0.6B"  # as in vLLM
+
+
+class EngineArgs(EngineConfig):
+    """The arguments of `LLM`, which can be assigned to.
+
+        args = EngineArgs(model="tiny", max_num_seqs=8)
+        args.max_model_len = 256
+        llm = LLM(**dataclasses.asdict(args))  # or LLM.from_engine_args(args)
+
+    Values are checked when the object is made, and again when an engine is made from it.
+    """
+
+    __hash__ = None  # type: ignore[assignment]  # EngineConfig has one, as it is frozen
+
+    def __init__(self, model: str = DEFAULT_MODEL, **arguments: Any) -> None:
+        super().__init__(model, **check_names(type(self).__name__, arguments))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Sets an argument. Raises UnknownArgumentError for another name."""
+        if check_names(type(self).__name__, {name: value}):  # else it has no effect
+            object.__setattr__(self, ALIASES.get(name, name), value)
+
+    @staticmethod
+    def add_cli_args(parser: FlexibleArgumentParser) -> FlexibleArgumentParser:
+        """Adds an option for each argument, `--max-model-len` for `max_model_len`, and returns the parser.
+
+        The values of arguments that have no effect are kept only if they are given.
+        """
+        group = parser.add_argument_group("Engine arguments")
+        hints = typing.get_type_hints(EngineConfig).items()
+        types = {name: hint.type if isinstance(hint, InitVar) else hint for name, hint in hints}
+        for each in arguments_of(EngineConfig):
+            _add_option(group, each, types[each.name])
+        for name, entry in ENGINE_ARGUMENTS.items():
+            if name not in types:
+                _add_option_without_effect(group, name, f"No effect: {entry.reason}.")
+        return parser
+
+    @classmethod
+    def from_cli_args(cls: type[E], args: argparse.Namespace) -> E:
+        """Returns the arguments in a parsed command line. Ignores those that are not the engine's."""
+        names = [each.name for each in arguments_of(EngineConfig)]
+        return cls(**{name: value for name, value in vars(args).items() if name in names or name in ENGINE_ARGUMENTS})
+
+
+class AsyncEngineArgs(EngineArgs):
+    """The arguments of `AsyncLLM`, which are those of `LLM`."""
+
+
+def _add_option(group: argparse._ArgumentGroup, declared: Argument, type_hint: Any) -> None:
+    default = DEFAULT_MODEL if declared.default is MISSING else declared.default
+    help_text = f"{declared.help} Allowed: {declared.rule.allowed}. Default: {default!r}".replace("%", "%%")
+    option = "--" + declared.name.replace("_", "-")
+    if type_hint is bool:
+        group.add_argument(option, action=argparse.BooleanOptionalAction, default=default, help=help_text)
+        return
+    kinds = [kind for kind in typing.get_args(type_hint) or [type_hint] if kind is not type(None)]
+
+    def parse(text: str) -> Any:
+        try:
+            value = json.loads(text) if typing.get_origin(kinds[0]) is Mapping else kinds[0](text)
+        except ValueError:
+            value = text
+        if not declared.rule.accepts(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {declared.rule.allowed}")
+        return value
+
+    group.add_argument(option, type=parse, default=default, metavar=declared.name.upper(), help=help_text)
+
+
+def _add_option_without_effect(group: argparse._ArgumentGroup, name: str, help_text: str) -> None:
+    """Adds an option whose value is JSON or a text, or true if there is none. `--no-…` means false."""
+    option, absent = name.replace("_", "-"), argparse.SUPPRESS
+    add = group.add_argument
+    add(f"--{option}", nargs="?", const=True, type=_read_value, default=absent, metavar="VALUE", help=help_text)
+    add(f"--no-{option}", dest=name, action="store_false", default=absent, help=argparse.SUPPRESS)
+
+
+def _read_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None if text == "None" else text

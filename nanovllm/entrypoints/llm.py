@@ -1,0 +1,3 @@
+"""vLLM's place of `LLM`."""
+
+from nanovllm.llm import LLM as LLM

@@ -1,0 +1,1 @@
+"""vLLM's place of `AsyncLLM` and `LLMEngine`."""
