@@ -72,6 +72,7 @@ class SampledStep:
     gaps: npt.NDArray[np.float64]  # for each of them, seconds since its previous token; -inf for its first
     now: float  # seconds of the engine's clock
     gpu_ms: float | None  # time on the GPU; None if it was not measured
+    load: Load  # while the sequences that end with it still hold their blocks
 
 
 @dataclass(frozen=True)

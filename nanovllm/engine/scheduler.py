@@ -319,7 +319,7 @@ class Scheduler:
         self._record_logprobs(batch, live, result)
         sampled, token_ids = sampled[live], result.token_ids[live]
         gaps = now - rows.last_token[sampled]
-        self._observer.tokens_sampled(SampledStep(batch, rows, sampled, gaps, now, result.gpu_ms))
+        self._observer.tokens_sampled(SampledStep(batch, rows, sampled, gaps, now, result.gpu_ms, self.load))
         rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids
         rows.num_tokens[sampled] += 1
         rows.last_token[sampled] = now

@@ -13,6 +13,7 @@ import numpy as np
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.observer import CollectedStep, EngineObserver, EngineStart, SampledStep
 from nanovllm.engine.request_end import Cause, RequestEnd
+from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.statistics import EngineStatistics, Load
 from nanovllm.logs import events
@@ -57,12 +58,11 @@ class _Window:
         if step.gpu_ms is not None:
             self.device_seconds = (self.device_seconds or 0.0) + step.gpu_ms / 1e3
 
-    def loaded(self, now: float, load: Load) -> None:
-        usage = load.used_blocks / load.num_blocks
-        if usage > self.peak_usage:
-            self.peak_usage, self.peak_usage_at = usage, now
-        if load.num_waiting > self.peak_waiting:
-            self.peak_waiting, self.peak_waiting_at = load.num_waiting, now
+    def loaded(self, now: float, kv_cache_usage: float, num_waiting: int) -> None:
+        if kv_cache_usage > self.peak_usage:
+            self.peak_usage, self.peak_usage_at = kv_cache_usage, now
+        if num_waiting > self.peak_waiting:
+            self.peak_waiting, self.peak_waiting_at = num_waiting, now
 
     def fields(self) -> dict[str, Any]:
         """Returns the fields of `engine.statistics` that do not depend on the totals."""
@@ -100,6 +100,7 @@ class StatisticsLine(EngineObserver):
         self._run = _Window(0.0, EngineStatistics())
         self._window = _Window(0.0, EngineStatistics())
         self._load = Load(0, 0, 0, 1)
+        self._num_added = 0  # sequences that joined the queue since a step was planned
         self._collected = 0.0  # when the previous step was collected, or the first one of some work was submitted
 
     def engine_started(self, start: EngineStart) -> None:
@@ -118,11 +119,18 @@ class StatisticsLine(EngineObserver):
         seconds, self._collected = step.now - self._collected, step.now
         for window in (self._window, self._run):
             window.step_sampled(step, seconds)
+            window.loaded(step.now, step.load.used_blocks / step.load.num_blocks, step.load.num_waiting)
+
+    def request_added(self, sequence: Sequence) -> None:
+        self._num_added += 1
+        for window in (self._window, self._run):
+            window.loaded(sequence.queued, 0.0, self._load.num_waiting + self._num_added)
+
+    def batch_scheduled(self, batch: ScheduledBatch, rows: RowTable) -> None:
+        self._num_added = 0  # some may run now: the next step's load tells
 
     def step_collected(self, step: CollectedStep) -> None:
         self._load = step.load
-        for window in (self._window, self._run):
-            window.loaded(step.collected, step.load)
         if step.collected - self._window.began >= self._interval:
             self._log(self._window, step.collected)
             self.work_began(step.collected)

@@ -257,8 +257,8 @@ def test_the_statistics_line_comes_while_there_is_work(
         "device_s": None,
         "peak_kv_cache_usage": 4 / 32,
         "peak_kv_cache_at": 103,
-        "peak_waiting": 1,
-        "peak_waiting_at": 101,
+        "peak_waiting": 3,
+        "peak_waiting_at": 100,
         "slowest_step": 1,
         "slowest_step_kind": "prefill",
         "slowest_step_ms": 1000,
@@ -291,9 +291,21 @@ def test_the_last_statistics_cover_the_run(
     assert final["final"]
     assert (final["num_steps"], final["num_output_tokens"], final["wall_s"], final["seconds"]) == (7, 7, 7, 57)
     assert (final["num_prefix_queries"], final["num_prefix_hits"]) == (15, 8)
-    assert (final["peak_waiting"], final["peak_kv_cache_usage"]) == (1, 2 / 32)
+    assert (final["peak_waiting"], final["peak_kv_cache_usage"]) == (2, 2 / 32)
     assert final["generation_tokens_per_second"] == 1
     assert final["finished_by_cause"] == {"length": 2, "abort": 1}
+
+
+def test_the_peak_counts_blocks_of_requests_that_end_with_their_first_step(
+    engine_of: Callable[..., LLMEngine], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "nanovllm"):
+        engine = engine_of()
+        engine.add_request("a", [1, 2, 3, 4, 5], greedy(1))
+        run(engine)
+        engine.exit()
+    (final,) = lines(caplog, "engine.statistics")
+    assert (final["peak_kv_cache_usage"], final["kv_cache_usage"]) == (2 / 32, 0)
 
 
 def test_the_lines_of_requests_and_steps(engine_of: Callable[..., LLMEngine], caplog: pytest.LogCaptureFixture) -> None:

@@ -27,6 +27,7 @@ class Steps:
         self.seq_of = {sequence.row: sequence.seq_id for sequence in sequences}
         for sequence in sequences:
             self.stalls.sequence_scheduled(sequence, 0)
+        self.load = self.driver.scheduler.load
         self.now = 100.0
         self.last = dict.fromkeys(self.seq_of, np.inf)
 
@@ -34,7 +35,7 @@ class Steps:
         self.now += 1
         gaps = np.array([self.now - self.last[row] for row in rows])
         sampled = np.array(rows, dtype=np.int32)
-        self.stalls.tokens_sampled(SampledStep(self.batch, self.rows, sampled, gaps, self.now, gpu_ms))
+        self.stalls.tokens_sampled(SampledStep(self.batch, self.rows, sampled, gaps, self.now, gpu_ms, self.load))
         self.last.update(dict.fromkeys(rows, self.now))
 
 
