@@ -152,13 +152,14 @@ class AsyncLLM(VllmInterface):
         self._loop = loop
         return loop
 
+    @accepting(REQUEST_ARGUMENTS)
     async def chat(
         self,
         messages: Conversation,
         sampling_params: SamplingParams | None = None,
         request_id: str | None = None,
         *,
-        delta: bool = False,
+        delta: bool | None = None,
         **options: Unpack[ChatArguments],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Completes one conversation through the checkpoint's chat template; otherwise the same as `generate`.

@@ -114,6 +114,7 @@ class LLM(VllmInterface):
         prompts = self._chat.prompts(self.get_tokenizer(), messages, ChatOptions(**options))
         return self._generate(prompts, sampling_params, use_tqdm)
 
+    @accepting(REQUEST_ARGUMENTS)
     def stream_chat(
         self,
         messages: Conversation | Seq[Conversation],

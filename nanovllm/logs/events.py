@@ -145,10 +145,7 @@ logging_level = Event(
 )
 
 argument_without_effect = Event(
-    "argument.without_effect",
-    DEBUG,
-    "compat.unsupported",
-    "{callee}: {argument}={given} has no effect: {why}",
+    "argument.without_effect", DEBUG, "compat.unsupported", "{callee}: {argument}={given} has no effect: {why}"
 )
 
 # ---- memory

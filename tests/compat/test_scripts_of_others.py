@@ -173,7 +173,6 @@ def test_the_engine_s_loop(tmp_path: Path) -> None:
     assert [by_request[number] for number in "34"] == [f"{number} 1 ['abort'] False" for number in "34"]
 
 
-@pytest.mark.skipif(not hasattr(LLM, "get_metrics"), reason="LLM has no get_metrics")
 def test_metrics(tmp_path: Path) -> None:
     lines = [line.split() for line in run("vllm_metrics", tmp_path)]
     values = {name: float(value) for kind, name, value, *_ in lines if kind in ("counter", "gauge", "histogram")}

@@ -253,7 +253,13 @@ def test_fields_of_vllm_s_sampling_params(name: str) -> None:
 @pytest.mark.parametrize(("name", "value"), [("lora_request", "adapter"), ("priority", 1)])
 def test_arguments_of_a_request(llm: LLM, name: str, value: Any) -> None:
     message = f"{name}={value!r} is not allowed: .*Not supported: "
-    for call in (llm.generate, llm.stream, llm.chat, lambda *a, **k: llm.llm_engine.add_request("r", *a, **k)):
+    for call in (
+        llm.generate,
+        llm.stream,
+        llm.chat,
+        llm.stream_chat,
+        lambda *a, **k: llm.llm_engine.add_request("r", *a, **k),
+    ):
         with pytest.raises(InvalidArgumentError, match=message):
             call(PROMPT, GREEDY, **{name: value})
     llm.llm_engine.add_request("r", PROMPT, GREEDY, **{name: None})
@@ -364,6 +370,10 @@ def test_output_kinds_of_an_async_llm() -> None:
                     await outputs_of(engine, kinds[RequestOutputKind[kind]], delta=delta)
             both = await outputs_of(engine, kinds[RequestOutputKind.DELTA], delta=True)
             assert "".join(output["text"] for output in both) == whole
+            chat = engine.chat([{"role": "user", "content": PROMPT}], kinds[RequestOutputKind.FINAL_ONLY])
+            assert [output.finished async for output in chat] == [True]
+            chat = engine.chat([{"role": "user", "content": PROMPT}], kinds[RequestOutputKind.DELTA])
+            assert len([output async for output in chat]) > 1
 
     asyncio.run(main())
 
