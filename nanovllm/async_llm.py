@@ -287,11 +287,11 @@ class _EngineThread:
 
     def _add(self, engine: LLMEngine, request: _Request) -> None:
         try:
-            engine.add_request(request.request_id, request.prompt, request.params)
+            sequences = engine.enqueue(request.request_id, engine.prepare(request.prompt, request.params))
         except Exception as error:  # concerns this request alone
             self._deliver([(request, error)])
             return
-        request.stream = OutputStream(engine, request.request_id, delta=request.delta)
+        request.stream = OutputStream(engine, request.request_id, sequences, delta=request.delta)
         self._running[request.request_id] = request
 
     def _abort(self, engine: LLMEngine, request: _Request) -> None:

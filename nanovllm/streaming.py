@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import StepFailedError
+from nanovllm.engine.turns import Call
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.detokenizer import Detokenizer
 from nanovllm.requests.output_builder import NewTokens
@@ -29,27 +31,20 @@ class OutputStream:
     The thread that runs the steps calls `read`. The consumer calls `grow` and `end`, possibly in another thread. They
     decode the text, once for all tokens since the previous output.
 
+    sequences: the request's, as `LLMEngine.enqueue` returns them.
     delta: an output holds only what is new since the previous one, for the completions that have new tokens. Otherwise
     it holds everything so far.
     Text that was shown never changes: an incomplete character is held back, and so is text that may begin a stop
     string. A completion that ends before the others of its request gets its finish_reason in the last output.
     """
 
-    def __init__(self, engine: LLMEngine, request_id: str, *, delta: bool) -> None:
-        sequences = engine.sequences(request_id)
-        assert sequences, f"{request_id} has ended"
-        self._engine, self._request_id, self._delta = engine, request_id, delta
+    def __init__(self, engine: LLMEngine, request_id: str, sequences: list[Sequence], *, delta: bool) -> None:
+        self._request_id, self._delta = request_id, delta
         self._sequences = sequences
         self._completions = [_CompletionStream(engine, *each, delta) for each in enumerate(sequences)]
 
     def read(self) -> News | None:
-        """Returns the tokens since the last call, or None when there are none. Call it while the request runs.
-
-        Raises StepFailedError when the request was lost in a failed step.
-        """
-        for sequence in self._sequences:
-            if sequence.finish_reason is None and self._engine.sequences(sequence.request_id) != [sequence]:
-                raise StepFailedError(f"A step failed: request {self._request_id!r} is lost.")
+        """Returns the tokens since the last call, or None when there are none."""
         news = {index: new for index, each in enumerate(self._completions) if (new := each.read()) is not None}
         return news or None
 
@@ -73,6 +68,34 @@ class OutputStream:
             return final
         streams = zip(self._completions, final.outputs, strict=True)
         return replace(final, outputs=[each.end(completion) for each, completion in streams])
+
+
+class StreamCall(Call):
+    """One `LLM.stream`: its streams, and the tokens that steps brought, whichever thread ran them."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        super().__init__()
+        self._engine = engine
+        self._streams: dict[str, OutputStream] = {}
+        self._news: deque[tuple[str, News]] = deque()  # of each step
+
+    def queued(self, request_id: str, sequences: list[Sequence]) -> None:
+        self._streams[request_id] = OutputStream(self._engine, request_id, sequences, delta=True)
+
+    def step_ended(self) -> None:
+        for request_id, stream in list(self._streams.items()):
+            new = stream.read()
+            if new is not None:
+                self._news.append((request_id, new))
+
+    def outputs(self, ended: Iterable[RequestOutput]) -> list[RequestOutput]:
+        """Returns the new outputs, first those of the requests in `ended`, which ends their streams."""
+        outputs = [self._streams.pop(output.request_id).end(output) for output in ended]
+        grown: dict[str, News] = {}
+        while self._news:
+            request_id, new = self._news.popleft()
+            extend_news(grown.setdefault(request_id, {}), new)
+        return outputs + [self._streams[name].grow(new) for name, new in grown.items() if name in self._streams]
 
 
 class _CompletionStream:
