@@ -76,9 +76,10 @@ class Turns:
             self.check_free()
         ended: SimpleQueue[None] = SimpleQueue()
         self._waiting.append(ended)
-        if self.is_taken:  # still: then its thread finds `ended`
+        while self.is_taken:  # still: then its thread finds `ended`
             with suppress(Empty):
                 ended.get(timeout=_MAX_WAIT_SECONDS)
+                break
         return True
 
     def run(self, action: Callable[[], None]) -> None:
