@@ -1,12 +1,14 @@
 """AsyncLLM: inference for coroutines, with the engine on a thread of its own.
 
-The event loop and the engine's thread share two things only, one for each direction:
+Event loops and the engine's thread share two things only, one for each direction:
 
 - `_EngineThread._commands`, a queue to the engine: add a request, abort it, drop it, stop. The engine takes commands
   between steps, in order.
 - the unread output of each request, guarded by `_EngineThread._lock`: the tokens that its consumer has not fetched and,
   once the request has ended, its end. New tokens are appended to unread ones, so a slow consumer gets fewer and longer
-  outputs, and delays no other request. At most one call that wakes consumers is pending in the event loop.
+  outputs, and delays no other request. At most one call that wakes consumers is pending in each event loop.
+
+Prompts are tokenised and checked in a third thread, one at a time: neither the engine nor an event loop waits for it.
 """
 
 from __future__ import annotations
@@ -16,8 +18,9 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from nanovllm.config import EngineConfig, takes_engine_arguments
@@ -25,6 +28,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine_factory import make_engine
 from nanovllm.errors import EngineDeadError, InvalidArgumentError, InvalidStateError, NanoVLLMError, StepFailedError
 from nanovllm.outputs import RequestOutput
+from nanovllm.requests.preparation import PreparedRequest
 from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.streaming import News, OutputStream, extend_news
@@ -37,15 +41,16 @@ class AsyncLLM:
         async for output in engine.generate("Hello", SamplingParams(temperature=0), "my-request"):
             print(output.outputs[0].text)
 
-    The arguments and errors are those of `LLM`. One event loop at a time may use it: a call from another one raises
-    InvalidStateError. Use it as a context manager, or call `exit`, to free the device's memory.
+    The arguments and errors are those of `LLM`. Several event loops, in several threads, may use it; each request
+    belongs to the one that asked for it. Use it as a context manager, or call `exit`, to free the device's memory.
     """
 
     @takes_engine_arguments
     def __init__(self, config: EngineConfig) -> None:
         self._thread = _EngineThread(config)
         self._counter = itertools.count()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        # One thread, so that requests arrive in the order of the calls.
+        self._preparing = ThreadPoolExecutor(1, "nanovllm-prepare")
         try:
             self._engine = self._thread.start_engine()
         except BaseException:  # including Ctrl-C: the thread ends as soon as the engine has started
@@ -54,7 +59,7 @@ class AsyncLLM:
         # A finalizer, so that the engine also ends when this object is garbage-collected or Python ends.
         self._exit = weakref.finalize(self, self._thread.stop)
 
-    async def generate(
+    def generate(
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
@@ -71,31 +76,22 @@ class AsyncLLM:
         Raises InvalidArgumentError and RequestTooLargeError, which concern this request alone; StepFailedError when a
         step failed, and all requests with it; and EngineDeadError when the engine has ended.
         """
-        if not isinstance(delta, bool):
-            raise InvalidArgumentError("delta", delta, "True or False")
         request_id = f"async-{next(self._counter)}" if request_id is None else request_id
-        request = _Request(request_id, prompt, sampling_params, delta)
-        self._thread.open(request, self._running_loop())
-        try:
-            while True:
-                await request.news.wait()
-                output = self._thread.take(request)
-                if output is not None:
-                    yield output
-                    if output.finished:
-                        return
-        finally:
-            self._thread.close(request)
+        return _Outputs(self._thread, self._prepare, prompt, sampling_params, _Request(request_id, delta))
+
+    async def _prepare(self, prompt: Prompt, params: SamplingParams | None) -> PreparedRequest:
+        """Tokenises and checks a request, while the event loop goes on."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._preparing, self._engine.prepare, prompt, params)
 
     async def abort(self, request_id: str) -> None:
         """Ends a request; its consumer gets the tokens so far, with finish_reason "abort".
 
         Returns when the request has ended. Ignores an unknown or finished id.
         """
-        self._running_loop()
-        request = self._thread.abort(request_id)
-        if request is not None:
-            await request.ended.wait()
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        if self._thread.abort(request_id, lambda: loop.call_soon_threadsafe(ended.set)):
+            await ended.wait()
 
     def get_tokenizer(self) -> Any:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
@@ -124,26 +120,86 @@ class AsyncLLM:
     async def __aexit__(self, *exception: object) -> None:
         self.exit()
 
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        """Returns the running event loop. Raises InvalidStateError while another one that used it is open."""
-        loop = asyncio.get_running_loop()
-        if self._loop is not None and self._loop is not loop and not self._loop.is_closed():
-            raise InvalidStateError(
-                "This AsyncLLM serves another event loop, which is still open: use it from there, or make another one."
-            )
-        self._loop = loop
-        return loop
-
 
 class _Request:
-    """A request that its consumer and the engine's thread share. The thread's lock guards `waiting` and `end`."""
+    """A request that its consumer and the engine's thread share. The thread's lock guards all but the first three."""
 
-    def __init__(self, request_id: str, prompt: Prompt, params: SamplingParams | None, delta: bool) -> None:
-        self.request_id, self.prompt, self.params, self.delta = request_id, prompt, params, delta
+    def __init__(self, request_id: str, delta: bool) -> None:
+        self.request_id, self.delta = request_id, delta
+        self.news = asyncio.Event()  # set in the event loop only
+        self.loop: asyncio.AbstractEventLoop | None = None  # the consumer's, once it has begun
+        self.prepared: PreparedRequest | None = None
+        self.arrival: float | None = None
+        self.is_aborted = False
+        self.when_ended: list[Callable[[], object]] = []
         self.stream: OutputStream | None = None  # made by the engine's thread when it adds the request
         self.waiting: News | None = None  # what the consumer has not fetched
         self.end: RequestOutput | BaseException | None = None
-        self.news, self.ended = asyncio.Event(), asyncio.Event()  # set in the event loop only
+
+
+_Prepare = Callable[[Prompt, "SamplingParams | None"], Awaitable[PreparedRequest]]
+
+
+class _Outputs(AsyncGenerator[RequestOutput, None]):
+    """The outputs of one request, for its consumer.
+
+    Not an async generator function: Python would close such a one in a task of its event loop, which may end before.
+    """
+
+    def __init__(
+        self,
+        thread: _EngineThread,
+        prepare: _Prepare,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request: _Request,
+    ) -> None:
+        self._thread, self._prepare, self._request = thread, prepare, request
+        self._prompt, self._params = prompt, params
+        self._is_open, self._is_closed = False, False
+
+    async def __anext__(self) -> RequestOutput:
+        try:
+            if not self._is_open and not self._is_closed:
+                await self._open()
+            while not self._is_closed:
+                output = self._thread.take(self._request)
+                if output is not None:
+                    if output.finished:
+                        self.close()
+                    return output
+                await self._request.news.wait()
+        except BaseException:
+            self.close()
+            raise
+        raise StopAsyncIteration
+
+    async def _open(self) -> None:
+        if not isinstance(self._request.delta, bool):
+            raise InvalidArgumentError("delta", self._request.delta, "True or False")
+        self._is_open = True
+        self._thread.open(self._request, asyncio.get_running_loop())
+        self._thread.start(self._request, await self._prepare(self._prompt, self._params))
+
+    def close(self) -> None:
+        """Drops the request if it is unfinished."""
+        if self._is_open and not self._is_closed:
+            self._thread.close(self._request)
+        self._is_closed = True
+
+    async def aclose(self) -> None:
+        self.close()
+        self._request.news.set()  # for a task that waits for the next output
+
+    async def asend(self, value: None) -> RequestOutput:
+        return await self.__anext__()
+
+    async def athrow(self, *exception: Any) -> RequestOutput:
+        self.close()
+        raise exception[0]
+
+    def __del__(self) -> None:
+        self.close()
 
 
 _Command = Callable[[LLMEngine, _Request], None]
@@ -162,11 +218,11 @@ class _EngineThread:
         # A daemon thread: Python would wait for any other before it runs the finalizer that stops this one.
         self._thread = threading.Thread(target=self._run, args=(config,), name="nanovllm-engine", daemon=True)
         self._running: dict[str, _Request] = {}  # the engine's unfinished requests; only this thread uses it
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection may close a request while it is held
         # Guarded by the lock:
         self._open: dict[str, _Request] = {}  # requests whose consumer has not left
-        self._to_wake: dict[_Request, None] = {}  # if not empty, a call of `_wake` is pending
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loops: set[asyncio.AbstractEventLoop] = set()  # of the open requests, and perhaps others
+        self._to_wake: dict[asyncio.AbstractEventLoop, list[_Request]] = {}  # by loops in which a `_wake` is pending
         self._dead: BaseException | None = None
 
     # Called by consumers
@@ -184,18 +240,27 @@ class _EngineThread:
             self._thread.join()
 
     def open(self, request: _Request, loop: asyncio.AbstractEventLoop) -> None:
-        """Sends a request to the engine. Its consumer runs in `loop`."""
+        """Takes the id of a request. Its consumer runs in `loop`."""
         with self._lock:
             if self._dead is not None:
                 raise EngineDeadError.after(self._dead)
-            if loop is not self._loop:  # the previous one is closed
-                self._drop_all()
-                self._loop = loop
+            for closed in [each for each in self._loops if each.is_closed()]:
+                self._drop_loop(closed)
             if not isinstance(request.request_id, str) or request.request_id in self._open:
                 allowed = "a text, unique among the unfinished requests"
                 raise InvalidArgumentError("request_id", request.request_id, allowed)
+            request.loop = loop
+            request.arrival = self._started.result().clock()
+            self._loops.add(loop)
             self._open[request.request_id] = request
+
+    def start(self, request: _Request, prepared: PreparedRequest) -> None:
+        """Sends a request to the engine."""
+        with self._lock:
+            request.prepared = prepared
             self._commands.put((self._add, request))
+            if request.is_aborted:
+                self._commands.put((self._abort, request))
 
     def take(self, request: _Request) -> RequestOutput | None:
         """Returns everything that the consumer has not fetched as one output; None if there is nothing.
@@ -216,31 +281,34 @@ class _EngineThread:
             return request.stream.end(end)
         return None if waiting is None else request.stream.grow(waiting)
 
-    def abort(self, request_id: str) -> _Request | None:
-        """Asks the engine to end a request. Returns it, or None for an unknown id."""
+    def abort(self, request_id: str, when_ended: Callable[[], object]) -> bool:
+        """Asks the engine to end a request. Returns False for an unknown id; else `when_ended` is called at its end."""
         with self._lock:
             request = self._open.get(request_id)
-            if request is not None:
+            if request is None or request.end is not None:
+                return False
+            request.when_ended.append(when_ended)
+            request.is_aborted = True
+            if request.prepared is not None:
                 self._commands.put((self._abort, request))
-        return request
+            return True
 
     def close(self, request: _Request) -> None:
         """Forgets a request whose consumer leaves. Drops it from the engine if it is unfinished."""
-        request.ended.set()
         with self._lock:
             if self._open.get(request.request_id) is request:
                 del self._open[request.request_id]
                 if request.end is None:
                     self._commands.put((self._drop, request))
+                self._has_ended(request)
 
-    def _wake(self) -> None:
-        """Wakes the consumers that have something to fetch. Runs in the event loop."""
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wakes the consumers that have something to fetch. Runs in `loop`, which is theirs."""
         with self._lock:
-            to_wake, self._to_wake = self._to_wake, {}
+            to_wake = self._to_wake.pop(loop, [])
         for request in to_wake:
-            request.news.set()
-            if request.end is not None:
-                request.ended.set()
+            with suppress(RuntimeError):  # its consumer went on in another loop, which is closed
+                request.news.set()
 
     # The thread itself
 
@@ -286,8 +354,9 @@ class _EngineThread:
             self._deliver(news)
 
     def _add(self, engine: LLMEngine, request: _Request) -> None:
+        assert request.prepared is not None, "it is started"
         try:
-            sequences = engine.enqueue(request.request_id, engine.prepare(request.prompt, request.params))
+            sequences = engine.enqueue(request.request_id, request.prepared, request.arrival)
         except Exception as error:  # concerns this request alone
             self._deliver([(request, error)])
             return
@@ -304,29 +373,47 @@ class _EngineThread:
             engine.discard_requests([request.request_id])
 
     def _deliver(self, news: list[_Delivery]) -> None:
-        """Stores news for the consumers, and schedules `_wake` in the event loop unless a call is pending."""
+        """Stores news for the consumers. Schedules `_wake` in their event loops, unless a call is pending there."""
         with self._lock:
-            is_pending = bool(self._to_wake)
             for request, item in news:
-                if not isinstance(item, dict):
-                    request.end = request.end or item
-                elif request.waiting is None:
-                    request.waiting = item
+                if isinstance(item, dict):
+                    if request.waiting is None:
+                        request.waiting = item
+                    else:
+                        extend_news(request.waiting, item)
                 else:
-                    extend_news(request.waiting, item)
-                self._to_wake[request] = None
-            if self._to_wake and not is_pending and self._loop is not None:
+                    request.end = request.end or item
+                loop = request.loop
+                if loop is None or self._open.get(request.request_id) is not request:
+                    continue
+                if loop in self._to_wake and not loop.is_closed():
+                    self._to_wake[loop].append(request)
+                    continue
+                self._to_wake[loop] = [request]
                 try:
-                    self._loop.call_soon_threadsafe(self._wake)
-                except RuntimeError:  # the loop is closed, and its consumers with it
-                    self._drop_all()
+                    loop.call_soon_threadsafe(self._wake, loop)
+                except RuntimeError:  # it is closed, and its consumers with it
+                    self._drop_loop(loop)
+            for request, item in news:
+                if not isinstance(item, dict):  # told last: the consumer has its end when `abort` returns
+                    self._has_ended(request)
 
-    def _drop_all(self) -> None:
+    def _drop_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """Drops the requests of an event loop that is closed. The caller holds the lock."""
-        for request in self._open.values():
+        for request in [request for request in self._open.values() if request.loop is loop]:
+            request.end = request.end or InvalidStateError("The event loop of this request is closed.")
+            self.close(request)
             self._commands.put((self._drop, request))
-        self._open.clear()
-        self._to_wake.clear()
+        self._loops.discard(loop)
+        self._to_wake.pop(loop, None)
+
+    @staticmethod
+    def _has_ended(request: _Request) -> None:
+        """Tells those who wait for the end of a request. The caller holds the lock."""
+        when_ended, request.when_ended = request.when_ended, []
+        for tell in when_ended:
+            with suppress(RuntimeError):  # an event loop that is closed
+                tell()
 
 
 def _step_failed(engine: LLMEngine, cause: Exception) -> NanoVLLMError:

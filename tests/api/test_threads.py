@@ -81,10 +81,7 @@ def test_no_thread_waits_until_another_is_done(threads: ThreadPoolExecutor) -> N
     done = threading.Event()
 
     def endless() -> bool:
-        for _ in llm.stream([1], SamplingParams(max_tokens=None, ignore_eos=True)):
-            if done.is_set():
-                return True
-        return False
+        return any(done.is_set() for _ in llm.stream([1], SamplingParams(max_tokens=None, ignore_eos=True)))
 
     first = threads.submit(endless)
     assert until(lambda: engine.statistics.num_steps > 3)
@@ -248,5 +245,3 @@ def test_the_engine_exits_while_another_thread_uses_it(threads: ThreadPoolExecut
     assert executor.is_shut_down
     for call in calls:
         assert isinstance(call.exception(WATCHDOG), EngineDeadError)
-
-

@@ -6,6 +6,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ ENGINE = ("engine/llm_engine.py", "engine/unfinished_requests.py", "engine/turns
 STATE = ("engine/scheduler.py", "engine/block_manager.py", "engine/row_table.py")
 CALLS = (*ENGINE, "nanovllm/llm.py", "nanovllm/streaming.py")
 SEVERAL = SamplingParams(n=3, max_tokens=4, ignore_eos=True)
-SETTINGS = {"pipeline_depth": 2, "num_blocks": 14, "max_num_seqs": 3, "max_num_batched_tokens": 8}  
+SETTINGS = {"pipeline_depth": 2, "num_blocks": 14, "max_num_seqs": 3, "max_num_batched_tokens": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -67,11 +68,8 @@ def use(engine: LLMEngine) -> None:
 
 def interrupted(place: Place, files: tuple[str, ...], call: Callable[[], object]) -> bool:
     interrupter = Interrupter(files, place)
-    with interrupter.tracing():
-        try:
-            call()
-        except KeyboardInterrupt:
-            pass
+    with interrupter.tracing(), suppress(KeyboardInterrupt):
+        call()
     return interrupter.has_fired
 
 
@@ -131,9 +129,10 @@ def test_again_at_every_line_of_the_recovery() -> None:
             sys.settrace(tracer)
             recover(*arguments)
 
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(engine, "_recover", traced)
-            engine.step(())
+            with pytest.raises(KeyboardInterrupt):
+                engine.step(())
 
     assert at_every_line((*ENGINE, *STATE), use) > 50
 
