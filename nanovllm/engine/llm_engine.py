@@ -245,10 +245,11 @@ class LLMEngine:
             self._resets_cache = False
         to_abort: list[Sequence] = []
         if unfinished.has_changes:
-            for request in unfinished.take_discarded():
+            discarded, arrived = unfinished.take_changes()
+            for request in discarded:
                 for sequence in request.sequences:
                     scheduler.abort(sequence)
-            for request in unfinished.take_arrived():
+            for request in arrived:
                 for sequence in request.sequences:
                     if request.grammar is not None:
                         self._grammars.start(sequence, request.grammar)
@@ -302,7 +303,7 @@ class LLMEngine:
 
         Ctrl-C may break this off, too: then the next step does it again.
         """
-        lost = self._unfinished.running_started()
+        lost = list(dict.fromkeys(self._unfinished.started_sequences()))
         scheduler = Scheduler(self.resolved, self._observers, self.clock)
         self._unfinished.lose(error, request_ids)
         self.scheduler = scheduler

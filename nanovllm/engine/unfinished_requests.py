@@ -121,10 +121,6 @@ class UnfinishedRequests:
         """Returns the sequences that have not ended."""
         return [each for request in self.requests() for each in request.sequences if each.finish_reason is None]
 
-    def running_started(self) -> list[Sequence]:
-        """Returns those of `running` that have started, which a failed step loses."""
-        return [sequence for sequence in self.running() if self.is_live(sequence)]
-
     # Called in any thread
 
     def add(self, request: Request) -> None:
@@ -167,26 +163,24 @@ class UnfinishedRequests:
         ended = [call for call in self.calls if not call.running.locked()]
         return bool(ended or self._arrived or self._discarded or self._aborted)
 
-    def take_discarded(self) -> Iterator[Request]:
-        """Removes and yields the discarded requests that have started, those of calls that have ended among them."""
-        for call in [call for call in self.calls if not call.running.locked()]:
-            self.discard(call.request_ids)
-            self.calls.remove(call)
-        while self._discarded:
-            request = self._discarded.popleft()
-            self._outputs.pop(request.request_id, None)  # the step before may have built it meanwhile
-            if self._started.get(request.request_id) is request:
-                self._remove(request)
-                yield request
-
-    def take_arrived(self) -> Iterable[Request]:
-        """Moves the requests that have arrived to those that have started, and returns them."""
-        with self.lock:
+    def take_changes(self) -> tuple[list[Request], list[Request]]:
+        """Returns the requests to end, which are forgotten, and the requests to start, which count as started."""
+        discarded: list[Request] = []
+        with self.lock:  # both at once, because an id may be discarded and then used again
+            for call in [call for call in self.calls if not call.running.locked()]:
+                self.discard(call.request_ids)
+                self.calls.remove(call)
+            while self._discarded:
+                request = self._discarded.popleft()
+                self._outputs.pop(request.request_id, None)  # the step before may have built it meanwhile
+                if self._started.get(request.request_id) is request:
+                    self._remove(request)
+                    discarded.append(request)
             arrived = [request for request in dict.fromkeys(self._arrived.values()) if not request.is_discarded]
             for request in arrived:
                 self._started.update(request.names)
             self._arrived.clear()
-        return arrived
+        return discarded, arrived
 
     def take_aborted(self) -> list[Sequence]:
         """Removes and returns the sequences to abort."""
@@ -219,9 +213,10 @@ class UnfinishedRequests:
         for request in dict.fromkeys(self._started.values()):
             if not request.is_discarded and not self._is_wanted_by(request.request_id, request_ids):
                 self._outputs[request.request_id] = request.failed(error)
-        for name, request in self._started.items():  # if `take_arrived` broke off
-            if self._arrived.get(name) is request:
-                del self._arrived[name]
+        with self.lock:
+            for name, request in self._started.items():
+                if self._arrived.get(name) is request:  # `take_changes` broke off
+                    del self._arrived[name]
         self._started.clear()
         self.steps.clear()
 
