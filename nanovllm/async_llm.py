@@ -1,12 +1,14 @@
 """AsyncLLM: inference for coroutines, with the engine on a thread of its own.
 
-The event loop and the engine's thread share two things only, one for each direction:
+Event loops and the engine's thread share two things only, one for each direction:
 
 - `_EngineThread._commands`, a queue to the engine: add a request, abort it, drop it, stop. The engine takes commands
   between steps, in order.
 - the unread output of each request, guarded by `_EngineThread._lock`: the tokens that its consumer has not fetched and,
   once the request has ended, its end. New tokens are appended to unread ones, so a slow consumer gets fewer and longer
-  outputs, and delays no other request. At most one call that wakes consumers is pending in the event loop.
+  outputs, and delays no other request. At most one call that wakes consumers is pending in each event loop.
+
+Prompts are tokenised and checked in a third thread, one at a time: neither the engine nor an event loop waits for it.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ import itertools
 import queue
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Iterable
-from concurrent.futures import Future
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.compat.interface import VllmInterface
@@ -30,6 +33,7 @@ from nanovllm.errors import EngineDeadError, InvalidArgumentError, InvalidStateE
 from nanovllm.metrics import MetricsSnapshot
 from nanovllm.outputs import RequestOutput
 from nanovllm.requests.chat import ChatArguments, ChatOptions, ChatRenderer, Conversation
+from nanovllm.requests.preparation import PreparedRequest
 from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
 from nanovllm.streaming import News, OutputStream, extend_news, kind_of
@@ -45,8 +49,8 @@ class AsyncLLM(VllmInterface):
         async for output in engine.generate("Hello", SamplingParams(temperature=0), "my-request"):
             print(output.outputs[0].text)
 
-    The arguments and errors are those of `LLM`. One event loop at a time may use it: a call from another one raises
-    InvalidStateError. Use it as a context manager, or call `exit`, to free the device's memory.
+    The arguments and errors are those of `LLM`. Several event loops, in several threads, may use it; each request
+    belongs to the one that asked for it. Use it as a context manager, or call `exit`, to free the device's memory.
     """
 
     @takes_engine_arguments
@@ -54,7 +58,8 @@ class AsyncLLM(VllmInterface):
         self._thread = _EngineThread(config)
         self._counter = itertools.count()
         self._chat = ChatRenderer()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        # One thread, so that requests arrive in the order of the calls.
+        self._preparing = ThreadPoolExecutor(1, "nanovllm-prepare")
         try:
             self._engine = self._thread.start_engine()
         except BaseException:  # including Ctrl-C: the thread ends as soon as the engine has started
@@ -64,7 +69,7 @@ class AsyncLLM(VllmInterface):
         self._exit = weakref.finalize(self, self._thread.stop)
 
     @accepting(REQUEST_ARGUMENTS)
-    async def generate(
+    def generate(
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
@@ -83,31 +88,59 @@ class AsyncLLM(VllmInterface):
         Raises InvalidArgumentError and RequestTooLargeError, which concern this request alone; StepFailedError when a
         step failed, and all requests with it; and EngineDeadError when the engine has ended.
         """
-        default_kind = kind_of(delta, sampling_params)
+
+        async def prepare() -> PreparedRequest:
+            return await self._prepare(prompt, sampling_params)
+
+        return self._outputs(prepare, sampling_params, request_id, delta)
+
+    @accepting(REQUEST_ARGUMENTS)
+    def chat(
+        self,
+        messages: Conversation,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        delta: bool | None = None,
+        **options: Unpack[ChatArguments],
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Completes one conversation through the checkpoint's chat template; otherwise the same as `generate`.
+
+        options: as in `LLM.chat`. The template is rendered in a thread, so that it does not hold up the event loop.
+        """
+
+        async def prepare() -> PreparedRequest:
+            render = self._chat.prompt
+            prompt = await asyncio.to_thread(render, self.get_tokenizer(), messages, ChatOptions(**options))
+            return await self._prepare(prompt, sampling_params)
+
+        return self._outputs(prepare, sampling_params, request_id, delta)
+
+    def _outputs(
+        self, prepare: _Prepare, params: SamplingParams | None, request_id: str | None, delta: bool | None
+    ) -> AsyncGenerator[RequestOutput, None]:
         request_id = f"async-{next(self._counter)}" if request_id is None else request_id
-        request = _Request(request_id, prompt, sampling_params, default_kind)
-        self._thread.open(request, self._running_loop())
-        try:
-            while True:
-                await request.news.wait()
-                output = self._thread.take(request)
-                if output is not None:
-                    yield output
-                    if output.finished:
-                        return
-        finally:
-            self._thread.close(request)
+        return _Outputs(self._thread, prepare, _Request(request_id, kind_of(delta, params)))
+
+    async def _prepare(self, prompt: Prompt, params: SamplingParams | None) -> PreparedRequest:
+        """Tokenises and checks a request, while the event loop goes on."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._preparing, self._engine.prepare, prompt, params)
 
     async def abort(self, request_ids: str | Iterable[str]) -> None:
         """Ends one or several requests; their consumers get the tokens so far, with finish_reason "abort".
 
         Returns when the requests have ended. Ignores unknown and finished ids.
         """
-        self._running_loop()
-        ids = [request_ids] if isinstance(request_ids, str) else request_ids
-        for request in [self._thread.abort(request_id) for request_id in ids]:
-            if request is not None:
-                await request.ended.wait()
+        self._engine.owner.check()
+        loop = asyncio.get_running_loop()
+        to_end: list[asyncio.Event] = []
+        for request_id in [request_ids] if isinstance(request_ids, str) else request_ids:
+            ended = asyncio.Event()
+            if self._thread.abort(request_id, partial(loop.call_soon_threadsafe, ended.set)):
+                to_end.append(ended)
+        for ended in to_end:
+            await ended.wait()
 
     def get_tokenizer(self) -> Any:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
@@ -141,48 +174,82 @@ class AsyncLLM(VllmInterface):
     async def __aexit__(self, *exception: object) -> None:
         self.exit()
 
-    def _running_loop(self) -> asyncio.AbstractEventLoop:
-        """Returns the running event loop. Raises InvalidStateError while another one that used it is open."""
-        self._engine.owner.check()
-        loop = asyncio.get_running_loop()
-        if self._loop is not None and self._loop is not loop and not self._loop.is_closed():
-            raise InvalidStateError(
-                "This AsyncLLM serves another event loop, which is still open: use it from there, or make another one."
-            )
-        self._loop = loop
-        return loop
-
-    @accepting(REQUEST_ARGUMENTS)
-    async def chat(
-        self,
-        messages: Conversation,
-        sampling_params: SamplingParams | None = None,
-        request_id: str | None = None,
-        *,
-        delta: bool | None = None,
-        **options: Unpack[ChatArguments],
-    ) -> AsyncGenerator[RequestOutput, None]:
-        """Completes one conversation through the checkpoint's chat template; otherwise the same as `generate`.
-
-        options: as in `LLM.chat`. The template is rendered in a thread, so that it does not hold up the event loop.
-        """
-        render = self._chat.prompt
-        prompt = await asyncio.to_thread(render, self.get_tokenizer(), messages, ChatOptions(**options))
-        async with aclosing(self.generate(prompt, sampling_params, request_id, delta=delta)) as outputs:
-            async for output in outputs:
-                yield output
-
 
 class _Request:
-    """A request that its consumer and the engine's thread share. The thread's lock guards `waiting` and `end`."""
+    """A request that its consumer and the engine's thread share. The thread's lock guards all but the first four."""
 
-    def __init__(self, request_id: str, prompt: Prompt, params: SamplingParams | None, kind: RequestOutputKind) -> None:
-        self.request_id, self.prompt, self.params, self.kind = request_id, prompt, params, kind
+    def __init__(self, request_id: str, kind: RequestOutputKind) -> None:
+        self.request_id, self.kind = request_id, kind
+        self.context = contextvars.copy_context()  # its consumer's, with the current span if there is one
+        self.news = asyncio.Event()  # set in the event loop only
+        self.loop: asyncio.AbstractEventLoop | None = None  # the consumer's, once it has begun
+        self.prepared: PreparedRequest | None = None
+        self.arrival: float | None = None
+        self.is_aborted = False
+        self.when_ended: list[Callable[[], object]] = []
         self.stream: OutputStream | None = None  # made by the engine's thread when it adds the request
         self.waiting: News | None = None  # what the consumer has not fetched
         self.end: RequestOutput | BaseException | None = None
-        self.context = contextvars.copy_context()  # its consumer's, with the current span if there is one
-        self.news, self.ended = asyncio.Event(), asyncio.Event()  # set in the event loop only
+
+
+_Prepare = Callable[[], Awaitable[PreparedRequest]]
+
+
+class _Outputs(AsyncGenerator[RequestOutput, None]):
+    """The outputs of one request, for its consumer.
+
+    Not an async generator function: Python would close such a one in a task of its event loop, which may end before.
+    """
+
+    def __init__(self, thread: _EngineThread, prepare: _Prepare, request: _Request) -> None:
+        self._thread, self._prepare, self._request = thread, prepare, request
+        self._is_open, self._is_closed = False, False
+
+    async def __anext__(self) -> RequestOutput:
+        try:
+            if not self._is_open and not self._is_closed:
+                await self._open()
+            while not self._is_closed:
+                output = self._thread.take(self._request)
+                if output is not None:
+                    if output.finished:
+                        self.close()
+                    return output
+                await self._request.news.wait()
+        except BaseException:
+            self.close()
+            raise
+        raise StopAsyncIteration
+
+    async def _open(self) -> None:
+        self._is_open = True
+        self._thread.open(self._request, asyncio.get_running_loop())
+        try:
+            prepared = await self._prepare()
+        except InvalidArgumentError as error:
+            self._thread.refuse(self._request, error)
+            raise
+        self._thread.start(self._request, prepared)
+
+    def close(self) -> None:
+        """Drops the request if it is unfinished."""
+        if self._is_open and not self._is_closed:
+            self._thread.close(self._request)
+        self._is_closed = True
+
+    async def aclose(self) -> None:
+        self.close()
+        self._request.news.set()  # for a task that waits for the next output
+
+    async def asend(self, value: None) -> RequestOutput:
+        return await self.__anext__()
+
+    async def athrow(self, *exception: Any) -> RequestOutput:
+        self.close()
+        raise exception[0]
+
+    def __del__(self) -> None:
+        self.close()
 
 
 _Command = Callable[[LLMEngine, _Request], None]
@@ -201,11 +268,11 @@ class _EngineThread:
         # A daemon thread: Python would wait for any other before it runs the finalizer that stops this one.
         self._thread = threading.Thread(target=self._run, args=(config,), name="nanovllm-engine", daemon=True)
         self._running: dict[str, _Request] = {}  # the engine's unfinished requests; only this thread uses it
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection may close a request while it is held
         # Guarded by the lock:
         self._open: dict[str, _Request] = {}  # requests whose consumer has not left
-        self._to_wake: dict[_Request, None] = {}  # if not empty, a call of `_wake` is pending
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loops: set[asyncio.AbstractEventLoop] = set()  # of the open requests, and perhaps others
+        self._to_wake: dict[asyncio.AbstractEventLoop, list[_Request]] = {}  # by loops in which a `_wake` is pending
         self._dead: BaseException | None = None
 
     # Called by consumers
@@ -223,18 +290,33 @@ class _EngineThread:
             self._thread.join()
 
     def open(self, request: _Request, loop: asyncio.AbstractEventLoop) -> None:
-        """Sends a request to the engine. Its consumer runs in `loop`."""
+        """Takes the id of a request. Its consumer runs in `loop`."""
+        engine = self._started.result()
+        engine.owner.check()
         with self._lock:
             if self._dead is not None:
                 raise EngineDeadError.after(self._dead)
-            if loop is not self._loop:  # the previous one is closed
-                self._drop_all()
-                self._loop = loop
+            for closed in [each for each in self._loops if each.is_closed()]:
+                self._drop_loop(closed)
             if not isinstance(request.request_id, str) or request.request_id in self._open:
                 allowed = "a text, unique among the unfinished requests"
                 raise InvalidArgumentError("request_id", request.request_id, allowed)
+            request.loop = loop
+            request.arrival = engine.clock()
+            self._loops.add(loop)
             self._open[request.request_id] = request
+
+    def start(self, request: _Request, prepared: PreparedRequest) -> None:
+        """Sends a request to the engine."""
+        with self._lock:
+            request.prepared = prepared
             self._commands.put((self._add, request))
+            if request.is_aborted:
+                self._commands.put((self._abort, request))
+
+    def refuse(self, request: _Request, error: InvalidArgumentError) -> None:
+        """Reports a request that is not allowed to the log and the metrics."""
+        request.context.run(self._started.result().refuse_request, request.request_id, error)
 
     def take(self, request: _Request) -> RequestOutput | None:
         """Returns everything that the consumer has not fetched as one output; None if there is nothing.
@@ -255,31 +337,34 @@ class _EngineThread:
             return request.stream.end(end)
         return None if waiting is None else request.stream.grow(waiting)
 
-    def abort(self, request_id: str) -> _Request | None:
-        """Asks the engine to end a request. Returns it, or None for an unknown id."""
+    def abort(self, request_id: str, when_ended: Callable[[], object]) -> bool:
+        """Asks the engine to end a request. Returns False for an unknown id; else `when_ended` is called at its end."""
         with self._lock:
             request = self._open.get(request_id)
-            if request is not None:
+            if request is None or request.end is not None:
+                return False
+            request.when_ended.append(when_ended)
+            request.is_aborted = True
+            if request.prepared is not None:
                 self._commands.put((self._abort, request))
-        return request
+            return True
 
     def close(self, request: _Request) -> None:
         """Forgets a request whose consumer leaves. Drops it from the engine if it is unfinished."""
-        request.ended.set()
         with self._lock:
             if self._open.get(request.request_id) is request:
                 del self._open[request.request_id]
                 if request.end is None:
                     self._commands.put((self._drop, request))
+                self._has_ended(request)
 
-    def _wake(self) -> None:
-        """Wakes the consumers that have something to fetch. Runs in the event loop."""
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wakes the consumers that have something to fetch. Runs in `loop`, which is theirs."""
         with self._lock:
-            to_wake, self._to_wake = self._to_wake, {}
+            to_wake = self._to_wake.pop(loop, [])
         for request in to_wake:
-            request.news.set()
-            if request.end is not None:
-                request.ended.set()
+            with suppress(RuntimeError):  # its consumer went on in another loop, which is closed
+                request.news.set()
 
     # The thread itself
 
@@ -325,14 +410,16 @@ class _EngineThread:
             self._deliver(news)
 
     def _add(self, engine: LLMEngine, request: _Request) -> None:
+        assert request.prepared is not None, "it is started"
         try:
-            request.context.run(engine.add_request, request.request_id, request.prompt, request.params)
+            enqueue = partial(engine.enqueue, request.request_id, request.prepared, request.arrival)
+            sequences = request.context.run(enqueue)
         except Exception as error:  # concerns this request alone
             if isinstance(error, InvalidArgumentError):
-                request.context.run(engine.refuse_request, request.request_id, error)
+                self.refuse(request, error)
             self._deliver([(request, error)])
             return
-        request.stream = OutputStream(engine, request.request_id, request.kind)
+        request.stream = OutputStream(engine, request.request_id, sequences, request.kind)
         self._running[request.request_id] = request
 
     def _abort(self, engine: LLMEngine, request: _Request) -> None:
@@ -345,29 +432,47 @@ class _EngineThread:
             engine.discard_requests([request.request_id])
 
     def _deliver(self, news: list[_Delivery]) -> None:
-        """Stores news for the consumers, and schedules `_wake` in the event loop unless a call is pending."""
+        """Stores news for the consumers. Schedules `_wake` in their event loops, unless a call is pending there."""
         with self._lock:
-            is_pending = bool(self._to_wake)
             for request, item in news:
-                if not isinstance(item, dict):
-                    request.end = request.end or item
-                elif request.waiting is None:
-                    request.waiting = item
+                if isinstance(item, dict):
+                    if request.waiting is None:
+                        request.waiting = item
+                    else:
+                        extend_news(request.waiting, item)
                 else:
-                    extend_news(request.waiting, item)
-                self._to_wake[request] = None
-            if self._to_wake and not is_pending and self._loop is not None:
+                    request.end = request.end or item
+                loop = request.loop
+                if loop is None or self._open.get(request.request_id) is not request:
+                    continue
+                if loop in self._to_wake and not loop.is_closed():
+                    self._to_wake[loop].append(request)
+                    continue
+                self._to_wake[loop] = [request]
                 try:
-                    self._loop.call_soon_threadsafe(self._wake)
-                except RuntimeError:  # the loop is closed, and its consumers with it
-                    self._drop_all()
+                    loop.call_soon_threadsafe(self._wake, loop)
+                except RuntimeError:  # it is closed, and its consumers with it
+                    self._drop_loop(loop)
+            for request, item in news:
+                if not isinstance(item, dict):  # told last: the consumer has its end when `abort` returns
+                    self._has_ended(request)
 
-    def _drop_all(self) -> None:
+    def _drop_loop(self, loop: asyncio.AbstractEventLoop) -> None:
         """Drops the requests of an event loop that is closed. The caller holds the lock."""
-        for request in self._open.values():
+        for request in [request for request in self._open.values() if request.loop is loop]:
+            request.end = request.end or InvalidStateError("The event loop of this request is closed.")
+            self.close(request)
             self._commands.put((self._drop, request))
-        self._open.clear()
-        self._to_wake.clear()
+        self._loops.discard(loop)
+        self._to_wake.pop(loop, None)
+
+    @staticmethod
+    def _has_ended(request: _Request) -> None:
+        """Tells those who wait for the end of a request. The caller holds the lock."""
+        when_ended, request.when_ended = request.when_ended, []
+        for tell in when_ended:
+            with suppress(RuntimeError):  # an event loop that is closed
+                tell()
 
 
 def _step_failed(engine: LLMEngine, cause: Exception) -> NanoVLLMError:

@@ -16,14 +16,15 @@ from nanovllm.config import EngineConfig, takes_engine_arguments
 from nanovllm.diagnostics import default_profile_folder
 from nanovllm.diagnostics.leak_check import LeakCheck, MemoryUse, check_leak
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.errors import InvalidArgumentError
+from nanovllm.engine.turns import Call
+from nanovllm.errors import InvalidArgumentError, StepFailedError
 from nanovllm.generation_log import GenerationLog
 from nanovllm.metrics import Metric
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.chat import ChatArguments, ChatOptions, ChatRenderer, Conversation
 from nanovllm.requests.tokenization import Prompt
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams
-from nanovllm.streaming import OutputStream
+from nanovllm.sampling_params import SamplingParams
+from nanovllm.streaming import StreamCall
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -85,17 +86,16 @@ class LLM(VllmInterface):
         sampling_params: SamplingParams | Seq[SamplingParams] | None,
     ) -> Iterator[RequestOutput]:
         engine = self.llm_engine
-        request_ids: list[str] = []
+        call = StreamCall(engine)
         try:
-            refused = self._add_requests(batch, sampling_params, request_ids)
-            queued = [request_id for request_id in request_ids if request_id not in refused]
-            streams = {request_id: OutputStream(engine, request_id, RequestOutputKind.DELTA) for request_id in queued}
-            yield from refused.values()
-            while streams:
-                yield from self._step_streams(streams)
+            with call.running:
+                engine.open(call)
+                refused = self._add_requests(batch, sampling_params, call)
+                yield from (output for output in refused.values() if output is not None)
+                while call.request_ids:
+                    yield from call.outputs(self._next_outputs(call))
         finally:
-            engine.discard_requests(request_ids)
-            engine.drain()
+            engine.close(call)
 
     @accepting(REQUEST_ARGUMENTS)
     def chat(
@@ -202,27 +202,32 @@ class LLM(VllmInterface):
         self,
         batch: Seq[Prompt | InvalidArgumentError],
         sampling_params: SamplingParams | Seq[SamplingParams] | None,
-        request_ids: list[str],
-    ) -> dict[str, RequestOutput]:
-        """Queues the requests that are allowed. Returns the outputs of the refused ones, by request id.
+        call: Call,
+    ) -> dict[str, RequestOutput | None]:
+        """Queues the requests that are allowed, as those of `call`.
 
-        request_ids: the ids of all requests are appended to it. Raises the first error if all are refused.
+        Returns the outputs of the refused ones by request id, and None for the others, in the order of the prompts.
+        Raises the first error if all are refused.
         """
-        params = _params_for_each(sampling_params, len(batch))
-        refused: dict[str, tuple[object, InvalidArgumentError]] = {}
-        for prompt, param in zip(batch, params, strict=True):
-            request_id = f"generate-{next(self._counter)}"
-            request_ids.append(request_id)  # before it is queued, so that the caller can discard it after Ctrl-C
+        engine = self.llm_engine
+        outputs: dict[str, RequestOutput | None] = {}
+        errors: dict[str, InvalidArgumentError] = {}
+        for prompt, params in zip(batch, _params_for_each(sampling_params, len(batch)), strict=True):
+            request_id, arrival = f"generate-{next(self._counter)}", engine.clock()
+            outputs[request_id] = None
             try:
                 if isinstance(prompt, InvalidArgumentError):
                     raise prompt
-                self.llm_engine.add_request(request_id, prompt, param)
+                prepared = engine.prepare(prompt, params)
             except InvalidArgumentError as error:
-                self.llm_engine.refuse_request(request_id, error)
-                refused[request_id] = prompt, error
-        if refused and len(refused) == len(batch):
-            raise refused[request_ids[0]][1]
-        return {request_id: _refused(request_id, *why) for request_id, why in refused.items()}
+                engine.refuse_request(request_id, error)
+                outputs[request_id], errors[request_id] = _refused(request_id, prompt, error), error
+                continue
+            call.request_ids[request_id] = None  # before it is queued, so that Ctrl-C leaves no request without a call
+            call.queued(request_id, engine.enqueue(request_id, prepared, arrival))
+        if errors and len(errors) == len(batch):
+            raise next(iter(errors.values()))
+        return outputs
 
     def _generate(
         self,
@@ -234,34 +239,32 @@ class LLM(VllmInterface):
             raise InvalidArgumentError("use_tqdm", use_tqdm, "True or False")
         if not batch:
             return []
-        request_ids: list[str] = []
+        call = Call()
         try:
-            refused = self._add_requests(batch, sampling_params, request_ids)
-            queued = [request_id for request_id in request_ids if request_id not in refused]
-            outputs = {**refused, **self._run(queued, use_tqdm)}
-            return [outputs[request_id] for request_id in request_ids]
-        except BaseException:  # including Ctrl-C: no request of this call stays behind
-            self.llm_engine.discard_requests(request_ids)
-            raise
+            with call.running:
+                self.llm_engine.open(call)
+                outputs = self._add_requests(batch, sampling_params, call)
+                outputs |= self._run(call, use_tqdm)
+        finally:  # including Ctrl-C: no request of this call stays behind
+            self.llm_engine.close(call)
+        return [output for output in outputs.values() if output is not None]
 
-    def _step_streams(self, streams: dict[str, OutputStream]) -> list[RequestOutput]:
-        """Runs a step and returns the new outputs of `streams`. Removes the streams that end."""
-        shown = [streams.pop(output.request_id).end(output) for output in self.llm_engine.step(streams)]
-        for stream in streams.values():
-            new = stream.read()
-            if new is not None:
-                shown.append(stream.grow(new))
-        return shown
+    def _next_outputs(self, call: Call) -> list[RequestOutput]:
+        """Returns the outputs of `call` that a step brings. Raises StepFailedError if another call's step lost some."""
+        outputs = self.llm_engine.next_outputs(call)
+        for output in outputs:
+            if isinstance(output.error, StepFailedError):
+                raise output.error
+            del call.request_ids[output.request_id]
+        return outputs
 
-    def _run(self, request_ids: list[str], use_tqdm: bool) -> dict[str, RequestOutput]:
-        """Runs steps until these requests have ended. Returns their outputs by id."""
+    def _run(self, call: Call, use_tqdm: bool) -> dict[str, RequestOutput]:
+        """Runs steps until the requests of `call` have ended. Returns their outputs by id."""
         engine = self.llm_engine
         outputs: dict[str, RequestOutput] = {}
-        wanted = set(request_ids)
-        with GenerationLog(engine, len(request_ids), use_tqdm=use_tqdm) as log:
-            while wanted:
-                for output in log.step(engine.step(wanted)):
-                    wanted.remove(output.request_id)
+        with GenerationLog(engine, len(call.request_ids), use_tqdm=use_tqdm) as log:
+            while call.request_ids:
+                for output in log.step(self._next_outputs(call)):
                     outputs[output.request_id] = output
             engine.drain()
         return outputs

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
-from nanovllm.errors import InvalidArgumentError, StepFailedError
+from nanovllm.engine.turns import Call
+from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.detokenizer import Detokenizer, StopStrings
 from nanovllm.requests.output_builder import NewTokens
@@ -41,16 +44,17 @@ class OutputStream:
     The thread that runs the steps calls `read`. The consumer calls `grow` and `end`, possibly in another thread. They
     decode the text, once for all tokens since the previous output.
 
+    sequences: the request's, as `LLMEngine.enqueue` returns them.
     default_kind: what outputs hold if the request's `output_kind` is None. DELTA outputs hold the completions that have
     new tokens, and of them only what is new.
     Text that was shown never changes: an incomplete character is held back, and so is text that may begin a stop
     string. A completion that ends before the others of its request gets its finish_reason in the last output.
     """
 
-    def __init__(self, engine: LLMEngine, request_id: str, default_kind: RequestOutputKind) -> None:
-        sequences = engine.sequences(request_id)
-        assert sequences, f"{request_id} has ended"
-        self._engine, self._request_id = engine, request_id
+    def __init__(
+        self, engine: LLMEngine, request_id: str, sequences: list[Sequence], default_kind: RequestOutputKind
+    ) -> None:
+        self._request_id = request_id
         self._kind = sequences[0].params.output_kind or default_kind
         self._delta = self._kind is RequestOutputKind.DELTA
         self._sequences = sequences
@@ -59,13 +63,7 @@ class OutputStream:
         self._completions = [_CompletionStream(engine, *each, self._delta) for each in enumerate(sequences)]
 
     def read(self) -> News | None:
-        """Returns the tokens since the last call, or None when there are none. Call it while the request runs.
-
-        Raises StepFailedError when the request was lost in a failed step.
-        """
-        for sequence in self._sequences:
-            if sequence.finish_reason is None and self._engine.sequences(sequence.request_id) != [sequence]:
-                raise StepFailedError(f"A step failed: request {self._request_id!r} is lost.")
+        """Returns the tokens since the last call, or None when there are none."""
         if self._kind is RequestOutputKind.FINAL_ONLY:
             return None
         news = {index: new for index, each in enumerate(self._completions) if (new := each.read()) is not None}
@@ -91,6 +89,34 @@ class OutputStream:
             return final
         streams = zip(self._completions, final.outputs, strict=True)
         return replace(final, outputs=[each.end(completion) for each, completion in streams])
+
+
+class StreamCall(Call):
+    """One `LLM.stream`: its streams, and the tokens that steps brought, whichever thread ran them."""
+
+    def __init__(self, engine: LLMEngine) -> None:
+        super().__init__()
+        self._engine = engine
+        self._streams: dict[str, OutputStream] = {}
+        self._news: deque[tuple[str, News]] = deque()  # of each step
+
+    def queued(self, request_id: str, sequences: list[Sequence]) -> None:
+        self._streams[request_id] = OutputStream(self._engine, request_id, sequences, RequestOutputKind.DELTA)
+
+    def step_ended(self) -> None:
+        for request_id, stream in list(self._streams.items()):
+            new = stream.read()
+            if new is not None:
+                self._news.append((request_id, new))
+
+    def outputs(self, ended: Iterable[RequestOutput]) -> list[RequestOutput]:
+        """Returns the new outputs, first those of the requests in `ended`, which ends their streams."""
+        outputs = [self._streams.pop(output.request_id).end(output) for output in ended]
+        grown: dict[str, News] = {}
+        while self._news:
+            request_id, new = self._news.popleft()
+            extend_news(grown.setdefault(request_id, {}), new)
+        return outputs + [self._streams[name].grow(new) for name, new in grown.items() if name in self._streams]
 
 
 class _CompletionStream:

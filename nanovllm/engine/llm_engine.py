@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Container, Iterable
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING
 
 import xxhash
@@ -23,9 +24,10 @@ from nanovllm.engine.metrics import EngineMetrics
 from nanovllm.engine.observer import CollectedStep, EngineObserver, EngineStart, Observers
 from nanovllm.engine.request_tracker import track_requests
 from nanovllm.engine.scheduler import Scheduler
-from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.statistics import EngineStatistics
-from nanovllm.engine.unfinished_requests import SubmittedStep, UnfinishedRequests
+from nanovllm.engine.turns import Call, Turns
+from nanovllm.engine.unfinished_requests import Request, SubmittedStep, UnfinishedRequests
 from nanovllm.errors import EngineDeadError, InvalidArgumentError
 from nanovllm.outputs import RequestOutput
 from nanovllm.requests.grammar_compiler import GrammarCompiler
@@ -47,6 +49,8 @@ class LLMEngine(UnsupportedMethods):
     make_executor: builds the executor, which runs the steps. observers: are called, in order, for every event; without
     any the engine logs nothing. `from_engine_args` chooses both, as `LLM` does.
     Use the engine as a context manager, or call `exit`, to free the device's memory.
+    Several threads may use an engine. Requests are added, aborted and discarded at any time, which the next step acts
+    on; only a step changes the scheduler, and one step runs at a time.
     """
 
     def __init__(
@@ -61,7 +65,7 @@ class LLMEngine(UnsupportedMethods):
         self.metrics = EngineMetrics()
         self._observers = track_requests([self.metrics, *observers])
         self.engine_id = self._observers.engine_id  # in the records of the log
-        self._clock = clock  # seconds; the source of every time that the engine reports
+        self.clock = clock  # seconds; the source of every time that the engine reports
         self._observers.engine_starting(config)
         stopwatch = Stopwatch()
         self.executor: Executor = make_executor(config, stopwatch)
@@ -83,6 +87,9 @@ class LLMEngine(UnsupportedMethods):
             self._shut_down()
             raise
         self._unfinished = UnfinishedRequests()
+        self._turns = Turns()
+        self._is_whole = True  # no step, and no recovery from one, broke off
+        self._resets_cache = False
         self._report_exit = weakref.finalize(self, self.owner.guard(_report_exit), self._observers, self._unfinished)
         self._num_arrivals = 0
         self._dead: BaseException | None = None
@@ -112,7 +119,7 @@ class LLMEngine(UnsupportedMethods):
         Raises what `prepare` and `enqueue` raise; the engine and its other requests continue.
         """
         self._check_alive()
-        arrival = self._clock()
+        arrival = self.clock()
         self._check_request_id(request_id)
         self.enqueue(request_id, self.prepare(prompt, params), arrival)
         return request_id
@@ -125,38 +132,32 @@ class LLMEngine(UnsupportedMethods):
         """
         return self._preparation.prepare(prompt, params)
 
-    def enqueue(self, request_id: str, request: PreparedRequest, arrival: float | None = None) -> None:
-        """Queues a prepared request. arrival: when it arrived, on the engine's clock; None: now.
+    def enqueue(self, request_id: str, request: PreparedRequest, arrival: float | None = None) -> list[Sequence]:
+        """Queues a prepared request. Returns its sequences, one for each completion, whose tokens grow.
 
+        arrival: when it arrived, on the engine's clock; None: now.
         Raises InvalidArgumentError when `request_id` is not a string, or belongs to an unfinished request.
         """
         self._check_alive()
-        self._check_request_id(request_id)
-        arrival = self._clock() if arrival is None else arrival
-        if request.params.n == 1:
-            self._add_sequence(request_id, request, request.params, arrival)
-            return
-        parallel = ParallelSampling(request_id, request.params)
-        taken = [sequence_id for sequence_id in parallel.ids if sequence_id in self._unfinished]
-        if taken:
-            raise InvalidArgumentError("request_id", taken[0], "unique: completions of a request take /0, /1, …")
-        self._unfinished.parallel.add(parallel)  # before its sequences, so that Ctrl-C in between leaves none behind
-        try:
-            for sequence_id, params in zip(parallel.ids, parallel.params, strict=True):
-                self._add_sequence(sequence_id, request, params, arrival)
-        except BaseException:
-            self.discard_requests([request_id])
-            raise
+        arrival = self.clock() if arrival is None else arrival
+        parallel = None if request.params.n == 1 else ParallelSampling(request_id, request.params)
+        names = [request_id] if parallel is None else parallel.ids
+        params = [request.params] if parallel is None else parallel.params
+        with self._unfinished.lock:
+            self._check_request_id(request_id)
+            taken = [name for name in names if name in self._unfinished]
+            if taken:
+                raise InvalidArgumentError("request_id", taken[0], "unique: completions of a request take /0, /1, …")
+            sequences = [self._sequence(name, request, own) for name, own in zip(names, params, strict=True)]
+            for sequence in sequences:
+                sequence.arrival, sequence.queued = arrival, self.clock()
+            self._unfinished.add(Request(request_id, sequences, parallel, request.grammar))
+        return sequences
 
-    def _add_sequence(self, sequence_id: str, request: PreparedRequest, params: SamplingParams, arrival: float) -> None:
-        sequence = self._preparation.sequence(request, self._num_arrivals, sequence_id, params, self._next_seed())
-        if request.grammar is not None:
-            self._grammars.start(sequence, request.grammar)
+    def _sequence(self, name: str, request: PreparedRequest, params: SamplingParams) -> Sequence:
+        seq_id, seed = self._num_arrivals, self._next_seed()
         self._num_arrivals += 1
-        self._unfinished.sequences[sequence_id] = sequence
-        sequence.arrival, sequence.queued = arrival, self._clock()
-        self.scheduler.add(sequence)
-        self._observers.request_added(sequence)
+        return self._preparation.sequence(request, seq_id, name, params, seed)
 
     def refuse_request(self, request_id: str, error: InvalidArgumentError) -> None:
         """Reports to the log and the metrics that `prepare` or `enqueue` did not allow a request."""
@@ -166,20 +167,14 @@ class LLMEngine(UnsupportedMethods):
         """Ends one or several requests; the next `step` returns what they have so far. Ignores unknown ids."""
         self._check_alive()
         for request_id in [request_ids] if isinstance(request_ids, str) else request_ids:
-            for sequence in self._unfinished.sequences_of(request_id):
-                if sequence.request_id not in self._unfinished.aborted:
-                    self.scheduler.abort(sequence)
-                    self._unfinished.aborted[sequence.request_id] = sequence
+            self._unfinished.abort(request_id)
 
     def discard_requests(self, request_ids: Iterable[str]) -> None:
-        """Ends requests without an output. Ignores unknown ids, and those whose output `step` has returned."""
-        request_ids = dict.fromkeys(request_ids)
-        self._unfinished.drop_outputs(request_ids)
-        for request_id in request_ids:
-            for sequence in self._unfinished.sequences_of(request_id):
-                sequence.left = True
-                self.scheduler.abort(sequence)
-            self._unfinished.remove(request_id)
+        """Ends requests without an output. Ignores unknown ids, and those whose output `step` has returned.
+
+        Their ids are free at once, their blocks after the next step.
+        """
+        self._unfinished.discard(request_ids)
 
     def sequences(self, request_id: str) -> list[Sequence]:
         """Returns a request's unfinished sequences, whose tokens grow; [] for an unknown or finished request."""
@@ -208,47 +203,95 @@ class LLMEngine(UnsupportedMethods):
     @property
     def is_draining(self) -> bool:
         """Whether only steps in flight are left, whose tokens no request needs any more."""
-        return bool(self._unfinished.steps) and not self._unfinished.sequences
+        return self._unfinished.is_draining
 
     @property
     def num_waiting_tokens(self) -> int:
         """Number of tokens of the waiting requests. A prompt that several completions share counts once."""
-        others = self._unfinished.parallel.ids_but_first()
-        return sum(len(each.token_ids) for each in self.scheduler.waiting if each.request_id not in others)
+        first = [request.sequences[0] for request in self._unfinished.requests()]
+        return sum(len(each.token_ids) for each in first if each.status is SequenceStatus.WAITING)
 
     # The loop
 
     def step(self, request_ids: Container[str] | None = None) -> list[RequestOutput]:
         """Fills the pipeline, collects the oldest step in flight, and returns the outputs of requests that ended.
 
-        request_ids: return the outputs of these requests only, and keep others for a later call. None: return all.
-        An error or Ctrl-C during a step aborts every unfinished request, loses their tokens, and is raised. The engine
-        then continues with an empty queue, unless the device itself failed.
+        request_ids: return the outputs of these requests only, and keep others for a later call. None: return all, but
+        not those of a `generate` or `stream` that runs.
+        An error or Ctrl-C during a step aborts every unfinished request, loses their tokens, and is raised. Requests
+        that are not returned here get an output with a StepFailedError. The engine then continues with an empty queue,
+        unless the device itself failed. Raises InvalidStateError while another thread runs a step.
         """
         self._check_alive()
-        unfinished = self._unfinished
-        try:
-            self._take_grammars()
-            ended = [*unfinished.aborted.values(), *self._step()]
-            unfinished.aborted.clear()
-            unfinished.outputs += unfinished.parallel.join([self._finish(sequence) for sequence in ended])
-        except BaseException as error:
-            self._recover(error)
-            raise
-        return unfinished.take_outputs(request_ids)
+        self._turns.check_free()
+        self._turns.run(partial(self._run_step, request_ids))
+        return self._unfinished.take_outputs(request_ids)
+
+    def next_outputs(self, call: Call) -> list[RequestOutput]:
+        """Runs a step like `step`, for the requests of `call`. Waits instead while another thread runs a step."""
+        self._check_alive()
+        if not self._turns.wait():
+            self._turns.run(partial(self._run_step, call.request_ids))
+        return self._unfinished.take_outputs(call.request_ids)
 
     def drain(self) -> None:
-        """Collects the steps in flight once no request is left, so that the blocks they write become free."""
-        while self.is_draining:
-            self.step(())
+        """Frees the blocks of discarded requests and steps in flight, once no request is left. Never waits."""
+        while self.is_draining and not self._turns.is_taken:
+            self._turns.run(partial(self._run_step, ()))
 
-    def _take_grammars(self) -> None:
-        """Lets sequences run whose grammar is compiled. Aborts those whose grammar failed to compile."""
-        sequences, steps = self._unfinished.sequences, self._unfinished.steps
-        idle = bool(sequences) and not steps and all(each.waits_for_grammar for each in sequences.values())
-        for sequence in self._grammars.collect(idle):
-            if self._unfinished.sequences.get(sequence.request_id) is sequence:
-                self.abort_request(sequence.request_id)
+    def open(self, call: Call) -> None:
+        """Lets steps care for `call`, whose lock is held, until `close` or until it is released."""
+        self._unfinished.calls.append(call)
+
+    def close(self, call: Call) -> None:
+        """Discards what is left of a call that has ended."""
+        self.discard_requests(call.request_ids)
+        self.drain()
+
+    def _run_step(self, request_ids: Container[str] | None) -> None:
+        if not self._is_whole:
+            self._recover(KeyboardInterrupt(), ())
+            self._check_alive()
+        self._is_whole = False
+        try:
+            ended = [*self._take_changes(), *self._step()]
+            for sequence in ended:
+                self._finish(sequence)
+            for call in self._unfinished.calls:
+                call.step_ended()
+        except BaseException as error:
+            self._recover(error, request_ids)
+            raise
+        self._is_whole = True
+
+    def _take_changes(self) -> list[Sequence]:
+        """Ends discarded requests, starts new ones, and aborts others. Returns the aborted sequences."""
+        unfinished, scheduler = self._unfinished, self.scheduler
+        if self._resets_cache:
+            scheduler.block_manager.reset_prefix_cache()
+            self._resets_cache = False
+        to_abort: list[Sequence] = []
+        if unfinished.has_changes:
+            discarded, arrived = unfinished.take_changes()
+            for request in discarded:
+                for sequence in request.sequences:
+                    sequence.left = True
+                    scheduler.abort(sequence)
+            for request in arrived:
+                for sequence in request.sequences:
+                    if request.grammar is not None:
+                        self._grammars.start(sequence, request.grammar)
+                    scheduler.add(sequence)
+                    self._observers.request_added(sequence)
+            to_abort = unfinished.take_aborted()
+        # With nothing else to do, wait a little for a grammar.
+        idle = not unfinished.steps and all(each.waits_for_grammar for each in unfinished.started_sequences())
+        aborted: list[Sequence] = []
+        for sequence in to_abort + self._grammars.collect(idle):  # those whose grammar failed
+            if unfinished.is_live(sequence):
+                scheduler.abort(sequence)
+                aborted.append(sequence)
+        return aborted
 
     def _step(self) -> list[Sequence]:
         """Fills the pipeline and collects the oldest step. Returns the sequences that ended."""
@@ -277,41 +320,50 @@ class LLMEngine(UnsupportedMethods):
         )
         return ended
 
-    def _finish(self, sequence: Sequence) -> RequestOutput:
-        """Removes a sequence that has ended and returns its output."""
-        del self._unfinished.sequences[sequence.request_id]
+    def _finish(self, sequence: Sequence) -> None:
+        """Builds the output of a sequence that has ended."""
         completion = self._output_builder.completion(sequence)
         self._observers.output_built(sequence, completion)
-        return self._output_builder.request(sequence, completion)
+        self._unfinished.finish(sequence, self._output_builder.request(sequence, completion))
 
-    def _recover(self, error: BaseException) -> None:
-        """Starts over with an empty scheduler, since a step that stopped half-way leaves an unknown state."""
-        lost = self._unfinished.running()
-        self._unfinished.clear()
-        # Before the wait, which Ctrl-C may interrupt.
-        self.scheduler = Scheduler(self.resolved, self._observers, self._clock, self.scheduler.last_step)
+    def _recover(self, error: BaseException, request_ids: Container[str] | None) -> None:
+        """Starts over with an empty scheduler, since a step that stopped half-way leaves an unknown state.
+
+        Ctrl-C may break this off, too: then the next step does it again.
+        """
+        lost = list(dict.fromkeys(self._unfinished.started_sequences()))
+        scheduler = Scheduler(self.resolved, self._observers, self.clock, self.scheduler.last_step)
+        self._unfinished.lose(error, request_ids)
+        self.scheduler = scheduler
         try:
             self.executor.synchronize()
         except Exception:
             self._dead = error
+            self._unfinished.clear()
         self._observers.engine_failed(error, lost, goes_on=self._dead is None)
+        self._is_whole = True
 
     # The rest of the public API
 
     def reset_prefix_cache(self) -> None:
-        """Forgets every cached prefix. Running requests continue."""
+        """Forgets every cached prefix before the next step. Running requests continue."""
         self._check_alive()
-        self.scheduler.block_manager.reset_prefix_cache()
+        self._resets_cache = True
 
     def exit(self) -> None:
-        """Ends the engine and frees the device's memory. Calling it again does nothing; most other calls then raise."""
+        """Ends the engine and frees the device's memory. Calling it again does nothing; most other calls then raise.
+
+        Waits for the step that another thread runs.
+        """
         if not self.owner.is_current:
             return
         if self._dead is None:
             self._dead = EngineDeadError("exit() was called")
+        self._exit() if self._turns.is_ours else self._turns.run(self._exit)
+
+    def _exit(self) -> None:
         self._report_exit()
         self._unfinished.clear()
-        self._unfinished.outputs.clear()
         self._grammars.shutdown()
         self._shut_down()
         self._observers.engine_exited()

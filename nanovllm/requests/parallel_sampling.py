@@ -45,49 +45,6 @@ class ParallelSampling:
         )
 
 
-class ParallelSamplingTable:
-    """The unfinished requests with several completions."""
-
-    def __init__(self) -> None:
-        self._by_id: dict[str, ParallelSampling] = {}  # by the id of the request, and by those of its sequences
-
-    def __contains__(self, request_id: object) -> bool:
-        return request_id in self._by_id
-
-    def add(self, request: ParallelSampling) -> None:
-        self._by_id |= dict.fromkeys([request.request_id, *request.ids], request)
-
-    def sequence_ids(self, request_id: str) -> list[str]:
-        """Returns the ids of a request's sequences: those of its completions, or its own id for a single one."""
-        request = self._by_id.get(request_id)
-        return request.ids if request is not None and request.request_id == request_id else [request_id]
-
-    def ids_but_first(self) -> set[str]:
-        """Returns the ids of all sequences but the first of each request, with which they share the prompt."""
-        return {sequence_id for request in self._by_id.values() for sequence_id in request.ids[1:]}
-
-    def join(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
-        """Returns outputs of whole requests. Keeps the outputs of completions until all of their request have ended."""
-        joined: list[RequestOutput] = []
-        for output in outputs:
-            request = self._by_id.get(output.request_id)
-            whole = output if request is None else request.add(output)
-            if whole is not None:
-                joined.append(whole)
-                self.forget(whole.request_id)
-        return joined
-
-    def forget(self, request_id: str) -> None:
-        """Removes a request; ignores other ids."""
-        request = self._by_id.get(request_id)
-        if request is not None and request.request_id == request_id:
-            for name in (request_id, *request.ids):
-                self._by_id.pop(name, None)
-
-    def clear(self) -> None:
-        self._by_id.clear()
-
-
 def _joined_metrics(metrics: list[RequestMetrics]) -> RequestMetrics:
     """Returns the earliest start and the latest end of all, and the sums of their tokens and preemptions."""
 

@@ -20,7 +20,6 @@ from nanovllm import (
     AsyncLLM,
     EngineDeadError,
     InvalidArgumentError,
-    InvalidStateError,
     ModelLoadError,
     RequestOutput,
     RequestTooLargeError,
@@ -342,22 +341,143 @@ def test_what_making_it_raises(tmp_path: Path) -> None:
 # ---- event loops
 
 
-def test_another_event_loop_is_refused_while_the_first_is_open(tiny: AsyncLLM) -> None:
+def test_event_loops_in_several_threads(tiny: AsyncLLM) -> None:
     async def test() -> None:
-        stream = tiny.generate("introduce yourself", LONG)
+        expected = [output["text"] for output in await collect(tiny, "introduce yourself", SHORT)][-1]
+        stream = tiny.generate("introduce yourself", LONG, "r")
         await anext(stream)
-        other = asyncio.new_event_loop()
-        try:
-            for call in (collect(tiny, "introduce yourself", SHORT), tiny.abort("r")):
-                with pytest.raises(InvalidStateError, match="serves another event loop"):
-                    await asyncio.to_thread(other.run_until_complete, call)
-        finally:
-            other.close()
-        assert not (await anext(stream)).finished
-        await stream.aclose()
+
+        async def from_another() -> list[RequestOutput]:
+            *_, outputs = await asyncio.gather(*(collect(tiny, "introduce yourself", SHORT) for _ in range(5)))
+            await tiny.abort("r")
+            return outputs
+
+        others = [asyncio.to_thread(asyncio.run, from_another()) for _ in range(3)]
+        for outputs in await asyncio.gather(*others):
+            assert outputs[-1]["text"] == expected
+        *_, last = [output async for output in stream]
+        assert last.outputs[0].finish_reason == "abort"
         await assert_empty(tiny)
 
     run(test())
+
+
+def test_a_closed_loop_delays_nobody(tiny: AsyncLLM) -> None:
+    """Its consumers wait, one with news that it will never read, and so does one who has aborted a request."""
+    closed = asyncio.new_event_loop()
+    tasks = [closed.create_task(collect(tiny, "introduce yourself", LONG, f"left-{index}")) for index in range(3)]
+    closed.run_until_complete(until(lambda: len(tiny._thread._running) == 3))
+
+    async def test() -> None:
+        mine = tiny.generate("introduce yourself", LONG, "mine")
+        await anext(mine)
+        tasks.append(closed.create_task(tiny.abort("mine")))
+        await asyncio.to_thread(closed.run_until_complete, asyncio.sleep(0))
+        closed.close()
+        *_, last = [output async for output in mine]
+        assert last.outputs[0].finish_reason == "abort"
+        assert (await collect(tiny, "introduce yourself", SHORT, "left-1"))[-1].finished
+        await assert_empty(tiny)
+
+    run(test())
+    for task in tasks:
+        task._log_destroy_pending = False  # type: ignore[attr-defined]  # asyncio's own complaint, rightly about us
+
+
+@pytest.mark.parametrize("how", ["dropped", "closed", "aborted"])
+def test_a_generator_that_is_left_needs_no_event_loop(
+    tiny: AsyncLLM, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The loop is closed without a turn in between: a task of it would never run."""
+
+    async def test() -> None:
+        stream = tiny.generate("introduce yourself", LONG, "r")
+        await anext(stream)
+        if how == "aborted":
+            await tiny.abort("r")
+        elif how == "closed":
+            await stream.aclose()
+            with pytest.raises(StopAsyncIteration):
+                await anext(stream)
+        del stream
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(test())
+    loop.close()
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
+    run(assert_empty(tiny))
+
+
+def test_closing_a_generator_ends_a_task_that_waits_for_it(tiny: AsyncLLM, gate: threading.Event) -> None:
+    async def test() -> None:
+        stream = tiny.generate("held", LONG)
+        waiting = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        await stream.aclose()
+        gate.set()
+        with pytest.raises(StopAsyncIteration):
+            await waiting
+        await assert_empty(tiny)
+
+    run(test())
+
+
+# ---- preparing
+
+
+@pytest.fixture
+def gate(tiny: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Until it is set, the prompt "held" takes for ever to prepare."""
+    event, prepare = threading.Event(), tiny._engine.prepare
+
+    def held(prompt: Any, params: Any) -> Any:
+        if prompt == "held":
+            assert event.wait(WATCHDOG)
+        return prepare(prompt, params)
+
+    monkeypatch.setattr(tiny._engine, "prepare", held)
+    yield event
+    event.set()
+
+
+def test_a_text_that_takes_long_to_prepare_delays_neither_steps_nor_the_event_loop(
+    tiny: AsyncLLM, gate: threading.Event
+) -> None:
+    async def test() -> None:
+        running = tiny.generate("introduce yourself", LONG)
+        await anext(running)
+        held = [asyncio.create_task(collect(tiny, "held", SHORT)) for _ in range(20)]
+        for _ in range(5):
+            assert not (await anext(running)).finished
+        assert not any(task.done() for task in held)
+        await running.aclose()
+        gate.set()
+        assert all(outputs[-1].finished for outputs in await asyncio.gather(*held))
+        await assert_empty(tiny)
+
+    run(test())
+
+
+def test_a_request_that_is_left_or_aborted_while_it_is_prepared(tiny: AsyncLLM, gate: threading.Event) -> None:
+    async def test() -> None:
+        left, aborted = (asyncio.create_task(collect(tiny, "held", LONG, name)) for name in ("left", "aborted"))
+        await until(lambda: len(tiny._thread._open) == 2)
+        left.cancel()
+        await asyncio.gather(left, return_exceptions=True)
+        ended = asyncio.create_task(tiny.abort("aborted"))
+        await asyncio.sleep(0)
+        gate.set()
+        await ended
+        (output,) = await aborted
+        assert (output["token_ids"], output.outputs[0].finish_reason) == ([], "abort")
+        assert (await collect(tiny, "introduce yourself", SHORT, "left"))[-1].finished
+        await assert_empty(tiny)
+
+    run(test())
+
+
+# ---- closed event loops
 
 
 @pytest.mark.parametrize("comes_back", [True, False])

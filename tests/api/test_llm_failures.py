@@ -6,13 +6,14 @@ import itertools
 import signal
 import threading
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanovllm import LLM, EngineDeadError, InvalidArgumentError, RequestOutput, RequestTooLargeError, SamplingParams
+from nanovllm.engine.turns import Call
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
 from tests.small_llm import GREEDY, assert_empty, generate, load, token_ids
 
@@ -116,7 +117,7 @@ def test_what_interrupts_a_generation_leaves_the_engine_as_it_was(
 
         with monkeypatch.context() as patched:
             target: Any = llm.llm_engine if where == "between steps" else llm.llm_engine.executor
-            name = "step" if where == "between steps" else where
+            name = "next_outputs" if where == "between steps" else where
             patched.setattr(target, name, failing(getattr(target, name)))
             with pytest.raises(error):
                 generate(llm, prompts)
@@ -181,15 +182,15 @@ def test_what_ended_within_a_generation_is_not_lost_with_it(
     with load(folder) as llm:
         engine = llm.llm_engine
         engine.add_request("mine", [5], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
-        original = engine.step
+        original = engine.next_outputs
 
-        def step(request_ids: Container[str] | None = None) -> list[RequestOutput]:
+        def next_outputs(call: Call) -> list[RequestOutput]:
             if not engine.sequences("mine"):
                 raise error
-            return original(request_ids)
+            return original(call)
 
         with monkeypatch.context() as patched:
-            patched.setattr(engine, "step", step)
+            patched.setattr(engine, "next_outputs", next_outputs)
             with pytest.raises(error):
                 generate(llm, [[7]], SamplingParams(max_tokens=30, ignore_eos=True))
         assert [output.request_id for output in engine.step()] == ["mine"]

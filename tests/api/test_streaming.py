@@ -133,8 +133,8 @@ def test_text_that_was_shown_never_changes(tiny: LLM, data: st.DataObject) -> No
     stop = [string for start in starts if (string := text[start : start + 3] + "\x00") not in text]  # a token is \x00
     engine.add_request("r", [1], SamplingParams(stop=stop or None))
     try:
-        stream = OutputStream(engine, "r", RequestOutputKind.DELTA)
-        whole = OutputStream(engine, "r", RequestOutputKind.CUMULATIVE)
+        stream = OutputStream(engine, "r", engine.sequences("r"), RequestOutputKind.DELTA)
+        whole = OutputStream(engine, "r", engine.sequences("r"), RequestOutputKind.CUMULATIVE)
         shown, at = "", 0
         while at < len(token_ids):
             size = data.draw(st.integers(1, 6))
@@ -236,7 +236,7 @@ def test_a_step_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             patch.setattr(llm.llm_engine.executor, "submit", fail)
             with pytest.raises(RuntimeError, match="the device failed"):
                 list(mine)
-        with pytest.raises(StepFailedError, match="is lost"):  # not for ever on the way
+        with pytest.raises(StepFailedError, match="and with it this request"):  # not for ever on the way
             list(other)
         assert_empty(llm)
         again = [join(parts) for parts in by_request(llm.stream([[1], [2]], GREEDY))]

@@ -188,7 +188,7 @@ def test_seeds_come_from_the_engine_s_and_the_arrival() -> None:
         for index in range(3):
             engine.add_request(str(index), [1])
         engine.add_request("own", [1], SamplingParams(seed=5))
-        return [sequence.seed for sequence in engine.scheduler.waiting]
+        return [engine.sequences(request_id)[0].seed for request_id in ("0", "1", "2", "own")]
 
     assert seeds(0) == seeds(0)
     assert len({*seeds(0)[:3], *seeds(1)[:3]}) == 6
@@ -203,7 +203,7 @@ def test_a_refused_request_does_not_shift_the_seeds_of_the_others() -> None:
     engine.add_request("a", [1])
     other, _ = make_engine()
     other.add_request("a", [1])
-    assert engine.scheduler.waiting[0].seed == other.scheduler.waiting[0].seed
+    assert engine.sequences("a")[0].seed == other.sequences("a")[0].seed
 
 
 # ---- aborts

@@ -239,7 +239,7 @@ def test_a_lost_step_loses_the_stream(folder: Path, monkeypatch: pytest.MonkeyPa
             patch.setattr(llm.llm_engine.executor, "submit", fail)
             with pytest.raises(RuntimeError, match="the device failed"):
                 list(mine)
-        with pytest.raises(StepFailedError, match="is lost"):
+        with pytest.raises(StepFailedError, match="and with it this request"):
             list(other)
         assert_empty(llm)
         assert len(generate(llm, [PROMPT], SEEDED)[0].outputs) == 4
@@ -333,7 +333,7 @@ def test_under_any_schedule(engine_values: dict[str, Any], requests: list[Wanted
         assert output.metrics.num_output_tokens == sum(len(each.token_ids) for each in output.outputs)
     assert engine.scheduler.block_manager.num_free_blocks == num_blocks
     assert engine.scheduler.rows.is_empty
-    assert not engine._unfinished.parallel._by_id
+    assert not engine._unfinished.requests()
 
 
 def test_one_of_them_aborted_leaves_the_others_and_any_error_is_told(folder: Path) -> None:
