@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import resource
 import socket
 import sys
@@ -51,10 +50,10 @@ def _loopback() -> tuple[str, str] | None:
 
 
 def _descriptors(num_ranks: int) -> tuple[str, str] | None:
-    folder, needed = Path("/proc/self/fd"), _DESCRIPTORS + _DESCRIPTORS_PER_RANK * num_ranks
-    if not folder.is_dir():
+    limit, folder = resource.getrlimit(resource.RLIMIT_NOFILE)[0], Path("/proc/self/fd")
+    if limit == resource.RLIM_INFINITY or not folder.is_dir():
         return None
-    free = os.sysconf("SC_OPEN_MAX") - len(list(folder.iterdir()))
+    free, needed = limit - len(list(folder.iterdir())), _DESCRIPTORS + _DESCRIPTORS_PER_RANK * num_ranks
     if free >= needed:
         return None
     return f"1 with {free} free file descriptors", f"It needs {needed}: raise the limit, as with `ulimit -n 1024`."
