@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
+_REQUEST_ID = "a text, unique among the unfinished requests"
+
+
 class AsyncLLM(VllmInterface):
     """Inference for coroutines on one model; each request is a stream of outputs.
 
@@ -120,6 +123,8 @@ class AsyncLLM(VllmInterface):
         self, prepare: _Prepare, params: SamplingParams | None, request_id: str | None, delta: bool | None
     ) -> AsyncGenerator[RequestOutput, None]:
         request_id = f"async-{next(self._counter)}" if request_id is None else request_id
+        if not isinstance(request_id, str):
+            raise InvalidArgumentError("request_id", request_id, _REQUEST_ID)
         return _Outputs(self._thread, prepare, _Request(request_id, kind_of(delta, params)))
 
     async def _prepare(self, prompt: Prompt, params: SamplingParams | None) -> PreparedRequest:
@@ -298,9 +303,8 @@ class _EngineThread:
                 raise EngineDeadError.after(self._dead)
             for closed in [each for each in self._loops if each.is_closed()]:
                 self._drop_loop(closed)
-            if not isinstance(request.request_id, str) or request.request_id in self._open:
-                allowed = "a text, unique among the unfinished requests"
-                raise InvalidArgumentError("request_id", request.request_id, allowed)
+            if request.request_id in self._open:
+                raise InvalidArgumentError("request_id", request.request_id, _REQUEST_ID)
             request.loop = loop
             request.arrival = engine.clock()
             self._loops.add(loop)

@@ -115,7 +115,7 @@ def test_abort_and_leave(log: Callable[..., list[dict[str, Any]]]) -> None:
     engine.abort_request("waits")
     engine.discard_requests(["leaves", "leaves", "unknown"])
     run(engine)
-    runs, waits, leaves = log()
+    runs, waits, leaves = sorted(log(), key=lambda end: ("runs", "waits", "leaves").index(end["request_id"]))
     assert [runs["cause"], waits["cause"], leaves["cause"]] == ["abort", "abort", "left"]
     assert {each["finish_reason"] for each in log()} == {"abort"}
     assert all(each["in_summary"] for each in log())
@@ -232,8 +232,7 @@ def gaps_of(engine: LLMEngine) -> dict[str, list[float]]:
         outputs = engine.step()
         now = engine.scheduler.now
         lengths = {
-            sequence.request_id: len(engine.new_tokens(sequence).token_ids)
-            for sequence in engine._unfinished.sequences.values()
+            sequence.request_id: len(engine.new_tokens(sequence).token_ids) for sequence in engine._unfinished.running()
         }
         lengths |= {output.request_id: len(output["token_ids"]) for output in outputs}
         for name, length in lengths.items():
