@@ -44,6 +44,7 @@ class GrammarMatcher:
 def grammar_error(params: StructuredOutputsParams, why: object) -> InvalidArgumentError:
     """Returns the error for a grammar that cannot be used. why: the reason, such as an error of xgrammar."""
     reason = re.sub(r"\[\d\d:\d\d:\d\d\] \S+: (?:Check failed: .*? is false: )?", "", str(why)).strip().rstrip(".")
+    reason = reason if len(reason) <= 400 else f"{reason[:200]} … {reason[-200:]}"
     kind = params.kind
     return InvalidArgumentError(
         f"structured_outputs.{kind}", getattr(params, kind), f"what xgrammar can follow: {reason}"
