@@ -215,10 +215,8 @@ class LLMEngine:
             self.step(())
 
     def _take_grammars(self) -> None:
-        """Lets sequences run whose grammar is compiled. Aborts those whose grammar failed to compile."""
-        sequences, steps = self._unfinished.sequences, self._unfinished.steps
-        idle = bool(sequences) and not steps and all(each.waits_for_grammar for each in sequences.values())
-        for sequence in self._grammars.collect(idle):
+        """Lets sequences run whose grammar knows what may come next. Aborts those whose grammar failed."""
+        for sequence in self._grammars.collect():
             if self._unfinished.sequences.get(sequence.request_id) is sequence:
                 self.abort_request(sequence.request_id)
 
@@ -236,6 +234,7 @@ class LLMEngine:
             steps.append(SubmittedStep(batch, handle, scheduler.now))
         if not steps:
             observers.phase("idle")
+            self._grammars.wait()
             return []
         observers.phase("wait")
         step = steps[0]

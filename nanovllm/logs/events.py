@@ -284,6 +284,13 @@ worker_lost = Event(
     "Rank {lost_rank} {problem}",
     unseen="more than one rank",
 )
+grammar_output = Event(
+    "grammar.output",
+    WARNING,
+    "requests.grammar_process",
+    "The process of grammars: {line}",
+    unseen="a failure in that process",
+)
 communication = Event(
     "communication",
     DEBUG,

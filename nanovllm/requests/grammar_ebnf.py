@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 Ranges = tuple[tuple[int, int], ...]  # of code points, sorted, apart, each with both ends
 
 ANY: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))  # without surrogates, which no text has
 _ESCAPED_IN_JSON: Ranges = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C))
+_MAX_DEPTH = 50  # of parentheses in an expression of texts
 _SHORT_ESCAPES = {0x22: '"', 0x5C: "\\", 8: "b", 9: "t", 10: "n", 12: "f", 13: "r"}
 
 
@@ -42,6 +44,26 @@ def either(options: Iterable[str]) -> str:
     """Returns the expression of any one of `options`."""
     options = list(dict.fromkeys(options))
     return options[0] if len(options) == 1 else f"({' | '.join(options)})"
+
+
+def any_of(texts: Iterable[str], depth: int = 0) -> str:
+    """Returns the expression of any one of `texts`. Common beginnings are written once, to be followed fast."""
+    groups: dict[str, list[str]] = {}
+    for text in dict.fromkeys(texts):
+        groups.setdefault(text[:1], []).append(text)
+    options = []
+    for members in groups.values():
+        prefix = _beginning(min(members), max(members)) if len(members) > 1 and depth < _MAX_DEPTH else ""
+        if prefix:
+            options.append(f"{literal(prefix)} {any_of((text[len(prefix) :] for text in members), depth + 1)}")
+        else:
+            options += map(literal, members)
+    return either(options)
+
+
+def _beginning(one: str, other: str) -> str:
+    """Returns what both texts begin with."""
+    return "".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def repeated(expression: str, least: int, most: int | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from nanovllm.requests.grammar_ebnf import (
     UnenforceableError,
+    any_of,
     characters,
     complement,
     either,
@@ -108,7 +109,9 @@ class _JSONWriter:
 
     def _options(self, part: Part) -> list[str]:
         if "enum" in part:
-            return [self._value(value) for value in part["enum"]]
+            texts = [_text(value) for value in part["enum"] if not isinstance(value, (list, dict))]
+            values = [self._value(value) for value in part["enum"] if isinstance(value, (list, dict))]
+            return [*([any_of(texts)] if texts else ()), *values]
         write: dict[str, Callable[[Part], str | None]] = {
             "object": self._object,
             "array": self._array,
@@ -127,7 +130,7 @@ class _JSONWriter:
         if value and isinstance(value, dict):
             members = [f"{self._value(name)} {self._colon} {self._value(each)}" for name, each in value.items()]
             return self._braces(f"{f' {self._comma} '.join(members)} {self._space}")
-        return literal(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        return literal(_text(value))
 
     # Numbers
 
@@ -320,6 +323,10 @@ class _JSONWriter:
         options = [f"{literal(letter)} {self._unlike(below)}" for letter, below in tree.items() if letter != "end"]
         options.append(f"{characters(intersect(_PLAIN, complement(letters)))} key")
         return self._add(f"k{len(self.rules)}", " | ".join(options if "end" in tree else [*options, '""']))
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def _exact(value: Any) -> Fraction:

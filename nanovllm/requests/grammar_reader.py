@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeAlias
 
-from nanovllm.errors import InvalidArgumentError
-from nanovllm.requests.grammar_ebnf import UnenforceableError, either, literal
+from nanovllm.requests.grammar_ebnf import UnenforceableError, any_of
 from nanovllm.requests.grammar_json import json_grammar
 from nanovllm.requests.grammar_matcher import grammar_error
 from nanovllm.requests.grammar_regex import read_regex
@@ -27,11 +26,8 @@ _reading = threading.Lock()  # stderr is the process's
 
 def read_grammar(params: StructuredOutputsParams) -> Grammar:
     """Reads a schema, regex, choice or grammar. Raises InvalidArgumentError if xgrammar cannot enforce it."""
-    try:
-        from xgrammar import Grammar as Reader
-    except ImportError as error:
-        hint = f"pip install 'nanovllm[structured]' ({error})"
-        raise InvalidArgumentError("structured_outputs", params, "None, since xgrammar is missing", hint) from None
+    from xgrammar import Grammar as Reader
+
     try:
         with _warnings_raised():
             if params.grammar is not None and not re.search(r"^\s*[\w-]+\s*::=", params.grammar, re.MULTILINE):
@@ -52,7 +48,7 @@ def ebnf(params: StructuredOutputsParams) -> str:
     if params.regex is not None:
         return f"root ::= {read_regex(params.regex).expression}"
     if params.choice is not None:
-        return f"root ::= {either(map(literal, params.choice))}"
+        return f"root ::= {any_of(params.choice)}"
     text = str(params.grammar)
     if "(=" in _EBNF_TEXTS.sub("", text):
         raise UnenforceableError("Lookahead is not supported: '(=' would be ignored")

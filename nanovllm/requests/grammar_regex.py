@@ -30,6 +30,7 @@ _CATEGORIES: dict[str, Ranges] = {
     "SPACE": ((9, 13), (32, 32)),
     "WORD": ((0x30, 0x39), (0x41, 0x5A), (0x5F, 0x5F), (0x61, 0x7A)),
 }
+_PUNCTUATION: Ranges = ((0x2010, 0x205E), (0x3001, 0x3003), (0x3008, 0x3011))  # beyond ASCII, and far from all of it
 _NOT_REGULAR = {
     "ASSERT": "Lookahead is not supported, nor lookbehind",
     "ASSERT_NOT": "Lookahead is not supported, nor lookbehind",
@@ -162,7 +163,9 @@ def _set_of(name: str, value: Any) -> Ranges:
 
 @cache
 def _all_of(kind: str) -> Ranges:
-    """Returns every character of a category, in Python or in JavaScript."""
+    """Returns every character of a category, in Python or in JavaScript, and of words more, since they are so many."""
+    if kind == "WORD":
+        return union([*_CATEGORIES["WORD"], *intersect(complement(_PUNCTUATION), ((0x80, 0x10FFFF),))])
     every = "".join(map(chr, range(sys.maxunicode + 1)))
-    escape = {"DIGIT": r"\d+", "SPACE": "[\\s\ufeff]+", "WORD": r"\w+"}[kind]
+    escape = {"DIGIT": r"\d+", "SPACE": "[\\s\ufeff]+"}[kind]
     return union((match.start(), match.end() - 1) for match in re.finditer(escape, every))

@@ -11,7 +11,6 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.requests.detokenizer import Detokenizer, StopStrings
 from nanovllm.requests.grammar_compiler import GrammarCompiler
-from nanovllm.requests.grammar_reader import Grammar
 from nanovllm.requests.logit_edits import read_logit_edits
 from nanovllm.requests.tokenization import Prompt, Tokenization
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
@@ -28,7 +27,7 @@ class PreparedRequest:
     token_ids: IntArray  # [num_prompt_tokens]
     params: SamplingParams
     logit_edits: LogitEdits | None  # None: its logits are not changed
-    grammar: Grammar | None  # of structured outputs, not compiled yet
+    grammar: StructuredOutputsParams | None  # read, not compiled yet
 
 
 class RequestPreparation:
