@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from multiprocessing import Pipe
 from typing import Any
 
+from nanovllm.errors import EngineDeadError
 from nanovllm.logs import events
 from nanovllm.sampling_params import StructuredOutputsParams
 from nanovllm.utils.logger import setup_logger
@@ -21,8 +22,9 @@ from nanovllm.utils.logger import setup_logger
 logger = setup_logger(__name__)
 
 _MAIN = """
-import json, sys
+import json, os, sys
 sys.path[:] = json.loads(sys.argv[1])
+os.environ["NANOVLLM_CONFIGURE_LOGGING"] = "0"
 from nanovllm.requests.grammar_server import serve
 serve(int(sys.argv[2]))
 """
@@ -98,7 +100,7 @@ class GrammarProcess:
 
     def _send(self, job: GrammarJob) -> None:
         if self._is_closed:
-            raise RuntimeError("a grammar process that is closed takes no jobs")
+            raise EngineDeadError("This engine has ended: make a new one.")
         if self._child is None:
             self._child, self._spare = self._spare or self._new_child(), None
         self._unanswered[job.number] = job
@@ -111,13 +113,14 @@ class GrammarProcess:
         with self._lock:
             if "slow" in answer:
                 child.slow.add(answer["slow"])
-                self._spare = self._spare or (None if self._is_closed else self._new_child())
+                with suppress(OSError):  # no other process can be started now
+                    self._spare = self._spare or (None if self._is_closed else self._new_child())
                 return
             child.is_late |= "late" in answer
             job = self._unanswered.pop(answer["job"], None)
         if job is not None:
             limit = f"what xgrammar can follow within {self._limits.seconds:g} s (NANOVLLM_GRAMMAR_SECONDS)"
-            job.answered(limit if child.is_late else answer.get("allowed"), mask)
+            job.answered(limit if "late" in answer else answer.get("allowed"), mask)
 
     def _on_end(self, child: _Child, why: str) -> None:
         """Fails the job that ended the process, and starts the others again."""
@@ -127,10 +130,13 @@ class GrammarProcess:
             jobs = [job for job in self._unanswered.values() if job.child is child]
             failed = [] if child.is_late else [job for job in jobs if job.number in child.slow] or jobs
             for job in jobs:
-                if job in failed:
-                    del self._unanswered[job.number]
-                else:
-                    self._send(job)
+                try:
+                    if job not in failed:
+                        self._send(job)
+                except OSError as error:  # no other process can be started
+                    failed, why = [*failed, job], str(error)
+            for job in failed:
+                del self._unanswered[job.number]
         limits = self._limits
         hint = f"NANOVLLM_GRAMMAR_MEMORY_GB={limits.gigabytes:g} or NANOVLLM_GRAMMAR_SECONDS={limits.seconds:g}"
         for job in failed:
@@ -154,7 +160,7 @@ class _Child:
         self._connection, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _MAIN, json.dumps(sys.path), str(theirs.fileno())],
+                [sys.executable, "-W", "ignore", "-c", _MAIN, json.dumps(sys.path), str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
