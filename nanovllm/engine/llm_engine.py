@@ -284,10 +284,8 @@ class LLMEngine(UnsupportedMethods):
                     scheduler.add(sequence)
                     self._observers.request_added(sequence)
             to_abort = unfinished.take_aborted()
-        # With nothing else to do, wait a little for a grammar.
-        idle = not unfinished.steps and all(each.waits_for_grammar for each in unfinished.started_sequences())
         aborted: list[Sequence] = []
-        for sequence in to_abort + self._grammars.collect(idle):  # those whose grammar failed
+        for sequence in to_abort + self._grammars.collect():  # those whose grammar failed
             if unfinished.is_live(sequence):
                 scheduler.abort(sequence)
                 aborted.append(sequence)
@@ -307,6 +305,7 @@ class LLMEngine(UnsupportedMethods):
             steps.append(SubmittedStep(batch, handle, scheduler.now))
         if not steps:
             observers.phase("idle")
+            self._grammars.wait()
             return []
         observers.phase("wait")
         step = steps[0]

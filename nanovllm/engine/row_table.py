@@ -163,9 +163,10 @@ class RowTable:
     def schedulable_decode_rows(self) -> RowArray:
         """Returns the decoding rows that may compute a token now.
 
-        Rows at their maximum length may not, nor rows whose grammar has not accepted the token in flight yet.
+        Rows at their maximum length may not, nor rows whose grammar does not know yet what may come next.
         """
         waits = self.has_grammar & (self.num_pending > 0)
+        waits[[row for row in np.flatnonzero(self.has_grammar).tolist() if self.sequence(row).waits_for_grammar]] = True
         return np.flatnonzero(self.decoding & ~waits & (self.num_tokens + self.num_pending < self.max_num_tokens))
 
 

@@ -340,8 +340,7 @@ class Scheduler:
             at_end[index] |= rows.sequence(int(sampled[index])).stops_at(int(token_ids[index]))
         ended = [rows.sequence(row) for row in sampled[at_end].tolist()]
         for sequence, eos in zip(ended, at_eos[at_end].tolist(), strict=True):
-            stopped = eos or sequence.stop_reason is not None
-            self._finish(sequence, "abort" if sequence.error is not None else "stop" if stopped else "length")
+            self._finish(sequence, "stop" if eos or sequence.stop_reason is not None else "length")
         for sequence in [rows.sequence(row) for row in invalid.tolist()]:
             sequence.error = InvalidLogitsError()
             self._finish(sequence, "abort")

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from nanovllm.engine.batch import NO_LOGPROBS, IntArray, LogitEdits, PromptLogprobs, StepLogprobs
 from nanovllm.engine.block_manager import BlockTable
-from nanovllm.errors import InvalidArgumentError, NanoVLLMError
+from nanovllm.errors import NanoVLLMError
 from nanovllm.outputs import FinishReason, RequestMetrics
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.active_span import ActiveSpan
@@ -50,8 +50,8 @@ class GrammarState(Protocol):
 
     mask: IntArray  # [ceil(vocab_size / 32)]: bit t % 32 of word t // 32 is 1 where token t may come next
 
-    def accept(self, token_id: int) -> InvalidArgumentError | None:
-        """Takes the next token. Returns an error when the grammar allows no token after it, else None."""
+    def accept(self, token_id: int) -> None:
+        """Takes the next token. The sequence waits until the mask after it is known."""
         ...
 
 
@@ -105,8 +105,8 @@ class Sequence:
     stop_reason: int | str | None = None
     stop_strings: StopStringMatcher | None = None
     logit_edits: LogitEdits | None = None  # None: its logits are not changed
-    waits_for_grammar: bool = False  # its grammar is being compiled
-    grammar: GrammarState | None = None  # of structured outputs; has accepted every known token
+    waits_for_grammar: bool = False  # for the mask after its last token; at first, for the grammar to be compiled
+    grammar: GrammarState | None = None  # of structured outputs
     error: NanoVLLMError | None = None  # why it ended with finish_reason "abort", if it failed
     left: bool = False  # ended since its caller left
     streamed: bool = False  # its tokens are read while it runs
@@ -159,7 +159,7 @@ class Sequence:
         return self.grammar is not None or self.stop_strings is not None or self.params.stop_token_ids is not None
 
     def stops_at(self, token_id: int) -> bool:
-        """Takes the next token. Returns whether a stop token, a stop string or the grammar ends the sequence there.
+        """Takes the next token. Returns whether a stop token or a stop string ends the sequence there.
 
         The scheduler checks the end-of-sequence token and the length itself.
         """
@@ -168,8 +168,8 @@ class Sequence:
         elif self.stop_strings is not None:
             self.stop_reason = self.stop_strings.add(token_id)
         if self.grammar is not None and self.stop_reason is None:
-            self.error = self.grammar.accept(token_id)
-        return self.stop_reason is not None or self.error is not None
+            self.grammar.accept(token_id)
+        return self.stop_reason is not None
 
     def metrics(self) -> RequestMetrics:
         """Returns the times and counts of a sequence that has ended."""

@@ -11,7 +11,6 @@ import threading
 from collections import deque
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from nanovllm.engine.batch import ScheduledBatch, StepHandle
 from nanovllm.engine.sequence import Sequence
@@ -19,9 +18,7 @@ from nanovllm.engine.turns import Call
 from nanovllm.errors import StepFailedError
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.parallel_sampling import ParallelSampling
-
-if TYPE_CHECKING:
-    from nanovllm.requests.grammar_reader import Grammar
+from nanovllm.sampling_params import StructuredOutputsParams
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Request:
     request_id: str
     sequences: list[Sequence]
     parallel: ParallelSampling | None  # None for a single completion
-    grammar: Grammar | None
+    grammar: StructuredOutputsParams | None
     is_discarded: bool = False  # its id is free again, and its output dropped
 
     @property

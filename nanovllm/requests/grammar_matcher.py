@@ -3,48 +3,46 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 
 from nanovllm.engine.batch import IntArray
 from nanovllm.errors import InvalidArgumentError
+from nanovllm.requests.grammar_process import GrammarJob
 from nanovllm.sampling_params import StructuredOutputsParams
 
 
 class GrammarMatcher:
-    """Follows one output through its grammar.
+    """Follows one output through its grammar. The work is done in the process of grammars.
 
     mask: [ceil(vocab_size / 32)] int32; bit t % 32 of word t // 32 is 1 where token t may come next.
+    submit: has the job done for the tokens so far, and the mask updated later.
     """
 
-    def __init__(self, matcher: Any, params: StructuredOutputsParams, vocab_size: int) -> None:
-        self._matcher = matcher
-        self._params = params
-        self.mask: IntArray = np.zeros(-(-vocab_size // 32), dtype=np.int32)
-        self._last_word = 2 ** (vocab_size % 32) - 1 or -1  # xgrammar leaves bits past the vocabulary set
-        self._num_tokens = 0
-        if not self._fill():
-            raise ValueError("no text fits it")
+    def __init__(self, job: GrammarJob, submit: Callable[[GrammarMatcher], None]) -> None:
+        self.job = job
+        self._submit = submit
+        self.mask: IntArray = np.zeros(0, dtype=np.int32)
 
-    def accept(self, token_id: int) -> InvalidArgumentError | None:
-        """Takes the output's next token. Returns an error if the grammar allows no token after it, else None."""
-        self._num_tokens += 1
-        if self._matcher.accept_token(token_id) and self._fill():
-            return None
-        return grammar_error(self._params, f"no token may follow the first {self._num_tokens} of this output")
+    def accept(self, token_id: int) -> None:
+        """Takes the output's next token."""
+        assert self.job.tokens is not None, "this job only reads"
+        self.job.tokens.append(token_id)
+        self._submit(self)
 
-    def _fill(self) -> bool:
-        """Updates the mask. Returns whether it allows any token."""
-        self._matcher.fill_next_token_bitmask(self.mask)
-        self.mask[-1] &= self._last_word
-        return bool(self.mask.any())
+    def __del__(self) -> None:
+        if self.job.child is not None:
+            self.job.child.outbox.put({"drop": self.job.number})
 
 
 def grammar_error(params: StructuredOutputsParams, why: object) -> InvalidArgumentError:
     """Returns the error for a grammar that cannot be used. why: the reason, such as an error of xgrammar."""
     reason = re.sub(r"\[\d\d:\d\d:\d\d\] \S+: (?:Check failed: .*? is false: )?", "", str(why)).strip().rstrip(".")
-    kind = params.kind
-    return InvalidArgumentError(
-        f"structured_outputs.{kind}", getattr(params, kind), f"what xgrammar can follow: {reason}"
-    )
+    reason = reason if len(reason) <= 400 else f"{reason[:200]} … {reason[-200:]}"
+    return refused(params, f"what xgrammar can follow: {reason}")
+
+
+def refused(params: StructuredOutputsParams, allowed: str) -> InvalidArgumentError:
+    """Returns the error for what a request asks for. allowed: completes "it must be …"."""
+    return InvalidArgumentError(f"structured_outputs.{params.kind}", getattr(params, params.kind), allowed)

@@ -1,67 +1,82 @@
-"""Reads the grammar of a request with structured outputs, in about a millisecond. Refuses what cannot be enforced."""
+"""Reads the grammar of a request with structured outputs into EBNF. Refuses what cannot be enforced."""
 
 from __future__ import annotations
 
 import json
-from typing import Any, TypeAlias
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeAlias
 
-from nanovllm.errors import InvalidArgumentError
+from nanovllm.requests.grammar_ebnf import UnenforceableError, any_of
+from nanovllm.requests.grammar_json import json_grammar
 from nanovllm.requests.grammar_matcher import grammar_error
+from nanovllm.requests.grammar_regex import read_regex
 from nanovllm.sampling_params import StructuredOutputsParams
 
 Grammar: TypeAlias = Any  # xgrammar.Grammar, not compiled yet
 
-# Keywords of JSON Schema that xgrammar accepts but does not enforce.
-_NOT_ENFORCED = {"not", "if", "uniqueItems", "contains", "dependentRequired", "dependentSchemas", "dependencies"}
-_NAMED_SCHEMAS = {"properties", "patternProperties", "$defs", "definitions"}  # keys below these are names
-_VALUES = {"enum", "const", "default", "examples"}  # what is below these is not a schema
+_EBNF_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|\[(?:[^\]\\\n]|\\.)*\]|#[^\n]*')
+_LARK_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|//[^\n]*|#[^\n]*')
+_reading = threading.Lock()  # stderr is the process's
 
 
 def read_grammar(params: StructuredOutputsParams) -> Grammar:
     """Reads a schema, regex, choice or grammar. Raises InvalidArgumentError if xgrammar cannot enforce it."""
+    from xgrammar import Grammar as Reader
+
     try:
-        from xgrammar import Grammar as Reader
-    except ImportError as error:
-        hint = f"pip install xgrammar ({error})"
-        raise InvalidArgumentError("structured_outputs", params, "None, since xgrammar is missing", hint) from None
-    try:
-        if params.kind in ("json", "json_object"):
-            schema = str(params.json) if params.json else '{"type": "object"}'
-            schema = json.dumps(_enforceable(json.loads(schema)))
-            return Reader.from_json_schema(schema, any_whitespace=not params.disable_any_whitespace)
-        if params.regex is not None:
-            return Reader.from_regex(params.regex)
-        if params.choice is not None:
-            texts = [json.dumps(text, ensure_ascii=False) for text in params.choice]
-            return Reader.from_ebnf(f"root ::= {' | '.join(texts)}")
-        text = str(params.grammar)
-        return Reader.from_ebnf(text) if "::=" in text else Reader.from_lark(text)
+        with _warnings_raised():
+            if params.grammar is not None and not re.search(r"^\s*[\w-]+\s*::=", params.grammar, re.MULTILINE):
+                return Reader.from_lark(_lark(params.grammar))
+            return Reader.from_ebnf(ebnf(params))
+    except RecursionError:
+        raise grammar_error(params, "it is nested too deep") from None
     except Exception as error:  # xgrammar raises many kinds
         raise grammar_error(params, error) from None
 
 
-def _enforceable(schema: Any, names: bool = False) -> Any:
-    """Returns an equivalent schema that xgrammar fully enforces. Raises ValueError for keywords that it would ignore.
+def ebnf(params: StructuredOutputsParams) -> str:
+    """Returns what the output must look like as EBNF. Raises UnenforceableError, ValueError and `re.error`."""
+    if params.kind in ("json", "json_object"):
+        text = str(params.json) if params.json else '{"type": "object"}'
+        schema = json.loads(text, parse_constant=_refuse_constant)
+        return json_grammar(schema, any_whitespace=not params.disable_any_whitespace)
+    if params.regex is not None:
+        return f"root ::= {read_regex(params.regex).expression}"
+    if params.choice is not None:
+        return f"root ::= {any_of(params.choice)}"
+    text = str(params.grammar)
+    if "(=" in _EBNF_TEXTS.sub("", text):
+        raise UnenforceableError("Lookahead is not supported: '(=' would be ignored")
+    return text
 
-    names: the keys of `schema` are names of properties or definitions, not keywords.
-    """
-    if isinstance(schema, list):
-        return [_enforceable(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    if names:
-        return {name: _enforceable(item) for name, item in schema.items()}
-    ignored = [keyword for keyword in schema if keyword in _NOT_ENFORCED and schema[keyword] is not False]
-    if ignored or len(schema.get("allOf", ())) > 1:
-        raise ValueError(f"{(ignored or ['allOf'])[0]!r} cannot be enforced")
-    bounds = schema.get("minLength", 0), schema.get("maxLength", "")
-    schema = {
-        keyword: value if keyword in _VALUES else _enforceable(value, keyword in _NAMED_SCHEMAS)
-        for keyword, value in schema.items()
-        if keyword not in ("minLength", "maxLength")
-    }
-    if bounds != (0, ""):  # a pattern instead, since xgrammar would allow raw control characters in bounded strings
-        if "pattern" in schema:
-            raise ValueError("'pattern' with 'minLength' or 'maxLength' cannot be enforced")
-        schema["pattern"] = f"^[\\s\\S]{{{bounds[0]},{bounds[1]}}}$"
-    return schema
+
+def _lark(text: str) -> str:
+    if "%json" in _LARK_TEXTS.sub("", text):
+        raise UnenforceableError("'%json' is not supported: write the rules out, or ask for `json`")
+    return text
+
+
+@contextmanager
+def _warnings_raised() -> Iterator[None]:
+    """Raises what xgrammar warns of in the block, since that would not be enforced. It writes warnings to stderr."""
+    with tempfile.TemporaryFile() as file, _reading:
+        stderr = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        file.seek(0)
+        _, found, warning = file.read().decode(errors="replace").partition("Warning: ")
+        if found:
+            raise UnenforceableError(warning.split("\n[")[0].strip())
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise UnenforceableError(f"{name} is not JSON")

@@ -13,7 +13,6 @@ from nanovllm.errors import InvalidArgumentError
 from nanovllm.requests.default_params import read_default_params
 from nanovllm.requests.detokenizer import Detokenizer, StopStrings
 from nanovllm.requests.grammar_compiler import GrammarCompiler
-from nanovllm.requests.grammar_reader import Grammar
 from nanovllm.requests.logit_edits import read_logit_edits
 from nanovllm.requests.stop_search import StopSearch
 from nanovllm.requests.tokenization import Prompt, Tokenization
@@ -33,7 +32,7 @@ class PreparedRequest:
     cache_salt: bytes  # the prefix cache shares blocks only between requests with the same salt
     params: SamplingParams
     logit_edits: LogitEdits | None  # None: its logits are not changed
-    grammar: Grammar | None  # of structured outputs, not compiled yet
+    grammar: StructuredOutputsParams | None  # read, not compiled yet
     stop_search: StopSearch | None  # None: it has no stop strings
 
 

@@ -176,6 +176,22 @@ overlap = Variable(
     "0: a step is launched only after the tokens of the previous one were read, so that the log and a debugger are in "
     "step with the device.",
 )
+grammar_seconds = Variable(
+    "NANOVLLM_GRAMMAR_SECONDS",
+    SECONDS,
+    10.0,
+    "Seconds that the grammar of a request with structured outputs may take, to be read, compiled and followed. Then "
+    "the request ends with an error.",
+)
+grammar_length = Variable(
+    "NANOVLLM_GRAMMAR_LENGTH", COUNT, 2**18, "The longest schema, regex, grammar or list of choices, in characters."
+)
+grammar_memory_gb = Variable(
+    "NANOVLLM_GRAMMAR_MEMORY_GB",
+    Kind("number", "a number of gigabytes > 0, such as 0.5", _positive),
+    2.0,
+    "Memory of the process that compiles and follows grammars. The request that needs more ends with an error.",
+)
 otlp_endpoint = Variable(
     "OTEL_EXPORTER_OTLP_ENDPOINT",
     URL,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -229,7 +231,7 @@ def test_on_a_gpu_with_and_without_graphs(depth: int) -> None:
 
 def test_what_xgrammar_can_not_read_raises_before_anything_runs(tiny: LLM) -> None:
     steps = tiny.llm_engine.statistics.num_steps
-    with pytest.raises(InvalidArgumentError, match=r"structured_outputs.regex='a\(b' is not allowed.*not closed"):
+    with pytest.raises(InvalidArgumentError, match=r"structured_outputs.regex='a\(b' is not allowed.*unterminated"):
         generate(tiny, PROMPT, params({"regex": "a(b"}))
     assert tiny.llm_engine.statistics.num_steps == steps
     assert_empty(tiny)
@@ -270,7 +272,7 @@ def test_who_streams_gets_the_reason_too() -> None:
 
     aye, unread, nowhere, free = asyncio.run(main())
     assert (aye, bool(free)) == ("aye", True)
-    assert "not closed" in str(unread)
+    assert "unterminated" in str(unread)
     assert "no token may follow" in str(nowhere)
     assert isinstance(unread, InvalidArgumentError)
     assert isinstance(nowhere, InvalidArgumentError)
@@ -300,6 +302,38 @@ def test_others_run_while_one_compiles_and_it_runs_then(tiny: LLM, gate: threadi
         ended += engine.step()
     assert ended[-1]["text"] == "aye"
     assert_empty(tiny)
+
+
+def test_others_run_while_a_mask_is_late_and_the_tokens_are_the_same(tiny: LLM) -> None:
+    engine, asked = tiny.llm_engine, params({"regex": "[a-f]{30}"}, seed=4, max_tokens=40)
+    (expected,) = generate(tiny, PROMPT, asked)
+    engine.add_request("structured", PROMPT, asked)
+    while engine.sequences("structured")[0].first_token is None:
+        engine.step()
+    process = engine._grammars._process._child
+    assert process is not None
+    os.kill(process._process.pid, signal.SIGSTOP)
+    engine.add_request("other", PROMPT, params(max_tokens=20))
+    ended: list[RequestOutput] = []
+    while not ended:
+        ended += engine.step()
+    os.kill(process._process.pid, signal.SIGCONT)
+    assert ended[0].request_id == "other"
+    while engine.has_unfinished_requests():
+        ended += engine.step()
+    assert ended[1]["token_ids"] == expected["token_ids"]
+    assert_empty(tiny)
+
+
+def test_a_costly_grammar_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOVLLM_GRAMMAR_SECONDS", "1")
+    with LLM("tiny", device="cpu", max_num_seqs=4) as llm:
+        free = params(max_tokens=5, ignore_eos=True)
+        many = [params({"regex": "(.*)*" * 120}, seed=1), params({"choice": ["aye"]}), free]
+        costly, aye, other = generate(llm, [PROMPT] * 3, many)
+        assert "within 1 s (NANOVLLM_GRAMMAR_SECONDS)" in str(costly.error)
+        assert (aye["text"], len(other["token_ids"])) == ("aye", 5)
+        assert_empty(llm)
 
 
 def test_one_that_compiles_can_be_aborted_or_discarded_and_its_id_used_again(tiny: LLM, gate: threading.Event) -> None:

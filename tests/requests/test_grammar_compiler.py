@@ -1,10 +1,15 @@
-"""Structured outputs, below the engine: what is read at the door, compiled in a thread, and masked token by token."""
+"""Structured outputs, below the engine: read at the door, compiled and followed in a process, masked token by token."""
 
 from __future__ import annotations
 
-import builtins
+import os
+import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -14,7 +19,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from nanovllm import InvalidArgumentError, SamplingParams, StructuredOutputsParams
 from nanovllm.engine.sequence import Sequence
 from nanovllm.models.checkpoint import resolve_model_folder
-from nanovllm.requests.grammar_compiler import GrammarCompiler, GrammarMatcher
+from nanovllm.requests import grammar_compiler
+from nanovllm.requests.grammar_compiler import GrammarCompiler
 from tests.engine.scheduler_driver import Driver
 from tests.engine.simulated_executor import make_config
 from tests.requests.grammar_gate import gate
@@ -30,10 +36,22 @@ def tokenizer() -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(resolve_model_folder("tiny"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def grammars(tokenizer: PreTrainedTokenizerBase) -> Iterator[GrammarCompiler]:
     pytest.importorskip("xgrammar", reason="xgrammar is not installed")
     grammars = GrammarCompiler(tokenizer, make_config(vocab_size=VOCAB_SIZE, eos_token_ids=EOS))
+    yield grammars
+    grammars.shutdown()
+
+
+@pytest.fixture(scope="module")
+def hasty(tokenizer: PreTrainedTokenizerBase) -> Iterator[GrammarCompiler]:
+    """Grammars may take a second."""
+    pytest.importorskip("xgrammar", reason="the extra nanovllm[structured] is not installed")
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("NANOVLLM_GRAMMAR_SECONDS", "1")
+        environment.setenv("NANOVLLM_GRAMMAR_LENGTH", "20000")
+        grammars = GrammarCompiler(tokenizer, make_config(vocab_size=VOCAB_SIZE, eos_token_ids=EOS))
     yield grammars
     grammars.shutdown()
 
@@ -49,27 +67,48 @@ def start(grammars: GrammarCompiler, waiting: Sequence) -> None:
     grammars.start(waiting, grammars.read(wanted))
 
 
-def finish(grammars: GrammarCompiler, waiting: Sequence) -> None:
-    for _ in range(200):
-        if not waiting.waits_for_grammar:
-            return
-        grammars.collect(idle=True)
-    raise AssertionError("never compiled")
+def finish(grammars: GrammarCompiler, *waiting: Sequence) -> list[Sequence]:
+    """Returns those whose grammar failed."""
+    failed, end = [], time.monotonic() + 120
+    while any(each.waits_for_grammar for each in waiting):
+        assert time.monotonic() < end, "no answer"
+        grammars.wait()
+        failed += grammars.collect()
+    return failed
 
 
-def matcher(grammars: GrammarCompiler, **asked: Any) -> GrammarMatcher:
-    waiting = sequence(**asked)
-    start(grammars, waiting)
-    finish(grammars, waiting)
-    assert waiting.grammar is not None, waiting.error
-    return waiting.grammar
+class Follower:
+    """A sequence whose every token is followed before the next one."""
+
+    def __init__(self, grammars: GrammarCompiler, **asked: Any) -> None:
+        self.sequence = sequence(**asked)
+        self._grammars = grammars
+        start(grammars, self.sequence)
+        finish(grammars, self.sequence)
+        assert self.sequence.error is None
+
+    @property
+    def mask(self) -> np.ndarray:
+        assert self.sequence.grammar is not None
+        return self.sequence.grammar.mask
+
+    def accept(self, token: int) -> InvalidArgumentError | None:
+        assert self.sequence.grammar is not None
+        self.sequence.grammar.accept(token)
+        assert self.sequence.waits_for_grammar
+        finish(self._grammars, self.sequence)
+        return self.sequence.error
+
+
+def matcher(grammars: GrammarCompiler, **asked: Any) -> Follower:
+    return Follower(grammars, **asked)
 
 
 def allowed(mask: np.ndarray) -> set[int]:
     return {token for token in range(32 * len(mask)) if mask[token // 32] >> (token % 32) & 1}
 
 
-def takes(matcher: GrammarMatcher, tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+def takes(matcher: Follower, tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     """Whether the whole text fits, and may end there."""
     for token in tokenizer.encode(text):
         if token not in allowed(matcher.mask):
@@ -140,7 +179,7 @@ def test_matchers_of_one_grammar_do_not_share_their_place(grammars: GrammarCompi
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
-        ({"regex": "a(b"}, "parenthesis is not closed"),
+        ({"regex": "a(b"}, "unterminated subpattern"),
         ({"regex": "(?=a)b"}, "Lookahead is not supported"),
         ({"regex": "\ud800"}, "surrogates not allowed"),
         ({"choice": ["\ud800"]}, "surrogates not allowed"),
@@ -149,16 +188,20 @@ def test_matchers_of_one_grammar_do_not_share_their_place(grammars: GrammarCompi
         ({"grammar": 'rest ::= "a"'}, '"root" is not found'),
         ({"grammar": ""}, ""),
         ({"grammar": "root ::= " + "(" * 5000 + '"a"' + ")" * 5000}, "maximum limit"),
-        ({"json": "3"}, "Schema should be an object or bool"),
-        ({"json": {"type": "objekt"}}, 'Unsupported type "objekt"'),
-        ({"json": {"type": "integer", "minimum": 5, "maximum": 3}}, "minimum greater than maximum"),
-        ({"json": {"type": "string", "minLength": 5, "maxLength": 3}}, ""),
-        ({"json": {"type": "string", "maxLength": "x"}}, ""),
-        ({"json": {"type": "string", "maxLength": -1}}, ""),
-        ({"json": {"type": "array", "items": {"not": {"type": "string"}}}}, "'not' cannot be enforced"),
-        ({"json": {"properties": {"a": {"uniqueItems": True}}}}, "'uniqueItems' cannot be enforced"),
-        ({"json": {"$defs": {"if": {"if": {}}}}}, "'if' cannot be enforced"),
-        ({"json": {"allOf": [{"type": "integer"}, {"minimum": 3}]}}, "'allOf' cannot be enforced"),
+        ({"json": "3"}, "3 is not of type 'object', 'boolean'"),
+        ({"json": {"type": "objekt"}}, "'objekt' is not valid"),
+        ({"json": {"type": "integer", "minimum": 5, "maximum": 3}}, "no value fits it"),
+        ({"json": {"type": "string", "minLength": 5, "maxLength": 3}}, "no value fits it"),
+        ({"json": {"type": "string", "maxLength": "x"}}, "'x' is not of type 'integer' (at $.maxLength)"),
+        ({"json": {"type": "string", "maxLength": -1}}, "-1 is less than the minimum of 0"),
+        (
+            {"json": {"type": "array", "items": {"not": {"type": "string"}}}},
+            '\'not\': {"type": "string"} cannot be enforced',
+        ),
+        (
+            {"json": {"properties": {"a": {"uniqueItems": True}}}},
+            "'uniqueItems': true cannot be enforced: leave it out",
+        ),
         ({"json": {"type": "string", "pattern": "a+", "maxLength": 3}}, "'pattern' with 'minLength' or"),
     ],
 )
@@ -181,8 +224,7 @@ def test_a_property_may_have_a_keywords_name(grammars: GrammarCompiler, tokenize
 def test_a_grammar_that_no_text_fits_fails_when_it_is_compiled(grammars: GrammarCompiler) -> None:
     waiting = sequence(grammar='root ::= root "a"')
     start(grammars, waiting)
-    finish(grammars, waiting)
-    assert waiting.grammar is None
+    assert finish(grammars, waiting) == [waiting]
     assert "no text fits it" in str(waiting.error)
 
 
@@ -200,63 +242,159 @@ def test_a_dead_end_is_an_error_of_the_output_that_runs_into_it(
     assert "no token may follow the first 1" in str(refused), "and so is a token that does not fit"
 
 
-def test_it_is_read_and_compiled_once_for_all_that_ask_the_same(
-    grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    xgrammar = pytest.importorskip("xgrammar")
-    calls: list[str] = []
-    read = xgrammar.Grammar.from_regex
-    monkeypatch.setattr(xgrammar.Grammar, "from_regex", lambda text: calls.append(text) or read(text))
-    for _ in range(3):
-        matcher(grammars, regex="[0-9]+")
-    assert calls == ["[0-9]+"]
+def test_it_is_read_once_for_all_that_ask_the_same(grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+    start(grammars, sequence(regex="[0-9]+"))
+    monkeypatch.setattr(grammars._process, "submit", None)
+    asked = StructuredOutputsParams(regex="[0-9]+")
+    assert grammars.read(asked) == asked
 
 
-def test_it_compiles_in_a_thread_and_the_caller_goes_on(grammars: GrammarCompiler, gate: threading.Event) -> None:
+def test_the_caller_goes_on_while_it_is_compiled(grammars: GrammarCompiler, gate: threading.Event) -> None:
     waiting = sequence(regex="a")
     start(grammars, waiting)
-    assert grammars.collect(idle=False) == grammars.collect(idle=True) == []
+    grammars.wait()
+    assert grammars.collect() == []
     assert waiting.waits_for_grammar
     gate.set()
-    finish(grammars, waiting)
+    assert finish(grammars, waiting) == []
     assert waiting.grammar is not None
 
 
-def test_what_fails_in_the_thread_ends_that_sequence_alone(
-    grammars: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+COSTLY = {"regex": "(.*)*" * 120}
+
+
+def test_a_costly_grammar_ends_its_sequence_and_the_others_go_on(
+    hasty: GrammarCompiler, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    xgrammar = pytest.importorskip("xgrammar")
-    compile_grammar = xgrammar.GrammarCompiler.compile_grammar
+    """Only the end of its process stops it: the others are compiled again in a new one, and go on where they were."""
+    ahead = Follower(hasty, regex="[a-z]{3}-end")
+    for token in tokenizer.encode("xyz"):
+        assert ahead.accept(token) is None
+    before = ahead.mask.copy()
+    costly, beside = sequence(**COSTLY), sequence(choice=["beside"])
+    start(hasty, costly)
+    start(hasty, beside)
+    failed = finish(hasty, costly, beside)
+    while not failed:  # it was compiled in time: then following it takes too long
+        assert costly.grammar is not None
+        costly.grammar.accept(tokenizer.encode("a")[0])
+        failed = finish(hasty, costly)
+    assert failed == [costly]
+    assert "follow within 1 s (NANOVLLM_GRAMMAR_SECONDS)" in str(costly.error)
+    assert beside.error is None
+    for token in tokenizer.encode("-end"):
+        assert token in allowed(ahead.mask)
+        assert ahead.accept(token) is None
+    assert set(EOS) == allowed(ahead.mask) != allowed(before)
 
-    def fragile(self: Any, grammar: Any) -> Any:
-        if '"bad"' in str(grammar):
-            raise RuntimeError("[10:11:12] /src/x.cc:7: Check failed: (a) is false: out of luck")
-        return compile_grammar(self, grammar)
 
-    monkeypatch.setattr(xgrammar.GrammarCompiler, "compile_grammar", fragile)
-    good, bad = sequence(choice=["good"]), sequence(choice=["bad"])
-    start(grammars, bad)
-    start(grammars, good)
-    failed: list[Sequence] = []
-    for _ in range(200):
-        failed += grammars.collect(idle=True)
-    assert failed == [bad]
-    assert str(bad.error).endswith("what xgrammar can follow: out of luck.")
-    assert good.grammar is not None
+@pytest.mark.heavy("each starts a process")
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"regex": "(.*.*.*)*" * 50},
+        {"regex": "(((((a{1,50}b?){1,50}c?){1,50}d?){1,50}e?){1,50}f?){1,50}(.*.*)*"},
+        {"json": {"type": "object", "properties": {f"p{i}": {"enum": [0, i]} for i in range(600)}}},
+        {"json": {"anyOf": [{"properties": {f"p{i}": {}}, "type": "object"} for i in range(400)]}},
+        {"json": {"enum": ["a" * 40 + "!"], "pattern": "^(a+)+$"}},
+        {"choice": ["b" * 19_000]},
+    ],
+    ids=["stars", "repetitions", "properties", "alternatives", "slow in Python", "long"],
+)
+def test_whatever_it_costs_it_ends(hasty: GrammarCompiler, asked: dict[str, Any]) -> None:
+    waiting = sequence(**asked)
+    with suppress(InvalidArgumentError):  # it takes too long to be read
+        start(hasty, waiting)
+    finish(hasty, waiting)
+    assert "NANOVLLM_GRAMMAR_SECONDS" in str(waiting.error or "NANOVLLM_GRAMMAR_SECONDS")
+    start(hasty, after := sequence(regex="a"))
+    assert finish(hasty, after) == []
 
 
-def test_without_xgrammar_the_error_says_what_to_install(
-    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("asked", [{"regex": "a" * 20_001}, {"choice": ["a" * 101] * 200}, {"json": [0] * 20_000}])
+def test_one_that_is_too_long_is_refused_before_it_is_read(hasty: GrammarCompiler, asked: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match="at most 20000 characters .NANOVLLM_GRAMMAR_LENGTH., not "):
+        start(hasty, sequence(**asked))
+
+
+def process_of(grammars: GrammarCompiler) -> int:
+    child = grammars._process._child
+    assert child is not None
+    return child._process.pid
+
+
+def test_a_process_that_is_killed_is_replaced(grammars: GrammarCompiler, tokenizer: PreTrainedTokenizerBase) -> None:
+    goes_on = Follower(grammars, regex="ab")
+    os.kill(process_of(grammars), signal.SIGKILL)
+    a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
+    error = goes_on.accept(a)
+    if error is None:  # it had ended before the token was sent; else the token is what ended it
+        assert allowed(goes_on.mask) == {b}
+    else:
+        assert "its process ended (exit code -9)" in str(error)
+    assert b in allowed(Follower(grammars, regex="b").mask)
+
+
+def test_its_memory_is_limited(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xgrammar")
+    monkeypatch.setenv("NANOVLLM_GRAMMAR_MEMORY_GB", "0.1")  # less than it has
+    grammars = GrammarCompiler(tokenizer, make_config(vocab_size=VOCAB_SIZE, eos_token_ids=EOS))
+    waiting = sequence(regex="a")
+    with pytest.raises(InvalidArgumentError, match="structured_outputs.regex='a' is not allowed"):
+        start(grammars, waiting)
+    grammars.shutdown()
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    end = time.monotonic() + 60
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("exits", [True, False], ids=["exit", "last reference"])
+def test_its_process_ends_with_the_engine(tokenizer: PreTrainedTokenizerBase, exits: bool) -> None:
+    pytest.importorskip("xgrammar")
+    grammars = GrammarCompiler(tokenizer, make_config(vocab_size=VOCAB_SIZE, eos_token_ids=EOS))
+    grammars.read(StructuredOutputsParams(regex="a"))
+    pid = process_of(grammars)
+    if exits:
+        grammars.shutdown()
+    del grammars
+    assert eventually(lambda: is_gone(pid))
+
+
+def test_its_process_ends_when_the_engines_is_killed() -> None:
+    script = (
+        "import tests.requests.test_grammar_compiler as test\n"
+        "tokenizer = test.AutoTokenizer.from_pretrained(test.resolve_model_folder('tiny'))\n"
+        "config = test.make_config(vocab_size=test.VOCAB_SIZE, eos_token_ids=test.EOS)\n"
+        "grammars = test.GrammarCompiler(tokenizer, config)\n"
+        "grammars.read(test.StructuredOutputsParams(regex='a'))\n"
+        "print(test.process_of(grammars), flush=True)\n"
+        "input()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=-1, stdout=-1, text=True) as engine:
+        assert engine.stdout is not None
+        pid = int(engine.stdout.readline())
+        engine.kill()
+    assert eventually(lambda: is_gone(pid))
+
+
+@pytest.mark.parametrize("name", ["xgrammar", "jsonschema"])
+def test_without_a_library_the_error_says_what_to_install(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    original = builtins.__import__
-
-    def without(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("xgrammar"):
-            raise ImportError("No module named 'xgrammar'")
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(InvalidArgumentError, match="pip install xgrammar"):
+    monkeypatch.setattr(grammar_compiler, "find_spec", lambda wanted: None if wanted == name else object())
+    with pytest.raises(InvalidArgumentError, match=rf"since {name} is missing. pip install xgrammar jsonschema"):
         start(GrammarCompiler(tokenizer, make_config(eos_token_ids=EOS)), sequence(regex="a"))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from hypothesis import HealthCheck, given, settings
@@ -18,13 +20,17 @@ GUIDED = {"regex": "what is compiled is ours here"}
 
 
 class Matcher:
-    """Allows some tokens; which ones follows from all tokens so far. Any other, or one too many, is a failure."""
+    """Allows some tokens; which ones follows from all tokens so far. Any other, or one too many, is a failure.
 
-    def __init__(self) -> None:
+    submit: is called after each token, with what makes the mask after it.
+    """
+
+    def __init__(self, submit: Callable[[Callable[[], None]], None]) -> None:
         self._digest = _ROOT
-        self._fill()
+        self._submit = submit
+        submit(self.fill)
 
-    def _fill(self) -> None:
+    def fill(self) -> None:
         bits = np.zeros(64, dtype=np.uint8)
         bits[[token for token in range(VOCAB_SIZE) if extend(self._digest, token) % 5 == 0] or [EOS]] = 1
         self.mask = np.packbits(bits, bitorder="little").view(np.int32)
@@ -32,36 +38,44 @@ class Matcher:
     def accept(self, token_id: int) -> None:
         assert self.mask[token_id // 32] >> (token_id % 32) & 1, "a token was drawn with another mask than its own"
         self._digest = extend(self._digest, token_id)
-        self._fill()
+        self.mask = np.zeros(2, dtype=np.int32)  # until it is filled
+        self._submit(self.fill)
 
 
 class Compiler:
-    """As `grammar_compiler.GrammarCompiler`; each grammar takes so many calls of `collect`."""
+    """As `grammar_compiler.GrammarCompiler`; each grammar, and each mask, takes so many calls of `collect`."""
 
     def __init__(self, delays: list[int]) -> None:
         self._delays = deque(delays)
-        self._left: dict[Sequence, int] = {}
+        self._left: dict[Sequence, tuple[int, Callable[[], None]]] = {}
 
     def read(self, params: StructuredOutputsParams) -> object:
         return params
 
     def start(self, sequence: Sequence, grammar: object) -> None:
         assert grammar == sequence.params.structured_outputs
-        sequence.waits_for_grammar = True
-        self._left[sequence] = self._delays[0]
-        self._delays.rotate()
+        sequence.grammar = Matcher(partial(self._submit, sequence))  # type: ignore[assignment]
 
-    def collect(self, idle: bool) -> list[Sequence]:
-        for sequence in list(self._left):
-            self._left[sequence] -= 1
-            if self._left[sequence] < 0:
+    def collect(self) -> list[Sequence]:
+        for sequence, (left, fill) in list(self._left.items()):
+            self._left[sequence] = left - 1, fill
+            if left == 0:
                 del self._left[sequence]
-                sequence.waits_for_grammar, sequence.grammar = False, Matcher()  # type: ignore[assignment]
+                sequence.waits_for_grammar = False
+                fill()
         return []
+
+    def wait(self) -> None:
+        """Answers come with the calls of `collect` alone."""
+
+    def _submit(self, sequence: Sequence, fill: Callable[[], None]) -> None:
+        sequence.waits_for_grammar = True
+        self._left[sequence] = self._delays[0], fill
+        self._delays.rotate()
 
 
 def expected_output(request: Request, max_model_len: int) -> list[int]:
-    matcher = Matcher() if request.params.structured_outputs is not None else None
+    matcher = Matcher(lambda fill: fill()) if request.params.structured_outputs is not None else None
     digest = _ROOT
     for token in request.prompt:
         digest = extend(digest, token)

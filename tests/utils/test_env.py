@@ -16,6 +16,9 @@ DEFAULTS = [
     ("NANOVLLM_LOG_DECODE_INTERVAL", env.log_decode_interval, 10),
     ("NANOVLLM_CPU_KVCACHE_GB", env.cpu_kvcache_gb, None),
     ("NANOVLLM_OVERLAP", env.overlap, True),
+    ("NANOVLLM_GRAMMAR_SECONDS", env.grammar_seconds, 10.0),
+    ("NANOVLLM_GRAMMAR_LENGTH", env.grammar_length, 2**18),
+    ("NANOVLLM_GRAMMAR_MEMORY_GB", env.grammar_memory_gb, 2.0),
     ("NANOVLLM_LOG_FORMAT", env.log_format, "text"),
     ("NANOVLLM_LOG_FILE", env.log_file, None),
     ("NANOVLLM_LOG_FILE_FORMAT", env.log_file_format, None),
@@ -63,6 +66,9 @@ VALUES = [
 
 BAD_VALUES = [
     ("NANOVLLM_OVERLAP", env.overlap, "off"),
+    ("NANOVLLM_GRAMMAR_SECONDS", env.grammar_seconds, "0"),
+    ("NANOVLLM_GRAMMAR_LENGTH", env.grammar_length, "1e6"),
+    ("NANOVLLM_GRAMMAR_MEMORY_GB", env.grammar_memory_gb, "all"),
     ("NANOVLLM_CONFIGURE_LOGGING", env.configure_logging, "maybe"),
     ("NANOVLLM_LOG_DECODE_INTERVAL", env.log_decode_interval, "0"),
     ("NANOVLLM_LOG_DECODE_INTERVAL", env.log_decode_interval, "-3"),
