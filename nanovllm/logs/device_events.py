@@ -1,4 +1,4 @@
-"""The events of a step on its device: the model runner, CUDA graphs, attention, communication, the profiler.
+"""The events of a step on its device, of profiles and traces, and of other processes.
 
 `events.py` has all events; code imports them from there.
 """
@@ -124,7 +124,7 @@ grammar_output = Event(
     "grammar.output",
     WARNING,
     "requests.grammar_process",
-    "The process of grammars: {line}",
+    "The process of grammars: {stderr}",
     unseen="a failure in that process",
 )
 communication = Event(

@@ -211,6 +211,7 @@ FIELDS: Mapping[str, Field] = {
         "the others wait",
     ),
     "state": Field(str, "whether the engine goes on"),
+    "stderr": Field(str, "a line that the process wrote to stderr"),
     "step": Field(int | None, "number of the step since the engine started; null: none, as in a warm-up"),
     "stop_reason": Field(int | str | None, "the stop string or stop token that ended it; null in all other cases"),
     "table": Field(str, "the most expensive operators"),

@@ -215,4 +215,4 @@ class _Child:
         assert self._process.stderr is not None
         with self._process.stderr as lines:
             for line in lines:
-                events.grammar_output.log(logger, line=line.decode(errors="replace").rstrip())
+                events.grammar_output.log(logger, stderr=line.decode(errors="replace").rstrip())
