@@ -60,11 +60,11 @@ def gantt(lives: Sequence[RequestLife], origin: float, end: float) -> str:
 def _tooltip(life: RequestLife, end: float) -> str:
     lines = [
         f"{life.request_id}: {life.num_prompt_tokens:,} prompt tokens ({life.num_cached_tokens:,} cached), "
-        f"{life.output_len:,} out" + (f", {life.reason}" if life.reason else "")
+        f"{life.output_len:,} out" + (f", {life.cause}" if life.cause else "")
     ]
     if life.finished is None:
         lines = [f"{life.request_id}: {life.num_prompt_tokens:,} prompt tokens; not finished when the log ends"]
     lines += [f"{phase}: {duration_text((stop - start) * 1e3)}" for phase, start, stop in spans(life, end)]
-    if life.preemptions:
-        lines.append(f"preempted {life.preemptions} ×")
+    if life.num_preemptions:
+        lines.append(f"preempted {life.num_preemptions} ×")
     return "\n".join(lines)

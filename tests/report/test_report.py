@@ -195,7 +195,7 @@ def test_preempted_time_is_drawn_until_the_blocks_come_back(tmp_path):
 def test_aborted_requests_are_no_latencies(tmp_path):
     request = {
         "request_id": "r", "seq_id": 0, "prompt": 10, "cached": 0, "out": 2, "arrival": 1.0, "scheduled": 1.0,
-        "token": 1.5, "preemptions": 0, "reason": "abort",
+        "token": 1.5, "preemptions": 0, "cause": "abort",
     }  # fmt: skip
     run = only_run(write(tmp_path / "run.jsonl", [finished(request, 2.0)]))
     assert (run.requests.num_finished, run.requests.num_aborted) == (0, 1)
