@@ -1,4 +1,4 @@
-"""`nanovllm report`: draws a JSON log as an HTML page or answers a question about it, as `python -m nanovllm.report` does."""
+"""`nanovllm report`: answers a question about a JSON log or draws it, as `python -m nanovllm.report` does."""
 
 from __future__ import annotations
 

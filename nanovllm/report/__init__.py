@@ -3,7 +3,7 @@
     python -m nanovllm.report run.jsonl -o report.html
     python -m nanovllm.report run.jsonl --request ID | --slowest N | --step N | --summary | --compare other.jsonl
 
-The log is written with `NANOVLLM_LOG_FORMAT=json NANOVLLM_LOG_FILE=run.jsonl`; `NANOVLLM_LOG_LEVEL=DEBUG` adds each step.
+The log is written with `NANOVLLM_LOG_FORMAT=json NANOVLLM_LOG_FILE=run.jsonl`; at DEBUG it has each step.
 It is read line by line (`log_file`) into bins, quantile sketches and samples of a fixed size (`quantiles`), with one
 `Run` for each engine in it (`run`, `requests`, `preemptions`, `statistics`, `steps`). What limited the run, and which
 setting changes that, is computed from a `Run` (`verdict`, `advice`). Answers (`answer`, `answer_step`, `answer_run`,
