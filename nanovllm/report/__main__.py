@@ -53,7 +53,9 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     asked.add_argument("--slowest", type=_positive, metavar="N", help="list the N slowest requests")
     asked.add_argument("--step", type=_positive, metavar="N", help="say what this step did")
     asked.add_argument("--summary", action="store_true", help="say what limited the run, with its figures")
-    parser.add_argument("--compare", type=Path, metavar="LOG", help="compare with the last engine of another log")
+    parser.add_argument(
+        "--compare", type=Path, metavar="LOG", help="compare with the last engine of another log; with -o on the page"
+    )
     parser.add_argument("--by", choices=BY, default="e2e", help="what --slowest sorts by (default %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")
     parser.add_argument("--follow", action="store_true", help="read on while the log grows")
@@ -140,7 +142,7 @@ def write_report(log: Path, output: Path | None, other: Path | None = None) -> N
         raise InvalidArgumentError("output", str(output), "another file than the log")
     summary = summarise(log)
     try:
-        output.write_text(render(summary), encoding="utf-8")
+        output.write_text(render(summary, None if other is None else summarise(other)), encoding="utf-8")
     except OSError as error:
         raise InvalidArgumentError("output", str(output), f"a file that can be written ({error.strerror})") from None
     counts = summary.counts

@@ -56,19 +56,19 @@ class CacheNeed:
         )
 
 
-def cache_advice(run: Run) -> list[Advice]:
-    """Returns what keeps sequences from being preempted, or from waiting for blocks."""
+def cache_advice(run: Run, *, admits_all: bool = False) -> list[Advice]:
+    """Returns what keeps sequences from being preempted; with `admits_all`, from waiting for blocks as well."""
     need = CacheNeed.of(run)
     if need is None:
         return []
     advice = []
-    wanted = max(need.peak, min(need.enough, need.num_blocks + 1)) if need.peak else need.enough
+    wanted = need.peak if need.peak and not admits_all else max(need.enough, need.peak)
     if wanted > need.num_blocks:
         why = f"{need.enough:,} hold any {plural(need.num_seqs, 'sequence')} of this run at full length"
         if need.peak:
             why = f"the sequences that had begun needed {need.peak:,} at step {need.peak_step}; {why}"
         advice.append(_more_blocks(run, need, wanted, why))
-    if need.fitting < need.num_seqs:
+    if need.fitting < need.num_seqs and not admits_all:
         advice.append(
             Advice(
                 "max_num_seqs",
@@ -148,8 +148,8 @@ def prefill_advice(run: Run, stall_s: float, itl_s: float) -> list[Advice]:
 def queue_advice(run: Run) -> list[Advice]:
     """Returns what shortens the queue: the limit that was reached."""
     if is_cache_short(run):
-        return cache_advice(run)
-    return seats_advice(run) or (cache_advice(run) if (cache_peak(run) or 0.0) >= _FULL else [])
+        return cache_advice(run, admits_all=True)
+    return seats_advice(run) or (cache_advice(run, admits_all=True) if (cache_peak(run) or 0.0) >= _FULL else [])
 
 
 def is_cache_short(run: Run) -> bool:

@@ -20,7 +20,7 @@ def compare(first: Summary, second: Summary) -> Answer:
         change = b / a - 1 if a and b is not None else None
         figures[name] = {"first": a, "second": b, "change": change}
         if a is not None or b is not None:
-            lines.append(f"{name}: {_text(a, kind)} → {_text(b, kind)}{_change_text(change)}")
+            lines.append(f"{name}: {value_text(a, kind)} → {value_text(b, kind)}{_change_text(change)}")
     settings = differing_settings(one, two)
     lines += [f"{name}: {a} → {b}" for name, (a, b) in settings.items()] or ["The settings are the same."]
     for path, facts in ((first.path, one), (second.path, two)):
@@ -77,7 +77,8 @@ def differing_settings(one: Record, two: Record) -> dict[str, tuple[object, obje
     return found
 
 
-def _text(value: float | None, kind: str) -> str:
+def value_text(value: float | None, kind: str) -> str:
+    """Returns a figure as text, by its kind."""
     if value is None:
         return "not known"
     if kind == "share":

@@ -279,6 +279,8 @@ class Run:
         if number(record, "itl_s") is not None:
             self.timeline.add(self._at(record), "itl_ms", life.seconds("itl_s") * 1e3)
             self.timeline.add(self._at(record), "stall_ms", life.seconds("longest_stall_s") * 1e3)
+        if self.at_debug and record.get("stall_cause") == "preempted":  # the steps' times do not show such a gap
+            self.token_gaps.add(life.seconds("longest_stall_s") * 1e3)
 
     # The rest
 
@@ -290,10 +292,12 @@ class Run:
             "prompt_tokens_per_second": "stat_prompt",
             "generation_tokens_per_second": "stat_output",
             "kv_cache_usage": "stat_kv_use",
-            "prefix_cache_hit_rate": "stat_hit_rate",
+            "peak_kv_cache_usage": "stat_kv_peak",
             "num_running": "stat_running",
             "num_waiting": "stat_waiting",
         }
+        if number(record, "num_prefix_queries") != 0:  # nothing looked up: there is no rate
+            names["prefix_cache_hit_rate"] = "stat_hit_rate"
         for field, name in names.items():
             value = number(record, field)
             if value is not None:

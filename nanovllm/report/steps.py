@@ -9,6 +9,7 @@ from itertools import count as counter
 
 from nanovllm.report.log_file import Record, count, number
 
+UNEXPLAINED = "no event explains it: look at the host (garbage collection, other processes, debugger)"
 _KEPT = 15
 _MOST_IN_FLIGHT = 64  # steps that have not ended; an engine has a few
 _MOST_EVENTS = 8  # kept for each step
@@ -53,7 +54,7 @@ class SlowStep:
         if self.step == 1:
             reasons.append("the first step: kernels load, caches are cold")
         if not reasons:
-            reasons.append("no event explains it: look at the host (garbage collection, other processes, debugger)")
+            reasons.append(UNEXPLAINED)
         if median_ms > 0:
             reasons.insert(0, f"{self.wall_ms / median_ms:.1f}× the median {self.kind} step")
         return reasons

@@ -1,4 +1,4 @@
-"""Twelve questions to the INFO log of a real run, whose answers are compared with what an observer of the engine saw."""
+"""Twelve questions to the INFO log of a real run; an observer of the engine says whether the answers are right."""
 
 from __future__ import annotations
 
