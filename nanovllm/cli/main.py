@@ -15,7 +15,7 @@ from nanovllm import __version__
 
 COMMANDS: Mapping[str, str] = {  # each a module of this package
     "bench": "measure the engine with offline workloads, and compare it",
-    "report": "draw a JSON log as one self-contained HTML page",
+    "report": "answer a question about a JSON log, or draw it as a page",
     "version": "print the version",
 }
 

@@ -1,4 +1,4 @@
-"""`nanovllm report`: draws a JSON log as an HTML page, as `python -m nanovllm.report` does."""
+"""`nanovllm report`: answers a question about a JSON log or draws it, as `python -m nanovllm.report` does."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from nanovllm.report import __main__ as report
 
 
 def main(arguments: Sequence[str], prog: str) -> int:
-    """Writes the page. Exit status 2 when it cannot be written."""
+    """Returns the exit status of `python -m nanovllm.report`."""
     return report.main(arguments, prog)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 76, 14, 10, 40
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Series:
     values: Sequence[float | None]
     colour: int
     area: bool = False
+    bars: bool = False  # for rare events, which a line would make too thin to see
 
 
 def seconds_text(seconds: float) -> str:
@@ -155,10 +156,10 @@ class Frame:
         )
 
     def svg(self) -> str:
+        size = "broad" if self.width > 800 else "narrow"
         return (
-            f'<svg viewBox="0 0 {self.width} {self.height}" role="img" aria-label="{escape(self.label)}">'
-            + "".join(self.parts)
-            + "</svg>"
+            f'<svg viewBox="0 0 {self.width} {self.height}" class="{size}" role="img" '
+            f'aria-label="{escape(self.label)}">' + "".join(self.parts) + "</svg>"
         )
 
 
@@ -185,6 +186,7 @@ def time_chart(
     scale: Scale = "linear",
     stacked: bool = False,
     width: int = 560,
+    since: str = "time since the first request",
 ) -> str:
     """Returns lines, areas or stacked bars over time. All series have one value per bin.
 
@@ -210,8 +212,8 @@ def time_chart(
         _draw_stacked(frame, series, bins, num_bins)
     else:
         for one in series:
-            _draw_line(frame, one, bins)
-    frame.x_axis(axis.ticks(), "time since the first request")
+            (_draw_bars if one.bars else _draw_line)(frame, one, bins)
+    frame.x_axis(axis.ticks(), since)
     for index in range(num_bins):
         start, stop = bins.span(index)
         lines = [
@@ -222,7 +224,7 @@ def time_chart(
         if lines and stop > start:
             left = frame.x(start)
             frame.tooltip(left, frame.x(stop) - left, "\n".join([f"{axis.text(start)} – {axis.text(stop)}", *lines]))
-    return legend([(one.name, one.colour) for one in series]) + frame.svg()
+    return legend([(one.name, one.colour) for one in series]) + drawing(frame.svg())
 
 
 def _draw_line(frame: Frame, series: Series, bins: Bins) -> None:
@@ -240,6 +242,17 @@ def _draw_line(frame: Frame, series: Series, bins: Bins) -> None:
             closed = f"{points[0][0]:.1f},{frame.bottom} {path} {points[-1][0]:.1f},{frame.bottom}"
             frame.add(f'<polygon class="area c{series.colour}" points="{closed}"/>')
         frame.add(f'<polyline class="line c{series.colour}" points="{path}"/>')
+
+
+def _draw_bars(frame: Frame, series: Series, bins: Bins) -> None:
+    for index, value in enumerate(series.values):
+        if value:
+            left, right = (frame.x(time) for time in bins.span(index))
+            top = frame.y(value)
+            frame.add(
+                f'<rect class="fill c{series.colour}" x="{left:.1f}" y="{top:.1f}" '
+                f'width="{max(right - left, 4.0):.1f}" height="{frame.bottom - top:.1f}"/>'
+            )
 
 
 def _draw_stacked(frame: Frame, series: Sequence[Series], bins: Bins, num_bins: int) -> None:
@@ -289,7 +302,7 @@ def histogram(
         side = "end" if x > width * 0.7 else "start"
         frame.add(f'<line class="quantile" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{frame.bottom}"/>')
         frame.add(
-            f'<text class="mark" x="{x + (-3 if side == "end" else 3):.1f}" y="{TOP + 10 + 12 * number}" '
+            f'<text class="mark" x="{x + (-3 if side == "end" else 3):.1f}" y="{TOP + 10 + 18 * number}" '
             f'text-anchor="{side}">{escape(name)}</text>'
         )
     frame.x_axis([(place(ms), duration_text(ms)) for ms in _log_ticks(low, high)], "time, logarithmic")
@@ -331,9 +344,14 @@ def share_bar(label: str, parts: Sequence[tuple[str, float]]) -> str:
         drawn.append("</g>")
         x += size
     svg = f'<svg viewBox="0 0 {width} 42" role="img" aria-label="{escape(label)}">{"".join(drawn)}</svg>'
-    return svg + legend(
+    return drawing(svg) + legend(
         [(f"{name} {seconds_text(seconds)}", index % 6 + 1) for index, (name, seconds) in enumerate(parts)]
     )
+
+
+def drawing(svg: str) -> str:
+    """Returns a drawing that can be scrolled sideways on a narrow screen."""
+    return f'<div class="drawing">{svg}</div>'
 
 
 def legend(items: Sequence[tuple[str, int]]) -> str:

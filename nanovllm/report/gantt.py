@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from nanovllm.report.charts import Frame, TimeAxis, duration_text, legend
+from nanovllm.report.charts import Frame, TimeAxis, drawing, duration_text, legend
 from nanovllm.report.requests import RequestLife
 
 PHASES = (("queued", 4), ("prefill", 2), ("decode", 1), ("preempted", 5))
@@ -54,17 +54,17 @@ def gantt(lives: Sequence[RequestLife], origin: float, end: float) -> str:
         for index in range(0, len(lives), max(1, len(lives) // 10 // 10 * 10 or 10)):
             frame.add(f'<text class="tick" x="52" y="{top + index * row + 8:.1f}" text-anchor="end">{index + 1}</text>')
     frame.x_axis(axis.ticks(), "time since the first request")
-    return legend(PHASES) + frame.svg()
+    return legend(PHASES) + drawing(frame.svg())
 
 
 def _tooltip(life: RequestLife, end: float) -> str:
     lines = [
         f"{life.request_id}: {life.num_prompt_tokens:,} prompt tokens ({life.num_cached_tokens:,} cached), "
-        f"{life.output_len:,} out" + (f", {life.reason}" if life.reason else "")
+        f"{life.output_len:,} out" + (f", {life.cause}" if life.cause else "")
     ]
     if life.finished is None:
         lines = [f"{life.request_id}: {life.num_prompt_tokens:,} prompt tokens; not finished when the log ends"]
     lines += [f"{phase}: {duration_text((stop - start) * 1e3)}" for phase, start, stop in spans(life, end)]
-    if life.preemptions:
-        lines.append(f"preempted {life.preemptions} ×")
+    if life.num_preemptions:
+        lines.append(f"preempted {life.num_preemptions} ×")
     return "\n".join(lines)

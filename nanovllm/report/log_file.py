@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from nanovllm.errors import InvalidArgumentError
 
 Record: TypeAlias = "dict[str, Any]"
 
+STANDARD_INPUT = "-"
+_PAUSE = 0.2  # seconds until a file that has ended is read again
 _LONGEST_LINE = 1 << 20  # bytes; a longer line is not a record, and is never read as a whole
 _TRIED_LINES = 1000  # a file without a record in its first lines is not a log
 _LARGEST = 1e15  # larger values are not those of an engine
@@ -39,15 +44,19 @@ class LogFile:
         self.path = path
         self.counts = LineCounts()
 
-    def records(self) -> Iterator[Record]:
-        """Yields the records in the order of the file. Broken lines are counted and skipped."""
-        if not self.path.exists():
+    def records(self, at_end: Callable[[], bool] | None = None) -> Iterator[Record]:
+        """Yields the records in the order of the file. Broken lines are counted and skipped.
+
+        Where the file ends, `at_end` says whether to wait until it has grown.
+        """
+        is_file = str(self.path) != STANDARD_INPUT
+        if is_file and not self.path.exists():
             raise InvalidArgumentError("log", str(self.path), "a file that exists", _HINT)
-        if self.path.is_dir():
+        if is_file and self.path.is_dir():
             raise InvalidArgumentError("log", str(self.path), "a file, not a folder", _HINT)
         counts = self.counts
         try:
-            for line in self._lines():
+            for line in self._lines(at_end or _never):
                 counts.lines += 1
                 record = _parse(line)
                 if record is not None:
@@ -69,15 +78,32 @@ class LogFile:
             )
             raise InvalidArgumentError("log", str(self.path), what, _HINT)
 
-    def _lines(self) -> Iterator[bytes]:
-        with self.path.open("rb") as file:
-            while line := file.readline(_LONGEST_LINE):
+    def _lines(self, at_end: Callable[[], bool]) -> Iterator[bytes]:
+        with self._opened() as file:
+            while line := self._line(file, at_end):
                 self.counts.bytes += len(line)
                 yield line
                 # Skips the rest of a line that is too long.
                 while len(line) == _LONGEST_LINE and not line.endswith(b"\n"):
                     line = file.readline(_LONGEST_LINE)
                     self.counts.bytes += len(line)
+
+    def _line(self, file: BinaryIO, at_end: Callable[[], bool]) -> bytes:
+        """Returns the next line; at the end of the file, what there is of it."""
+        line = file.readline(_LONGEST_LINE)
+        while not line.endswith(b"\n") and len(line) < _LONGEST_LINE and at_end():
+            time.sleep(_PAUSE)
+            line += file.readline(_LONGEST_LINE - len(line))
+        return line
+
+    def _opened(self) -> AbstractContextManager[BinaryIO]:
+        if str(self.path) == STANDARD_INPUT:
+            return nullcontext(sys.stdin.buffer)
+        return self.path.open("rb")
+
+
+def _never() -> bool:
+    return False
 
 
 def _parse(line: bytes) -> Record | None:

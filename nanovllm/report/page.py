@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from html import escape
 
+from nanovllm.report.advice import cache_peak
 from nanovllm.report.charts import duration_text, number_text, seconds_text, share_bar
 from nanovllm.report.log_file import number
 from nanovllm.report.run import Run
 from nanovllm.report.sections import latency_panels, request_panel, slow_step_panel, time_panels
-from nanovllm.report.style import CSS
+from nanovllm.report.style import CSS, SCRIPT
 from nanovllm.report.summary import MOST_RUNS, Summary
+from nanovllm.report.tables import comparison_panel, memory_table, preemption_table, request_table, verdict_panel
 
 _HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{hash}'">
 <title>{title}</title><style>{css}</style></head><body>
 """
 
 
-def render(summary: Summary) -> str:
-    """Returns the whole page. Everything from the log is escaped."""
-    parts = [_HEAD.format(title=escape(f"nanovllm: {summary.path.name}"), css=CSS), _header(summary)]
+def render(summary: Summary, other: Summary | None = None) -> str:
+    """Returns the whole page, with the last engine of `other` beside that of `summary`. All from a log is escaped."""
+    digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+    title = escape(f"nanovllm: {summary.path.name}")
+    parts = [_HEAD.format(title=title, css=CSS, hash=digest), _header(summary)]
+    if other is not None:
+        names = (str(summary.path), str(other.path))
+        parts.append(comparison_panel(summary.runs[-1], other.runs[-1], names))
     parts += [_run(run, len(summary.runs) > 1) for run in summary.runs]
-    parts.append("</body></html>\n")
+    parts.append(f"<script>{SCRIPT}</script></body></html>\n")
     return "".join(parts)
 
 
@@ -44,14 +54,16 @@ def _header(summary: Summary) -> str:
         )
     notes = []
     if len(runs) > 1:
-        notes.append(
-            f"The log holds {len(runs)} engines. They are shown one after another, each with a time axis. Records "
-            "name the process and not the engine: engines that ran in one process at the same time appear as one."
-        )
+        notes.append(f"The log holds {len(runs)} engines. They are shown one after another, each with a time axis.")
     if summary.num_left_out:
         notes.append(f"{summary.num_left_out:,} more engines are left out: a page shows the first {MOST_RUNS}.")
     if summary.num_other_ranks:
-        notes.append(f"{summary.num_other_ranks:,} lines of other ranks are not used: rank 0 logs every step.")
+        notes.append(
+            f"{summary.num_other_ranks:,} lines of other ranks are not used for the steps: rank 0 logs every step. "
+            "Their memory and messages are shown."
+        )
+    if summary.rank_files:
+        notes.append(f"Read too: {', '.join(path.name for path in summary.rank_files[:16])}.")
     lines += [f'<p class="note">{escape(note)}</p>' for note in notes]
     if len(runs) > 1:
         links = "".join(f'<a href="#run{run.number}">Engine {run.number}</a>' for run in runs)
@@ -74,9 +86,11 @@ def _run(run: Run, is_one_of_many: bool) -> str:
     if run.pid is not None:
         about.append(f"process {run.pid}")
     title = f"Engine {run.number}" if is_one_of_many else "The run"
-    parts = [f'<section id="run{run.number}"><h2>{title}</h2><p class="soft">{" · ".join(about)}</p>', _cards(run)]
+    parts = [f'<section id="run{run.number}"><h2>{title}</h2><p class="soft">{" · ".join(about)}</p>']
+    parts += [verdict_panel(run), _cards(run)]
     parts += _notices(run)
-    parts += [time_panels(run), latency_panels(run), request_panel(run), slow_step_panel(run)]
+    parts += [time_panels(run), latency_panels(run), request_panel(run), request_table(run)]
+    parts += [preemption_table(run), slow_step_panel(run), memory_table(run)]
     parts += [_generations(run), _startup(run), _configuration(run), "</section>"]
     return "".join(parts)
 
@@ -90,6 +104,9 @@ def _cards(run: Run) -> str:
         cards.append(
             (f"{requests.num_finished:,}", f"requests finished of {max(requests.num_added, requests.num_finished):,}")
         )
+    for cause in ("failed", "refused", "abort", "left"):
+        if requests.causes[cause]:
+            cards.append((f"{requests.causes[cause]:,}", f"requests ended by cause: {cause}"))
     if run.num_steps:
         cards.append((f"{run.num_steps:,}", f"steps, {run.num_prefill_steps:,} with prefill"))
         cards.append((f"{run.num_prefill_tokens:,}", "prompt tokens computed"))
@@ -108,9 +125,10 @@ def _cards(run: Run) -> str:
     if requests.num_prompt_tokens:
         share = requests.num_cached_tokens / requests.num_prompt_tokens
         cards.append((f"{100 * share:.1f} %", "of prompt tokens from the prefix cache"))
-    if run.num_blocks:
-        share = run.peak_blocks / run.num_blocks
-        cards.append((f"{100 * share:.1f} %", f"of {run.num_blocks:,} KV blocks used at the peak"))
+    peak = cache_peak(run)
+    if peak is not None:
+        blocks = number({"num": run.setting("num_blocks") or run.num_blocks}, "num") or 0
+        cards.append((f"{100 * peak:.1f} %", f"of {blocks:,.0f} KV blocks used at the peak"))
     cards.append((f"{run.num_preemptions:,}", "preemptions"))
     shown = "".join(f'<div class="card"><b>{value}</b><span>{escape(label)}</span></div>' for value, label in cards)
     return f'<div class="cards">{shown}</div>'
@@ -136,8 +154,8 @@ def _notices(run: Run) -> list[str]:
     elif not run.at_debug:
         notices.append(
             '<div class="panel warn"><b>This log is at INFO.</b> The charts below use its batch and statistics lines. '
-            "<code>NANOVLLM_LOG_LEVEL=DEBUG</code> adds each step (step times, the slowest steps and why, KV-cache use "
-            "step by step) and each request (latency distributions, the Gantt chart, prefix hits).</div>"
+            "<code>NANOVLLM_LOG_LEVEL=DEBUG</code> adds each step: its time, the slowest ones and why, and the use of "
+            "the KV cache step by step.</div>"
         )
     if run.num_step_jumps > run.num_failures:
         notices.append(
@@ -182,6 +200,7 @@ def _startup(run: Run) -> str:
 
 
 _SETTINGS = {
+    "engine.versions": "Versions",
     "engine.resolved": "Settings of the engine",
     "engine.config": "Arguments",
     "model.config": "Model",

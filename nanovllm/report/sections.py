@@ -9,15 +9,26 @@ from nanovllm.report.gantt import gantt
 from nanovllm.report.quantiles import QuantileSketch
 from nanovllm.report.requests import DRAWN
 from nanovllm.report.run import Run
+from nanovllm.report.steps import UNEXPLAINED
+from nanovllm.report.tables import table
+from nanovllm.report.words import clock_text
 
 _QUANTILES = ((0.5, "p50"), (0.9, "p90"), (0.99, "p99"))
 
 
 def time_panels(run: Run) -> str:
-    """Returns five charts over time, each from the most detailed events in the log."""
+    """Returns charts over time, each from the most detailed events in the log."""
     if run.origin is None:
         return ""
-    charts = [_throughput(run), _composition(run), _kv_cache(run), _queue(run), _step_times(run)]
+    charts = [
+        _throughput(run),
+        _composition(run),
+        _kv_cache(run),
+        _queue(run),
+        _latency_over_time(run),
+        _step_times(run),
+        _device(run),
+    ]
     panels = [
         f'<div class="panel"><h3>{escape(title)}</h3>{chart}<p class="note">{escape(note)}</p></div>'
         for title, chart, note in charts
@@ -70,14 +81,17 @@ def _kv_cache(run: Run) -> _Chart:
     timeline, title, note = run.timeline, "KV cache", ""
     series: list[Series] = []
     if "kv_use" in timeline:
-        series.append(Series("blocks in use", timeline.means("kv_use", hold=True), 3, area=True))
+        series.append(Series("blocks in use, mean", timeline.means("kv_use", hold=True), 3, area=True))
+        series.append(Series("peak", timeline.peaks("kv_use"), 5))
     elif "stat_kv_use" in timeline:
         series.append(Series("blocks in use", timeline.means("stat_kv_use", hold=True), 3, area=True))
+        if "stat_kv_peak" in timeline:
+            series.append(Series("peak", timeline.peaks("stat_kv_peak"), 5))
     hits = "hit_rate" if "hit_rate" in timeline else "stat_hit_rate"
     if hits in timeline:
-        series.append(Series("prefix hit rate", timeline.means(hits, hold=True), 6))
+        series.append(Series("prefix hit rate", timeline.means(hits), 6))
         note = (
-            "Hit rate: the cached fraction of a prompt when it is first scheduled, mean over requests."
+            "Hit rate: the cached fraction of a prompt when first scheduled, mean over requests; a gap where none was."
             if hits == "hit_rate"
             else "Hit rate: from the statistics lines."
         )
@@ -94,7 +108,7 @@ def _queue(run: Run) -> _Chart:
         Series("waiting", timeline.means(prefix + "waiting", hold=True), 4),
     ]
     if "preempted" in timeline:
-        series.append(Series("preemptions (at that moment)", timeline.sums("preempted"), 5))
+        series.append(Series("preemptions (at that moment)", timeline.sums("preempted"), 5, bars=True))
     return title, _draw(run, title, "requests", series), "Each value holds until the next step."
 
 
@@ -118,6 +132,42 @@ def _step_times(run: Run) -> _Chart:
     )
 
 
+def _latency_over_time(run: Run) -> _Chart:
+    timeline, title = run.timeline, "Time to first token, and between tokens"
+    series = [
+        Series(label, timeline.means(name) if name != "stall_ms" else timeline.peaks(name), colour)
+        for name, label, colour in (
+            ("ttft_ms", "time to first token, mean", 2),
+            ("itl_ms", "between tokens, mean", 1),
+            ("stall_ms", "longest wait between two tokens", 5),
+        )
+        if name in timeline
+    ]
+    note = "Time to first token: when the token came. Between tokens: when the request ended."
+    return title, _draw(run, title, "ms", series, scale="logarithmic") if series else "", note
+
+
+def _device(run: Run) -> _Chart:
+    title = "Host against device"
+    if "gpu_ms" not in run.timeline:
+        return title, "", ""
+    walls, devices = run.timeline.means("step_ms"), run.timeline.means("gpu_ms")
+    hosts = [
+        None if wall is None or device is None else max(wall - device, 0.0)
+        for wall, device in zip(walls, devices, strict=True)
+    ]
+    series = [Series("device works", devices, 3), Series("device waits", hosts, 2)]
+    note = "Mean of the steps of each bin. With steps in flight together, a step also waits for the one before it."
+    return title, _draw(run, title, "ms a step", series, stacked=True), note
+
+
+def _since(run: Run) -> str:
+    if run.start is None or run.origin is None:
+        return "time since the first request"
+    began, ended = (clock_text(run.start, at)[:8] for at in (run.origin, run.end))
+    return f"time since the first request, {began} to {ended} UTC"
+
+
 def _draw(
     run: Run,
     title: str,
@@ -131,7 +181,9 @@ def _draw(
     if not any(value is not None for one in series for value in one.values):
         return ""
     bins = Bins(run.timeline.width, run.duration)
-    return time_chart(title, unit, series, bins, scale=scale, stacked=stacked, width=1160 if wide else 560)
+    return time_chart(
+        title, unit, series, bins, scale=scale, stacked=stacked, width=1160 if wide else 560, since=_since(run)
+    )
 
 
 def latency_panels(run: Run) -> str:
@@ -142,6 +194,7 @@ def latency_panels(run: Run) -> str:
         ("Inter-token latency, mean of each request", latencies["itl_ms"], "requests"),
         ("End to end", latencies["e2e_ms"], "requests"),
         ("Queue time", latencies["queue_ms"], "requests"),
+        ("Longest wait between two tokens", latencies["stall_ms"], "requests"),
         ("Inter-token latency, each token", run.token_gaps, "tokens"),
     ]
     distributions = [entry for entry in distributions if entry[1].count]
@@ -193,21 +246,23 @@ def slow_step_panel(run: Run) -> str:
     if not steps:
         return ""
     typical_prefill = run.num_prefill_tokens / run.num_prefill_steps if run.num_prefill_steps else 0.0
-    rows = []
+    rows, num_unexplained = [], 0
     for slow in steps:
         sketch = run.step_times.get(slow.kind)
         reasons = slow.reasons(sketch.quantile(0.5) if sketch else 0.0, typical_prefill)
-        gpu = "" if slow.gpu_ms is None else duration_text(slow.gpu_ms)
+        num_unexplained += UNEXPLAINED in reasons
+        items = "".join(f"<li>{escape(reason)}</li>" for reason in reasons if reason != UNEXPLAINED)
         rows.append(
-            f'<tr><td class="num">{slow.step:,}</td><td class="num">{seconds_text(slow.at)}</td>'
-            f'<td class="num"><b>{duration_text(slow.wall_ms)}</b></td><td class="num">{gpu}</td>'
-            f"<td>{escape(slow.contents())}</td><td><ul>"
-            + "".join(f"<li>{escape(reason)}</li>" for reason in reasons)
-            + "</ul></td></tr>"
+            [
+                f"{slow.step:,}",
+                seconds_text(slow.at),
+                f"<b>{duration_text(slow.wall_ms)}</b>",
+                "" if slow.gpu_ms is None else duration_text(slow.gpu_ms),
+                escape(slow.contents()),
+                f"<ul>{items}</ul>" if items else "",
+            ]
         )
-    return (
-        '<div class="panel"><h3>The slowest steps</h3><div class="scroll"><table class="wide"><tr>'
-        '<th class="num">step</th><th class="num">at</th><th class="num">wall time</th>'
-        '<th class="num">GPU time</th><th>contents</th>'
-        f"<th>reasons found in the log</th></tr>{''.join(rows)}</table></div></div>"
-    )
+    heads = ("step", "at", "wall time", "GPU time", "contents", "reasons found in the log")
+    note = f'<p class="note">Of {num_unexplained} of them, {UNEXPLAINED}.</p>' if num_unexplained else ""
+    ids = [f"run{run.number}-step-{slow.step}" for slow in steps]
+    return f'<div class="panel"><h3>The slowest steps</h3>{table(heads, rows, ids)}{note}</div>'

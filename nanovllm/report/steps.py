@@ -9,9 +9,12 @@ from itertools import count as counter
 
 from nanovllm.report.log_file import Record, count, number
 
+UNEXPLAINED = "no event explains it: look at the host (garbage collection, other processes, debugger)"
 _KEPT = 15
 _MOST_IN_FLIGHT = 64  # steps that have not ended; an engine has a few
 _MOST_EVENTS = 8  # kept for each step
+_MOST_RECORDS = 512  # of the step that a question is about
+_NUMBERED = ("batch.", "step.", "sequence.preempted", "request.finished")  # events with the number of a step
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class SlowStep:
         if self.step == 1:
             reasons.append("the first step: kernels load, caches are cold")
         if not reasons:
-            reasons.append("no event explains it: look at the host (garbage collection, other processes, debugger)")
+            reasons.append(UNEXPLAINED)
         if median_ms > 0:
             reasons.insert(0, f"{self.wall_ms / median_ms:.1f}× the median {self.kind} step")
         return reasons
@@ -118,6 +121,55 @@ class SlowSteps:
 
     def slowest_first(self) -> list[SlowStep]:
         return [slow for _, _, slow in sorted(self._heap, key=lambda entry: -entry[0])]
+
+
+class StepStory:
+    """What a log says of one step: its own records, and at INFO the decode lines around it."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+        self.records: list[Record] = []
+        self.ends: list[Record] = []  # `request.finished` that name it
+        self.before: Record | None = None  # the last batch line of an earlier step
+        self.after: Record | None = None  # the first batch line of a later step
+        self.last = 0  # the last step of the log
+        self.requests: dict[int, str] = {}  # of its sequences, by seq_id
+
+    @property
+    def is_known(self) -> bool:
+        return bool(self.records)
+
+    def take(self, record: Record) -> None:
+        event = record["event"]
+        step = count(record, "step") or count(record, "last_step")
+        if event.startswith(_NUMBERED):
+            self.last = max(self.last, step)
+        if self.step is None:
+            return
+        if event == "request.finished":
+            self._ended(record)
+        elif self.step in (step, count(record, "slowest_step")):
+            self._keep(record)
+        elif event in ("batch.prefill", "batch.decode"):
+            if step < self.step:
+                self.before = record
+            elif self.after is None:
+                self.after = record
+
+    def _keep(self, record: Record) -> None:
+        if len(self.records) < _MOST_RECORDS:
+            self.records.append(record)
+
+    def _ended(self, record: Record) -> None:
+        names = ("first_step", "last_step", "stall_step")
+        if any(count(record, name) == self.step for name in names) and len(self.ends) < _MOST_RECORDS:
+            self.ends.append(record)
+        first, last = count(record, "first_step"), count(record, "last_step")
+        if self.step is not None and 0 < first <= self.step <= last and len(self.requests) < 2 * _MOST_RECORDS:
+            seq_ids = record.get("seq_ids")
+            for seq_id in seq_ids if isinstance(seq_ids, list) else []:
+                if isinstance(seq_id, int):
+                    self.requests[seq_id] = str(record.get("request_id"))
 
 
 def _plural(number: int, noun: str) -> str:

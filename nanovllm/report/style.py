@@ -1,15 +1,15 @@
-"""The style sheet of the page: light or dark as the reader's system prefers, and suitable for printing."""
+"""The style sheet of the page, light or dark as the reader's system prefers, and its script: search and links."""
 
 CSS = """
 :root {
   color-scheme: light dark;
   --page: #f6f7f9; --card: #ffffff; --ink: #1b2330; --soft: #5a6577; --line: #d9dee7; --faint: #eceff4;
-  --c1: #2f6fde; --c2: #e8833a; --c3: #2a9d78; --c4: #a3adbd; --c5: #d1346b; --c6: #8457c9; --onfill: #ffffff;
+  --c1: #2f6fde; --c2: #e8833a; --c3: #2a9d78; --c4: #626d7f; --c5: #d1346b; --c6: #8457c9; --onfill: #ffffff;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #11151c; --card: #1a202a; --ink: #e6eaf1; --soft: #9aa6b8; --line: #323b49; --faint: #262e3a;
-    --c1: #6ea2ff; --c2: #f2a05f; --c3: #4cc79e; --c4: #6d788a; --c5: #f0648f; --c6: #b08cf0; --onfill: #10141b;
+    --c1: #6ea2ff; --c2: #f2a05f; --c3: #4cc79e; --c4: #95a2b6; --c5: #f0648f; --c6: #b08cf0; --onfill: #10141b;
   }
 }
 * { box-sizing: border-box; }
@@ -63,5 +63,36 @@ td ul { margin: 0; padding-left: 16px; }
 .columns div span { color: var(--soft); }
 .columns div b { font-weight: 500; text-align: right; overflow-wrap: anywhere; }
 summary { cursor: pointer; font-weight: 600; }
+.verdict { border-left: 4px solid var(--c1); }
+input[type=search] { font: inherit; font-size: 14px; padding: 5px 9px; margin: 6px 0; width: min(340px, 100%);
+  color: var(--ink); background: var(--page); border: 1px solid var(--line); border-radius: 6px; }
+tr:target td { background: var(--faint); } tr[hidden] { display: none; } td .num { text-align: inherit; }
+td a { color: inherit; text-decoration: none; } td a:hover { text-decoration: underline; }
+@media (max-width: 700px) {
+  body { padding: 16px 10px 40px; } svg text { font-size: 17px; } svg .inbar { font-size: 17px; }
+  .drawing { overflow-x: auto; } .drawing svg.broad { min-width: 760px; } .panel { padding: 12px; }
+  .cards-if-narrow tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line); }
+  .cards-if-narrow tr[hidden], .cards-if-narrow tr:first-child, .cards-if-narrow .none { display: none; }
+  .cards-if-narrow td { display: flex; gap: 10px; justify-content: space-between; padding: 2px 0; border: 0;
+    text-align: right; overflow-wrap: anywhere; }
+  .cards-if-narrow td::before { content: attr(data-label); color: var(--soft); text-align: left; flex: none; }
+  .cards-if-narrow td ul { text-align: left; }
+}
 @media print { body { max-width: none; background: #fff; } .hover { display: none; } }
+"""
+
+SCRIPT = """
+for (const box of document.querySelectorAll("input[type=search]")) {
+  const rows = [...box.nextElementSibling.querySelectorAll("tr")].slice(1);
+  box.addEventListener("input", () => {
+    const wanted = box.value.toLowerCase();
+    for (const row of rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+  });
+}
+for (const row of document.querySelectorAll("tr[id]")) {
+  const cell = row.cells[0], link = document.createElement("a");
+  link.href = "#" + row.id;
+  link.append(...cell.childNodes);
+  cell.append(link);
+}
 """

@@ -36,7 +36,9 @@ def startup(pid: int = 4711, model: str = "/models/qwen3-0.6b", at: float = 0.0)
     seconds = {"imports": 2.9, "configuration": 0.05, "weights": 0.6, "largest steps": 2.6, "KV cache": 0.02}
     config = {"tensor_parallel_size": 1, "max_num_seqs": 64, "gpu_memory_utilization": 0.9}
     resolved = {"model": model, "device": "cuda:0", "dtype": "bfloat16", "num_blocks": 1000, "block_size": 16}
+    versions = {"nanovllm": "0.1.0", "torch": "2.9.0", "cuda": "12.8"}
     return [
+        line(at, "engine.versions", "INFO", "…", pid, schema=1, versions=versions, device="H100", variables={}),
         line(at, "rule", "INFO", "=" * 80, pid),
         line(at, "engine.init", "INFO", "Initializing LLMEngine", pid),
         line(at, "engine.model", "INFO", f"Model: {model}", pid, model=model),
@@ -91,7 +93,9 @@ def simulated(
             who = {"request_id": victim["request_id"], "seq_id": victim["seq_id"]}
             tokens = victim["prompt"] + victim["out"]
             message = f"Preempted seq_id={victim['seq_id']}"
-            yield line(now, "sequence.preempted", "INFO", message, **who, freed=tokens // 16, num_tokens=tokens)
+            shortage = {"needed": 3, "free_before": 0, "for_seq_id": running[0]["seq_id"], "step": step}
+            shortage |= {"for_request_id": running[0]["request_id"], "coming": 0, "freed": tokens // 16}
+            yield line(now, "sequence.preempted", "INFO", message, **who, **shortage, num_tokens=tokens)
             waiting.insert(0, victim)
         decoding, chunks, budget = list(running), [], 2048
         while waiting and budget > 0 and len(running) < 64 and not preempted:
@@ -158,15 +162,20 @@ def simulated(
 
 
 def finished(request: Line, at: float) -> Line:
+    """The end of a request as `request.finished` says it."""
     out, first = request["out"], request["token"]
+    preempted = request.get("preempted_s", 0.0)
     return line(
-        at, "sequence.finished", request_id=request["request_id"], seq_id=request["seq_id"],
-        num_prompt_tokens=request["prompt"], num_cached_tokens=request["cached"], output_len=out,
-        reason=request.get("reason", "max_tokens"), arrival=BOOT + request["arrival"],
-        first_scheduled=BOOT + request["scheduled"], first_token=BOOT + first, finished=BOOT + at,
-        queue_ms=(request["scheduled"] - request["arrival"]) * 1e3, ttft_ms=(first - request["arrival"]) * 1e3,
-        itl_ms=(at - first) / (out - 1) * 1e3 if out > 1 else None, e2e_ms=(at - request["arrival"]) * 1e3,
-        preemptions=request["preemptions"],
+        at, "request.finished", "INFO", request_id=request["request_id"], seq_ids=[request["seq_id"]],
+        cause=request.get("cause", "length"), finish_reason="length", stop_reason=None, e2e_s=at - request["arrival"],
+        queue_s=request["scheduled"] - request["arrival"], prefill_s=first - request["scheduled"],
+        decode_s=at - first - preempted, preempted_s=preempted, ttft_s=first - request["arrival"],
+        itl_s=(at - first) / (out - 1) if out > 1 else None, longest_stall_s=0.1 if out > 1 else None,
+        stall_cause="decode" if out > 1 else None, stall_step=2 if out > 1 else None,
+        stall_reason="step 2 decoded 2 sequences" if out > 1 else None, num_prompt_tokens=request["prompt"],
+        num_cached_tokens=request["cached"], num_output_tokens=out, num_preemptions=request["preemptions"],
+        queued_behind=request.get("behind", 0), kv_cache_usage=request.get("usage", 0.0),
+        arrival=BOOT + request["arrival"], finished=BOOT + at, first_step=1, last_step=9,
     )  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 import tracemalloc
@@ -16,9 +18,11 @@ from nanovllm.report.__main__ import main
 from nanovllm.report.log_file import LogFile
 from nanovllm.report.page import render
 from nanovllm.report.run import Run
+from nanovllm.report.style import CSS
 from nanovllm.report.summary import MOST_RUNS, summarise
 from tests.processes import run_python
 from tests.report.synthetic_log import BOOT, Line, finished, line, simulated, startup, write
+from tests.report.test_answers import slow_log
 
 SVG = re.compile(r"<svg .*?</svg>", re.DOTALL)
 
@@ -195,7 +199,7 @@ def test_preempted_time_is_drawn_until_the_blocks_come_back(tmp_path):
 def test_aborted_requests_are_no_latencies(tmp_path):
     request = {
         "request_id": "r", "seq_id": 0, "prompt": 10, "cached": 0, "out": 2, "arrival": 1.0, "scheduled": 1.0,
-        "token": 1.5, "preemptions": 0, "reason": "abort",
+        "token": 1.5, "preemptions": 0, "cause": "abort",
     }  # fmt: skip
     run = only_run(write(tmp_path / "run.jsonl", [finished(request, 2.0)]))
     assert (run.requests.num_finished, run.requests.num_aborted) == (0, 1)
@@ -296,7 +300,7 @@ def test_other_ranks_are_counted(tmp_path):
     lines = [*known_log(), {**step(12.0, 12), "rank": 1}]
     summary = summarise(write(tmp_path / "run.jsonl", lines))
     assert summary.runs[0].num_steps == 11
-    assert "1 lines of other ranks are not used" in render(summary)
+    assert "1 lines of other ranks are not used for the steps" in render(summary)
 
 
 def test_the_log_of_another_rank_is_refused(tmp_path):
@@ -362,7 +366,7 @@ def test_nothing_of_the_log_becomes_markup(tmp_path):
     with path.open("a") as file:
         file.write(evil + "\n")
     page = page_of(path)
-    assert "<script" not in page
+    assert page.count("<script") == 1  # the page's own
     assert "<img" not in page
     assert "&lt;script&gt;" in page
 
@@ -427,7 +431,7 @@ def test_the_command(tmp_path, known):
 class Balance(HTMLParser):
     """Collects tags that are not closed in order, and every attribute."""
 
-    VOID = frozenset({"meta", "br", "hr", "link", "img"})
+    VOID = frozenset({"meta", "br", "hr", "link", "img", "input"})
 
     def __init__(self) -> None:
         super().__init__()
@@ -466,14 +470,17 @@ def test_the_markup_is_well_formed(large_page):
         ET.fromstring(drawing)
 
 
-def test_the_page_needs_no_network_and_no_script(large_page):
+def test_the_page_needs_no_network_and_runs_its_own_script_only(large_page):
     parser = Balance()
     parser.feed(large_page)
     for tag, name, value in parser.attributes:
         assert name not in ("src", "srcset", "data", "action", "xlink:href"), (tag, name)
         assert not name.startswith("on"), (tag, name)
         assert name != "href" or (value or "").startswith("#")
-    for text in ("<script", "<link", "<iframe", "@import", "url(", "http:", "https:"):
+    (script,) = re.findall(r"<script>(.*?)</script>", large_page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in large_page
+    for text in ("<link", "<iframe", "@import", "url(", "http:", "https:"):
         assert text not in large_page
     assert "default-src 'none'" in large_page
 
@@ -538,3 +545,81 @@ def test_memory_does_not_grow_with_the_log(tmp_path):
 def test_the_monotonic_clock_may_begin_anywhere(tmp_path):
     shifted = [{**r, "mono": r["mono"] - BOOT - 10} for r in known_log() if r["event"] == "step.done"]
     assert only_run(write(tmp_path / "run.jsonl", shifted)).duration == pytest.approx(1.0)
+
+
+# ---- the page answers first
+
+
+def test_the_verdict_comes_first_and_names_the_setting(tmp_path):
+    page = page_of(write(tmp_path / "run.jsonl", slow_log()))
+    assert "<h3>The KV cache was too small: 2 preemptions" in page
+    assert "Raise num_kvcache_blocks from 40 to 43 or more" in page
+    assert page.index("too small") < page.index("<svg")
+
+
+def test_requests_and_preemptions_are_tables_with_ids_to_link_to(tmp_path):
+    refused = {**slow_log()[-1], "request_id": "no", "cause": "refused", "error": "prompt is empty", "seq_ids": []}
+    page = page_of(write(tmp_path / "run.jsonl", [*slow_log(), refused]))
+    assert re.search(r'<tr id="run1-request-0"><td data-label="request"><code>slow</code>', page)
+    assert "prompt is empty" in page
+    assert "requests ended by cause: refused" in page
+    assert page.count('<tr id="run1-preemption-') == 2
+    assert "3 needed, 0 free" in page
+    assert page.count('<input type="search"') == 2
+
+
+def test_a_wait_in_preemption_is_a_gap_between_tokens(tmp_path):
+    """The steps go on meanwhile, so that their times do not show it."""
+    lines = known_log()
+    lines[-1] |= {"longest_stall_s": 20.65, "stall_cause": "preempted"}
+    run = only_run(write(tmp_path / "run.jsonl", lines))
+    assert run.token_gaps.most == pytest.approx(20650)
+    assert run.requests.latencies["stall_ms"].most == pytest.approx(20650)
+
+
+def test_the_peak_of_the_cache_is_drawn(tmp_path):
+    lines = known_log()
+    lines.append(step(12.01, 12, used_blocks=39, num_blocks=40))
+    run = only_run(write(tmp_path / "run.jsonl", lines))
+    assert max(value for value in run.timeline.peaks("kv_use") if value is not None) == pytest.approx(39 / 40)
+    assert "97.5 %" in render(summarise(tmp_path / "run.jsonl"))
+
+
+def test_no_hit_rate_is_drawn_where_nothing_was_looked_up(tmp_path):
+    idle = {"num_prefix_queries": 0, "prefix_cache_hit_rate": 0.0, "kv_cache_usage": 0.5}
+    lines = [line(1.0, "batch.decode", "INFO", step=1, decode_step=1, size=1)]
+    lines += [line(2.0 + number, "engine.statistics", "INFO", **idle) for number in range(3)]
+    assert "stat_hit_rate" not in only_run(write(tmp_path / "run.jsonl", lines)).timeline
+
+
+def test_two_runs_side_by_side(tmp_path, known):
+    other = write(tmp_path / "other.jsonl", slow_log())
+    assert main([str(known), "--compare", str(other), "-o", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<h3>Two runs</h3>" in page
+    assert "<code>num_blocks</code>" in page
+
+
+def test_unexplained_steps_are_said_once(tmp_path):
+    lines = [step(1.0 + number / 100, number, wall_ms=10.0) for number in range(2, 30)]
+    assert page_of(write(tmp_path / "run.jsonl", lines)).count("no event explains it") == 1
+
+
+def test_text_and_marks_contrast_with_their_ground():
+    """4.5:1 for text and colours of the legend, as WCAG asks of text."""
+    for theme in CSS.split("@media (prefers-color-scheme: dark)"):
+        card, page = luminance(theme, "card"), luminance(theme, "page")
+        for name in ("ink", "soft", "c4"):
+            for ground in (card, page):
+                bright, dim = sorted((luminance(theme, name), ground), reverse=True)
+                assert (bright + 0.05) / (dim + 0.05) >= 4.5, name
+
+
+def luminance(theme: str, name: str) -> float:
+    found = re.search(rf"--{name}: #(\w\w)(\w\w)(\w\w)", theme)
+    assert found is not None
+    linear = [
+        value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4
+        for value in (int(part, 16) / 255 for part in found.groups())
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
