@@ -13,7 +13,7 @@ import pytest
 from nanovllm.config import EngineConfig
 from nanovllm.diagnostics import function_trace
 from nanovllm.diagnostics.function_trace import FunctionTrace, start_function_trace
-from nanovllm.engine_factory import make_engine
+from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.errors import InvalidArgumentError, NanoVLLMError
 from nanovllm.logs import decode_rule as decode_log
 from nanovllm.sampling_params import SamplingParams
@@ -167,7 +167,7 @@ def test_the_engine_s_log_says_where_the_file_is(monkeypatch, tmp_path, no_profi
 def test_a_start_that_fails_ends_the_trace(monkeypatch, tmp_path, no_profiler):
     monkeypatch.setenv("NANOVLLM_TRACE_FUNCTION", str(tmp_path / "trace.txt"))
     with pytest.raises(NanoVLLMError):
-        make_engine(EngineConfig(str(tmp_path / "no model")))
+        LLMEngine.from_engine_args(EngineConfig(str(tmp_path / "no model")))
     assert sys.getprofile() is None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import threading
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, SamplingParams, WorkerError
+from tests.distributed.rank_processes import is_alive, pids_of
 from tests.processes import WATCHDOG
 
 COUNT = torch.cuda.device_count()
@@ -48,11 +48,11 @@ def test_a_rank_that_is_killed_while_it_decodes_ends_the_others(size: int) -> No
     killed = []
 
     def kill() -> None:
-        child = next(child for child in multiprocessing.active_children() if child.name.startswith("nanovllm-rank"))
         killed.append(time.perf_counter())
-        os.kill(child.pid or 0, signal.SIGKILL)
+        os.kill(pids[0], signal.SIGKILL)
 
     llm = load(size)
+    pids = pids_of(llm)
     try:
         llm.generate(prompts(16), DRAWN, use_tqdm=False)  # graphs are captured
         threading.Timer(0.2, kill).start()
@@ -63,6 +63,6 @@ def test_a_rank_that_is_killed_while_it_decodes_ends_the_others(size: int) -> No
         started = time.perf_counter()
         llm.exit()
     assert time.perf_counter() - started < WATCHDOG
-    assert not multiprocessing.active_children()
+    assert not any(map(is_alive, pids))
     with load(size) as again:
         assert len(again.generate(prompts(2), DRAWN, use_tqdm=False)) == 2

@@ -79,7 +79,9 @@ def test_what_it_does_not_take(device, generator, dtype, block_size, num_heads, 
     check_close(paged_prefill(*arguments), oracle, dtype)
 
 
-@pytest.mark.parametrize(("shapes", "copies"), [([(300, 700), (130, 130)], True), ([(4, 700), (1, 1)], False)])
+@pytest.mark.parametrize(
+    ("shapes", "copies"), [([(1200, 1700), (130, 130)], True), ([(300, 700)], False), ([(4, 700), (1, 1)], False)]
+)
 def test_an_fp8_cache_is_copied_where_many_queries_read_it(device, generator, monkeypatch, shapes, copies):
     arguments, oracle = fp8_prefill_case(device, generator, torch.bfloat16, 16, 4, 2, 128, shapes)
     copied = []
