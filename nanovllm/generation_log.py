@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.turns import Call
 from nanovllm.logs import events
 from nanovllm.logs.progress_bar import ProgressBar
 from nanovllm.logs.records import in_engine
@@ -18,8 +19,8 @@ logger = setup_logger("nanovllm.engine.llm_engine")  # the name that users' docu
 class GenerationLog:
     """A context manager around the steps of a generation. If they raise, only the bar ends."""
 
-    def __init__(self, engine: LLMEngine, num_prompts: int, *, use_tqdm: bool) -> None:
-        self._engine, self._num_prompts = engine, num_prompts
+    def __init__(self, engine: LLMEngine, call: Call, *, use_tqdm: bool) -> None:
+        self._engine, self._call, num_prompts = engine, call, len(call.request_ids)
         self._before = engine.statistics.copy()
         self._num_output_tokens = 0
         # A silent log silences the bar too.
@@ -28,8 +29,8 @@ class GenerationLog:
     def __enter__(self) -> GenerationLog:
         with in_engine(self._engine.engine_id):
             log_rule(logger, "-")
-            events.generation_start.log(logger, num_prompts=self._num_prompts)
-            events.generation_prompt_tokens.log(logger, num_prompt_tokens=self._engine.num_waiting_tokens)
+            events.generation_start.log(logger, num_prompts=len(self._call.request_ids))
+            events.generation_prompt_tokens.log(logger, num_prompt_tokens=self._call.num_prompt_tokens)
         self._bar.__enter__()
         return self
 

@@ -223,6 +223,7 @@ class LLM(VllmInterface):
                 engine.refuse_request(request_id, error)
                 outputs[request_id], errors[request_id] = _refused(request_id, prompt, error), error
                 continue
+            call.num_prompt_tokens += len(prepared.token_ids)
             call.request_ids[request_id] = None  # before it is queued, so that Ctrl-C leaves no request without a call
             call.queued(request_id, engine.enqueue(request_id, prepared, arrival))
         if errors and len(errors) == len(batch):
@@ -262,7 +263,7 @@ class LLM(VllmInterface):
         """Runs steps until the requests of `call` have ended. Returns their outputs by id."""
         engine = self.llm_engine
         outputs: dict[str, RequestOutput] = {}
-        with GenerationLog(engine, len(call.request_ids), use_tqdm=use_tqdm) as log:
+        with GenerationLog(engine, call, use_tqdm=use_tqdm) as log:
             while call.request_ids:
                 for output in log.step(self._next_outputs(call)):
                     outputs[output.request_id] = output

@@ -34,6 +34,7 @@ class Call:
     def __init__(self) -> None:
         self.running = threading.Lock()
         self.request_ids: dict[str, None] = {}  # those without an output yet, in order
+        self.num_prompt_tokens = 0  # of all its requests
 
     def queued(self, request_id: str, sequences: list[Sequence]) -> None:
         """Takes the sequences of a request that is queued."""

@@ -86,7 +86,8 @@ class Tokenization:
             allowed = f"{'token ids' if field == 'prompt' else 'None'}, since there is no tokenizer"
             raise InvalidArgumentError(field, text, allowed, "Leave skip_tokenizer_init out.")
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+            # Not verbose: transformers would warn of texts that are refused, or cut, anyway.
+            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
         except (TypeError, UnicodeError) as error:  # lone surrogates, which UTF-8 cannot encode
             raise InvalidArgumentError(field, text, f"a text that can be encoded ({error})") from None
 
