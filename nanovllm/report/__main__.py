@@ -112,13 +112,10 @@ class _Follower:
 
     def read_on(self, summary: Summary) -> bool:
         """Returns whether the answer may still change. Prints the one of this moment if it covers the whole log."""
-        watch = summary.watch
-        if summary.has_ended:
+        if summary.is_answered:
             return False
-        if watch.request_id is not None:
-            return not any(run.requests.num_wanted for run in summary.runs)
-        if watch.step is not None:
-            return not any(run.story.last > watch.step for run in summary.runs)
+        if summary.watch.request_id is not None or summary.watch.step is not None:
+            return True
         is_due = time.monotonic() - self._shown_at >= _PRINT_EVERY
         if is_due and summary.runs and summary.counts.records > self._num_records:
             self.show(summary)

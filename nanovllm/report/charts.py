@@ -237,6 +237,9 @@ def _draw_line(frame: Frame, series: Series, bins: Bins) -> None:
         y = frame.y(value)
         runs[-1] += [(frame.x(time), y) for time in bins.span(index)]
     for points in filter(None, runs):
+        if points[-1][0] - points[0][0] < 5:  # between two gaps: a line would be too short to see
+            x = (points[0][0] + points[-1][0]) / 2
+            frame.add(f'<circle class="fill c{series.colour}" cx="{x:.1f}" cy="{points[0][1]:.1f}" r="2.5"/>')
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         if series.area:
             closed = f"{points[0][0]:.1f},{frame.bottom} {path} {points[-1][0]:.1f},{frame.bottom}"

@@ -70,6 +70,14 @@ class Summary:
         """Whether every engine has written its last record."""
         return bool(self.runs) and all(run.statistics.covers_run for run in self.runs)
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether more of the log would not change the answer."""
+        if self.watch.request_id is not None and any(run.requests.num_wanted for run in self.runs):
+            return True
+        step = self.watch.step
+        return self.has_ended or (step is not None and any(run.story.last > step for run in self.runs))
+
 
 def _key(value: object) -> object:
     return value if isinstance(value, int) else None
@@ -85,6 +93,8 @@ def summarise(path: Path, watch: Watch | None = None, at_end: Callable[[Summary]
     summary = Summary(path, log.counts, watch or Watch())
     for record in log.records(None if at_end is None else lambda: at_end(summary)):
         summary.take(record)
+        if at_end is not None and str(path) == STANDARD_INPUT and summary.is_answered:
+            break  # a pipe that stays open has no end
     for run in summary.runs:
         run.finish()
     if not summary.runs:

@@ -202,6 +202,16 @@ def test_standard_input(log):
     assert done.stdout.startswith("39.1 s")
 
 
+def test_a_pipe_that_stays_open_is_followed_until_the_request_ends(log):
+    command = [sys.executable, "-m", "nanovllm.report", "-", "--request", "slow", "--follow"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as reader:
+        assert reader.stdin is not None
+        assert reader.stdout is not None
+        reader.stdin.write(log.read_bytes())
+        reader.stdin.flush()
+        assert reader.stdout.readline().startswith(b"39.1 s")
+
+
 def test_a_growing_log_is_followed_until_the_request_ends(tmp_path, capsys):
     lines = [json.dumps(record) + "\n" for record in slow_log()]
     path = tmp_path / "run.jsonl"
