@@ -262,7 +262,7 @@ def slow_step_panel(run: Run) -> str:
                 f"<ul>{items}</ul>" if items else "",
             ]
         )
-    heads = ("step", "at", "wall time", "GPU time", "contents", "reasons found in the log")
+    heads = ("step", "at", "wall time", "GPU time", "contents", "reasons")
     note = f'<p class="note">Of {num_unexplained} of them, {UNEXPLAINED}.</p>' if num_unexplained else ""
     ids = [f"run{run.number}-step-{slow.step}" for slow in steps]
     return f'<div class="panel"><h3>The slowest steps</h3>{table(heads, rows, ids)}{note}</div>'
