@@ -35,7 +35,7 @@ class AttentionMetadata:
     num_decode_tokens: int
     decode: DecodeMetadata | None  # None when no row decodes
     prefill: PrefillMetadata | None  # None when no row prefills
-    first_prefill_token: int = 0  # the token that `prefill.cu_seqlens_q` counts from
+    first_prefill_token: int  # the token that `prefill.cu_seqlens_q` counts from
 
 
 class PrefillBackend(Protocol):

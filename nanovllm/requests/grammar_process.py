@@ -22,9 +22,10 @@ from nanovllm.utils.logger import setup_logger
 logger = setup_logger(__name__)
 
 _MAIN = """
-import json, os, sys
+import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-os.environ["NANOVLLM_CONFIGURE_LOGGING"] = "0"
+from nanovllm.utils import env
+env.leave_logging_alone()
 from nanovllm.requests.grammar_server import serve
 serve(int(sys.argv[2]))
 """

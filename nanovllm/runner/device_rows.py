@@ -108,6 +108,7 @@ class DeviceRows:
                 num_decode_tokens=len(rows),
                 decode=DecodeMetadata(tokens.context_lens, tokens.block_tables, self.max_model_len, shared),
                 prefill=None,
+                first_prefill_token=len(rows),
             ),
             sampled_rows=rows,
             sampled_tokens=None,
@@ -134,7 +135,9 @@ class DeviceRows:
         final_rows, last_tokens = (part[: batch.host.num_final_chunks] for part in (rows, ends - 1))
         num_decode = len(batch.host.decode_rows)
         if not num_decode:
-            attention = AttentionMetadata(slots, num_decode_tokens=0, decode=None, prefill=prefill)
+            attention = AttentionMetadata(
+                slots, num_decode_tokens=0, decode=None, prefill=prefill, first_prefill_token=0
+            )
             return ModelInputs(input_ids, positions, attention, final_rows, last_tokens)
         decode = self.decode_inputs(batch.values("decode_rows"), query_group)
         return ModelInputs(
@@ -178,6 +181,7 @@ class DeviceRows:
                     max_seqlen_q=num_tokens,
                     max_seqlen_k=self.max_model_len,
                 ),
+                first_prefill_token=0,
             ),
             sampled_rows=step.sampled_rows,
             sampled_tokens=step.sampled_tokens,

@@ -19,6 +19,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.logs import events
 from nanovllm.tracing.otlp import SCHEMA_URL, SCOPE, Closer, make_resource, scope_version
 from nanovllm.utils import env
+from nanovllm.utils.active_span import ActiveSpan
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
@@ -54,12 +55,13 @@ class RequestSpans(EngineObserver):
 
     def __init__(self, model: str) -> None:
         # Imported here, so that engines without spans do not pay the tenth of a second that it takes.
-        from opentelemetry import context, trace
+        from opentelemetry import trace
+        from opentelemetry.context import Context
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        self._api, self._current_context, self._model = trace, context.get_current, model
+        self._api, self._no_context, self._model = trace, Context(), model
         self._clock = time.monotonic
         self._requests: dict[str, _Request] = {}
         # A separate provider, since the global one belongs to the application. It is closed when the engine ends.
@@ -74,12 +76,15 @@ class RequestSpans(EngineObserver):
     def request_added(self, sequence: Sequence) -> None:
         name = sequence.parent_id or sequence.request_id
         if name not in self._requests:
-            self._requests[name] = _Request(self._current_context())
+            self._requests[name] = _Request(self._context(sequence.span))
         self._requests[name].sequences.append(sequence)
 
     def request_finished(self, end: RequestEnd) -> None:
         request = self._requests.pop(end.request_id, None)
-        self._record(end, _Request(self._current_context()) if request is None else request)
+        self._record(end, _Request(self._context(end.span)) if request is None else request)
+
+    def _context(self, span: ActiveSpan | None) -> Any:
+        return self._no_context if span is None else span.context
 
     def engine_exiting(self, unfinished: Iterable[Sequence]) -> None:
         """Sends the remaining spans, for a few seconds at most."""

@@ -1,9 +1,9 @@
-"""The OpenTelemetry span that is current where a request is added, for the log."""
+"""The OpenTelemetry span that is current where a request is added, for the log and as the parent of its span."""
 
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["ActiveSpan", "active_span", "span_fields"]
@@ -11,10 +11,11 @@ __all__ = ["ActiveSpan", "active_span", "span_fields"]
 
 @dataclass(frozen=True)
 class ActiveSpan:
-    """The ids of a span, in hexadecimal."""
+    """A span: its ids, in hexadecimal, and OpenTelemetry's context of the code that it is current in."""
 
     trace_id: str
     span_id: str
+    context: Any = field(default=None, compare=False, repr=False)
 
 
 def active_span() -> ActiveSpan | None:
@@ -22,8 +23,11 @@ def active_span() -> ActiveSpan | None:
     trace: Any = sys.modules.get("opentelemetry.trace")
     if trace is None:
         return None
-    context = trace.get_current_span().get_span_context()
-    return ActiveSpan(f"{context.trace_id:032x}", f"{context.span_id:016x}") if context.is_valid else None
+    ids = trace.get_current_span().get_span_context()
+    if not ids.is_valid:
+        return None
+    context = sys.modules["opentelemetry.context"].get_current()
+    return ActiveSpan(f"{ids.trace_id:032x}", f"{ids.span_id:016x}", context)
 
 
 def span_fields(span: ActiveSpan | None) -> dict[str, Any]:

@@ -259,6 +259,11 @@ def openmp_spins_briefly() -> Iterator[None]:
         del _environment[gomp_spincount.name]
 
 
+def leave_logging_alone() -> None:
+    """Sets NANOVLLM_CONFIGURE_LOGGING to 0 in this process, whose output another one reads."""
+    _environment[configure_logging.name] = "0"
+
+
 @contextmanager
 def nccl_stays_on_this_machine() -> Iterator[None]:
     """Sets NCCL_SOCKET_IFNAME, which NCCL reads once, to the loopback interface, unless it is set.

@@ -15,6 +15,7 @@ import pytest
 
 from nanovllm import LLM, RequestOutput, SamplingParams
 from nanovllm.outputs import Logprob
+from nanovllm.sampling_params import RequestOutputKind
 from tests.engine.test_schedules import check_integrity
 from tests.small_llm import assert_empty
 
@@ -47,6 +48,7 @@ VALUES: dict[str, list[Any]] = {
     "allowed_token_ids": [list(range(3, 90))],
     "n": [2, 3],
     "structured_outputs": [{"regex": "[a-z ]{3,20}"}, {"choice": ["yes", "no", "perhaps"]}, {"json_object": True}],
+    "output_kind": list(RequestOutputKind),
 }
 
 

@@ -22,10 +22,17 @@ class Marking:
         self.number = number
         self.calls: list[tuple[torch.Tensor, object, float]] = []
 
-    def _attend(self, query: torch.Tensor, kv_cache: LayerKVCache, metadata: object, scale: float) -> torch.Tensor:
+    def _attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: LayerKVCache,
+        metadata: object,
+        scale: float,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         assert kv_cache.key.shape == (3, 4, KV_HEADS, HEAD_DIM)
         self.calls.append((query, metadata, scale))
-        return torch.full_like(query, self.number)
+        return (torch.empty_like(query) if out is None else out).fill_(self.number)
 
     prefill = decode = _attend
 
@@ -35,7 +42,7 @@ def step(num_decode: int, num_prefill: int) -> AttentionMetadata:
     ones = torch.ones(1, dtype=torch.int32)
     decode = DecodeMetadata(ones, ones[None], 1) if num_decode else None
     prefill = PrefillMetadata(ones, ones, ones[None], num_prefill, num_prefill) if num_prefill else None
-    return AttentionMetadata(torch.arange(count), num_decode, decode, prefill)
+    return AttentionMetadata(torch.arange(count), num_decode, decode, prefill, num_decode)
 
 
 def run(metadata: AttentionMetadata) -> tuple[torch.Tensor, torch.Tensor, Marking, Marking]:

@@ -84,6 +84,7 @@ class PagedModel:
             num_decode_tokens=len(decodes),
             decode=self._decode_metadata(decodes) if decodes else None,
             prefill=self._prefill_metadata(prefills, work) if prefills else None,
+            first_prefill_token=len(decodes),
         )
         input_ids = torch.tensor([token for seq in decodes + prefills for token in work[seq]], dtype=torch.int32)
         hidden = self.model(input_ids, torch.tensor(positions), metadata, self.kv_caches)

@@ -133,10 +133,9 @@ def test_an_abort_is_a_moment_of_its_request(path: Path) -> None:
     run(engine)
     engine.exit()
     moments = [event for event in read(path) if event["ph"] == "i" and event["pid"] == 3]
-    assert [(event["name"], event["args"]["request_id"]) for event in moments] == [
-        ("abort", "aborted"),
-        ("left", "left"),
-    ]
+    names = {(event["name"], event["args"]["request_id"]) for event in moments}
+    assert names == {("abort", "aborted"), ("left", "left")}
+    assert len(moments) == 2
 
 
 def test_requests_lie_one_after_another_where_they_can(path: Path) -> None:
