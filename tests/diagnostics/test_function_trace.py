@@ -246,6 +246,6 @@ def test_the_engine_starts_it_and_ends_it(tmp_path):
     assert done.returncode == 0, done.stderr
     functions = [row[5] for row in rows(path) if row[2] == "call"]
     assert functions.count("schedule") >= 3
-    for name in ("prepare", "enqueue", "step", "submit", "collect", "update", "compute_logits"):
+    for name in ("prepare", "enqueue", "_step", "submit", "collect", "update", "compute_logits"):
         assert name in functions
     assert decode_log.DecodeLogPolicy.level_for.__name__ in functions

@@ -22,7 +22,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 EXPECTED: list[tuple[str, str]] = [
     ("", r"\[Rank 0\] Preparing DECODE batch: 1 sequences"),
     ("", r"\['MainThread'\]"),
-    ("", r"scheduler\.py\(\d+\)schedule\(\)[\s\S]*\(1, \d+\)[\s\S]*llm_engine\.py\(\d+\)step\(\)"),
+    ("", r"scheduler\.py\(\d+\)schedule\(\)[\s\S]*\(1, \d+\)[\s\S]*llm_engine\.py\(\d+\)_step\(\)"),
     ("", r"Generating"),  # what the log file has is for the blocks that follow
     ("grep", r'"event": "request\.added"[\s\S]*"event": "sequence\.finished"'),
     ("jq", r"request\.added: [\s\S]*blocks\.allocated: [\s\S]*sequence\.finished: "),
