@@ -104,6 +104,7 @@ class RequestTracker(EngineObserver):
         self._requests.clear()  # what Ctrl-C broke off while it ended
         self._waiting.clear()
         self._num_waiting.clear()
+        self._stalls.clear()
         self._collected = self._planned  # the steps in flight are lost
         self._kv_cache_usage, self._rows = 0.0, None
 

@@ -80,9 +80,9 @@ class Stalls(EngineObserver):
     def tokens_sampled(self, step: SampledStep) -> None:
         rows, sampled, gaps = step.rows, step.sampled, step.gaps
         if len(self._seq_ids) != len(rows.sequences):
-            self._seq_ids = np.full(len(rows.sequences), -1, dtype=np.int64)
             self._longest = np.zeros(len(rows.sequences))
             self._reasons = np.empty(len(rows.sequences), dtype=np.object_)
+            self._seq_ids = np.full(len(rows.sequences), -1, dtype=np.int64)  # last: Ctrl-C may come between
         elapsed, self._collected = 0.0 if self._collected is None else step.now - self._collected, step.now
         outside, self._outside = self._outside, 0.0
         if self._admitted:
@@ -107,6 +107,11 @@ class Stalls(EngineObserver):
         self._admitted.discard(seq_id)
         self._preemptions.pop(seq_id, None)
         return None if reason is None else Stall(seconds, reason.cause, reason.step, reason.text)
+
+    def clear(self) -> None:
+        """Forgets every sequence."""
+        for container in (self._rows, self._admitted, self._kept, self._preemptions):
+            container.clear()
 
     def _values(self, seq_id: int) -> tuple[float, _Reason | None]:
         row = self._rows.get(seq_id)

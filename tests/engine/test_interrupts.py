@@ -19,6 +19,7 @@ from tests.interrupts import Interrupter, Place, places
 
 ENGINE = ("engine/llm_engine.py", "engine/unfinished_requests.py", "engine/turns.py", "requests/parallel_sampling.py")
 STATE = ("engine/scheduler.py", "engine/block_manager.py", "engine/row_table.py")
+OBSERVERS = ("engine/observer.py", "engine/request_tracker.py", "engine/stalls.py", "engine/engine_log.py")
 CALLS = (*ENGINE, "nanovllm/llm.py", "nanovllm/streaming.py")
 SEVERAL = SamplingParams(n=3, max_tokens=4, ignore_eos=True)
 SETTINGS = {"pipeline_depth": 2, "num_blocks": 14, "max_num_seqs": 3, "max_num_batched_tokens": 8}
@@ -87,7 +88,7 @@ def at_every_line(files: tuple[str, ...], use: Callable[[LLMEngine, BreakableExe
     return len(lines)
 
 
-@pytest.mark.parametrize("files", [ENGINE, STATE])
+@pytest.mark.parametrize("files", [ENGINE, STATE, OBSERVERS])
 def test_at_every_line_of_the_engine(files: tuple[str, ...]) -> None:
     assert at_every_line(files, lambda engine, executor: use(engine)) > 100
 
