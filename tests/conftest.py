@@ -5,6 +5,7 @@ With `pytest -n`, this file is also read by the process that hands out the tests
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections import Counter
@@ -44,6 +45,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def logging_is_on(pytestconfig: pytest.Config) -> None:
+    """No test inherits a log that another one has switched off."""
+    logging.disable(logging.NOTSET)
+    plugin = pytestconfig.pluginmanager.get_plugin("logging-plugin")
+    if plugin is not None:
+        plugin.caplog_handler.setLevel(logging.NOTSET)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
