@@ -23,10 +23,8 @@ from nanovllm.metrics import Distribution, MetricsSnapshot
 
 # Upper bounds: in seconds, and in tokens. Snapshots of different engines are added, so all have the same.
 _SECONDS = tuple(digit * 10.0**power for power in range(-3, 4) for digit in (1, 2.5, 5))
-_GAP_SECONDS = (
-    *(0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
-    *(0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
-)
+_GAP_MS = (0.5, 1, 2, 3, 4, 5, 7.5, 10, 15, 20, 25, 30, 40, 50, 75, 100, 150, 200, 300, 400, 500, 750)
+_GAP_SECONDS = (*(ms / 1000 for ms in _GAP_MS), 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _TOKENS = tuple(float(digit * 10**power) for power in range(6) for digit in (1, 2, 5))
 _BOUNDS: Mapping[str, Seq[float]] = {  # by vLLM's name of the metric; times in seconds
     "time_to_first_token_seconds": _SECONDS,

@@ -22,10 +22,9 @@ logger = setup_logger(__name__)
 # Upper bounds in seconds, as the conventions give them.
 _BOUNDS: Mapping[str, list[float]] = {
     "gen_ai.server.request.duration": [0.01 * 2**power for power in range(14)],
-    "gen_ai.server.time_to_first_token": [
-        *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
-    ],
-    "gen_ai.server.time_per_output_token": [*(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)],
+    "gen_ai.server.time_to_first_token": [ms / 1000 for ms in (1, 5, 10, 20, 40, 60, 80, 100, 250, 500, 750)]
+    + [1.0, 2.5, 5.0, 7.5, 10.0],
+    "gen_ai.server.time_per_output_token": [0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5],
 }
 
 

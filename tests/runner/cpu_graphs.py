@@ -1,4 +1,6 @@
-"""CUDA graphs without a GPU: capturing notes the step and its tensors, a replay runs it again on them.
+"""Engines whose steps are graphs, for tests; and CUDA graphs without a GPU.
+
+Without one, capturing notes the step and its tensors, and a replay runs it again on them.
 
 As with real graphs, what a replay reads is what lies in the captured tensors at that moment, and what it
 writes stays there until the next replay.
@@ -7,6 +9,7 @@ writes stays there until the next replay.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,3 +59,33 @@ def use_cpu_graphs(llm: LLM) -> None:
         dtype=runner.model.model.norm.weight.dtype,
         null_row=null_row,
     )
+
+
+class GraphLoader:
+    """Makes engines that run eagerly or through graphs, in float32, and notes the arguments of each replay.
+
+    graphs: the attribute of the runner whose replays are noted, `_graphs` or `_mixed_graphs`.
+    """
+
+    def __init__(self, folder: Path, device: str, graphs: str, **defaults: Any) -> None:
+        self.folder, self.device, self._graphs = folder, device, graphs
+        backend = "triton" if device == "cuda" else "torch"
+        self._defaults = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 96, "device": device}
+        self._defaults |= {"attention_backend": backend, "num_kvcache_blocks": 200, **defaults}
+        self.replays: list[tuple[Any, ...]] = []
+
+    def __call__(self, use_graphs: bool, **arguments: Any) -> LLM:
+        llm = LLM(str(self.folder), **{**self._defaults, **arguments}, enforce_eager=not use_graphs)
+        if use_graphs:
+            if self.device == "cpu":
+                use_cpu_graphs(llm)
+            graphs = getattr(llm.llm_engine.executor._runner, self._graphs)  # type: ignore[attr-defined]
+            replay = graphs.replay
+
+            def note_and_replay(*arguments: Any) -> SampledTokens:
+                self.replays.append(arguments)
+                sampled: SampledTokens = replay(*arguments)
+                return sampled
+
+            graphs.replay = note_and_replay
+        return llm

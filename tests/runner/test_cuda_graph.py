@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.batch import StepNeeds
-from nanovllm.kernels.logprobs import SampledTokens
 from nanovllm.runner.cuda_graph import graph_sizes
 from tests.end_to_end.test_real_schedules import Request, answers_as_they_arrive
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
-from tests.runner.cpu_graphs import use_cpu_graphs
+from tests.runner.cpu_graphs import GraphLoader
 
 MAX_MODEL_LEN = 96
 
@@ -28,36 +26,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_qwen3_checkpoint(tmp_path_factory.mktemp("qwen3"))
 
 
-class Loader:
-    """Makes engines that decode eagerly or through graphs, and notes the sizes of the batches that were replayed."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        self.folder = folder
-        self.device = device
-        self.replayed: list[int] = []
-
-    def __call__(self, use_graphs: bool, **arguments: Any) -> LLM:
-        backend = "triton" if self.device == "cuda" else "torch"
-        defaults = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": MAX_MODEL_LEN}
-        defaults |= {"device": self.device, "attention_backend": backend, "num_kvcache_blocks": 200}
-        llm = LLM(str(self.folder), **{**defaults, **arguments}, enforce_eager=not use_graphs)
-        if use_graphs:
-            if self.device == "cpu":
-                use_cpu_graphs(llm)
-            graphs = llm.llm_engine.executor._runner._graphs  # type: ignore[attr-defined]
-            replay = graphs.replay
-
-            def note_and_replay(rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
-                self.replayed.append(len(rows))
-                return replay(rows, needs)
-
-            graphs.replay = note_and_replay
-        return llm
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def load(request: pytest.FixtureRequest, folder: Path) -> Loader:
-    return Loader(folder, request.param)
+def load(request: pytest.FixtureRequest, folder: Path) -> GraphLoader:
+    return GraphLoader(folder, request.param, "_graphs")
+
+
+def replayed(load: GraphLoader) -> list[int]:
+    """The sizes of the batches that were replayed."""
+    return [len(rows) for rows, _ in load.replays]
 
 
 def greedy(num_tokens: int) -> SamplingParams:
@@ -92,7 +68,7 @@ def test_every_batch_size_has_a_graph_that_is_not_much_larger(max_num_seqs: int)
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 8, 13])
-def test_every_size_decodes_as_without_graphs(load: Loader, max_num_seqs: int) -> None:
+def test_every_size_decodes_as_without_graphs(load: GraphLoader, max_num_seqs: int) -> None:
     """Sequences end one after another: each size from the largest down to one runs, on the grid and off it."""
     prompts = prompts_of([1 + 5 * seq % 17 for seq in range(max_num_seqs)])
     params = [greedy(2 + 2 * seq) for seq in range(max_num_seqs)]
@@ -101,23 +77,23 @@ def test_every_size_decodes_as_without_graphs(load: Loader, max_num_seqs: int) -
     with load(use_graphs=True, max_num_seqs=max_num_seqs) as llm:
         assert generate(llm, prompts, params) == expected
         captured = set(llm.llm_engine.executor._runner._graphs._captured)  # type: ignore[attr-defined]
-    assert set(load.replayed) == set(range(1, max_num_seqs + 1))
-    assert len(load.replayed) == 2 * max_num_seqs - 1  # every step but the prefill
+    assert set(replayed(load)) == set(range(1, max_num_seqs + 1))
+    assert len(replayed(load)) == 2 * max_num_seqs - 1  # every step but the prefill
     assert captured == {(size, StepNeeds()) for size in graph_sizes(max_num_seqs)}
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 11])
-def test_the_first_outputs_of_a_fresh_engine_are_right(load: Loader, size: int) -> None:
+def test_the_first_outputs_of_a_fresh_engine_are_right(load: GraphLoader, size: int) -> None:
     """Its first decode step captures the graph that it runs, where that is not the largest."""
     prompts = prompts_of([4 + seq for seq in range(size)])
     with load(use_graphs=False, max_num_seqs=16) as llm:
         expected = generate(llm, prompts, greedy(3))
     with load(use_graphs=True, max_num_seqs=16) as llm:
         assert generate(llm, prompts, greedy(3)) == expected
-    assert load.replayed == [size, size]
+    assert replayed(load) == [size, size]
 
 
-def test_tables_are_fixed_in_width_and_cleared_on_reuse(load: Loader) -> None:
+def test_tables_are_fixed_in_width_and_cleared_on_reuse(load: GraphLoader) -> None:
     """The narrowest tables there can be, then the widest, and both, through the same graphs and rows."""
     wide, narrow = prompts_of([MAX_MODEL_LEN - 20] * 6), prompts_of([1, 2, 3, 4, 5])
     batches = [(narrow, 9), (wide, 20), (narrow, 9), (wide[:3] + narrow[:2], 20), (narrow[:1], 4)]
@@ -132,17 +108,17 @@ def test_tables_are_fixed_in_width_and_cleared_on_reuse(load: Loader) -> None:
     assert tokens[0][0] == tokens[0][2]
 
 
-def test_padding_leaves_the_rows_of_ended_sequences_alone(load: Loader) -> None:
+def test_padding_leaves_the_rows_of_ended_sequences_alone(load: GraphLoader) -> None:
     """Three of five go on, in the graph for four: the fourth place must not still be the fourth sequence's."""
     params = [greedy(num_tokens) for num_tokens in (9, 9, 9, 3, 3)]
     with load(use_graphs=True, max_num_seqs=5) as llm:
         for _ in range(2):  # a graph that was just captured has padding all over
             generate(llm, prompts_of([1, 2, 3, 4, 5]), params)
             assert num_open_rows(llm) == 3
-    assert load.replayed == ([5, 5] + [3] * 6) * 2
+    assert replayed(load) == ([5, 5] + [3] * 6) * 2
 
 
-def test_batches_with_and_without_truncation_take_their_own_graphs(load: Loader) -> None:
+def test_batches_with_and_without_truncation_take_their_own_graphs(load: GraphLoader) -> None:
     """Rows that ask for it come and go beside one that does not: everybody's tokens are those of eager steps."""
     prompts = prompts_of([5, 9, 2])
     fields: list[dict[str, Any]] = [{}, {"top_k": 3}, {"top_p": 0.6, "min_p": 0.02}]
@@ -163,7 +139,7 @@ def test_batches_with_and_without_truncation_take_their_own_graphs(load: Loader)
         assert (2, False) not in captured
 
 
-def test_shaped_rows_take_their_own_graphs_and_no_neighbour_notices(load: Loader) -> None:
+def test_shaped_rows_take_their_own_graphs_and_no_neighbour_notices(load: GraphLoader) -> None:
     prompts = prompts_of([5, 9, 2, 7])
     fields: list[dict[str, Any]] = [
         {},
@@ -186,7 +162,7 @@ def test_shaped_rows_take_their_own_graphs_and_no_neighbour_notices(load: Loader
         assert (2, False) not in captured
 
 
-def test_logprobs_of_graphs_are_those_without(load: Loader) -> None:
+def test_logprobs_of_graphs_are_those_without(load: GraphLoader) -> None:
     """Rows that ask for different numbers, for none, and for all, which runs without a graph."""
     prompts = prompts_of([3, 5, 8, 4])
     asked: list[int | None] = [2, None, 20, 0]
@@ -206,15 +182,15 @@ def test_logprobs_of_graphs_are_those_without(load: Loader) -> None:
         expected, all_expected = answers(llm, params), answers(llm, everything)
     with load(use_graphs=True, max_num_seqs=4) as llm:
         assert answers(llm, params) == expected
-        assert load.replayed.count(4) == 3  # every decode step that all four share
-        replayed = len(load.replayed)
+        assert replayed(load).count(4) == 3  # every decode step that all four share
+        before = len(load.replays)
         assert answers(llm, everything) == all_expected
-        assert len(load.replayed) == replayed
+        assert len(load.replays) == before
     assert expected[1] is None
     assert [len(each) for each in expected[0] or ()] == [2] * 4
 
 
-def test_random_arrivals_and_preemption(load: Loader) -> None:
+def test_random_arrivals_and_preemption(load: GraphLoader) -> None:
     lengths = [3, 40, 1, 17, 29, 8, 33, 2, 21, 12, 5, 30]
     requests = [
         Request(
@@ -230,4 +206,4 @@ def test_random_arrivals_and_preemption(load: Loader) -> None:
     with load(use_graphs=True, **sizes) as llm:
         assert answers_as_they_arrive(llm, requests) == expected
         assert llm.llm_engine.statistics.num_preemptions > 0
-    assert set(load.replayed) & {3, 5}, "no size between two captured ones was needed"
+    assert set(replayed(load)) & {3, 5}, "no size between two captured ones was needed"

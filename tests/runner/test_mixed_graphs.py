@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanovllm import LLM, SamplingParams
-from nanovllm.engine.batch import Chunk, ScheduledBatch, StepNeeds
-from nanovllm.kernels.logprobs import SampledTokens
+from nanovllm import SamplingParams
+from nanovllm.engine.batch import Chunk, ScheduledBatch
 from nanovllm.runner.mixed_graphs import StepShape, token_sizes
 from tests.end_to_end.test_real_schedules import Request, answers_as_they_arrive
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
-from tests.runner.cpu_graphs import use_cpu_graphs
+from tests.runner.cpu_graphs import GraphLoader
 
 MAX_TOKENS = 150
 
@@ -24,36 +23,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_qwen3_checkpoint(tmp_path_factory.mktemp("qwen3"))
 
 
-class Loader:
-    """Makes engines, and notes the steps with chunks that were replayed."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        self.folder = folder
-        self.device = device
-        self.replayed: list[tuple[ScheduledBatch, StepShape]] = []
-
-    def __call__(self, use_graphs: bool, **arguments: Any) -> LLM:
-        defaults = {"dtype": "float32", "skip_tokenizer_init": True, "max_model_len": 96, "device": self.device}
-        defaults |= {"attention_backend": "triton" if self.device == "cuda" else "torch", "num_kvcache_blocks": 200}
-        defaults |= {"max_num_batched_tokens": MAX_TOKENS, "kvcache_block_size": 16}
-        llm = LLM(str(self.folder), **{**defaults, **arguments}, enforce_eager=not use_graphs)
-        if use_graphs:
-            if self.device == "cpu":
-                use_cpu_graphs(llm)
-            graphs = llm.llm_engine.executor._runner._mixed_graphs  # type: ignore[attr-defined]
-            replay = graphs.replay
-
-            def note_and_replay(batch: ScheduledBatch, needs: StepNeeds, shape: StepShape) -> SampledTokens:
-                self.replayed.append((batch, shape))
-                return replay(batch, needs, shape)
-
-            graphs.replay = note_and_replay
-        return llm
-
-
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def load(request: pytest.FixtureRequest, folder: Path) -> Loader:
-    return Loader(folder, request.param)
+def load(request: pytest.FixtureRequest, folder: Path) -> GraphLoader:
+    return GraphLoader(folder, request.param, "_mixed_graphs", max_num_batched_tokens=MAX_TOKENS, kvcache_block_size=16)
 
 
 def prompt(seed: int, length: int) -> list[int]:
@@ -95,7 +67,7 @@ LENGTHS = [1, 63, 64, 65, 1, 90, 2, 88, 31, 33, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 40
         {"max_num_seqs": 12, "enable_prefix_caching": False},
     ],
 )
-def test_the_tokens_are_those_of_eager_steps(load: Loader, arguments: dict[str, Any]) -> None:
+def test_the_tokens_are_those_of_eager_steps(load: GraphLoader, arguments: dict[str, Any]) -> None:
     arrivals = requests(LENGTHS)
     with load(use_graphs=False, max_num_seqs=32) as llm:
         expected = answers_as_they_arrive(llm, arrivals)
@@ -104,27 +76,27 @@ def test_the_tokens_are_those_of_eager_steps(load: Loader, arguments: dict[str, 
             assert answers_as_they_arrive(llm, arrivals) == expected
         if "num_kvcache_blocks" in arguments:
             assert llm.llm_engine.statistics.num_preemptions > 0
-    kinds = {batch.kind for batch, _ in load.replayed}
+    kinds = {batch.kind for batch, _, _ in load.replays}
     assert kinds == {"prefill", "mixed"}
     if arguments.keys() & {"max_num_batched_tokens", "max_prefill_tokens_beside_decode"}:
-        assert any(batch.num_final_chunks < len(batch.chunks) for batch, _ in load.replayed)  # a prompt in parts
-    for batch, shape in load.replayed:
+        assert any(batch.num_final_chunks < len(batch.chunks) for batch, _, _ in load.replays)  # a prompt in parts
+    for batch, _, shape in load.replays:
         assert batch.num_tokens <= shape.num_tokens
         assert len(batch.sampled_rows) <= shape.num_rows
         assert len(batch.chunks) <= shape.num_chunks
 
 
-def test_sampling_of_any_kind_beside_a_prompt(load: Loader) -> None:
+def test_sampling_of_any_kind_beside_a_prompt(load: GraphLoader) -> None:
     fields = {"top_k": 9, "repetition_penalty": 1.3, "logprobs": 2, "logit_bias": {40: 2.0}}
     arrivals = [*requests([20, 70]), *requests([30, 5, 64, 3], **fields)]
     with load(use_graphs=False, max_num_seqs=8) as llm:
         expected = answers_as_they_arrive(llm, arrivals)
     with load(use_graphs=True, max_num_seqs=8) as llm:
         assert answers_as_they_arrive(llm, arrivals) == expected
-    assert load.replayed
+    assert load.replays
 
 
-def test_prompt_logprobs_run_without_a_graph(load: Loader) -> None:
+def test_prompt_logprobs_run_without_a_graph(load: GraphLoader) -> None:
     params = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=1)
     answers = []
     for use_graphs in (False, True):
@@ -133,10 +105,10 @@ def test_prompt_logprobs_run_without_a_graph(load: Loader) -> None:
             assert output.prompt_logprobs is not None
             answers.append((output.outputs[0].token_ids, [row and list(row) for row in output.prompt_logprobs]))
     assert answers[0] == answers[1]
-    assert not load.replayed
+    assert not load.replays
 
 
-def test_a_step_that_is_too_large_has_no_shape(load: Loader) -> None:
+def test_a_step_that_is_too_large_has_no_shape(load: GraphLoader) -> None:
     with load(use_graphs=True, max_num_seqs=16) as llm:
         graphs = llm.llm_engine.executor._runner._mixed_graphs  # type: ignore[attr-defined]
 
