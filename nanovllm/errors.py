@@ -154,6 +154,13 @@ class InvalidLogitsError(NanoVLLMError):
 class StepFailedError(NanoVLLMError):
     """A step failed and its requests are aborted. The engine continues. `__cause__` is the error of the step."""
 
+    @classmethod
+    def after(cls, cause: BaseException) -> StepFailedError:
+        """Returns the error of a request that was lost in a step which `cause` ended."""
+        error = cls(f"A step failed ({cause!r}), and with it this request; the engine goes on.")
+        error.__cause__ = cause
+        return error
+
 
 class ChannelError(NanoVLLMError):
     """A message between two processes was not read in time, or is not valid."""

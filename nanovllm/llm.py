@@ -20,7 +20,7 @@ from nanovllm.engine.turns import Call
 from nanovllm.errors import InvalidArgumentError, StepFailedError
 from nanovllm.generation_log import GenerationLog
 from nanovllm.metrics import Metric
-from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.outputs import RequestOutput, failed_output
 from nanovllm.requests.chat import ChatArguments, ChatOptions, ChatRenderer, Conversation
 from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import SamplingParams
@@ -221,7 +221,8 @@ class LLM(VllmInterface):
                 prepared = engine.prepare(prompt, params)
             except InvalidArgumentError as error:
                 engine.refuse_request(request_id, error)
-                outputs[request_id], errors[request_id] = _refused(request_id, prompt, error), error
+                text = prompt if isinstance(prompt, str) else None
+                outputs[request_id], errors[request_id] = failed_output(request_id, error, prompt=text), error
                 continue
             call.num_prompt_tokens += len(prepared.token_ids)
             call.request_ids[request_id] = None  # before it is queued, so that Ctrl-C leaves no request without a call
@@ -269,20 +270,6 @@ class LLM(VllmInterface):
                     outputs[output.request_id] = output
             engine.drain()
         return outputs
-
-
-def _refused(request_id: str, prompt: object, error: InvalidArgumentError) -> RequestOutput:
-    """Returns the output of a request that could not be queued."""
-    return RequestOutput(
-        request_id=request_id,
-        prompt=prompt if isinstance(prompt, str) else None,
-        prompt_token_ids=[],
-        outputs=[CompletionOutput(index=0, text="", token_ids=[], finish_reason="abort")],
-        finished=True,
-        num_cached_tokens=0,
-        metrics=None,
-        error=error,
-    )
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

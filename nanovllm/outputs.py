@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,3 +132,25 @@ class RequestOutput:
         if key not in ("text", "token_ids"):
             raise KeyError(f"RequestOutput has the keys 'text' and 'token_ids', not {key!r}")
         return getattr(self.outputs[0], key)
+
+
+def failed_output(
+    request_id: str,
+    error: NanoVLLMError,
+    *,
+    prompt: str | None,
+    prompt_token_ids: Sequence[int] = (),
+    num_completions: int = 1,
+    num_cached_tokens: int = 0,
+) -> RequestOutput:
+    """Returns the output of a request that was refused or lost: no tokens, and the error."""
+    return RequestOutput(
+        request_id=request_id,
+        prompt=prompt,
+        prompt_token_ids=list(prompt_token_ids),
+        outputs=[CompletionOutput(index, "", [], finish_reason="abort") for index in range(num_completions)],
+        finished=True,
+        num_cached_tokens=num_cached_tokens,
+        metrics=None,
+        error=error,
+    )

@@ -16,7 +16,7 @@ from nanovllm.engine.batch import ScheduledBatch, StepHandle
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.turns import Call
 from nanovllm.errors import StepFailedError
-from nanovllm.outputs import CompletionOutput, RequestOutput
+from nanovllm.outputs import RequestOutput, failed_output
 from nanovllm.requests.parallel_sampling import ParallelSampling
 from nanovllm.sampling_params import StructuredOutputsParams
 
@@ -52,17 +52,13 @@ class Request:
     def failed(self, error: BaseException) -> RequestOutput:
         """Returns the output of a request that a failed step has lost."""
         first = self.sequences[0]
-        failure = StepFailedError(f"A step failed ({error!r}), and with it this request; the engine goes on.")
-        failure.__cause__ = error
-        return RequestOutput(
-            request_id=self.request_id,
+        return failed_output(
+            self.request_id,
+            StepFailedError.after(error),
             prompt=first.prompt,
             prompt_token_ids=first.prompt_token_ids,
-            outputs=[CompletionOutput(index, "", [], "abort") for index in range(len(self.sequences))],
-            finished=True,
+            num_completions=len(self.sequences),
             num_cached_tokens=first.num_cached_tokens or 0,
-            metrics=None,
-            error=failure,
         )
 
 

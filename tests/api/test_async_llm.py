@@ -28,7 +28,7 @@ from nanovllm import (
     StepFailedError,
     UnknownArgumentError,
 )
-from nanovllm import async_llm as module
+from nanovllm import engine_thread as module
 from nanovllm.outputs import CompletionOutput
 from tests.api.test_streaming import join, many_kinds
 from tests.processes import WATCHDOG, start_python
@@ -334,7 +334,7 @@ def test_an_error_of_ours_ends_the_engine_and_is_told(monkeypatch: pytest.Monkey
 
     async def test() -> None:
         with AsyncLLM("tiny", device="cpu") as engine:
-            monkeypatch.setattr(module._EngineThread, "_abort", fail)
+            monkeypatch.setattr(module.EngineThread, "_abort", fail)
             task = asyncio.create_task(collect(engine, "introduce yourself", LONG, "r"))
             await until(lambda: num_used_blocks(engine) > 0)
             await engine.abort("r")

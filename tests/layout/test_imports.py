@@ -21,7 +21,7 @@ LEVELS = [
     ("nanovllm.__main__", "nanovllm.cli"),
     ("nanovllm.benchmarks",),
     ("nanovllm", "nanovllm.entrypoints", "nanovllm.v1", "nanovllm.engine.async_llm_engine", "nanovllm.report"),
-    ("nanovllm.llm", "nanovllm.async_llm", "nanovllm.streaming"),
+    ("nanovllm.llm", "nanovllm.async_llm", "nanovllm.engine_thread", "nanovllm.streaming"),
     ("nanovllm.generation_log",),
     ("nanovllm.engine.llm_engine",),
     ("nanovllm.engine_factory",),
