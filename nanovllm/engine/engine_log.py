@@ -79,7 +79,7 @@ class EngineLog(EngineObserver):
             )
 
     def request_finished(self, end: RequestEnd) -> None:
-        if end.cause in ("refused", "failed"):
+        if end.is_error:
             events.request_failed.log(
                 logger,
                 in_summary=not end.lost,  # `engine.error` names the requests of a failed step
@@ -190,7 +190,7 @@ def _request_fields(end: RequestEnd) -> dict[str, Any]:
         "cause": end.cause,
         "finish_reason": "abort" if last is None else last.finish_reason,
         "stop_reason": None if last is None else last.stop_reason,
-        "e2e_s": 0.0 if last is None else last.finished - end.arrival,
+        "e2e_s": end.end_to_end,
         "queue_s": 0.0 if times is None else times.queue,
         "prefill_s": 0.0 if times is None else times.prefill,
         "decode_s": 0.0 if times is None else times.decode,

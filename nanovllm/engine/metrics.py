@@ -143,7 +143,7 @@ class EngineMetrics(EngineObserver):
         last = end.last
         if last is None:
             return
-        end_to_end, times = last.finished - end.arrival, last.times
+        end_to_end, times = end.end_to_end, last.times
         values: dict[str, float | None] = {
             "e2e_request_latency_seconds": end_to_end,
             "request_prompt_tokens": end.num_prompt_tokens,

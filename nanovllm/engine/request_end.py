@@ -125,6 +125,16 @@ class RequestEnd:
     kv_cache_usage: float = 0.0
     span: ActiveSpan | None = None  # OpenTelemetry's, where it was added
 
+    @property
+    def is_error(self) -> bool:
+        """Whether it failed or was refused."""
+        return self.cause in ("failed", "refused")
+
+    @property
+    def end_to_end(self) -> float:
+        """Seconds from arrival to the end; 0 if it was refused."""
+        return 0.0 if self.last is None else self.last.finished - self.arrival
+
     @functools.cached_property
     def last(self) -> CompletionEnd | None:
         """The completion that ended last."""

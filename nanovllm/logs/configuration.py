@@ -118,9 +118,10 @@ def _warn_about_variables() -> None:
     process = sys.modules.get("multiprocessing.process")
     if process is not None and process.current_process().name != "MainProcess":
         return  # the process that started this one has the same environment, and reports it
-    for name, nearest in env.unknown_variables().items():
+    for name in env.unknown_variables():
         if name not in _STATE.unknown_variables:
             _STATE.unknown_variables.add(name)
+            nearest = env.nearest_variable(name)
             hint = f" Did you mean {nearest}?" if nearest else ""
             events.unknown_variable.log(logging.getLogger(__name__), variable=name, hint=hint)
 

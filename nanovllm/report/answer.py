@@ -13,7 +13,7 @@ from nanovllm.report.requests import RequestLife
 from nanovllm.report.run import Run
 from nanovllm.report.summary import Summary
 from nanovllm.report.watch import BY_FIELD
-from nanovllm.report.words import Unit, clock_text, listed, per_cent, plural, time_text, times_text
+from nanovllm.report.words import Unit, listed, per_cent, plural, time_text, times_text
 
 _SIGNIFICANT = 0.1  # of the time; a smaller part is not what made a request slow
 _NAMES = {"queue_s": "queued", "prefill_s": "prefill", "preempted_s": "preempted", "decode_s": "decoding"}
@@ -106,16 +106,12 @@ def describe(run: Run, life: RequestLife) -> tuple[Record, list[str]]:
         **{name: value for name, value in end.items() if name not in ("mono", "seconds")},
         "engine": run.number,
         "preemptions": [one.facts() for one in life.preemptions],
-        "first_scheduled_at": _moment(run, life.first_scheduled),
-        "ended_at": _moment(run, life.finished),
+        "first_scheduled_at": run.moment(life.first_scheduled),
+        "ended_at": run.moment(life.finished),
         "advice": [one.facts() for one in advice],
         "answer": lines[0],
     }
     return facts, lines
-
-
-def _moment(run: Run, at: float | None) -> str | None:
-    return None if at is None else clock_text(run.start, at)
 
 
 def _time_sentence(life: RequestLife) -> str:
@@ -146,23 +142,21 @@ def _course(run: Run, life: RequestLife) -> str:
         text += f" ({shown(end['stop_reason'])})"
     if life.cause == "failed":
         text += f" ({str(end.get('error', ''))[:300]})"
-    text += f" at {_moment(run, life.finished)}"
+    text += f" at {run.moment(life.finished)}"
     if number(end, "last_step") is not None:
         text += f", after step {count(end, 'last_step')}"
     if life.first_scheduled is None:
         return f"{text}; it was never scheduled."
-    text += f"; first scheduled at {_moment(run, life.first_scheduled)} in step {count(end, 'first_step')}"
+    text += f"; first scheduled at {run.moment(life.first_scheduled)} in step {count(end, 'first_step')}"
     if life.first_token is None:
         return f"{text}; it has no token."
-    return (
-        f"{text}, first token at {_moment(run, life.first_token)} ({time_text(life.seconds('ttft_s'))} after arrival)."
-    )
+    return f"{text}, first token at {run.moment(life.first_token)} ({time_text(life.seconds('ttft_s'))} after arrival)."
 
 
 def _preemption_sentence(run: Run, one: Preemption) -> str:
     whom = one.beneficiary if one.for_request_id is None else f"{one.beneficiary} ({shown(one.for_request_id)})"
     return (
-        f"Preempted at {_moment(run, one.at)} in step {one.step} for {whom}: the step {one.shortage}; "
+        f"Preempted at {run.moment(one.at)} in step {one.step} for {whom}: the step {one.shortage}; "
         f"{plural(one.num_tokens, 'token')} to compute again."
     )
 

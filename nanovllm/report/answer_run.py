@@ -11,7 +11,7 @@ from nanovllm.report.run import Run
 from nanovllm.report.statistics import Rank
 from nanovllm.report.summary import Summary
 from nanovllm.report.verdict import host_share, verdict
-from nanovllm.report.words import clock_text, listed, per_cent, plural, time_text
+from nanovllm.report.words import listed, per_cent, plural, time_text
 
 LATENCIES = {
     "ttft": "time to first token",
@@ -68,14 +68,14 @@ def run_facts(run: Run) -> Record:
             "num_blocks": run.setting("num_blocks"),
             "block_size": run.setting("block_size"),
             "peak_usage": cache_peak(run),
-            "peak_at": _moment(run, number(figures, "peak_kv_cache_at")),
+            "peak_at": run.moment(number(figures, "peak_kv_cache_at")),
             "hit_rate": run.statistics.hit_rate(),
             "num_hits": number(figures, "num_prefix_hits"),
             "num_queries": number(figures, "num_prefix_queries"),
         },
         "peak_waiting": {
             "num": number(figures, "peak_waiting"),
-            "at": _moment(run, number(figures, "peak_waiting_at")),
+            "at": run.moment(number(figures, "peak_waiting_at")),
         },
         "slowest_step": {
             name.removeprefix("slowest_step_").replace("slowest_", ""): value
@@ -123,10 +123,6 @@ def _quantiles(sketch: QuantileSketch) -> Record | None:
 def _per_second(figures: Record, name: str) -> float | None:
     value, wall = number(figures, name), number(figures, "wall_s")
     return None if value is None or not wall else value / wall
-
-
-def _moment(run: Run, at: float | None) -> str | None:
-    return None if at is None else clock_text(run.start, at)
 
 
 def run_lines(run: Run, facts: Record) -> list[str]:
@@ -185,7 +181,7 @@ def _preemptions(run: Run) -> str:
     if not run.num_preemptions:
         return "Preemptions: none."
     shown_ones = [
-        f"{shown(one.request_id)} at {_moment(run, one.at)} (step {one.step}) for {one.beneficiary}, {one.shortage}"
+        f"{shown(one.request_id)} at {run.moment(one.at)} (step {one.step}) for {one.beneficiary}, {one.shortage}"
         for one in run.preemptions.first[:_LISTED]
     ]
     return f"Preemptions: {run.num_preemptions}: {'; '.join(shown_ones[:5])}{'; …' if run.num_preemptions > 5 else ''}."

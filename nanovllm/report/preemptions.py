@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 from nanovllm.report.log_file import Record, count, number
+from nanovllm.report.words import plural
 
 KEPT = 500  # preemptions listed on a page
 _MOST_WAITING = 20_000
@@ -45,7 +46,7 @@ class Preemption:
 
     @property
     def shortage(self) -> str:
-        return f"needed {self.needed} block{'' if self.needed == 1 else 's'}, {self.free_before} free"
+        return f"needed {plural(self.needed, 'block')}, {self.free_before} free"
 
     @property
     def beneficiary(self) -> str:

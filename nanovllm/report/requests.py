@@ -78,7 +78,6 @@ class Requests:
         self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
         self.latencies = {name: QuantileSketch() for name in ("queue_ms", "ttft_ms", "itl_ms", "e2e_ms", "stall_ms")}
         self.parts = dict.fromkeys(PARTS, 0.0)  # sums over all requests
-        self.stall_causes: Counter[str] = Counter()
         self.slowest = {by: Slowest(name, watch.num_slowest if by == watch.by else 10) for by, name in BY_FIELD.items()}
         self.unsuccessful: list[RequestLife] = []  # failed and refused
         self.lengths = LongestSequences()
@@ -161,8 +160,6 @@ class Requests:
             self.unsuccessful.append(life)
         for part in PARTS:
             self.parts[part] += number(record, part) or 0.0
-        if isinstance(record.get("stall_cause"), str):
-            self.stall_causes[record["stall_cause"]] += 1
         for slowest in self.slowest.values():
             slowest.offer(life)
         if life.cause not in ("eos", "stop", "length"):  # the time of an abort says nothing about speed

@@ -16,6 +16,7 @@ from nanovllm.report.requests import Requests
 from nanovllm.report.statistics import Rank, Statistics
 from nanovllm.report.steps import SlowSteps, StepStory
 from nanovllm.report.watch import Watch
+from nanovllm.report.words import clock_text
 
 _MOST_PROBLEMS = 20  # warnings and errors shown
 _MOST_GENERATIONS = 20
@@ -59,13 +60,18 @@ class PrefillLine:
     num_tokens: int
 
 
+def _fields(record: Record) -> Record:
+    """Returns the fields of an event, without those that every record has."""
+    return {name: value for name, value in record.items() if name not in _ENVELOPE}
+
+
 class Run:
     """One engine: the records of a process from `engine.init`, or the first one, to the next `engine.init`."""
 
     def __init__(self, index: int, pid: object, watch: Watch | None = None) -> None:
         self.number, self.pid = index, pid
         watch = watch or Watch()
-        self.has_engine = self.has_ended = False
+        self.has_engine = False
         self.num_records = 0
         self.first_ts = self.last_ts = ""
         self.began = math.inf  # on the log's monotonic clock
@@ -91,7 +97,7 @@ class Run:
         self.largest_mixed_prefill = 0  # prompt tokens of a step that decoded as well
         self.line_prompt_tokens = self.line_decode_tokens = 0  # estimated from INFO lines
         self.peak_blocks = self.num_blocks = 0
-        self._start: datetime | None = None
+        self.start: datetime | None = None  # wall-clock time at 0 of the log's monotonic clock
         self._last_step = 0
         self._last_done = 0.0
         self._last_decode_line: DecodeLine | None = None
@@ -106,10 +112,9 @@ class Run:
     def num_preemptions(self) -> int:
         return self.preemptions.num
 
-    @property
-    def start(self) -> datetime | None:
-        """The wall-clock time at 0 of the log's monotonic clock; None if no record has a time."""
-        return self._start
+    def moment(self, at: float | None) -> str | None:
+        """Returns a time on the log's monotonic clock as the time of day; None for None."""
+        return None if at is None else clock_text(self.start, at)
 
     def setting(self, name: str) -> Any:
         """Returns a setting as the engine resolved it, or as it was given; None if the log has none."""
@@ -133,8 +138,8 @@ class Run:
         ):  # before the start of the next engine they are not part of this one
             self.end = max(self.end, record["mono"])
         self.last_ts = str(record.get("ts", ""))
-        if self._start is None:
-            self._start = _wall_clock(record)
+        if self.start is None:
+            self.start = _wall_clock(record)
         self.first_ts = self.first_ts or self.last_ts
         if self.origin is None and event.startswith(_ACTIVITY):
             self.origin = record["mono"]
@@ -157,7 +162,7 @@ class Run:
         self.has_engine = True
 
     def _setting(self, record: Record) -> None:
-        self.settings[record["event"]] = {name: value for name, value in record.items() if name not in _ENVELOPE}
+        self.settings[record["event"]] = _fields(record)
 
     # Steps
 
@@ -315,15 +320,13 @@ class Run:
             self.problems.append(f"interrupted: {str(record.get('message', ''))[:500]}")
 
     def _memory(self, record: Record) -> None:
-        self.rank(record).memory[record["event"]] = {
-            name: value for name, value in record.items() if name not in _ENVELOPE
-        }
+        self.rank(record).memory[record["event"]] = _fields(record)
 
     def _communicated(self, record: Record) -> None:
         self.rank(record).communicated(record)
 
     def _exited(self, record: Record) -> None:
-        self.outcome = {name: value for name, value in record.items() if name not in _ENVELOPE}
+        self.outcome = _fields(record)
 
     def rank(self, record: Record) -> Rank:
         """Returns what is known of the record's rank."""

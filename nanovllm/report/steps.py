@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import count as counter
 
 from nanovllm.report.log_file import Record, count, number
+from nanovllm.report.words import plural
 
 UNEXPLAINED = "no event explains it: look at the host (garbage collection, other processes, debugger)"
 _KEPT = 15
@@ -34,9 +35,9 @@ class SlowStep:
     def contents(self) -> str:
         parts = []
         if self.num_prefill_tokens:
-            parts.append(f"prefill of {self.num_prefill_tokens:,} tokens in {_plural(self.num_prefill_seqs, 'prompt')}")
+            parts.append(f"prefill of {self.num_prefill_tokens:,} tokens in {plural(self.num_prefill_seqs, 'prompt')}")
         if self.num_decode_seqs:
-            parts.append(f"decode of {_plural(self.num_decode_seqs, 'sequence')}")
+            parts.append(f"decode of {plural(self.num_decode_seqs, 'sequence')}")
         return " beside ".join(parts) or "nothing"
 
     def reasons(self, median_ms: float, typical_prefill: float) -> list[str]:
@@ -44,7 +45,7 @@ class SlowStep:
         reasons = list(self.events)
         if self.num_prefill_tokens and self.num_decode_seqs:
             reasons.append(
-                f"{_plural(self.num_decode_seqs, 'decode')} waited for the prefill of {self.num_prefill_tokens:,} "
+                f"{plural(self.num_decode_seqs, 'decode')} waited for the prefill of {self.num_prefill_tokens:,} "
                 "tokens (max_prefill_tokens_beside_decode bounds it)"
             )
         elif self.num_prefill_tokens > typical_prefill > 0:
@@ -101,7 +102,7 @@ class SlowSteps:
             return
         preempted = count(record, "preempted")
         if preempted and not any("preempted" in event for event in events):
-            events.append(f"{_plural(preempted, 'sequence')} preempted")
+            events.append(f"{plural(preempted, 'sequence')} preempted")
         slow = SlowStep(
             step=step,
             at=at,
@@ -124,14 +125,13 @@ class SlowSteps:
 
 
 class StepStory:
-    """What a log says of one step: its own records, and at INFO the decode lines around it."""
+    """What a log says of one step: its own records, and at INFO the batch line before it."""
 
     def __init__(self, step: int | None) -> None:
         self.step = step
         self.records: list[Record] = []
         self.ends: list[Record] = []  # `request.finished` that name it
         self.before: Record | None = None  # the last batch line of an earlier step
-        self.after: Record | None = None  # the first batch line of a later step
         self.last = 0  # the last step of the log
         self.requests: dict[int, str] = {}  # of its sequences, by seq_id
 
@@ -150,11 +150,8 @@ class StepStory:
             self._ended(record)
         elif self.step in (step, count(record, "slowest_step")):
             self._keep(record)
-        elif event in ("batch.prefill", "batch.decode"):
-            if step < self.step:
-                self.before = record
-            elif self.after is None:
-                self.after = record
+        elif event in ("batch.prefill", "batch.decode") and step < self.step:
+            self.before = record
 
     def _keep(self, record: Record) -> None:
         if len(self.records) < _MOST_RECORDS:
@@ -170,7 +167,3 @@ class StepStory:
             for seq_id in seq_ids if isinstance(seq_ids, list) else []:
                 if isinstance(seq_id, int):
                     self.requests[seq_id] = str(record.get("request_id"))
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

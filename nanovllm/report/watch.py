@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BY = ("ttft", "e2e", "stall", "queue")  # what the slowest requests can be sorted by
 BY_FIELD = {"ttft": "ttft_s", "e2e": "e2e_s", "stall": "longest_stall_s", "queue": "queue_s"}
+BY = tuple(BY_FIELD)  # what the slowest requests can be sorted by
 
 
 @dataclass(frozen=True)

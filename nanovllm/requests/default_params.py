@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from nanovllm.errors import InvalidArgumentError
+from nanovllm.errors import InvalidArgumentError, ModelLoadError
 from nanovllm.logs import events
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.utils.logger import setup_logger
+from nanovllm.utils.model_files import read_json
 
 logger = setup_logger(__name__)
 
@@ -42,9 +42,8 @@ def read_default_params(folder: Path) -> SamplingParams:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """Returns the content of a JSON file, or {} if it has no dictionary."""
+    """Returns the object in a JSON file, or {} if it has none."""
     try:
-        content = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):  # loading the model has said so
+        return read_json(file)
+    except ModelLoadError:  # loading the model has said so
         return {}
-    return content if isinstance(content, dict) else {}

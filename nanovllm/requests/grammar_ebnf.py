@@ -8,7 +8,7 @@ from collections.abc import Iterable
 Ranges = tuple[tuple[int, int], ...]  # of code points, sorted, apart, each with both ends
 
 ANY: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))  # without surrogates, which no text has
-_ESCAPED_IN_JSON: Ranges = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C))
+ESCAPED_IN_JSON: Ranges = ((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C))
 _MAX_DEPTH = 50  # of parentheses in an expression of texts
 _SHORT_ESCAPES = {0x22: '"', 0x5C: "\\", 8: "b", 9: "t", 10: "n", 12: "f", 13: "r"}
 
@@ -32,8 +32,8 @@ def characters(ranges: Ranges) -> str:
 
 def json_characters(ranges: Ranges) -> str:
     """Returns the expression of one character of a set as JSON writes it inside a string."""
-    plain = intersect(ranges, complement(_ESCAPED_IN_JSON))
-    codes = [code for low, high in intersect(ranges, _ESCAPED_IN_JSON) for code in range(low, high + 1)]
+    plain = intersect(ranges, complement(ESCAPED_IN_JSON))
+    codes = [code for low, high in intersect(ranges, ESCAPED_IN_JSON) for code in range(low, high + 1)]
     if plain:  # the other control characters, which no one expects of a set, would be an option each
         codes = [code for code in codes if code in _SHORT_ESCAPES]
     texts = [literal("\\" + _SHORT_ESCAPES.get(code, f"u{code:04x}")) for code in codes]

@@ -9,6 +9,7 @@ from fractions import Fraction
 from typing import Any
 
 from nanovllm.requests.grammar_ebnf import (
+    ESCAPED_IN_JSON,
     UnenforceableError,
     any_of,
     characters,
@@ -27,7 +28,7 @@ from nanovllm.requests.grammar_schema import Part, Schema, SchemaReader, is_clos
 _MAX_GRAMMAR = 2**21  # characters of EBNF
 _HEX = "[0-9a-fA-F]"
 _ESCAPE = f'"\\\\" (["\\\\/bfnrt] | "u" ([0-9a-cefA-CEF] {_HEX} | [dD] [0-7]) {_HEX} {_HEX})'  # no surrogates
-_PLAIN = complement(((0, 0x1F), (0x22, 0x22), (0x5C, 0x5C)))
+_PLAIN = complement(ESCAPED_IN_JSON)
 _CHARACTER = f"({characters(_PLAIN)} | {_ESCAPE})"
 
 _DAY = "(?:0[1-9]|1[0-9]|2[0-8])"

@@ -4,21 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
 SCOPE = "nanovllm"
 SCHEMA_URL = "https://opentelemetry.io/schemas/1.40.0"  # has every `gen_ai.*` name that is used here
 
 CLOSE_SECONDS = 5.0  # how long the engine's end waits for a collector that does not answer
-
-
-def scope_version() -> str | None:
-    """Returns the version of the installed package; None where only its source is there."""
-    try:
-        return metadata.version(SCOPE)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def make_resource() -> Any:

@@ -13,9 +13,10 @@ from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine.request_end import RequestEnd
 from nanovllm.engine.sequence import Sequence
 from nanovllm.logs import events
-from nanovllm.tracing.otlp import SCHEMA_URL, SCOPE, Closer, make_resource, scope_version
+from nanovllm.tracing.otlp import SCHEMA_URL, SCOPE, Closer, make_resource
 from nanovllm.utils import env
 from nanovllm.utils.logger import setup_logger
+from nanovllm.utils.versions import installed_version
 
 logger = setup_logger(__name__)
 
@@ -64,7 +65,7 @@ class RequestMeters(EngineObserver):
         provider = MeterProvider(
             [PeriodicExportingMetricReader(OTLPMetricExporter())], make_resource(), shutdown_on_exit=False
         )
-        meter = provider.get_meter(SCOPE, scope_version(), schema_url=SCHEMA_URL)
+        meter = provider.get_meter(SCOPE, installed_version(SCOPE), schema_url=SCHEMA_URL)
         self._histograms = {
             name: meter.create_histogram(name, unit="s", explicit_bucket_boundaries_advisory=bounds)
             for name, bounds in _BOUNDS.items()
@@ -72,11 +73,9 @@ class RequestMeters(EngineObserver):
         self._closer = Closer(provider.shutdown)
 
     def request_finished(self, end: RequestEnd) -> None:
-        failed = end.cause in ("failed", "refused")
-        attributes = self._attributes | ({"error.type": type(end.error).__qualname__} if failed else {})
-        last = end.last
+        attributes = self._attributes | ({"error.type": type(end.error).__qualname__} if end.is_error else {})
         values = {
-            "gen_ai.server.request.duration": 0.0 if last is None else last.finished - end.arrival,
+            "gen_ai.server.request.duration": end.end_to_end,
             "gen_ai.server.time_to_first_token": end.to_first_token,
             "gen_ai.server.time_per_output_token": end.inter_token_latency,
         }

@@ -17,10 +17,11 @@ from nanovllm.engine.observer import EngineObserver, EngineStart
 from nanovllm.engine.request_end import RequestEnd, error_text
 from nanovllm.engine.sequence import Sequence
 from nanovllm.logs import events
-from nanovllm.tracing.otlp import SCHEMA_URL, SCOPE, Closer, make_resource, scope_version
+from nanovllm.tracing.otlp import SCHEMA_URL, SCOPE, Closer, make_resource
 from nanovllm.utils import env
 from nanovllm.utils.active_span import ActiveSpan
 from nanovllm.utils.logger import setup_logger
+from nanovllm.utils.versions import installed_version
 
 logger = setup_logger(__name__)
 
@@ -67,7 +68,7 @@ class RequestSpans(EngineObserver):
         # A separate provider, since the global one belongs to the application. It is closed when the engine ends.
         provider = TracerProvider(resource=make_resource(), shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-        self._tracer = provider.get_tracer(SCOPE, scope_version(), schema_url=SCHEMA_URL)
+        self._tracer = provider.get_tracer(SCOPE, installed_version(SCOPE), schema_url=SCHEMA_URL)
         self._closer = Closer(provider.shutdown)
 
     def engine_started(self, start: EngineStart) -> None:
@@ -107,14 +108,13 @@ class RequestSpans(EngineObserver):
         for sequence in request.sequences:
             for moment in sequence.preempted_at:
                 span.add_event("nanovllm.preempted", timestamp=_nanoseconds(moment + to_wall))
-        if end.cause in ("failed", "refused"):
+        if end.is_error:
             span.set_status(self._api.StatusCode.ERROR, error_text(end.error))
         finished = end.arrival if end.last is None else end.last.finished
         span.end(_nanoseconds(finished + to_wall))
 
     def _attributes(self, end: RequestEnd, sequences: list[Sequence]) -> dict[str, Any]:
         """Returns the attributes of a request; None for those that do not apply."""
-        failed = end.cause in ("failed", "refused")
         attributes: dict[str, Any] = {
             "gen_ai.operation.name": "text_completion",
             "gen_ai.provider.name": "nanovllm",
@@ -125,7 +125,7 @@ class RequestSpans(EngineObserver):
                 "error" if each.cause == "failed" else each.finish_reason for each in end.completions
             ]
             or ["error"],
-            "error.type": type(end.error).__qualname__ if failed else None,
+            "error.type": type(end.error).__qualname__ if end.is_error else None,
             "nanovllm.cause": end.cause,
         }
         if not sequences:
@@ -149,7 +149,7 @@ class RequestSpans(EngineObserver):
                 "nanovllm.queue_time": end.last.times.queue if has_run else None,  # seconds, like all times
                 "nanovllm.time_to_first_token": end.to_first_token,
                 "nanovllm.inter_token_latency": end.inter_token_latency,
-                "nanovllm.end_to_end": end.last.finished - end.arrival,
+                "nanovllm.end_to_end": end.end_to_end,
             }
         return attributes
 

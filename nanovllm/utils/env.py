@@ -280,15 +280,17 @@ def nccl_stays_on_this_machine() -> Iterator[None]:
         del _environment[nccl_socket_ifname.name]
 
 
-def unknown_variables() -> dict[str, str]:
-    """Returns the variables NANOVLLM_… of the environment that nanovllm does not read, each with the nearest name.
+def unknown_variables() -> list[str]:
+    """Returns the variables NANOVLLM_… of the environment that nanovllm does not read."""
+    known = {variable.name for variable in VARIABLES}
+    return [name for name in list(_environment) if name.startswith(_PREFIX) and name not in known]
 
-    The nearest name is empty if none is near.
-    """
+
+def nearest_variable(name: str) -> str:
+    """Returns the variable whose name is nearest to `name`; "" if none is near."""
     known = [variable.name.removeprefix(_PREFIX) for variable in VARIABLES if variable.name.startswith(_PREFIX)]
-    given = [name.removeprefix(_PREFIX) for name in list(_environment) if name.startswith(_PREFIX)]
-    nearest = {name: difflib.get_close_matches(name, known, n=1) for name in given if name not in known}
-    return {_PREFIX + name: _PREFIX + found[0] if found else "" for name, found in nearest.items()}
+    found = difflib.get_close_matches(name.removeprefix(_PREFIX), known, n=1)
+    return _PREFIX + found[0] if found else ""
 
 
 def variables_in_force() -> dict[str, str]:

@@ -9,7 +9,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["device_name", "versions"]
+__all__ = ["device_name", "installed_version", "versions"]
 
 _GPUS = Path("/proc/driver/nvidia/gpus")
 
@@ -19,9 +19,9 @@ def versions() -> dict[str, str | None]:
     return {
         "nanovllm": str(sys.modules["nanovllm"].__version__),
         "python": platform.python_version(),
-        "torch": _installed("torch"),
+        "torch": installed_version("torch"),
         "cuda": _cuda(),
-        "triton": _installed("triton"),
+        "triton": installed_version("triton"),
     }
 
 
@@ -42,7 +42,8 @@ def device_name(device: str) -> str:
     return found[1] if found else device
 
 
-def _installed(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
+    """Returns the version of an installed package; None where it is not installed, or only its source is there."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -17,6 +17,7 @@ import pytest
 
 from nanovllm import LLM, AsyncLLM, InvalidArgumentError, SamplingParams
 from nanovllm.tracing import otlp
+from nanovllm.utils.versions import installed_version
 from tests.engine.test_llm_engine import greedy, make_engine, run
 
 pytest.importorskip("opentelemetry.sdk", reason="OpenTelemetry is not installed")
@@ -127,7 +128,7 @@ def test_a_request_is_a_span(collector: Collector) -> None:
         for resource in (message.resource_metrics if path == METRICS else message.resource_spans)
         for scope in (resource.scope_metrics if path == METRICS else resource.scope_spans)
     }
-    assert scope == (otlp.SCHEMA_URL, "nanovllm", otlp.scope_version() or "")
+    assert scope == (otlp.SCHEMA_URL, "nanovllm", installed_version("nanovllm") or "")
     assert collector.spans.keys() == {"a", "b"}
     span, metrics = collector.spans["a"], outputs["a"].metrics
     assert span.name == "text_completion simulated"
