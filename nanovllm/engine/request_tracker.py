@@ -59,7 +59,7 @@ class RequestTracker(EngineObserver):
         self._clock = start.clock
 
     def request_added(self, sequence: Sequence) -> None:
-        name = sequence.parent_id or sequence.request_id
+        name = sequence.whole_request_id
         if name not in self._requests:
             self._requests[name] = _Request(len(self._num_waiting), self._kv_cache_usage)
         self._requests[name].sequences.append(sequence)
@@ -79,7 +79,7 @@ class RequestTracker(EngineObserver):
 
     def sequence_scheduled(self, sequence: Sequence, num_cached: int) -> None:
         self._run(sequence)
-        request = self._requests.get(sequence.parent_id or sequence.request_id)
+        request = self._requests.get(sequence.whole_request_id)
         if request is not None:
             request.first_steps.setdefault(sequence.seq_id, self._planned + 1)
 
@@ -113,7 +113,7 @@ class RequestTracker(EngineObserver):
             self._end(sequence, "abort")
 
     def _wait(self, sequence: Sequence) -> None:
-        name = sequence.parent_id or sequence.request_id
+        name = sequence.whole_request_id
         self._waiting[sequence.seq_id] = name
         self._num_waiting[name] += 1
 
@@ -128,7 +128,7 @@ class RequestTracker(EngineObserver):
     def _end(self, sequence: Sequence, cause: Cause, error: BaseException | None = None) -> None:
         """Records how a sequence ended, and tells how its request did if it was the last one."""
         self._run(sequence)
-        name = sequence.parent_id or sequence.request_id
+        name = sequence.whole_request_id
         request = self._requests.setdefault(name, _Request(len(self._num_waiting), self._kv_cache_usage))
         if sequence not in request.sequences:  # Ctrl-C broke off `request_added`
             request.sequences.append(sequence)

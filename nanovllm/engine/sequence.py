@@ -128,6 +128,11 @@ class Sequence:
         return token_ids
 
     @property
+    def whole_request_id(self) -> str:
+        """The id of the request that it completes; with n > 1 its own `request_id` is another one."""
+        return self.parent_id or self.request_id
+
+    @property
     def output_token_ids(self) -> IntArray:
         return self.token_ids[self.num_prompt_tokens :]
 

@@ -75,7 +75,7 @@ class RequestSpans(EngineObserver):
         self._clock = start.clock
 
     def request_added(self, sequence: Sequence) -> None:
-        name = sequence.parent_id or sequence.request_id
+        name = sequence.whole_request_id
         if name not in self._requests:
             self._requests[name] = _Request(self._context(sequence.span))
         self._requests[name].sequences.append(sequence)
