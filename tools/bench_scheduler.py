@@ -50,6 +50,9 @@ class IdleExecutor:
     def synchronize(self) -> None:
         pass
 
+    def capture_ahead(self) -> bool:
+        return False
+
     def shutdown(self) -> None:
         pass
 

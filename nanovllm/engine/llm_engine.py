@@ -190,6 +190,10 @@ class LLMEngine(UnsupportedMethods):
         """Returns whether `step` has something left to compute, collect or return."""
         return bool(self._unfinished)
 
+    def capture_ahead(self) -> bool:
+        """Captures a CUDA graph that later steps may need, for use while the engine is idle. False: none is missing."""
+        return self.executor.capture_ahead()
+
     @property
     def is_dead(self) -> bool:
         """Whether the engine has ended, because the device failed or `exit` was called. Most calls then raise."""

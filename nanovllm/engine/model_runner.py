@@ -22,7 +22,7 @@ from nanovllm.layers.parallel import TensorParallel
 from nanovllm.runner.cuda_graph import DecodeGraphs
 from nanovllm.runner.device_batch import DeviceBatch
 from nanovllm.runner.device_rows import DeviceRows, ModelInputs
-from nanovllm.runner.mixed_graphs import MixedGraphs, PaddedStep
+from nanovllm.runner.mixed_graphs import MixedGraphs, PaddedStep, missing_graphs
 from nanovllm.runner.out_of_memory import step_out_of_memory
 from nanovllm.runner.sampler import Sampler, prompt_logprobs
 from nanovllm.runner.startup import Startup
@@ -68,6 +68,7 @@ class ModelRunner:
             if self._graphs is not None:
                 pool, null_row = self._graphs.pool, self.rows.null_row
                 self._mixed_graphs = startup.mixed_graphs(pool, self._hidden, self._sample, null_row)
+        self._missing_graphs = missing_graphs(self.device, self._graphs, self._mixed_graphs)
         self.resolved = startup.finish(num_blocks, max_model_len)
 
     @property
@@ -90,6 +91,11 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def capture_ahead(self) -> bool:
+        """Captures one of the CUDA graphs that later steps may need. Returns False when none of these is missing."""
+        with torch.inference_mode(), self._on_device():
+            return next(self._missing_graphs, None) is not None
+
     def becomes_idle(self, seconds: float) -> bool:
         """Waits for at most `seconds`. Returns whether all submitted steps have ended, with or without an error."""
         deadline = time.monotonic() + seconds
@@ -111,7 +117,7 @@ class ModelRunner:
         """Frees the device's memory. The runner cannot be used afterwards."""
         with suppress(RuntimeError):  # a CUDA error, which a step's handle has raised already
             self.synchronize()
-        del self.model, self.rows, self.kv_caches, self._graphs, self._mixed_graphs
+        del self.model, self.rows, self.kv_caches, self._graphs, self._mixed_graphs, self._missing_graphs
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

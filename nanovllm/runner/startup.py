@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -87,6 +88,11 @@ class Startup:
             return None
         return self.plan.model_config.num_heads // self._parallel.size // self._num_kv_heads
 
+    @property
+    def _starts_fast(self) -> bool:
+        """Whether kernels are compiled, and graphs captured, when they are first needed."""
+        return self._config.fast_start is not False
+
     # Weights
 
     def build_model(self) -> CausalLM:
@@ -124,7 +130,7 @@ class Startup:
                 materialise(runner.model, self.device)
                 self._set_rows_and_cache(runner, 0, self.plan.max_model_len)
                 if self._parallel.size == 1:  # with threads, ranks could run collectives in different orders
-                    warm_up = WarmUp(runner.launch, self._config.max_num_seqs)
+                    warm_up = WarmUp(runner.launch, self._config.max_num_seqs, everything=not self._starts_fast)
             report = self._load_weights(runner.model, check)
             finish_loading(runner.model)
         except RuntimeError as error:
@@ -258,6 +264,9 @@ class Startup:
         total_gb = num_blocks * self._cache.block_bytes / GB
         events.kv_cache_allocated.log(logger, num_blocks=num_blocks, total_gb=total_gb)
         self._set_rows_and_cache(runner, num_blocks, max_model_len)
+        if self.device.type == "cuda" and not self._starts_fast:
+            for batch in self._largest_steps():  # torch keeps the memory that they need
+                runner.launch(batch).wait()
         self._stopwatch.lap("KV cache")
         return max_model_len
 
@@ -284,9 +293,9 @@ class Startup:
         if not self._use_cuda_graphs:
             return None
         graphs = DecodeGraphs(GraphPool(self.device), decode_step, self._config.max_num_seqs, null_row)
-        sizes = reversed(graphs.sizes) if self._config.fast_start is False else graphs.sizes[-1:]
-        for size in sizes:  # the largest first, whose memory the others share
-            graphs.capture(size, StepNeeds())
+        missing = graphs.capture_missing(StepNeeds())
+        for _ in islice(missing, 1) if self._starts_fast else missing:
+            pass
         self._stopwatch.lap("CUDA graphs")
         return graphs
 
@@ -307,8 +316,9 @@ class Startup:
             dtype=self.plan.dtype,
             null_row=null_row,
         )
-        if self._config.fast_start is False:
-            graphs.capture_all()
+        if not self._starts_fast:
+            for _ in graphs.capture_missing(StepNeeds()):
+                pass
         events.graph_mixed_ready.log(logger, max_graph_tokens=graphs.max_tokens, num_captured=graphs.num_captured)
         self._stopwatch.lap("CUDA graphs of prompts")
         return graphs

@@ -103,7 +103,9 @@ def materialise(model: nn.Module, device: torch.device) -> dict[str, nn.Paramete
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
+                # Not `empty_like`: on a meta tensor it imports sympy and much of torch, which takes a second.
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                setattr(module, name, nn.Parameter(empty, requires_grad=False))
     return dict(model.named_parameters())
 
 

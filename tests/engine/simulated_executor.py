@@ -139,6 +139,9 @@ class SimulatedExecutor:
 
     def synchronize(self) -> None: ...
 
+    def capture_ahead(self) -> bool:
+        return False
+
     def shutdown(self) -> None:
         self.is_shut_down = True
 

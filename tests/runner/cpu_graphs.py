@@ -17,7 +17,7 @@ import torch
 from nanovllm import LLM
 from nanovllm.kernels.logprobs import SampledTokens
 from nanovllm.runner.cuda_graph import DecodeGraphs
-from nanovllm.runner.mixed_graphs import MixedGraphs
+from nanovllm.runner.mixed_graphs import MixedGraphs, missing_graphs
 
 
 class CpuGraph:
@@ -30,7 +30,7 @@ class CpuGraphPool:
     device = torch.device("cpu")
     handle = None
 
-    def capture(self, step: Callable[[], Any], run_first: bool = True) -> tuple[CpuGraph, Any]:
+    def capture(self, step: Callable[[], Any]) -> tuple[CpuGraph, Any]:
         captured, graph = step(), CpuGraph()
 
         def replay() -> None:
@@ -59,6 +59,7 @@ def use_cpu_graphs(llm: LLM) -> None:
         dtype=runner.model.model.norm.weight.dtype,
         null_row=null_row,
     )
+    runner._missing_graphs = missing_graphs(pool.device, runner._graphs, runner._mixed_graphs)
 
 
 class GraphLoader:
