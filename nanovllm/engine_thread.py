@@ -15,6 +15,7 @@ import asyncio
 import contextvars
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -22,6 +23,7 @@ from functools import partial
 
 from nanovllm.config import EngineConfig
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.submission_delay import SubmissionDelay
 from nanovllm.errors import EngineDeadError, InvalidArgumentError, InvalidStateError, StepFailedError
 from nanovllm.outputs import RequestOutput
 from nanovllm.requests.preparation import PreparedRequest
@@ -166,8 +168,9 @@ class EngineThread:
     # The thread itself
 
     def _run(self, config: EngineConfig) -> None:
+        delay = SubmissionDelay(time.monotonic)
         try:
-            engine = LLMEngine.from_engine_args(config.with_fast_start(False))
+            engine = LLMEngine.from_engine_args(config.with_fast_start(False), [delay])
         except BaseException as error:
             self._started.set_exception(error)
             return
@@ -175,7 +178,7 @@ class EngineThread:
         dead: BaseException = EngineDeadError("exit() was called")
         try:
             with engine:
-                self._serve(engine)
+                self._serve(engine, delay)
         except BaseException as error:
             dead = error
         with self._lock:
@@ -184,15 +187,16 @@ class EngineThread:
             left = list(self._open.values())
         self._deliver([(request, EngineDeadError.after(dead)) for request in left])
 
-    def _serve(self, engine: LLMEngine) -> None:
+    def _serve(self, engine: LLMEngine, delay: SubmissionDelay) -> None:
         """Runs steps while there are requests, and commands between them. Returns at the command to stop."""
         while True:
-            while not engine.has_unfinished_requests() or not self._commands.empty():
-                command = self._commands.get()
-                if command is None:
-                    return
-                act, request = command
-                act(engine, request)
+            with suppress(queue.Empty):  # a step is due
+                while True:
+                    command = self._next_command(engine, delay)
+                    if command is None:
+                        return
+                    act, request = command
+                    act(engine, request)
             try:
                 outputs = engine.step()
             except Exception as error:  # the requests are lost; `is_dead` says whether the engine goes on
@@ -206,6 +210,17 @@ class EngineThread:
                 if new is not None:
                     news.append((request, new))
             self._deliver(news)
+
+    def _next_command(self, engine: LLMEngine, delay: SubmissionDelay) -> tuple[_Command, AsyncRequest] | None:
+        """Returns the next command. Waits for it while the engine is idle, or while the next step can wait.
+
+        Raises queue.Empty when a step is due.
+        """
+        if engine.has_unfinished_requests():
+            return self._commands.get(timeout=delay.seconds())
+        while self._commands.empty() and engine.capture_ahead():
+            pass
+        return self._commands.get()
 
     def _add(self, engine: LLMEngine, request: AsyncRequest) -> None:
         assert request.prepared is not None, "it is started"

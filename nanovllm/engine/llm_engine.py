@@ -95,17 +95,18 @@ class LLMEngine(UnsupportedMethods):
         self._dead: BaseException | None = None
 
     @classmethod
-    def from_engine_args(cls, engine_args: EngineConfig) -> LLMEngine:
+    def from_engine_args(cls, engine_args: EngineConfig, observers: Iterable[EngineObserver] = ()) -> LLMEngine:
         """Returns an engine with the executor and the observers that the arguments and the environment ask for.
 
-        engine_args: an EngineArgs or an EngineConfig. Raises what loading the model raises, and InvalidArgumentError
-        for an argument or an environment variable that is not allowed.
+        engine_args: an EngineArgs or an EngineConfig. observers: further ones.
+        Raises what loading the model raises, and InvalidArgumentError for an argument or an environment variable that
+        is not allowed.
         """
         # Imported here: an engine that is given its executor and observers does not need it.
         from nanovllm.engine_factory import default_observers, make_executor, reporting_start
 
         config = EngineConfig(**asdict(engine_args))  # an EngineArgs can be changed: this is a checked copy
-        observers = default_observers(config)
+        observers = [*default_observers(config), *observers]
         with reporting_start(observers):
             return cls(config, make_executor, observers)
 

@@ -608,3 +608,26 @@ def test_on_a_gpu_streams_give_what_llm_gives() -> None:
             await assert_empty(engine)
 
     run(test())
+
+
+def test_an_idle_engine_captures_graphs_between_requests(tiny: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = threading.Semaphore(0)
+    num_left = 5
+
+    def capture_ahead() -> bool:
+        nonlocal num_left
+        assert not tiny._engine.has_unfinished_requests()
+        num_left -= 1
+        captured.release()
+        return num_left > 0
+
+    monkeypatch.setattr(tiny._engine, "capture_ahead", capture_ahead)
+
+    async def test() -> None:
+        assert len(await collect(tiny, "Hello", SHORT)) > 0
+        assert await asyncio.to_thread(captured.acquire, timeout=WATCHDOG)
+        assert len(await collect(tiny, "Hello", SHORT)) > 0  # a request is taken between two graphs
+        while num_left > 0:
+            assert await asyncio.to_thread(captured.acquire, timeout=WATCHDOG)
+
+    run(test())
