@@ -42,6 +42,7 @@ from nanovllm.benchmarks.settings import (
     has_gpu,
     model_config,
 )
+from nanovllm.benchmarks.vllm_comparison import check_installed, run_vllm
 from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
 
 
@@ -110,6 +111,8 @@ def _run_server(settings: OnlineSettings, server: Server, measured: Measured, sa
 
 
 def _run_engines(settings: OnlineSettings, measured: Measured, say: Say) -> dict[str, Any]:
+    if settings.compare_with_vllm:
+        check_installed()
     on_gpu = has_gpu(settings.engine.device)
     model = settings.engine.model or ("qwen3-0.6b" if on_gpu else "tiny")
     config = model_config(model)
@@ -195,8 +198,6 @@ def _run_theirs(
     model: str, arguments: dict[str, Any], plan: OnlinePlan, measured: Measured, report: dict[str, Any], say: Say
 ) -> None:
     """Runs vLLM. Its failure goes into the report, whose other figures stay."""
-    from nanovllm.benchmarks.vllm_comparison import run_vllm
-
     try:
         with measured.showing(VLLM, plan.bounds, say):
             run_vllm(model, arguments, plan, measured.add)

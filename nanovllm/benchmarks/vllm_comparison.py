@@ -120,10 +120,13 @@ async def _measure_vllm(arguments: dict[str, Any], plan: OnlinePlan, results: Pa
         with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"summary": asdict(run), "rows": rows}) + "\n")
 
+    def say(text: str) -> None:
+        print(text, flush=True)
+
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
     try:
         detokenize = not arguments["skip_tokenizer_init"]
-        await measure(VllmEngine(engine, plan.temperature, detokenize=detokenize), VLLM, plan, finished, print)
+        await measure(VllmEngine(engine, plan.temperature, detokenize=detokenize), VLLM, plan, finished, say)
     finally:
         engine.shutdown()
 
