@@ -35,7 +35,7 @@ class OnlineSettings:
     rates: tuple[float, ...] | None
     duration: float | None
     num_requests: int | None
-    num_seeds: int
+    num_seeds: int | None
     input_len: Lengths
     output_len: Lengths
     burstiness: float
@@ -82,10 +82,10 @@ def make_online_plan(settings: OnlineSettings, *, on_gpu: bool, vocab_size: int)
     duration = settings.duration
     if duration is None and settings.num_requests is None:
         duration = 20.0 if on_gpu else 3.0
-    seed = settings.engine.seed
+    seed, num_seeds = settings.engine.seed, settings.num_seeds or (3 if on_gpu else 2)
     return OnlinePlan(
         rates=settings.rates or ((10, 60, 120) if on_gpu else (2, 8)),
-        seeds=tuple(range(seed, seed + settings.num_seeds)),
+        seeds=tuple(range(seed, seed + num_seeds)),
         traffic=OnlineTraffic(
             input_len=settings.input_len,
             output_len=settings.output_len,

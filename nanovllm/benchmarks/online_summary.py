@@ -140,12 +140,11 @@ def described(result: Mapping[str, Any], bounds: Bounds) -> str:
         f"  requests/s: {_spread(result, 'requests_per_second', num_runs)}; goodput "
         f"{_spread(result, 'goodput_requests_per_second', num_runs)} with TTFT ≤ {bounds.ttft_ms:g} ms and a mean ITL "
         f"≤ {bounds.itl_ms:g} ms",
-        f"  the load generator was late by {result['lateness_p99_ms']:.1f} ms at p99",
+        f"  the load generator was late by {_spread(result, 'lateness_p99_ms', num_runs)} ms at p99",
     ]
     if (result["lateness_p99_ms_most"] or 0) > MAX_LATENESS_MS:
         lines.append(
-            f"  Warning: that is more than {MAX_LATENESS_MS:g} ms in at least one run, so these figures are those of "
-            "the load generator too."
+            f"  Warning: more than {MAX_LATENESS_MS:g} ms late, so these figures are those of the load generator too."
         )
     return "\n".join([*lines, *_error_lines(result)])
 

@@ -250,14 +250,15 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def add_online_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the workload "online"."""
-    add = parser.add_argument_group("online traffic, for --workload online").add_argument
+    group = parser.add_argument_group("online traffic, for --workload online")
+    add = group.add_argument
     add(
         "--rates",
         type=rates,
         metavar="R,R,…",
         help="requests/s, one after the other (default: 10,60,120 on a GPU; 2,8 on a CPU and with --url)",
     )
-    amount = parser.add_mutually_exclusive_group().add_argument
+    amount = group.add_mutually_exclusive_group().add_argument
     amount(
         "--duration",
         type=above_zero,
@@ -265,7 +266,12 @@ def add_online_options(parser: argparse.ArgumentParser) -> None:
         help="seconds in which requests arrive, for each rate and seed (default: 20 on a GPU, else 3)",
     )
     amount("--num-requests", type=positive, metavar="N", help="requests for each rate and seed, instead of --duration")
-    add("--seeds", type=positive, default=3, metavar="N", help="runs of each rate, from --seed upward (default 3)")
+    add(
+        "--seeds",
+        type=positive,
+        metavar="N",
+        help="runs of each rate, with the seeds from --seed upward (default: 3 on a GPU, else 2)",
+    )
     for option, default in (("--input-len", DEFAULT_INPUT_LEN), ("--output-len", DEFAULT_OUTPUT_LEN)):
         add(
             option,
@@ -289,9 +295,15 @@ def add_online_options(parser: argparse.ArgumentParser) -> None:
         help=f"token ids are drawn below it (default: {DEFAULT_VOCAB_SIZE}, or the model's if that is smaller; a "
         "server's is not known)",
     )
-    add("--warm-up", type=positive, metavar="N", help="requests at once, twice, before (default: 256 on a GPU, else 8)")
-    add("--ttft-bound", type=above_zero, default=500.0, metavar="MS", help="of a request, for goodput (default 500)")
-    add("--itl-bound", type=above_zero, default=50.0, metavar="MS", help="of a request's mean, likewise (default 50)")
+    add(
+        "--warm-up",
+        type=positive,
+        metavar="N",
+        help="requests that are sent at once, twice, before the first run (default: 256 on a GPU, else 8)",
+    )
+    goodput = "of a request that counts for goodput"
+    add("--ttft-bound", type=above_zero, default=500.0, metavar="MS", help=f"highest TTFT {goodput} (default 500)")
+    add("--itl-bound", type=above_zero, default=50.0, metavar="MS", help=f"highest mean ITL {goodput} (default 50)")
     add("--url", help="measure an OpenAI server, such as http://localhost:8000; needs aiohttp")
     add("--api-key", metavar="KEY", help="for --url")
     add("--served-model-name", metavar="NAME", help="for --url (default: the first model that the server lists)")
