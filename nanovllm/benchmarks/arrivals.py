@@ -1,4 +1,4 @@
-"""Requests that arrive over time, drawn from a seed: when each one is sent, its prompt, and how many tokens it gets."""
+"""Requests that arrive over time, drawn from a seed: when each is sent, its prompt, and the length of its output."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+
+_WARM_UP_TOKENS = 40
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,5 @@ class OnlineTraffic:
         """Returns requests that all arrive at once, with short outputs. No run has their prompts."""
         rng = random.Random(f"{seed} warm-up")
         prompts = [rng.choices(range(self.vocab_size), k=self.input_len.draw(rng)) for _ in range(num_requests)]
-        return [OnlineRequest(index, 0.0, prompt, _WARM_UP_TOKENS) for index, prompt in enumerate(prompts)]
-
-
-_WARM_UP_TOKENS = 40
+        output_len = min(_WARM_UP_TOKENS, self.output_len.most)
+        return [OnlineRequest(index, 0.0, prompt, output_len) for index, prompt in enumerate(prompts)]

@@ -32,4 +32,4 @@ async def measure(engine: StreamingEngine, name: str, plan: OnlinePlan, finished
             if run.records:
                 summary = summarize_run(name, rate, seed, run, plan.bounds)
                 finished(summary, rows_of(summary, run))
-                say(f"{name}, {rate:g} requests/s, seed {seed}: {len(run.records):,} requests in {run.seconds:.1f} s")
+            say(f"{name}, {rate:g} requests/s, seed {seed}: {len(run.records):,} requests in {run.seconds:.1f} s")

@@ -19,6 +19,13 @@ from nanovllm.benchmarks.online import Bounds, OnlineRun
 MAX_LATENESS_MS = 5.0  # p99 above which the load generator is part of what was measured
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 LATENCIES = {"ttft": "TTFT", "itl": "ITL", "latency": "end to end", "longest_gap": "longest gap"}
+RATIOS = {
+    "ttft_p50_ms": "TTFT p50",
+    "ttft_p99_ms": "TTFT p99",
+    "itl_p50_ms": "ITL p50",
+    "itl_p99_ms": "ITL p99",
+    "output_tokens_per_second": "output tokens/s",
+}
 _SHOWN_ERRORS = 3
 
 Figures = dict[str, float | None]  # by name; None: no request was completed
@@ -169,9 +176,6 @@ def _error_lines(result: Mapping[str, Any]) -> list[str]:
     return [*lines, f"  {rest:,} × other errors"] if rest else lines
 
 
-RATIOS = ("ttft_p50_ms", "ttft_p99_ms", "itl_p50_ms", "itl_p99_ms", "output_tokens_per_second")
-
-
 def ratios_of(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Figures:
     """Returns our medians over theirs; None where one is missing."""
     return {name: ours[name] / theirs[name] if ours[name] is not None and theirs[name] else None for name in RATIOS}
@@ -179,5 +183,5 @@ def ratios_of(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Figures:
 
 def described_ratios(found: Mapping[str, float | None], rate: float, engines: str) -> str:
     """Returns the ratios as one line. engines: such as "nanovllm / vLLM"."""
-    parts = [f"{name} {'–' if value is None else f'{value:.2f}'}" for name, value in found.items()]
-    return f"{engines} at {rate:g} requests/s: {', '.join(parts)}"
+    parts = [f"{RATIOS[name]} {'–' if value is None else f'{value:.2f}'}" for name, value in found.items()]
+    return f"\n{engines} at {rate:g} requests/s: {', '.join(parts)}"

@@ -255,7 +255,7 @@ def add_online_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--rates",
         type=rates,
-        metavar="R,R,…",
+        metavar="R,R,...",
         help="requests/s, one after the other (default: 10,60,120 on a GPU; 2,8 on a CPU and with --url)",
     )
     amount = group.add_mutually_exclusive_group().add_argument
@@ -278,8 +278,8 @@ def add_online_options(parser: argparse.ArgumentParser) -> None:
             type=lengths,
             default=default,
             metavar="MEAN[:SIGMA[:MAX]]",
-            help="tokens, lognormal, cut off at MAX; SIGMA 0 makes all equal; if not given, SIGMA is 1 and MAX is 8 × "
-            f"MEAN (default {default.mean:g}:{default.sigma:g}:{default.most})",
+            help="tokens, lognormal, cut off at MAX; SIGMA 0 makes all equal; if not given, SIGMA is 1 and MAX is 8 "
+            f"times MEAN (default {default.mean:g}:{default.sigma:g}:{default.most})",
         )
     add(
         "--burstiness",

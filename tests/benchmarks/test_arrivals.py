@@ -60,3 +60,9 @@ def test_lengths_have_their_mean_and_their_limit() -> None:
 def test_token_ids_are_below_the_vocabulary() -> None:
     requests = replace(TRAFFIC, vocab_size=7).draw(10, seed=0)
     assert {token for request in requests for token in request.prompt} == set(range(7))
+
+
+def test_the_warm_up_is_no_longer_than_the_longest_request() -> None:
+    short = replace(TRAFFIC, input_len=Lengths(8, 0, 8), output_len=Lengths(3, 0, 3))
+    assert {(len(request.prompt), request.output_len) for request in short.warm_up(5, seed=0)} == {(8, 3)}
+    assert {request.output_len for request in TRAFFIC.warm_up(5, seed=0)} == {40}

@@ -132,7 +132,7 @@ def test_ratios() -> None:
     assert found["output_tokens_per_second"] == pytest.approx(2.0)
     failed = result_of([summary_of(record(0, None, error="gone"))])
     assert set(ratios_of(ours, failed).values()) == {None}
-    assert "ttft_p50_ms 0.50, ttft_p99_ms 0.50" in described_ratios(found, 10, "nanovllm / vLLM")
+    assert "TTFT p50 0.50, TTFT p99 0.50" in described_ratios(found, 10, "nanovllm / vLLM")
 
 
 def test_rows_have_everything_but_the_gaps() -> None:

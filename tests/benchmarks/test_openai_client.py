@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,6 +17,7 @@ from nanovllm.benchmarks.online import OnlineRun, RequestRecord, replay
 from nanovllm.benchmarks.online_settings import Server
 from nanovllm.benchmarks.openai_client import EventReader, ServerResponseError, open_server
 from nanovllm.benchmarks.settings import WorkloadError
+from nanovllm.cli.main import main
 from tests.benchmarks import fake_openai_server as fake
 from tests.processes import start_python
 
@@ -47,6 +49,19 @@ def test_every_token_is_counted(server: Server, kind: int) -> None:
     assert record.num_output_tokens == 8
     assert record.ttft is not None
     assert 0 < record.ttft <= record.latency
+
+
+def test_the_command_measures_a_server(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    """The server gives what is asked for where the first token is 0, and so is every token of this vocabulary."""
+    traffic = "--rates 100 --num-requests 5 --input-len 8:0 --output-len 10:0 --vocab-size 1 --burstiness 4"
+    arguments = f"bench --workload online --url {server.url} --api-key {fake.KEY} {traffic}"
+    assert main(arguments.split()) == 0
+    text = capsys.readouterr().out
+    assert f"{server.url}, 100 requests/s: 10 requests, 0 failed; 8 tokens in and 10 out on average" in text
+    report = json.loads(text.splitlines()[-1])
+    assert (report["url"], report["model"]) == (server.url, "fake")
+    assert report["results"][0]["output_tokens_per_second"] > 0
+    assert fake.KEY not in text
 
 
 def test_the_address_may_end_in_v1(server: Server) -> None:
