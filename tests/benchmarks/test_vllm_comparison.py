@@ -16,7 +16,7 @@ from nanovllm.benchmarks.online_run import Measured, _run_theirs
 from nanovllm.benchmarks.online_settings import OnlinePlan
 from nanovllm.benchmarks.settings import WorkloadError
 from nanovllm.benchmarks.vllm_comparison import check_installed
-from tests.processes import ROOT, run_python, start_python, until
+from tests.processes import ROOT, WATCHDOG, run_python, start_python, until
 
 ENGINE = """
 import asyncio, os, subprocess, sys, time
@@ -122,7 +122,7 @@ def test_an_interrupt_ends_vllm_and_its_processes(path: str) -> None:
     assert process.stderr is not None
     child = next(int(line.split()[1]) for line in process.stderr if line.startswith("child "))
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate()
+    _, stderr = process.communicate(timeout=WATCHDOG)
     assert "KeyboardInterrupt" in stderr
     assert until(lambda: not is_running(child))
 

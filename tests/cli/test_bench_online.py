@@ -13,7 +13,7 @@ from nanovllm.benchmarks.arrivals import Lengths
 from nanovllm.benchmarks.online_settings import OnlinePlan, OnlineSettings, make_online_plan
 from nanovllm.cli.bench import online_settings_of, parse_arguments
 from nanovllm.cli.main import main
-from tests.processes import run_python, start_python, until
+from tests.processes import WATCHDOG, run_python, start_python, until
 
 SMALL = "--workload online --device cpu --input-len 8:0 --output-len 4:0 --warm-up 2 --num-requests 3"
 
@@ -117,7 +117,7 @@ def test_ctrl_c_prints_what_there_is_and_leaves_nothing() -> None:
     assert process.stdout is not None
     assert any("50 requests/s, seed 0: 3 requests in" in line for line in process.stdout)
     process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate()
+    stdout, stderr = process.communicate(timeout=WATCHDOG)
     assert process.returncode == 130
     assert "Traceback" not in stderr
     report = json.loads(stdout.splitlines()[-1])
