@@ -78,6 +78,11 @@ _SECONDS = Rule(
     lambda value: is_number(value) and 0 < value <= _MAX_TIMEOUT,
     float,
 )
+_MILLISECONDS = Rule(
+    "a number of milliseconds > 0, at most 60000 (a minute)",
+    lambda value: is_number(value) and 0 < value <= 60_000,
+    float,
+).or_none()
 _SEED = Rule("an integer from 0 to 2**63 - 1", lambda value: is_integer(value) and 0 <= value < 2**63, int)
 _OVERRIDES = Rule(
     "a dictionary of fields of config.json",
@@ -195,6 +200,13 @@ class EngineConfig:
         "Maximum number of prompt tokens computed in a step that also decodes. It bounds the time between the tokens "
         "of running requests. None: what max_num_batched_tokens leaves, which gives the best throughput.",
     )
+    inter_token_latency_target_ms: float | None = argument(
+        None,
+        _MILLISECONDS,
+        "Target for the time of a step that also decodes, which is the time between the tokens of running requests. "
+        "The engine computes as many prompt tokens in such a step as fit, judging by the time that earlier steps took, "
+        "but at least 64, so that prompts make progress. None: no target, which gives the best throughput.",
+    )
     profiler_config: Mapping[str, Any] | None = argument(
         None,
         _PROFILER_CONFIG,
@@ -287,6 +299,7 @@ class ResolvedConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_prefill_tokens_beside_decode: int | None
+    inter_token_latency_target_ms: float | None
     block_size: int
     num_blocks: int
     kv_cache_dtype: str

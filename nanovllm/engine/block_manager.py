@@ -79,8 +79,10 @@ class BlockManager:
         """Returns the number of blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def allocate(self, seq_id: int, token_ids: IntArray, *, salt: bytes = b"", share: bool = True) -> BlockTable | None:
-        """Returns blocks for all of `token_ids`, or None when too few are free.
+    def allocate(
+        self, seq_id: int, token_ids: IntArray, *, salt: bytes = b"", share: bool = True, keep_free: int = 0
+    ) -> BlockTable | None:
+        """Returns blocks for all of `token_ids`, or None when fewer than `keep_free` would be free after that.
 
         The longest registered prefix is shared: its blocks are the first `num_registered` of the table. The last token
         is never part of it, since a step computes logits only for tokens that it runs. salt: that of the table. share:
@@ -90,7 +92,7 @@ class BlockManager:
         num_blocks = self.blocks_for(len(token_ids))
         num_new = num_blocks - len(shared)
         revived = sum(cached.block in self._evictable for cached in shared) if self._evictable else 0
-        if num_new > self.num_free_blocks - revived:
+        if num_new > self.num_free_blocks - revived - keep_free:
             return None
         events.blocks_allocating.log(logger, seq_id=seq_id, num_blocks=num_blocks)
         table = BlockTable([cached.block for cached in shared], len(shared), shared[-1] if shared else None, salt)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import IntArray, ScheduledBatch
+from nanovllm.engine.prefill_policy import PrefillBudget
 from nanovllm.engine.request_end import RequestEnd
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
@@ -128,6 +129,9 @@ class EngineObserver:
 
     def sequence_preempted(self, sequence: Sequence, preemption: Preemption) -> None:
         """A running sequence gives its blocks back and waits again."""
+
+    def prefill_budgeted(self, budget: PrefillBudget) -> None:
+        """The step with prompt tokens that `batch_scheduled` is about to report has this budget for them."""
 
     def batch_scheduled(self, batch: ScheduledBatch, rows: RowTable) -> None:
         """A step is planned. rows: the row table after planning."""

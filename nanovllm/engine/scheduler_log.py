@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.observer import CollectedStep, EngineObserver, Preemption, SampledStep
+from nanovllm.engine.prefill_policy import PrefillBudget
 from nanovllm.engine.request_end import Cause, cause_of
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
@@ -35,6 +36,7 @@ class SchedulerLog(EngineObserver):
         self._decode_step = 0  # decode steps since the engine was idle
         self._num_preempted = 0  # preemptions since the last decode step
         self._collected = 0  # the last step that was collected
+        self._budget = PrefillBudget(0, "")  # of the step that is being planned
 
     def work_began(self, now: float) -> None:
         self._decode_step = 0
@@ -64,6 +66,9 @@ class SchedulerLog(EngineObserver):
     def tokens_sampled(self, step: SampledStep) -> None:
         self._collected = step.batch.step
 
+    def prefill_budgeted(self, budget: PrefillBudget) -> None:
+        self._budget = budget
+
     def batch_scheduled(self, batch: ScheduledBatch, rows: RowTable) -> None:
         if len(batch.chunks) and logger.isEnabledFor(logging.INFO):
             events.batch_prefill.log(
@@ -71,6 +76,8 @@ class SchedulerLog(EngineObserver):
                 step=batch.step,
                 size=len(batch.chunks),
                 batched_tokens=batch.num_prefill_tokens,
+                budget=self._budget.num_tokens,
+                budget_reason=self._budget.reason,
                 seqs=first_items(
                     list(batch.chunks), lambda chunk: _describe(rows, chunk["row"], cached=chunk["start"])
                 ),

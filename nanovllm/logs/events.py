@@ -249,7 +249,7 @@ engine_statistics = Event(
     "final seconds num_steps num_prompt_tokens num_output_tokens num_prefix_queries num_prefix_hits num_blocks "
     "peak_kv_cache_usage peak_kv_cache_at peak_waiting peak_waiting_at wall_s device_s slowest_step slowest_step_kind "
     "slowest_step_ms slowest_step_gpu_ms slowest_step_prompt_tokens slowest_step_decode_seqs slowest_step_request_ids "
-    "finished_by_cause num_failed num_refused",
+    "finished_by_cause num_failed num_refused prefill_steps_by_budget",
 )
 _STOPPED = "A step {what} ({error}); its requests are aborted, and the engine {state}"
 _STOPPED_FIELDS = "step request_ids num_requests traceback"
@@ -272,7 +272,7 @@ batch_prefill = Event(
     INFO,
     "engine.scheduler",
     "Scheduled PREFILL batch: size={size}, batched_tokens={batched_tokens}, seqs={seqs}",
-    "step",
+    "step budget budget_reason",
 )
 batch_decode = Event(
     "batch.decode",

@@ -27,6 +27,8 @@ FIELDS: Mapping[str, Field] = {
     "available_gb": Field(float, "memory left for the KV cache, in GB"),
     "batched_tokens": Field(int, "prompt tokens that the step computes"),
     "block_size": Field(int, "tokens in a block of the KV cache"),
+    "budget": Field(int, "prompt tokens that the step might compute at most"),
+    "budget_reason": Field(str, "the setting that decides `budget`"),
     "bytes": Field(int, "size of the message"),
     "cache_hits": Field(int, "blocks found in the prefix cache"),
     "callee": Field(str, "class or method that was called"),
@@ -160,6 +162,9 @@ FIELDS: Mapping[str, Field] = {
     "prefill": Field(str, "attention backend for prompts"),
     "prefill_reason": Field(str, "why this backend was chosen for prompts"),
     "prefill_s": Field(float, "seconds from the first step to the first token, without `preempted_s`"),
+    "prefill_steps_by_budget": Field(
+        dict[str, int], "number of steps with prompt tokens, by the setting that decided how many these might be"
+    ),
     "prefill_time": Field(float, "seconds in steps that computed any prompt token"),
     "prefix_cache_hit_rate": Field(float, "share of prompt tokens found in the prefix cache, 0 to 1"),
     "problem": Field(str, "what is wrong"),

@@ -108,6 +108,10 @@ ENGINE_CONFIG: Table = {
     "hf_overrides": ("a dictionary of fields of config.json, or None", [5, "x", [1], {1: 2}]),
     "pipeline_depth": (f"{COUNT}, or None", NO_COUNT),
     "max_prefill_tokens_beside_decode": (f"{COUNT}, or None", NO_COUNT),
+    "inter_token_latency_target_ms": (
+        "a number of milliseconds > 0, at most 60000 (a minute), or None",
+        [0, -1, math.nan, math.inf, 60_001, "20", True],
+    ),
     "profiler_config": (
         "{'profiler': 'torch', 'torch_profiler_dir': a folder}, or None",
         ["./profile", {}, {"torch_profiler_dir": 5}, {"torch_profiler_dir": "a", "profiler": "cuda"}, {"other": 1}],
