@@ -176,6 +176,14 @@ overlap = Variable(
     "0: a step is launched only after the tokens of the previous one were read, so that the log and a debugger are in "
     "step with the device.",
 )
+engine_process: Variable[bool | None] = Variable(
+    "NANOVLLM_ENGINE_PROCESS",
+    SWITCH,
+    None,
+    "Whether `AsyncLLM` runs its engine in a process of its own (1) or in a thread (0), where `engine_process` does not "
+    "say it.",
+    "a process on a GPU, a thread on a CPU",
+)
 grammar_seconds = Variable(
     "NANOVLLM_GRAMMAR_SECONDS",
     SECONDS,
