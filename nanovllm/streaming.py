@@ -133,9 +133,7 @@ class StreamCall(Call):
 class _CompletionStream:
     """The outputs of one completion."""
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, index: int, sequence: Sequence, delta: bool
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, index: int, sequence: Sequence, delta: bool) -> None:
         params = sequence.params
         self._index, self._sequence, self._delta = index, sequence, delta
         self._num_read = 0

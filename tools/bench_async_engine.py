@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -21,12 +22,15 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanovllm import LLM, AsyncLLM, SamplingParams
+
+_ROW = "{:>7} {:>8} {:>9} {:>7} {:>14} {:>9} {:>8} {:>8} {:>7}"
 
 
 @dataclass
@@ -68,7 +72,7 @@ async def consume(engine: AsyncLLM, prompt: list[int], params: SamplingParams, s
     return num_bytes
 
 
-def run_async(engine: AsyncLLM, prompts: list[list[int]], params: SamplingParams, pids: list[int]) -> Round:
+def run_async(engine: AsyncLLM, params: SamplingParams, pids: list[int], prompts: list[list[int]]) -> Round:
     seen: list[list[float]] = []
 
     async def everything() -> None:
@@ -77,12 +81,12 @@ def run_async(engine: AsyncLLM, prompts: list[list[int]], params: SamplingParams
     wall, cpu = time.perf_counter(), cpu_seconds(pids)
     asyncio.run(everything())
     wall, cpu = time.perf_counter() - wall, cpu_seconds(pids) - cpu
-    gaps = [after - before for times in seen for before, after in zip(times, times[1:], strict=False)]
+    gaps = [after - before for times in seen for before, after in itertools.pairwise(times)]
     num_tokens, num_outputs = len(prompts) * (params.max_tokens or 0), sum(map(len, seen))
     return Round(wall, cpu, num_tokens, num_outputs, quantiles([times[0] for times in seen]), quantiles(gaps))
 
 
-def run_llm(llm: LLM, prompts: list[list[int]], params: SamplingParams) -> Round:
+def run_llm(llm: LLM, params: SamplingParams, prompts: list[list[int]]) -> Round:
     wall, cpu = time.perf_counter(), cpu_seconds([os.getpid()])
     llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     wall, cpu = time.perf_counter() - wall, cpu_seconds([os.getpid()]) - cpu
@@ -118,20 +122,19 @@ def main() -> None:
     }
     params = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
     choose = random.Random(0)
-    print(f"{'streams':>7} {'engine':>8} {'tokens/s':>9} {'CPU s':>6} {'tokens/output':>13} {'TTFT ms p50/p99':>17} {'ITL ms p50/p99':>16}")
+    print(
+        _ROW.format("streams", "engine", "tokens/s", "CPU s", "tokens/output", "TTFT p50", "p99", "ITL p50", "p99 ms")
+    )
     with ExitStack() as stack:
         runs: dict[str, Callable[[list[list[int]]], Round]] = {}
         for name in options.engines.split(","):
             if name == "llm":
-                llm = stack.enter_context(LLM(options.model, **settings))
-                runs[name] = lambda prompts: run_llm(llm, prompts, params)
+                runs[name] = partial(run_llm, stack.enter_context(LLM(options.model, **settings)), params)
             else:
-                engine = stack.enter_context(
-                    AsyncLLM(options.model, engine_process=name == "process", **settings)
-                )
+                engine = stack.enter_context(AsyncLLM(options.model, engine_process=name == "process", **settings))
                 process = getattr(engine._connection, "_process", None)
                 pids = [os.getpid(), *([] if process is None else [process.pid])]
-                runs[name] = lambda prompts, engine=engine, pids=pids: run_async(engine, prompts, params, pids)  # type: ignore[misc]
+                runs[name] = partial(run_async, engine, params, pids)
         for run in runs.values():  # warm
             run([[choose.randrange(3, 400) for _ in range(options.prompt_tokens)] for _ in range(8)])
         for number in streams:
@@ -143,11 +146,11 @@ def main() -> None:
             for name, rounds in results.items():
                 each = median(rounds)
                 cpu = statistics.median(one.cpu for one in rounds)
-                row = f"{number:7} {name:>8} {each.num_tokens / each.wall:9.0f} {cpu:6.2f}"
+                cells = [f"{each.num_tokens / each.wall:.0f}", f"{cpu:.2f}"]
                 if each.num_outputs:
-                    row += f" {each.num_tokens / each.num_outputs:13.2f}"
-                    row += f" {each.ttft[0]:8.1f} /{each.ttft[1]:7.1f} {each.itl[0]:7.2f} /{each.itl[1]:7.2f}"
-                print(row, flush=True)
+                    cells += [f"{each.num_tokens / each.num_outputs:.2f}"]
+                    cells += [f"{latency:.1f}" for latency in (*each.ttft, *each.itl)]
+                print(_ROW.format(number, name, *cells, *[""] * (7 - len(cells))), flush=True)
 
 
 if __name__ == "__main__":

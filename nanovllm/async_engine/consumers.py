@@ -28,11 +28,11 @@ from nanovllm.async_engine.messages import (
     RequestsLost,
     StepNews,
 )
-from nanovllm.engine.sequence import Sequence, TokenLogprob
+from nanovllm.engine.sequence import TokenLogprob
 from nanovllm.errors import EngineDeadError, InvalidArgumentError, InvalidStateError, StepFailedError
 from nanovllm.metrics import MetricsSnapshot
 from nanovllm.outputs import RequestOutput
-from nanovllm.requests.output_builder import NewTokens, OutputBuilder
+from nanovllm.requests.output_builder import OutputBuilder
 from nanovllm.requests.parallel_sampling import ParallelSampling
 from nanovllm.requests.preparation import PreparedRequest, RequestPreparation
 from nanovllm.sampling_params import RequestOutputKind
@@ -148,7 +148,9 @@ class Consumers:
         self._lock = threading.RLock()  # a garbage collection may close a request while it is held
         # Guarded by the lock:
         self._open: dict[str, AsyncRequest] = {}  # requests whose consumer has not left
-        self._completions: dict[int, tuple[AsyncRequest, StartedRequest, int]] = {}  # of the open ones, with their index
+        self._completions: dict[
+            int, tuple[AsyncRequest, StartedRequest, int]
+        ] = {}  # of the open ones, with their index
         self._next_number = 0
         self._loops: set[asyncio.AbstractEventLoop] = set()  # of the open requests, and perhaps others
         self._to_wake: dict[
@@ -192,11 +194,10 @@ class Consumers:
                     prepared=prepared,
                     arrival=request.arrival,
                     is_streamed=started.is_streamed,
+                    is_aborted=request.is_aborted,
                     context=request.context,
                 )
             )
-            if request.is_aborted:
-                self._connection.send(AbortRequest(number, request.request_id))
 
     def refuse(self, request: AsyncRequest, error: InvalidArgumentError) -> None:
         """Reports a request that is not allowed to the log and the metrics."""

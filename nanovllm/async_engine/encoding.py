@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import contextvars
 import json
+import os
 import struct
 import sys
 from collections.abc import Callable, Mapping
@@ -24,7 +25,7 @@ from nanovllm.async_engine import messages
 from nanovllm.async_engine.messages import Command, Event
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import LogitEdits
-from nanovllm.errors import ChannelError, NanoVLLMError, shown
+from nanovllm.errors import ChannelError, shown
 from nanovllm.requests.preparation import PreparedRequest
 from nanovllm.requests.stop_search import StopSearch
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
@@ -94,7 +95,7 @@ _TYPES: Mapping[str, Callable[..., Any]] = {
 
 
 def encode(message: ToProcess | FromProcess) -> bytes:
-    """Returns a message as bytes."""
+    """Returns a message as bytes. Raises TypeError for an object of another type in it."""
     arrays: list[np.ndarray[Any, Any]] = []
     header = json.dumps(_plain(message, arrays), separators=(",", ":")).encode()
     return b"".join([_PREFIX.pack(VERSION, len(header)), header, *(array.tobytes() for array in arrays)])
@@ -128,6 +129,8 @@ def _plain(value: Any, arrays: list[np.ndarray[Any, Any]]) -> Any:
         return {"is": "bytes", "hex": value.hex()}
     if isinstance(value, RequestOutputKind):
         return {"is": "RequestOutputKind", "value": value.value}
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     if isinstance(value, BaseException):
         return {"is": "error", **_plain_error(value)}
     if isinstance(value, contextvars.Context):
@@ -184,7 +187,7 @@ class _Decoder:
 
 
 def _plain_error(error: BaseException) -> dict[str, Any]:
-    arguments = error.__reduce__()[1] if isinstance(error, NanoVLLMError) else error.args
+    arguments: tuple[object, ...] = error.__reduce__()[1]  # type: ignore[assignment]
     return {
         "type": type(error).__name__,
         "arguments": [_plain_argument(argument) for argument in arguments],

@@ -114,6 +114,8 @@ class EngineLoop(EngineObserver):
             self._deliver(RequestRefused(command.number, error))
             return
         self._requests[request_id] = _Request(command.number, sequences)
+        if command.is_aborted:
+            engine.abort_request(request_id)
         for number, sequence in enumerate(sequences, command.number):
             sequence.streamed = True
             if command.is_streamed:
@@ -135,7 +137,7 @@ class EngineLoop(EngineObserver):
 
     def tokens_sampled(self, step: SampledStep) -> None:
         sequences = step.rows.sequences
-        self._step, self._sampled = step, [sequences[row] for row in step.sampled.tolist()]  # type: ignore[misc]
+        self._step, self._sampled = step, [sequences[row] for row in step.sampled.tolist()]
 
     def _news(self, outputs: list[RequestOutput]) -> StepNews:
         """Returns what the last step brought. outputs: of the requests that ended."""
@@ -184,4 +186,4 @@ class EngineLoop(EngineObserver):
 
 def _output_builder(tokenizer: object) -> OutputBuilder:
     """Returns what builds the engine's own outputs. Only the log reads their texts, if it is asked to show them."""
-    return OutputBuilder(tokenizer if env.log_prompts() else None, with_logprobs=False)  # type: ignore[arg-type]
+    return OutputBuilder(tokenizer if env.log_prompts() else None, with_logprobs=False)

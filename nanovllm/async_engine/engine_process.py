@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import Pipe
@@ -35,7 +34,7 @@ from nanovllm.async_engine.encoding import (
 from nanovllm.async_engine.messages import Command, EngineEnded, Event
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.observer import engine_ids
-from nanovllm.errors import EngineDeadError
+from nanovllm.errors import EngineDeadError, InvalidArgumentError
 from nanovllm.logs import events
 from nanovllm.logs.configuration import PACKAGE
 from nanovllm.metrics import MetricsSnapshot
@@ -49,7 +48,14 @@ if TYPE_CHECKING:
 
 logger = setup_logger(__name__)
 
-_MAIN = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from nanovllm.async_engine.process_main import main; main()"
+_MAIN = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from nanovllm.logs.configuration import forward_records
+forward_records()
+from nanovllm.async_engine.process_main import main
+main(int(sys.argv[2]))
+"""
 _EXIT_SECONDS = 5.0  # for the process to end after its last message
 _LOOK_SECONDS = 0.3  # between looks at the process
 
@@ -60,12 +66,13 @@ class EngineProcess:
     It holds no reference to its AsyncLLM, so that this can be garbage-collected.
     """
 
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: PreTrainedTokenizerBase | None = None
     preparation: RequestPreparation
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._engine_id = next(engine_ids)  # in the records of the log
+        self._connection, self._theirs = Pipe()
         self._sending = threading.Lock()
         self._asking = threading.Lock()  # one question at a time
         self._metrics = MetricsSnapshot()
@@ -73,32 +80,31 @@ class EngineProcess:
         self._receive: Callable[[Event], None] = lambda event: None
         self._reader = threading.Thread(target=self._read, name="nanovllm-engine-reader", daemon=True)
         self._grammars: GrammarCompiler | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._has_ended = False
 
     def start(self, receive: Callable[[Event], None]) -> None:
         self._receive = receive
         configure_logging()  # the environment may have changed since the import
+        start = _start_message(self._config)
         self._start_process()
-        levels = {name: logging.getLogger(name).level for name in _package_loggers()}
-        self._send(StartEngine(self._config, {name: level for name, level in levels.items() if level}))
+        self._send_bytes(start)
         if not self._config.skip_tokenizer_init:
             import transformers  # noqa: F401  # takes a second, in which the process loads the model
         self._prepare(*self._wait_until_ready())
         self._reader.start()
 
     def _start_process(self) -> None:
-        self._connection, theirs = Pipe()
         # Only this process handles Ctrl-C: the other one inherits a blocked SIGINT and never unblocks it.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            with theirs:
+            with self._theirs as theirs:
                 self._process = subprocess.Popen(
                     [sys.executable, "-c", _MAIN, json.dumps(sys.path), str(theirs.fileno())],
                     pass_fds=(theirs.fileno(),),
                     stdin=subprocess.DEVNULL,
                 )
         except OSError as error:
-            self._connection.close()
             hint = "The system allows no further process: end others, or raise its limits (`ulimit -u`, `ulimit -v`)."
             raise EngineDeadError(f"The engine's process cannot be started ({error.strerror}). {hint}") from error
         finally:
@@ -111,11 +117,13 @@ class EngineProcess:
             message = self._next_message()
             if isinstance(message, EngineResolved):
                 resolved = message.resolved
-                self.tokenizer = None if self._config.skip_tokenizer_init else load_tokenizer(self._config, resolved.model)
+                if not self._config.skip_tokenizer_init:
+                    self.tokenizer = load_tokenizer(self._config, resolved.model)
             elif isinstance(message, EngineReady):
                 assert resolved is not None, "it is ready after its model is loaded"
                 return resolved, message
             elif isinstance(message, EngineEnded):
+                self._end_process(_EXIT_SECONDS)
                 raise message.error
 
     def _prepare(self, resolved: ResolvedConfig, ready: EngineReady) -> None:
@@ -144,7 +152,9 @@ class EngineProcess:
             self._reader.join()
 
     def _send(self, message: ToProcess) -> None:
-        data = encode(message)
+        self._send_bytes(encode(message))
+
+    def _send_bytes(self, data: bytes) -> None:
         with self._sending, suppress(OSError):  # it has ended, which the reader notices
             self._connection.send_bytes(data)
 
@@ -153,7 +163,7 @@ class EngineProcess:
         while True:
             try:
                 while not self._connection.poll(_LOOK_SECONDS):
-                    if self._process.poll() is not None and not self._connection.poll(0):
+                    if self._process is not None and self._process.poll() is not None and not self._connection.poll(0):
                         raise EOFError
                 message: FromProcess = decode(self._connection.recv_bytes())
             except (EOFError, OSError):
@@ -172,46 +182,71 @@ class EngineProcess:
                 record_logger.handle(record)
 
     def _lost(self) -> EngineDeadError:
-        """Returns the error for a process that ended without a word."""
+        """Returns the error for a process that ended without a word, and logs it."""
+        assert self._process is not None, "it was started"
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_EXIT_SECONDS)
-        code = self._process.returncode
-        how = "closed its connection" if code is None else f"exit code {code}"
-        if code is not None and code < 0:
-            with suppress(ValueError):
-                how = f"{signal.Signals(-code).name}"
-        error = EngineDeadError(f"its process {self._process.pid} ended unexpectedly: {how}")
-        return error
+        problem = f"the engine's process {self._process.pid} {_ending(self._process.returncode)}"
+        events.engine_process_lost.log(logger, problem=problem)
+        return EngineDeadError(problem)
 
     def _read(self) -> None:
         """Hands events on until the engine has ended."""
+        try:
+            end = self._hand_on()
+        except BaseException as error:  # whatever it is, nobody waits forever
+            end = EngineEnded(error)
+        self._has_ended = True
+        self._answered.set()
+        self._receive(end)
+        self._end_process(_EXIT_SECONDS)
+
+    def _hand_on(self) -> EngineEnded:
         while True:
             message = self._next_message()
+            if isinstance(message, EngineEnded):
+                return message
             if isinstance(message, EngineMetrics):
                 self._metrics = MetricsSnapshot.from_numbers(message.numbers)
                 self._answered.set()
-            elif isinstance(message, EngineEnded):
-                break
             elif not isinstance(message, (EngineResolved, EngineReady, LogRecord)):
                 self._receive(message)
-        self._has_ended = True
-        self._answered.set()
-        self._receive(message)
-        self._end_process(_EXIT_SECONDS)
 
     def _end_process(self, seconds: float) -> None:
         """Frees what belongs to the process, which gets some seconds to end by itself."""
         if self._grammars is not None:
             self._grammars.shutdown()
-        with suppress(AttributeError):
+        if self._process is not None:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(seconds)
             self._process.kill()
             self._process.wait()
-            with self._sending:
-                self._connection.close()
+        with self._sending:
+            self._connection.close()
 
 
-def _package_loggers() -> list[str]:
-    names = list(logging.root.manager.loggerDict)
-    return [PACKAGE, *(name for name in names if name.startswith(f"{PACKAGE}."))]
+def _ending(code: int | None) -> str:
+    """Returns how a process ended, from its exit code."""
+    if code is None:
+        return "has closed its connection"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name if -code in signal.valid_signals() else f"signal {-code}"
+    return f"was ended by {name}" + (", as the system does when memory runs out" if name == "SIGKILL" else "")
+
+
+def _levels() -> dict[str, int]:
+    """Returns the levels of the package's loggers, by name."""
+    names = [name for name in list(logging.root.manager.loggerDict) if name.startswith(f"{PACKAGE}.")]
+    levels = {name: logging.getLogger(name).level for name in (PACKAGE, *names)}
+    return {name: level for name, level in levels.items() if level != logging.NOTSET}
+
+
+def _start_message(config: EngineConfig) -> bytes:
+    try:
+        return encode(StartEngine(config, _levels()))
+    except TypeError:  # all other fields are checked
+        allowed = "made of texts, numbers, lists and dictionaries, to be sent to the engine's process"
+        raise InvalidArgumentError(
+            "hf_overrides", config.hf_overrides, allowed, "Or set engine_process=False."
+        ) from None

@@ -33,6 +33,7 @@ class AddRequest:
     prepared: PreparedRequest
     arrival: float  # seconds of `time.monotonic`, which the processes of a machine share
     is_streamed: bool  # False: its tokens are sent at its end only
+    is_aborted: bool  # end it before it has begun
     context: contextvars.Context
 
 

@@ -22,6 +22,7 @@ from nanovllm.async_engine.encoding import (
     LogRecord,
     StartEngine,
     StopEngine,
+    ToProcess,
     decode,
     encode,
 )
@@ -30,7 +31,7 @@ from nanovllm.async_engine.messages import EngineEnded
 from nanovllm.config import ResolvedConfig
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.errors import EngineDeadError
-from nanovllm.logs.configuration import forward_records
+from nanovllm.logs.configuration import PACKAGE
 from nanovllm.logs.formats import strict_json
 from nanovllm.utils.logger import configure_logging
 
@@ -61,25 +62,26 @@ class _Parent(EngineObserver, logging.Handler):
             attributes["exc_text"] = logging.Formatter().formatException(record.exc_info)
         self.send(LogRecord(json.loads(strict_json(attributes))))
 
-    def next_message(self) -> object | None:
+    def next_message(self) -> ToProcess | None:
         """Waits for a message. Returns None when the parent has ended."""
         try:
             # A forked child of the parent keeps its end of the socket open.
             while not self._connection.poll(_LOOK_SECONDS):
                 if os.getppid() != self._pid:
                     return None
-            return decode(self._connection.recv_bytes())
+            message: ToProcess = decode(self._connection.recv_bytes())
+            return message
         except (EOFError, OSError):
             return None
 
 
-def main() -> None:
-    """Serves the process whose socket is the descriptor in the arguments, until it says stop or ends."""
-    parent = _Parent(Connection(int(sys.argv[2])))
+def main(descriptor: int) -> None:
+    """Serves the process at the other end of a socket, until it says stop or ends."""
+    parent = _Parent(Connection(descriptor))
     status = 1
     start = parent.next_message()
     if isinstance(start, StartEngine):
-        forward_records(parent)
+        logging.getLogger(PACKAGE).addHandler(parent)
         configure_logging()
         for name, level in start.levels.items():
             logging.getLogger(name).setLevel(level)
@@ -121,8 +123,8 @@ def _read(parent: _Parent, loop: EngineLoop) -> None:
             loop.send(None)
         elif isinstance(message, AskMetrics):
             _send_metrics(parent, loop)
-        else:
-            loop.send(message)  # type: ignore[arg-type]
+        elif not isinstance(message, StartEngine):
+            loop.send(message)
 
 
 def _send_metrics(parent: _Parent, loop: EngineLoop) -> None:

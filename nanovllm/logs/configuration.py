@@ -65,7 +65,7 @@ def configure_logging(rank: int | None = None) -> None:
     console.setFormatter(formatter_of(log_format, _STATE.rank))
     console.terminal_formatter = TerminalFormatter(colour=not env.no_color()) if log_format == "text" else None
     console.shows_summary = log_format == "text" and not env.log_level.is_set
-    if console not in package_logger.handlers:
+    if console not in package_logger.handlers and not _STATE.forwards:
         package_logger.addHandler(console)
     _open_file(None if _STATE.forwards else env.log_file())
     if _STATE.file is not None:
@@ -85,11 +85,12 @@ def configure_logging(rank: int | None = None) -> None:
             warn_about_level("NANOVLLM_LOG_LEVEL", "; ".join(problems))
 
 
-def forward_records(handler: logging.Handler) -> None:
-    """Lets `handler` take every record, for another process that writes the log, and has the same environment."""
+def forward_records() -> None:
+    """Lets another process, with the same environment, write the log. A handler of this process sends it the records.
+
+    Is called before the rest of nanovllm is imported.
+    """
     _STATE.forwards = True
-    logging.getLogger(PACKAGE).addHandler(handler)
-    _open_file(None)
 
 
 def _open_file(path: Path | None) -> None:

@@ -180,8 +180,7 @@ engine_process: Variable[bool | None] = Variable(
     "NANOVLLM_ENGINE_PROCESS",
     SWITCH,
     None,
-    "Whether `AsyncLLM` runs its engine in a process of its own (1) or in a thread (0), where `engine_process` does not "
-    "say it.",
+    "1: `AsyncLLM` runs its engine in a process of its own, 0: in a thread. The argument `engine_process` comes first.",
     "a process on a GPU, a thread on a CPU",
 )
 grammar_seconds = Variable(

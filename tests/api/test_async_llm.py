@@ -261,7 +261,7 @@ def test_an_event_loop_that_is_busy_is_called_once(tiny: AsyncLLM, monkeypatch: 
         tokens, before = tiny.metrics.generation_tokens, len(calls)
         # The event loop does not turn meanwhile.
         assert wait_in_this_thread(lambda: all(each.end for each in tiny._consumers._open.values()))
-        assert tiny.metrics.generation_tokens > tokens + 8
+        assert tiny.metrics.generation_tokens > tokens + 1
         assert calls[before:] in ([], ["nanovllm-engine"], ["nanovllm-engine-reader"])
         for stream in streams:
             *_, last = [output async for output in stream]
