@@ -142,6 +142,7 @@ class AsyncLLM(VllmInterface):
     @property
     def metrics(self) -> MetricsSnapshot:
         """The engine's counters, gauges and distributions at this moment. Any thread may ask for them."""
+        self._consumers.owner.check()
         return self._connection.metrics()
 
     def exit(self) -> None:

@@ -16,9 +16,18 @@ import pytest
 
 from nanovllm import AsyncLLM, EngineDeadError, InvalidArgumentError, ModelLoadError, SamplingParams
 from nanovllm.async_engine.engine_process import EngineProcess
-from tests.distributed.rank_processes import ONLY_LINUX, is_alive, session_of, zombies
+from tests.distributed.rank_processes import (
+    ONLY_LINUX,
+    folder,
+    is_alive,
+    processes,
+    segments,
+    session_of,
+    zombies,
+)
 from tests.processes import WATCHDOG, run_python, start_python, until
 
+__all__ = ["folder"]  # fixture
 pytestmark = ONLY_LINUX
 LONG = SamplingParams(temperature=0, max_tokens=100_000, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -95,6 +104,20 @@ def test_forgotten_it_ends_too() -> None:
     del engine
     gc.collect()
     assert until(lambda: not is_alive(pid))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, None])
+def test_its_ranks_end_with_it(folder: Path, number: signal.Signals | None) -> None:
+    settings: dict[str, Any] = {"skip_tokenizer_init": True, "num_kvcache_blocks": 64, "tensor_parallel_size": 2}
+    engine = AsyncLLM(str(folder), device="cpu", engine_process=True, **settings)
+    pid = pid_of(engine)
+    children = [child for child, _, parent, _ in processes() if parent == pid]
+    assert children
+    if number is not None:
+        os.kill(pid, number)
+    engine.exit()
+    assert until(lambda: not any(map(is_alive, children)))
+    assert segments(pid) == []
 
 
 SCRIPT = """
