@@ -219,6 +219,12 @@ class EngineConfig:
         "sizes at start-up, which takes some seconds, so that no request waits for them. None: True for LLM, False "
         "for AsyncLLM.",
     )
+    engine_process: bool | None = argument(
+        None,
+        SWITCH.or_none(),
+        "True: AsyncLLM runs its engine in a process of its own, so that it does not share Python's lock with what "
+        "reads the outputs. False: in a thread, for debugging. None: True on a GPU, False on a CPU. LLM ignores it.",
+    )
     block_size: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of kvcache_block_size.")
     num_gpu_blocks_override: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of num_kvcache_blocks.")
 

@@ -59,6 +59,7 @@ class LLMEngine(UnsupportedMethods):
         make_executor: ExecutorFactory,
         observers: Iterable[EngineObserver] = (),
         clock: Callable[[], float] = time.monotonic,
+        output_builder: Callable[[PreTrainedTokenizerBase | None], OutputBuilder] = OutputBuilder,
     ) -> None:
         self.config = config
         self.owner = OwnerProcess()
@@ -76,8 +77,8 @@ class LLMEngine(UnsupportedMethods):
             self._observers.engine_resolved(self.resolved)
             self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, self.resolved.model)
             self._grammars = GrammarCompiler(self.tokenizer, self.resolved)
-            self._preparation = RequestPreparation(self.tokenizer, self.resolved, self._grammars)
-            self._output_builder = OutputBuilder(self.tokenizer)
+            self.preparation = RequestPreparation(self.tokenizer, self.resolved, self._grammars)
+            self._output_builder = output_builder(self.tokenizer)
             self.scheduler = Scheduler(self.resolved, self._observers, clock)
             stopwatch.lap("tokenizer")
             self._observers.engine_started(
@@ -95,18 +96,17 @@ class LLMEngine(UnsupportedMethods):
         self._dead: BaseException | None = None
 
     @classmethod
-    def from_engine_args(cls, engine_args: EngineConfig, observers: Iterable[EngineObserver] = ()) -> LLMEngine:
+    def from_engine_args(cls, engine_args: EngineConfig) -> LLMEngine:
         """Returns an engine with the executor and the observers that the arguments and the environment ask for.
 
-        engine_args: an EngineArgs or an EngineConfig. observers: further ones.
-        Raises what loading the model raises, and InvalidArgumentError for an argument or an environment variable that
-        is not allowed.
+        engine_args: an EngineArgs or an EngineConfig. Raises what loading the model raises, and InvalidArgumentError
+        for an argument or an environment variable that is not allowed.
         """
         # Imported here: an engine that is given its executor and observers does not need it.
         from nanovllm.engine_factory import default_observers, make_executor, reporting_start
 
         config = EngineConfig(**asdict(engine_args))  # an EngineArgs can be changed: this is a checked copy
-        observers = [*default_observers(config), *observers]
+        observers = default_observers(config)
         with reporting_start(observers):
             return cls(config, make_executor, observers)
 
@@ -131,7 +131,7 @@ class LLMEngine(UnsupportedMethods):
         Raises InvalidArgumentError for a prompt that is empty or has ids outside the vocabulary, or parameters that
         this model does not allow, and RequestTooLargeError for a request that could never run.
         """
-        return self._preparation.prepare(prompt, params)
+        return self.preparation.prepare(prompt, params)
 
     def enqueue(self, request_id: str, request: PreparedRequest, arrival: float | None = None) -> list[Sequence]:
         """Queues a prepared request. Returns its sequences, one for each completion, whose tokens grow.
@@ -158,7 +158,7 @@ class LLMEngine(UnsupportedMethods):
     def _sequence(self, name: str, request: PreparedRequest, params: SamplingParams) -> Sequence:
         seq_id, seed = self._num_arrivals, self._next_seed()
         self._num_arrivals += 1
-        return self._preparation.sequence(request, seq_id, name, params, seed)
+        return self.preparation.sequence(request, seq_id, name, params, seed)
 
     def refuse_request(self, request_id: str, error: InvalidArgumentError) -> None:
         """Reports to the log and the metrics that `prepare` or `enqueue` did not allow a request."""
@@ -374,7 +374,7 @@ class LLMEngine(UnsupportedMethods):
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Returns the parameters of requests without any: those of the checkpoint's generation_config.json."""
-        return self._preparation.default_params.clone()
+        return self.preparation.default_params.clone()
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""

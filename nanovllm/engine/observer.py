@@ -182,7 +182,7 @@ class Observers(EngineObserver):
 
     def __init__(self, observers: Iterable[EngineObserver] = (), engine_id: int | None = None) -> None:
         observers = tuple(observers)
-        self.engine_id = next(_engine_ids) if engine_id is None else engine_id
+        self.engine_id = next(engine_ids) if engine_id is None else engine_id
         for name, default in vars(EngineObserver).items():
             if not name.startswith("_"):
                 overriding = [observer for observer in observers if getattr(type(observer), name) is not default]
@@ -210,7 +210,7 @@ class Observers(EngineObserver):
         return call if functions or begins or ends else _ignore
 
 
-_engine_ids = itertools.count()
+engine_ids = itertools.count()
 
 
 def _ignore(*_arguments: object, **_named: object) -> None:

@@ -120,6 +120,13 @@ worker_lost = Event(
     "Rank {lost_rank} {problem}",
     unseen="more than one rank",
 )
+engine_process_lost = Event(
+    "engine_process.lost",
+    ERROR,
+    "async_engine.engine_process",
+    "The engine has ended: {problem}",
+    unseen="an AsyncLLM whose process is killed",
+)
 grammar_output = Event(
     "grammar.output",
     WARNING,

@@ -37,16 +37,23 @@ class PreparedRequest:
 
 
 class RequestPreparation:
-    """Prepares requests for one model. Any thread may use it, as it holds no state of the engine."""
+    """Prepares requests for one model. Any thread may use it, as it holds no state of the engine.
+
+    default_params: of requests without any; None: what the checkpoint recommends.
+    """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, resolved: ResolvedConfig, grammars: GrammarCompiler
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        resolved: ResolvedConfig,
+        grammars: GrammarCompiler,
+        default_params: SamplingParams | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._resolved = resolved
         self._grammars = grammars
         self._tokenization = Tokenization(tokenizer, resolved)
-        self.default_params = read_default_params(Path(resolved.model))
+        self.default_params = default_params or read_default_params(Path(resolved.model))
 
     def prepare(self, prompt: Prompt, params: SamplingParams | None) -> PreparedRequest:
         """Tokenises and checks a request. Raises as `LLMEngine.prepare` says."""

@@ -176,6 +176,13 @@ overlap = Variable(
     "0: a step is launched only after the tokens of the previous one were read, so that the log and a debugger are in "
     "step with the device.",
 )
+engine_process: Variable[bool | None] = Variable(
+    "NANOVLLM_ENGINE_PROCESS",
+    SWITCH,
+    None,
+    "1: `AsyncLLM` runs its engine in a process of its own, 0: in a thread. The argument `engine_process` comes first.",
+    "a process on a GPU, a thread on a CPU",
+)
 grammar_seconds = Variable(
     "NANOVLLM_GRAMMAR_SECONDS",
     SECONDS,
