@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from nanovllm.runner.step_handle import DeviceStepHandle, EventPool
 class FakeEvent:
     """An event of a device that ends everything when it is waited for; each record takes a second."""
 
-    created: list[FakeEvent] = []
+    created: ClassVar[list[FakeEvent]] = []
     now = 0.0
 
     def __init__(self, enable_timing: bool = False) -> None:
