@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -136,7 +137,7 @@ def test_requests_that_end_too_soon_are_refused() -> None:
 
 def test_waiting_for_the_device_is_not_the_host_s_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(logging_overhead.time, "thread_time", lambda: now[0])
+    monkeypatch.setattr(time, "thread_time", lambda: now[0])
     clock = WaitClock()
     for phase, seconds in (("schedule", 1.0), ("launch", 2.0), ("wait", 4.0), ("update", 8.0), ("idle", 16.0)):
         clock.phase(phase)  # type: ignore[arg-type]
