@@ -38,7 +38,7 @@ class BenchmarkSettings:
     tensor_parallel_size: int
     compare_with_transformers: bool
     measure_logging_overhead: bool
-    pairs: int  # of runs, for the overhead of logging
+    pairs: int  # of measurements at each level, for the overhead of logging
     engine_options: Mapping[str, Any]  # further arguments of LLM
 
 

@@ -244,7 +244,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure what logging adds to decoding, level by level, instead of a workload",
     )
-    add("--pairs", type=positive, default=10, metavar="N", help="pairs of runs for --logging-overhead (default 10)")
+    add(
+        "--pairs",
+        type=positive,
+        default=60,
+        metavar="N",
+        help="pairs of measurements a level for --logging-overhead (default 60; fewer where they take too long)",
+    )
     add("--json", action="store_true", help="print the JSON line alone")
 
 

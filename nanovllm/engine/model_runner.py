@@ -26,7 +26,7 @@ from nanovllm.runner.mixed_graphs import MixedGraphs, PaddedStep, missing_graphs
 from nanovllm.runner.out_of_memory import step_out_of_memory
 from nanovllm.runner.sampler import Sampler, prompt_logprobs
 from nanovllm.runner.startup import Startup
-from nanovllm.runner.step_handle import DeviceStepHandle, wait_for
+from nanovllm.runner.step_handle import DeviceStepHandle, EventPool, wait_for
 from nanovllm.runner.step_log import StepLog
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils import env
@@ -57,6 +57,7 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         self._mixed_graphs: MixedGraphs | None = None
         self._log = StepLog(self.parallel, self.device)
+        self._events = EventPool(self.device)
         self._has_timeline = env.trace_file() is not None
         with torch.inference_mode(), self._on_device():
             self.model = startup.build_model()
@@ -105,7 +106,7 @@ class ModelRunner:
                 raise TimeoutError
 
         try:
-            if (event := self._record_event(with_time=False)) is not None:
+            if (event := self._events.record(with_time=False)) is not None:
                 wait_for(event, check)
         except TimeoutError:
             return False
@@ -130,7 +131,7 @@ class ModelRunner:
         if needs.shares_prefix and self._query_group is None:
             needs = replace(needs, shares_prefix=False)
         with torch.inference_mode(), self._on_device():
-            began = self._record_event() if self._has_timeline or self._log.is_timed else None
+            began = self._events.record(with_time=True) if self._has_timeline or self._log.is_timed else None
             uploaded = DeviceBatch(batch, self._upload(batch.buffer))
             self.rows.apply(uploaded)
             self._log.preparing(batch)
@@ -229,22 +230,15 @@ class ModelRunner:
     def _download(self, sampled: SampledTokens, began: torch.cuda.Event | None) -> DeviceStepHandle:
         """Starts to copy the tokens to the host. Returns a handle that waits for them."""
         if self.device.type == "cpu":
-            return DeviceStepHandle(sampled, done=None, began=None)
+            return DeviceStepHandle(sampled, done=None, began=None, events=self._events)
 
         def to_host(tensor: torch.Tensor) -> torch.Tensor:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             return host.copy_(tensor, non_blocking=True)
 
         host = sampled.map(to_host)
-        return DeviceStepHandle(host, done=self._record_event(with_time=began is not None), began=began)
-
-    def _record_event(self, with_time: bool = True) -> torch.cuda.Event | None:
-        """Records an event on the current stream. Returns None on a CPU, where calls return when their work is done."""
-        if self.device.type == "cpu":
-            return None
-        event = torch.cuda.Event(enable_timing=with_time)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        done = self._events.record(with_time=began is not None)
+        return DeviceStepHandle(host, done=done, began=began, events=self._events)
 
 
 def _graph_problem(batch: DeviceBatch, needs: StepNeeds) -> str | None:

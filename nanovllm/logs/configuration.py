@@ -69,7 +69,9 @@ def configure_logging(rank: int | None = None) -> None:
         package_logger.addHandler(console)
     _open_file(None if _STATE.forwards else env.log_file())
     if _STATE.file is not None:
-        _STATE.file.setFormatter(formatter_of(env.log_file_format() or log_format, _STATE.rank))
+        file_format = env.log_file_format() or log_format
+        shared = console.formatter if file_format == log_format else None
+        _STATE.file.setFormatter(shared or formatter_of(file_format, _STATE.rank))
     existing = [name for name in list(logging.root.manager.loggerDict) if name.startswith(PACKAGE + ".")]
     for name in (PACKAGE, *existing):
         logging.getLogger(name).disabled = False
