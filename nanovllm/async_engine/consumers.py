@@ -209,14 +209,15 @@ class Consumers:
         Raises the error that ended the request, if any.
         """
         request.news.clear()
+        if not request.has_news:  # set before the event loop is told to wake the consumer
+            return None
         with self._lock:
-            has_news, request.has_news = request.has_news, False
+            request.has_news = False
             end, started = request.end, request.started
             unread = {} if started is None else started.take()
         if isinstance(end, BaseException):
             raise end
-        if started is None or not has_news:
-            return None
+        assert started is not None, "the engine has it"
         # The end has all tokens, including the unread ones.
         return started.grow(unread) if end is None else started.end(end)
 
@@ -323,6 +324,7 @@ class Consumers:
         for request in [request for request in self._open.values() if request.loop is loop]:
             is_unfinished = request.end is None
             request.end = request.end or InvalidStateError("The event loop of this request is closed.")
+            request.has_news = True
             del self._open[request.request_id]
             self._drop(request, tell=is_unfinished)
             self._has_ended(request)
