@@ -87,12 +87,12 @@ class DecoderAttention(nn.Module):
 class GatedMLP(nn.Module):
     """down_proj(silu(gate_proj(x)) · up_proj(x)): SwiGLU."""
 
-    def __init__(self, context: ModelContext) -> None:
+    def __init__(self, context: ModelContext, *, bias: bool = False) -> None:
         super().__init__()
         config = context.config
         sizes = {"gate_proj": config.intermediate_size, "up_proj": config.intermediate_size}
-        self.gate_up_proj = GatedParallelLinear(context, config.hidden_size, sizes)
-        self.down_proj = RowParallelLinear(context, config.intermediate_size, config.hidden_size)
+        self.gate_up_proj = GatedParallelLinear(context, config.hidden_size, sizes, bias=bias)
+        self.down_proj = RowParallelLinear(context, config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(
         self, hidden: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm
