@@ -10,12 +10,17 @@ from collections.abc import Mapping
 from nanovllm.errors import ModelLoadError, shown
 
 MODELS: Mapping[str, str] = {  # each a module of this package
+    "LlamaForCausalLM": "llama",
     "Qwen3ForCausalLM": "qwen3",
 }
 # The architecture of a config.json that names only its model_type.
-OF_MODEL_TYPE: Mapping[str, str] = {"qwen3": "Qwen3ForCausalLM"}
+OF_MODEL_TYPE: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 # What a field means that config.json leaves out, as in transformers' configuration class.
 DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    "LlamaForCausalLM": {"max_position_embeddings": 2048},
     "Qwen3ForCausalLM": {"head_dim": 128, "max_position_embeddings": 32_768, "max_window_layers": 28},
 }
 

@@ -57,6 +57,7 @@ _KNOWN_FIELDS = (
     "rms_norm_eps",
     "tie_word_embeddings",
     "attention_bias",
+    "mlp_bias",
     "hidden_act",
     "max_position_embeddings",
     "eos_token_id",
@@ -88,6 +89,7 @@ class ModelConfig:
     rope: RopeParameters
     tie_word_embeddings: bool
     attention_bias: bool
+    mlp_bias: bool
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     dtype: str  # the checkpoint's: one of DTYPES
@@ -156,6 +158,7 @@ class ModelConfig:
             rope=read_rope_parameters(_rope_fields(config, overrides), max_position_embeddings),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             attention_bias=fields.flag("attention_bias"),
+            mlp_bias=fields.flag("mlp_bias"),
             max_position_embeddings=max_position_embeddings,
             eos_token_ids=_eos_token_ids(stop_sources, fields.count("vocab_size")),
             dtype=fields.dtype(),
@@ -306,6 +309,7 @@ def _qwen3(
         rope=RopeParameters(theta=1_000_000.0),
         tie_word_embeddings=tied,
         attention_bias=False,
+        mlp_bias=False,
         max_position_embeddings=40_960,
         eos_token_ids=(151_645, 151_643),
         dtype="bfloat16",

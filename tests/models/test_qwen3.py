@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from nanovllm.models.model_context import ModelContext
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
 from tests.models.paged_model import TORCH_BACKENDS, PagedModel, fp32_context, load_model
 from tests.models.qwen3_checkpoints import VARIANTS, load_reference, make_qwen3_checkpoint
-from tests.processes import WATCHDOG
+from tests.models.ranks import logits_of_ranks
 
 TOLERANCE = 1e-4
 LENGTHS = (13, 1, 30)
@@ -135,33 +134,6 @@ def test_scaled_rope_counts(tmp_path: Path) -> None:
     assert largest_difference(PagedModel(model, config).step(tokens), expected) > 100 * TOLERANCE
 
 
-class ThreadGroup:
-    """A process group of threads: the collectives that `TensorParallel` uses, over a barrier."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=WATCHDOG)
-        self.local = threading.local()
-        self.slots: list[Any] = [None] * size
-
-    def exchange(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.slots[self.local.rank] = tensor.clone()
-        self.barrier.wait()
-        stacked = torch.stack(self.slots)
-        self.barrier.wait()
-        return stacked
-
-    def allreduce(self, tensors: list[torch.Tensor]) -> ThreadGroup:
-        tensors[0].copy_(self.exchange(tensors[0]).sum(0))
-        return self
-
-    def _allgather_base(self, output: torch.Tensor, tensor: torch.Tensor) -> ThreadGroup:
-        output.copy_(self.exchange(tensor).flatten(0, 1))
-        return self
-
-    def wait(self) -> None:
-        """The work is done when it returns."""
-
-
 @pytest.mark.parametrize("folded", [False, True], ids=["separate", "folded"])
 @pytest.mark.parametrize(
     ("size", "overrides"),
@@ -181,22 +153,7 @@ def test_ranks_together_equal_one(
     expected = PagedModel(load_model(folder), config).step(tokens)
     if folded:
         fold_in(monkeypatch)
-    group = ThreadGroup(size)
-    results: list[Any] = [None] * size
-
-    def run_rank(rank: int) -> None:
-        group.local.rank = rank
-        parallel = TensorParallel(rank, size, group)
-        model = load_model(folder, parallel)
-        run = PagedModel(model, config, parallel.divide_kv_heads(config.num_kv_heads))
-        results[rank] = run.step(tokens)
-
-    threads = [threading.Thread(target=run_rank, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=WATCHDOG)
-    for result in results:
+    for result in logits_of_ranks(folder, size, tokens):
         difference = largest_difference(result, expected)
         print(f"{size} ranks: largest logit difference {difference:.2e}")
         assert difference < TOLERANCE

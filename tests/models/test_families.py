@@ -1,0 +1,87 @@
+"""Every family against transformers: the same logits for every form of checkpoint and every way to cut the work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from nanovllm.models.model_config import ModelConfig
+from tests.models.checkpoints import CASES, FAMILIES, load_reference, make_checkpoint
+from tests.models.paged_model import PagedModel, load_model
+from tests.models.ranks import logits_of_ranks
+from tests.models.test_qwen3 import (
+    TOLERANCE,
+    fold_in,
+    in_one_prefill,
+    in_two_chunks,
+    largest_difference,
+    one_token_at_a_time,
+    prompts,
+)
+
+
+def reference_logits(folder: Path, tokens: dict[int, list[int]]) -> dict[int, torch.Tensor]:
+    reference = load_reference(folder)
+    with torch.inference_mode():
+        return {seq: reference(torch.tensor([ids])).logits[0] for seq, ids in tokens.items()}
+
+
+@pytest.mark.parametrize(("family", "variant"), CASES)
+def test_logits_equal_transformers(family: str, variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path, family, variant)
+    assert (len(list(folder.glob("*.safetensors"))) > 1) == (variant == "sharded")
+    config = ModelConfig.from_folder(folder)
+    tokens = prompts(config.vocab_size)
+    expected = reference_logits(folder, tokens)
+    model = load_model(folder)
+    for schedule in (in_one_prefill, in_two_chunks, one_token_at_a_time):
+        difference = largest_difference(schedule(PagedModel(model, config), tokens), expected)
+        print(f"{family}, {variant}, {schedule.__name__}: largest logit difference {difference:.2e}")
+        assert difference < TOLERANCE
+    fold_in(monkeypatch)  # what few tokens on a GPU take
+    assert largest_difference(one_token_at_a_time(PagedModel(load_model(folder), config), tokens), expected) < TOLERANCE
+
+
+# The variant of each family that has the most parts to share among ranks.
+WITH_MOST_PARTS = {"llama": "biases"}
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["separate", "folded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_ranks_together_equal_one(
+    family: str, folded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(tmp_path, family, WITH_MOST_PARTS[family], vocab_size=321)
+    config = ModelConfig.from_folder(folder)
+    tokens = prompts(config.vocab_size)
+    expected = PagedModel(load_model(folder), config).step(tokens)
+    if folded:
+        fold_in(monkeypatch)
+    for result in logits_of_ranks(folder, 2, tokens):
+        assert largest_difference(result, expected) < TOLERANCE
+
+
+COMMON = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "tie_word_embeddings")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fields_that_are_left_out_mean_what_they_mean_to_transformers(family: str, tmp_path: Path) -> None:
+    """A config.json of the fields without which nothing could be loaded."""
+    of = FAMILIES[family]
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
+    fields: dict[str, Any] = {"model_type": of.model_type, "intermediate_size": 96, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ours, theirs = ModelConfig.from_folder(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    assert ours.architecture == of.architecture
+    for name in COMMON:
+        assert getattr(ours, name) == getattr(theirs, name), name
+    if ours.rope is not None:
+        assert ours.rms_norm_eps == theirs.rms_norm_eps
+        assert ours.num_kv_heads == theirs.num_key_value_heads
+        assert ours.head_dim == (getattr(theirs, "head_dim", None) or 16)
+        assert ours.rope.theta == theirs.rope_parameters.get("full_attention", theirs.rope_parameters)["rope_theta"]
