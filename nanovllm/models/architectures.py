@@ -21,7 +21,12 @@ OF_MODEL_TYPE: Mapping[str, str] = {
 # What a field means that config.json leaves out, as in transformers' configuration class.
 DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "LlamaForCausalLM": {"max_position_embeddings": 2048},
-    "Qwen3ForCausalLM": {"head_dim": 128, "max_position_embeddings": 32_768, "max_window_layers": 28},
+    "Qwen3ForCausalLM": {
+        "head_dim": 128,
+        "max_position_embeddings": 32_768,
+        "max_window_layers": 28,
+        "sliding_window": 4096,
+    },
 }
 
 

@@ -37,9 +37,9 @@ class StepInputs:
 
 
 class DecoderAttention(nn.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary positions, over all keys or, as config.json says of the layer, a window."""
 
-    def __init__(self, context: ModelContext, *, qkv_bias: bool = False, output_bias: bool = False) -> None:
+    def __init__(self, context: ModelContext, index: int, *, qkv_bias: bool = False, output_bias: bool = False) -> None:
         super().__init__()
         config = context.config
         self.qkv_proj = QKVParallelLinear(
@@ -53,7 +53,7 @@ class DecoderAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             context, config.num_heads * config.head_dim, config.hidden_size, bias=output_bias
         )
-        self.attention = Attention(config.head_dim, context.backends)
+        self.attention = Attention(config.head_dim, context.backends, config.windows[index])
 
     def qk_norm(self) -> QKNorm | None:
         """Returns the norm of query and key heads; None for a model without one."""

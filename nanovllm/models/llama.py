@@ -12,7 +12,7 @@ from nanovllm.models.model_context import ModelContext
 class LlamaDecoderLayer(DecoderLayer):
     def __init__(self, context: ModelContext, index: int) -> None:
         bias = context.config.attention_bias
-        attention = DecoderAttention(context, qkv_bias=bias, output_bias=bias)
+        attention = DecoderAttention(context, index, qkv_bias=bias, output_bias=bias)
         super().__init__(context, attention, GatedMLP(context, bias=context.config.mlp_bias))
 
 

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanovllm.config import DTYPES
 from nanovllm.errors import ModelLoadError, UnknownArgumentError, shown
 from nanovllm.layers.rope_parameters import RopeParameters
 from nanovllm.logs import events
-from nanovllm.models.architectures import DEFAULTS, MODELS, OF_MODEL_TYPE, check_architecture
-from nanovllm.models.rope_fields import MAX_POSITIONS, read_rope_parameters
+from nanovllm.models.config_fields import ConfigFields
+from nanovllm.models.rope_fields import read_rope_parameters
 from nanovllm.utils.logger import setup_logger
 from nanovllm.utils.model_files import other_format, read_json
 
@@ -30,19 +29,6 @@ _ROPE_FIELDS = (
     "partial_rotary_factor",
     "original_max_position_embeddings",
 )
-# The smallest and the largest value of each number: what is built from them stays within bounds, and no published model
-# comes near the largest.
-_RANGES = {
-    "vocab_size": (1, 1 << 24),
-    "hidden_size": (1, 1 << 18),
-    "intermediate_size": (1, 1 << 20),
-    "num_hidden_layers": (1, 1 << 10),
-    "num_attention_heads": (1, 1 << 12),
-    "num_key_value_heads": (1, 1 << 12),
-    "head_dim": (1, 1 << 10),
-    "max_position_embeddings": (2, MAX_POSITIONS),  # a prompt and an output of one token each
-    "max_window_layers": (0, 1 << 10),
-}
 # Every field of config.json that is read below, and that hf_overrides may name.
 _KNOWN_FIELDS = (
     "architectures",
@@ -90,6 +76,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    windows: tuple[int | None, ...]  # of each layer: how many keys a query attends to, its own included; None: all
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     dtype: str  # the checkpoint's: one of DTYPES
@@ -130,12 +117,9 @@ class ModelConfig:
         for name in overrides:
             if name not in _KNOWN_FIELDS:
                 raise UnknownArgumentError("hf_overrides", name, _KNOWN_FIELDS)
-        fields = _Fields({**config, **overrides})
-        architecture = fields.architecture()
-        check_architecture(architecture)
-        fields.defaults = DEFAULTS.get(architecture, {})
+        fields = ConfigFields({**config, **overrides})
+        _refuse_unsupported(fields)
         num_layers = fields.count("num_hidden_layers")
-        fields.refuse_unsupported(num_layers)
         hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
         num_kv_heads = fields.count("num_key_value_heads", num_heads)
         head_dim = fields.count("head_dim", hidden_size // num_heads)  # of null; left out, it is the default
@@ -146,7 +130,7 @@ class ModelConfig:
         max_position_embeddings = fields.count("max_position_embeddings")
         stop_sources = [overrides] if "eos_token_id" in overrides else [generation_config or {}, config]
         return cls(
-            architecture=architecture,
+            architecture=fields.architecture,
             vocab_size=fields.count("vocab_size"),
             hidden_size=hidden_size,
             intermediate_size=fields.count("intermediate_size"),
@@ -159,80 +143,21 @@ class ModelConfig:
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             attention_bias=fields.flag("attention_bias"),
             mlp_bias=fields.flag("mlp_bias"),
+            windows=fields.windows(num_layers),
             max_position_embeddings=max_position_embeddings,
             eos_token_ids=_eos_token_ids(stop_sources, fields.count("vocab_size")),
             dtype=fields.dtype(),
         )
 
 
-class _Fields:
-    """config.json with checks: each accessor raises ModelLoadError that names field, value and what is supported."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values = values
-        self.defaults: Mapping[str, int] = {}  # of the architecture
-
-    def unsupported(self, name: str, supported: str) -> ModelLoadError:
-        state = f"{name}={shown(self.values[name])} is not supported" if name in self.values else f"{name} is missing"
-        return ModelLoadError(f"config.json: {state}: it must be {supported}.")
-
-    def count(self, name: str, default: int | None = None) -> int:
-        value = self.values.get(name, self.defaults.get(name))
-        value = default if value is None else value
-        lowest, highest = _RANGES[name]
-        if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
-            raise self.unsupported(name, f"an integer from {lowest} to {highest}")
-        return value
-
-    def fraction(self, name: str, default: float) -> float:
-        value = self.values.get(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
-            raise self.unsupported(name, "a number > 0, at most 1")
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.values.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise self.unsupported(name, "true or false")
-        return bool(value)
-
-    def architecture(self) -> str:
-        """Returns the first supported one of `architectures`, or the first; without any, that of `model_type`."""
-        names = self.values.get("architectures")
-        if not names:
-            model_type = self.values.get("model_type")
-            names = [OF_MODEL_TYPE[model_type]] if isinstance(model_type, str) and model_type in OF_MODEL_TYPE else None
-        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            raise self.unsupported("architectures", f"a list of names, such as [{next(iter(MODELS))!r}]")
-        supported: list[str] = [name for name in names if name in MODELS]
-        return supported[0] if supported else str(names[0])
-
-    def dtype(self) -> str:
-        """Returns `dtype`, as transformers 5 writes it, or the earlier `torch_dtype`; neither means float32."""
-        field = "dtype" if self.values.get("dtype") is not None else "torch_dtype"
-        value = str(self.values.get(field) or "float32").removeprefix("torch.")
-        if value not in DTYPES:
-            raise self.unsupported(field, f"one of {', '.join(DTYPES)}")
-        return value
-
-    def refuse_unsupported(self, num_layers: int) -> None:
-        if self.values.get("quantization_config") is not None:
-            raise self.unsupported("quantization_config", "absent (weights in bfloat16, float16 or float32)")
-        for name in _EXPERT_FIELDS:
-            if self.values.get(name):
-                raise self.unsupported(name, "absent (dense models; no mixture of experts)")
-        if self.values.get("hidden_act", "silu") != "silu":
-            raise self.unsupported("hidden_act", "'silu'")
-        layer_types = self.values.get("layer_types")
-        if layer_types is not None:
-            if not isinstance(layer_types, (list, tuple)) or any(each != "full_attention" for each in layer_types):
-                raise self.unsupported("layer_types", "'full_attention' for every layer (no sliding window)")
-        elif (
-            self.flag("use_sliding_window")
-            and self.values.get("sliding_window", True) is not None
-            and self.count("max_window_layers") < num_layers
-        ):
-            raise self.unsupported("use_sliding_window", "false (full attention in every layer)")
+def _refuse_unsupported(fields: ConfigFields) -> None:
+    if "quantization_config" in fields:
+        raise fields.unsupported("quantization_config", "absent (weights in bfloat16, float16 or float32)")
+    for name in _EXPERT_FIELDS:
+        if fields.get(name):
+            raise fields.unsupported(name, "absent (dense models; no mixture of experts)")
+    if fields.values.get("hidden_act", "silu") != "silu":
+        raise fields.unsupported("hidden_act", "'silu'")
 
 
 def _rope_fields(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,6 +235,7 @@ def _qwen3(
         tie_word_embeddings=tied,
         attention_bias=False,
         mlp_bias=False,
+        windows=(None,) * num_layers,
         max_position_embeddings=40_960,
         eos_token_ids=(151_645, 151_643),
         dtype="bfloat16",
