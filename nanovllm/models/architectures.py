@@ -6,27 +6,30 @@ Plain data, which `models.model_config` reads without torch and `models.registry
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from nanovllm.errors import ModelLoadError, shown
 
 MODELS: Mapping[str, str] = {  # each a module of this package
     "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
 # The architecture of a config.json that names only its model_type.
 OF_MODEL_TYPE: Mapping[str, str] = {
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_QWEN = {"max_position_embeddings": 32_768, "max_window_layers": 28, "sliding_window": 4096}
 # What a field means that config.json leaves out, as in transformers' configuration class.
-DEFAULTS: Mapping[str, Mapping[str, int]] = {
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "LlamaForCausalLM": {"max_position_embeddings": 2048},
-    "Qwen3ForCausalLM": {
-        "head_dim": 128,
-        "max_position_embeddings": 32_768,
-        "max_window_layers": 28,
-        "sliding_window": 4096,
-    },
+    "MistralForCausalLM": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "Qwen2ForCausalLM": _QWEN,
+    "Qwen3ForCausalLM": {**_QWEN, "head_dim": 128},
 }
 
 

@@ -128,5 +128,6 @@ _LAYER_TYPES = ("full_attention", "sliding_attention")
 _WITHOUT_LAYER_TYPES = frozenset({"MistralForCausalLM"})  # transformers does not read `layer_types` for these
 _WINDOW_RULES: Mapping[str, Callable[[ConfigFields, int], bool]] = {  # architectures that may have sliding windows
     "MistralForCausalLM": _slides_if_any,
+    "Qwen2ForCausalLM": _slides_from_max_window_layers,
     "Qwen3ForCausalLM": _slides_from_max_window_layers,
 }

@@ -52,6 +52,18 @@ def test_tokens_equal_transformers_under_any_schedule(family: str, variant: str,
         assert engine_tokens(folder, prompts, NUM_TOKENS, **schedule) == expected, schedule
 
 
+@pytest.mark.parametrize(("family", "variant"), [("mistral", "window"), ("qwen3", "window")])
+def test_windows_with_an_fp8_cache(family: str, variant: str, tmp_path: Path) -> None:
+    """The same tokens under any schedule; rounding keys and values gives others than transformers'."""
+    rng = random.Random(f"{family} {variant}")
+    folder = make_checkpoint(tmp_path, family, variant)
+    prompts = prompts_that_share(rng)
+    fp8 = {"kv_cache_dtype": "fp8"}
+    expected = engine_tokens(folder, prompts, NUM_TOKENS, **fp8, enable_prefix_caching=False)
+    for _ in range(2):
+        assert engine_tokens(folder, prompts, NUM_TOKENS, **fp8, **random_schedule(rng)) == expected
+
+
 @pytest.mark.heavy("starts two processes for each family")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_on_two_ranks_equal_transformers(family: str, tmp_path: Path) -> None:

@@ -39,6 +39,11 @@ def rope(rope_type: str, theta: float = 10_000.0, **fields: Any) -> dict[str, An
 
 SHARDED = {"max_shard_size": "60KB", "num_hidden_layers": 3}
 LLAMA3 = rope("llama3", 5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+WINDOW_BESIDE_FULL = {
+    "use_sliding_window": True,
+    "sliding_window": 11,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
 
 FAMILIES = {
     "llama": Family(
@@ -54,6 +59,26 @@ FAMILIES = {
             "sharded": SHARDED,
         },
     ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        "mistral",
+        {
+            "window": {"sliding_window": 11},
+            "no_window": {"sliding_window": None, "head_dim": 32},
+            "window_wider_than_a_page": {"sliding_window": 21, "head_dim": 32, "max_shard_size": "60KB"},
+        },
+    ),
+    "qwen2": Family(
+        "Qwen2ForCausalLM",
+        "qwen2",
+        {
+            "bias": {"tie_word_embeddings": True},
+            "rope_yarn": rope("yarn", 1e6, factor=4.0, original_max_position_embeddings=64),
+            "window_from_layer_1_on": {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1},
+            "sharded": SHARDED,
+        },
+    ),
+    "qwen3": Family("Qwen3ForCausalLM", "qwen3", {"window": WINDOW_BESIDE_FULL | {"head_dim": 32}}),
 }
 CASES = [(family, variant) for family, of in FAMILIES.items() for variant in of.variants]
 
