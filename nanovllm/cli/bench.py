@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from nanovllm.benchmarks.settings import ALL_WORKLOADS, BenchmarkSettings, make_plan
 from nanovllm.benchmarks.workloads import WORKLOADS
 from nanovllm.errors import NanoVLLMError
-from nanovllm.models.model_config import BUILTIN_SHAPES
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from nanovllm.utils import env
 
 DESCRIPTION = """\

@@ -23,14 +23,40 @@ OF_MODEL_TYPE: Mapping[str, str] = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_GEMMA3 = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 256,
+    "max_position_embeddings": 131_072,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "tie_word_embeddings": True,
+}
 _QWEN = {"max_position_embeddings": 32_768, "max_window_layers": 28, "sliding_window": 4096}
 # What a field means that config.json leaves out, as in transformers' configuration class.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "Gemma3ForCausalLM": _GEMMA3,
+    "Gemma3ForConditionalGeneration": _GEMMA3,
     "LlamaForCausalLM": {"max_position_embeddings": 2048},
     "MistralForCausalLM": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
     "Qwen2ForCausalLM": _QWEN,
     "Qwen3ForCausalLM": {**_QWEN, "head_dim": 128},
 }
+# Our name of a field → the name that config.json has for it, where that differs.
+FIELD_NAMES: Mapping[str, Mapping[str, str]] = {
+    "Gemma3ForCausalLM": {"hidden_act": "hidden_activation"},
+    "Gemma3ForConditionalGeneration": {"hidden_act": "hidden_activation"},
+}
+GATES = ("silu", "gelu_pytorch_tanh")  # activations of a gated MLP
+# The activations that an architecture may have, its own first.
+ACTIVATIONS: Mapping[str, tuple[str, ...]] = dict.fromkeys(MODELS, GATES)
+# Architectures of which the text model runs, whose fields are in `text_config`.
+TEXT_PARTS = frozenset({"Gemma3ForConditionalGeneration"})
+# Architectures whose layers with a window have a rope of their own.
+LOCAL_ROPE = frozenset({"Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"})
 
 
 def check_architecture(architecture: str) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from nanovllm.config import DTYPES
 from nanovllm.errors import ModelLoadError, shown
-from nanovllm.models.architectures import DEFAULTS, MODELS, OF_MODEL_TYPE, check_architecture
+from nanovllm.models.architectures import DEFAULTS, FIELD_NAMES, MODELS, OF_MODEL_TYPE, TEXT_PARTS, check_architecture
 from nanovllm.models.rope_fields import MAX_POSITIONS
 
 # The smallest and the largest value of each number: what is built from them stays within bounds, and no published model
@@ -23,7 +23,36 @@ _RANGES = {
     "max_position_embeddings": (2, MAX_POSITIONS),  # a prompt and an output of one token each
     "sliding_window": (1, MAX_POSITIONS),
     "max_window_layers": (0, 1 << 10),
+    "sliding_window_pattern": (1, 1 << 10),
 }
+
+
+def architecture_of(config: Mapping[str, Any]) -> str:
+    """Returns the first supported one of `architectures`, or the first; without any, that of `model_type`."""
+    names = config.get("architectures")
+    if not names:
+        model_type = config.get("model_type")
+        names = [OF_MODEL_TYPE[model_type]] if isinstance(model_type, str) and model_type in OF_MODEL_TYPE else None
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise unsupported(config, "architectures", f"a list of names, such as [{next(iter(MODELS))!r}]")
+    supported: list[str] = [name for name in names if name in MODELS]
+    return supported[0] if supported else str(names[0])
+
+
+def unsupported(config: Mapping[str, Any], name: str, supported: str) -> ModelLoadError:
+    """Returns the error that names a field of config.json, its value, and what is supported."""
+    state = f"{name}={shown(config[name])} is not supported" if name in config else f"{name} is missing"
+    return ModelLoadError(f"config.json: {state}: it must be {supported}.")
+
+
+def with_text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns config.json with the fields of `text_config` at the top, for a model of which that part alone runs."""
+    if architecture_of(config) not in TEXT_PARTS:
+        return config
+    text = config.get("text_config")
+    if not isinstance(text, Mapping):
+        raise unsupported(config, "text_config", "an object with the fields of the text model")
+    return {**text, **config}
 
 
 class ConfigFields:
@@ -34,9 +63,10 @@ class ConfigFields:
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
-        self.architecture = self._architecture()
+        self.architecture = architecture_of(values)
         check_architecture(self.architecture)
         self._defaults = DEFAULTS.get(self.architecture, {})
+        self._names = FIELD_NAMES.get(self.architecture, {})
 
     def __contains__(self, name: str) -> bool:
         """Returns whether the field has a value other than null, its own or the default."""
@@ -44,11 +74,10 @@ class ConfigFields:
 
     def get(self, name: str) -> Any:
         """Returns the field as it is, or its default."""
-        return self.values.get(name, self._defaults.get(name))
+        return self.values.get(self._names.get(name, name), self._defaults.get(name))
 
     def unsupported(self, name: str, supported: str) -> ModelLoadError:
-        state = f"{name}={shown(self.values[name])} is not supported" if name in self.values else f"{name} is missing"
-        return ModelLoadError(f"config.json: {state}: it must be {supported}.")
+        return unsupported(self.values, self._names.get(name, name), supported)
 
     def count(self, name: str, default: int | None = None) -> int:
         """Returns an integer within its range. default: what null and a field without a default mean."""
@@ -69,6 +98,22 @@ class ConfigFields:
         if value is not None and not isinstance(value, bool):
             raise self.unsupported(name, "true or false")
         return bool(value)
+
+    def number(self, name: str) -> float | None:
+        """Returns a number above 0, or None."""
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e9:
+            raise self.unsupported(name, "a number > 0, below 1e9")
+        return float(value)
+
+    def choice(self, name: str, allowed: Sequence[str]) -> str:
+        """Returns one of `allowed`; the first where the field is left out."""
+        value = self.get(name) if name in self else allowed[0]
+        if value not in allowed:
+            raise self.unsupported(name, " or ".join(map(repr, allowed)))
+        return str(value)
 
     def dtype(self) -> str:
         """Returns `dtype`, as transformers 5 writes it, or the earlier `torch_dtype`; neither means float32."""
@@ -100,21 +145,15 @@ class ConfigFields:
         window = self.count("sliding_window") if any(sliding) else None
         return tuple(window if each else None for each in sliding)
 
-    def _architecture(self) -> str:
-        """Returns the first supported one of `architectures`, or the first; without any, that of `model_type`."""
-        names = self.values.get("architectures")
-        if not names:
-            model_type = self.values.get("model_type")
-            names = [OF_MODEL_TYPE[model_type]] if isinstance(model_type, str) and model_type in OF_MODEL_TYPE else None
-        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            raise self.unsupported("architectures", f"a list of names, such as [{next(iter(MODELS))!r}]")
-        supported: list[str] = [name for name in names if name in MODELS]
-        return supported[0] if supported else str(names[0])
-
 
 def _slides_if_any(fields: ConfigFields, layer: int) -> bool:
     """Mistral: every layer, unless `sliding_window` is null."""
     return "sliding_window" in fields
+
+
+def _slides_by_pattern(fields: ConfigFields, layer: int) -> bool:
+    """Gemma 3: all layers but every `sliding_window_pattern`th."""
+    return (layer + 1) % fields.count("sliding_window_pattern") != 0
 
 
 def _slides_from_max_window_layers(fields: ConfigFields, layer: int) -> bool:
@@ -127,6 +166,8 @@ def _slides_from_max_window_layers(fields: ConfigFields, layer: int) -> bool:
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 _WITHOUT_LAYER_TYPES = frozenset({"MistralForCausalLM"})  # transformers does not read `layer_types` for these
 _WINDOW_RULES: Mapping[str, Callable[[ConfigFields, int], bool]] = {  # architectures that may have sliding windows
+    "Gemma3ForCausalLM": _slides_by_pattern,
+    "Gemma3ForConditionalGeneration": _slides_by_pattern,
     "MistralForCausalLM": _slides_if_any,
     "Qwen2ForCausalLM": _slides_from_max_window_layers,
     "Qwen3ForCausalLM": _slides_from_max_window_layers,

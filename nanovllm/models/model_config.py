@@ -1,12 +1,11 @@
 """ModelConfig: the content of a checkpoint's config.json, read without transformers and without torch.
 
-`ModelConfig.from_folder(folder)` for a checkpoint; `BUILTIN_SHAPES["qwen3-8b"]` for benchmarks with dummy weights,
-which need no folder.
+`ModelConfig.from_folder(folder)` for a checkpoint; `models.builtin_shapes` has configurations that need no folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from typing import Any
 from nanovllm.errors import ModelLoadError, UnknownArgumentError, shown
 from nanovllm.layers.rope_parameters import RopeParameters
 from nanovllm.logs import events
-from nanovllm.models.config_fields import ConfigFields
+from nanovllm.models.architectures import ACTIVATIONS, LOCAL_ROPE
+from nanovllm.models.config_fields import ConfigFields, with_text_config
 from nanovllm.models.rope_fields import read_rope_parameters
 from nanovllm.utils.logger import setup_logger
 from nanovllm.utils.model_files import other_format, read_json
@@ -24,6 +24,7 @@ logger = setup_logger(__name__)
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 _ROPE_FIELDS = (
     "rope_theta",
+    "rope_local_base_freq",
     "rope_scaling",
     "rope_parameters",
     "partial_rotary_factor",
@@ -45,6 +46,11 @@ _KNOWN_FIELDS = (
     "attention_bias",
     "mlp_bias",
     "hidden_act",
+    "hidden_activation",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "use_bidirectional_attention",
     "max_position_embeddings",
     "eos_token_id",
     "dtype",
@@ -52,6 +58,7 @@ _KNOWN_FIELDS = (
     "quantization_config",
     "use_sliding_window",
     "sliding_window",
+    "sliding_window_pattern",
     "max_window_layers",
     "layer_types",
     *_EXPERT_FIELDS,
@@ -73,9 +80,12 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     rope: RopeParameters
+    local_rope: RopeParameters | None  # of layers with a window, where these have their own
+    query_pre_attn_scalar: float | None  # scores are divided by its root; None: by head_dim's
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    hidden_act: str  # of the MLP
     windows: tuple[int | None, ...]  # of each layer: how many keys a query attends to, its own included; None: all
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
@@ -84,6 +94,8 @@ class ModelConfig:
     @property
     def max_context_len(self) -> int:
         """The longest context in tokens, with rope scaling: the upper bound of max_model_len."""
+        if self.local_rope is not None:  # Gemma 3: max_position_embeddings is the length after scaling
+            return self.max_position_embeddings
         return self.rope.max_context_len(self.max_position_embeddings)
 
     @classmethod
@@ -117,7 +129,8 @@ class ModelConfig:
         for name in overrides:
             if name not in _KNOWN_FIELDS:
                 raise UnknownArgumentError("hf_overrides", name, _KNOWN_FIELDS)
-        fields = ConfigFields({**config, **overrides})
+        text_config = with_text_config(config)
+        fields = ConfigFields({**text_config, **overrides})
         _refuse_unsupported(fields)
         num_layers = fields.count("num_hidden_layers")
         hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
@@ -128,7 +141,8 @@ class ModelConfig:
         if head_dim % 2:
             raise fields.unsupported("head_dim", "an even number (rotary embedding turns pairs)")
         max_position_embeddings = fields.count("max_position_embeddings")
-        stop_sources = [overrides] if "eos_token_id" in overrides else [generation_config or {}, config]
+        rope, local_rope = _read_ropes(fields.architecture, [text_config, overrides], max_position_embeddings)
+        stop_sources = [overrides] if "eos_token_id" in overrides else [generation_config or {}, text_config]
         return cls(
             architecture=fields.architecture,
             vocab_size=fields.count("vocab_size"),
@@ -139,10 +153,13 @@ class ModelConfig:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             rms_norm_eps=fields.fraction("rms_norm_eps", 1e-6),
-            rope=read_rope_parameters(_rope_fields(config, overrides), max_position_embeddings),
+            rope=rope,
+            local_rope=local_rope,
+            query_pre_attn_scalar=fields.number("query_pre_attn_scalar"),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             attention_bias=fields.flag("attention_bias"),
             mlp_bias=fields.flag("mlp_bias"),
+            hidden_act=fields.choice("hidden_act", ACTIVATIONS[fields.architecture]),
             windows=fields.windows(num_layers),
             max_position_embeddings=max_position_embeddings,
             eos_token_ids=_eos_token_ids(stop_sources, fields.count("vocab_size")),
@@ -156,17 +173,47 @@ def _refuse_unsupported(fields: ConfigFields) -> None:
     for name in _EXPERT_FIELDS:
         if fields.get(name):
             raise fields.unsupported(name, "absent (dense models; no mixture of experts)")
-    if fields.values.get("hidden_act", "silu") != "silu":
-        raise fields.unsupported("hidden_act", "'silu'")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if fields.values.get(name):
+            raise fields.unsupported(name, "absent")
 
 
-def _rope_fields(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _read_ropes(
+    architecture: str, sources: Sequence[Mapping[str, Any]], max_position_embeddings: int
+) -> tuple[RopeParameters, RopeParameters | None]:
+    """Returns the rope of the model, and that of its layers with a window where they have their own.
+
+    `sources` are config.json and the overrides, the latter stronger.
+    """
+    if architecture not in LOCAL_ROPE:
+        return read_rope_parameters(_rope_fields(sources), max_position_embeddings), None
+    full = [{**source, "rope_parameters": _of_layers(source, "full_attention")} for source in sources]
+    local = [
+        {
+            "rope_theta": source.get("rope_local_base_freq"),
+            "rope_parameters": _of_layers(source, "sliding_attention"),
+        }
+        for source in sources
+    ]
+    return (
+        read_rope_parameters({"rope_theta": 1_000_000.0} | _rope_fields(full), max_position_embeddings),
+        read_rope_parameters(_rope_fields(local), max_position_embeddings),
+    )
+
+
+def _of_layers(source: Mapping[str, Any], layer_type: str) -> Any:
+    """Returns the part of `rope_parameters` for a type of layers."""
+    parameters = source.get("rope_parameters")
+    return parameters.get(layer_type) if isinstance(parameters, Mapping) else parameters
+
+
+def _rope_fields(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns one dictionary from `rope_theta` beside `rope_scaling`, or from transformers 5's `rope_parameters`.
 
     An override of the scaling replaces the file's scaling, and keeps its theta unless it has its own.
     """
     merged: dict[str, Any] = {}
-    for source in (config, overrides):
+    for source in sources:
         scaling = source.get("rope_scaling") or source.get("rope_parameters")
         if scaling is not None:
             if not isinstance(scaling, Mapping) or any(isinstance(value, Mapping) for value in scaling.values()):
@@ -216,35 +263,3 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     except ModelLoadError as error:
         events.model_ignored.log(logger, ignored=str(path), why=str(error))
         return {}
-
-
-def _qwen3(
-    hidden_size: int, intermediate_size: int, num_layers: int, heads: tuple[int, int], tied: bool
-) -> ModelConfig:
-    return ModelConfig(
-        architecture="Qwen3ForCausalLM",
-        vocab_size=151_936,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_layers=num_layers,
-        num_heads=heads[0],
-        num_kv_heads=heads[1],
-        head_dim=128,
-        rms_norm_eps=1e-6,
-        rope=RopeParameters(theta=1_000_000.0),
-        tie_word_embeddings=tied,
-        attention_bias=False,
-        mlp_bias=False,
-        windows=(None,) * num_layers,
-        max_position_embeddings=40_960,
-        eos_token_ids=(151_645, 151_643),
-        dtype="bfloat16",
-    )
-
-
-# The published shapes, for dummy weights.
-BUILTIN_SHAPES: Mapping[str, ModelConfig] = {
-    "qwen3-0.6b": _qwen3(1024, 3072, num_layers=28, heads=(16, 8), tied=True),
-    "qwen3-8b": _qwen3(4096, 12_288, num_layers=36, heads=(32, 8), tied=False),
-    "qwen3-32b": _qwen3(5120, 25_600, num_layers=64, heads=(64, 8), tied=False),
-}

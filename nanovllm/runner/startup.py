@@ -118,7 +118,7 @@ class Startup:
         self._log_model()
         warm_up = None
         if (folder := self._weights_folder) is not None:
-            check_weights(runner.model, folder, runner.model.redundant_weights)
+            check_weights(runner.model, folder, runner.model.redundant_weights, runner.model.checkpoint_form)
         try:
             if self.device.type == "cuda":
                 materialise(runner.model, self.device)
@@ -152,7 +152,7 @@ class Startup:
     def _load_weights(self, model: CausalLM, check: Callable[[], None]) -> LoadReport:
         if (folder := self._weights_folder) is None:
             return load_dummy_weights(model, self.device, self._config.seed)
-        return load_weights(model, folder, self.device, model.redundant_weights, check)
+        return load_weights(model, folder, self.device, model.redundant_weights, check, model.checkpoint_form)
 
     @property
     def _weights_folder(self) -> Path | None:

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -43,12 +43,31 @@ class LoadReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class CheckpointForm:
+    """How the files of a model differ from the usual: safetensors whose tensors are named as the modules are."""
+
+    # Prefix of a tensor's name → what the model has instead. None: the model does not need the tensor.
+    prefixes: Mapping[str, str | None] = field(default_factory=dict)
+
+    def name_in_model(self, name: str) -> str | None:
+        """Returns the model's name of a tensor in the checkpoint; None if the model does not need it."""
+        for prefix, instead in self.prefixes.items():
+            if name.startswith(prefix):
+                return None if instead is None else instead + name.removeprefix(prefix)
+        return name
+
+
+_USUAL_FORM = CheckpointForm()
+
+
 def load_weights(
     model: nn.Module,
     folder: Path,
     device: torch.device,
     redundant: frozenset[str] = frozenset(),
     check: Callable[[], None] = lambda: None,
+    form: CheckpointForm = _USUAL_FORM,
 ) -> LoadReport:
     """Fills every parameter of `model` from the safetensors files in `folder`.
 
@@ -58,7 +77,7 @@ def load_weights(
     another shape or dtype than the model's.
     """
     started = time.perf_counter()
-    with _open_checkpoint(model, folder, redundant) as checkpoint:
+    with _open_checkpoint(model, folder, redundant, form) as checkpoint:
         tensors = checkpoint.tensors
         parameters = materialise(model, device)
         for parameter_name, parts in checkpoint.plan.items():
@@ -68,13 +87,20 @@ def load_weights(
                 if part.name is None:
                     rows.zero_()
                 elif part.num_rows:
-                    rows.copy_(tensors[part.name].get_slice(part.name)[part.source])
+                    rows.copy_(tensors[part.name].slice[part.source])
+                    if part.plus:
+                        rows.add_(part.plus)
     return _report(parameters, checkpoint.num_files, started)
 
 
-def check_weights(model: nn.Module, folder: Path, redundant: frozenset[str] = frozenset()) -> None:
+def check_weights(
+    model: nn.Module,
+    folder: Path,
+    redundant: frozenset[str] = frozenset(),
+    form: CheckpointForm = _USUAL_FORM,
+) -> None:
     """Raises what `load_weights` would raise, from the names, shapes and dtypes of the tensors alone."""
-    with _open_checkpoint(model, folder, redundant):
+    with _open_checkpoint(model, folder, redundant, form):
         pass
 
 
@@ -170,21 +196,37 @@ def _files_of_index(index: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
+class _StoredTensor:
+    """A tensor in an open file."""
+
+    name: str
+    path: Path
+    file: Any
+
+    @property
+    def slice(self) -> Any:
+        """What reads a part of the tensor when it is indexed."""
+        return self.file.get_slice(self.name)
+
+
+@dataclass(frozen=True)
 class _Checkpoint:
     """The open files of a checkpoint that fits a model."""
 
     plan: Mapping[str, Sequence[WeightPart]]
-    tensors: Mapping[str, Any]  # the open file that holds each tensor, by the tensor's name
+    tensors: Mapping[str, _StoredTensor]  # by the model's names
     num_files: int
 
 
 @contextmanager
-def _open_checkpoint(model: nn.Module, folder: Path, redundant: frozenset[str]) -> Iterator[_Checkpoint]:
+def _open_checkpoint(
+    model: nn.Module, folder: Path, redundant: frozenset[str], form: CheckpointForm
+) -> Iterator[_Checkpoint]:
     """Opens the files of `folder`. Raises ModelLoadError unless they fit the model exactly."""
     plan = weight_plan(model)
     with ExitStack() as stack:
         files = {path: stack.enter_context(_open(path)) for path in checkpoint_files(folder)}
-        tensors = _locate(files)
+        tensors = _locate(files, form)
         _compare(plan, tensors, redundant, folder)
         yield _Checkpoint(plan, tensors, len(files))
 
@@ -199,29 +241,35 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _locate(files: Mapping[Path, Any]) -> dict[str, Any]:
-    """Returns the open file that holds each tensor, by the tensor's name."""
-    located: dict[str, tuple[Path, Any]] = {}
+def _locate(files: Mapping[Path, Any], form: CheckpointForm) -> dict[str, _StoredTensor]:
+    """Returns the tensors that the model may need, by the model's names."""
+    located: dict[str, _StoredTensor] = {}
     for path, file in files.items():
         names: list[str] = file.keys()  # a method that returns a list: the file is no mapping
-        for name in names:
+        for stored_name in names:
+            name = form.name_in_model(stored_name)
             if name in located:
-                raise ModelLoadError(f"{_short(name)} is in two files: {located[name][0].name} and {path.name}.")
-            located[name] = (path, file)
-    return {name: file for name, (_, file) in located.items()}
+                raise ModelLoadError(f"{_short(name)} is in two files: {located[name].path.name} and {path.name}.")
+            if name is not None:
+                located[name] = _StoredTensor(stored_name, path, file)
+    return located
 
 
 def _compare(
-    plan: Mapping[str, Sequence[WeightPart]], tensors: Mapping[str, Any], redundant: frozenset[str], folder: Path
+    plan: Mapping[str, Sequence[WeightPart]],
+    tensors: Mapping[str, _StoredTensor],
+    redundant: frozenset[str],
+    folder: Path,
 ) -> None:
     """Raises one ModelLoadError that lists every difference between the files and what the model needs."""
     wanted = {part.name: part for part in _parts(plan) if part.name is not None}
     wrong: list[str] = []
     missing = [name for name in wanted if name not in tensors]
-    unknown = [_short(name) for name in tensors.keys() - wanted.keys() - redundant if not name.endswith(_COMPUTED)]
+    others = tensors.keys() - wanted.keys() - redundant
+    unknown = [_short(tensors[name].name) for name in others if not name.endswith(_COMPUTED)]
     for name, part in wanted.items():
         if name in tensors:
-            found = tensors[name].get_slice(name)
+            found = tensors[name].slice
             if tuple(found.get_shape()) != part.shape:
                 wrong.append(f"{name} has shape {shown(found.get_shape())} and needs {list(part.shape)}")
             if found.get_dtype() not in _DTYPES:

@@ -11,8 +11,9 @@ from nanovllm.benchmarks.peers import peers_of
 from nanovllm.benchmarks.report import spread_of
 from nanovllm.benchmarks.traffic import kv_bytes_per_token, traffic, weights_per_step
 from nanovllm.benchmarks.workloads import WORKLOADS, Requests
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from nanovllm.models.checkpoint import TINY_MODEL_FOLDER
-from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+from nanovllm.models.model_config import ModelConfig
 from tests.models.qwen3_checkpoints import VARIANTS, make_qwen3_checkpoint
 
 

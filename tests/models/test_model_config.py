@@ -14,7 +14,8 @@ from transformers import AutoConfig
 from nanovllm.errors import ModelLoadError, NanoVLLMError, UnknownArgumentError
 from nanovllm.layers.rope_parameters import RopeParameters
 from nanovllm.layers.rotary_embedding import rope_frequencies
-from nanovllm.models.model_config import _KNOWN_FIELDS, BUILTIN_SHAPES, ModelConfig
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
+from nanovllm.models.model_config import _KNOWN_FIELDS, ModelConfig
 from nanovllm.models.rope_fields import _FIELDS, MAX_POSITIONS, ROPE_TYPES
 from tests.models.qwen3_checkpoints import VARIANTS, make_qwen3_checkpoint
 from tests.processes import run_python

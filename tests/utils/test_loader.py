@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanovllm.errors import ModelLoadError
+from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.layers.context import LayerContext
 from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.linear import GatedParallelLinear
@@ -39,7 +40,9 @@ class Small(nn.Module):
     def __init__(self, parallel: TensorParallel | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         context = LayerContext(parallel=parallel or TensorParallel(), dtype=dtype)
-        self.gate_up_proj = GatedParallelLinear(context, 4, {"gate_proj": 6, "up_proj": 6})
+        self.gate_up_proj = GatedParallelLinear(
+            context, 4, {"gate_proj": 6, "up_proj": 6}, bias=False, act=silu_and_mul
+        )
         self.embed_tokens = VocabParallelEmbedding(context, 9, 4)
         self.register_buffer("table", torch.arange(3), persistent=False)
 
