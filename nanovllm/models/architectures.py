@@ -11,6 +11,8 @@ from typing import Any
 from nanovllm.errors import ModelLoadError, shown
 
 MODELS: Mapping[str, str] = {  # each a module of this package
+    "Gemma3ForCausalLM": "gemma3",
+    "Gemma3ForConditionalGeneration": "gemma3",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
     "Qwen2ForCausalLM": "qwen2",
@@ -18,6 +20,8 @@ MODELS: Mapping[str, str] = {  # each a module of this package
 }
 # The architecture of a config.json that names only its model_type.
 OF_MODEL_TYPE: Mapping[str, str] = {
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma3_text": "Gemma3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",

@@ -44,6 +44,16 @@ WINDOW_BESIDE_FULL = {
     "sliding_window": 11,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+GEMMA3 = {
+    "num_hidden_layers": 3,
+    "head_dim": 32,
+    "sliding_window": 11,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+GEMMA3_ROPES = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+}
 
 FAMILIES = {
     "llama": Family(
@@ -79,6 +89,15 @@ FAMILIES = {
         },
     ),
     "qwen3": Family("Qwen3ForCausalLM", "qwen3", {"window": WINDOW_BESIDE_FULL | {"head_dim": 32}}),
+    "gemma3": Family(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        {
+            "window_and_global_layers": {},
+            "linear_rope": {"rope_parameters": GEMMA3_ROPES, "query_pre_attn_scalar": 20, "max_shard_size": "60KB"},
+        },
+        {**SMALL, **GEMMA3},
+    ),
 }
 CASES = [(family, variant) for family, of in FAMILIES.items() for variant in of.variants]
 
@@ -100,7 +119,7 @@ def make_checkpoint(
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name and name.endswith("weight"):
-                parameter.copy_(1.0 + 0.2 * noise)
+                parameter.copy_((0.0 if family == "gemma3" else 1.0) + 0.2 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * noise)
             elif "embed_" in name:

@@ -10,9 +10,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
+from nanovllm.layers.parallel import TensorParallel
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from nanovllm.models.model_config import ModelConfig
+from nanovllm.models.model_context import ModelContext
+from nanovllm.models.registry import get_model_class
 from tests.models.checkpoints import CASES, FAMILIES, load_reference, make_checkpoint
-from tests.models.paged_model import PagedModel, load_model
+from tests.models.paged_model import TORCH_BACKENDS, PagedModel, load_model
 from tests.models.ranks import logits_of_ranks
 from tests.models.test_qwen3 import (
     TOLERANCE,
@@ -53,6 +57,7 @@ WITH_MOST_PARTS = {
     "mistral": "window",
     "qwen2": "window_from_layer_1_on",
     "qwen3": "window",
+    "gemma3": "window_and_global_layers",
 }
 
 
@@ -90,3 +95,27 @@ def test_fields_that_are_left_out_mean_what_they_mean_to_transformers(family: st
         assert ours.num_kv_heads == theirs.num_key_value_heads
         assert ours.head_dim == (getattr(theirs, "head_dim", None) or 16)
         assert ours.rope.theta == theirs.rope_parameters.get("full_attention", theirs.rope_parameters)["rope_theta"]
+
+
+NUM_PARAMETERS = {
+    "qwen3-0.6b": 596_049_920,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-32b": 32_762_123_264,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.1-8b": 8_030_261_248,
+    "qwen2.5-7b": 7_615_616_512,
+    "mistral-7b": 7_248_023_552,
+    "gemma-3-1b": 999_885_952,
+}
+
+
+@pytest.mark.parametrize("name", BUILTIN_SHAPES)
+def test_builtin_shapes_have_the_published_number_of_parameters(name: str) -> None:
+    """Built on the meta device: it costs no memory."""
+    config = BUILTIN_SHAPES[name]
+    parallel = TensorParallel()
+    context = ModelContext(
+        config=config, backends=TORCH_BACKENDS, parallel=parallel, dtype=torch.bfloat16, device="meta"
+    )
+    model = get_model_class(config.architecture)(context)
+    assert sum(parameter.numel() for parameter in model.parameters()) == NUM_PARAMETERS[name]
