@@ -115,9 +115,12 @@ class QKVParallelLinear(ColumnParallelLinear):
 class RowParallelLinear(LinearLayer):
     """A layer sharded by inputs: each rank has some columns of the weight, and the ranks' products are summed."""
 
-    def __init__(self, context: LayerContext, input_size: int, output_size: int, *, bias: bool = False) -> None:
+    def __init__(
+        self, context: LayerContext, input_size: int, output_size: int, *, bias: bool = False, name: str | None = None
+    ) -> None:
+        """name: of the checkpoint's module, where it is not this one's."""
         inputs = context.parallel.shard("input size", input_size)
-        outputs: dict[str | None, Shard] = {None: Shard.whole(output_size)}
+        outputs: dict[str | None, Shard] = {name: Shard.whole(output_size)}
         super().__init__(outputs, inputs, method=context.linear_method, dtype=context.dtype, bias=bias)
         self.parallel = context.parallel
 

@@ -35,14 +35,22 @@ class StepInputs:
     """The inputs that all layers of a step share, or all with the same rotary positions."""
 
     positions: torch.Tensor  # [num_tokens] int64
-    cos_sin_cache: torch.Tensor  # [max_positions, head_dim] float32
+    cos_sin_cache: torch.Tensor | None  # [max_positions, head_dim] float32; None: no rotary positions
     metadata: AttentionMetadata
 
 
 class DecoderAttention(nn.Module):
     """Grouped-query attention with rotary positions, over all keys or, as config.json says of the layer, a window."""
 
-    def __init__(self, context: ModelContext, index: int, *, qkv_bias: bool = False, output_bias: bool = False) -> None:
+    def __init__(
+        self,
+        context: ModelContext,
+        index: int,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        output_name: str | None = None,
+    ) -> None:
         super().__init__()
         config = context.config
         self.qkv_proj = QKVParallelLinear(
@@ -53,9 +61,8 @@ class DecoderAttention(nn.Module):
             head_dim=config.head_dim,
             bias=qkv_bias,
         )
-        self.o_proj = RowParallelLinear(
-            context, config.num_heads * config.head_dim, config.hidden_size, bias=output_bias
-        )
+        num_inputs = config.num_heads * config.head_dim
+        self.o_proj = RowParallelLinear(context, num_inputs, config.hidden_size, bias=output_bias, name=output_name)
         self.attention = Attention(config.head_dim, context.backends, config.windows[index])
 
     def qk_norm(self) -> QKNorm | None:
@@ -133,15 +140,15 @@ class DecoderLayer(nn.Module):
 class DecoderModel(nn.Module):
     """The model without its head: token ids in, normed hidden states out. `make_layer` builds the layer of an index."""
 
-    cos_sin_cache: torch.Tensor  # [max_positions, head_dim] float32
-    local_cos_sin_cache: torch.Tensor  # the same for layers with a window, where these rotate by other angles
+    cos_sin_cache: torch.Tensor | None  # [max_positions, head_dim] float32
+    local_cos_sin_cache: torch.Tensor | None  # the same for layers with a window, where these rotate by other angles
 
     def __init__(self, context: ModelContext, make_layer: Callable[[ModelContext, int], nn.Module]) -> None:
         super().__init__()
         config = context.config
-        self.embed_tokens = VocabParallelEmbedding(context, config.vocab_size, config.hidden_size)
+        self.embed_tokens = VocabParallelEmbedding(context, config.vocab_size, config.embedding_size)
         self.layers = nn.ModuleList(make_layer(context, index) for index in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, context.dtype)
+        self.norm: nn.Module = RMSNorm(config.hidden_size, config.rms_norm_eps, context.dtype)
         max_positions = context.max_positions or config.max_context_len
         for name, rope in (("cos_sin_cache", config.rope), ("local_cos_sin_cache", config.local_rope)):
             table = None if rope is None else build_cos_sin_cache(config.head_dim, max_positions, rope, context.device)
@@ -181,7 +188,7 @@ class DecoderForCausalLM(CausalLM):
             self.lm_head = model.embed_tokens
         else:
             self.redundant_weights = frozenset()
-            self.lm_head = VocabParallelEmbedding(context, config.vocab_size, config.hidden_size)
+            self.lm_head = VocabParallelEmbedding(context, config.vocab_size, config.embedding_size)
 
     def forward(
         self,
