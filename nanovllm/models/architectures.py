@@ -15,6 +15,7 @@ MODELS: Mapping[str, str] = {  # each a module of this package
     "Gemma3ForConditionalGeneration": "gemma3",
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "OPTForCausalLM": "opt",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
@@ -24,6 +25,7 @@ OF_MODEL_TYPE: Mapping[str, str] = {
     "gemma3_text": "Gemma3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
+    "opt": "OPTForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
@@ -46,6 +48,16 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "Gemma3ForConditionalGeneration": _GEMMA3,
     "LlamaForCausalLM": {"max_position_embeddings": 2048},
     "MistralForCausalLM": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "OPTForCausalLM": {
+        "vocab_size": 50_272,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "attention_bias": True,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
     "Qwen2ForCausalLM": _QWEN,
     "Qwen3ForCausalLM": {**_QWEN, "head_dim": 128},
 }
@@ -53,14 +65,22 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 FIELD_NAMES: Mapping[str, Mapping[str, str]] = {
     "Gemma3ForCausalLM": {"hidden_act": "hidden_activation"},
     "Gemma3ForConditionalGeneration": {"hidden_act": "hidden_activation"},
+    "OPTForCausalLM": {
+        "hidden_act": "activation_function",
+        "intermediate_size": "ffn_dim",
+        "attention_bias": "enable_bias",
+    },
 }
 GATES = ("silu", "gelu_pytorch_tanh")  # activations of a gated MLP
 # The activations that an architecture may have, its own first.
-ACTIVATIONS: Mapping[str, tuple[str, ...]] = dict.fromkeys(MODELS, GATES)
+ACTIVATIONS: Mapping[str, tuple[str, ...]] = {**dict.fromkeys(MODELS, GATES), "OPTForCausalLM": ("relu", "gelu")}
 # Architectures of which the text model runs, whose fields are in `text_config`.
 TEXT_PARTS = frozenset({"Gemma3ForConditionalGeneration"})
+WITHOUT_ROPE = frozenset({"OPTForCausalLM"})  # learned positions
 # Architectures whose layers with a window have a rope of their own.
 LOCAL_ROPE = frozenset({"Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"})
+# Architectures whose published weights are as old as PyTorch's own format.
+WITH_TORCH_FILES = frozenset({"OPTForCausalLM"})
 
 
 def check_architecture(architecture: str) -> None:

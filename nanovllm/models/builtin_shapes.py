@@ -128,5 +128,20 @@ PUBLISHED: Mapping[str, dict[str, Any]] = {
         "eos_token_id": 1,
         "torch_dtype": "bfloat16",
     },
+    "opt-125m": {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "vocab_size": 50_272,
+        "hidden_size": 768,
+        "ffn_dim": 3072,
+        "word_embed_proj_dim": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "max_position_embeddings": 2048,
+        "eos_token_id": 2,
+        "torch_dtype": "float16",
+    },
 }
 BUILTIN_SHAPES: Mapping[str, ModelConfig] = {name: ModelConfig.from_dict(config) for name, config in PUBLISHED.items()}

@@ -20,6 +20,7 @@ _RANGES = {
     "num_attention_heads": (1, 1 << 12),
     "num_key_value_heads": (1, 1 << 12),
     "head_dim": (1, 1 << 10),
+    "word_embed_proj_dim": (1, 1 << 18),
     "max_position_embeddings": (2, MAX_POSITIONS),  # a prompt and an output of one token each
     "sliding_window": (1, MAX_POSITIONS),
     "max_window_layers": (0, 1 << 10),
@@ -93,11 +94,11 @@ class ConfigFields:
             raise self.unsupported(name, "a number > 0, at most 1")
         return float(value)
 
-    def flag(self, name: str) -> bool:
-        value = self.get(name)
-        if value is not None and not isinstance(value, bool):
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.get(name) if name in self else default
+        if not isinstance(value, bool):
             raise self.unsupported(name, "true or false")
-        return bool(value)
+        return value
 
     def number(self, name: str) -> float | None:
         """Returns a number above 0, or None."""

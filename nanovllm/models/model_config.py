@@ -13,7 +13,7 @@ from typing import Any
 from nanovllm.errors import ModelLoadError, UnknownArgumentError, shown
 from nanovllm.layers.rope_parameters import RopeParameters
 from nanovllm.logs import events
-from nanovllm.models.architectures import ACTIVATIONS, LOCAL_ROPE
+from nanovllm.models.architectures import ACTIVATIONS, LOCAL_ROPE, WITHOUT_ROPE
 from nanovllm.models.config_fields import ConfigFields, with_text_config
 from nanovllm.models.rope_fields import read_rope_parameters
 from nanovllm.utils.logger import setup_logger
@@ -47,6 +47,13 @@ _KNOWN_FIELDS = (
     "mlp_bias",
     "hidden_act",
     "hidden_activation",
+    "activation_function",
+    "ffn_dim",
+    "word_embed_proj_dim",
+    "enable_bias",
+    "do_layer_norm_before",
+    "_remove_final_layer_norm",
+    "layer_norm_elementwise_affine",
     "query_pre_attn_scalar",
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -74,17 +81,21 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    embedding_size: int  # of a token's vector in the embedding and the head
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope: RopeParameters
+    rope: RopeParameters | None  # None: learned positions
     local_rope: RopeParameters | None  # of layers with a window, where these have their own
     query_pre_attn_scalar: float | None  # scores are divided by its root; None: by head_dim's
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    do_layer_norm_before: bool  # of OPT, as has_final_norm and has_norm_weights
+    has_final_norm: bool
+    has_norm_weights: bool
     hidden_act: str  # of the MLP
     windows: tuple[int | None, ...]  # of each layer: how many keys a query attends to, its own included; None: all
     max_position_embeddings: int
@@ -94,7 +105,8 @@ class ModelConfig:
     @property
     def max_context_len(self) -> int:
         """The longest context in tokens, with rope scaling: the upper bound of max_model_len."""
-        if self.local_rope is not None:  # Gemma 3: max_position_embeddings is the length after scaling
+        # Gemma 3's max_position_embeddings is the length after scaling.
+        if self.rope is None or self.local_rope is not None:
             return self.max_position_embeddings
         return self.rope.max_context_len(self.max_position_embeddings)
 
@@ -141,12 +153,14 @@ class ModelConfig:
         if head_dim % 2:
             raise fields.unsupported("head_dim", "an even number (rotary embedding turns pairs)")
         max_position_embeddings = fields.count("max_position_embeddings")
+        norm_before = fields.flag("do_layer_norm_before", True)
         rope, local_rope = _read_ropes(fields.architecture, [text_config, overrides], max_position_embeddings)
         stop_sources = [overrides] if "eos_token_id" in overrides else [generation_config or {}, text_config]
         return cls(
             architecture=fields.architecture,
             vocab_size=fields.count("vocab_size"),
             hidden_size=hidden_size,
+            embedding_size=fields.count("word_embed_proj_dim", hidden_size),
             intermediate_size=fields.count("intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
@@ -159,6 +173,9 @@ class ModelConfig:
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             attention_bias=fields.flag("attention_bias"),
             mlp_bias=fields.flag("mlp_bias"),
+            do_layer_norm_before=norm_before,
+            has_final_norm=norm_before and not fields.flag("_remove_final_layer_norm"),
+            has_norm_weights=fields.flag("layer_norm_elementwise_affine", True),
             hidden_act=fields.choice("hidden_act", ACTIVATIONS[fields.architecture]),
             windows=fields.windows(num_layers),
             max_position_embeddings=max_position_embeddings,
@@ -180,11 +197,13 @@ def _refuse_unsupported(fields: ConfigFields) -> None:
 
 def _read_ropes(
     architecture: str, sources: Sequence[Mapping[str, Any]], max_position_embeddings: int
-) -> tuple[RopeParameters, RopeParameters | None]:
+) -> tuple[RopeParameters | None, RopeParameters | None]:
     """Returns the rope of the model, and that of its layers with a window where they have their own.
 
     `sources` are config.json and the overrides, the latter stronger.
     """
+    if architecture in WITHOUT_ROPE:
+        return None, None
     if architecture not in LOCAL_ROPE:
         return read_rope_parameters(_rope_fields(sources), max_position_embeddings), None
     full = [{**source, "rope_parameters": _of_layers(source, "full_attention")} for source in sources]

@@ -303,7 +303,7 @@ class Startup:
             sample,
             max_tokens=self._max_graph_tokens(),
             max_num_seqs=self._config.max_num_seqs,
-            hidden_size=config.hidden_size,
+            hidden_size=config.embedding_size,
             dtype=self.plan.dtype,
             null_row=null_row,
         )

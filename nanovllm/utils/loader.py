@@ -24,6 +24,7 @@ from torch import nn
 from nanovllm.errors import ModelLoadError, shown
 from nanovllm.layers.parameter import HasWeightParts, WeightPart
 from nanovllm.utils.model_files import ADAPTER_CONFIG, check_file, other_format, read_json
+from nanovllm.utils.torch_files import TorchFile
 
 _DTYPES = ("BF16", "F16", "F32", "F64")  # as safetensors spells them
 _COMPUTED = ".rotary_emb.inv_freq"  # older transformers saved this buffer, which every model computes itself
@@ -49,6 +50,7 @@ class CheckpointForm:
 
     # Prefix of a tensor's name → what the model has instead. None: the model does not need the tensor.
     prefixes: Mapping[str, str | None] = field(default_factory=dict)
+    torch_files: bool = False  # pytorch_model*.bin are read where there are no safetensors
 
     def name_in_model(self, name: str) -> str | None:
         """Returns the model's name of a tensor in the checkpoint; None if the model does not need it."""
@@ -150,11 +152,12 @@ def weight_plan(model: nn.Module) -> dict[str, Sequence[WeightPart]]:
     return plan
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files that hold a folder's weights, chosen as transformers does.
+def checkpoint_files(folder: Path, torch_files: bool = False) -> list[Path]:
+    """Returns the files that hold a folder's weights, chosen as transformers does: safetensors.
 
     They are model.safetensors; without it, the files that the index names; without an index, all shards, or else all
-    safetensors files. Copies in other precisions, adapters and the like beside them are left alone.
+    safetensors files. Copies in other precisions, adapters and the like beside them are left alone. torch_files: where
+    there are none, pytorch_model.bin, or the files that its index names.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if os.path.lexists(whole):
@@ -162,6 +165,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if os.path.lexists(index):
         return _files_of_index(index)
     paths = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    if not paths and torch_files:
+        whole, index = folder / "pytorch_model.bin", folder / "pytorch_model.bin.index.json"
+        if os.path.lexists(whole):
+            return [whole]
+        if os.path.lexists(index):
+            return _files_of_index(index)
     if not paths or (folder / ADAPTER_CONFIG).exists():
         what = other_format(folder) or "has no *.safetensors files (load_format='dummy' runs without weights)"
         raise ModelLoadError(f"{folder} {what}.")
@@ -178,7 +187,7 @@ def _files_of_index(index: Path) -> list[Path]:
     except ModelLoadError as error:
         raise ModelLoadError(f"{index.parent}: {error}") from error
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelLoadError(f"{index} is not a safetensors index: it has no weight_map from tensors to files.")
+        raise ModelLoadError(f"{index} is not an index of weights: it has no weight_map from tensors to files.")
     names: dict[str, None] = {}
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name or name == ".." or PureWindowsPath(name).name != name or "\0" in name:
@@ -225,13 +234,15 @@ def _open_checkpoint(
     """Opens the files of `folder`. Raises ModelLoadError unless they fit the model exactly."""
     plan = weight_plan(model)
     with ExitStack() as stack:
-        files = {path: stack.enter_context(_open(path)) for path in checkpoint_files(folder)}
+        files = {path: stack.enter_context(_open(path)) for path in checkpoint_files(folder, form.torch_files)}
         tensors = _locate(files, form)
         _compare(plan, tensors, redundant, folder)
         yield _Checkpoint(plan, tensors, len(files))
 
 
 def _open(path: Path) -> Any:
+    if path.suffix == ".bin":
+        return TorchFile(path)
     check_file(path)
     try:
         return safe_open(path, framework="pt", device="cpu")
@@ -271,9 +282,9 @@ def _compare(
         if name in tensors:
             found = tensors[name].slice
             if tuple(found.get_shape()) != part.shape:
-                wrong.append(f"{name} has shape {shown(found.get_shape())} and needs {list(part.shape)}")
+                wrong.append(f"{tensors[name].name} has shape {shown(found.get_shape())} and needs {list(part.shape)}")
             if found.get_dtype() not in _DTYPES:
-                wrong.append(f"{name} has dtype {found.get_dtype()} and needs one of {_DTYPES}")
+                wrong.append(f"{tensors[name].name} has dtype {found.get_dtype()} and needs one of {_DTYPES}")
     faults = {"missing from the checkpoint": missing, "unknown to the model": unknown, "of another form": wrong}
     if any(faults.values()):
         listed = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)

@@ -54,6 +54,7 @@ GEMMA3_ROPES = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
 }
+OPT_FIELDS = {*SMALL} - {"intermediate_size", "num_key_value_heads"}
 
 FAMILIES = {
     "llama": Family(
@@ -97,6 +98,17 @@ FAMILIES = {
             "linear_rope": {"rope_parameters": GEMMA3_ROPES, "query_pre_attn_scalar": 20, "max_shard_size": "60KB"},
         },
         {**SMALL, **GEMMA3},
+    ),
+    "opt": Family(
+        "OPTForCausalLM",
+        "opt",
+        {
+            "125m": {"max_shard_size": "60KB"},
+            "350m": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+            "galactica": {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+            "untied": {"tie_word_embeddings": False, "_remove_final_layer_norm": True},
+        },
+        {**{name: value for name, value in SMALL.items() if name in OPT_FIELDS}, "ffn_dim": 96},
     ),
 }
 CASES = [(family, variant) for family, of in FAMILIES.items() for variant in of.variants]

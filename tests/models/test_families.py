@@ -58,6 +58,7 @@ WITH_MOST_PARTS = {
     "qwen2": "window_from_layer_1_on",
     "qwen3": "window",
     "gemma3": "window_and_global_layers",
+    "opt": "350m",
 }
 
 
@@ -76,7 +77,7 @@ def test_two_ranks_together_equal_one(
         assert largest_difference(result, expected) < TOLERANCE
 
 
-COMMON = ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings", "tie_word_embeddings")
+COMMON = ("vocab_size", "hidden_size", "max_position_embeddings", "tie_word_embeddings")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -106,6 +107,7 @@ NUM_PARAMETERS = {
     "qwen2.5-7b": 7_615_616_512,
     "mistral-7b": 7_248_023_552,
     "gemma-3-1b": 999_885_952,
+    "opt-125m": 125_239_296,
 }
 
 

@@ -256,7 +256,7 @@ def test_a_file_may_be_a_link_to_anywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("weight_map", [{}, [], None, "model.safetensors", 5])
 def test_an_index_without_files_is_refused(weight_map: object, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ModelLoadError, match="is not a safetensors index: it has no weight_map"):
+    with pytest.raises(ModelLoadError, match="is not an index of weights: it has no weight_map"):
         load_weights(Small(), tmp_path, CPU)
 
 
