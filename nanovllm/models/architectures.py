@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanovllm.errors import ModelLoadError, shown
+from nanovllm.models.architecture_kinds import DECODER, kind_of
 
 MODELS: Mapping[str, str] = {  # each a module of this package
     "Gemma3ForCausalLM": "gemma3",
@@ -74,6 +75,7 @@ FIELD_NAMES: Mapping[str, Mapping[str, str]] = {
 GATES = ("silu", "gelu_pytorch_tanh")  # activations of a gated MLP
 # The activations that an architecture may have, its own first.
 ACTIVATIONS: Mapping[str, tuple[str, ...]] = {**dict.fromkeys(MODELS, GATES), "OPTForCausalLM": ("relu", "gelu")}
+_WAY_OUT = "docs/adding-a-model.md shows how a new one is added."
 # Architectures of which the text model runs, whose fields are in `text_config`.
 TEXT_PARTS = frozenset({"Gemma3ForConditionalGeneration"})
 WITHOUT_ROPE = frozenset({"OPTForCausalLM"})  # learned positions
@@ -83,10 +85,16 @@ LOCAL_ROPE = frozenset({"Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"})
 WITH_TORCH_FILES = frozenset({"OPTForCausalLM"})
 
 
-def check_architecture(architecture: str) -> None:
-    """Raises ModelLoadError, with the supported architectures, when `architecture` is not one of them."""
-    if architecture not in MODELS:
-        raise ModelLoadError(
-            f"architectures=[{shown(architecture)}] is not supported. Supported: {', '.join(MODELS)}. "
-            "A new one is a file in nanovllm/models and a line in nanovllm/models/architectures.py."
-        )
+def check_architecture(architecture: str, config: Mapping[str, Any] | None = None) -> None:
+    """Raises ModelLoadError, with the supported architectures, when `architecture` is not one of them.
+
+    `config`, the content of config.json, helps to say what kind of model it is.
+    """
+    if architecture in MODELS:
+        return
+    kind = kind_of(architecture, config or {})
+    way_out = f" {_WAY_OUT}" if kind in ("", DECODER) else ""
+    raise ModelLoadError(
+        f"architectures=[{shown(architecture)}] is not supported{kind and f': it is {kind}'}. "
+        f"Supported: {', '.join(MODELS)}.{way_out}"
+    )

@@ -65,7 +65,7 @@ class ConfigFields:
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = values
         self.architecture = architecture_of(values)
-        check_architecture(self.architecture)
+        check_architecture(self.architecture, values)
         self._defaults = DEFAULTS.get(self.architecture, {})
         self._names = FIELD_NAMES.get(self.architecture, {})
 

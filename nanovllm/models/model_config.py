@@ -13,6 +13,7 @@ from typing import Any
 from nanovllm.errors import ModelLoadError, UnknownArgumentError, shown
 from nanovllm.layers.rope_parameters import RopeParameters
 from nanovllm.logs import events
+from nanovllm.models.architecture_kinds import EXPERT_FIELDS
 from nanovllm.models.architectures import ACTIVATIONS, LOCAL_ROPE, WITHOUT_ROPE
 from nanovllm.models.config_fields import ConfigFields, with_text_config
 from nanovllm.models.rope_fields import read_rope_parameters
@@ -21,7 +22,6 @@ from nanovllm.utils.model_files import other_format, read_json
 
 logger = setup_logger(__name__)
 
-_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 _ROPE_FIELDS = (
     "rope_theta",
     "rope_local_base_freq",
@@ -68,7 +68,7 @@ _KNOWN_FIELDS = (
     "sliding_window_pattern",
     "max_window_layers",
     "layer_types",
-    *_EXPERT_FIELDS,
+    *EXPERT_FIELDS,
     *_ROPE_FIELDS,
 )
 
@@ -187,7 +187,7 @@ class ModelConfig:
 def _refuse_unsupported(fields: ConfigFields) -> None:
     if "quantization_config" in fields:
         raise fields.unsupported("quantization_config", "absent (weights in bfloat16, float16 or float32)")
-    for name in _EXPERT_FIELDS:
+    for name in EXPERT_FIELDS:
         if fields.get(name):
             raise fields.unsupported(name, "absent (dense models; no mixture of experts)")
     for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):

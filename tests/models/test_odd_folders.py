@@ -134,7 +134,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "another architecture": (
         config(architectures=["BertModel"]),
-        r"'BertModel'\] is not supported\. Supported: Gemma3",
+        r"'BertModel'\] is not supported: it is an encoder",
     ),
     "a model in a subfolder": (to_subfolder, "config.json is missing.* has its model in the folder 'inner': name that"),
     "nothing": (lambda folder: [path.unlink() for path in folder.iterdir()], r"config\.json is missing; a model"),
