@@ -128,8 +128,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = compare(prompts, results, Reference(folder, args.device, args.dtype), tolerance)
     num_positions = sum(len(result.logprobs) for result in results)
     print(
-        f"Log-probabilities of the {NUM_TOP} most likely tokens at {num_positions} positions: the largest difference is "
-        f"{found.largest_difference:.2e} ({tolerance:g} is allowed)."
+        f"Log-probabilities of the {NUM_TOP} most likely tokens at {num_positions} positions: "
+        f"the largest difference is {found.largest_difference:.2e} ({tolerance:g} is allowed)."
     )
     print(
         f"Greedy continuations of {args.tokens} tokens: {found.num_equal} of {found.num_prompts} are equal, "

@@ -73,8 +73,8 @@ FIELD_NAMES: Mapping[str, Mapping[str, str]] = {
     },
 }
 GATES = ("silu", "gelu_pytorch_tanh")  # activations of a gated MLP
-# The activations that an architecture may have, its own first.
-ACTIVATIONS: Mapping[str, tuple[str, ...]] = {**dict.fromkeys(MODELS, GATES), "OPTForCausalLM": ("relu", "gelu")}
+# The activations of an architecture without a gated MLP, its own first.
+ACTIVATIONS: Mapping[str, tuple[str, ...]] = {"OPTForCausalLM": ("relu", "gelu")}
 _WAY_OUT = "docs/adding-a-model.md shows how a new one is added."
 # Architectures of which the text model runs, whose fields are in `text_config`.
 TEXT_PARTS = frozenset({"Gemma3ForConditionalGeneration"})

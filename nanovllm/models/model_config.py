@@ -14,7 +14,7 @@ from nanovllm.errors import ModelLoadError, UnknownArgumentError, shown
 from nanovllm.layers.rope_parameters import RopeParameters
 from nanovllm.logs import events
 from nanovllm.models.architecture_kinds import EXPERT_FIELDS
-from nanovllm.models.architectures import ACTIVATIONS, LOCAL_ROPE, WITHOUT_ROPE
+from nanovllm.models.architectures import ACTIVATIONS, GATES, LOCAL_ROPE, WITHOUT_ROPE
 from nanovllm.models.config_fields import ConfigFields, with_text_config
 from nanovllm.models.rope_fields import read_rope_parameters
 from nanovllm.utils.logger import setup_logger
@@ -176,7 +176,7 @@ class ModelConfig:
             do_layer_norm_before=norm_before,
             has_final_norm=norm_before and not fields.flag("_remove_final_layer_norm"),
             has_norm_weights=fields.flag("layer_norm_elementwise_affine", True),
-            hidden_act=fields.choice("hidden_act", ACTIVATIONS[fields.architecture]),
+            hidden_act=fields.choice("hidden_act", ACTIVATIONS.get(fields.architecture, GATES)),
             windows=fields.windows(num_layers),
             max_position_embeddings=max_position_embeddings,
             eos_token_ids=_eos_token_ids(stop_sources, fields.count("vocab_size")),
