@@ -42,15 +42,9 @@ class StepInputs:
 class DecoderAttention(nn.Module):
     """Grouped-query attention with rotary positions, over all keys or, as config.json says of the layer, a window."""
 
-    def __init__(
-        self,
-        context: ModelContext,
-        index: int,
-        *,
-        qkv_bias: bool = False,
-        output_bias: bool = False,
-        output_name: str | None = None,
-    ) -> None:
+    output_name: str | None = None  # of the output product in the checkpoint, where it is not "o_proj"
+
+    def __init__(self, context: ModelContext, index: int, *, qkv_bias: bool = False, output_bias: bool = False) -> None:
         super().__init__()
         config = context.config
         self.qkv_proj = QKVParallelLinear(
@@ -62,7 +56,8 @@ class DecoderAttention(nn.Module):
             bias=qkv_bias,
         )
         num_inputs = config.num_heads * config.head_dim
-        self.o_proj = RowParallelLinear(context, num_inputs, config.hidden_size, bias=output_bias, name=output_name)
+        size, name = config.hidden_size, self.output_name
+        self.o_proj = RowParallelLinear(context, num_inputs, size, bias=output_bias, name=name)
         self.attention = Attention(config.head_dim, context.backends, config.windows[index])
 
     def qk_norm(self) -> QKNorm | None:
@@ -107,11 +102,7 @@ class GatedMLP(nn.Module):
         self.down_proj = RowParallelLinear(context, config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(
-        self,
-        hidden: torch.Tensor,
-        residual: torch.Tensor | None,
-        norm: nn.Module,
-        output_norm: nn.Module | None = None,
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module, output_norm: nn.Module | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         gated, residual = self.gate_up_proj(hidden, residual, norm)  # [num_tokens, intermediate_size]
         hidden, residual = self.down_proj(gated, residual, output_norm)  # [num_tokens, hidden_size]

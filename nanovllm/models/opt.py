@@ -54,12 +54,16 @@ class LayerNorm(_Table):
         return F.layer_norm(stream, self.shape, weight, bias, _EPS), stream
 
 
+class OPTAttention(DecoderAttention):
+    output_name = "out_proj"
+
+
 class OPTDecoderLayer(nn.Module):
     def __init__(self, context: ModelContext, index: int) -> None:
         super().__init__()
         config, bias = context.config, context.config.attention_bias
         self.norms_before = config.do_layer_norm_before
-        self.self_attn = DecoderAttention(context, index, qkv_bias=bias, output_bias=bias, output_name="out_proj")
+        self.self_attn = OPTAttention(context, index, qkv_bias=bias, output_bias=bias)
         self.self_attn_layer_norm, self.final_layer_norm = LayerNorm(context), LayerNorm(context)
         inner = context.parallel.shard("intermediate_size", config.intermediate_size)
         self.fc1 = ColumnParallelLinear(context, config.hidden_size, {None: inner}, bias)

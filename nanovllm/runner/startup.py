@@ -85,6 +85,8 @@ class Startup:
         """Number of query heads that share a KV head; None if decode attention cannot read a shared prefix once."""
         if self.plan.has_fp8_cache or not self.attention.decode.uses_shared_prefixes:
             return None
+        if None not in self.plan.model_config.windows:  # no layer attends to what lies before its window
+            return None
         return self.plan.model_config.num_heads // self._parallel.size // self._num_kv_heads
 
     # Weights
