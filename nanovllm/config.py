@@ -115,7 +115,7 @@ class EngineConfig:
         metadata=declaration(
             _MODEL,
             "A folder, a Hugging Face id, or 'tiny', the checkpoint that comes with the package. With "
-            "load_format='dummy' also a built-in shape: 'qwen3-0.6b', 'qwen3-8b' or 'qwen3-32b'.",
+            "load_format='dummy' also a built-in shape, such as 'llama-3.1-8b'.",
         )
     )
     _: KW_ONLY

@@ -53,7 +53,8 @@ def main() -> None:
     import torch
     from _engine import open_engine
 
-    from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+    from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
+    from nanovllm.models.model_config import ModelConfig
     from nanovllm.runner.kv_cache import KVCacheShape
 
     title("Step 2: a KV cache in 8 bits")

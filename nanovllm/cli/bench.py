@@ -28,7 +28,7 @@ from nanovllm.benchmarks.online_settings import (
 from nanovllm.benchmarks.settings import ALL_WORKLOADS, BenchmarkSettings, Say, make_plan
 from nanovllm.benchmarks.workloads import WORKLOADS
 from nanovllm.errors import NanoVLLMError
-from nanovllm.models.model_config import BUILTIN_SHAPES
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from nanovllm.utils import env
 
 DESCRIPTION = """\

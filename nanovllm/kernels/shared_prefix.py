@@ -235,12 +235,14 @@ def _prefix_attention_kernel(
             table_ptr,
             start,
             end,
+            start,
             scale_log2,
             page_stride,
             slot_stride,
             BLOCK_SIZE=BLOCK_SIZE,
             HEAD_DIM=HEAD_DIM,
             BLOCK_KEYS=BLOCK_KEYS,
+            HAS_WINDOW=False,
             PRECISION=PRECISION,
         )
         total = tl.where(total > 0, total, 1.0)  # no keys: nothing is stored

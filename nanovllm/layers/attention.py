@@ -27,9 +27,11 @@ class AttentionBackends(Protocol):
 class Attention:
     """Causal attention with grouped queries. It has no weights; cache and metadata are arguments of the call."""
 
-    def __init__(self, head_dim: int, backends: AttentionBackends) -> None:
+    def __init__(self, head_dim: int, backends: AttentionBackends, window: int | None = None) -> None:
+        """window: how many keys a query attends to, its own and those just before; None: all."""
         self.scale = head_dim**-0.5
         self.backends = backends
+        self.window = window
 
     def __call__(self, query: torch.Tensor, metadata: AttentionMetadata, kv_cache: LayerKVCache) -> torch.Tensor:
         """Returns the attention output for query [num_tokens, num_heads, head_dim], in the same shape.
@@ -47,13 +49,15 @@ class Attention:
     def _attend(self, query: torch.Tensor, metadata: AttentionMetadata, kv_cache: LayerKVCache) -> torch.Tensor:
         if metadata.decode is None:
             assert metadata.prefill is not None, "a step has tokens of some kind"
-            return self.backends.prefill.prefill(query, kv_cache, metadata.prefill, self.scale)
+            return self.backends.prefill.prefill(query, kv_cache, metadata.prefill, self.scale, None, self.window)
         if metadata.prefill is None:
-            return self.backends.decode.decode(query, kv_cache, metadata.decode, self.scale)
+            return self.backends.decode.decode(query, kv_cache, metadata.decode, self.scale, None, self.window)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
         end, first = metadata.num_decode_tokens, metadata.first_prefill_token
-        self.backends.decode.decode(query[:end], kv_cache, metadata.decode, self.scale, output[:end])
-        self.backends.prefill.prefill(query[first:], kv_cache, metadata.prefill, self.scale, output[first:])
+        self.backends.decode.decode(query[:end], kv_cache, metadata.decode, self.scale, output[:end], self.window)
+        self.backends.prefill.prefill(
+            query[first:], kv_cache, metadata.prefill, self.scale, output[first:], self.window
+        )
         return output
 
 

@@ -86,6 +86,8 @@ class Startup:
         """Number of query heads that share a KV head; None if decode attention cannot read a shared prefix once."""
         if self.plan.has_fp8_cache or not self.attention.decode.uses_shared_prefixes:
             return None
+        if None not in self.plan.model_config.windows:  # no layer attends to what lies before its window
+            return None
         return self.plan.model_config.num_heads // self._parallel.size // self._num_kv_heads
 
     @property
@@ -124,7 +126,7 @@ class Startup:
         self._log_model()
         warm_up = None
         if (folder := self._weights_folder) is not None:
-            check_weights(runner.model, folder, runner.model.redundant_weights)
+            check_weights(runner.model, folder, runner.model.redundant_weights, runner.model.checkpoint_form)
         try:
             if self.device.type == "cuda":
                 materialise(runner.model, self.device)
@@ -158,7 +160,7 @@ class Startup:
     def _load_weights(self, model: CausalLM, check: Callable[[], None]) -> LoadReport:
         if (folder := self._weights_folder) is None:
             return load_dummy_weights(model, self.device, self._config.seed)
-        return load_weights(model, folder, self.device, model.redundant_weights, check)
+        return load_weights(model, folder, self.device, model.redundant_weights, check, model.checkpoint_form)
 
     @property
     def _weights_folder(self) -> Path | None:
@@ -312,7 +314,7 @@ class Startup:
             sample,
             max_tokens=self._max_graph_tokens(),
             max_num_seqs=self._config.max_num_seqs,
-            hidden_size=config.hidden_size,
+            hidden_size=config.embedding_size,
             dtype=self.plan.dtype,
             null_row=null_row,
         )
