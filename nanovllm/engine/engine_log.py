@@ -124,7 +124,12 @@ class EngineLog(EngineObserver):
             self._has_invalid_logits = True
             num_tokens = len(sequence.output_token_ids)
             events.logits_invalid.log(
-                logger, request_id=sequence.request_id, output_len=num_tokens, error=str(sequence.error)
+                logger,
+                request_id=sequence.request_id,
+                step=self._collected,
+                output_len=num_tokens,
+                error=str(sequence.error),
+                **span_fields(sequence.span),
             )
 
     def step_collected(self, step: CollectedStep) -> None:
@@ -150,7 +155,9 @@ class EngineLog(EngineObserver):
 
     def output_built(self, sequence: Sequence, completion: CompletionOutput) -> None:
         if logger.isEnabledFor(logging.DEBUG) and env.log_prompts():
-            events.request_output.log(logger, request_id=sequence.request_id, text=completion.text)
+            events.request_output.log(
+                logger, request_id=sequence.request_id, text=completion.text, **span_fields(sequence.span)
+            )
 
     def engine_start_failed(self, error: BaseException) -> None:
         events.engine_start_failed.log(logger, error=repr(error))

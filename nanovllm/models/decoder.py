@@ -53,7 +53,7 @@ class DecoderAttention(nn.Module):
         self.o_proj = RowParallelLinear(
             context, config.num_heads * config.head_dim, config.hidden_size, bias=output_bias
         )
-        self.attention = Attention(config.head_dim, context.backends)
+        self.attention = Attention(config.head_dim, context.backends, context.parallel.step)
 
     def qk_norm(self) -> QKNorm | None:
         """Returns the norm of query and key heads; None for a model without one."""

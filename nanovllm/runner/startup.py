@@ -283,7 +283,9 @@ class Startup:
         """Captures the graphs of decode steps, or with `fast_start` the largest. Returns None without graphs."""
         if not self._use_cuda_graphs:
             return None
-        graphs = DecodeGraphs(GraphPool(self.device), decode_step, self._config.max_num_seqs, null_row)
+        graphs = DecodeGraphs(
+            GraphPool(self.device, self._parallel.step), decode_step, self._config.max_num_seqs, null_row
+        )
         sizes = reversed(graphs.sizes) if self._config.fast_start is False else graphs.sizes[-1:]
         for size in sizes:  # the largest first, whose memory the others share
             graphs.capture(size, StepNeeds())
