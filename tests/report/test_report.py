@@ -334,6 +334,17 @@ def test_broken_lines_are_counted_and_said(tmp_path):
     assert "line 2: {not json" in page
 
 
+def test_lines_that_no_figure_needs_are_counted_and_the_last_one_says_when_the_log_ends(tmp_path):
+    layers = [line(8.0 + number, "attention.forward", step=1) for number in range(3)]
+    log = write(tmp_path / "run.jsonl", [*startup(), line(7.0, "request.added", request_id="a", seq_id=0), *layers])
+    assert sum(record["event"] == "attention.forward" for record in LogFile(log).records()) == 1
+    summary = summarise(log)
+    assert (summary.counts.lines, summary.counts.records, summary.counts.broken) == (len(startup()) + 4,) * 2 + (0,)
+    assert summary.runs[0].duration == pytest.approx(3.0)
+    warning = line(11.0, "attention.forward", "WARNING", step=1)
+    assert summarise(write(log, [*startup(), warning, layers[0]])).runs[0].num_problems == 1
+
+
 def test_a_line_of_megabytes_is_one_broken_line(tmp_path):
     path = write(tmp_path / "run.jsonl", known_log())
     with path.open("a") as file:
