@@ -127,7 +127,7 @@ def _cards(run: Run) -> str:
         cards.append((f"{100 * share:.1f} %", "of prompt tokens from the prefix cache"))
     peak = cache_peak(run)
     if peak is not None:
-        blocks = number({"num": run.setting("num_blocks") or run.num_blocks}, "num") or 0
+        blocks = run.number_setting("num_blocks") or run.num_blocks
         cards.append((f"{100 * peak:.1f} %", f"of {blocks:,.0f} KV blocks used at the peak"))
     cards.append((f"{run.num_preemptions:,}", "preemptions"))
     shown = "".join(f'<div class="card"><b>{value}</b><span>{escape(label)}</span></div>' for value, label in cards)
