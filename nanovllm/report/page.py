@@ -10,7 +10,7 @@ from nanovllm.report.advice import cache_peak
 from nanovllm.report.charts import duration_text, number_text, seconds_text, share_bar
 from nanovllm.report.log_file import number
 from nanovllm.report.run import Run
-from nanovllm.report.sections import latency_panels, request_panel, slow_step_panel, time_panels
+from nanovllm.report.sections import comparison_charts, latency_panels, request_panel, slow_step_panel, time_panels
 from nanovllm.report.style import CSS, SCRIPT
 from nanovllm.report.summary import MOST_RUNS, Summary
 from nanovllm.report.tables import comparison_panel, memory_table, preemption_table, request_table, verdict_panel
@@ -31,7 +31,8 @@ def render(summary: Summary, other: Summary | None = None) -> str:
     parts = [_HEAD.format(title=title, css=CSS, hash=digest), _header(summary)]
     if other is not None:
         names = (str(summary.path), str(other.path))
-        parts.append(comparison_panel(summary.runs[-1], other.runs[-1], names))
+        runs = summary.runs[-1], other.runs[-1]
+        parts.append(comparison_panel(*runs, names) + comparison_charts(*runs, names))
     parts += [_run(run, len(summary.runs) > 1) for run in summary.runs]
     parts.append(f"<script>{SCRIPT}</script></body></html>\n")
     return "".join(parts)
@@ -122,7 +123,10 @@ def _cards(run: Run) -> str:
         sketch = requests.latencies[name]
         if sketch.count:
             cards.append((duration_text(sketch.quantile(0.5)), label))
-    if requests.num_prompt_tokens:
+    rate = run.statistics.hit_rate()
+    if rate is not None:
+        cards.append((f"{100 * rate:.1f} %", "of prompt tokens looked up were in the prefix cache"))
+    elif requests.num_prompt_tokens:
         share = requests.num_cached_tokens / requests.num_prompt_tokens
         cards.append((f"{100 * share:.1f} %", "of prompt tokens from the prefix cache"))
     peak = cache_peak(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 import tracemalloc
@@ -24,7 +25,7 @@ from tests.processes import run_python
 from tests.report.synthetic_log import BOOT, Line, finished, line, simulated, startup, write
 from tests.report.test_answers import slow_log
 
-SVG = re.compile(r"<svg .*?</svg>", re.DOTALL)
+SVG = re.compile(r'<div class="drawing">(<svg .*?</svg>)</div>', re.DOTALL)
 
 
 def page_of(path: Path) -> str:
@@ -620,8 +621,11 @@ def test_text_and_marks_contrast_with_their_ground():
     """4.5:1 for text and colours of the legend, as WCAG asks of text."""
     for theme in CSS.split("@media (prefers-color-scheme: dark)"):
         card, page = luminance(theme, "card"), luminance(theme, "page")
-        for name in ("ink", "soft", "c4"):
-            for ground in (card, page):
+        for names, grounds in (
+            (("ink", "soft"), (card, page)),
+            (("c1", "c2", "c3", "c4", "c5", "c6"), (card, luminance(theme, "onfill"))),
+        ):
+            for name, ground in itertools.product(names, grounds):
                 bright, dim = sorted((luminance(theme, name), ground), reverse=True)
                 assert (bright + 0.05) / (dim + 0.05) >= 4.5, name
 
