@@ -9,6 +9,7 @@ import os
 import random
 import sys
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,14 +53,17 @@ def draw(page: Path, image: Path) -> None:
 
     with chromium() as browser:
         tab = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme="light")
-        tab.goto(page.as_uri())
+        tab.goto(page.absolute().as_uri())
         tab.screenshot(path=image)
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        log, page = Path(folder) / "run.jsonl", Path(folder) / "report.html"
-        log_a_run(log)
+        os.chdir(folder)
+        log, page = Path("run.jsonl"), Path("report.html")
+        with open(os.devnull, "w") as nothing, redirect_stderr(nothing):  # the console has the same lines
+            log_a_run(log)
+        log.write_text(log.read_text("utf-8").replace(str(ROOT / "nanovllm/assets") + "/", ""), "utf-8")
         from nanovllm.report.__main__ import write_report
 
         write_report(log, page)

@@ -139,7 +139,7 @@ def run_lines(run: Run, facts: Record, judged: Verdict) -> list[str]:
     lines += [_memory(rank, known) for rank, known in sorted(run.ranks.items())]
     lines += [_start_up(run), _backends(run), _versions(run), _configuration(facts)]
     if run.num_problems:
-        lines.append(f"{plural(run.num_problems, 'warning')} or errors; the first: {run.problems[0]}")
+        lines.append(f"Warnings and errors: {run.num_problems:,}; the first: {run.problems[0]}")
     if not run.statistics.covers_run:
         lines.append("The engine had not ended where the log ends: totals are of the intervals that the log has.")
     return [line for line in lines if line]

@@ -144,7 +144,7 @@ def _notices(run: Run) -> list[str]:
         items = "".join(f"<li>{escape(problem)}</li>" for problem in run.problems)
         more = f" (the first {len(run.problems)})" if run.num_problems > len(run.problems) else ""
         notices.append(
-            f'<div class="panel bad"><h3>{run.num_problems:,} warnings and errors{more}</h3><ul>{items}</ul></div>'
+            f'<div class="panel bad"><h3>Warnings and errors: {run.num_problems:,}{more}</h3><ul>{items}</ul></div>'
         )
     if run.requests.num_lost:
         notices.append(f'<div class="panel bad">{run.requests.num_lost:,} requests were lost when a step failed.</div>')
