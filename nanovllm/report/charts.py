@@ -108,7 +108,7 @@ class Frame:
         self.label, self.width, self.height = label, width, height
         self.x_end, self.y_end = max(x_end, 1e-12), max(y_end, 1e-12)
         self.parts: list[str] = []
-        self.plot: list[str] = []  # parts of the plot area, which the page's script zooms if there is a time axis
+        self.plot: list[str] = []  # the page's script zooms these if there is a time axis
         self.time: tuple[float, float] | None = None  # of the x axis, in seconds since the run's origin
 
     @property
@@ -128,13 +128,13 @@ class Frame:
         self.parts.append(part)
 
     def draw(self, part: str) -> None:
+        """Adds a part of the plot area, over those of `add`."""
         self.plot.append(part)
 
     def time_axis(self, axis: TimeAxis, unit: str, start: float = 0.0) -> None:
         """Draws an x axis of time that can be zoomed. start: seconds since the run's origin at its left end."""
         self.time = start, start + axis.end
-        self.add(f'<g class="ticks" data-y="{self.bottom + 17}">')
-        self.x_axis(axis.ticks(), unit, "</g>")
+        self.x_axis(axis.ticks(), unit)
 
     def y_axis(self, marks: Sequence[tuple[float, str]], unit: str) -> None:
         for value, text in marks:
@@ -147,14 +147,15 @@ class Frame:
             f"{escape(unit)}</text>"
         )
 
-    def x_axis(self, marks: Sequence[tuple[float, str]], unit: str, after_marks: str = "") -> None:
+    def x_axis(self, marks: Sequence[tuple[float, str]], unit: str) -> None:
+        self.add(f'<g class="ticks" data-y="{self.bottom + 17}">')
         for value, text in marks:
             x = self.x(value)
             self.add(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{self.bottom}" y2="{self.bottom + 4}"/>')
             self.add(
                 f'<text class="tick" x="{x:.1f}" y="{self.bottom + 17}" text-anchor="middle">{escape(text)}</text>'
             )
-        self.add(after_marks)
+        self.add("</g>")
         self.add(f'<line class="axis" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{self.bottom}" y2="{self.bottom}"/>')
         middle = (LEFT + self.width - RIGHT) / 2
         self.add(

@@ -604,12 +604,24 @@ def test_no_hit_rate_is_drawn_where_nothing_was_looked_up(tmp_path):
     assert "stat_hit_rate" not in only_run(write(tmp_path / "run.jsonl", lines)).timeline
 
 
+def y_marks(drawing: str) -> list[str | None]:
+    texts = ET.fromstring(drawing).iter("text")
+    return [text.text for text in texts if text.attrib.get("text-anchor") == "end"]
+
+
 def test_two_runs_side_by_side(tmp_path, known):
     other = write(tmp_path / "other.jsonl", slow_log())
     assert main([str(known), "--compare", str(other), "-o", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "<h3>Two runs</h3>" in page
     assert "<code>num_blocks</code>" in page
+    charts = page.partition("<h2>Charts of both runs</h2>")[2].partition("</section>")[0]
+    titles = re.findall(r"<h3>(.*?)</h3>", charts)
+    assert titles[::2] == titles[1::2]
+    assert titles
+    drawings = SVG.findall(charts)
+    for one, two in zip(drawings[::2], drawings[1::2], strict=True):
+        assert y_marks(one) == y_marks(two)
 
 
 def test_unexplained_steps_are_said_once(tmp_path):
