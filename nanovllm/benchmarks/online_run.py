@@ -43,7 +43,8 @@ from nanovllm.benchmarks.settings import (
     model_config,
 )
 from nanovllm.benchmarks.vllm_comparison import check_installed, run_vllm
-from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
+from nanovllm.models.model_config import ModelConfig
 
 
 class Measured:

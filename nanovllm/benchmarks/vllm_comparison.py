@@ -26,8 +26,8 @@ from nanovllm.benchmarks.online_measurement import Finished, measure
 from nanovllm.benchmarks.online_settings import VLLM, OnlinePlan
 from nanovllm.benchmarks.online_summary import RunSummary
 from nanovllm.benchmarks.settings import WorkloadError
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from nanovllm.models.checkpoint import resolve_model_folder
-from nanovllm.models.model_config import BUILTIN_SHAPES
 
 # Arguments of our engine that vLLM has under the same name with the same meaning. Others stay at vLLM's defaults.
 SHARED_ARGUMENTS = (
@@ -85,7 +85,7 @@ def _model_folder(model: str, folder: Path) -> str:
         return str(resolve_model_folder(model))
     from nanovllm.benchmarks.transformers_comparison import transformers_config
 
-    transformers_config(BUILTIN_SHAPES[model]).save_pretrained(folder)
+    transformers_config(model).save_pretrained(folder)
     return str(folder)
 
 

@@ -90,9 +90,9 @@ class CollectedStep:
 
 @dataclass(frozen=True)
 class Delay:
-    """A step, or a request's wait for its next token, that took longer than NANOVLLM_LOG_SLOW_SECONDS."""
+    """A step, or a request's wait for its next token or in the queue, that is slow by NANOVLLM_LOG_SLOW_SECONDS."""
 
-    kind: Literal["step", "wait"]
+    kind: Literal["step", "wait", "queue"]
     seconds: float
     step: int
     request_id: str | None  # the request that waited longest; None if the step gave no request its next token

@@ -90,6 +90,7 @@ class Scheduler:
         self._leaving: list[int] = []  # rows to release as soon as no step in flight touches them
         self._closed: list[int] = []  # rows released since the last step was planned
         self.last_step = last_step  # the last step that was planned
+        self._step = last_step  # the step that is being planned, or was collected last; for the log
         self._max_prompt_logprob_tokens = max(_MAX_PROMPT_LOGPROBS // config.vocab_size, 1)
         self._shares_prefix = False  # whether decode rows of the last step shared a prefix; for the log
 
@@ -113,7 +114,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """Returns the next step, or None when nothing can run before a step in flight is collected."""
-        self.now = self._clock()
+        self.now, self._step = self._clock(), self.last_step + 1
         plan = _StepPlan()
         decode_rows, shares_prefix = self._group_by_prefix(self._schedule_decode(plan))
         if self.waiting or self._prefilling is not None:
@@ -179,7 +180,9 @@ class Scheduler:
         shares_prefix = bool(shares.any())
         if shares_prefix and not self._shares_prefix:
             num_sharing, saved_tokens = int(shares.sum()), int(saved[pays].sum())
-            events.batch_shares_prefix.log(logger, num_sharing=num_sharing, size=len(rows), saved_tokens=saved_tokens)
+            events.batch_shares_prefix.log(
+                logger, num_sharing=num_sharing, size=len(rows), saved_tokens=saved_tokens, step=self._step
+            )
         self._shares_prefix = shares_prefix
         return arranged, shares_prefix
 
@@ -207,7 +210,7 @@ class Scheduler:
             if len(candidates) < 2:
                 return rows
             oldest = self.rows.sequence(int(full[self.rows.seq_id[full].argmin()]))
-            shortage = Shortage(self.last_step + 1, oldest, len(full), free)
+            shortage = Shortage(self._step, oldest, len(full), free)
             coming += self._preempt(max(candidates, key=lambda sequence: sequence.seq_id), shortage)
 
     def _preempt(self, sequence: Sequence, shortage: Shortage) -> int:
@@ -279,8 +282,9 @@ class Scheduler:
         # The log-probabilities of a prompt token exist only in the step that computes it: a cached prefix has none.
         share = not sequence.needs_prompt_logprobs
         keep_free = 0 if self.rows.is_empty else self.policy.watermark
+        token_ids, salt = sequence.token_ids, sequence.cache_salt
         table = self.block_manager.allocate(
-            sequence.seq_id, sequence.token_ids, salt=sequence.cache_salt, share=share, keep_free=keep_free
+            sequence, self._step, token_ids, salt=salt, share=share, keep_free=keep_free
         )
         if table is None:
             return None
@@ -300,7 +304,7 @@ class Scheduler:
         plan.opened.append(
             OpenedRow(
                 row=row,
-                token_ids=sequence.token_ids,
+                token_ids=token_ids,
                 temperature=params.temperature,
                 seed=sequence.seed,
                 truncation=truncation,
@@ -327,6 +331,7 @@ class Scheduler:
         """
         rows = self.rows
         now = self.now = self._clock()
+        self._step = batch.step
         self.policy.step_collected(now, result.gpu_ms)
         rows.steps_in_flight[batch.decode_rows] -= 1
         rows.steps_in_flight[batch.chunks["row"]] -= 1
@@ -426,7 +431,7 @@ class Scheduler:
                 sequence.last_token = None if sequence.first_token is None else float(self.rows.last_token[row])
                 sequence.status = SequenceStatus.WAITING
                 bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.seq_id)
-            self.block_manager.release(sequence.seq_id, sequence.block_table)
+            self.block_manager.release(sequence, self._step, sequence.block_table)
             sequence.block_table = BlockTable()
             self.rows.close(row)
             self._closed.append(row)

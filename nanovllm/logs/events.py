@@ -207,7 +207,9 @@ sequence_finished = Event(
     "itl_ms e2e_ms preemptions",
     optional="trace_id span_id",
 )
-request_output = Event("request.output", DEBUG, "engine.llm_engine", "Request {request_id} finished: {text!r}")
+request_output = Event(
+    "request.output", DEBUG, "engine.llm_engine", "Request {request_id} finished: {text!r}", optional="trace_id span_id"
+)
 request_failed = Event(
     "request.failed",
     WARNING,
@@ -232,6 +234,8 @@ logits_invalid = Event(
     ERROR,
     "engine.llm_engine",
     "Invalid logits, first in request {request_id} after {output_len} output tokens; the others go on: {error}",
+    "step",
+    optional="trace_id span_id",
 )
 chat_tools_ignored = Event(
     "chat.tools_ignored",
@@ -286,6 +290,7 @@ batch_shares_prefix = Event(
     INFO,
     "engine.scheduler",
     "{num_sharing} of {size} decode rows share prefixes: {saved_tokens} tokens less to read in a step",
+    "step",
     in_summary=False,
 )
 sequence_preempted = Event(
@@ -318,6 +323,7 @@ blocks_allocating = Event(
     DEBUG,
     "engine.block_manager",
     "Allocating blocks for seq_id={seq_id}, num_blocks={num_blocks}",
+    "request_id step",
 )
 blocks_allocated = Event(
     "blocks.allocated",
@@ -325,12 +331,14 @@ blocks_allocated = Event(
     "engine.block_manager",
     "Allocated blocks for seq_id={seq_id}: new={new}, cache_hits={cache_hits}, free_blocks={free_blocks}, "
     "used_blocks={used_blocks}",
+    "request_id step",
 )
 blocks_freed = Event(
     "blocks.freed",
     DEBUG,
     "engine.block_manager",
     "Deallocated blocks for seq_id={seq_id}: freed={freed}/{total}, free_blocks={free_blocks}",
+    "request_id step",
 )
 
 EVENTS = {value.name: value for value in list(globals().values()) if isinstance(value, Event)}

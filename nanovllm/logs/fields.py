@@ -250,7 +250,9 @@ FIELDS: Mapping[str, Field] = {
     "wall_s": Field(float, "wall time of the steps, in seconds; steps in flight together count once"),
     "wanted": Field(int, "the requested length"),
     "weights_gb": Field(float, "size of the weights, in GB"),
-    "what": Field(str, "`failed` or `was interrupted`; in `engine.slow`, `step`, or `wait` for the next token"),
+    "what": Field(
+        str, "`failed` or `was interrupted`; in `engine.slow`, `step`, `wait` for the next token, or `queue`"
+    ),
     "whom": Field(str, "for whom it was preempted, in words"),
     "why": Field(str, "why it has no effect"),
     "why_eager": Field(str, "why a CUDA graph does not serve"),

@@ -58,7 +58,8 @@ class DecoderAttention(nn.Module):
         num_inputs = config.num_heads * config.head_dim
         size, name = config.hidden_size, self.output_name
         self.o_proj = RowParallelLinear(context, num_inputs, size, bias=output_bias, name=name)
-        self.attention = Attention(config.head_dim, context.backends, config.windows[index])
+        window = config.windows[index]
+        self.attention = Attention(config.head_dim, context.backends, context.parallel.step, window)
 
     def qk_norm(self) -> QKNorm | None:
         """Returns the norm of query and key heads; None for a model without one."""

@@ -16,6 +16,7 @@ import torch
 
 from nanovllm.engine.batch import StepNeeds
 from nanovllm.kernels.logprobs import SampledTokens
+from nanovllm.layers.parallel import CurrentStep
 from nanovllm.logs import events
 from nanovllm.utils.logger import setup_logger
 
@@ -41,8 +42,9 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 class GraphPool:
     """Captures CUDA graphs that share one memory pool, since only one runs at a time."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, step: CurrentStep) -> None:
+        """step: the one that runs, for the log."""
+        self.device, self.step = device, step
         self.handle = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._is_first = True
@@ -108,5 +110,5 @@ class DecodeGraphs:
         rows.fill_(self._null_row)
         captured = self._captured[size, needs] = _Captured(*self.pool.capture(lambda: self._decode_step(rows, needs)))
         elapsed_ms = (time.perf_counter() - started) * 1e3
-        events.graph_captured.log(logger, size=size, elapsed_ms=elapsed_ms, **asdict(needs))
+        events.graph_captured.log(logger, size=size, elapsed_ms=elapsed_ms, **asdict(needs), **self.pool.step.fields)
         return captured

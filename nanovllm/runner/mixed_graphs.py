@@ -185,6 +185,7 @@ class MixedGraphs:
             num_rows=num_rows,
             elapsed_ms=(time.perf_counter() - began) * 1e3,
             **asdict(needs),
+            **self._pool.step.fields,
         )
 
 

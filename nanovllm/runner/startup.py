@@ -294,7 +294,8 @@ class Startup:
         """Captures the graphs of decode steps, or with `fast_start` the largest. Returns None without graphs."""
         if not self._use_cuda_graphs:
             return None
-        graphs = DecodeGraphs(GraphPool(self.device), decode_step, self._config.max_num_seqs, null_row)
+        pool = GraphPool(self.device, self._parallel.step)
+        graphs = DecodeGraphs(pool, decode_step, self._config.max_num_seqs, null_row)
         missing = graphs.capture_missing(StepNeeds())
         for _ in islice(missing, 1) if self._starts_fast else missing:
             pass

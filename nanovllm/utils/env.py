@@ -147,7 +147,8 @@ log_slow_seconds = Variable(
     "NANOVLLM_LOG_SLOW_SECONDS",
     SECONDS,
     5.0,
-    "A step, or a request's wait for its next token, that takes longer is a warning; at most one a minute.",
+    "A step, or a request's wait for its next token, that takes longer is a warning, and so is a wait in the queue of "
+    "four times as long; at most one of each kind a minute.",
 )
 configure_logging = Variable(
     "NANOVLLM_CONFIGURE_LOGGING", SWITCH, True, "0: no handler is attached, no level is set, no log file is written."

@@ -10,6 +10,7 @@ import torch
 
 from nanovllm.attention.interface import AttentionMetadata, DecodeMetadata, LayerKVCache, PrefillMetadata
 from nanovllm.layers.attention import Attention
+from nanovllm.layers.parallel import CurrentStep
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 WINDOW = 3
@@ -53,7 +54,7 @@ def run(metadata: AttentionMetadata) -> tuple[torch.Tensor, torch.Tensor, Markin
     query = torch.randn(count, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     cache = LayerKVCache(torch.zeros(3, 4, KV_HEADS, HEAD_DIM), torch.zeros(3, 4, KV_HEADS, HEAD_DIM))
     decode, prefill = Marking(1.0), Marking(2.0)
-    layer = Attention(HEAD_DIM, SimpleNamespace(decode=decode, prefill=prefill), WINDOW)
+    layer = Attention(HEAD_DIM, SimpleNamespace(decode=decode, prefill=prefill), CurrentStep(), WINDOW)
     return layer(query, metadata, cache), query, decode, prefill
 
 

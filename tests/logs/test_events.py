@@ -372,3 +372,14 @@ def test_what_is_wrong_is_found(event: str, level: str, logger: str, fields: dic
     record.event, record.fields = event, fields
     assert complaint in wrong_with(record)
     assert bool(wrong_with(record)) is bool(complaint)
+
+
+ABOUT_A_STEP = ("batch.", "blocks.", "runner.", "section.", "sequence.", "step.")
+
+
+def test_records_name_their_request_and_their_step(records: list[logging.LogRecord]) -> None:
+    for record in records:
+        if "seq_id" in record.fields:
+            assert record.fields["request_id"], record.event
+        if record.event.startswith(ABOUT_A_STEP) and record.event != "runner.init":
+            assert "step" in record.fields, record.event
