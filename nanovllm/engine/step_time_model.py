@@ -40,16 +40,16 @@ class StepTimeModel:
     """
 
     def __init__(self) -> None:
-        self._steps: dict[bool, deque[tuple[StepSize, float]]] = {
+        self._steps: dict[bool, deque[tuple[npt.NDArray[np.float64], float]]] = {
             has_prompts: deque(maxlen=_WINDOW) for has_prompts in (False, True)
-        }  # measured, with their seconds
+        }  # the parts of each measured step, and its seconds
         self._coefficients: npt.NDArray[np.float64] = np.zeros(4)  # seconds, none negative
         self._largest = 0  # most prompt tokens of a measured step
         self._is_current = True  # whether the two above are those of all measured steps
 
     def observe(self, size: StepSize, seconds: float) -> None:
         """Takes the time of a step."""
-        self._steps[size.num_prompt_tokens > 0].append((size, seconds))
+        self._steps[size.num_prompt_tokens > 0].append((size.parts, seconds))
         self._is_current = False
 
     def seconds(self, size: StepSize) -> float:
@@ -75,9 +75,9 @@ class StepTimeModel:
 
     def _fit(self) -> None:
         steps = [*self._steps[False], *self._steps[True]]
-        self._largest = max(size.num_prompt_tokens for size, _ in steps)
-        parts = np.array([size.parts for size, _ in steps])  # [num_steps, 4]
+        parts = np.array([parts for parts, _ in steps])  # [num_steps, 4]
         seconds = np.array([seconds for _, seconds in steps])
+        self._largest = round(float(parts[:, 2].max() * _UNITS[2]))
         scale = np.maximum(seconds, max(float(np.median(seconds)), 1e-9))
         fitted = list(range(len(_UNITS)))
         while fitted:
