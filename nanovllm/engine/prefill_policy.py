@@ -15,7 +15,7 @@ from nanovllm.config import ResolvedConfig
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.row_table import RowArray, RowTable
 from nanovllm.engine.sequence import Sequence
-from nanovllm.engine.step_time_model import StepTimeModel
+from nanovllm.engine.step_time_model import StepSize, StepTimeModel
 
 # Prompt tokens that a step may always compute beside decoding, whatever the target: prompts must make progress.
 MIN_PREFILL_TOKENS = 64
@@ -35,13 +35,6 @@ class PrefillBudget:
     reason: str
 
 
-@dataclass(frozen=True)
-class _PlannedStep:
-    context: int  # tokens that its decode rows read
-    num_prompt_tokens: int
-    planned: float  # seconds of the engine's clock
-
-
 class PrefillPolicy:
     """Decides what prompts get of a step. It changes when tokens come, never which.
 
@@ -57,18 +50,21 @@ class PrefillPolicy:
         self._target = None if target_ms is None else target_ms / 1e3  # seconds
         self.watermark = int(_WATERMARK * config.num_blocks)  # blocks
         self._times = StepTimeModel()
-        self._in_flight: deque[_PlannedStep] = deque()
+        self._in_flight: deque[tuple[StepSize, float]] = deque()  # each with when it was planned
         self._collected = 0.0  # when the last step was collected
         self._credit = 0  # prompt tokens of the step that short prompts may take before a long one
 
-    def budget(self, rows: RowTable, decode_rows: RowArray) -> PrefillBudget:
-        """Returns how many prompt tokens the next step may compute beside `decode_rows`."""
+    def budget(self, rows: RowTable, decode_rows: RowArray, start: int) -> PrefillBudget:
+        """Returns how many prompt tokens the next step may compute beside `decode_rows`.
+
+        start: the position of the first of them in its prompt.
+        """
         left = self.max_num_batched_tokens - len(decode_rows)
         limits = {"max_num_batched_tokens": left}
         if len(decode_rows) and self.max_prefill_tokens_beside_decode is not None:
             limits["max_prefill_tokens_beside_decode"] = self.max_prefill_tokens_beside_decode
         if len(decode_rows) and self._target is not None:
-            num_tokens = self._times.num_prompt_tokens(_context(rows, decode_rows), self._target, left)
+            num_tokens = self._times.num_prompt_tokens(_context(rows, decode_rows), start, self._target, left)
             limits["inter_token_latency_target_ms"] = max(num_tokens, MIN_PREFILL_TOKENS)
         reason = min(limits, key=limits.__getitem__)
         return PrefillBudget(limits[reason], reason)
@@ -96,15 +92,17 @@ class PrefillPolicy:
     def step_planned(self, batch: ScheduledBatch, rows: RowTable, now: float) -> None:
         """Takes the make-up of a step. now: seconds of the engine's clock."""
         if self._target is not None:
+            starts, lengths = batch.chunks["start"].astype(np.float64), batch.chunks["length"]
+            num_pairs = float((lengths * (starts + lengths / 2)).sum())
             context = _context(rows, batch.decode_rows)
-            self._in_flight.append(_PlannedStep(context, batch.num_prefill_tokens, now))
+            self._in_flight.append((StepSize(context, batch.num_prefill_tokens, num_pairs), now))
 
     def step_collected(self, now: float, gpu_ms: float | None) -> None:
         """Takes the time of the oldest step in flight: on the GPU, or else since the step before it was collected."""
         if self._target is not None:
-            step = self._in_flight.popleft()
-            seconds = now - max(self._collected, step.planned) if gpu_ms is None else gpu_ms / 1e3
-            self._times.observe(step.context, step.num_prompt_tokens, seconds)
+            size, planned = self._in_flight.popleft()
+            seconds = now - max(self._collected, planned) if gpu_ms is None else gpu_ms / 1e3
+            self._times.observe(size, seconds)
             self._collected = now
 
 

@@ -118,7 +118,8 @@ class Scheduler:
         plan = _StepPlan()
         decode_rows, shares_prefix = self._group_by_prefix(self._schedule_decode(plan))
         if self.waiting or self._prefilling is not None:
-            self._schedule_prefill(plan, self.policy.budget(self.rows, decode_rows))
+            start = 0 if self._prefilling is None else int(self.rows.num_computed[self._row(self._prefilling)])
+            self._schedule_prefill(plan, self.policy.budget(self.rows, decode_rows, start))
         if not plan.chunks and not len(decode_rows):
             return None
         # Only the last chunk can stop before the end of its prompt, so the final ones come first, as batches need.
