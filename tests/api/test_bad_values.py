@@ -276,7 +276,7 @@ def test_async_generate() -> None:
             answers = await asyncio.gather(*(ask(engine, call) for call in calls))
             for answer, (name, value, message) in zip(answers, ASYNC, strict=True):
                 assert answer.startswith(message), (name, value)
-            assert not engine._engine.has_unfinished_requests()
+            assert (engine.metrics.num_running, engine.metrics.num_waiting) == (0, 0)
 
     asyncio.run(main())
 
