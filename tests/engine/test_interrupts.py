@@ -20,8 +20,12 @@ from tests.interrupts import Interrupter, Place, places
 
 ENGINE = ("engine/llm_engine.py", "engine/unfinished_requests.py", "engine/turns.py", "requests/parallel_sampling.py")
 STATE = ("engine/scheduler.py", "engine/block_manager.py", "engine/row_table.py")
-OBSERVERS = tuple(
-    f"engine/{name}.py" for name in ("observer", "request_tracker", "stalls", "queue_waits", "engine_log")
+OBSERVERS = (
+    "engine/observer.py",
+    "engine/request_tracker.py",
+    "engine/stalls.py",
+    "engine/queue_waits.py",
+    "engine/engine_log.py",
 )
 CALLS = (*ENGINE, "nanovllm/llm.py", "nanovllm/streaming.py")
 SEVERAL = SamplingParams(n=3, max_tokens=4, ignore_eos=True)
