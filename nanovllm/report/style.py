@@ -82,7 +82,8 @@ td a { color: inherit; text-decoration: none; } td a:hover { text-decoration: un
   .cards-if-narrow tr[hidden], .cards-if-narrow tr:first-child, .cards-if-narrow .none { display: none; }
   .cards-if-narrow td { display: flex; gap: 10px; justify-content: space-between; padding: 2px 0; border: 0;
     text-align: right; overflow-wrap: anywhere; }
-  .cards-if-narrow td::before { content: attr(data-label); color: var(--soft); text-align: left; flex: none; }
+  .cards-if-narrow td::before { content: attr(data-label); color: var(--soft); text-align: left; flex: none;
+    max-width: 50%; }
   .cards-if-narrow td ul { text-align: left; }
 }
 @media print { body { max-width: none; background: #fff; } .hover, .zoom { display: none; } }
