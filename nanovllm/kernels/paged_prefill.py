@@ -23,7 +23,8 @@ from nanovllm.kernels.triton_support import LOG2_E, constant, jit, next_power_of
 _MIN_DOT_SIZE = 16  # the smallest tile of a matrix product
 # The score of a key that a query does not see. With a window a query may see none of the first block's keys, and the
 # softmax of infinities alone would be NaN. The sums of such a block are multiplied by 0 when the first seen key comes.
-UNSEEN = constant(-1e30)
+# A power of two: its product with the scale is exact, so that a fused multiply-add leaves no rest of 1e22 for exp2.
+UNSEEN = constant(-(2.0**100))
 
 
 @jit

@@ -42,7 +42,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128)
 _GROUPS = (1, 2, 4, 8, 16)  # query heads that share a KV head
 _ALIGNED_BYTES = 16  # where the accelerator may begin to read
-_UNSEEN = constant(-1e30)  # as in paged_prefill.py
+_UNSEEN = constant(-(2.0**100))  # as in paged_prefill.py
 
 
 @gluon_jit()
