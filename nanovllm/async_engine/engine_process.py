@@ -27,11 +27,11 @@ from nanovllm.async_engine.encoding import (
     LogRecord,
     StartEngine,
     StopEngine,
-    ToProcess,
     decode,
     encode,
 )
 from nanovllm.async_engine.messages import Command, EngineEnded, Event
+from nanovllm.async_engine.outbox import Outbox
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.observer import engine_ids
 from nanovllm.errors import EngineDeadError, InvalidArgumentError
@@ -73,7 +73,7 @@ class EngineProcess:
         self._config = config
         self._engine_id = next(engine_ids)  # in the records of the log
         self._connection, self._theirs = Pipe()
-        self._sending = threading.Lock()
+        self._outbox = Outbox(self._connection)
         self._asking = threading.Lock()  # one question at a time
         self._metrics = MetricsSnapshot()
         self._answered = threading.Event()
@@ -88,7 +88,7 @@ class EngineProcess:
         configure_logging()  # the environment may have changed since the import
         start = _start_message(self._config)
         self._start_process()
-        self._send_bytes(start)
+        self._outbox.send(start)
         if not self._config.skip_tokenizer_init:
             import transformers  # noqa: F401  # takes a second, in which the process loads the model
         self._prepare(*self._wait_until_ready())
@@ -131,13 +131,13 @@ class EngineProcess:
         self.preparation = RequestPreparation(self.tokenizer, resolved, self._grammars, ready.default_params)
 
     def send(self, command: Command) -> None:
-        self._send(command)
+        self._outbox.send(encode(command))
 
     def metrics(self) -> MetricsSnapshot:
         with self._asking:
             if not self._has_ended:
                 self._answered.clear()
-                self._send(AskMetrics())
+                self._outbox.send(encode(AskMetrics()))
                 while not self._has_ended and not self._answered.wait(_LOOK_SECONDS):
                     pass
             return self._metrics
@@ -146,17 +146,10 @@ class EngineProcess:
         if not self._reader.is_alive():  # it has not started, or has ended
             self._end_process(0)
             return
-        self._send(StopEngine())
+        self._outbox.send(encode(StopEngine()))
         # Garbage collection may call this on the reader's thread, which cannot join itself.
         if wait and self._reader is not threading.current_thread():
             self._reader.join()
-
-    def _send(self, message: ToProcess) -> None:
-        self._send_bytes(encode(message))
-
-    def _send_bytes(self, data: bytes) -> None:
-        with self._sending, suppress(OSError):  # it has ended, which the reader notices
-            self._connection.send_bytes(data)
 
     def _next_message(self) -> FromProcess:
         """Waits for a message that is not for the log alone. The end of the process counts as one."""
@@ -221,8 +214,7 @@ class EngineProcess:
                 self._process.wait(seconds)
             self._process.kill()
             self._process.wait()
-        with self._sending:
-            self._connection.close()
+        self._outbox.close()
 
 
 def _ending(code: int | None) -> str:

@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 import threading
-from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from nanovllm.async_engine.encoding import (
@@ -28,6 +27,7 @@ from nanovllm.async_engine.encoding import (
 )
 from nanovllm.async_engine.engine_loop import EngineLoop
 from nanovllm.async_engine.messages import EngineEnded
+from nanovllm.async_engine.outbox import Outbox
 from nanovllm.config import ResolvedConfig
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.errors import EngineDeadError
@@ -46,12 +46,13 @@ class _Parent(EngineObserver, logging.Handler):
         logging.Handler.__init__(self)
         self._connection = connection
         self._pid = os.getppid()
-        self._sending = threading.Lock()
+        self._outbox = Outbox(connection)
 
     def send(self, message: FromProcess) -> None:
-        data = encode(message)
-        with self._sending, suppress(OSError):  # it has ended, which `serve` notices
-            self._connection.send_bytes(data)
+        self._outbox.send(encode(message))
+
+    def flush(self) -> None:
+        self._outbox.flush()
 
     def engine_resolved(self, resolved: ResolvedConfig) -> None:
         self.send(EngineResolved(resolved))
@@ -86,6 +87,7 @@ def main(descriptor: int) -> None:
         for name, level in start.levels.items():
             logging.getLogger(name).setLevel(level)
         status = _serve(parent, start)
+    parent.flush()
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)  # at once: does not wait for threads of libraries
