@@ -23,7 +23,8 @@ def forced_schema(body: ChatCompletionRequest) -> StructuredOutputsParams:
     functions = [tool.function for tool in body.tools or ()]
     if isinstance(body.tool_choice, NamedTool):
         name = body.tool_choice.function.name
-        return StructuredOutputsParams(json=next(_parameters(each) for each in functions if each.name == name))
+        schema = next(_parameters(each) for each in functions if each.name == name)
+        return StructuredOutputsParams(json=schema, disable_any_whitespace=True)
     calls: dict[str, Any] = {"type": "array", "items": {"anyOf": [_call(each) for each in functions]}, "minItems": 1}
     if body.parallel_tool_calls is False:
         calls["maxItems"] = 1
