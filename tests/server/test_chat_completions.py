@@ -118,7 +118,10 @@ def test_variables_of_the_template(server: RunningServer) -> None:
     assert counts[1] > counts[0]
 
 
-def test_templates_of_requests_are_refused_unless_trusted(server: RunningServer) -> None:
+def test_templates_of_requests_are_refused_unless_trusted(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanovllm.requests.chat._MAX_SECONDS", 0.2)
     template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     body = {"messages": [{"role": "user", "content": "27 + 58 ="}], "chat_template": template, "temperature": 0}
     assert error_of(server.post(PATH, **body), 400)["param"] == "chat_template"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import socket
 from typing import Any
 
 import pytest
 
+from nanovllm.server.app import make_app
 from tests.processes import until
 from tests.server.running_server import CONTINUATION, RunningServer, running_server
 
@@ -43,19 +46,45 @@ def test_a_client_that_leaves_the_queue_is_forgotten(server: RunningServer) -> N
 
 
 def test_a_slow_reader_holds_up_nobody(server: RunningServer) -> None:
-    """It reads nothing, and its answer is longer than what the sockets take."""
-    fields = {"stream": True, "logprobs": 20, "max_tokens": 2000}
-    slow = [send(server, {**LONG, **fields}, buffer=4096) for _ in range(3)]
-    assert until(lambda: server.engine.metrics.num_running == 3)
-    for _ in range(5):
-        assert server.complete()["choices"][0]["text"] == CONTINUATION
-    assert until(server.is_idle)  # they have ended, though nobody reads
-    for connection in slow:
-        data = b""
-        while b"[DONE]" not in data and (chunk := connection.recv(1 << 20)):
-            data = data[-20:] + chunk
-        assert b"[DONE]" in data
-        connection.close()
+    """It takes the first part of its answer, and nothing more until its request has ended."""
+    body = {**LONG, "max_tokens": 300, "stream": True}
+    sent: list[bytes] = []
+
+    async def read_slowly() -> None:
+        may_read, gone = asyncio.Event(), asyncio.Event()
+        messages = iter([{"type": "http.request", "body": json.dumps(body).encode()}])
+
+        async def receive() -> Any:
+            for message in messages:
+                return message
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message.get("body", b""))
+            if len(sent) > 1:
+                await may_read.wait()
+
+        task = asyncio.ensure_future(make_app(server.service)(scope_of("/v1/completions"), receive, send))
+        while not sent:
+            await asyncio.sleep(0.01)
+        other = await asyncio.to_thread(server.complete)
+        assert other["choices"][0]["text"] == CONTINUATION
+        assert await asyncio.to_thread(until, server.is_idle)  # it has ended, though nobody reads
+        assert len(sent) == 2  # the headers, and the part that waits
+        may_read.set()
+        await task
+
+    asyncio.run(read_slowly())
+    *chunks, done = b"".join(sent).decode().strip().split("\n\n")
+    assert done == "data: [DONE]"
+    assert len(chunks) == 2  # all that was generated meanwhile is one chunk
+    assert json.loads(chunks[-1].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+
+
+def scope_of(path: str) -> dict[str, Any]:
+    headers = [(b"content-type", b"application/json")]
+    return {"type": "http", "method": "POST", "path": path, "query_string": b"", "headers": headers, "root_path": ""}
 
 
 def test_an_abort_by_id(server: RunningServer) -> None:
@@ -77,13 +106,10 @@ def test_endpoints_for_development_are_off_by_default(server: RunningServer) -> 
             assert plain.post(path, request_id="a").status_code == 404
 
 
-def send(server: RunningServer, body: dict[str, Any], buffer: int | None = None) -> socket.socket:
-    """Sends a request and returns the connection, of which nothing is read. buffer: bytes that it takes unread."""
+def send(server: RunningServer, body: dict[str, Any]) -> socket.socket:
+    """Sends a request and returns the connection, of which nothing is read."""
     host, port = server.url.removeprefix("http://").split(":")
-    connection = socket.socket()
-    if buffer is not None:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-    connection.connect((host, int(port)))
+    connection = socket.create_connection((host, int(port)))
     request = server.client.build_request("POST", "/v1/completions", json=body)
     head = "".join(f"{name}: {value}\r\n" for name, value in request.headers.items())
     connection.sendall(f"POST /v1/completions HTTP/1.1\r\n{head}\r\n".encode() + request.content)

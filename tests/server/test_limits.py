@@ -82,7 +82,8 @@ def test_a_body_that_is_too_large(server: RunningServer) -> None:
 def test_a_full_queue(server: RunningServer) -> None:
     with running_server(server.engine, max_queue=0) as limited:
         with limited.client.stream("POST", "/v1/completions", json={**LONG, "n": 8, "temperature": 1}) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()
+            next(lines)
             response = limited.post("/v1/completions", prompt="a")
             assert error_of(response, 429)["type"] == "rate_limit_error"
             assert int(response.headers["Retry-After"]) >= 1
