@@ -87,6 +87,8 @@ def test_sigterm_lets_running_requests_end(tmp_path: Path) -> None:
         assert server.end() == 0
     (record,) = server.records("engine.exit")
     assert record["outcome"] == "clean"
+    (record,) = server.records("server.stopped")
+    assert (record["outcome"], record["status"]) == ("clean", 0)
     assert "secret" not in (tmp_path / "log").read_text() + "".join(server.errors)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from nanovllm.outputs import RequestOutput
+from tests.logs.test_events import wrong_with
 from tests.processes import until
 from tests.server.running_server import ANSWER, PROMPT, QUESTION, RunningServer, error_of, running_server
 
@@ -166,6 +167,17 @@ def test_the_trace_of_the_client_is_continued(server: RunningServer, caplog: pyt
         assert added[0]["span_id"] == span
 
 
+def test_records_are_as_declared(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "nanovllm")
+    server.complete(another_new_field=1)
+    server.client.get("/v1/models")
+    with running_server(server.engine):
+        pass
+    server_records = [record for record in caplog.records if record.name.startswith("nanovllm.server")]
+    assert {record.event for record in server_records} == {"http.request", "field.ignored", "server.started"}
+    assert not [wrong for record in server_records if (wrong := wrong_with(record))]
+
+
 # ---- errors of the server itself
 
 
@@ -182,6 +194,7 @@ def test_an_unexpected_error_is_logged_and_not_told(
     assert "secret" not in response.text
     (record,) = [record for record in caplog.records if getattr(record, "event", "") == "server.error"]
     assert "/secret/path" in record.fields["traceback"]
+    assert not wrong_with(record)
 
 
 def test_an_error_in_a_stream_is_its_last_event(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
