@@ -13,7 +13,7 @@ from nanovllm.sampling_params import StructuredOutputsParams
 from nanovllm.server.parsing import Delta, ToolCallDelta
 from nanovllm.server.protocol.chat import ChatCompletionRequest, FunctionDefinition, NamedTool
 
-_ANY_OBJECT: dict[str, Any] = {"type": "object", "properties": {}}
+_NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 _PARAMETERS = '"parameters": '  # what `disable_any_whitespace` writes before the arguments
 _NAME = '{"name": '
 
@@ -32,7 +32,7 @@ def forced_schema(body: ChatCompletionRequest) -> StructuredOutputsParams:
 
 
 def _parameters(function: FunctionDefinition) -> dict[str, Any]:
-    return function.parameters or _ANY_OBJECT
+    return {"type": "object", **function.parameters} if function.parameters else _NO_PARAMETERS
 
 
 def _call(function: FunctionDefinition) -> dict[str, Any]:
