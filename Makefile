@@ -28,7 +28,7 @@ serve: $(VENV)/.server
 test: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(MAKE) --no-print-directory check
 
-test-heavy: $(VENV)/.dev
+test-heavy: $(VENV)/.dev $(VENV)/.chromium
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(MAKE) --no-print-directory heavy
 
 check: lint types unit count
@@ -71,6 +71,13 @@ $(VENV)/.server: $(VENV)/.demo
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+# A Chromium of the system, or else playwright's own.
+$(VENV)/.chromium: $(VENV)/.dev
+	command -v chromium || command -v chromium-browser || command -v google-chrome \
+		|| (apt-get update && apt-get install --yes --no-install-recommends chromium) \
+		|| $(BIN)/python -m playwright install --with-deps chromium
 	touch $@
 
 clean:
