@@ -14,10 +14,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.async_engine.consumers import REQUEST_ID, AsyncRequest, Consumers
+from nanovllm.async_engine.messages import ResetPrefixCache
 from nanovllm.async_engine.selection import make_connection
 from nanovllm.compat.interface import VllmInterface
 from nanovllm.compat.unsupported import REQUEST_ARGUMENTS, accepting
-from nanovllm.config import EngineConfig, takes_engine_arguments
+from nanovllm.config import EngineConfig, ResolvedConfig, takes_engine_arguments
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.metrics import MetricsSnapshot
 from nanovllm.outputs import RequestOutput
@@ -138,6 +139,24 @@ class AsyncLLM(VllmInterface):
         if self._connection.tokenizer is None:
             raise InvalidArgumentError("skip_tokenizer_init", True, "False to have a tokenizer")
         return self._connection.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns the parameters of requests without any: those of the checkpoint's generation_config.json."""
+        return self._connection.preparation.default_params.clone()
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached prefix before the next step."""
+        self._connection.send(ResetPrefixCache())
+
+    @property
+    def resolved(self) -> ResolvedConfig:
+        """The settings that the engine runs with."""
+        return self._connection.preparation.resolved
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine has ended. New requests then raise EngineDeadError."""
+        return self._consumers.is_dead
 
     @property
     def metrics(self) -> MetricsSnapshot:

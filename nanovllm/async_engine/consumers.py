@@ -162,6 +162,11 @@ class Consumers:
 
     # Called by consumers
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine has ended."""
+        return self._dead is not None
+
     def open(self, request: AsyncRequest, loop: asyncio.AbstractEventLoop) -> None:
         """Takes the id of a request. Its consumer runs in `loop`."""
         self.owner.check()
@@ -268,6 +273,7 @@ class Consumers:
                 self._end(event.number, event.error)
             elif isinstance(event, RequestsLost):
                 kind = StepFailedError if event.goes_on else EngineDeadError
+                self._dead = self._dead if event.goes_on else event.error
                 for number in event.numbers:
                     self._end(number, kind.after(event.error))
             else:

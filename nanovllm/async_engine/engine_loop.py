@@ -27,6 +27,7 @@ from nanovllm.async_engine.messages import (
     RequestEnd,
     RequestRefused,
     RequestsLost,
+    ResetPrefixCache,
     StepNews,
 )
 from nanovllm.config import EngineConfig
@@ -118,6 +119,8 @@ class EngineLoop(EngineObserver):
             if self._is_running(command):
                 self._forget(command.request_id)
                 self.engine.discard_requests([command.request_id])
+        elif isinstance(command, ResetPrefixCache):
+            self.engine.reset_prefix_cache()
         else:
             assert_never(command)
 

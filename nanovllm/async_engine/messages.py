@@ -62,7 +62,12 @@ class RefuseRequest:
     context: contextvars.Context
 
 
-Command: TypeAlias = "AddRequest | AbortRequest | DropRequest | RefuseRequest"
+@dataclass(frozen=True)
+class ResetPrefixCache:
+    """Forget every cached prefix."""
+
+
+Command: TypeAlias = "AddRequest | AbortRequest | DropRequest | RefuseRequest | ResetPrefixCache"
 
 # Events
 

@@ -269,6 +269,36 @@ engine_slow = Event(
     unseen="a step of more than NANOVLLM_LOG_SLOW_SECONDS",
 )
 
+# ---- the server
+
+_SERVER = "a running `nanovllm serve`"
+server_started = Event("server.started", INFO, "server.serve", "Serving {model} at {address}", unseen=_SERVER)
+server_draining = Event(
+    "server.draining",
+    INFO,
+    "server.serve",
+    "Shutting down: {num_unfinished} unfinished requests have {threshold:g}s to end",
+    unseen=_SERVER,
+)
+server_stopped = Event(
+    "server.stopped", INFO, "server.serve", "Server ended: {outcome}, status {status}", unseen=_SERVER
+)
+server_error = Event(
+    "server.error", ERROR, "server.errors", "A request failed unexpectedly: {error}", "traceback", unseen=_SERVER
+)
+field_ignored = Event(
+    "field.ignored", INFO, "server.service", "Unknown field of requests, which is ignored: {field}", unseen=_SERVER
+)
+http_request = Event(
+    "http.request",
+    INFO,
+    "server.middleware",
+    "{method} {path} {status} in {duration_s:.3f}s, request_id={request_id}, prompt_tokens={num_prompt_tokens}, "
+    "output_tokens={num_output_tokens}",
+    "client_request_id",
+    unseen=_SERVER,
+)
+
 # ---- scheduling
 
 batch_prefill = Event(

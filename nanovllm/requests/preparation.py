@@ -50,7 +50,7 @@ class RequestPreparation:
         default_params: SamplingParams | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._resolved = resolved
+        self.resolved = resolved
         self._grammars = grammars
         self._tokenization = Tokenization(tokenizer, resolved)
         self.default_params = default_params or read_default_params(Path(resolved.model))
@@ -85,7 +85,7 @@ class RequestPreparation:
             request_id,
             request.token_ids,
             params,
-            max_model_len=self._resolved.max_model_len,
+            max_model_len=self.resolved.max_model_len,
             seed=seed,
             prompt=request.prompt,
         )
@@ -102,14 +102,14 @@ class RequestPreparation:
 
     def _logit_edits(self, params: SamplingParams, num_prompt_tokens: int) -> LogitEdits | None:
         """Returns the request's logit edits; None if it has none. Raises InvalidArgumentError for unknown token ids."""
-        vocab_size = self._resolved.vocab_size
+        vocab_size = self.resolved.vocab_size
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             for token in getattr(params, name) or ():
                 if token >= vocab_size:
                     raise InvalidArgumentError(name, token, f"token ids from 0 to {vocab_size - 1}")
         if not params.edits_logits:
             return None
-        ends = {*(() if params.ignore_eos else self._resolved.eos_token_ids), *(params.stop_token_ids or ())}
+        ends = {*(() if params.ignore_eos else self.resolved.eos_token_ids), *(params.stop_token_ids or ())}
         return read_logit_edits(params, num_prompt_tokens, ends, self._bad_words(params), vocab_size)
 
     def _bad_words(self, params: SamplingParams) -> list[tuple[int, ...]]:

@@ -84,6 +84,7 @@ def test_requirements(metadata: Message) -> None:
         "examples",
         "flash-attn",
         "otel",
+        "server",
         "structured",
     }
 
