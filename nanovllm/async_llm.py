@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanovllm.compat.interface import VllmInterface
 from nanovllm.compat.unsupported import REQUEST_ARGUMENTS, accepting
-from nanovllm.config import EngineConfig, takes_engine_arguments
+from nanovllm.config import EngineConfig, ResolvedConfig, takes_engine_arguments
 from nanovllm.engine_thread import REQUEST_ID, AsyncRequest, EngineThread
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.metrics import MetricsSnapshot
@@ -135,6 +135,24 @@ class AsyncLLM(VllmInterface):
     def get_tokenizer(self) -> Any:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
         return self._engine.get_tokenizer()
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns the parameters of requests without any: those of the checkpoint's generation_config.json."""
+        return self._engine.get_default_sampling_params()
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets every cached prefix before the next step."""
+        self._engine.reset_prefix_cache()
+
+    @property
+    def resolved(self) -> ResolvedConfig:
+        """The settings that the engine runs with."""
+        return self._engine.resolved
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine has ended. New requests then raise EngineDeadError."""
+        return self._thread.is_dead
 
     @property
     def metrics(self) -> MetricsSnapshot:

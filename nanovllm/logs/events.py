@@ -265,6 +265,26 @@ engine_slow = Event(
     unseen="a step of more than NANOVLLM_LOG_SLOW_SECONDS",
 )
 
+# ---- the server
+
+server_started = Event("server.started", INFO, "server.serve", "Serving {model} at {address}")
+server_draining = Event(
+    "server.draining", INFO, "server.serve", "Shutting down: {num_requests} requests have {seconds:g}s to end"
+)
+server_stopped = Event("server.stopped", INFO, "server.serve", "The server has ended: {outcome}")
+server_error = Event(
+    "server.error", ERROR, "server.errors", "A request failed with an unexpected error: {error}", "traceback"
+)
+field_ignored = Event("field.ignored", INFO, "server.service", "Unknown field of requests, which is ignored: {field}")
+http_request = Event(
+    "http.request",
+    INFO,
+    "server.middleware",
+    "{method} {path} {status} in {duration_s:.3f}s, request_id={request_id}, prompt_tokens={num_prompt_tokens}, "
+    "output_tokens={num_output_tokens}",
+    "client_request_id",
+)
+
 # ---- scheduling
 
 batch_prefill = Event(

@@ -19,6 +19,7 @@ FILES = sorted((ROOT / "nanovllm").rglob("*.py"))
 # module, or for the whole package; the entry nearest to a module counts.
 LEVELS = [
     ("nanovllm.__main__", "nanovllm.cli"),
+    ("nanovllm.server",),
     ("nanovllm.benchmarks",),
     ("nanovllm", "nanovllm.entrypoints", "nanovllm.v1", "nanovllm.engine.async_llm_engine", "nanovllm.report"),
     ("nanovllm.llm", "nanovllm.async_llm", "nanovllm.engine_thread", "nanovllm.streaming"),
@@ -171,6 +172,7 @@ OPTIONAL = {
     "nanovllm.diagnostics": {"nanovllm.llm", "nanovllm.async_llm", "nanovllm.engine_factory"},
     "nanovllm.tracing": {"nanovllm.engine_factory"},
     "nanovllm.report": {"nanovllm.cli.report"},
+    "nanovllm.server": {"nanovllm.cli.serve"},
 }
 
 

@@ -1,0 +1,54 @@
+"""make_app: the ASGI application with all endpoints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nanovllm import __version__
+from nanovllm.errors import NanoVLLMError
+from nanovllm.server import chat_completions, completions, dev, models, status, tokenize
+from nanovllm.server.errors import ApiError, as_api_error
+from nanovllm.server.middleware import RequestMiddleware
+from nanovllm.server.responses import JsonResponse
+from nanovllm.server.service import Service
+
+_NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}  # spans are those of the engine's requests
+
+
+def make_app(service: Service) -> FastAPI:
+    """Returns the application that answers with `service`."""
+    app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
+    app.state.service = service
+    for module in (completions, chat_completions, models, tokenize, status):
+        app.include_router(module.router)
+    if service.settings.dev:
+        app.include_router(dev.router)
+    for kind in (HTTPException, RequestValidationError, NanoVLLMError):
+        app.add_exception_handler(kind, _answer_error)
+    app.add_middleware(RequestMiddleware, service=service, body_of=error_body)
+    if service.settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=service.settings.cors_origin,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["X-Request-Id"],
+        )
+    return app
+
+
+def error_body(error: ApiError, path: str) -> Any:
+    """Returns the body of an error, in the form of the API that the path belongs to."""
+    return error.body()
+
+
+async def _answer_error(request: Request, caught: Exception) -> Response:
+    error = as_api_error(caught)
+    return JsonResponse(error_body(error, request.url.path), error.status, error.headers)

@@ -1,0 +1,169 @@
+"""POST /v1/chat/completions: generates the next message of a conversation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from nanovllm.server.chat import ChatRun, ChoiceUpdate
+from nanovllm.server.exchange import exchange_of
+from nanovllm.server.logprobs import chat_logprobs, prompt_logprobs
+from nanovllm.server.parsing import Delta, ParsedMessage
+from nanovllm.server.protocol.chat import (
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionRequest,
+    MessagePart,
+    ToolCallPart,
+)
+from nanovllm.server.protocol.errors import RESPONSES
+from nanovllm.server.responses import DONE, event, json_answer, stream_answer
+from nanovllm.server.service import service_of
+
+router = APIRouter(responses=RESPONSES)
+
+PATH = "/v1/chat/completions"
+
+
+@router.post(PATH, responses={200: {"model": ChatCompletion}})
+async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
+    """Generates the next message of a conversation."""
+    answer = _Answer(await ChatRun.start(service_of(request), exchange_of(request), body, "chatcmpl", PATH))
+    return await (stream_answer(request, answer.events()) if body.stream else json_answer(request, answer.complete()))
+
+
+class _Answer:
+    """The answer of a run, whole or in chunks."""
+
+    def __init__(self, run: ChatRun) -> None:
+        self._run, self._body = run, run.body
+        self._created = int(time.time())
+
+    async def complete(self) -> ChatCompletion:
+        choices: list[ChatChoice] = []
+        async with aclosing(self._run.updates()) as updates:
+            async for update in updates:  # there is one
+                choices += [self._choice(each) for each in update]
+        answer = self._chunk("chat.completion", choices)
+        answer["usage"] = self._run.usage.usage
+        self._add_prompt(answer)
+        return answer
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        run, body, begun = self._run, self._body, False
+        async with aclosing(run.updates()) as updates:
+            async for update in updates:
+                if not begun:
+                    begun = True
+                    yield event(self._first_chunk())
+                chunk = self._chunk("chat.completion.chunk", [self._delta_choice(each) for each in update])
+                if body.wants_continuous_usage:
+                    chunk["usage"] = run.usage.usage
+                yield event(chunk)
+        if body.wants_usage:
+            yield event({**self._chunk("chat.completion.chunk", []), "usage": run.usage.usage})
+        yield DONE
+
+    def _chunk(self, kind: str, choices: list[ChatChoice]) -> ChatCompletion:
+        return {
+            "id": self._run.request_id,
+            "object": kind,
+            "created": self._created,
+            "model": self._run.service.model,
+            "choices": choices,
+            "usage": None,
+        }
+
+    def _first_chunk(self) -> ChatCompletion:
+        """Returns the chunk with the role of each message."""
+        choices: list[ChatChoice] = [
+            {"index": index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            for index in range(self._run.params.n)
+        ]
+        chunk = self._chunk("chat.completion.chunk", choices)
+        if self._body.wants_continuous_usage:
+            chunk["usage"] = self._run.usage.usage
+        self._add_prompt(chunk)
+        return chunk
+
+    def _add_prompt(self, answer: ChatCompletion) -> None:
+        output = self._run.prompt_output
+        if output is not None and self._body.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or [])
+        if output is not None and self._body.return_token_ids:
+            answer["prompt_token_ids"] = output.prompt_token_ids
+
+    def _choice(self, update: ChoiceUpdate) -> ChatChoice:
+        parsed = ParsedMessage()
+        parsed.add(update.deltas)
+        message: MessagePart = {
+            "role": "assistant",
+            "content": parsed.content or (None if parsed.tool_calls or parsed.reasoning else ""),
+            "reasoning": parsed.reasoning or None,
+            "reasoning_content": parsed.reasoning or None,
+            "tool_calls": [
+                {
+                    "id": self._call_id(update.index, number),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for number, call in enumerate(parsed.tool_calls)
+            ],
+        }
+        choice = self._common(update)
+        choice["message"] = message
+        return choice
+
+    def _delta_choice(self, update: ChoiceUpdate) -> ChatChoice:
+        choice = self._common(update)
+        choice["delta"] = self._delta(update.index, update.deltas)
+        return choice
+
+    def _common(self, update: ChoiceUpdate) -> ChatChoice:
+        """Returns the fields that a message and what is new in one share."""
+        completion, body = update.completion, self._body
+        rows, as_ids = completion.logprobs, bool(body.return_tokens_as_token_ids)
+        choice: ChatChoice = {
+            "index": update.index,
+            "logprobs": chat_logprobs(rows, body.top_logprobs or 0, as_ids) if rows else None,
+            "finish_reason": update.finish_reason,
+        }
+        if update.finish_reason is not None:
+            choice["stop_reason"] = completion.stop_reason
+        if body.return_token_ids:
+            choice["token_ids"] = completion.token_ids
+        return choice
+
+    def _delta(self, index: int, deltas: list[Delta]) -> MessagePart:
+        """Returns what is new in a message."""
+        content = "".join(each.content for each in deltas)
+        reasoning = "".join(each.reasoning for each in deltas)
+        part: MessagePart = {}
+        if content:
+            part["content"] = content
+        if reasoning:
+            part["reasoning"] = part["reasoning_content"] = reasoning
+        calls = [self._call_delta(index, each) for each in deltas if each.tool_call is not None]
+        if calls:
+            part["tool_calls"] = calls
+        return part
+
+    def _call_delta(self, index: int, delta: Delta) -> ToolCallPart:
+        call = delta.tool_call
+        assert call is not None
+        if call.name is None:
+            return {"index": call.index, "function": {"arguments": call.arguments}}
+        return {
+            "index": call.index,
+            "id": self._call_id(index, call.index),
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+
+    def _call_id(self, index: int, number: int) -> str:
+        return f"call_{self._run.request_id.rpartition('-')[2]}_{index}_{number}"

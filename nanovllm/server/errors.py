@@ -1,0 +1,112 @@
+"""ApiError: an answer with an error status, in the form of the OpenAI API; and which error becomes which answer.
+
+Answers say which field is wrong and what is allowed. They never quote a text of the request, a path of the machine or a
+Python traceback.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from traceback import format_exception
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from nanovllm.errors import (
+    EngineDeadError,
+    InvalidArgumentError,
+    InvalidLogitsError,
+    NanoVLLMError,
+    RequestTooLargeError,
+    UnknownArgumentError,
+)
+from nanovllm.logs import events
+from nanovllm.utils.logger import setup_logger
+
+logger = setup_logger(__name__)
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_MESSAGES = {404: "There is no such endpoint.", 405: "The endpoint does not take this method."}
+_MEMBERS = {"str", "int", "bool", "float"}  # of unions, in the place of a problem
+_MAX_FIELD = 200  # characters of a field's name, which may come from the request
+
+
+class ApiError(HTTPException):
+    """An error that a client gets. param: the field that it is about. code: a name for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    @property
+    def type(self) -> str:
+        """OpenAI's name of the kind of error."""
+        return "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
+
+    def body(self) -> dict[str, Any]:
+        """Returns the answer's body in OpenAI's form."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def invalid(param: str, message: str) -> ApiError:
+    """Returns the error of a request whose field `param` is not allowed."""
+    return ApiError(400, message, param=param)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Returns the answer to an error of any kind."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HTTPException):  # of the framework
+        return ApiError(error.status_code, _MESSAGES.get(error.status_code, str(error.detail)), headers=error.headers)
+    if isinstance(error, RequestValidationError):
+        return _of_validation(error.errors())
+    if isinstance(error, InvalidArgumentError):
+        return _of_argument(error)
+    if isinstance(error, EngineDeadError):
+        return ApiError(500, "The engine has ended.", code="engine_dead")
+    if isinstance(error, InvalidLogitsError):
+        return ApiError(500, "The model computed NaN or infinity for this request.", code="invalid_logits")
+    if isinstance(error, UnknownArgumentError):
+        return ApiError(400, str(error))
+    if not isinstance(error, NanoVLLMError):  # the engine has logged its own
+        events.server_error.log(logger, error=type(error).__name__, traceback="".join(format_exception(error)))
+    return ApiError(500, "The server failed to answer this request. Its log says why.", code="internal_error")
+
+
+def _of_argument(error: InvalidArgumentError) -> ApiError:
+    """Returns the answer to a value that is not allowed. Only numbers and sizes are quoted."""
+    if error.field == "tokenizer":
+        return invalid("messages", "The model has no chat template: use /v1/completions.")
+    is_too_large = isinstance(error, RequestTooLargeError)
+    quotable = is_too_large or error.value is None or isinstance(error.value, (bool, int, float))
+    message = str(error) if quotable else f"{error.field} must be {error.allowed}. {error.hint}".rstrip()
+    return ApiError(400, message, param=error.field, code="context_length_exceeded" if is_too_large else None)
+
+
+def _of_validation(problems: Sequence[Any]) -> ApiError:
+    """Returns the answer to a body that is not JSON, or not of the declared form."""
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, "The body is not valid JSON.", code="invalid_json")
+    if first["loc"] == ("body",):
+        return ApiError(400, "The body must be a JSON object, sent with 'Content-Type: application/json'.")
+    param = _field(first["loc"])
+    # A union has a problem for each of its members.
+    wrong = dict.fromkeys(each["msg"] for each in problems if _field(each["loc"]) == param)
+    return ApiError(400, f"{param}: {', or '.join(wrong)}.", param=param)
+
+
+def _field(place: Sequence[str | int]) -> str:
+    """Returns the name of a field, such as `messages.0.content`, from its place in pydantic's form."""
+    names = [str(part) for part in place if part not in _MEMBERS]
+    return ".".join(name for name in names[1:] if name.replace("_", "").isalnum())[:_MAX_FIELD]

@@ -1,0 +1,94 @@
+"""ServerSettings: the options of `nanovllm serve` that are not the engine's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from nanovllm.utils.arguments import (
+    COUNT,
+    SWITCH,
+    Rule,
+    argument,
+    check_arguments,
+    choice,
+    is_integer,
+    is_number,
+    lists_arguments,
+)
+
+_TEXT = Rule("a text", lambda value: isinstance(value, str) and value != "")
+_TEXTS = Rule(
+    "a list of texts, none of them empty",
+    lambda value: isinstance(value, (list, tuple)) and all(isinstance(each, str) and each for each in value),
+    tuple,
+)
+_PORT = Rule("an integer from 0 (any free port) to 65535", lambda value: is_integer(value) and 0 <= value <= 65535, int)
+_SECONDS = Rule("a number of seconds ≥ 0", lambda value: is_number(value) and 0 <= value < float("inf"), float)
+_ROOT_PATH = Rule(
+    "a path such as /llm", lambda value: isinstance(value, str) and (value == "" or value.startswith("/"))
+)
+
+
+@lists_arguments
+@dataclass(frozen=True)
+class ServerSettings:
+    """How the server listens, whom it answers, and within which limits.
+
+    Raises InvalidArgumentError, which names the field, for a value that is not allowed.
+    """
+
+    host: str = argument("127.0.0.1", _TEXT, "Address to listen on. 0.0.0.0: all interfaces.")
+    port: int = argument(8000, _PORT, "Port to listen on.")
+    uds: str | None = argument(None, _TEXT.or_none(), "Path of a Unix domain socket to listen on instead.")
+    ssl_keyfile: str | None = argument(None, _TEXT.or_none(), "Key file of the TLS certificate.")
+    ssl_certfile: str | None = argument(None, _TEXT.or_none(), "File of the TLS certificate.")
+    root_path: str = argument("", _ROOT_PATH, "Path under which a reverse proxy serves the API.")
+    served_model_name: tuple[str, ...] = argument(
+        (), _TEXTS, "Names of the model in the API; answers have the first. None given: the argument `model`."
+    )
+    api_key: tuple[str, ...] = argument(
+        (), _TEXTS, "Keys, of which a request needs one, except for /health and /ping. See also NANOVLLM_API_KEY."
+    )
+    cors_origin: tuple[str, ...] = argument(
+        (), _TEXTS, "Origins whose web pages may use the API; `*` for all. None given: no other origin may."
+    )
+    max_queue: int | None = argument(
+        None,
+        Rule("an integer ≥ 0", lambda value: is_integer(value) and value >= 0, int).or_none(" for no limit"),
+        "Completions that may wait beyond the max_num_seqs that run. A request above that gets status 429.",
+    )
+    max_body: int = argument(
+        32, COUNT, "Largest body of a request, in MB (10⁶ bytes). A request above that gets status 413."
+    )
+    drain_timeout: float = argument(
+        30.0, _SECONDS, "Seconds that running requests have to end after SIGTERM. Then they are aborted."
+    )
+    dev: bool = argument(
+        False, SWITCH, "Serve /abort, /start_profile, /stop_profile and /reset_prefix_cache, for development."
+    )
+    exit_on_death: bool = argument(
+        False, SWITCH, "End the process, with status 1, when the engine has died. Otherwise requests get status 500."
+    )
+    generation_config: str = argument(
+        "auto",
+        choice("auto", "vllm"),
+        "Default sampling parameters of requests. 'auto': those of the checkpoint's generation_config.json. 'vllm': "
+        "those of the OpenAI API.",
+    )
+    reasoning_parser: str | None = argument(
+        None, _TEXT.or_none(), "Form in which the model writes its reasoning, which answers then have apart."
+    )
+    tool_call_parser: str | None = argument(None, _TEXT.or_none(), "Form in which the model writes tool calls.")
+    enable_auto_tool_choice: bool = argument(
+        False, SWITCH, "Allow tool_choice 'auto': the model decides whether it calls a tool. Needs tool_call_parser."
+    )
+    trust_request_chat_template: bool = argument(
+        False, SWITCH, "Render chat templates that requests bring. They run in a sandbox, for at most 10 seconds."
+    )
+
+    def __post_init__(self) -> None:
+        check_arguments(self)
+
+    def with_model_name(self, model: str) -> ServerSettings:
+        """Returns a copy with `model` as the name, unless there is one."""
+        return self if self.served_model_name else replace(self, served_model_name=(model,))
