@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import enum
 
-from nanovllm.server.deltas import ContentDelta, ReasoningDelta
 from nanovllm.server.markers import start_of_partial
+from nanovllm.server.parsing import Delta
 
 _OPEN, _CLOSE = "<think>", "</think>"
-
-# By the names of vLLM's --reasoning-parser. The form is the same: a prompt may open the block, or the model does.
-REASONING_PARSERS = ("deepseek_r1", "qwen3")
 
 
 class _State(enum.Enum):
@@ -42,10 +39,10 @@ class ReasoningParser:
         elif continued:
             self._state = _State.CONTENT
 
-    def feed(self, text: str) -> list[ReasoningDelta | ContentDelta]:
+    def feed(self, text: str) -> list[Delta]:
         """Returns what is known after the next piece of text. Only what may be part of a tag waits."""
         self._text += text
-        deltas: list[ReasoningDelta | ContentDelta] = []
+        deltas: list[Delta] = []
         if self._state is _State.START:
             self._read_start()
         self._drop_line_breaks()
@@ -58,12 +55,12 @@ class ReasoningParser:
                 waiting = start_of_partial(self._text, _CLOSE, "\n")
                 reasoning, self._text = self._text[:waiting], self._text[waiting:]
             if reasoning:
-                deltas.append(ReasoningDelta(reasoning))
+                deltas.append(Delta(reasoning=reasoning))
         if self._state is _State.CONTENT:
             deltas += self._rest()
         return deltas
 
-    def finish(self) -> list[ReasoningDelta | ContentDelta]:
+    def finish(self) -> list[Delta]:
         """Returns what waited, at the end of the text."""
         return self._rest()
 
@@ -83,8 +80,8 @@ class ReasoningParser:
             self._text = self._text.lstrip("\n")
             self._after_tag = not self._text
 
-    def _rest(self) -> list[ReasoningDelta | ContentDelta]:
+    def _rest(self) -> list[Delta]:
         text, self._text = self._text, ""
         if not text:
             return []
-        return [ReasoningDelta(text) if self._state is _State.REASONING else ContentDelta(text)]
+        return [Delta(reasoning=text) if self._state is _State.REASONING else Delta(content=text)]

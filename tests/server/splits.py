@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
 
-from nanovllm.server.deltas import ParsedMessage, joined
+from nanovllm.server.parsing import ParsedMessage
 
 
 def message(parser: Any, pieces: Sequence[str]) -> ParsedMessage:
     """What the parser makes of the pieces; the ids, which are random, are checked to differ and left out."""
-    found = [delta for piece in pieces for delta in parser.feed(piece)] + parser.finish()
-    whole = joined(found)
+    whole = ParsedMessage()
+    for piece in pieces:
+        whole.add(parser.feed(piece))
+    whole.add(parser.finish())
     ids = [call.id for call in whole.tool_calls]
     assert len(set(ids)) == len(ids)
     assert all(ids)
-    return replace(whole, tool_calls=tuple(replace(call, id="") for call in whole.tool_calls))
+    for call in whole.tool_calls:
+        call.id = ""
+    return whole
 
 
 def pieces_of(text: str) -> st.SearchStrategy[list[str]]:

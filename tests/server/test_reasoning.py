@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm.server.deltas import ContentDelta, ReasoningDelta
+from nanovllm.server.parsing import Delta
 from nanovllm.server.reasoning import ReasoningParser
 from tests.properties import examples
 from tests.server.splits import assert_splits_agree, message
@@ -41,7 +41,7 @@ PROMPTS = st.sampled_from(["", OPENED, CLOSED])
 def test_a_text_is_separated(prompt: str, text: str, reasoning: str | None, content: str | None) -> None:
     for pieces in ([text], list(text)):
         parsed = message(ReasoningParser(prompt), pieces)
-        assert (parsed.reasoning, parsed.content) == (reasoning, content)
+        assert (parsed.reasoning, parsed.content) == (reasoning or "", content or "")
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_a_text_is_separated(prompt: str, text: str, reasoning: str | None, cont
 )
 def test_a_continued_message_says_whether_the_block_is_open(continued: str, reasoning: str, content: str) -> None:
     parsed = message(ReasoningParser(continued, continued), [" add.</think>Four."])
-    assert (parsed.reasoning, parsed.content) == (reasoning, content)
+    assert (parsed.reasoning, parsed.content) == (reasoning or "", content or "")
 
 
 @settings(max_examples=examples(400), deadline=None)
@@ -63,7 +63,7 @@ def test_any_split_gives_the_same_message(prompt: str, text: str, data: st.DataO
 @given(PROMPTS, TEXTS)
 def test_nothing_is_lost_but_tags_and_the_line_breaks_at_them(prompt: str, text: str) -> None:
     parsed = message(ReasoningParser(prompt), [text])
-    parts = "".join(filter(None, [parsed.reasoning, parsed.content]))
+    parts = parsed.reasoning + parsed.content
     rest = iter(text)
     assert all(character in rest for character in parts), "the parts are in the text, in order"
     dropped = len(text) - len(parts)
@@ -73,11 +73,11 @@ def test_nothing_is_lost_but_tags_and_the_line_breaks_at_them(prompt: str, text:
 def test_text_that_is_part_of_no_tag_goes_out_at_once() -> None:
     parser = ReasoningParser()
     assert parser.feed("<think>") == []
-    assert parser.feed("\nI") == [ReasoningDelta("I")]
-    assert parser.feed(" add < b") == [ReasoningDelta(" add < b")]
-    assert parser.feed(" </th") == [ReasoningDelta(" ")]
-    assert parser.feed("e rest") == [ReasoningDelta("</the rest")]
+    assert parser.feed("\nI") == [Delta(reasoning="I")]
+    assert parser.feed(" add < b") == [Delta(reasoning=" add < b")]
+    assert parser.feed(" </th") == [Delta(reasoning=" ")]
+    assert parser.feed("e rest") == [Delta(reasoning="</the rest")]
     assert parser.feed("\n</think>\n") == []
-    assert parser.feed("\nFour") == [ContentDelta("Four")]
-    assert parser.feed("\n<think>\n") == [ContentDelta("\n<think>\n")]
+    assert parser.feed("\nFour") == [Delta(content="Four")]
+    assert parser.feed("\n<think>\n") == [Delta(content="\n<think>\n")]
     assert parser.finish() == []

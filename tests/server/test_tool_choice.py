@@ -8,9 +8,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from nanovllm import LLM, SamplingParams, StructuredOutputsParams
-from nanovllm.errors import InvalidArgumentError
-from nanovllm.server.tool_choice import forced_tool_parser, forced_tool_schema
+from nanovllm import LLM, SamplingParams
+from nanovllm.server.errors import ApiError
+from nanovllm.server.protocol.chat import ChatCompletionRequest
+from nanovllm.server.tool_choice import forced_parser, forced_schema
 from tests.server.splits import message
 
 TREE = {
@@ -27,6 +28,18 @@ def tool(name: str, parameters: dict[str, Any] | None) -> dict[str, Any]:
 
 
 TOOLS = [tool("now", None), tool("plant", TREE)]
+
+
+def request(tools: list[dict[str, Any]], name: str | None = None, **fields: Any) -> ChatCompletionRequest:
+    choice = "required" if name is None else {"type": "function", "function": {"name": name}}
+    messages = [{"role": "user", "content": "Call."}]
+    return ChatCompletionRequest.model_validate({"messages": messages, "tools": tools, "tool_choice": choice, **fields})
+
+
+def schema_of(body: ChatCompletionRequest) -> Any:
+    schema = forced_schema(body).json
+    assert isinstance(schema, str)
+    return json.loads(schema)
 
 
 def call(name: str, parameters: object) -> dict[str, object]:
@@ -46,31 +59,26 @@ def call(name: str, parameters: object) -> dict[str, object]:
     ],
 )
 def test_required_allows_calls_of_the_tools(calls: list[object], allowed: bool) -> None:
-    schema = forced_tool_schema(TOOLS, None)
+    schema = schema_of(request(TOOLS))
     assert jsonschema.Draft202012Validator(schema).is_valid(calls) is allowed
 
 
 def test_without_parallel_calls_one_is_allowed() -> None:
-    schema = forced_tool_schema(TOOLS, None, parallel_tool_calls=False)
+    schema = schema_of(request(TOOLS, parallel_tool_calls=False))
     assert not jsonschema.Draft202012Validator(schema).is_valid([call("now", {})] * 2)
 
 
 def test_a_name_asks_for_its_parameters() -> None:
-    assert forced_tool_schema(TOOLS, "plant") == TREE
-
-
-@pytest.mark.parametrize(("tools", "name"), [(TOOLS, "other"), ([], None)])
-def test_a_tool_that_is_not_there_is_refused(tools: list[dict[str, Any]], name: str | None) -> None:
-    with pytest.raises(InvalidArgumentError, match="tool"):
-        forced_tool_schema(tools, name)
+    assert schema_of(request(TOOLS, "plant")) == TREE
 
 
 def test_a_schema_that_is_nested_too_deeply_is_refused() -> None:
     deep: dict[str, Any] = {}
+    body = request([tool("deep", {"properties": deep})])
     for _ in range(100_000):
-        deep = {"not": deep}
-    with pytest.raises(InvalidArgumentError, match="nested less deeply"):
-        forced_tool_schema([tool("deep", deep)], None)
+        deep["not"] = deep = {}
+    with pytest.raises(ApiError, match="nested too deeply"):
+        forced_schema(body)
 
 
 def test_the_model_writes_what_the_parser_reads() -> None:
@@ -78,10 +86,9 @@ def test_the_model_writes_what_the_parser_reads() -> None:
     tools = [tool("f", {**leaf, "additionalProperties": False})]
     with LLM("tiny", device="cpu", max_num_seqs=4, num_kvcache_blocks=64) as llm:
         for name in (None, "f"):
-            schema = forced_tool_schema(tools, name, parallel_tool_calls=False)
-            grammar = StructuredOutputsParams(json=schema, disable_any_whitespace=True)
-            params = SamplingParams(temperature=1, seed=0, max_tokens=200, structured_outputs=grammar)
+            body = request(tools, name, parallel_tool_calls=False)
+            params = SamplingParams(temperature=1, seed=0, max_tokens=200, structured_outputs=forced_schema(body))
             text = llm.generate("Call f.", params, use_tqdm=False)[0].outputs[0].text
-            parsed = message(forced_tool_parser(name), list(text))
-            assert parsed.content is None
+            parsed = message(forced_parser(body), list(text))
+            assert parsed.content == ""
             assert [(each.name, set(json.loads(each.arguments))) for each in parsed.tool_calls] == [("f", {"ok"})]

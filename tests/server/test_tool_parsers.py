@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm.server.deltas import ContentDelta, ToolCallDelta, joined
-from nanovllm.server.message_parser import MessageParser
+from nanovllm.server.parsers import TOOL_PARSERS
+from nanovllm.server.parsing import Chain, Delta, ToolCallDelta, parse
 from nanovllm.server.reasoning import ReasoningParser
-from nanovllm.server.tool_parsers import TOOL_PARSERS, ToolParser
 from nanovllm.server.tool_parsers.call_array import CallArrayParser
 from nanovllm.server.tool_parsers.named_call import NamedCallParser
+from nanovllm.server.tool_parsers.tool_parser import ToolParser
 from tests.properties import examples
 from tests.server.splits import assert_splits_agree, message
 
@@ -107,7 +107,7 @@ CASES = [
 def test_a_text_is_content_and_calls(form: str, text: str, content: str | None, calls: list[tuple[str, str]]) -> None:
     for pieces in ([text], list(text)):
         parsed = message(PARSERS[form](), pieces)
-        assert (parsed.content, [(call.name, call.arguments) for call in parsed.tool_calls]) == (content, calls)
+        assert (parsed.content, [(call.name, call.arguments) for call in parsed.tool_calls]) == (content or "", calls)
 
 
 WORDS = [
@@ -133,9 +133,9 @@ def test_nothing_is_lost_and_nothing_doubled(form: str, data: st.DataObject) -> 
     text = data.draw(TEXTS)
     parsed = message(PARSERS[form](), [text])
     if not parsed.tool_calls:
-        assert (parsed.content or "") == text
+        assert parsed.content == text
     rest = iter(text)
-    assert all(character in rest for character in parsed.content or "")
+    assert all(character in rest for character in parsed.content)
     letters = re.sub(r"\W", "", text.replace("\\u00e9", "é"))
     for call in parsed.tool_calls:
         for word in re.findall(r"\w+", call.arguments.replace("\\u00e9", "é")):
@@ -149,13 +149,13 @@ def test_nothing_is_lost_and_nothing_doubled(form: str, data: st.DataObject) -> 
 def test_the_name_comes_first_and_arguments_go_out_as_they_come(form: str, before: str, after: str) -> None:
     parser = TOOL_PARSERS[form]()
     assert parser.feed(before + '{"name": "f", "arguments": ') == []
-    first, part = parser.feed('{"a": "so')
-    assert isinstance(first, ToolCallDelta)
+    first, part = (delta.tool_call for delta in parser.feed('{"a": "so'))
+    assert first is not None
     assert (first.index, first.name, first.arguments) == (0, "f", "")
     assert first.id
-    assert part == ToolCallDelta(0, '{"a": "so')
-    assert parser.feed("me text") == [ToolCallDelta(0, "me text")]
-    assert parser.feed('"}') == [ToolCallDelta(0, '"}')]
+    assert part == ToolCallDelta(0, arguments='{"a": "so')
+    assert parser.feed("me text") == [Delta(tool_call=ToolCallDelta(0, arguments="me text"))]
+    assert parser.feed('"}') == [Delta(tool_call=ToolCallDelta(0, arguments='"}'))]
     assert parser.feed("}" + after) == []
     assert parser.finish() == []
 
@@ -164,18 +164,17 @@ def test_the_name_comes_first_and_arguments_go_out_as_they_come(form: str, befor
 def test_text_that_is_part_of_no_marker_goes_out_at_once(form: str) -> None:
     parser = TOOL_PARSERS[form]()
     marker = parser.begin_marker
-    assert parser.feed("A word") == [ContentDelta("A word")]
-    assert parser.feed(" and\n") == [ContentDelta(" and")]
+    assert parser.feed("A word") == [Delta(content="A word")]
+    assert parser.feed(" and\n") == [Delta(content=" and")]
     assert parser.feed(marker[:4]) == []
-    assert parser.feed("!") == [ContentDelta(f"\n{marker[:4]}!")]
+    assert parser.feed("!") == [Delta(content=f"\n{marker[:4]}!")]
 
 
 def test_ids_are_of_the_form_that_templates_take() -> None:
     assert re.fullmatch(r"[a-zA-Z0-9]{9}", TOOL_PARSERS["mistral"]().new_id())
     assert re.fullmatch(r"call_[0-9a-f]{24}", TOOL_PARSERS["hermes"]().new_id())
-    parser = TOOL_PARSERS["mistral"]()
-    deltas = parser.feed("[TOOL_CALLS]g[CALL_ID]abcdefghi[ARGS]{}") + parser.finish()
-    assert joined(deltas).tool_calls[0].id == "abcdefghi"
+    parsed = parse(TOOL_PARSERS["mistral"](), "[TOOL_CALLS]g[CALL_ID]abcdefghi[ARGS]{}")
+    assert parsed.tool_calls[0].id == "abcdefghi"
 
 
 def test_long_texts_cost_time_in_proportion_to_their_length() -> None:
@@ -188,16 +187,9 @@ def test_long_texts_cost_time_in_proportion_to_their_length() -> None:
 def test_reasoning_comes_before_content_and_calls() -> None:
     text = f"<think>\nI call <tool_call>.\n</think>\n\nWait.\n<tool_call>\n{F}\n</tool_call>"
     for pieces in ([text], list(text)):
-        parsed = message(MessageParser(ReasoningParser(), TOOL_PARSERS["hermes"]()), pieces)
+        parsed = message(Chain(ReasoningParser(), TOOL_PARSERS["hermes"]()), pieces)
         assert (parsed.reasoning, parsed.content) == ("I call <tool_call>.", "Wait.")
         assert [(call.name, call.arguments) for call in parsed.tool_calls] == [F_CALL]
-
-
-def test_without_parallel_calls_the_first_is_kept() -> None:
-    parser = MessageParser(tools=TOOL_PARSERS["hermes"](), parallel_tool_calls=False)
-    parsed = message(parser, [f"<tool_call>{G}</tool_call><tool_call>{F}</tool_call>"])
-    assert [(call.name, call.arguments) for call in parsed.tool_calls] == [G_CALL]
-    assert parser.has_tool_calls
 
 
 @settings(max_examples=examples(200), deadline=None)
@@ -212,5 +204,5 @@ def test_any_arguments_arrive_as_they_were_written(arguments: dict[str, object],
         ("mistral", f"[TOOL_CALLS]f{written}"),
     ):
         parsed = message(PARSERS[form](), [text])
-        assert parsed.content is None
+        assert parsed.content == ""
         assert parsed.tool_calls[0].arguments == written

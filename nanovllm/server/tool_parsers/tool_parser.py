@@ -9,8 +9,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, TypeGuard
 
-from nanovllm.server.deltas import ContentDelta, Delta, ToolCallDelta
 from nanovllm.server.markers import start_of_partial
+from nanovllm.server.parsing import Delta, ToolCallDelta
 from nanovllm.server.tool_parsers.json_scanner import JSONScanner, MalformedJSONError
 
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)', re.DOTALL)
@@ -188,12 +188,12 @@ class ToolParser(ABC):
 
     def _put_content(self, end: int) -> None:
         if end:
-            self._deltas.append(ContentDelta(self._text[:end]))
+            self._deltas.append(Delta(content=self._text[:end]))
             self._text = self._text[end:]
             self._follows_call = False
 
     def _announce(self, name: str, call_id: str | None = None) -> None:
-        self._deltas.append(ToolCallDelta(self._num_calls, id=call_id or self.new_id(), name=name))
+        self._put_call(ToolCallDelta(self._num_calls, name, id=call_id or self.new_id()))
         self._num_calls += 1
 
     def _take_arguments(self, end: int) -> None:
@@ -202,7 +202,10 @@ class ToolParser(ABC):
 
     def _put_arguments(self, text: str) -> None:
         if text:
-            self._deltas.append(ToolCallDelta(self._num_calls - 1, text))
+            self._put_call(ToolCallDelta(self._num_calls - 1, arguments=text))
+
+    def _put_call(self, delta: ToolCallDelta) -> None:
+        self._deltas.append(Delta(tool_call=delta))
 
 
 def _read_json(text: str) -> object:
