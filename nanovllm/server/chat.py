@@ -133,7 +133,8 @@ def chat_request(body: Mapping[str, Any]) -> ChatCompletionRequest:
     try:
         return ChatCompletionRequest.model_validate(body)
     except ValidationError as error:
-        raise RequestValidationError(error.errors()) from None
+        problems = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        raise RequestValidationError(problems) from None
 
 
 async def render(service: Service, body: ChatCompletionRequest) -> str:

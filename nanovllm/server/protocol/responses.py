@@ -42,7 +42,7 @@ class ResponsesRequest(ApiModel):
     input: str | list[Item]
     instructions: str | None = None
     stream: bool | None = None
-    max_output_tokens: int | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None
     top_p: float | None = None
     top_logprobs: int | None = None

@@ -65,6 +65,8 @@ def _add_text_options(request: ResponsesRequest, body: dict[str, Any]) -> None:
         _check_value("text.format.type", form.type, ("text", "json_object", "json_schema"), "There is no other form.")
         body["response_format"] = {"type": form.type}
         if form.type == "json_schema":
+            if form.schema_ is None:
+                raise invalid("text.format.schema", "text.format.schema is required with type 'json_schema'.")
             body["response_format"]["json_schema"] = {"name": form.name or "output", "schema": form.schema_}
     if request.reasoning is not None:
         summaries = (None, "auto")
@@ -95,6 +97,8 @@ def _messages(request: ResponsesRequest) -> list[Message]:
     if isinstance(request.input, str):
         messages.append({"role": "user", "content": request.input})
         return messages
+    if not request.input:
+        raise invalid("input", "input must have at least one item.")
     for index, item in enumerate(request.input):
         field = f"input.{index}"
         kind = item.get("type", "message")

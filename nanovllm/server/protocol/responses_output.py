@@ -133,7 +133,7 @@ class ResponseEvents:
     def _text(self, text: str) -> Event:
         assert self._item is not None
         self._item.texts.append(text)
-        extra = {"logprobs": []} if self._item.kind == "message" else {}
+        extra: Event = {"logprobs": []} if self._item.kind == "message" else {}
         return self._event(f"{_TEXT_EVENTS[self._item.kind]}.delta", **self._item.place, delta=text, **extra)
 
     def _close(self, status: str) -> list[Event]:
