@@ -46,10 +46,7 @@ class EngineArgs(EngineConfig):
         The values of arguments that have no effect are kept only if they are given.
         """
         group = parser.add_argument_group("Engine arguments")
-        hints = typing.get_type_hints(EngineConfig).items()
-        types = {name: hint.type if isinstance(hint, InitVar) else hint for name, hint in hints}
-        for each in arguments_of(EngineConfig):
-            _add_option(group, each, types[each.name])
+        types = add_options(group, EngineConfig)
         for name, entry in ENGINE_ARGUMENTS.items():
             if name not in types:
                 _add_option_without_effect(group, name, f"No effect: {entry.reason}.")
@@ -64,6 +61,15 @@ class EngineArgs(EngineConfig):
 
 class AsyncEngineArgs(EngineArgs):
     """The arguments of `AsyncLLM`, which are those of `LLM`."""
+
+
+def add_options(group: argparse._ArgumentGroup, cls: type) -> dict[str, Any]:
+    """Adds an option for each declared argument of a dataclass. Returns their types by name."""
+    hints = typing.get_type_hints(cls).items()
+    types = {name: hint.type if isinstance(hint, InitVar) else hint for name, hint in hints}
+    for each in arguments_of(cls):
+        _add_option(group, each, types[each.name])
+    return types
 
 
 def _add_option(group: argparse._ArgumentGroup, declared: Argument, type_hint: Any) -> None:
@@ -84,7 +90,11 @@ def _add_option(group: argparse._ArgumentGroup, declared: Argument, type_hint: A
             raise argparse.ArgumentTypeError(f"{text!r} is not {declared.rule.allowed}")
         return value
 
-    group.add_argument(option, type=parse, default=default, metavar=declared.name.upper(), help=help_text)
+    metavar = declared.name.upper()
+    if typing.get_origin(kinds[0]) is tuple:  # of texts
+        group.add_argument(option, nargs="+", default=default, metavar=metavar, help=help_text)
+        return
+    group.add_argument(option, type=parse, default=default, metavar=metavar, help=help_text)
 
 
 def _add_option_without_effect(group: argparse._ArgumentGroup, name: str, help_text: str) -> None:

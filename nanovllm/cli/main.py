@@ -15,6 +15,7 @@ from nanovllm import __version__
 
 COMMANDS: Mapping[str, str] = {  # each a module of this package
     "bench": "measure the engine with offline workloads, and compare it",
+    "serve": "serve a model over HTTP, as the OpenAI API does",
     "report": "answer a question about a JSON log, or draw it as a page",
     "version": "print the version",
 }

@@ -106,15 +106,16 @@ class _Answer:
             "content": parsed.content or (None if parsed.tool_calls or parsed.reasoning else ""),
             "reasoning": parsed.reasoning or None,
             "reasoning_content": parsed.reasoning or None,
-            "tool_calls": [
+        }
+        if parsed.tool_calls:
+            message["tool_calls"] = [
                 {
                     "id": call.id,
                     "type": "function",
                     "function": {"name": call.name, "arguments": call.arguments},
                 }
                 for call in parsed.tool_calls
-            ],
-        }
+            ]
         choice = self._common(update)
         choice["message"] = message
         return choice

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+from nanovllm.server.parsers import REASONING_PARSERS, TOOL_PARSERS
 from nanovllm.utils.arguments import (
     COUNT,
     SWITCH,
@@ -27,6 +29,10 @@ _SECONDS = Rule("a number of seconds ≥ 0", lambda value: is_number(value) and 
 _ROOT_PATH = Rule(
     "a path such as /llm", lambda value: isinstance(value, str) and (value == "" or value.startswith("/"))
 )
+
+
+def _name_in(table: Mapping[str, object]) -> Rule:
+    return choice(*table).or_none()
 
 
 @lists_arguments
@@ -76,9 +82,11 @@ class ServerSettings:
         "those of the OpenAI API.",
     )
     reasoning_parser: str | None = argument(
-        None, _TEXT.or_none(), "Form in which the model writes its reasoning, which answers then have apart."
+        None,
+        _name_in(REASONING_PARSERS),
+        "Form in which the model writes its reasoning, which answers then show separately.",
     )
-    tool_call_parser: str | None = argument(None, _TEXT.or_none(), "Form in which the model writes tool calls.")
+    tool_call_parser: str | None = argument(None, _name_in(TOOL_PARSERS), "Form in which the model writes tool calls.")
     enable_auto_tool_choice: bool = argument(
         False, SWITCH, "Allow tool_choice 'auto': the model decides whether it calls a tool. Needs tool_call_parser."
     )
@@ -88,7 +96,3 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         check_arguments(self)
-
-    def with_model_name(self, model: str) -> ServerSettings:
-        """Returns a copy with `model` as the name, unless there is one."""
-        return self if self.served_model_name else replace(self, served_model_name=(model,))

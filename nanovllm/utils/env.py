@@ -98,6 +98,7 @@ TRACE: Kind[Path | None] = Kind(
     "path", "0, 1 or the path of a file that can be written", lambda text: _TRACE_SWITCH.get(text, Path(text))
 )
 URL: Kind[str | None] = Kind("URL", "the address of an OpenTelemetry collector, such as http://localhost:4318", str)
+TEXT: Kind[str | None] = Kind("text", "a text", str)
 PRESENCE = Kind("presence", "anything", bool)
 
 log_level = Variable(
@@ -191,6 +192,9 @@ grammar_memory_gb = Variable(
     Kind("number", "a number of gigabytes > 0, such as 0.5", _positive),
     2.0,
     "Memory of the process that compiles and follows grammars. The request that needs more ends with an error.",
+)
+api_key = Variable(
+    "NANOVLLM_API_KEY", TEXT, None, "The key that `nanovllm serve` asks for, unless `--api-key` gives others.", "no key"
 )
 otlp_endpoint = Variable(
     "OTEL_EXPORTER_OTLP_ENDPOINT",

@@ -1,0 +1,62 @@
+"""`nanovllm serve`: the options of the HTTP server. The server is imported after they are parsed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from nanovllm.engine_args import AsyncEngineArgs, add_options
+from nanovllm.errors import NanoVLLMError
+from nanovllm.server.settings import ServerSettings
+from nanovllm.utils import env
+from nanovllm.utils.argparse_utils import FlexibleArgumentParser
+
+DESCRIPTION = """\
+Serve a model over HTTP, as the OpenAI API does.
+
+    nanovllm serve tiny
+    curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
+        -d '{"messages": [{"role": "user", "content": "What is 27 + 58?"}]}'
+
+docs/serving.md describes the endpoints, and how to run the server behind a proxy or as a service.
+"""
+
+
+def main(arguments: Sequence[str], prog: str) -> int:
+    """Serves until a signal. Returns 2, with one line on standard error, if an option or a package is missing."""
+    args = make_parser(prog).parse_args(arguments)
+    try:
+        settings = read_settings(args)
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+    except NanoVLLMError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2
+    try:
+        from nanovllm.server.serve import serve
+    except ImportError as error:
+        print(f"{prog}: {error}. The server needs the extra: pip install '.[server]'", file=sys.stderr)
+        return 2
+    return serve(settings, engine_args)
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """Returns the parser of `nanovllm serve`."""
+    # "resolve": an option of the server replaces the engine's of the same name, which has no effect.
+    parser = FlexibleArgumentParser(prog=prog, description=DESCRIPTION, conflict_handler="resolve")
+    parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="the same as --model")
+    AsyncEngineArgs.add_cli_args(parser)
+    add_options(parser.add_argument_group("Server"), ServerSettings)
+    return parser
+
+
+def read_settings(args: argparse.Namespace) -> ServerSettings:
+    """Takes the server's options out of a parsed command line. Raises InvalidArgumentError."""
+    model_tag = vars(args).pop("model_tag")
+    if model_tag is not None:
+        args.model = model_tag
+    given = {name: vars(args).pop(name) for name in ServerSettings.__dataclass_fields__}
+    given["served_model_name"] = given["served_model_name"] or (args.model,)
+    if not given["api_key"] and (key := env.api_key()) is not None:
+        given["api_key"] = (key,)
+    return ServerSettings(**given)

@@ -1,0 +1,157 @@
+"""serve: runs the server in this process until a signal ends it.
+
+The server listens at once, and answers 503 until the engine has started. The first SIGTERM or SIGINT lets the running
+requests end; a second one ends the process at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from nanovllm.async_llm import AsyncLLM
+from nanovllm.config import EngineConfig
+from nanovllm.errors import NanoVLLMError
+from nanovllm.logs import events
+from nanovllm.server.app import make_app
+from nanovllm.server.service import Service
+from nanovllm.server.settings import ServerSettings
+from nanovllm.utils.logger import setup_logger
+
+logger = setup_logger(__name__)
+
+_POLL_SECONDS = 0.05
+_CLOSE_SECONDS = 3  # for clients to read the end of their answers
+
+
+def serve(settings: ServerSettings, engine_args: EngineConfig) -> int:
+    """Serves until a signal, and returns the exit status.
+
+    0: a signal ended it, and the requests that ran have ended. 1: the engine did not start, or it has died under
+    `exit_on_death`. 128 + the signal's number: a second signal ended it.
+    """
+    service = Service(settings)
+    server = HttpServer(service, partial(AsyncLLM.from_engine_args, engine_args))
+    try:
+        server.run()
+    finally:
+        if server.engine is not None:
+            server.engine.exit()
+    events.server_stopped.log(logger, outcome=server.outcome)
+    return server.status
+
+
+class HttpServer(uvicorn.Server):
+    """A uvicorn server with an engine, whose end it waits for."""
+
+    def __init__(self, service: Service, make_engine: Callable[[], AsyncLLM]) -> None:
+        settings = service.settings
+        super().__init__(
+            uvicorn.Config(
+                make_app(service),
+                host=settings.host,
+                port=settings.port,
+                uds=settings.uds,
+                ssl_keyfile=settings.ssl_keyfile,
+                ssl_certfile=settings.ssl_certfile,
+                root_path=settings.root_path,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="warning",
+                access_log=False,  # the middleware has one
+                server_header=False,
+                timeout_graceful_shutdown=_CLOSE_SECONDS,
+            )
+        )
+        self.engine: AsyncLLM | None = None
+        self.status = 0
+        self.outcome = "clean"
+        self._service, self._make_engine = service, make_engine
+        self._num_signals = 0
+        self._tasks: list[asyncio.Task[None]] = []  # kept, as the event loop does not keep them
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._begin(self._start_engine())
+
+    def _begin(self, work: Any) -> None:
+        self._tasks.append(asyncio.ensure_future(work))
+
+    async def _start_engine(self) -> None:
+        loop = asyncio.get_running_loop()
+        started: asyncio.Future[AsyncLLM] = loop.create_future()
+
+        def start() -> None:
+            try:
+                loop.call_soon_threadsafe(started.set_result, self._make_engine())
+            except BaseException as error:
+                loop.call_soon_threadsafe(started.set_exception, error)
+
+        # A daemon thread: a signal ends the process while an engine starts.
+        threading.Thread(target=start, name="nanovllm-start", daemon=True).start()
+        try:
+            self.engine = await started
+        except NanoVLLMError as error:
+            print(f"nanovllm serve: {error}", file=sys.stderr)
+            self._end(1, "the engine did not start")
+            return
+        except BaseException:
+            self._end(1, "the engine did not start")
+            raise
+        self._service.start(self.engine)
+        events.server_started.log(logger, model=self._service.model, address=self.address)
+        while not self._service.is_dead:
+            await asyncio.sleep(10 * _POLL_SECONDS)
+        if self._service.settings.exit_on_death:
+            self._end(1, "the engine has died")
+
+    @property
+    def address(self) -> str:
+        """The URL that the server listens at, or its socket."""
+        settings = self._service.settings
+        if settings.uds is not None:
+            return f"unix:{settings.uds}"
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        port = self.servers[0].sockets[0].getsockname()[1]
+        return f"{'http' if settings.ssl_certfile is None else 'https'}://{host}:{port}"
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Acts on a signal. Called by Python between two instructions of the event loop."""
+        self._num_signals += 1
+        if self._num_signals == 1:
+            asyncio.get_running_loop().call_soon_threadsafe(lambda: self._begin(self._drain()))
+        else:
+            self.force_exit = True
+            self._end(128 + sig, f"a second {signal.Signals(sig).name}")
+
+    async def _drain(self) -> None:
+        """Waits for the running requests, aborts those that do not end in time, and ends the server."""
+        service, seconds = self._service, self._service.settings.drain_timeout
+        service.drain()
+        events.server_draining.log(logger, num_requests=service.num_requests, seconds=seconds)
+        if not await self._has_answered(seconds):
+            await service.abort_all()
+            await self._has_answered(_CLOSE_SECONDS)
+        self._end(self.status, self.outcome)
+
+    async def _has_answered(self, seconds: float) -> bool:
+        """Waits until no request is left, for at most `seconds`. Returns whether that is so."""
+        deadline = time.monotonic() + seconds
+        while self._service.num_requests and time.monotonic() < deadline and not self.should_exit:
+            await asyncio.sleep(_POLL_SECONDS)
+        return not self._service.num_requests
+
+    def _end(self, status: int, outcome: str) -> None:
+        self.status, self.outcome, self.should_exit = status, outcome, True
