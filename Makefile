@@ -1,4 +1,4 @@
-# Three commands do everything, set-up included: `make demo`, `make test` and `make test-heavy`.
+# These do everything, set-up included: `make demo`, `make serve`, `make test` and `make test-heavy`.
 
 PYTHON ?= python3
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -7,10 +7,11 @@ BIN := $(VENV)/bin
 # A worker for each core. A file's tests stay together, since they share its engines; tests/conftest.py orders the files.
 PYTEST := python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test test-heavy check format lint types unit heavy gpu-test count wheel clean
+.PHONY: help demo serve test test-heavy check format lint types unit heavy gpu-test count wheel clean
 
 help:
 	@echo "make demo    run example.py on the checkpoint that ships"
+	@echo "make serve   serve the checkpoint that ships at http://127.0.0.1:8000, as the OpenAI API does"
 	@echo "make test    format check, lint, types, tests: what every change must keep green"
 	@echo "make test-heavy  the tests that take long, and property tests with all their examples; CI runs both"
 	@echo "make check, make heavy  the same without the set-up (an environment of your own)"
@@ -20,6 +21,9 @@ help:
 
 demo: $(VENV)/.demo
 	$(BIN)/python example.py
+
+serve: $(VENV)/.server
+	$(BIN)/python -m nanovllm serve tiny
 
 test: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(MAKE) --no-print-directory check
@@ -59,6 +63,10 @@ wheel: $(VENV)/.dev
 $(VENV)/.demo: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.server: $(VENV)/.demo
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[server]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo

@@ -152,7 +152,7 @@ class AsyncLLM(VllmInterface):
     @property
     def is_dead(self) -> bool:
         """Whether the engine has ended. New requests then raise EngineDeadError."""
-        return self._thread.is_dead
+        return self._engine.is_dead
 
     @property
     def metrics(self) -> MetricsSnapshot:

@@ -87,11 +87,6 @@ class EngineThread:
         if wait and self._thread is not threading.current_thread():
             self._thread.join()
 
-    @property
-    def is_dead(self) -> bool:
-        """Whether the engine has ended."""
-        return self._dead is not None
-
     def open(self, request: AsyncRequest, loop: asyncio.AbstractEventLoop) -> None:
         """Takes the id of a request. Its consumer runs in `loop`."""
         engine = self._started.result()

@@ -18,6 +18,7 @@ from nanovllm.compat import unsupported
 from nanovllm.config import EngineConfig
 from nanovllm.requests.chat import ChatOptions
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
+from nanovllm.server.settings import ServerSettings
 from nanovllm.utils.arguments import arguments_of
 from tools.generate_logging_docs import code, generate, table, update
 
@@ -62,6 +63,7 @@ BLOCKS = {
     "options of chat": partial(arguments, ChatOptions),
     "fields of SamplingParams": partial(arguments, SamplingParams),
     "fields of StructuredOutputsParams": partial(arguments, StructuredOutputsParams),
+    "options of the server": partial(arguments, ServerSettings),
     "not supported": not_supported,
 }
 

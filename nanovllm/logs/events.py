@@ -267,15 +267,24 @@ engine_slow = Event(
 
 # ---- the server
 
-server_started = Event("server.started", INFO, "server.serve", "Serving {model} at {address}")
+_SERVER = "a running `nanovllm serve`"
+server_started = Event("server.started", INFO, "server.serve", "Serving {model} at {address}", unseen=_SERVER)
 server_draining = Event(
-    "server.draining", INFO, "server.serve", "Shutting down: {num_requests} requests have {seconds:g}s to end"
+    "server.draining",
+    INFO,
+    "server.serve",
+    "Shutting down: {num_unfinished} unfinished requests have {threshold:g}s to end",
+    unseen=_SERVER,
 )
-server_stopped = Event("server.stopped", INFO, "server.serve", "The server has ended: {outcome}")
+server_stopped = Event(
+    "server.stopped", INFO, "server.serve", "Server ended: {outcome}, status {status}", unseen=_SERVER
+)
 server_error = Event(
-    "server.error", ERROR, "server.errors", "A request failed with an unexpected error: {error}", "traceback"
+    "server.error", ERROR, "server.errors", "A request failed unexpectedly: {error}", "traceback", unseen=_SERVER
 )
-field_ignored = Event("field.ignored", INFO, "server.service", "Unknown field of requests, which is ignored: {field}")
+field_ignored = Event(
+    "field.ignored", INFO, "server.service", "Unknown field of requests, which is ignored: {field}", unseen=_SERVER
+)
 http_request = Event(
     "http.request",
     INFO,
@@ -283,6 +292,7 @@ http_request = Event(
     "{method} {path} {status} in {duration_s:.3f}s, request_id={request_id}, prompt_tokens={num_prompt_tokens}, "
     "output_tokens={num_output_tokens}",
     "client_request_id",
+    unseen=_SERVER,
 )
 
 # ---- scheduling

@@ -46,7 +46,7 @@ def serve(settings: ServerSettings, engine_args: EngineConfig) -> int:
     finally:
         if server.engine is not None:
             server.engine.exit()
-    events.server_stopped.log(logger, outcome=server.outcome)
+    events.server_stopped.log(logger, outcome=server.outcome, status=server.status)
     return server.status
 
 
@@ -140,7 +140,7 @@ class HttpServer(uvicorn.Server):
         """Waits for the running requests, aborts those that do not end in time, and ends the server."""
         service, seconds = self._service, self._service.settings.drain_timeout
         service.drain()
-        events.server_draining.log(logger, num_requests=service.num_requests, seconds=seconds)
+        events.server_draining.log(logger, num_unfinished=service.num_requests, threshold=seconds)
         if not await self._has_answered(seconds):
             await service.abort_all()
             await self._has_answered(_CLOSE_SECONDS)

@@ -1,0 +1,221 @@
+"""Bad requests: each has a status and an error that names the field, and the server lives on."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.server.running_server import CONTINUATION, QUESTION, RunningServer, error_of
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+SECRET = "my secret prompt"
+
+
+@pytest.fixture(autouse=True)
+def the_server_lives(server: RunningServer) -> Iterator[None]:
+    yield
+    assert server.complete()["choices"][0]["text"] == CONTINUATION
+
+
+def assert_bad(response: Any, status: int, param: str | None, word: str = "") -> None:
+    error = error_of(response, status)
+    assert error["param"] == param
+    assert word in error["message"]
+    assert len(error["message"]) < 1000
+    for leaked in (SECRET, "Traceback", "/site-packages/", "/nanovllm/", "pydantic"):
+        assert leaked not in response.text
+    assert response.headers["X-Request-Id"]
+
+
+BAD_VALUES: list[tuple[str, Any]] = [
+    ("temperature", -1),
+    ("temperature", 2.5),
+    ("temperature", "hot"),
+    ("temperature", True),
+    ("temperature", 1e308),
+    ("temperature", [1]),
+    ("top_p", 0),
+    ("top_p", 1.5),
+    ("top_k", -2),
+    ("top_k", 1.5),
+    ("min_p", 2),
+    ("n", 0),
+    ("n", 10**9),
+    ("n", "2"),
+    ("seed", -1),
+    ("seed", 2**63),
+    ("seed", 10**400),
+    ("max_tokens", 0),
+    ("max_tokens", -5),
+    ("max_tokens", "many"),
+    ("min_tokens", -1),
+    ("stop", ""),
+    ("stop", [""]),
+    ("stop", [1]),
+    ("stop", {"a": 1}),
+    ("stop_token_ids", [-1]),
+    ("stop_token_ids", [10**9]),
+    ("stop_token_ids", "7"),
+    ("logit_bias", {"a": 1}),
+    ("logit_bias", {"1": 101}),
+    ("logit_bias", {"9" * 5000: 1}),
+    ("logit_bias", {"100000": 1}),
+    ("allowed_token_ids", []),
+    ("allowed_token_ids", [512]),
+    ("bad_words", [" "]),
+    ("presence_penalty", 3),
+    ("frequency_penalty", -3),
+    ("repetition_penalty", 0),
+    ("prompt_logprobs", -2),
+    ("prompt_logprobs", 21),
+    ("ignore_eos", "yes"),
+    ("stream", "yes"),
+    ("model", 3),
+    ("cache_salt", ""),
+    ("priority", 1),
+    ("use_beam_search", True),
+    ("service_tier", "flex"),
+    ("prompt_embeds", "AAAA"),
+    ("logits_processors", ["a.b"]),
+    ("best_of", 4),
+    ("truncate_prompt_tokens", 5),
+    ("store", True),
+    ("response_format", "json"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_VALUES, ids=lambda value: str(value)[:20])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_a_bad_value_is_named(server: RunningServer, path: str, name: str, value: Any) -> None:
+    prompt: dict[str, Any] = {"prompt": SECRET} if path == COMPLETIONS else {"messages": QUESTION}
+    response = server.client.post(path, content=json.dumps({**prompt, name: value}), headers=JSON)
+    param = error_of(response, 400)["param"]
+    assert param is None or param.split(".")[0] == name or (name, param) == ("stop", "stop.0")
+    assert_bad(response, 400, param)
+
+
+JSON = {"Content-Type": "application/json"}
+BAD_BODIES: list[tuple[str, str, bytes, str | None]] = [
+    ("empty", COMPLETIONS, b"", None),
+    ("half", COMPLETIONS, b'{"prompt": "my secret prompt', None),
+    ("text", COMPLETIONS, b'"my secret prompt"', None),
+    ("list", CHAT, b"[]", None),
+    ("null", CHAT, b"null", None),
+    ("number", CHAT, b"1e999", None),
+    ("invalid UTF-8", COMPLETIONS, b'{"prompt": "\xff\xfe"}', None),
+    ("UTF-16", COMPLETIONS, '{"prompt": 1}'.encode("utf-16"), "prompt"),
+    ("half a surrogate pair", COMPLETIONS, b'{"prompt": "\\ud800"}', "prompt"),
+    ("nested lists", COMPLETIONS, b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", None),
+    ("nested objects", CHAT, b'{"messages": ' + b'{"a":' * 50_000 + b"1" + b"}" * 50_000 + b"}", None),
+    ("nested a little", CHAT, b'{"messages": [], "tools": ' + b"[" * 500 + b"]" * 500 + b"}", "messages"),
+    ("digits", COMPLETIONS, b'{"prompt": "a", "seed": ' + b"9" * 10_000 + b"}", None),
+    ("not a number", COMPLETIONS, b'{"prompt": "a", "temperature": NaN}', "temperature"),
+    ("no prompt", COMPLETIONS, b"{}", "prompt"),
+    ("no messages", CHAT, b"{}", "messages"),
+    ("prompt null", COMPLETIONS, b'{"prompt": null}', "prompt"),
+    ("prompt empty", COMPLETIONS, b'{"prompt": ""}', "prompt"),
+    ("prompt list empty", COMPLETIONS, b'{"prompt": []}', "prompt"),
+    ("prompt of booleans", COMPLETIONS, b'{"prompt": [true, 5]}', "prompt"),
+    ("prompt of nothing", COMPLETIONS, b'{"prompt": [[]]}', "prompt"),
+    ("prompt mixed", COMPLETIONS, b'{"prompt": ["a", 1]}', "prompt"),
+    ("token too large", COMPLETIONS, b'{"prompt": [512]}', "prompt_token_ids"),
+    ("token negative", COMPLETIONS, b'{"prompt": [-1]}', "prompt_token_ids"),
+    ("logprobs", COMPLETIONS, b'{"prompt": "a", "logprobs": 21}', "logprobs"),
+    ("suffix", COMPLETIONS, b'{"prompt": "a", "suffix": "b"}', "suffix"),
+    ("stream options", COMPLETIONS, b'{"prompt": "a", "stream_options": {"include_usage": true}}', "stream_options"),
+    ("messages empty", CHAT, b'{"messages": []}', "messages"),
+    ("message a text", CHAT, b'{"messages": ["my secret prompt"]}', "messages.0"),
+    ("no role", CHAT, b'{"messages": [{"content": "my secret prompt"}]}', "messages.0.role"),
+    ("role unknown", CHAT, b'{"messages": [{"role": "wizard", "content": "my secret prompt"}]}', "messages"),
+    ("content a number", CHAT, b'{"messages": [{"role": "user", "content": 5}]}', "messages.0.content"),
+    (
+        "top logprobs alone",
+        CHAT,
+        b'{"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}',
+        "top_logprobs",
+    ),
+    ("schema", COMPLETIONS, b'{"prompt": "a", "guided_json": {"type": 3}}', "structured_outputs.json"),
+    ("regex", COMPLETIONS, b'{"prompt": "a", "guided_regex": "("}', "structured_outputs.regex"),
+    ("kind", COMPLETIONS, b'{"prompt": "a", "structured_outputs": {"xml": "a"}}', None),
+    ("tokens", "/detokenize", b'{"tokens": [512]}', "tokens"),
+    ("nothing to tokenise", "/tokenize", b"{}", "prompt"),
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"), [each[1:] for each in BAD_BODIES], ids=[each[0] for each in BAD_BODIES]
+)
+def test_a_bad_body(server: RunningServer, path: str, body: bytes, param: str | None) -> None:
+    response = server.client.post(path, content=body, headers=JSON)
+    error_of(response, 400)
+    assert_bad(response, 400, param)
+
+
+def test_a_prompt_of_ten_megabytes(server: RunningServer) -> None:
+    assert_bad(server.post(COMPLETIONS, prompt="word " * 2_000_000), 400, "prompt", "tokens")
+    many = [{"role": "user", "content": "word " * 2_000_000}]
+    assert error_of(server.post(CHAT, messages=many), 400)["code"] == "context_length_exceeded"
+
+
+def test_a_prompt_that_is_too_long(server: RunningServer) -> None:
+    error = error_of(server.post(COMPLETIONS, prompt=[5] * 5000), 400)
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+    assert "max_model_len=4096" in error["message"]
+
+
+def test_another_content_type(server: RunningServer) -> None:
+    for headers in ({"Content-Type": "text/plain"}, {"Content-Type": "application/x-www-form-urlencoded"}):
+        response = server.client.post(COMPLETIONS, content=b'{"prompt": "a"}', headers=headers)
+        assert_bad(response, 400, None, "Content-Type: application/json")
+
+
+def test_another_model(server: RunningServer) -> None:
+    response = server.post(COMPLETIONS, prompt=SECRET, model="gpt-4")
+    assert_bad(response, 404, "model", "tiny, small")
+    assert error_of(response, 404)["code"] == "model_not_found"
+    assert server.complete(model="small")["model"] == "tiny"
+
+
+def test_an_unknown_path_and_method(server: RunningServer) -> None:
+    assert_bad(server.client.get("/v1/secrets"), 404, None)
+    assert_bad(server.client.get(COMPLETIONS), 405, None)
+
+
+def test_embeddings_say_that_there_are_none(server: RunningServer) -> None:
+    assert_bad(server.post("/v1/embeddings", input="a", model="tiny"), 400, "model", "embeddings")
+
+
+def exchange_bytes(server: RunningServer, data: bytes) -> bytes:
+    """Sends bytes as they are and returns the answer."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while chunk := connection.recv(4096):
+            answer += chunk
+    return answer
+
+
+@pytest.mark.parametrize("name", ["a b\tc", "x" * 129, "\xe9", ""])
+def test_a_request_id_that_is_no_name(server: RunningServer, name: str) -> None:
+    response = server.client.get("/v1/models", headers={"X-Request-Id": name.encode("latin-1")})
+    assert_bad(response, 400, "X-Request-Id")
+
+
+def test_headers_cannot_be_injected(server: RunningServer) -> None:
+    for value in (b"a\rSet-Cookie: b", b"a\nSet-Cookie: b", b"a%0d%0aSet-Cookie: b", b"a\x00b"):
+        answer = exchange_bytes(server, b"GET /health HTTP/1.1\r\nHost: a\r\nX-Request-Id: " + value + b"\r\n\r\n")
+        assert b"set-cookie:" not in answer.lower().partition(b"\r\n\r\n")[0].replace(value.lower(), b"")
+
+
+@pytest.mark.parametrize(
+    "data", [b"\x00\x01\x02\r\n\r\n", b"GET\r\n\r\n", b"POST / HTTP/1.1\r\nContent-Length: -1\r\n\r\n"]
+)
+def test_what_is_not_http(server: RunningServer, data: bytes) -> None:
+    answer = exchange_bytes(server, data)
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
