@@ -14,8 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from nanovllm import __version__
 
 COMMANDS: Mapping[str, str] = {  # each a module of this package
-    "bench": "measure the engine with offline workloads, and compare it",
     "serve": "serve a model over HTTP, as the OpenAI API does",
+    "chat": "talk to a model in the terminal",
+    "generate": "answer the requests in a file of JSON lines",
+    "bench": "measure the engine with offline workloads, and compare it",
     "report": "answer a question about a JSON log, or draw it as a page",
     "version": "print the version",
 }

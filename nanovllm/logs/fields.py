@@ -150,7 +150,7 @@ FIELDS: Mapping[str, Field] = {
     "num_waiting": Field(int, "sequences that wait to run"),
     "operation": Field(str, "the collective, or the kind of message"),
     "others": Field(str, "what happens to the other requests"),
-    "outcome": Field(str, "clean, or error if a failure ended the engine"),
+    "outcome": Field(str, "clean, or error if a failure ended the engine; in `server.stopped`, what ended the server"),
     "output": Field(SHAPE, "shape of the layer's output"),
     "output_len": Field(int, "tokens generated"),
     "part": Field(str, "the model or the sampling"),

@@ -15,6 +15,7 @@ from nanovllm import __version__
 from nanovllm.errors import NanoVLLMError
 from nanovllm.server import chat_completions, completions, dev, messages, models, responses_api, status, tokenize
 from nanovllm.server.errors import ApiError, as_api_error
+from nanovllm.server.exchange import endpoint_path
 from nanovllm.server.middleware import RequestMiddleware
 from nanovllm.server.protocol.anthropic_output import anthropic_error
 from nanovllm.server.responses import JsonResponse
@@ -52,4 +53,4 @@ def error_body(error: ApiError, path: str) -> Any:
 
 async def _answer_error(request: Request, caught: Exception) -> Response:
     error = as_api_error(caught)
-    return JsonResponse(error_body(error, request.url.path), error.status, error.headers)
+    return JsonResponse(error_body(error, endpoint_path(request.scope)), error.status, error.headers)

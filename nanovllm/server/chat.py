@@ -190,6 +190,9 @@ def _check_tools(service: Service, body: ChatCompletionRequest) -> None:
             raise invalid("tools", "tools must have at least one tool with this tool_choice.")
         if isinstance(body.tool_choice, NamedTool) and body.tool_choice.function.name not in names:
             raise invalid("tool_choice.function.name", "tool_choice must name one of the tools.")
+        for index, tool in enumerate(body.tools or ()):
+            if (tool.function.parameters or {}).get("type", "object") != "object":
+                raise invalid(f"tools.{index}.function.parameters", "parameters must be a schema of type 'object'.")
         return
     may_choose = settings.enable_auto_tool_choice and settings.tool_call_parser is not None
     if not may_choose and (body.tool_choice == "auto" or (body.tool_choice is None and body.tools)):

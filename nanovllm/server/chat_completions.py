@@ -61,7 +61,10 @@ class _Answer:
                 if not begun:
                     begun = True
                     yield event(self._first_chunk())
-                chunk = self._chunk("chat.completion.chunk", [self._delta_choice(each) for each in update])
+                choices = [choice for each in update if (choice := self._delta_choice(each)) is not None]
+                if not choices and not body.wants_continuous_usage:
+                    continue
+                chunk = self._chunk("chat.completion.chunk", choices)
                 if body.wants_continuous_usage:
                     chunk["usage"] = run.usage.usage
                 yield event(chunk)
@@ -120,10 +123,12 @@ class _Answer:
         choice["message"] = message
         return choice
 
-    def _delta_choice(self, update: ChoiceUpdate) -> ChatChoice:
+    def _delta_choice(self, update: ChoiceUpdate) -> ChatChoice | None:
+        """Returns what is new in a message; None if that is only text that its parser holds back."""
         choice = self._common(update)
         choice["delta"] = _delta(update.deltas)
-        return choice
+        is_new = choice["delta"] or choice["finish_reason"] or choice["logprobs"] or self._body.return_token_ids
+        return choice if is_new else None
 
     def _common(self, update: ChoiceUpdate) -> ChatChoice:
         """Returns the fields that a message and what is new in one share."""

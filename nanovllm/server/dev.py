@@ -1,4 +1,4 @@
-"""POST /abort, /start_profile, /stop_profile and /reset_prefix_cache: for development, behind `--dev`."""
+"""POST /abort and /reset_prefix_cache: for development, behind `--dev`."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from traceback import format_exception
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from nanovllm.errors import (
@@ -45,7 +46,8 @@ class ApiError(HTTPException):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(status, message, headers)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.code = status, code
+        self.message, self.param = _encodable(message), None if param is None else _encodable(param)
 
     @property
     def type(self) -> str:
@@ -55,6 +57,11 @@ class ApiError(HTTPException):
     def body(self) -> dict[str, Any]:
         """Returns the answer's body in OpenAI's form."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+def _encodable(text: str) -> str:
+    """Returns the text without halves of surrogate pairs, which a chat template or a name may bring."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def invalid(param: str, message: str) -> ApiError:
@@ -70,6 +77,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(error.status_code, _MESSAGES.get(error.status_code, str(error.detail)), headers=error.headers)
     if isinstance(error, RequestValidationError):
         return _of_validation(error.errors())
+    if isinstance(error, ValidationError):  # a request that was turned into another one
+        return _of_validation([{**each, "loc": ("body", *each["loc"])} for each in error.errors()])
     if isinstance(error, InvalidArgumentError):
         return _of_argument(error)
     if isinstance(error, EngineDeadError):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from starlette.requests import Request
+from starlette.types import Scope
 
 SCOPE_KEY = "nanovllm.exchange"  # of the ASGI scope
 
@@ -31,6 +32,12 @@ class Exchange:
         """Returns the request's id, such as `chatcmpl-…` for the prefix `chatcmpl`, and keeps it."""
         self.request_id = f"{prefix}-{self.number}"
         return self.request_id
+
+
+def endpoint_path(scope: Scope) -> str:
+    """Returns the path of a request without that of `--root-path`, which ASGI puts before it."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def exchange_of(request: Request) -> Exchange:

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanovllm.logs import events
 from nanovllm.server.errors import ApiError, as_api_error
-from nanovllm.server.exchange import SCOPE_KEY, Exchange
+from nanovllm.server.exchange import SCOPE_KEY, Exchange, endpoint_path
 from nanovllm.server.responses import ClientGoneError, JsonResponse
 from nanovllm.server.service import Service
 from nanovllm.utils.logger import setup_logger
@@ -45,7 +45,7 @@ class RequestMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started, path = time.monotonic(), scope["path"]
+        started, path = time.monotonic(), endpoint_path(scope)
         exchange = scope[SCOPE_KEY] = Exchange(uuid.uuid4().hex)
         is_counted = path not in _UNLOGGED
         self._service.num_requests += is_counted
@@ -69,7 +69,7 @@ class RequestMiddleware:
 
         try:
             exchange.client_request_id = _client_request_id(headers)
-            self._check_key(scope["path"], headers)
+            self._check_key(endpoint_path(scope), headers)
             with _client_trace(headers):
                 await self._app(scope, self._limited(headers, receive), send_with_id)
         except ClientGoneError:
@@ -78,9 +78,9 @@ class RequestMiddleware:
             error = as_api_error(caught)
             if exchange.status is not None:  # the answer has begun: it can only be cut off
                 raise
-            await self.error_answer(error, scope["path"])(scope, receive, send_with_id)
+            await self._error_answer(error, endpoint_path(scope))(scope, receive, send_with_id)
 
-    def error_answer(self, error: ApiError, path: str) -> JsonResponse:
+    def _error_answer(self, error: ApiError, path: str) -> JsonResponse:
         return JsonResponse(self._body_of(error, path), error.status, error.headers)
 
     def _check_key(self, path: str, headers: Headers) -> None:
@@ -151,7 +151,7 @@ def _log(scope: Scope, exchange: Exchange, seconds: float) -> None:
     events.http_request.log(
         logger,
         method=scope["method"][:16],
-        path=scope["path"][:_MAX_PATH],
+        path=endpoint_path(scope)[:_MAX_PATH],
         status=_CLIENT_GONE if exchange.status is None else exchange.status,
         duration_s=round(seconds, 6),
         request_id=exchange.request_id,

@@ -36,13 +36,15 @@ _CLOSE_SECONDS = 3  # for clients to read the end of their answers
 def serve(settings: ServerSettings, engine_args: EngineConfig) -> int:
     """Serves until a signal, and returns the exit status.
 
-    0: a signal ended it, and the requests that ran have ended. 1: the engine did not start, or it has died under
-    `exit_on_death`. 128 + the signal's number: a second signal ended it.
+    0: a signal ended it, and the requests that ran have ended. 1: it cannot listen, the engine did not start, or it has
+    died under `exit_on_death`. 128 + the signal's number: a second signal ended it.
     """
     service = Service(settings)
     server = HttpServer(service, partial(AsyncLLM.from_engine_args, engine_args))
     try:
         server.run()
+    except SystemExit:  # uvicorn has said why it cannot listen
+        server.status, server.outcome = 1, "error"
     finally:
         if server.engine is not None:
             server.engine.exit()

@@ -56,7 +56,8 @@ def _call(function: FunctionDefinition, place: str) -> dict[str, Any]:
 def _parameters(function: FunctionDefinition, place: str) -> dict[str, Any]:
     """Returns a function's schema with the references that it needs at `place`, a JSON pointer, in a larger schema."""
     try:
-        schema: dict[str, Any] = json.loads(json.dumps(function.parameters or _NO_PARAMETERS))
+        given = {"type": "object", **function.parameters} if function.parameters else _NO_PARAMETERS
+        schema: dict[str, Any] = json.loads(json.dumps(given))
     except RecursionError:
         raise invalid("tools", "tools has a schema that is nested too deeply.") from None
     to_visit: list[Any] = [schema]

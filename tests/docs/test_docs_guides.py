@@ -13,7 +13,18 @@ import pytest
 from tests.processes import ROOT, run_python
 
 DOCS = ROOT / "docs"
-GUIDES = (*("kv-cache", "prefill-and-decode", "weights", "qwen3", "inference-mode", "choosing-settings", "vs-vllm"),)
+GUIDES = (
+    *(
+        "kv-cache",
+        "prefill-and-decode",
+        "weights",
+        "qwen3",
+        "inference-mode",
+        "choosing-settings",
+        "vs-vllm",
+        "serving",
+    ),
+)
 # The module of the package that has the options of a thin script.
 OPTIONS_OF = {"bench.py": "nanovllm/cli/bench.py", "tools/bench_latency.py": "nanovllm/benchmarks/decode_latency.py"}
 RUNNING = ("kv-cache", "prefill-and-decode", "weights", "qwen3")

@@ -172,7 +172,7 @@ OPTIONAL = {
     "nanovllm.diagnostics": {"nanovllm.llm", "nanovllm.async_llm", "nanovllm.engine_factory"},
     "nanovllm.tracing": {"nanovllm.engine_factory"},
     "nanovllm.report": {"nanovllm.cli.report"},
-    "nanovllm.server": {"nanovllm.cli.serve"},
+    "nanovllm.server": {"nanovllm.cli.generate", "nanovllm.cli.serve"},
 }
 
 

@@ -197,6 +197,10 @@ def test_a_named_tool(server: RunningServer) -> None:
             "tool_choice.function",
         ),
         ({"tools": [ADD], "tool_choice": "perhaps"}, "tool_choice"),
+        (
+            {"tools": [{"function": {"name": "a", "parameters": {"type": "string"}}}], "tool_choice": "required"},
+            "tools.0.function.parameters",
+        ),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
     ],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -135,6 +136,14 @@ def test_a_model_that_is_missing_ends_the_process(tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=WATCHDOG)
     assert process.returncode == 1
     assert re.search(r"^nanovllm serve: .*config\.json", errors, re.MULTILINE), errors
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        process = start_python("-m", "nanovllm", "serve", "tiny", "--port", str(taken.getsockname()[1]))
+        _, errors = process.communicate(timeout=WATCHDOG)
+    assert process.returncode == 1
+    assert "address already in use" in errors
 
 
 def test_requests_are_refused_until_the_engine_has_started() -> None:

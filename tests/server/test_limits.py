@@ -62,6 +62,15 @@ def test_pages_of_other_origins_may_ask_only_if_they_are_listed(server: RunningS
         assert "access-control-allow-origin" not in refused.headers
 
 
+def test_a_path_of_a_proxy_changes_nothing(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "nanovllm")
+    with running_server(server.engine, root_path="/llm", api_key=("key",)) as behind:
+        assert behind.client.get("/health").status_code == 200
+        assert error_of(behind.client.get("/v1/models"), 401)
+        assert behind.client.get("/v1/models", headers={"X-Api-Key": "key"}).status_code == 200
+    assert [(log["path"], log["status"]) for log in requests_of(caplog)] == [("/v1/models", 401), ("/v1/models", 200)]
+
+
 # ---- sizes
 
 

@@ -221,5 +221,5 @@ def _refuse(constant: str) -> None:
 
 
 def _is_name(value: object) -> TypeGuard[str]:
-    """Returns whether the value can name a function. Half a surrogate pair cannot be sent, and is not printable."""
-    return isinstance(value, str) and value != "" and value.isprintable()
+    """Returns whether the value can name a function: a text without halves of surrogate pairs, which UTF-8 lacks."""
+    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
