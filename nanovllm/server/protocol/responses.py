@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
+from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.server.protocol.base import ApiModel
 
 Item = dict[str, Any]
@@ -45,7 +46,7 @@ class ResponsesRequest(ApiModel):
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = None
     top_p: float | None = None
-    top_logprobs: int | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import orjson
+
 from nanovllm.outputs import CompletionOutput
-from nanovllm.server.errors import ApiError
+from nanovllm.server.errors import ApiError, invalid
 from nanovllm.server.parsing import Delta
 from nanovllm.server.protocol.base import Usage
 from nanovllm.server.protocol.responses import ResponsesRequest
@@ -161,6 +164,15 @@ class ResponseEvents:
 def _empty_response(response_id: str, model: str, created_at: float, request: ResponsesRequest) -> dict[str, Any]:
     """Returns the response before its first item. It repeats the request's settings, as OpenAI's does."""
     text = request.text.model_dump(by_alias=True, exclude_none=True) if request.text is not None else {}
+    repeated = {
+        "instructions": request.instructions,
+        "metadata": request.metadata or {},
+        "reasoning": None if request.reasoning is None else request.reasoning.model_dump(exclude_none=True),
+        "text": {"format": {"type": "text"}, **text},
+        "tool_choice": request.tool_choice or "auto",
+        "tools": request.tools or [],
+        "user": request.user,
+    }
     return {
         "id": response_id,
         "object": "response",
@@ -169,23 +181,26 @@ def _empty_response(response_id: str, model: str, created_at: float, request: Re
         "background": False,
         "error": None,
         "incomplete_details": None,
-        "instructions": request.instructions,
         "max_output_tokens": request.max_output_tokens,
-        "metadata": request.metadata or {},
         "model": model,
         "output": [],
         "parallel_tool_calls": request.parallel_tool_calls is not False,
         "previous_response_id": None,
-        "reasoning": None if request.reasoning is None else request.reasoning.model_dump(exclude_none=True),
         "service_tier": "default",
         "store": False,
         "temperature": request.temperature,
-        "text": {"format": {"type": "text"}, **text},
-        "tool_choice": request.tool_choice or "auto",
-        "tools": request.tools or [],
         "top_logprobs": request.top_logprobs or 0,
         "top_p": request.top_p,
         "truncation": "disabled",
         "usage": None,
-        "user": request.user,
+        **{field: _json(field, value) for field, value in repeated.items()},
     }
+
+
+def _json(field: str, value: object) -> orjson.Fragment:
+    """Returns a value of the request as JSON: orjson refuses large integers and halves of surrogate pairs."""
+    try:
+        without_nan = json.loads(json.dumps(value), parse_constant=lambda constant: None)
+        return orjson.Fragment(json.dumps(without_nan))
+    except RecursionError:
+        raise invalid(field, f"{field} is nested too deeply.") from None
