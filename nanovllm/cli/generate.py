@@ -46,6 +46,8 @@ def main(arguments: Sequence[str], prog: str) -> int:
             names = tuple(args.served_model_name or [args.model])
             app = make_app(Service(ServerSettings(served_model_name=names), engine))
             return min(asyncio.run(answer_lines(app, lines, write, 2 * args.max_num_seqs)), 1)
+    except BrokenPipeError:  # the reader of the answers has left
+        raise
     except ImportError as error:
         print(f"{prog}: {error}. It needs the extra: pip install '.[server]'", file=sys.stderr)
     except (NanoVLLMError, OSError) as error:
@@ -56,14 +58,12 @@ def main(arguments: Sequence[str], prog: str) -> int:
 def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     """Returns the parsed options. Exits with status 2 for a mistake in them."""
     parser = FlexibleArgumentParser(prog=prog, description=DESCRIPTION)
-    parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="the same as --model")
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="the same as --model")
     files = parser.add_argument_group("Files")
     files.add_argument("-i", "--input", default="-", metavar="FILE", help="requests (default: standard input)")
     files.add_argument("-o", "--output", default="-", metavar="FILE", help="answers (default: standard output)")
     files.add_argument(
         "--served-model-name", nargs="+", metavar="NAME", help='values that "model" may have (default: the model\'s)'
     )
-    args = AsyncEngineArgs.add_cli_args(parser).parse_args(arguments)
-    if args.model_tag is not None:
-        args.model = args.model_tag
+    args: argparse.Namespace = AsyncEngineArgs.add_cli_args(parser).parse_args(arguments)
     return args

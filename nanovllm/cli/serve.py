@@ -44,17 +44,14 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     """Returns the parser of `nanovllm serve`."""
     # "resolve": an option of the server replaces the engine's of the same name, which has no effect.
     parser = FlexibleArgumentParser(prog=prog, description=DESCRIPTION, conflict_handler="resolve")
-    parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="the same as --model")
     AsyncEngineArgs.add_cli_args(parser)
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="the same as --model")
     add_options(parser.add_argument_group("Server"), ServerSettings)
     return parser
 
 
 def read_settings(args: argparse.Namespace) -> ServerSettings:
     """Takes the server's options out of a parsed command line. Raises InvalidArgumentError."""
-    model_tag = vars(args).pop("model_tag")
-    if model_tag is not None:
-        args.model = model_tag
     given = {name: vars(args).pop(name) for name in ServerSettings.__dataclass_fields__}
     given["served_model_name"] = given["served_model_name"] or (args.model,)
     if not given["api_key"] and (key := env.api_key()) is not None:

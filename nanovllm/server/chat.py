@@ -1,6 +1,6 @@
 """ChatRun: generates the next message of a conversation, and takes it apart. All chat endpoints use it.
 
-    run = await ChatRun.start(service, exchange, body, "chatcmpl")
+    run = await ChatRun.start(service, exchange, body, "chatcmpl", "/v1/chat/completions")
     async for update in run.updates():
         for choice in update:
             ...  # choice.deltas: what is new in the message
@@ -70,10 +70,12 @@ class ChatRun:
     async def start(
         cls, service: Service, exchange: Exchange, body: ChatCompletionRequest, id_prefix: str, endpoint: str
     ) -> ChatRun:
-        """Returns the run of a request. Raises ApiError or InvalidArgumentError if it is not allowed."""
+        """Returns the run of a request. Raises ApiError or InvalidArgumentError if it is not allowed.
+
+        id_prefix: of the answer's id. endpoint: its path, for the log.
+        """
         check_request(service, body, endpoint)
         _check_tools(service, body)
-        prompt = await render(service, body)
         given = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         top = (body.top_logprobs or 0) if body.logprobs else None
         if body.top_logprobs and not body.logprobs:
@@ -87,6 +89,7 @@ class ChatRun:
         if params.prompt_logprobs is not None:  # they are known at the end
             params.output_kind = RequestOutputKind.FINAL_ONLY
         service.admit(exchange, params.n)
+        prompt = await render(service, body)
         salted = prompt if body.cache_salt is None else {"prompt": prompt, "cache_salt": body.cache_salt}
         run = cls(service, exchange, body, salted, params, exchange.name(id_prefix))
         run._parsers = {index: run._make_parser(prompt) for index in range(params.n)}
@@ -106,6 +109,8 @@ class ChatRun:
         deltas = parser.feed(completion.text) if completion.text else []
         if completion.finish_reason is not None:
             deltas = deltas + parser.finish()
+        if self.body.include_reasoning is False:
+            deltas = [each for each in deltas if not each.reasoning]
         if self.body.parallel_tool_calls is False:
             deltas = [each for each in deltas if each.tool_call is None or each.tool_call.index == 0]
         if any(each.tool_call is not None for each in deltas):

@@ -50,6 +50,7 @@ FIELDS: Mapping[str, Unsupported] = {
     **SAMPLING_FIELDS,
     "priority": REQUEST_ARGUMENTS["priority"],
     "audio": Unsupported(_NONE, _TEXT_ALONE, "audio"),
+    "echo": Unsupported(_OFF, "the answer is a new message", "echo in a chat", "Use continue_final_message."),
     "modalities": Unsupported(_only(None, ["text"]), _TEXT_ALONE, "audio"),
     "service_tier": Unsupported(_only(None, "auto", "default"), "there is one tier", "other service tiers"),
     "store": Unsupported(_OFF, "nothing is stored", "stored answers"),

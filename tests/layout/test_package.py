@@ -78,7 +78,14 @@ def test_requirements(metadata: Message) -> None:
         "triton",
         "xxhash",
     }
-    assert set(metadata.get_all("Provides-Extra", [])) == {"dev", "examples", "flash-attn", "otel", "structured"}
+    assert set(metadata.get_all("Provides-Extra", [])) == {
+        "dev",
+        "examples",
+        "flash-attn",
+        "otel",
+        "server",
+        "structured",
+    }
 
 
 def test_an_installed_wheel_works_from_any_folder(wheel: Path, tmp_path: Path) -> None:

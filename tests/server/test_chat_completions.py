@@ -209,5 +209,10 @@ def test_tools_that_cannot_be(server: RunningServer, fields: dict[str, Any], par
     assert error["param"].startswith(param)
 
 
+def test_a_chat_has_no_echo(server: RunningServer) -> None:
+    assert server.chat(echo=False)
+    assert error_of(server.post(PATH, messages=QUESTION, echo=True), 400)["param"] == "echo"
+
+
 def test_no_tool_is_called_with_none(server: RunningServer) -> None:
     assert server.chat(tools=[ADD], tool_choice="none")["choices"][0]["message"]["content"] == ANSWER

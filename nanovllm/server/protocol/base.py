@@ -81,7 +81,6 @@ class GenerationRequest(ApiModel):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     add_special_tokens: bool | None = None
-    echo: bool | None = None
     cache_salt: Annotated[str, Field(min_length=1)] | None = None
     user: str | None = Field(None, description="No effect.")
     metadata: dict[str, Any] | None = Field(None, description="No effect.")

@@ -15,6 +15,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: str | list[str] | TokenIds | list[TokenIds] = Field(description="Texts or token ids.")
     logprobs: int | None = None
+    echo: bool | None = None
 
 
 class CompletionLogprobs(TypedDict):
