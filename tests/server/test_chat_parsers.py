@@ -111,3 +111,25 @@ def test_without_thinking_all_is_content(servers: Any) -> None:
     engine.text = "<think> is a tag."
     extra = {"chat_template_kwargs": {"enable_thinking": False}}
     assert client.chat.completions.create(**FIELDS, extra_body=extra).choices[0].message.content == engine.text
+
+
+def test_reasoning_may_be_left_out(servers: Any) -> None:
+    engine, client = servers["hermes"]
+    engine.text = "<think>\nHmm.\n</think>\n\nFour."
+    message = client.chat.completions.create(**FIELDS, extra_body={"include_reasoning": False}).choices[0].message
+    assert (message.reasoning, message.content) == (None, "Four.")
+
+
+def test_a_text_of_a_given_form_is_not_parsed(servers: Any) -> None:
+    engine, client = servers["hermes"]
+    engine.text = "<think>a</think>"
+    extra = {"structured_outputs": {"choice": [engine.text]}}
+    assert client.chat.completions.create(**FIELDS, extra_body=extra).choices[0].message.content == engine.text
+
+
+def test_without_parsers_all_is_content() -> None:
+    engine = ScriptedEngine()
+    engine.text = f"<think>a</think>{HERMES}"
+    with live_server(scripted_service(engine)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        answer = client.chat.completions.create(model="scripted", messages=QUESTION)
+    assert answer.choices[0].message.content == engine.text
