@@ -4,6 +4,7 @@ PYTHON ?= python3
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 # A worker for each core. A file's tests stay together, since they share its engines; tests/conftest.py orders the files.
 PYTEST := python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
@@ -28,7 +29,7 @@ serve: $(VENV)/.server
 test: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(MAKE) --no-print-directory check
 
-test-heavy: $(VENV)/.dev $(VENV)/.chromium
+test-heavy: $(VENV)/.dev $(VENV)/.chromium $(CLIENTS)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(MAKE) --no-print-directory heavy
 
 check: lint types unit count
@@ -80,5 +81,14 @@ $(VENV)/.chromium: $(VENV)/.dev
 		|| $(BIN)/python -m playwright install --with-deps chromium
 	touch $@
 
+# The environment of the clients that tests/clients runs. It finds the packages of $(VENV) after its own: one torch is
+# enough, and the versions that a client pins do not reach the package's own tests.
+SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+$(CLIENTS)/.ready: tests/clients/requirements.txt $(VENV)/.dev
+	test -x $(CLIENTS)/bin/python || $(BIN)/python -m venv $(CLIENTS)
+	$(abspath $(BIN)/python) $(SITE) > "$$($(CLIENTS)/bin/python $(SITE))/engine.pth"
+	PIP_CONSTRAINT= $(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

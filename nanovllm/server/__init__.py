@@ -11,7 +11,10 @@
     sampling.py     from the fields of a request to SamplingParams
     chat.py         ChatRun: the prompt of a conversation, its generation, and the parts of the message
     parsing.py      the protocol of parsers of reasoning and tool calls; parsers.py lists them by name
-    completions.py, chat_completions.py, models.py, tokenize.py, status.py, dev.py    endpoints, one file a family
+    reasoning.py, tool_parsers/, tool_choice.py    the parsers, and what a forced tool call must look like
+    completions.py, chat_completions.py, responses_api.py, messages.py, models.py, tokenize.py, status.py, dev.py
+                    endpoints, one file a family. Of the newer APIs, protocol/*_input.py makes a chat request of a
+                    body, and protocol/*_output.py makes events and answers of what is new in the message
 
 An endpoint is a coroutine on the router of its file, which `make_app` includes:
 

@@ -13,10 +13,11 @@ from starlette.responses import Response
 
 from nanovllm import __version__
 from nanovllm.errors import NanoVLLMError
-from nanovllm.server import chat_completions, completions, dev, models, status, tokenize
+from nanovllm.server import chat_completions, completions, dev, messages, models, responses_api, status, tokenize
 from nanovllm.server.errors import ApiError, as_api_error
 from nanovllm.server.exchange import endpoint_path
 from nanovllm.server.middleware import RequestMiddleware
+from nanovllm.server.protocol.anthropic_output import anthropic_error
 from nanovllm.server.responses import JsonResponse
 from nanovllm.server.service import Service
 
@@ -27,7 +28,7 @@ def make_app(service: Service) -> FastAPI:
     """Returns the application that answers with `service`."""
     app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
     app.state.service = service
-    for module in (completions, chat_completions, models, tokenize, status):
+    for module in (completions, chat_completions, messages, responses_api, models, tokenize, status):
         app.include_router(module.router)
     if service.settings.dev:
         app.include_router(dev.router)
@@ -47,7 +48,7 @@ def make_app(service: Service) -> FastAPI:
 
 def error_body(error: ApiError, path: str) -> Any:
     """Returns the body of an error, in the form of the API that the path belongs to."""
-    return error.body()
+    return anthropic_error(error) if path.startswith(messages.PATH) else error.body()
 
 
 async def _answer_error(request: Request, caught: Exception) -> Response:

@@ -17,6 +17,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.chat import ChatOptions
 from nanovllm.requests.tokenization import Prompt
@@ -29,7 +32,8 @@ from nanovllm.server.protocol.base import FinishReason
 from nanovllm.server.protocol.chat import ChatCompletionRequest, ChatMessage, NamedTool
 from nanovllm.server.sampling import check_request, make_params
 from nanovllm.server.service import Service
-from nanovllm.server.tool_choice import NamedCall, RequiredCalls, forced_schema
+from nanovllm.server.tool_choice import forced_parser, forced_schema
+from nanovllm.server.tool_parsers.tool_parser import ToolParser
 from nanovllm.server.usage import UsageCount
 
 
@@ -79,6 +83,9 @@ class ChatRun:
         params = make_params(service, body, max_tokens=given, logprobs=top)
         if is_forced(body):
             params.structured_outputs = forced_schema(body)
+        tool_parser = _tool_parser(service, body)
+        if tool_parser is not None and tool_parser.needs_special_tokens:
+            params.skip_special_tokens = False
         if params.prompt_logprobs is not None:  # they are known at the end
             params.output_kind = RequestOutputKind.FINAL_ONLY
         service.admit(exchange, params.n)
@@ -115,18 +122,24 @@ class ChatRun:
 
     def _make_parser(self, prompt: str) -> TextParser:
         body, settings = self.body, self.service.settings
-        if isinstance(body.tool_choice, NamedTool):
-            return NamedCall(body.tool_choice.function.name)
         if is_forced(body):
-            return RequiredCalls()
+            return forced_parser(body)
         if self.params.structured_outputs is not None:  # all of the text is what was asked for
             return PlainText()
-        calls: TextParser = PlainText()
-        if body.tools and body.tool_choice != "none" and settings.tool_call_parser is not None:
-            calls = TOOL_PARSERS[settings.tool_call_parser](tools_of(body))
+        tool_parser = _tool_parser(self.service, body)
+        calls = PlainText() if tool_parser is None else tool_parser()
         if settings.reasoning_parser is None:
             return calls
-        return Chain(REASONING_PARSERS[settings.reasoning_parser](prompt), calls)
+        return Chain(REASONING_PARSERS[settings.reasoning_parser](prompt, _continued(body)), calls)
+
+
+def chat_request(body: Mapping[str, Any]) -> ChatCompletionRequest:
+    """Returns the request with this body. Raises RequestValidationError if a field is not of its type."""
+    try:
+        return ChatCompletionRequest.model_validate(body)
+    except ValidationError as error:
+        problems = [{**each, "loc": ("body", *each["loc"])} for each in error.errors()]
+        raise RequestValidationError(problems) from None
 
 
 async def render(service: Service, body: ChatCompletionRequest) -> str:
@@ -156,6 +169,22 @@ def tools_of(body: ChatCompletionRequest) -> list[dict[str, Any]]:
 def is_forced(body: ChatCompletionRequest) -> bool:
     """Whether the model must call a tool."""
     return body.tool_choice == "required" or isinstance(body.tool_choice, NamedTool)
+
+
+def _tool_parser(service: Service, body: ChatCompletionRequest) -> type[ToolParser] | None:
+    """Returns the parser of a request whose model decides whether it calls a tool."""
+    name = service.settings.tool_call_parser
+    if name is None or not body.tools or body.tool_choice == "none" or is_forced(body):
+        return None
+    return TOOL_PARSERS[name]
+
+
+def _continued(body: ChatCompletionRequest) -> str:
+    """Returns the text of the message that the model continues, "" if it begins one."""
+    content = body.messages[-1].content if body.continue_final_message else None
+    if isinstance(content, list):
+        return "\n".join(part if isinstance(part, str) else part.text or "" for part in content)
+    return content or ""
 
 
 def _check_tools(service: Service, body: ChatCompletionRequest) -> None:

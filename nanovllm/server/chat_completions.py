@@ -13,7 +13,7 @@ from starlette.responses import Response
 from nanovllm.server.chat import ChatRun, ChoiceUpdate
 from nanovllm.server.exchange import exchange_of
 from nanovllm.server.logprobs import chat_logprobs, prompt_logprobs
-from nanovllm.server.parsing import Delta, ParsedMessage
+from nanovllm.server.parsing import Delta, ParsedMessage, ToolCallDelta
 from nanovllm.server.protocol.chat import (
     ChatChoice,
     ChatCompletion,
@@ -113,11 +113,11 @@ class _Answer:
         if parsed.tool_calls:
             message["tool_calls"] = [
                 {
-                    "id": self._call_id(update.index, number),
+                    "id": call.id,
                     "type": "function",
                     "function": {"name": call.name, "arguments": call.arguments},
                 }
-                for number, call in enumerate(parsed.tool_calls)
+                for call in parsed.tool_calls
             ]
         choice = self._common(update)
         choice["message"] = message
@@ -126,7 +126,7 @@ class _Answer:
     def _delta_choice(self, update: ChoiceUpdate) -> ChatChoice | None:
         """Returns what is new in a message; None if that is only text that its parser holds back."""
         choice = self._common(update)
-        choice["delta"] = self._delta(update.index, update.deltas)
+        choice["delta"] = _delta(update.deltas)
         is_new = choice["delta"] or choice["finish_reason"] or choice["logprobs"] or self._body.return_token_ids
         return choice if is_new else None
 
@@ -145,31 +145,27 @@ class _Answer:
             choice["token_ids"] = completion.token_ids
         return choice
 
-    def _delta(self, index: int, deltas: list[Delta]) -> MessagePart:
-        """Returns what is new in a message."""
-        content = "".join(each.content for each in deltas)
-        reasoning = "".join(each.reasoning for each in deltas)
-        part: MessagePart = {}
-        if content:
-            part["content"] = content
-        if reasoning:
-            part["reasoning"] = part["reasoning_content"] = reasoning
-        calls = [self._call_delta(index, each) for each in deltas if each.tool_call is not None]
-        if calls:
-            part["tool_calls"] = calls
-        return part
 
-    def _call_delta(self, index: int, delta: Delta) -> ToolCallPart:
-        call = delta.tool_call
-        assert call is not None
-        if call.name is None:
-            return {"index": call.index, "function": {"arguments": call.arguments}}
-        return {
-            "index": call.index,
-            "id": self._call_id(index, call.index),
-            "type": "function",
-            "function": {"name": call.name, "arguments": call.arguments},
-        }
+def _delta(deltas: list[Delta]) -> MessagePart:
+    """Returns what is new in a message."""
+    content = "".join(each.content for each in deltas)
+    reasoning = "".join(each.reasoning for each in deltas)
+    part: MessagePart = {}
+    if content:
+        part["content"] = content
+    if reasoning:
+        part["reasoning"] = part["reasoning_content"] = reasoning
+    calls: dict[int, ToolCallPart] = {}  # by index: one entry a call
+    for each in deltas:
+        if each.tool_call is not None:
+            _add_call(calls, each.tool_call)
+    if calls:
+        part["tool_calls"] = list(calls.values())
+    return part
 
-    def _call_id(self, index: int, number: int) -> str:
-        return f"call_{self._run.request_id.rpartition('-')[2]}_{index}_{number}"
+
+def _add_call(calls: dict[int, ToolCallPart], delta: ToolCallDelta) -> None:
+    call = calls.setdefault(delta.index, {"index": delta.index, "function": {"arguments": ""}})
+    if delta.id is not None and delta.name is not None:
+        call["id"], call["type"], call["function"]["name"] = delta.id, "function", delta.name
+    call["function"]["arguments"] += delta.arguments

@@ -7,18 +7,19 @@ that it finds goes through the parser of tool calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol
 
 
 @dataclass(frozen=True)
 class ToolCallDelta:
-    """What is new in the tool call number `index` of a message. The first delta of a call has its name."""
+    """What is new in the tool call number `index` of a message. The first delta of a call has its id and name."""
 
     index: int
     name: str | None = None
     arguments: str = ""  # a part of the JSON text
+    id: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,6 @@ class TextParser(Protocol):
 
     def finish(self) -> list[Delta]:
         """Returns what was held back. The text has ended, perhaps in the middle of a tag or a tool call."""
-
-
-# The prompt's text tells a parser of reasoning whether the model begins inside its reasoning. A parser of tool calls
-# gets the request's tools, as JSON.
-ReasoningParsers: TypeAlias = Mapping[str, Callable[[str], TextParser]]
-ToolParsers: TypeAlias = Mapping[str, Callable[[Sequence[Mapping[str, Any]]], TextParser]]
 
 
 class PlainText:
@@ -77,8 +72,9 @@ class Chain:
 
 @dataclass
 class ToolCall:
-    """A complete tool call. arguments: JSON text."""
+    """A complete tool call. arguments: JSON text, which the model may have got wrong."""
 
+    id: str
     name: str
     arguments: str = ""
 
@@ -97,8 +93,8 @@ class ParsedMessage:
             self.content += delta.content
             self.reasoning += delta.reasoning
             if delta.tool_call is not None:
-                if delta.tool_call.name is not None:
-                    self.tool_calls.append(ToolCall(delta.tool_call.name))
+                if delta.tool_call.id is not None and delta.tool_call.name is not None:
+                    self.tool_calls.append(ToolCall(delta.tool_call.id, delta.tool_call.name))
                 self.tool_calls[-1].arguments += delta.tool_call.arguments
 
 

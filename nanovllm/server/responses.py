@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -36,6 +36,11 @@ class JsonResponse(Response):
 def event(data: Any) -> bytes:
     """Returns a server-sent event in OpenAI's form."""
     return b"data: " + orjson.dumps(data, option=_OPTIONS) + b"\n\n"
+
+
+def named_event(data: Mapping[str, Any]) -> bytes:
+    """Returns a server-sent event that is named after its `type`, as in Anthropic's API and OpenAI's Responses API."""
+    return f"event: {data['type']}\n".encode() + event(data)
 
 
 def error_event(error: ApiError) -> bytes:

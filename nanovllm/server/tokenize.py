@@ -38,7 +38,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     else:
         text, adds_special = await _render(service, body), bool(body.add_special_tokens)
     tokenizer = service.tokenizer
-    tokens = await service.in_thread(_encode, tokenizer, text, adds_special)
+    tokens = await service.in_thread(encode, tokenizer, text, adds_special)
     strings = tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None
     return JsonResponse(
         {"count": len(tokens), "max_model_len": service.max_model_len, "tokens": tokens, "token_strs": strings}
@@ -51,7 +51,8 @@ async def _render(service: Service, body: TokenizeRequest) -> str:
     return await render(service, ChatCompletionRequest(**fields))
 
 
-def _encode(tokenizer: Any, text: str, adds_special: bool) -> list[int]:
+def encode(tokenizer: Any, text: str, adds_special: bool) -> list[int]:
+    """Returns the tokens of a text. Raises InvalidArgumentError if it cannot be encoded."""
     try:
         tokens: list[int] = tokenizer.encode(text, add_special_tokens=adds_special, verbose=False)
     except (TypeError, UnicodeError):

@@ -10,109 +10,64 @@ import json
 from typing import Any
 
 from nanovllm.sampling_params import StructuredOutputsParams
-from nanovllm.server.parsing import Delta, ToolCallDelta
+from nanovllm.server.errors import invalid
+from nanovllm.server.parsing import TextParser
 from nanovllm.server.protocol.chat import ChatCompletionRequest, FunctionDefinition, NamedTool
+from nanovllm.server.tool_parsers.call_array import CallArrayParser
+from nanovllm.server.tool_parsers.named_call import NamedCallParser
 
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
-_PARAMETERS = '"parameters": '  # what `disable_any_whitespace` writes before the arguments
-_NAME = '{"name": '
+_VALUES = {"const", "default", "enum", "examples"}  # keywords whose values are no schemas
 
 
 def forced_schema(body: ChatCompletionRequest) -> StructuredOutputsParams:
     """Returns what the output must look like for a request that must call a tool."""
     functions = [tool.function for tool in body.tools or ()]
+    schema: dict[str, Any]
     if isinstance(body.tool_choice, NamedTool):
         name = body.tool_choice.function.name
-        schema = next(_parameters(each) for each in functions if each.name == name)
-        return StructuredOutputsParams(json=schema, disable_any_whitespace=True)
-    calls: dict[str, Any] = {"type": "array", "items": {"anyOf": [_call(each) for each in functions]}, "minItems": 1}
-    if body.parallel_tool_calls is False:
-        calls["maxItems"] = 1
-    return StructuredOutputsParams(json=_with_definitions(calls, functions), disable_any_whitespace=True)
+        schema = next(_parameters(each, "") for each in functions if each.name == name)
+    else:
+        calls = [_call(each, f"/items/anyOf/{index}") for index, each in enumerate(functions)]
+        schema = {"type": "array", "items": {"anyOf": calls}, "minItems": 1}
+        if body.parallel_tool_calls is False:
+            schema["maxItems"] = 1
+    return StructuredOutputsParams(json=schema, disable_any_whitespace=True)
 
 
-def _parameters(function: FunctionDefinition) -> dict[str, Any]:
-    return {"type": "object", **function.parameters} if function.parameters else _NO_PARAMETERS
+def forced_parser(body: ChatCompletionRequest) -> TextParser:
+    """Returns the parser of an output that `forced_schema` enforces."""
+    choice = body.tool_choice
+    return NamedCallParser(choice.function.name) if isinstance(choice, NamedTool) else CallArrayParser()
 
 
-def _call(function: FunctionDefinition) -> dict[str, Any]:
-    parameters = {name: value for name, value in _parameters(function).items() if name not in ("$defs", "definitions")}
+def _call(function: FunctionDefinition, place: str) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {"name": {"const": function.name}, "parameters": parameters},
+        "properties": {
+            "name": {"const": function.name},
+            "parameters": _parameters(function, f"{place}/properties/parameters"),
+        },
         "required": ["name", "parameters"],
         "additionalProperties": False,
     }
 
 
-def _with_definitions(calls: dict[str, Any], functions: list[FunctionDefinition]) -> dict[str, Any]:
-    """Adds the definitions of all tools, which references look for at the top."""
-    for key in ("$defs", "definitions"):
-        found = [_parameters(each).get(key) for each in functions]
-        merged = {name: schema for each in found if isinstance(each, dict) for name, schema in each.items()}
-        if merged:
-            calls[key] = merged
-    return calls
-
-
-class NamedCall:
-    """Takes all text as the arguments of one call."""
-
-    def __init__(self, name: str) -> None:
-        self._name: str | None = name
-
-    def feed(self, text: str) -> list[Delta]:
-        name, self._name = self._name, None
-        return [Delta(tool_call=ToolCallDelta(0, name, text))]
-
-    def finish(self) -> list[Delta]:
-        return []
-
-
-class RequiredCalls:
-    """Reads a list `[{"name": "f", "parameters": {…}}, …]`. Its text may be cut off anywhere."""
-
-    def __init__(self) -> None:
-        self._index = -1
-        self._held = ""  # text before the arguments of a call
-        self._depth = 0  # of braces and brackets inside the arguments; 0: outside
-        self._in_string = self._escaped = False
-
-    def feed(self, text: str) -> list[Delta]:
-        deltas: list[Delta] = []
-        while text:
-            if self._depth:
-                arguments, text = self._split_arguments(text)
-                deltas.append(Delta(tool_call=ToolCallDelta(self._index, None, arguments)))
-                continue
-            self._held, text = self._held + text, ""
-            head, found, rest = self._held.partition(_PARAMETERS)
-            if found and rest:
-                self._index += 1
-                self._held, text, self._depth = "", rest[1:], 1
-                name = json.loads(head[head.index(_NAME) + len(_NAME) :].rstrip().removesuffix(","))
-                deltas.append(Delta(tool_call=ToolCallDelta(self._index, name, rest[0])))
-        return deltas
-
-    def _split_arguments(self, text: str) -> tuple[str, str]:
-        """Returns the part of `text` that belongs to the arguments, and the rest."""
-        for at, character in enumerate(text):
-            if self._in_string:
-                if self._escaped:
-                    self._escaped = False
-                elif character == "\\":
-                    self._escaped = True
-                elif character == '"':
-                    self._in_string = False
-            elif character == '"':
-                self._in_string = True
-            elif character in "{[":
-                self._depth += 1
-            elif character in "}]":
-                self._depth -= 1
-                if not self._depth:
-                    return text[: at + 1], text[at + 1 :]
-        return text, ""
-
-    def finish(self) -> list[Delta]:
-        return []
+def _parameters(function: FunctionDefinition, place: str) -> dict[str, Any]:
+    """Returns a function's schema with the references that it needs at `place`, a JSON pointer, in a larger schema."""
+    try:
+        given = {"type": "object", **function.parameters} if function.parameters else _NO_PARAMETERS
+        schema: dict[str, Any] = json.loads(json.dumps(given))
+    except RecursionError:
+        raise invalid("tools", "tools has a schema that is nested too deeply.") from None
+    to_visit: list[Any] = [schema]
+    while to_visit:
+        part = to_visit.pop()
+        if isinstance(part, list):
+            to_visit += part
+        elif isinstance(part, dict):
+            reference = part.get("$ref")
+            if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+                part["$ref"] = f"#{place}{reference[1:]}"
+            to_visit += [value for keyword, value in part.items() if keyword not in _VALUES]
+    return schema

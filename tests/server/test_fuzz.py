@@ -16,7 +16,17 @@ from tests.properties import examples
 from tests.server.running_server import CONTINUATION, RunningServer
 
 DOCUMENT = make_app(Service(ServerSettings(served_model_name=("tiny",)))).openapi()
-PATHS = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize")
+PATHS = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/v1/responses",
+    "/tokenize",
+    "/detokenize",
+)
+# The last event of a stream, where it is not [DONE].
+ENDS = {"/v1/messages": '{"type":"message_stop"}\n\n', "/v1/responses": "}}\n\n"}
 ALLOWED = {200, 400, 404, 429}
 
 TEXTS = st.text(max_size=12) | st.sampled_from(
@@ -27,6 +37,25 @@ JUNK = st.recursive(
     st.none() | st.booleans() | NUMBERS | TEXTS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=6,
+)
+# Blocks of messages and items of input, which the document declares as any objects.
+KINDS = st.sampled_from(
+    [
+        *("text", "tool_use", "tool_result", "thinking", "image", "message", "input_text", "output_text", "function"),
+        *("function_call", "function_call_output", "reasoning", "reasoning_text", "custom", "json_schema"),
+    ]
+)
+KEYS = st.sampled_from(
+    ["content", "text", "id", "name", "input", "tool_use_id", "call_id", "arguments", "output", "summary", "role"]
+)
+BLOCKS: st.SearchStrategy[Any] = st.recursive(
+    st.fixed_dictionaries({"type": KINDS, "text": TEXTS}),
+    lambda inner: st.builds(
+        lambda kind, fields: {"type": kind, **fields},
+        KINDS,
+        st.dictionaries(KEYS, TEXTS | JUNK | st.lists(inner, max_size=2), max_size=5),
+    ),
+    max_leaves=3,
 )
 
 
@@ -43,7 +72,7 @@ def of_schema(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
         fields = {name: of_schema(each) for name, each in schema["properties"].items()}
         return sparse(fields, schema.get("required", []))
     if kind == "object":
-        return st.dictionaries(TEXTS, JUNK, max_size=3)
+        return st.dictionaries(TEXTS, JUNK, max_size=3) | BLOCKS
     if kind == "array":
         return st.lists(of_schema(schema["items"]), max_size=3)
     kinds: dict[Any, st.SearchStrategy[Any]] = {
@@ -71,6 +100,10 @@ def requests(draw: st.DrawFn) -> tuple[str, Any]:
     body |= draw(st.dictionaries(TEXTS, JUNK, max_size=1))
     if "completions" in path:  # no answer is long
         body |= {"max_tokens": draw(st.integers(-1, 8)), "max_completion_tokens": None}
+    elif path == "/v1/messages":
+        body["max_tokens"] = draw(st.integers(-1, 8))
+    elif path == "/v1/responses":
+        body["max_output_tokens"] = draw(st.integers(-1, 8))
     return path, body
 
 
@@ -81,12 +114,14 @@ def test_no_body_is_an_error_of_the_server(server: RunningServer, request: tuple
     response = server.client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert response.status_code in ALLOWED, response.text
     if response.status_code != 200:
-        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        is_anthropic = path.startswith("/v1/messages")
+        expected = {"message", "type"} if is_anthropic else {"message", "type", "param", "code"}
+        assert set(response.json()["error"]) == expected
         assert "Traceback" not in response.text
     elif response.headers["content-type"].startswith("text/event-stream"):
-        assert response.text.endswith("data: [DONE]\n\n"), response.text
+        assert response.text.endswith(ENDS.get(path, "data: [DONE]\n\n")), response.text
     else:
-        assert "error" not in response.json()
+        assert response.json().get("error") is None
 
 
 def test_the_server_lives_after_all(server: RunningServer) -> None:
