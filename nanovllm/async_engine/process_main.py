@@ -33,6 +33,7 @@ from nanovllm.engine.observer import EngineObserver
 from nanovllm.errors import EngineDeadError
 from nanovllm.logs.configuration import PACKAGE
 from nanovllm.logs.formats import strict_json
+from nanovllm.utils.garbage_collection import existing_objects_exempt
 from nanovllm.utils.logger import configure_logging
 
 _LOOK_SECONDS = 0.5  # between looks at the parent
@@ -104,7 +105,7 @@ def _serve(parent: _Parent, start: StartEngine) -> int:
     parent.send(EngineReady(engine.get_default_sampling_params()))
     dead: BaseException = EngineDeadError("exit() was called")
     try:
-        with engine:
+        with engine, existing_objects_exempt():
             loop.run()
     except BaseException as error:
         dead = error

@@ -11,6 +11,7 @@ from nanovllm.benchmarks.online import OnlineRun, StreamingEngine, replay
 from nanovllm.benchmarks.online_settings import OnlinePlan
 from nanovllm.benchmarks.online_summary import RunSummary, rows_of, summarize_run
 from nanovllm.benchmarks.settings import Say, WorkloadError
+from nanovllm.utils.garbage_collection import existing_objects_exempt
 
 Finished = Callable[[RunSummary, list[dict[str, Any]]], None]  # gets a run's figures and its requests
 
@@ -27,7 +28,8 @@ async def measure(engine: StreamingEngine, name: str, plan: OnlinePlan, finished
     for rate, seed in itertools.product(plan.rates, plan.seeds):
         run = OnlineRun(plan.traffic.draw(rate, seed))
         try:
-            await replay(engine, run)
+            with existing_objects_exempt():  # a collection of all would hold up the requests
+                await replay(engine, run)
         finally:  # also for what an interrupt leaves
             if run.records:
                 summary = summarize_run(name, rate, seed, run, plan.bounds)

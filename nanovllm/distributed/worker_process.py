@@ -29,6 +29,7 @@ from nanovllm.engine.executor import MakeDiagnostics, RankDiagnostics, StartTrac
 from nanovllm.errors import ChannelError
 from nanovllm.runner.cpu_threads import load_torch
 from nanovllm.utils import env
+from nanovllm.utils.garbage_collection import existing_objects_exempt
 from nanovllm.utils.logger import configure_logging, flush_timed_sections, log_communication, setup_logger
 
 if TYPE_CHECKING:
@@ -143,7 +144,8 @@ class _Worker:
         runner = ModelRunner(start.config, parallel)
         diagnostics = None if start.make_diagnostics is None else start.make_diagnostics(runner)
         self._send(MessageKind.READY)
-        self._follow(runner, diagnostics)
+        with existing_objects_exempt():
+            self._follow(runner, diagnostics)
         flush_timed_sections()
         if diagnostics is not None:
             diagnostics.close()

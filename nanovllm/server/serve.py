@@ -25,6 +25,7 @@ from nanovllm.logs import events
 from nanovllm.server.app import make_app
 from nanovllm.server.service import Service
 from nanovllm.server.settings import ServerSettings
+from nanovllm.utils.garbage_collection import existing_objects_exempt
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
@@ -114,8 +115,9 @@ class HttpServer(uvicorn.Server):
             raise
         self._service.start(self.engine)
         events.server_started.log(logger, model=self._service.model, address=self.address)
-        while not self._service.is_dead:
-            await asyncio.sleep(10 * _POLL_SECONDS)
+        with existing_objects_exempt():
+            while not self._service.is_dead:
+                await asyncio.sleep(10 * _POLL_SECONDS)
         if self._service.settings.exit_on_death:
             self._end(1, "the engine has died")
 
