@@ -29,7 +29,7 @@ serve: $(VENV)/.server
 test: $(VENV)/.dev
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(MAKE) --no-print-directory check
 
-test-heavy: $(VENV)/.dev $(CLIENTS)/.ready
+test-heavy: $(VENV)/.dev $(VENV)/.chromium $(CLIENTS)/.ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(MAKE) --no-print-directory heavy
 
 check: lint types unit count
@@ -72,6 +72,13 @@ $(VENV)/.server: $(VENV)/.demo
 
 $(VENV)/.dev: $(VENV)/.demo
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+# A Chromium of the system, or else playwright's own.
+$(VENV)/.chromium: $(VENV)/.dev
+	command -v chromium || command -v chromium-browser || command -v google-chrome \
+		|| (apt-get update && apt-get install --yes --no-install-recommends chromium) \
+		|| $(BIN)/python -m playwright install --with-deps chromium
 	touch $@
 
 # The environment of the clients that tests/clients runs. It finds the packages of $(VENV) after its own: one torch is

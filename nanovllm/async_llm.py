@@ -1,6 +1,6 @@
-"""AsyncLLM: inference for coroutines, with the engine in a thread of its own (`engine_thread.py`).
+"""AsyncLLM: inference for coroutines, with the engine in a process or a thread of its own (`async_engine/`).
 
-Prompts are tokenised and checked in a third thread, one at a time: neither the engine nor an event loop waits for it.
+Prompts are tokenised and checked in another thread, one at a time: neither the engine nor an event loop waits for it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from nanovllm.async_engine.consumers import REQUEST_ID, AsyncRequest, Consumers
+from nanovllm.async_engine.messages import ResetPrefixCache
+from nanovllm.async_engine.selection import make_connection
 from nanovllm.compat.interface import VllmInterface
 from nanovllm.compat.unsupported import REQUEST_ARGUMENTS, accepting
 from nanovllm.config import EngineConfig, ResolvedConfig, takes_engine_arguments
-from nanovllm.engine_thread import REQUEST_ID, AsyncRequest, EngineThread
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.metrics import MetricsSnapshot
 from nanovllm.outputs import RequestOutput
@@ -43,18 +45,18 @@ class AsyncLLM(VllmInterface):
 
     @takes_engine_arguments
     def __init__(self, config: EngineConfig) -> None:
-        self._thread = EngineThread(config)
+        self._connection = make_connection(config.with_fast_start(False))
         self._counter = itertools.count()
         self._chat = ChatRenderer()
         # One thread, so that requests arrive in the order of the calls.
         self._preparing = ThreadPoolExecutor(1, "nanovllm-prepare")
         try:
-            self._engine = self._thread.start_engine()
-        except BaseException:  # including Ctrl-C: the thread ends as soon as the engine has started
-            self._thread.stop(wait=False)
+            self._consumers = Consumers(self._connection)
+        except BaseException:  # including Ctrl-C: a thread ends as soon as the engine has started
+            self._connection.stop(wait=False)
             raise
         # A finalizer, so that the engine also ends when this object is garbage-collected or Python ends.
-        self._exit = weakref.finalize(self, self._thread.stop)
+        self._exit = weakref.finalize(self, self._consumers.owner.guard(self._connection.stop))
 
     @accepting(REQUEST_ARGUMENTS)
     def generate(
@@ -110,54 +112,57 @@ class AsyncLLM(VllmInterface):
         request_id = f"async-{next(self._counter)}" if request_id is None else request_id
         if not isinstance(request_id, str):
             raise InvalidArgumentError("request_id", request_id, REQUEST_ID)
-        return _Outputs(self._thread, prepare, AsyncRequest(request_id, kind_of(delta, params)))
+        return _Outputs(self._consumers, prepare, AsyncRequest(request_id, kind_of(delta, params)))
 
     async def _prepare(self, prompt: Prompt, params: SamplingParams | None) -> PreparedRequest:
         """Tokenises and checks a request, while the event loop goes on."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._preparing, self._engine.prepare, prompt, params)
+        return await loop.run_in_executor(self._preparing, self._connection.preparation.prepare, prompt, params)
 
     async def abort(self, request_ids: str | Iterable[str]) -> None:
         """Ends one or several requests; their consumers get the tokens so far, with finish_reason "abort".
 
         Returns when the requests have ended. Ignores unknown and finished ids.
         """
-        self._engine.owner.check()
+        self._consumers.owner.check()
         loop = asyncio.get_running_loop()
         to_end: list[asyncio.Event] = []
         for request_id in [request_ids] if isinstance(request_ids, str) else request_ids:
             ended = asyncio.Event()
-            if self._thread.abort(request_id, partial(loop.call_soon_threadsafe, ended.set)):
+            if self._consumers.abort(request_id, partial(loop.call_soon_threadsafe, ended.set)):
                 to_end.append(ended)
         for ended in to_end:
             await ended.wait()
 
     def get_tokenizer(self) -> Any:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""
-        return self._engine.get_tokenizer()
+        if self._connection.tokenizer is None:
+            raise InvalidArgumentError("skip_tokenizer_init", True, "False to have a tokenizer")
+        return self._connection.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Returns the parameters of requests without any: those of the checkpoint's generation_config.json."""
-        return self._engine.get_default_sampling_params()
+        return self._connection.preparation.default_params.clone()
 
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix before the next step."""
-        self._engine.reset_prefix_cache()
+        self._connection.send(ResetPrefixCache())
 
     @property
     def resolved(self) -> ResolvedConfig:
         """The settings that the engine runs with."""
-        return self._engine.resolved
+        return self._connection.preparation.resolved
 
     @property
     def is_dead(self) -> bool:
         """Whether the engine has ended. New requests then raise EngineDeadError."""
-        return self._engine.is_dead
+        return self._consumers.is_dead
 
     @property
     def metrics(self) -> MetricsSnapshot:
         """The engine's counters, gauges and distributions at this moment. Any thread may ask for them."""
-        return self._engine.metrics.snapshot(self._engine.scheduler.load)
+        self._consumers.owner.check()
+        return self._connection.metrics()
 
     def exit(self) -> None:
         """Ends the engine and frees the device's memory. Calling it again does nothing.
@@ -192,8 +197,8 @@ class _Outputs(AsyncGenerator[RequestOutput, None]):
     Not an async generator function: Python would close such a one in a task of its event loop, which may end before.
     """
 
-    def __init__(self, thread: EngineThread, prepare: _Prepare, request: AsyncRequest) -> None:
-        self._thread, self._prepare, self._request = thread, prepare, request
+    def __init__(self, consumers: Consumers, prepare: _Prepare, request: AsyncRequest) -> None:
+        self._consumers, self._prepare, self._request = consumers, prepare, request
         self._is_open, self._is_closed = False, False
 
     async def __anext__(self) -> RequestOutput:
@@ -201,7 +206,7 @@ class _Outputs(AsyncGenerator[RequestOutput, None]):
             if not self._is_open and not self._is_closed:
                 await self._open()
             while not self._is_closed:
-                output = self._thread.take(self._request)
+                output = self._consumers.take(self._request)
                 if output is not None:
                     if output.finished:
                         self.close()
@@ -214,18 +219,18 @@ class _Outputs(AsyncGenerator[RequestOutput, None]):
 
     async def _open(self) -> None:
         self._is_open = True
-        self._thread.open(self._request, asyncio.get_running_loop())
+        self._consumers.open(self._request, asyncio.get_running_loop())
         try:
             prepared = await self._prepare()
         except InvalidArgumentError as error:
-            self._thread.refuse(self._request, error)
+            self._consumers.refuse(self._request, error)
             raise
-        self._thread.start(self._request, prepared)
+        self._consumers.start(self._request, prepared)
 
     def close(self) -> None:
         """Drops the request if it is unfinished."""
         if self._is_open and not self._is_closed:
-            self._thread.close(self._request)
+            self._consumers.close(self._request)
         self._is_closed = True
 
     async def aclose(self) -> None:

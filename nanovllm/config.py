@@ -78,6 +78,11 @@ _SECONDS = Rule(
     lambda value: is_number(value) and 0 < value <= _MAX_TIMEOUT,
     float,
 )
+_MILLISECONDS = Rule(
+    "a number of milliseconds > 0, at most 60000 (a minute)",
+    lambda value: is_number(value) and 0 < value <= 60_000,
+    float,
+).or_none()
 _SEED = Rule("an integer from 0 to 2**63 - 1", lambda value: is_integer(value) and 0 <= value < 2**63, int)
 _OVERRIDES = Rule(
     "a dictionary of fields of config.json",
@@ -110,7 +115,7 @@ class EngineConfig:
         metadata=declaration(
             _MODEL,
             "A folder, a Hugging Face id, or 'tiny', the checkpoint that comes with the package. With "
-            "load_format='dummy' also a built-in shape: 'qwen3-0.6b', 'qwen3-8b' or 'qwen3-32b'.",
+            "load_format='dummy' also a built-in shape, such as 'llama-3.1-8b'.",
         )
     )
     _: KW_ONLY
@@ -195,6 +200,13 @@ class EngineConfig:
         "Maximum number of prompt tokens computed in a step that also decodes. It bounds the time between the tokens "
         "of running requests. None: what max_num_batched_tokens leaves, which gives the best throughput.",
     )
+    inter_token_latency_target_ms: float | None = argument(
+        None,
+        _MILLISECONDS,
+        "Target for the time of a step that also decodes, which is the time between the tokens of running requests. "
+        "The engine computes as many prompt tokens in such a step as fit, judging by the time that earlier steps took, "
+        "but at least 64, so that prompts make progress. None: no target, which gives the best throughput.",
+    )
     profiler_config: Mapping[str, Any] | None = argument(
         None,
         _PROFILER_CONFIG,
@@ -206,6 +218,12 @@ class EngineConfig:
         "True: capture CUDA graphs when they are first needed, some 50 ms each. False: capture those of all batch "
         "sizes at start-up, which takes some seconds, so that no request waits for them. None: True for LLM, False "
         "for AsyncLLM.",
+    )
+    engine_process: bool | None = argument(
+        None,
+        SWITCH.or_none(),
+        "True: AsyncLLM runs its engine in a process of its own, so that it does not share Python's lock with what "
+        "reads the outputs. False: in a thread, for debugging. None: True on a GPU, False on a CPU. LLM ignores it.",
     )
     block_size: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of kvcache_block_size.")
     num_gpu_blocks_override: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of num_kvcache_blocks.")
@@ -287,6 +305,7 @@ class ResolvedConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_prefill_tokens_beside_decode: int | None
+    inter_token_latency_target_ms: float | None
     block_size: int
     num_blocks: int
     kv_cache_dtype: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.sequence import Sequence
@@ -15,6 +16,9 @@ from nanovllm.requests.detokenizer import Detokenizer, StopStrings
 from nanovllm.requests.output_builder import NewTokens
 from nanovllm.requests.stop_search import StopMatcher
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 News = dict[int, NewTokens]  # the new tokens of a request, by the index of the completion
 
@@ -41,10 +45,10 @@ def kind_of(delta: bool | None, params: SamplingParams | None) -> RequestOutputK
 class OutputStream:
     """The outputs of one request, from its first token to its end.
 
-    The thread that runs the steps calls `read`. The consumer calls `grow` and `end`, possibly in another thread. They
-    decode the text, once for all tokens since the previous output.
+    `grow` and `end` decode the text, once for all tokens since the previous output. `LLM.stream` finds new tokens with
+    `read`, which the thread that runs the steps calls.
 
-    sequences: the request's, as `LLMEngine.enqueue` returns them.
+    tokenizer: None if outputs have no text. sequences: the request's, as `LLMEngine.enqueue` returns them.
     default_kind: what outputs hold if the request's `output_kind` is None. DELTA outputs hold the completions that have
     new tokens, and of them only what is new.
     Text that was shown never changes: an incomplete character is held back, and so is text that may begin a stop
@@ -52,7 +56,11 @@ class OutputStream:
     """
 
     def __init__(
-        self, engine: LLMEngine, request_id: str, sequences: list[Sequence], default_kind: RequestOutputKind
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        request_id: str,
+        sequences: list[Sequence],
+        default_kind: RequestOutputKind,
     ) -> None:
         self._request_id = request_id
         self._kind = sequences[0].params.output_kind or default_kind
@@ -60,14 +68,17 @@ class OutputStream:
         self._sequences = sequences
         for sequence in sequences:
             sequence.streamed = True
-        self._completions = [_CompletionStream(engine, *each, self._delta) for each in enumerate(sequences)]
+        self._completions = [_CompletionStream(tokenizer, *each, self._delta) for each in enumerate(sequences)]
 
-    def read(self) -> News | None:
-        """Returns the tokens since the last call, or None when there are none."""
+    def read(self, new_tokens: Callable[[Sequence, int], NewTokens]) -> News | None:
+        """Returns the tokens since the last call, or None when there are none.
+
+        new_tokens: returns the output tokens of a sequence from an index on.
+        """
         if self._kind is RequestOutputKind.FINAL_ONLY:
             return None
-        news = {index: new for index, each in enumerate(self._completions) if (new := each.read()) is not None}
-        return news or None
+        completions = enumerate(self._completions)
+        return {index: new for index, each in completions if (new := each.read(new_tokens)) is not None} or None
 
     def grow(self, news: News) -> RequestOutput:
         """Returns the next output, which includes `news`."""
@@ -101,11 +112,11 @@ class StreamCall(Call):
         self._news: deque[tuple[str, News]] = deque()  # of each step
 
     def queued(self, request_id: str, sequences: list[Sequence]) -> None:
-        self._streams[request_id] = OutputStream(self._engine, request_id, sequences, RequestOutputKind.DELTA)
+        self._streams[request_id] = OutputStream(self._engine.tokenizer, request_id, sequences, RequestOutputKind.DELTA)
 
     def step_ended(self) -> None:
         for request_id, stream in list(self._streams.items()):
-            new = stream.read()
+            new = stream.read(self._engine.new_tokens)
             if new is not None:
                 self._news.append((request_id, new))
 
@@ -122,12 +133,12 @@ class StreamCall(Call):
 class _CompletionStream:
     """The outputs of one completion."""
 
-    def __init__(self, engine: LLMEngine, index: int, sequence: Sequence, delta: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, index: int, sequence: Sequence, delta: bool) -> None:
         params = sequence.params
-        self._engine, self._index, self._sequence, self._delta = engine, index, sequence, delta
+        self._index, self._sequence, self._delta = index, sequence, delta
         self._num_read = 0
-        has_text = engine.tokenizer is not None and params.detokenize
-        self._detokenizer = Detokenizer(engine.tokenizer, params.skip_special_tokens) if has_text else None
+        has_text = tokenizer is not None and params.detokenize
+        self._detokenizer = Detokenizer(tokenizer, params.skip_special_tokens) if has_text else None
         stop = sequence.stop_strings
         cuts_stop = not params.include_stop_str_in_output
         self._stop = StopMatcher(stop.search) if isinstance(stop, StopStrings) and cuts_stop else None
@@ -136,10 +147,10 @@ class _CompletionStream:
         self._num_shown = 0  # characters of it that outputs may show
         self._logprob = 0.0  # the sum of their log-probabilities
 
-    def read(self) -> NewTokens | None:
+    def read(self, new_tokens: Callable[[Sequence, int], NewTokens]) -> NewTokens | None:
         if self._sequence.finish_reason is not None:  # left to `end`: the last token may not be part of the text
             return None
-        new = self._engine.new_tokens(self._sequence, self._num_read)
+        new = new_tokens(self._sequence, self._num_read)
         self._num_read += len(new.token_ids)
         return new if new.token_ids else None
 

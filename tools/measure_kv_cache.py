@@ -19,8 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.benchmarks.traffic import kv_bytes_per_token
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from nanovllm.models.checkpoint import resolve_model_folder
-from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.utils.device_memory import GB, describe_memory, free_cpu_memory
 
 MB = 10**6

@@ -53,7 +53,8 @@ def main() -> None:
     import torch
     from _engine import open_engine
 
-    from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+    from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
+    from nanovllm.models.model_config import ModelConfig
     from nanovllm.runner.kv_cache import KVCacheShape
 
     title("Step 2: a KV cache in 8 bits")
@@ -232,7 +233,7 @@ def simulate(runner: ModelRunner, rounding: Callable[[torch.Tensor], torch.Tenso
         """The engine's attention, which first rounds what the step has stored."""
 
         def __init__(self, plain: Attention, layer: int) -> None:
-            self.scale, self.backends, self.layer = plain.scale, plain.backends, layer
+            vars(self).update(vars(plain), layer=layer)
 
         def __call__(self, query: torch.Tensor, metadata: AttentionMetadata, kv_cache: LayerKVCache) -> torch.Tensor:
             for pages, errors in zip((kv_cache.key, kv_cache.value), both, strict=True):

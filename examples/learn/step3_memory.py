@@ -42,7 +42,8 @@ def main() -> None:
 
     from nanovllm import LLM, SamplingParams
     from nanovllm.diagnostics.leak_check import MemoryUse, check_leak
-    from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+    from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
+    from nanovllm.models.model_config import ModelConfig
     from nanovllm.runner.kv_cache import KVCacheShape
 
     title("Step 3: memory")

@@ -236,7 +236,8 @@ def mark(engine: LLMEngine, runner: ModelRunner) -> None:
             places.append((part, module, "forward"))
         if isinstance(module, Qwen3DecoderLayer):
             head_dim = module.self_attn.qkv_proj.head_dim
-            module.self_attn.attention = MarkedAttention(head_dim, module.self_attn.attention.backends)
+            plain = module.self_attn.attention
+            module.self_attn.attention = MarkedAttention(head_dim, plain.backends, plain.window)
     for part, owner, method in places:
         setattr(owner, method, marked(part, getattr(owner, method)))
 

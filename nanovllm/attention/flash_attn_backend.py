@@ -36,6 +36,7 @@ class FlashAttentionBackend:
         metadata: PrefillMetadata,
         scale: float,
         out: torch.Tensor | None = None,
+        window: int | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_tokens, num_heads, head_dim], in the same shape and dtype."""
         ends = metadata.context_lens.cumsum(0, dtype=torch.int32)
@@ -49,6 +50,7 @@ class FlashAttentionBackend:
             max_seqlen_k=metadata.max_seqlen_k,
             softmax_scale=scale,
             causal=True,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
             block_table=metadata.block_tables,
         )
         return attended if out is None else out.copy_(attended)
@@ -60,6 +62,7 @@ class FlashAttentionBackend:
         metadata: DecodeMetadata,
         scale: float,
         out: torch.Tensor | None = None,
+        window: int | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_seqs, num_heads, head_dim]; may be captured in a CUDA graph."""
         attended: torch.Tensor = self._with_kvcache(
@@ -70,6 +73,7 @@ class FlashAttentionBackend:
             block_table=metadata.block_tables,
             softmax_scale=scale,
             causal=True,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
         )
         attended = attended.squeeze(1)
         return attended if out is None else out.copy_(attended)
@@ -97,6 +101,7 @@ class FlashAttention4Prefill:
         metadata: PrefillMetadata,
         scale: float,
         out: torch.Tensor | None = None,
+        window: int | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_tokens, num_heads, head_dim], in the same shape and dtype."""
         result = self._varlen(
@@ -110,6 +115,7 @@ class FlashAttention4Prefill:
             page_table=metadata.block_tables,
             softmax_scale=scale,
             causal=True,
+            window_size=(None, None) if window is None else (window - 1, 0),
         )
         attended: torch.Tensor = result[0] if isinstance(result, tuple) else result
         return attended if out is None else out.copy_(attended)

@@ -51,11 +51,13 @@ class PrefillBackend(Protocol):
         metadata: PrefillMetadata,
         scale: float,
         out: torch.Tensor | None = None,
+        window: int | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_tokens, num_heads, head_dim], in the same shape and dtype.
 
-        out: where to write it; None: a new tensor. With `supports_prefill_graphs` the call may be captured: it must not
-        synchronise, the metadata's lengths are upper bounds, and tokens of no chunk keep their value in `out`.
+        out: where to write it; None: a new tensor. window: how many keys a query attends to, its own and those just
+        before; None: all. With `supports_prefill_graphs` the call may be captured: it must not synchronise, the
+        metadata's lengths are upper bounds, and tokens of no chunk keep their value in `out`.
         """
         ...
 
@@ -74,10 +76,11 @@ class DecodeBackend(Protocol):
         metadata: DecodeMetadata,
         scale: float,
         out: torch.Tensor | None = None,
+        window: int | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_seqs, num_heads, head_dim], in the same shape and dtype.
 
-        out: where to write it; None: a new tensor. With `supports_cuda_graphs` the call is captured: it must not
-        synchronise, and no shape may depend on a tensor's values.
+        out: where to write it; None: a new tensor. window: as in `prefill`. With `supports_cuda_graphs` the call is
+        captured: it must not synchronise, and no shape may depend on a tensor's values.
         """
         ...

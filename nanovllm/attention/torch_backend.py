@@ -25,8 +25,8 @@ class TorchBackend:
     uses_shared_prefixes = False
 
     def __init__(self) -> None:
-        # Shared by all layers of a decode step; the first layer makes it.
-        self._planned: tuple[DecodeMetadata, _DecodePlan] | None = None
+        # Shared by all layers of a decode step with the same window; the first of them makes it.
+        self._planned: tuple[DecodeMetadata, dict[int | None, _DecodePlan]] | None = None
 
     def prefill(
         self,
@@ -35,6 +35,7 @@ class TorchBackend:
         metadata: PrefillMetadata,
         scale: float,
         out: torch.Tensor | None = None,
+        window: int | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_tokens, num_heads, head_dim]. Computes one sequence at a time, unpadded."""
         if out is None:
@@ -45,12 +46,13 @@ class TorchBackend:
             query_len = chunk.stop - chunk.start
             if not query_len:  # padding
                 continue
-            positions = torch.arange(context_len, device=query.device).unsqueeze(0)
+            first = 0 if window is None else max(context_len - query_len - window + 1, 0)  # key that a query sees
+            positions = torch.arange(first, context_len, device=query.device).unsqueeze(0)
             slots = _slots(metadata.block_tables[seq : seq + 1], positions, kv_cache.key.shape[1])
             keys, values = _gather(kv_cache, slots, query.dtype)
             # Without a cached prefix torch's own causal mask applies, which skips the masked part.
-            whole = query_len == context_len
-            mask = None if whole else _chunk_mask(query_len, context_len, query.device)
+            whole = query_len == context_len <= (window or context_len)
+            mask = None if whole else _chunk_mask(query_len, context_len - first, window, query.device)
             attended = scaled_dot_product_attention(
                 query[chunk].transpose(0, 1).unsqueeze(0),  # [1, num_heads, query_len, head_dim]
                 keys,
@@ -70,11 +72,15 @@ class TorchBackend:
         metadata: DecodeMetadata,
         scale: float,
         out: torch.Tensor | None = None,
+        window: int | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_seqs, num_heads, head_dim]. Sequences of similar length attend together."""
         if self._planned is None or self._planned[0] is not metadata:
-            self._planned = (metadata, _DecodePlan.of(metadata, kv_cache.key.shape[1], query.dtype))
-        plan = self._planned[1]
+            self._planned = (metadata, {})
+        plans = self._planned[1]
+        if window not in plans:
+            plans[window] = _DecodePlan.of(metadata, kv_cache.key.shape[1], query.dtype, window)
+        plan = plans[window]
         if plan.order is None or plan.inverse is None:
             attended = _decode_bucket(query, kv_cache, plan.buckets[0], scale)
         else:
@@ -99,20 +105,25 @@ class _DecodePlan:
     inverse: torch.Tensor | None = None  # [num_seqs] int64, the place of each sequence in that order
 
     @classmethod
-    def of(cls, metadata: DecodeMetadata, block_size: int, dtype: torch.dtype) -> _DecodePlan:
+    def of(cls, metadata: DecodeMetadata, block_size: int, dtype: torch.dtype, window: int | None) -> _DecodePlan:
         if len(metadata.context_lens) <= _DECODE_BUCKET:
-            return cls([_bucket(metadata.block_tables, metadata.context_lens, block_size, dtype)])
+            return cls([_bucket(metadata.block_tables, metadata.context_lens, block_size, dtype, window)])
         order = metadata.context_lens.argsort()
         buckets = [
-            _bucket(metadata.block_tables[rows], metadata.context_lens[rows], block_size, dtype)
+            _bucket(metadata.block_tables[rows], metadata.context_lens[rows], block_size, dtype, window)
             for rows in order.split(_DECODE_BUCKET)
         ]
         return cls(buckets, order, order.argsort())
 
 
-def _bucket(block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: int, dtype: torch.dtype) -> _Bucket:
+def _bucket(
+    block_tables: torch.Tensor, context_lens: torch.Tensor, block_size: int, dtype: torch.dtype, window: int | None
+) -> _Bucket:
     ends = context_lens.unsqueeze(1)
-    position = torch.arange(int(context_lens.max()), device=ends.device)
+    longest = int(context_lens.max())
+    position = torch.arange(min(longest, window or longest), device=ends.device)
+    if window is not None:
+        position = position + (ends - window).clamp(min=0)
     # Past its end a shorter sequence repeats its last key, masked: unused slots may hold NaN.
     slots = _slots(block_tables, position.minimum(ends - 1), block_size)
     mask = torch.zeros(slots.shape, dtype=dtype, device=ends.device).masked_fill_(position >= ends, -torch.inf)
@@ -151,6 +162,7 @@ def _gather(kv_cache: LayerKVCache, slots: torch.Tensor, dtype: torch.dtype) -> 
     return gather(kv_cache.key, kv_cache.key_scale), gather(kv_cache.value, kv_cache.value_scale)
 
 
-def _chunk_mask(query_len: int, context_len: int, device: torch.device) -> torch.Tensor:
-    """Returns [query_len, context_len] bool, True where a query, one of the context's last tokens, sees a key."""
-    return torch.ones(query_len, context_len, dtype=torch.bool, device=device).tril(context_len - query_len)
+def _chunk_mask(query_len: int, num_keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Returns [query_len, num_keys] bool, True where a query sees a key. The last query is the last key's token."""
+    mask = torch.ones(query_len, num_keys, dtype=torch.bool, device=device).tril(num_keys - query_len)
+    return mask if window is None else mask.triu(num_keys - query_len - window + 1)

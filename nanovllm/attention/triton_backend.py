@@ -31,11 +31,12 @@ class TritonBackend:
         metadata: PrefillMetadata,
         scale: float,
         out: torch.Tensor | None = None,
+        window: int | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_tokens, num_heads, head_dim], in the same shape and dtype."""
         if kv_cache.is_quantized and _worth_copying(query, kv_cache, metadata):
             kv_cache, metadata = dequantize_pages(kv_cache, metadata, query.dtype)
-        return paged_prefill(query, kv_cache, metadata, scale, out, use_triton=True)
+        return paged_prefill(query, kv_cache, metadata, scale, out, window=window, use_triton=True)
 
     def decode(
         self,
@@ -44,10 +45,11 @@ class TritonBackend:
         metadata: DecodeMetadata,
         scale: float,
         out: torch.Tensor | None = None,
+        window: int | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_seqs, num_heads, head_dim]; may be captured in a CUDA graph."""
         attend = paged_decode_fp8 if kv_cache.is_quantized else paged_decode
-        return attend(query, kv_cache, metadata, scale, out, use_triton=True)
+        return attend(query, kv_cache, metadata, scale, out, window=window, use_triton=True)
 
 
 def _worth_copying(query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata) -> bool:

@@ -3,7 +3,8 @@
     python -m nanovllm.benchmarks.decode_latency
 
 Every decode row gets a token in each step, so the time between tokens is the time of a step. The table shows how
-`max_prefill_tokens_beside_decode` bounds it, and how fast the prompts are computed then.
+`max_prefill_tokens_beside_decode` and `inter_token_latency_target_ms` bound it, and how fast the prompts are computed
+then.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.prefill_policy import PrefillPolicy
 from nanovllm.utils import env
 
 LIMITS = (None, 8192, 4096, 2048, 1024, 512)
+TARGETS_MS = (40.0, 20.0, 10.0, 5.0)
 
 
 def time_steps(engine: LLMEngine, args: argparse.Namespace, seed: int, name: str) -> list[float]:
@@ -55,14 +59,20 @@ def main() -> None:
     with LLM(args.model, load_format=args.load_format, skip_tokenizer_init=True, max_model_len=max_model_len) as llm:
         engine = llm.llm_engine
         print(f"{args.running} requests decode while {args.prompts} prompts of {args.prompt} tokens are computed")
-        print("limit   ms between tokens: median    p99    most   prompt tokens/s")
-        for limit in LIMITS:
-            engine.scheduler.max_prefill_tokens_beside_decode = limit
-            time_steps(engine, args, seed=0, name=f"{limit} warm-up")
-            seconds = time_steps(engine, args, seed=1, name=str(limit))
+        print("tokens   target, ms   ms between tokens: median    p99    most   prompt tokens/s")
+        limits: list[tuple[int | None, float | None]] = [(limit, None) for limit in LIMITS]
+        for limit, target in [*limits, *((None, target) for target in TARGETS_MS)]:
+            resolved = replace(
+                engine.resolved, max_prefill_tokens_beside_decode=limit, inter_token_latency_target_ms=target
+            )
+            engine.scheduler.policy = PrefillPolicy(resolved)
+            time_steps(engine, args, seed=0, name=f"{limit} {target} warm-up")
+            seconds = time_steps(engine, args, seed=1, name=f"{limit} {target}")
             median, p99, most = (float(np.quantile(seconds, q)) * 1e3 for q in (0.5, 0.99, 1.0))
             rate = args.prompts * args.prompt / sum(seconds)
-            print(f"{limit!s:>5}   {median:25.1f}  {p99:5.1f}   {most:5.1f}   {rate:15,.0f}")
+            print(
+                f"{limit!s:>6}   {target!s:>10}   {median:25.1f}  {p99:5.1f}   {most:5.1f}   {rate:15,.0f}", flush=True
+            )
 
 
 def _parse_arguments() -> argparse.Namespace:

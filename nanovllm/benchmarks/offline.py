@@ -14,35 +14,34 @@ from typing import Any
 import torch
 
 from nanovllm import LLM, SamplingParams
-from nanovllm.benchmarks.logging_overhead import decode_requests, measure_overheads
+from nanovllm.benchmarks.logging_overhead import BLOCK_STEPS, MAX_SECONDS, DecodeSteps, WaitClock, measure_overheads
 from nanovllm.benchmarks.machine import copy_bytes_per_second, device_name, load_average, versions
 from nanovllm.benchmarks.report import Run, describe, introduce, result_of
-from nanovllm.benchmarks.settings import BenchmarkSettings, Plan, Say, WorkloadError
+from nanovllm.benchmarks.settings import BenchmarkSettings, Plan, Say, WorkloadError, has_gpu
 from nanovllm.benchmarks.workloads import Requests
+from nanovllm.config import EngineConfig
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine_factory import default_observers, make_executor
 from nanovllm.utils import env
 
 
 def run_benchmark(settings: BenchmarkSettings, plan: Plan, say: Say, started: float) -> dict[str, Any]:
     """Starts an engine and runs the plan. Returns the JSON report. `started` is when the command began."""
     load = load_average()  # before this process adds its own
-    last_runs: dict[str, Run] = {}
+    arguments = _llm_arguments(settings, plan)
     start_time = time.perf_counter()
-    with LLM(plan.model, **_llm_arguments(settings, plan)) as llm:
-        start_seconds = time.perf_counter() - start_time
-        run_once(llm, Requests([[0] * 16], [1], shared_len=0), settings.temperature)
-        engine = llm.llm_engine.resolved
-        report = {
-            **_header(settings, plan),
-            "engine": asdict(engine),
-            "load_average": load,
-            "start_seconds": start_seconds,
-            "first_output_seconds": time.perf_counter() - started,
-            **_device_entries(torch.device(engine.device), settings.tensor_parallel_size),
-            "results": [],
-        }
+    if settings.measure_logging_overhead:
+        if not has_gpu(settings.device):
+            torch.set_num_threads(1)  # the CPU time of the engine's thread is then that of the whole step
+        config, clock = EngineConfig(plan.model, **arguments), WaitClock()
+        with LLMEngine(config, make_executor, [*default_observers(config), clock]) as engine:
+            report = _started_report(settings, plan, engine, load, start_time, started)
+            introduce(report, say)
+            return report | {"logging_overhead": logging_overhead(engine, clock, settings, say)}
+    last_runs: dict[str, Run] = {}
+    with LLM(plan.model, **arguments) as llm:
+        report = _started_report(settings, plan, llm.llm_engine, load, start_time, started)
         introduce(report, say)
-        if settings.measure_logging_overhead:
-            return report | {"logging_overhead": logging_overhead(llm, settings, say)}
         for name, requests in plan.workloads.items():
             runs = run_workload(llm, name, requests, settings, say)
             report["results"].append(result_of(name, requests, runs, plan.model_config, report))
@@ -51,6 +50,25 @@ def run_benchmark(settings: BenchmarkSettings, plan: Plan, say: Say, started: fl
     if settings.compare_with_transformers:  # the engine has released its memory
         _compare(report, plan, last_runs, settings, say)
     return report
+
+
+def _started_report(
+    settings: BenchmarkSettings, plan: Plan, engine: LLMEngine, load: float | None, start_time: float, started: float
+) -> dict[str, Any]:
+    """Generates a token and returns the report without results. start_time: when the engine began to start."""
+    start_seconds = time.perf_counter() - start_time
+    engine.add_request("first output", [0] * 16, SamplingParams(max_tokens=1, ignore_eos=True))
+    while engine.has_unfinished_requests():
+        engine.step()
+    return {
+        **_header(settings, plan),
+        "engine": asdict(engine.resolved),
+        "load_average": load,
+        "start_seconds": start_seconds,
+        "first_output_seconds": time.perf_counter() - started,
+        **_device_entries(torch.device(engine.resolved.device), settings.tensor_parallel_size),
+        "results": [],
+    }
 
 
 def _llm_arguments(settings: BenchmarkSettings, plan: Plan) -> dict[str, Any]:
@@ -126,21 +144,21 @@ def run_workload(llm: LLM, name: str, requests: Requests, settings: BenchmarkSet
     return runs
 
 
-def logging_overhead(llm: LLM, settings: BenchmarkSettings, say: Say) -> list[dict[str, Any]]:
+def logging_overhead(
+    engine: LLMEngine, clock: WaitClock, settings: BenchmarkSettings, say: Say
+) -> list[dict[str, Any]]:
     """Measures each log level against logging off. Returns the report's `logging_overhead`."""
-    on_cpu = llm.llm_engine.resolved.device == "cpu"
-    requests = decode_requests(settings.num_seqs or (32 if on_cpu else 256))
+    num_seqs = settings.num_seqs or (8 if engine.resolved.device == "cpu" else 256)
     say(
-        f"\nlogging: {len(requests.prompts)} requests decode {requests.output_lens[0]} tokens each; {settings.pairs} "
-        "pairs of runs a level, the time of decode steps against that with logging off in the same pair"
+        f"\nlogging: {num_seqs} requests decode; up to {settings.pairs} pairs of {2 * BLOCK_STEPS} steps a level with "
+        f"and without logging, for at most {MAX_SECONDS:.0f} s; medians with 95 % confidence intervals"
     )
-    entries = []
-    for overhead in measure_overheads(
-        lambda: run_once(llm, requests, settings.temperature).decode_seconds, settings.pairs
-    ):
+    steps = DecodeSteps(engine, clock, num_seqs)
+    overheads = measure_overheads(steps, settings.pairs)
+    steps.stop()
+    for overhead in overheads:
         say(f"  {overhead.described()}")
-        entries.append(asdict(overhead) | {"median": overhead.median, "quartiles": overhead.quartiles})
-    return entries
+    return [overhead.entry() for overhead in overheads]
 
 
 def _compare(

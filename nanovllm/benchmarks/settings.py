@@ -8,8 +8,9 @@ from typing import Any
 
 from nanovllm.benchmarks.workloads import WORKLOADS, Requests
 from nanovllm.errors import NanoVLLMError
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from nanovllm.models.checkpoint import resolve_model_folder
-from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.runner.cpu_threads import load_torch
 
 ALL_WORKLOADS = "all"
@@ -38,7 +39,7 @@ class BenchmarkSettings:
     tensor_parallel_size: int
     compare_with_transformers: bool
     measure_logging_overhead: bool
-    pairs: int  # of runs, for the overhead of logging
+    pairs: int  # of measurements at each level, for the overhead of logging
     engine_options: Mapping[str, Any]  # further arguments of LLM
 
 

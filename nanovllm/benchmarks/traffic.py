@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from nanovllm.benchmarks.workloads import Requests
+from nanovllm.models.architectures import GATES
 from nanovllm.models.model_config import ModelConfig
 
 
@@ -26,15 +28,20 @@ def traffic(config: ModelConfig, itemsize: int, requests: Requests, *, fp8_cache
     A request of p prompt and n output tokens decodes n - 1 times, at the contexts p + 1 … p + n - 1; prefill gives
     the first token. A prefix that all requests share has to be read once per step, not once per row.
     """
+    layer_bytes = kv_bytes_per_token(config, itemsize, fp8_cache=fp8_cache) // config.num_layers
+    num_tokens = sum(count * _tokens_read(requests, window) for window, count in Counter(config.windows).items())
+    return Traffic(weight_bytes=itemsize * weights_per_step(config), kv_bytes=layer_bytes * num_tokens)
+
+
+def _tokens_read(requests: Requests, window: int | None) -> int:
+    """Returns how many tokens' keys a layer with this window reads. Only a layer without one reads a prefix once."""
+    lengths = [(len(prompt), count) for prompt, count in zip(requests.prompts, requests.output_lens, strict=True)]
+    if window is not None:
+        return sum(min(context, window) for length, count in lengths for context in range(length + 1, length + count))
     num_row_tokens = sum(
-        (count - 1) * (len(prompt) - requests.shared_len) + count * (count - 1) // 2
-        for prompt, count in zip(requests.prompts, requests.output_lens, strict=True)
+        (count - 1) * (length - requests.shared_len) + count * (count - 1) // 2 for length, count in lengths
     )
-    num_shared_tokens = (max(requests.output_lens) - 1) * requests.shared_len  # at least so many steps decode
-    return Traffic(
-        weight_bytes=itemsize * weights_per_step(config),
-        kv_bytes=kv_bytes_per_token(config, itemsize, fp8_cache=fp8_cache) * (num_row_tokens + num_shared_tokens),
-    )
+    return num_row_tokens + (max(requests.output_lens) - 1) * requests.shared_len  # at least so many steps decode
 
 
 def kv_bytes_per_token(config: ModelConfig, itemsize: int, *, fp8_cache: bool = False) -> int:
@@ -49,6 +56,6 @@ def weights_per_step(config: ModelConfig) -> int:
     attention = hidden * config.head_dim * (heads + config.num_heads)
     if config.attention_bias:
         attention += heads * config.head_dim + hidden
-    mlp = 3 * hidden * config.intermediate_size
+    mlp = (3 if config.hidden_act in GATES else 2) * hidden * config.intermediate_size
     norms = 2 * hidden + 2 * config.head_dim
-    return config.num_layers * (attention + mlp + norms) + hidden + config.vocab_size * hidden
+    return config.num_layers * (attention + mlp + norms) + hidden + config.vocab_size * config.embedding_size

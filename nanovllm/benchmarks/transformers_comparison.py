@@ -20,10 +20,11 @@ from nanovllm.benchmarks.report import spread_of
 from nanovllm.benchmarks.settings import Say
 from nanovllm.benchmarks.workloads import Requests
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES, PUBLISHED
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.model_context import ModelContext
 from nanovllm.models.registry import get_model_class
-from nanovllm.utils.loader import load_dummy_weights, weight_plan
+from nanovllm.utils.loader import CheckpointForm, load_dummy_weights, weight_plan
 
 EXPLANATION = (
     "\ntransformers: the same weights, prompts and output lengths; all prompts in one batch, padded on the left, "
@@ -51,7 +52,7 @@ class TransformersModel:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype).to(device)
         else:
             shape = BUILTIN_SHAPES.get(name)
-            config = AutoConfig.from_pretrained(name) if shape is None else transformers_config(shape)
+            config = AutoConfig.from_pretrained(name) if shape is None else transformers_config(name)
             with torch.device(device):
                 model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             shape = ModelConfig.from_folder(name) if shape is None else shape
@@ -106,24 +107,9 @@ def share_equal(left: list[list[int]], right: list[list[int]]) -> float:
     return sum(one == other for one, other in pairs) / len(pairs)
 
 
-def transformers_config(shape: ModelConfig) -> Any:
+def transformers_config(name: str) -> Any:
     """Returns a built-in shape as a transformers configuration."""
-    return AutoConfig.for_model(
-        "qwen3",
-        architectures=[shape.architecture],
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
-        rms_norm_eps=shape.rms_norm_eps,
-        rope_theta=shape.rope.theta,
-        tie_word_embeddings=shape.tie_word_embeddings,
-        attention_bias=shape.attention_bias,
-        max_position_embeddings=shape.max_position_embeddings,
-    )
+    return AutoConfig.for_model(**PUBLISHED[name])
 
 
 def _dummy_checkpoint(
@@ -136,11 +122,19 @@ def _dummy_checkpoint(
     load_dummy_weights(model, device, seed)
     parameters = dict(model.named_parameters())
     checkpoint = {
-        part.name: parameters[name][part.row : part.row + part.num_rows]
+        _name_in_checkpoint(part.name, model.checkpoint_form): parameters[name][part.row :][: part.num_rows] - part.plus
         for name, parts in weight_plan(model).items()
         for part in parts
         if part.name is not None
     }
     if shape.tie_word_embeddings:
-        checkpoint["lm_head.weight"] = checkpoint["model.embed_tokens.weight"]
+        table = _name_in_checkpoint("model.embed_tokens.weight", model.checkpoint_form)
+        checkpoint["lm_head.weight"] = checkpoint[table]
     return checkpoint
+
+
+def _name_in_checkpoint(name: str, form: CheckpointForm) -> str:
+    for prefix, instead in form.prefixes.items():
+        if instead is not None and name.startswith(instead):
+            return prefix + name.removeprefix(instead)
+    return name

@@ -7,14 +7,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from nanovllm.benchmarks.settings import ALL_WORKLOADS, BenchmarkSettings, make_plan
+from nanovllm.benchmarks.arrivals import Lengths
+from nanovllm.benchmarks.online import Bounds
+from nanovllm.benchmarks.online_settings import (
+    DEFAULT_INPUT_LEN,
+    DEFAULT_OUTPUT_LEN,
+    DEFAULT_VOCAB_SIZE,
+    ONLINE,
+    OnlineSettings,
+    Server,
+)
+from nanovllm.benchmarks.settings import ALL_WORKLOADS, BenchmarkSettings, Say, make_plan
 from nanovllm.benchmarks.workloads import WORKLOADS
 from nanovllm.errors import NanoVLLMError
-from nanovllm.models.model_config import BUILTIN_SHAPES
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from nanovllm.utils import env
 
 DESCRIPTION = """\
@@ -23,6 +37,8 @@ Measure the engine: nano-vllm's benchmark and others, beside the device's bandwi
     {command}                              a GPU: "classic" on Qwen3-0.6B's shape with random weights;
     {indent}                              no GPU: "mixed" on the tiny checkpoint, within a minute
     {command} --workload single long --model Qwen/Qwen3-8B
+    {command} --workload online            requests that arrive over time: TTFT, time between tokens, goodput
+    {command} --workload online --url http://localhost:8000    the same on any OpenAI server
     {command} --compare transformers       the same work in transformers too, and the ratio
     {command} --logging-overhead           what each log level costs, against logging off
     {command} --json | jq '.results[0].best_seconds'
@@ -32,8 +48,12 @@ is the warm-up and is shown apart; the prefix cache is emptied before each run. 
 has to read (the weights once a step, each row's keys and values at its context) over the whole time, prefill included;
 it is shown beside the bandwidth of a large copy on the same device. The last line is one JSON object with everything.
 
+The workload "online" is measured apart from the others, through AsyncLLM. Ctrl-C ends it and prints what was measured.
+
 Logging is at WARNING unless NANOVLLM_LOG_LEVEL says otherwise.
 """
+
+INTERRUPTED = 130  # the exit status that shells use for Ctrl-C
 
 # Options of LLM's names that are passed on as they are; None keeps LLM's default.
 ENGINE_OPTIONS = (
@@ -53,19 +73,36 @@ def main(arguments: Sequence[str], prog: str) -> int:
     started = time.perf_counter()
     args = parse_arguments(arguments, prog)
     env.log_level.set_default("WARNING")
+    say = discard if args.json else print_at_once
+    run = run_online_workload if args.workload == [ONLINE] else run_offline_workloads
     try:
-        say = discard if args.json else print_at_once
-        settings = settings_of(args)
-        plan = make_plan(settings, say)
-
-        from nanovllm.benchmarks.offline import run_benchmark
-
-        report = run_benchmark(settings, plan, say, started)
+        report, status = run(args, say, started)
     except NanoVLLMError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 1
     print(json.dumps(report))
-    return 0
+    return status
+
+
+def run_offline_workloads(args: argparse.Namespace, say: Say, started: float) -> tuple[dict[str, Any], int]:
+    """Returns the report and the exit status. started: when the command began."""
+    settings = settings_of(args)
+    plan = make_plan(settings, say)
+
+    from nanovllm.benchmarks.offline import run_benchmark
+
+    return run_benchmark(settings, plan, say, started), 0
+
+
+def run_online_workload(args: argparse.Namespace, say: Say, started: float) -> tuple[dict[str, Any], int]:
+    """Returns the report and the exit status: 130 after Ctrl-C, 1 if no request was completed or vLLM failed."""
+    from nanovllm.benchmarks.online_run import run_online
+
+    report = run_online(online_settings_of(args), say)
+    if report["interrupted"]:
+        return report, INTERRUPTED
+    completed = sum(result["num_requests"] - result["num_failed"] for result in report["results"])
+    return report, 0 if completed and "vllm_error" not in report else 1
 
 
 def print_at_once(text: str) -> None:
@@ -91,10 +128,30 @@ def settings_of(args: argparse.Namespace) -> BenchmarkSettings:
         device=args.device,
         max_model_len=args.max_model_len,
         tensor_parallel_size=args.tensor_parallel_size,
-        compare_with_transformers=args.compare is not None,
+        compare_with_transformers=args.compare == "transformers",
         measure_logging_overhead=args.logging_overhead,
         pairs=args.pairs,
         engine_options=options | {"enable_prefix_caching": not args.no_prefix_caching},
+    )
+
+
+def online_settings_of(args: argparse.Namespace) -> OnlineSettings:
+    """Returns the settings of the workload "online" that the options give."""
+    return OnlineSettings(
+        engine=settings_of(args),
+        rates=args.rates,
+        duration=args.duration,
+        num_requests=args.num_requests,
+        num_seeds=args.seeds,
+        input_len=args.input_len,
+        output_len=args.output_len,
+        burstiness=args.burstiness,
+        vocab_size=args.vocab_size,
+        warm_up=args.warm_up,
+        bounds=Bounds(ttft_ms=args.ttft_bound, itl_ms=args.itl_bound),
+        server=Server(args.url, args.api_key, args.served_model_name) if args.url else None,
+        compare_with_vllm=args.compare == "vllm",
+        save=args.save,
     )
 
 
@@ -109,7 +166,9 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     add_work_options(parser)
     add_engine_options(parser)
     add_run_options(parser)
+    add_online_options(parser)
     args = parser.parse_args(arguments)
+    check_online(parser, args)
     if args.pairs < 2:
         parser.error("--pairs must be at least 2: a spread needs two")
     if args.runs < 2:
@@ -124,9 +183,10 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--workload",
         nargs="+",
-        choices=[*WORKLOADS, ALL_WORKLOADS],
+        choices=[*WORKLOADS, ALL_WORKLOADS, ONLINE],
         metavar="NAME",
-        help=f"one, several, or 'all' (default: classic on a GPU, mixed on a CPU). {each}",
+        help=f"one, several, or 'all' (default: classic on a GPU, mixed on a CPU). {each}. {ONLINE}: requests that "
+        "arrive over time, alone; its options are below",
     )
     add("--num-seqs", type=positive, metavar="N", help="requests (default: the workload's own number)")
     add(
@@ -174,14 +234,129 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Adds what is measured, how often, and what is printed."""
     add = parser.add_argument
     add("--runs", type=positive, default=3, metavar="N", help="runs of a workload, the warm-up included (default 3)")
-    add("--compare", choices=("transformers",), help="run the same requests there too and print the ratio")
+    add(
+        "--compare",
+        choices=("transformers", "vllm"),
+        help="run the same requests there too and print the ratio; vllm with --workload online alone",
+    )
     add(
         "--logging-overhead",
         action="store_true",
         help="measure what logging adds to decoding, level by level, instead of a workload",
     )
-    add("--pairs", type=positive, default=10, metavar="N", help="pairs of runs for --logging-overhead (default 10)")
+    add(
+        "--pairs",
+        type=positive,
+        default=60,
+        metavar="N",
+        help="pairs of measurements a level for --logging-overhead (default 60; fewer where they take too long)",
+    )
     add("--json", action="store_true", help="print the JSON line alone")
+
+
+def add_online_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the workload "online"."""
+    group = parser.add_argument_group("online traffic, for --workload online")
+    add = group.add_argument
+    add(
+        "--rates",
+        type=rates,
+        metavar="R,R,...",
+        help="requests/s, one after the other (default: 10,60,120 on a GPU; 2,8 on a CPU and with --url)",
+    )
+    amount = group.add_mutually_exclusive_group().add_argument
+    amount(
+        "--duration",
+        type=above_zero,
+        metavar="S",
+        help="seconds in which requests arrive, for each rate and seed (default: 20 on a GPU, else 3)",
+    )
+    amount("--num-requests", type=positive, metavar="N", help="requests for each rate and seed, instead of --duration")
+    add(
+        "--seeds",
+        type=positive,
+        metavar="N",
+        help="runs of each rate, with the seeds from --seed upward (default: 3 on a GPU, else 2)",
+    )
+    for option, default in (("--input-len", DEFAULT_INPUT_LEN), ("--output-len", DEFAULT_OUTPUT_LEN)):
+        add(
+            option,
+            type=lengths,
+            default=default,
+            metavar="MEAN[:SIGMA[:MAX]]",
+            help="tokens, lognormal, cut off at MAX; SIGMA 0 makes all equal; if not given, SIGMA is 1 and MAX is 8 "
+            f"times MEAN (default {default.mean:g}:{default.sigma:g}:{default.most})",
+        )
+    add(
+        "--burstiness",
+        type=above_zero,
+        default=1.0,
+        metavar="X",
+        help="1: Poisson arrivals (default); less: in bursts; more: regular",
+    )
+    add(
+        "--vocab-size",
+        type=positive,
+        metavar="N",
+        help=f"token ids are drawn below it (default: {DEFAULT_VOCAB_SIZE}, or the model's if that is smaller; a "
+        "server's is not known)",
+    )
+    add(
+        "--warm-up",
+        type=positive,
+        metavar="N",
+        help="requests that are sent at once, twice, before the first run (default: 256 on a GPU, else 8)",
+    )
+    goodput = "of a request that counts for goodput"
+    add("--ttft-bound", type=above_zero, default=500.0, metavar="MS", help=f"highest TTFT {goodput} (default 500)")
+    add("--itl-bound", type=above_zero, default=50.0, metavar="MS", help=f"highest mean ITL {goodput} (default 50)")
+    add("--url", help="measure an OpenAI server, such as http://localhost:8000; needs aiohttp")
+    add("--api-key", metavar="KEY", help="for --url")
+    add("--served-model-name", metavar="NAME", help="for --url (default: the first model that the server lists)")
+    add("--save", type=Path, metavar="FILE.jsonl", help="write a line for each request")
+
+
+def check_online(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends the command for options that do not go together."""
+    is_online = args.workload == [ONLINE]
+    if ONLINE in (args.workload or ()) and not is_online:
+        parser.error(f"--workload {ONLINE} goes with no other workload")
+    if args.compare and (args.compare == "vllm") != is_online:
+        needed = f"needs --workload {ONLINE}" if args.compare == "vllm" else f"does not go with --workload {ONLINE}"
+        parser.error(f"--compare {args.compare} {needed}")
+    if is_online and (args.num_seqs or args.logging_overhead):
+        parser.error(f"--num-seqs and --logging-overhead do not go with --workload {ONLINE}: see --num-requests")
+    if not is_online and (args.url or args.save or args.rates):
+        parser.error(f"--rates, --url and --save need --workload {ONLINE}")
+    if args.url and (args.compare or args.model):
+        parser.error("--model and --compare do not go with --url: see --served-model-name")
+
+
+def rates(text: str) -> tuple[float, ...]:
+    """Returns numbers above 0, for argparse."""
+    return tuple(above_zero(part) for part in text.split(","))
+
+
+def above_zero(text: str) -> float:
+    """Returns a number above 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number > 0")
+    return value
+
+
+def lengths(text: str) -> Lengths:
+    """Returns MEAN[:SIGMA[:MAX]] as a distribution, for argparse. SIGMA is 1 and MAX eight times MEAN by default."""
+    mean, *rest = text.split(":")
+    if len(rest) > 2:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MEAN[:SIGMA[:MAX]]")
+    found = Lengths(mean=above_zero(mean), sigma=1.0, most=math.ceil(8 * above_zero(mean)))
+    if rest:
+        found = replace(found, sigma=0.0 if rest[0] == "0" else above_zero(rest[0]))
+    return replace(found, most=positive(rest[1])) if len(rest) == 2 else found
 
 
 def positive(text: str) -> int:

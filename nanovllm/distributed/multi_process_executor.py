@@ -144,6 +144,9 @@ class MultiProcessExecutor:
         self._alive_runner()
         return existing(self._diagnostics).of_all_ranks(partial(self._ask, MessageKind.DIAGNOSE))
 
+    def capture_ahead(self) -> bool:
+        return False  # all ranks would have to capture at the same time: they do so in the steps that need the graphs
+
     def other_step_times(self) -> dict[int, Sequence[StepTime]]:
         from nanovllm.distributed.step_times import unpack_step_times
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import xxhash
 
@@ -24,6 +25,13 @@ from nanovllm.logs import events
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
+
+
+class BlockOwner(Protocol):
+    """The sequence that blocks belong to, as log records name it."""
+
+    seq_id: int
+    request_id: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,20 +87,30 @@ class BlockManager:
         """Returns the number of blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def allocate(self, seq_id: int, token_ids: IntArray, *, salt: bytes = b"", share: bool = True) -> BlockTable | None:
-        """Returns blocks for all of `token_ids`, or None when too few are free.
+    def allocate(
+        self,
+        owner: BlockOwner,
+        step: int,
+        token_ids: IntArray,
+        *,
+        salt: bytes = b"",
+        share: bool = True,
+        keep_free: int = 0,
+    ) -> BlockTable | None:
+        """Returns blocks for all of `token_ids`, or None when fewer than `keep_free` would be free after that.
 
         The longest registered prefix is shared: its blocks are the first `num_registered` of the table. The last token
-        is never part of it, since a step computes logits only for tokens that it runs. salt: that of the table. share:
-        False shares nothing.
+        is never part of it, since a step computes logits only for tokens that it runs. step: the one that is planned,
+        for the log. salt: that of the table. share: False shares nothing.
         """
         shared = self._match(token_ids, salt) if share else []
         num_blocks = self.blocks_for(len(token_ids))
         num_new = num_blocks - len(shared)
         revived = sum(cached.block in self._evictable for cached in shared) if self._evictable else 0
-        if num_new > self.num_free_blocks - revived:
+        if num_new > self.num_free_blocks - revived - keep_free:
             return None
-        events.blocks_allocating.log(logger, seq_id=seq_id, num_blocks=num_blocks)
+        who: dict[str, Any] = {"seq_id": owner.seq_id, "request_id": owner.request_id, "step": step}
+        events.blocks_allocating.log(logger, **who, num_blocks=num_blocks)
         table = BlockTable([cached.block for cached in shared], len(shared), shared[-1] if shared else None, salt)
         for block in table.blocks:
             self._reference_counts[block] += 1
@@ -102,7 +120,7 @@ class BlockManager:
             self.append_block(table)
         free, used = self.num_free_blocks, self.num_used_blocks
         events.blocks_allocated.log(
-            logger, seq_id=seq_id, new=num_new, cache_hits=len(shared), free_blocks=free, used_blocks=used
+            logger, **who, new=num_new, cache_hits=len(shared), free_blocks=free, used_blocks=used
         )
         return table
 
@@ -142,9 +160,10 @@ class BlockManager:
             table.last_registered = known
             table.num_registered = index + 1
 
-    def release(self, seq_id: int, table: BlockTable) -> int:
+    def release(self, owner: BlockOwner, step: int, table: BlockTable) -> int:
         """Releases the blocks of `table`. Returns how many of them no sequence owns any more.
 
+        step: the one that is planned, or was collected last, for the log.
         The last block is released first, so that a prefix is evicted after its continuations.
         """
         freed = 0
@@ -157,7 +176,8 @@ class BlockManager:
                 else:
                     self._free.append(block)
         total, free = len(table.blocks), self.num_free_blocks
-        events.blocks_freed.log(logger, seq_id=seq_id, freed=freed, total=total, free_blocks=free)
+        who: dict[str, Any] = {"seq_id": owner.seq_id, "request_id": owner.request_id, "step": step}
+        events.blocks_freed.log(logger, **who, freed=freed, total=total, free_blocks=free)
         return freed
 
     def num_releasable(self, table: BlockTable) -> int:

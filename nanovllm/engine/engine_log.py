@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import traceback
 from collections.abc import Iterable
 from dataclasses import fields
@@ -26,7 +27,7 @@ logger = setup_logger("nanovllm.engine.llm_engine")  # the name that users' docu
 
 
 _MAX_REQUESTS = 64  # that an error names
-_DELAY_SECONDS = 60.0  # between two warnings of slow steps
+_DELAY_SECONDS = 60.0  # between two warnings of delays of one kind
 _MAX_TRACEBACK = 20_000  # characters, from its end
 
 
@@ -38,7 +39,7 @@ class EngineLog(EngineObserver):
         self._has_invalid_logits = False  # which is said once
         self._fatal: BaseException | None = None  # what ended the engine
         self._planned = self._submitted = self._collected = 0  # the last steps, by number
-        self._delay_logged: float | None = None  # when the last warning of a slow step was logged
+        self._delays_logged: dict[str, float] = {}  # when the last warning of a delay was logged, by its kind
 
     def engine_starting(self, config: EngineConfig) -> None:
         if logger.isEnabledFor(logging.INFO):
@@ -103,9 +104,9 @@ class EngineLog(EngineObserver):
         self._collected = step.batch.step
 
     def delayed(self, delay: Delay) -> None:
-        if self._delay_logged is not None and delay.now - self._delay_logged < _DELAY_SECONDS:
+        if delay.now - self._delays_logged.get(delay.kind, -math.inf) < _DELAY_SECONDS:
             return
-        self._delay_logged = delay.now
+        self._delays_logged[delay.kind] = delay.now
         events.engine_slow.log(
             logger,
             what=delay.kind,
@@ -124,7 +125,12 @@ class EngineLog(EngineObserver):
             self._has_invalid_logits = True
             num_tokens = len(sequence.output_token_ids)
             events.logits_invalid.log(
-                logger, request_id=sequence.request_id, output_len=num_tokens, error=str(sequence.error)
+                logger,
+                request_id=sequence.request_id,
+                step=self._collected,
+                output_len=num_tokens,
+                error=str(sequence.error),
+                **span_fields(sequence.span),
             )
 
     def step_collected(self, step: CollectedStep) -> None:
@@ -150,7 +156,9 @@ class EngineLog(EngineObserver):
 
     def output_built(self, sequence: Sequence, completion: CompletionOutput) -> None:
         if logger.isEnabledFor(logging.DEBUG) and env.log_prompts():
-            events.request_output.log(logger, request_id=sequence.request_id, text=completion.text)
+            events.request_output.log(
+                logger, request_id=sequence.request_id, text=completion.text, **span_fields(sequence.span)
+            )
 
     def engine_start_failed(self, error: BaseException) -> None:
         events.engine_start_failed.log(logger, error=repr(error))

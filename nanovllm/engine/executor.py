@@ -93,6 +93,13 @@ class Executor(Protocol):
         """Waits until no step is in flight. Raises when the device cannot continue."""
         ...
 
+    def capture_ahead(self) -> bool:
+        """Captures one of the CUDA graphs that later steps may need. Returns False when none of these is missing.
+
+        To be called while no step is in flight.
+        """
+        ...
+
     def shutdown(self) -> None:
         """Frees the device's memory. Calling it again does nothing."""
         ...

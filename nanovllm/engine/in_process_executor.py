@@ -47,6 +47,9 @@ class InProcessExecutor:
         if self._runner is not None:
             self._runner.synchronize()
 
+    def capture_ahead(self) -> bool:
+        return self._runner is not None and self._runner.capture_ahead()
+
     def other_step_times(self) -> dict[int, Sequence[StepTime]]:
         return {}
 

@@ -59,6 +59,7 @@ class LLMEngine(UnsupportedMethods):
         make_executor: ExecutorFactory,
         observers: Iterable[EngineObserver] = (),
         clock: Callable[[], float] = time.monotonic,
+        output_builder: Callable[[PreTrainedTokenizerBase | None], OutputBuilder] = OutputBuilder,
     ) -> None:
         self.config = config
         self.owner = OwnerProcess()
@@ -76,8 +77,8 @@ class LLMEngine(UnsupportedMethods):
             self._observers.engine_resolved(self.resolved)
             self.tokenizer = None if config.skip_tokenizer_init else load_tokenizer(config, self.resolved.model)
             self._grammars = GrammarCompiler(self.tokenizer, self.resolved)
-            self._preparation = RequestPreparation(self.tokenizer, self.resolved, self._grammars)
-            self._output_builder = OutputBuilder(self.tokenizer)
+            self.preparation = RequestPreparation(self.tokenizer, self.resolved, self._grammars)
+            self._output_builder = output_builder(self.tokenizer)
             self.scheduler = Scheduler(self.resolved, self._observers, clock)
             stopwatch.lap("tokenizer")
             self._observers.engine_started(
@@ -130,7 +131,7 @@ class LLMEngine(UnsupportedMethods):
         Raises InvalidArgumentError for a prompt that is empty or has ids outside the vocabulary, or parameters that
         this model does not allow, and RequestTooLargeError for a request that could never run.
         """
-        return self._preparation.prepare(prompt, params)
+        return self.preparation.prepare(prompt, params)
 
     def enqueue(self, request_id: str, request: PreparedRequest, arrival: float | None = None) -> list[Sequence]:
         """Queues a prepared request. Returns its sequences, one for each completion, whose tokens grow.
@@ -157,7 +158,7 @@ class LLMEngine(UnsupportedMethods):
     def _sequence(self, name: str, request: PreparedRequest, params: SamplingParams) -> Sequence:
         seq_id, seed = self._num_arrivals, self._next_seed()
         self._num_arrivals += 1
-        return self._preparation.sequence(request, seq_id, name, params, seed)
+        return self.preparation.sequence(request, seq_id, name, params, seed)
 
     def refuse_request(self, request_id: str, error: InvalidArgumentError) -> None:
         """Reports to the log and the metrics that `prepare` or `enqueue` did not allow a request."""
@@ -189,6 +190,10 @@ class LLMEngine(UnsupportedMethods):
     def has_unfinished_requests(self) -> bool:
         """Returns whether `step` has something left to compute, collect or return."""
         return bool(self._unfinished)
+
+    def capture_ahead(self) -> bool:
+        """Captures a CUDA graph that later steps may need, for use while the engine is idle. False: none is missing."""
+        return self.executor.capture_ahead()
 
     @property
     def is_dead(self) -> bool:
@@ -369,7 +374,7 @@ class LLMEngine(UnsupportedMethods):
 
     def get_default_sampling_params(self) -> SamplingParams:
         """Returns the parameters of requests without any: those of the checkpoint's generation_config.json."""
-        return self._preparation.default_params.clone()
+        return self.preparation.default_params.clone()
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""

@@ -22,11 +22,11 @@ from nanovllm.layers.parallel import TensorParallel
 from nanovllm.runner.cuda_graph import DecodeGraphs
 from nanovllm.runner.device_batch import DeviceBatch
 from nanovllm.runner.device_rows import DeviceRows, ModelInputs
-from nanovllm.runner.mixed_graphs import MixedGraphs, PaddedStep
+from nanovllm.runner.mixed_graphs import MixedGraphs, PaddedStep, missing_graphs
 from nanovllm.runner.out_of_memory import step_out_of_memory
 from nanovllm.runner.sampler import Sampler, prompt_logprobs
 from nanovllm.runner.startup import Startup
-from nanovllm.runner.step_handle import DeviceStepHandle, wait_for
+from nanovllm.runner.step_handle import DeviceStepHandle, EventPool, wait_for
 from nanovllm.runner.step_log import StepLog
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils import env
@@ -57,6 +57,7 @@ class ModelRunner:
         self._graphs: DecodeGraphs | None = None
         self._mixed_graphs: MixedGraphs | None = None
         self._log = StepLog(self.parallel, self.device)
+        self._events = EventPool(self.device)
         self._has_timeline = env.trace_file() is not None
         with torch.inference_mode(), self._on_device():
             self.model = startup.build_model()
@@ -68,6 +69,7 @@ class ModelRunner:
             if self._graphs is not None:
                 pool, null_row = self._graphs.pool, self.rows.null_row
                 self._mixed_graphs = startup.mixed_graphs(pool, self._hidden, self._sample, null_row)
+        self._missing_graphs = missing_graphs(self.device, self._graphs, self._mixed_graphs)
         self.resolved = startup.finish(num_blocks, max_model_len)
 
     @property
@@ -90,6 +92,11 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def capture_ahead(self) -> bool:
+        """Captures one of the CUDA graphs that later steps may need. Returns False when none of these is missing."""
+        with torch.inference_mode(), self._on_device():
+            return next(self._missing_graphs, None) is not None
+
     def becomes_idle(self, seconds: float) -> bool:
         """Waits for at most `seconds`. Returns whether all submitted steps have ended, with or without an error."""
         deadline = time.monotonic() + seconds
@@ -99,7 +106,7 @@ class ModelRunner:
                 raise TimeoutError
 
         try:
-            if (event := self._record_event(with_time=False)) is not None:
+            if (event := self._events.record(with_time=False)) is not None:
                 wait_for(event, check)
         except TimeoutError:
             return False
@@ -111,7 +118,7 @@ class ModelRunner:
         """Frees the device's memory. The runner cannot be used afterwards."""
         with suppress(RuntimeError):  # a CUDA error, which a step's handle has raised already
             self.synchronize()
-        del self.model, self.rows, self.kv_caches, self._graphs, self._mixed_graphs
+        del self.model, self.rows, self.kv_caches, self._graphs, self._mixed_graphs, self._missing_graphs
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -124,7 +131,7 @@ class ModelRunner:
         if needs.shares_prefix and self._query_group is None:
             needs = replace(needs, shares_prefix=False)
         with torch.inference_mode(), self._on_device():
-            began = self._record_event() if self._has_timeline or self._log.is_timed else None
+            began = self._events.record(with_time=True) if self._has_timeline or self._log.is_timed else None
             uploaded = DeviceBatch(batch, self._upload(batch.buffer))
             self.rows.apply(uploaded)
             self._log.preparing(batch)
@@ -223,22 +230,15 @@ class ModelRunner:
     def _download(self, sampled: SampledTokens, began: torch.cuda.Event | None) -> DeviceStepHandle:
         """Starts to copy the tokens to the host. Returns a handle that waits for them."""
         if self.device.type == "cpu":
-            return DeviceStepHandle(sampled, done=None, began=None)
+            return DeviceStepHandle(sampled, done=None, began=None, events=self._events)
 
         def to_host(tensor: torch.Tensor) -> torch.Tensor:
             host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             return host.copy_(tensor, non_blocking=True)
 
         host = sampled.map(to_host)
-        return DeviceStepHandle(host, done=self._record_event(with_time=began is not None), began=began)
-
-    def _record_event(self, with_time: bool = True) -> torch.cuda.Event | None:
-        """Records an event on the current stream. Returns None on a CPU, where calls return when their work is done."""
-        if self.device.type == "cpu":
-            return None
-        event = torch.cuda.Event(enable_timing=with_time)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        done = self._events.record(with_time=began is not None)
+        return DeviceStepHandle(host, done=done, began=began, events=self._events)
 
 
 def _graph_problem(batch: DeviceBatch, needs: StepNeeds) -> str | None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import IntArray, ScheduledBatch
+from nanovllm.engine.prefill_policy import PrefillBudget
 from nanovllm.engine.request_end import RequestEnd
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
@@ -89,9 +90,9 @@ class CollectedStep:
 
 @dataclass(frozen=True)
 class Delay:
-    """A step, or a request's wait for its next token, that took longer than NANOVLLM_LOG_SLOW_SECONDS."""
+    """A step, or a request's wait for its next token or in the queue, that is slow by NANOVLLM_LOG_SLOW_SECONDS."""
 
-    kind: Literal["step", "wait"]
+    kind: Literal["step", "wait", "queue"]
     seconds: float
     step: int
     request_id: str | None  # the request that waited longest; None if the step gave no request its next token
@@ -128,6 +129,9 @@ class EngineObserver:
 
     def sequence_preempted(self, sequence: Sequence, preemption: Preemption) -> None:
         """A running sequence gives its blocks back and waits again."""
+
+    def prefill_budgeted(self, budget: PrefillBudget) -> None:
+        """The step with prompt tokens that `batch_scheduled` is about to report has this budget for them."""
 
     def batch_scheduled(self, batch: ScheduledBatch, rows: RowTable) -> None:
         """A step is planned. rows: the row table after planning."""
@@ -178,7 +182,7 @@ class Observers(EngineObserver):
 
     def __init__(self, observers: Iterable[EngineObserver] = (), engine_id: int | None = None) -> None:
         observers = tuple(observers)
-        self.engine_id = next(_engine_ids) if engine_id is None else engine_id
+        self.engine_id = next(engine_ids) if engine_id is None else engine_id
         for name, default in vars(EngineObserver).items():
             if not name.startswith("_"):
                 overriding = [observer for observer in observers if getattr(type(observer), name) is not default]
@@ -206,7 +210,7 @@ class Observers(EngineObserver):
         return call if functions or begins or ends else _ignore
 
 
-_engine_ids = itertools.count()
+engine_ids = itertools.count()
 
 
 def _ignore(*_arguments: object, **_named: object) -> None:

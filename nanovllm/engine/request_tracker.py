@@ -16,6 +16,7 @@ from nanovllm.engine.observer import (
     Preemption,
     SampledStep,
 )
+from nanovllm.engine.queue_waits import QueueWaits
 from nanovllm.engine.request_end import Cause, CompletionEnd, RequestEnd, Times, cause_of
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
@@ -28,7 +29,8 @@ def track_requests(observers: Iterable[EngineObserver]) -> Observers:
     observers = list(observers)
     listener = Observers(observers)
     stalls = Stalls(listener)
-    return Observers([stalls, RequestTracker(stalls, listener), *observers], listener.engine_id)
+    tracker, queue_waits = RequestTracker(stalls, listener), QueueWaits(listener)
+    return Observers([stalls, tracker, queue_waits, *observers], listener.engine_id)
 
 
 @dataclass

@@ -31,6 +31,7 @@ from nanovllm.engine.batch import (
 )
 from nanovllm.engine.block_manager import BlockManager, BlockTable
 from nanovllm.engine.observer import EngineObserver, Preemption, SampledStep, Shortage
+from nanovllm.engine.prefill_policy import PrefillBudget, PrefillPolicy
 from nanovllm.engine.row_table import NO_BLOCK, BoolArray, RowArray, RowTable
 from nanovllm.engine.sequence import Sequence, SequenceStatus, token_logprobs
 from nanovllm.engine.statistics import Load
@@ -58,6 +59,7 @@ class _StepPlan:
     blocks: list[RecordArray] = field(default_factory=list)  # of BLOCKS, each [num_new]
     chunks: list[Chunk] = field(default_factory=list)
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    num_prompt_tokens: int = 0  # of the chunks
 
 
 class Scheduler:
@@ -73,8 +75,7 @@ class Scheduler:
         self.now = 0.0  # seconds of `clock`, which each `schedule` and each `update` reads once
         self._clock = clock
         self._observer = observer or EngineObserver()
-        self.max_num_batched_tokens = config.max_num_batched_tokens
-        self.max_prefill_tokens_beside_decode = config.max_prefill_tokens_beside_decode
+        self.policy = PrefillPolicy(config)
         self._is_eos: BoolArray = np.zeros(config.vocab_size, dtype=np.bool_)
         self._is_eos[[token_id for token_id in config.eos_token_ids if 0 <= token_id < config.vocab_size]] = True
         self.block_manager = BlockManager(
@@ -85,10 +86,11 @@ class Scheduler:
         )
         self.rows = RowTable(config.max_num_seqs, config.max_model_len)
         self.waiting: deque[Sequence] = deque()  # in order of arrival
-        self._prefilling: Sequence | None = None  # has a row and prompt tokens left; no other prompt starts before
+        self._prefilling: Sequence | None = None  # has a row and prompt tokens left
         self._leaving: list[int] = []  # rows to release as soon as no step in flight touches them
         self._closed: list[int] = []  # rows released since the last step was planned
         self.last_step = last_step  # the last step that was planned
+        self._step = last_step  # the step that is being planned, or was collected last; for the log
         self._max_prompt_logprob_tokens = max(_MAX_PROMPT_LOGPROBS // config.vocab_size, 1)
         self._shares_prefix = False  # whether decode rows of the last step shared a prefix; for the log
 
@@ -112,10 +114,12 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch | None:
         """Returns the next step, or None when nothing can run before a step in flight is collected."""
-        self.now = self._clock()
+        self.now, self._step = self._clock(), self.last_step + 1
         plan = _StepPlan()
         decode_rows, shares_prefix = self._group_by_prefix(self._schedule_decode(plan))
-        self._schedule_prefill(plan, self._prefill_budget(len(decode_rows)))
+        if self.waiting or self._prefilling is not None:
+            start = 0 if self._prefilling is None else int(self.rows.num_computed[self._row(self._prefilling)])
+            self._schedule_prefill(plan, self.policy.budget(self.rows, decode_rows, start))
         if not plan.chunks and not len(decode_rows):
             return None
         # Only the last chunk can stop before the end of its prompt, so the final ones come first, as batches need.
@@ -138,15 +142,9 @@ class Scheduler:
         self.rows.steps_in_flight[decode_rows] += 1
         self.rows.steps_in_flight[batch.chunks["row"]] += 1
         self.rows.num_pending[sampled] += 1
+        self.policy.step_planned(batch, self.rows, self.now)
         self._observer.batch_scheduled(batch, self.rows)
         return batch
-
-    def _prefill_budget(self, num_decode_rows: int) -> int:
-        """Returns how many prompt tokens the step may compute. Beside decode rows a smaller maximum may apply."""
-        budget = self.max_num_batched_tokens - num_decode_rows
-        if num_decode_rows and self.max_prefill_tokens_beside_decode is not None:
-            return min(budget, self.max_prefill_tokens_beside_decode)
-        return budget
 
     def _schedule_decode(self, plan: _StepPlan) -> RowArray:
         """Returns the rows that decode in this step, each with a block for its next token."""
@@ -183,7 +181,9 @@ class Scheduler:
         shares_prefix = bool(shares.any())
         if shares_prefix and not self._shares_prefix:
             num_sharing, saved_tokens = int(shares.sum()), int(saved[pays].sum())
-            events.batch_shares_prefix.log(logger, num_sharing=num_sharing, size=len(rows), saved_tokens=saved_tokens)
+            events.batch_shares_prefix.log(
+                logger, num_sharing=num_sharing, size=len(rows), saved_tokens=saved_tokens, step=self._step
+            )
         self._shares_prefix = shares_prefix
         return arranged, shares_prefix
 
@@ -211,7 +211,7 @@ class Scheduler:
             if len(candidates) < 2:
                 return rows
             oldest = self.rows.sequence(int(full[self.rows.seq_id[full].argmin()]))
-            shortage = Shortage(self.last_step + 1, oldest, len(full), free)
+            shortage = Shortage(self._step, oldest, len(full), free)
             coming += self._preempt(max(candidates, key=lambda sequence: sequence.seq_id), shortage)
 
     def _preempt(self, sequence: Sequence, shortage: Shortage) -> int:
@@ -226,44 +226,67 @@ class Scheduler:
         self._observer.sequence_preempted(sequence, preemption)
         return coming
 
-    def _schedule_prefill(self, plan: _StepPlan, budget: int) -> None:
-        """Plans chunks of up to `budget` prompt tokens in all, admitting waiting sequences in order."""
-        num_planned = 0
-        while num_planned < budget:
-            sequence = self._prefilling or self._admit(plan)
+    def _schedule_prefill(self, plan: _StepPlan, budget: PrefillBudget) -> None:
+        """Plans chunks of prompts, admitting waiting sequences in order, until the budget is used.
+
+        Only prompts that a long one keeps waiting for many steps may go before it.
+        """
+        most = budget.num_tokens
+        if self._prefilling is not None:
+            row = self._row(self._prefilling)
+            self.policy.share(int(self.rows.num_tokens[row] - self.rows.num_computed[row]), most)
+            while (sequence := self._admit(plan, self.policy.overtaking(self.waiting))) is not None:
+                self.policy.overtook(self._plan_chunk(plan, sequence, most))
+        while plan.num_prompt_tokens < most:
+            sequence = self._prefilling or self._admit(plan, self._first_waiting())
             if sequence is None:
                 break
-            row = self._row(sequence)
-            start, num_tokens = int(self.rows.num_computed[row]), int(self.rows.num_tokens[row])
-            end = min(num_tokens, start + budget - num_planned)
-            whole_vocabulary = sequence.needs_prompt_logprobs and sequence.params.prompt_logprobs == -1
-            if whole_vocabulary:
-                end = min(end, start + self._max_prompt_logprob_tokens)
-            prompt_logprobs = sequence.plan_prompt_logprobs(start, end, row, num_planned)
-            if prompt_logprobs is not None:
-                plan.prompt_logprobs.append(prompt_logprobs)
-            num_planned += end - start
-            plan.chunks.append(Chunk(row, start, end - start))
-            self.rows.num_computed[row] = end
-            self.block_manager.register(sequence.block_table, self.rows.token_ids[row, :end])
-            self._prefilling = sequence if end < num_tokens else None
-            if end == num_tokens:
-                sequence.status = SequenceStatus.DECODING
-                self.rows.decoding[row] = True
-            if end < num_tokens or whole_vocabulary:
+            self._plan_chunk(plan, sequence, most)
+            if sequence.params.prompt_logprobs == -1:  # a step has memory for those of one prompt only
                 break
+        if plan.chunks:
+            self._observer.prefill_budgeted(budget)
 
-    def _admit(self, plan: _StepPlan) -> Sequence | None:
-        """Gives a row, and blocks for all its tokens, to the first waiting sequence that can run; returns it.
+    def _plan_chunk(self, plan: _StepPlan, sequence: Sequence, most: int) -> int:
+        """Plans a chunk with which the step computes up to `most` prompt tokens, and returns its length."""
+        row = self._row(sequence)
+        start, num_tokens = int(self.rows.num_computed[row]), int(self.rows.num_tokens[row])
+        end = min(num_tokens, start + most - plan.num_prompt_tokens)
+        if sequence.needs_prompt_logprobs and sequence.params.prompt_logprobs == -1:
+            end = min(end, start + self._max_prompt_logprob_tokens)
+        prompt_logprobs = sequence.plan_prompt_logprobs(start, end, row, plan.num_prompt_tokens)
+        if prompt_logprobs is not None:
+            plan.prompt_logprobs.append(prompt_logprobs)
+        plan.chunks.append(Chunk(row, start, end - start))
+        plan.num_prompt_tokens += end - start
+        self.rows.num_computed[row] = end
+        self.block_manager.register(sequence.block_table, self.rows.token_ids[row, :end])
+        if end < num_tokens:
+            self._prefilling = sequence
+        else:
+            sequence.status = SequenceStatus.DECODING
+            self.rows.decoding[row] = True
+            if sequence is self._prefilling:
+                self._prefilling = None
+        return end - start
 
-        Returns None when no sequence can run, or when no row or too few blocks are free.
+    def _first_waiting(self) -> Sequence | None:
+        return next((sequence for sequence in self.waiting if not sequence.waits_for_grammar), None)
+
+    def _admit(self, plan: _StepPlan, sequence: Sequence | None) -> Sequence | None:
+        """Gives a waiting sequence a row, and blocks for all its tokens, and returns it.
+
+        Returns None for None, and when no row or too few blocks are free.
         """
-        sequence = next((sequence for sequence in self.waiting if not sequence.waits_for_grammar), None)
         if sequence is None or not self.rows.has_free_row:
             return None
         # The log-probabilities of a prompt token exist only in the step that computes it: a cached prefix has none.
         share = not sequence.needs_prompt_logprobs
-        table = self.block_manager.allocate(sequence.seq_id, sequence.token_ids, salt=sequence.cache_salt, share=share)
+        keep_free = 0 if self.rows.is_empty else self.policy.watermark
+        token_ids, salt = sequence.token_ids, sequence.cache_salt
+        table = self.block_manager.allocate(
+            sequence, self._step, token_ids, salt=salt, share=share, keep_free=keep_free
+        )
         if table is None:
             return None
         self.waiting.remove(sequence)
@@ -282,7 +305,7 @@ class Scheduler:
         plan.opened.append(
             OpenedRow(
                 row=row,
-                token_ids=sequence.token_ids,
+                token_ids=token_ids,
                 temperature=params.temperature,
                 seed=sequence.seed,
                 truncation=truncation,
@@ -309,6 +332,8 @@ class Scheduler:
         """
         rows = self.rows
         now = self.now = self._clock()
+        self._step = batch.step
+        self.policy.step_collected(now, result.gpu_ms)
         rows.steps_in_flight[batch.decode_rows] -= 1
         rows.steps_in_flight[batch.chunks["row"]] -= 1
         sampled = batch.sampled_rows
@@ -407,7 +432,7 @@ class Scheduler:
                 sequence.last_token = None if sequence.first_token is None else float(self.rows.last_token[row])
                 sequence.status = SequenceStatus.WAITING
                 bisect.insort(self.waiting, sequence, key=lambda waiting: waiting.seq_id)
-            self.block_manager.release(sequence.seq_id, sequence.block_table)
+            self.block_manager.release(sequence, self._step, sequence.block_table)
             sequence.block_table = BlockTable()
             self.rows.close(row)
             self._closed.append(row)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.batch import IntArray, ScheduledBatch
 from nanovllm.engine.observer import CollectedStep, EngineObserver, Preemption, SampledStep
+from nanovllm.engine.prefill_policy import PrefillBudget
 from nanovllm.engine.request_end import Cause, cause_of
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.logs import events
 from nanovllm.logs.decode_rule import DecodeLogPolicy
 from nanovllm.utils.active_span import span_fields
-from nanovllm.utils.logger import first_items, setup_logger
+from nanovllm.utils.logger import MAX_ITEMS, ItemList, first_items, setup_logger
 
 logger = setup_logger("nanovllm.engine.scheduler")  # the name that users' documents show
 
@@ -35,6 +36,7 @@ class SchedulerLog(EngineObserver):
         self._decode_step = 0  # decode steps since the engine was idle
         self._num_preempted = 0  # preemptions since the last decode step
         self._collected = 0  # the last step that was collected
+        self._budget = PrefillBudget(0, "")  # of the step that is being planned
 
     def work_began(self, now: float) -> None:
         self._decode_step = 0
@@ -64,6 +66,9 @@ class SchedulerLog(EngineObserver):
     def tokens_sampled(self, step: SampledStep) -> None:
         self._collected = step.batch.step
 
+    def prefill_budgeted(self, budget: PrefillBudget) -> None:
+        self._budget = budget
+
     def batch_scheduled(self, batch: ScheduledBatch, rows: RowTable) -> None:
         if len(batch.chunks) and logger.isEnabledFor(logging.INFO):
             events.batch_prefill.log(
@@ -71,9 +76,9 @@ class SchedulerLog(EngineObserver):
                 step=batch.step,
                 size=len(batch.chunks),
                 batched_tokens=batch.num_prefill_tokens,
-                seqs=first_items(
-                    list(batch.chunks), lambda chunk: _describe(rows, chunk["row"], cached=chunk["start"])
-                ),
+                budget=self._budget.num_tokens,
+                budget_reason=self._budget.reason,
+                seqs=_described(rows, batch.chunks["row"], cached=batch.chunks["start"]),
             )
         if len(batch.decode_rows):
             self._log_decode(batch, rows)
@@ -92,7 +97,7 @@ class SchedulerLog(EngineObserver):
                 size=size,
                 preempted=self._num_preempted,
                 shares_prefix=batch.needs.shares_prefix,
-                seqs=first_items(batch.decode_rows.tolist(), lambda row: _describe(rows, row)),
+                seqs=_described(rows, batch.decode_rows),
             )
         self._num_preempted = 0
 
@@ -126,9 +131,12 @@ class SchedulerLog(EngineObserver):
         events.batch_postprocess.log(logger, step=step.batch.step, num_finished=num_finished, num_seqs=num_seqs)
 
 
-def _describe(rows: RowTable, row: int, cached: int | None = None) -> str:
-    prefilled = "" if cached is None else f",cached={cached}"
-    return f"seq_{rows.sequence(row).seq_id}(len={rows.num_tokens[row]}{prefilled})"
+def _described(rows: RowTable, indices: IntArray, cached: IntArray | None = None) -> ItemList:
+    """Returns the first sequences of `indices`. Arrays are read at once, which is cheaper than row by row."""
+    first = indices[:MAX_ITEMS]
+    seq_ids, lengths = rows.seq_id[first].tolist(), rows.num_tokens[first].tolist()
+    ends = [")"] * len(first) if cached is None else [f",cached={number})" for number in cached[:MAX_ITEMS].tolist()]
+    return first_items(range(len(indices)), lambda index: f"seq_{seq_ids[index]}(len={lengths[index]}{ends[index]}")
 
 
 def _milliseconds(seconds: float | None) -> float | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.observer import CollectedStep, EngineObserver, EngineStart, SampledStep
+from nanovllm.engine.prefill_policy import PrefillBudget
 from nanovllm.engine.request_end import Cause, RequestEnd
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
@@ -51,6 +52,7 @@ class _Window:
     device_seconds: float | None = None
     slowest: _SlowStep | None = None
     finished: Counter[Cause] = field(default_factory=Counter)
+    budgets: Counter[str] = field(default_factory=Counter)  # of steps with prompt tokens, by reason
 
     def step_sampled(self, step: SampledStep, seconds: float) -> None:
         if self.slowest is None or seconds > self.slowest.seconds:
@@ -84,6 +86,7 @@ class _Window:
             "finished_by_cause": {str(cause): number for cause, number in self.finished.items()},
             "num_failed": self.finished["failed"],
             "num_refused": self.finished["refused"],
+            "prefill_steps_by_budget": dict(self.budgets),
         }
 
 
@@ -125,6 +128,10 @@ class StatisticsLine(EngineObserver):
         self._num_added += 1
         for window in (self._window, self._run):
             window.loaded(sequence.queued, 0.0, self._load.num_waiting + self._num_added)
+
+    def prefill_budgeted(self, budget: PrefillBudget) -> None:
+        for window in (self._window, self._run):
+            window.budgets[budget.reason] += 1
 
     def batch_scheduled(self, batch: ScheduledBatch, rows: RowTable) -> None:
         self._num_added = 0  # some may run now: the next step's load tells

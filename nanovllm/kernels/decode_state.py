@@ -66,6 +66,9 @@ def _read_decode_tokens_kernel(
         tl.store(tables_out_ptr + index * max_blocks + column, tl.load(table_ptr + column, mask=mask), mask=mask)
 
 
+_BLOCK_ROWS = 128  # of a program that appends tokens
+
+
 @jit_with_varying("rows_ptr", "new_ids_ptr", "num_rows")
 def _append_tokens_kernel(
     rows_ptr: tl.tensor,
@@ -173,8 +176,7 @@ def append_tokens(
     num_rows = len(rows)
     if num_rows == 0:
         return
-    block_size = min(next_power_of_2(num_rows), 128)
-    _append_tokens_kernel[(-(-num_rows // block_size),)](
+    _append_tokens_kernel[(-(-num_rows // _BLOCK_ROWS),)](
         rows_ptr=rows,
         new_ids_ptr=new_ids,
         token_ids_ptr=token_ids,
@@ -182,6 +184,6 @@ def append_tokens(
         num_rows=num_rows,
         null_row=null_row,
         max_tokens=token_ids.shape[1],
-        BLOCK_SIZE=block_size,
+        BLOCK_SIZE=_BLOCK_ROWS,
         **pdl_options(rows.device),
     )

@@ -60,15 +60,20 @@ def attend(
     table_ptr: tl.tensor,
     start: tl.tensor,
     end: tl.tensor,
+    first_seen: tl.tensor,
     scale_log2: tl.tensor,
     page_stride: tl.tensor,
     slot_stride: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Returns (best, total, out) of query [rows, dims] over keys at positions start … end, which all rows attend to."""
+    """Returns (best, total, out) of query [rows, dims] over keys at positions start … end, which all rows attend to.
+
+    HAS_WINDOW: not to those before `first_seen`, which lies in the first block or before it.
+    """
     ROWS: tl.constexpr = query.shape[0]
     BLOCK_DIM: tl.constexpr = query.shape[1]
     dim = tl.arange(0, BLOCK_DIM)
@@ -76,7 +81,10 @@ def attend(
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     for first in range(start, end, BLOCK_KEYS):
-        valid = first + tl.arange(0, BLOCK_KEYS) < end
+        position = first + tl.arange(0, BLOCK_KEYS)
+        valid = position < end
+        if HAS_WINDOW:
+            valid &= position >= first_seen
         slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
         # Rows past the context are read as zeros: the cache may hold NaN there.
         kv_mask = valid[:, None] & (dim < HEAD_DIM)[None, :]

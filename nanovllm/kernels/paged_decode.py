@@ -8,11 +8,13 @@ Kwon et al., "PagedAttention", 2023, https://arxiv.org/abs/2309.06180.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
 from nanovllm.kernels.online_softmax import attend
-from nanovllm.kernels.partials import Partials, empty_partials, keys_per_split, merge_partials
+from nanovllm.kernels.partials import Partials, empty_partials, first_own_key, keys_per_split, merge_partials
 from nanovllm.kernels.shared_prefix import choose_num_prefix_splits, prefix_attention
 from nanovllm.kernels.triton_support import (
     LOG2_E,
@@ -62,6 +64,7 @@ def _paged_decode_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
@@ -74,8 +77,9 @@ def _paged_decode_kernel(
     num_splits = tl.num_programs(1)
     context_len = tl.load(context_lens_ptr + seq)
     shared_len = tl.load(shared_lens_ptr + seq) if HAS_SHARED else context_len * 0
-    split_len = keys_per_split(context_len - shared_len, num_splits, BLOCK_KEYS)
-    start = shared_len + split * split_len
+    first_key = first_own_key(context_len, shared_len, WINDOW, BLOCK_KEYS)
+    split_len = keys_per_split(context_len - first_key, num_splits, BLOCK_KEYS)
+    start = first_key + split * split_len
     end = tl.minimum(start + split_len, context_len)
     if start >= end:
         return
@@ -102,12 +106,14 @@ def _paged_decode_kernel(
         table_ptr,
         start,
         end,
+        context_len - WINDOW,
         scale_log2,
         page_stride,
         slot_stride,
         BLOCK_SIZE=BLOCK_SIZE,
         HEAD_DIM=HEAD_DIM,
         BLOCK_KEYS=BLOCK_KEYS,
+        HAS_WINDOW=WINDOW > 0,
         PRECISION=PRECISION,
     )
     out = out / total[:, None]
@@ -123,7 +129,7 @@ def _paged_decode_kernel(
 
 
 def paged_decode_reference(
-    query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
+    query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float, window: int | None = None
 ) -> torch.Tensor:
     """Reference for `paged_decode`, sequence by sequence in plain torch (slow: for tests)."""
     _, block_size, num_kv_heads, _ = kv_cache.key.shape
@@ -131,12 +137,18 @@ def paged_decode_reference(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)  # [num_seqs, num_heads, head_dim]
     for seq, context_len in enumerate(metadata.context_lens.tolist()):
         pages = metadata.block_tables[seq, : -(-context_len // block_size)].long()
-        keys = kv_cache.key[pages].flatten(0, 1)[:context_len].float()  # [context_len, num_kv_heads, head_dim]
-        values = kv_cache.value[pages].flatten(0, 1)[:context_len].float()
+        seen = slice(0 if window is None else max(context_len - window, 0), context_len)
+        keys = kv_cache.key[pages].flatten(0, 1)[seen].float()  # [keys seen, num_kv_heads, head_dim]
+        values = kv_cache.value[pages].flatten(0, 1)[seen].float()
         grouped = query[seq].float().unflatten(0, (num_kv_heads, group))
         weights = torch.einsum("hgd,khd->hgk", grouped, keys).mul(scale).softmax(dim=-1)
         out[seq] = torch.einsum("hgk,khd->hgd", weights, values).flatten(0, 1).to(query.dtype)
     return out
+
+
+def keys_read(max_context_len: int, window: int | None, block_keys: int) -> int:
+    """Returns how many keys a kernel reads for a row, at most: a window need not begin where a block does."""
+    return max_context_len if window is None else min(max_context_len, window + block_keys)
 
 
 def choose_num_splits(
@@ -165,6 +177,7 @@ def paged_decode(
     scale: float,
     out: torch.Tensor | None = None,
     *,
+    window: int | None = None,
     num_splits: int | None = None,
     prefix_splits: int | None = None,
     use_triton: bool | None = None,
@@ -172,21 +185,25 @@ def paged_decode(
     """Returns softmax(scale · query · keysᵀ) · values for one query per sequence, read through block tables.
 
     query [num_seqs, num_heads, head_dim] → the same shape and dtype. The cache has query's dtype. Prefixes in
-    `metadata.shared` are read once for many rows; the result differs by rounding alone. num_splits and prefix_splits
-    override the choice. out: contiguous, where to write the result; None: a new tensor. No synchronisation: may be
+    `metadata.shared` are read once for many rows; the result differs by rounding alone. window: how many of the last
+    keys are attended to, and shared prefixes are then not used; None: all. num_splits and prefix_splits override the
+    choice. out: contiguous, where to write the result; None: a new tensor. No synchronisation: may be
     captured in a CUDA graph.
     """
     if not runs_triton(query, use_triton):
-        attended = paged_decode_reference(query, kv_cache, metadata, scale)
+        attended = paged_decode_reference(query, kv_cache, metadata, scale, window)
         return attended if out is None else out.copy_(attended)
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_seqs, num_heads, head_dim]
+    if window is not None:
+        metadata = replace(metadata, shared=None)
     num_seqs, num_kv_heads, shared = query.shape[0], kv_cache.key.shape[2], metadata.shared
     if num_seqs == 0:
         return out
     processors = multiprocessor_count(query.device)
     if num_splits is None:
-        num_splits = choose_num_splits(num_seqs, num_kv_heads, metadata.max_context_len, processors)
+        most_keys = keys_read(metadata.max_context_len, window, _BLOCK_KEYS)
+        num_splits = choose_num_splits(num_seqs, num_kv_heads, most_keys, processors)
     if shared is None:
         prefix_splits = 0
     elif not prefix_splits:
@@ -194,8 +211,8 @@ def paged_decode(
     partials = empty_partials(out, num_splits, prefix_splits)
     if shared is not None:
         prefix_attention(query, kv_cache, metadata.block_tables, shared, partials, scale)
-    _launch(query, kv_cache, metadata, scale, out, partials)
-    merge_partials(partials, metadata, out, _BLOCK_KEYS)
+    _launch(query, kv_cache, metadata, scale, out, partials, window)
+    merge_partials(partials, metadata, out, _BLOCK_KEYS, window)
     return out
 
 
@@ -206,6 +223,7 @@ def _launch(
     scale: float,
     out: torch.Tensor,
     partials: Partials,
+    window: int | None,
 ) -> None:
     """Writes attention to each row's own keys into `partials`, or into `out` where there is one part."""
     num_seqs, num_heads, head_dim = query.shape
@@ -239,6 +257,7 @@ def _launch(
         HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim,
         BLOCK_KEYS=_BLOCK_KEYS,
+        WINDOW=window or 0,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=2,
         num_stages=_num_stages(query.dtype, block_dim),

@@ -20,8 +20,8 @@ from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
 from nanovllm.kernels.dequantize_pages import dequantized
 from nanovllm.kernels.online_softmax import softmax_weights
 from nanovllm.kernels.page_slots import page_slots
-from nanovllm.kernels.paged_decode import choose_num_splits, paged_decode_reference
-from nanovllm.kernels.partials import Partials, empty_partials, keys_per_split, merge_partials
+from nanovllm.kernels.paged_decode import choose_num_splits, keys_read, paged_decode_reference
+from nanovllm.kernels.partials import Partials, empty_partials, first_own_key, keys_per_split, merge_partials
 from nanovllm.kernels.triton_support import (
     INTERPRETED,
     LOG2_E,
@@ -95,6 +95,7 @@ def _paged_decode_fp8_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
     RAISE: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -107,8 +108,9 @@ def _paged_decode_fp8_kernel(
     num_heads = tl.num_programs(0) * GROUP
     num_splits = tl.num_programs(1)
     context_len = tl.load(context_lens_ptr + seq)
-    split_len = keys_per_split(context_len, num_splits, BLOCK_KEYS)
-    start = split * split_len
+    first_key = first_own_key(context_len, context_len * 0, WINDOW, BLOCK_KEYS)
+    split_len = keys_per_split(context_len - first_key, num_splits, BLOCK_KEYS)
+    start = first_key + split * split_len
     end = tl.minimum(start + split_len, context_len)
     if start >= end:
         return
@@ -134,7 +136,10 @@ def _paged_decode_fp8_kernel(
     even = tl.zeros([BLOCK_DIM // 2, BLOCK_GROUP], tl.float32)
     odd = tl.zeros([BLOCK_DIM // 2, BLOCK_GROUP], tl.float32)
     for first in range(start, end, BLOCK_KEYS):
-        valid = first + tl.arange(0, BLOCK_KEYS) < end
+        position = first + tl.arange(0, BLOCK_KEYS)
+        valid = position < end
+        if WINDOW:
+            valid &= position >= context_len - WINDOW
         slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
         # Rows past the context are read as zeros: the cache may hold NaN there.
         key = tl.load(
@@ -173,10 +178,10 @@ def _paged_decode_fp8_kernel(
 
 
 def paged_decode_fp8_reference(
-    query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float
+    query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float, window: int | None = None
 ) -> torch.Tensor:
     """Reference for `paged_decode_fp8`: attention over the restored cache (slow: for tests)."""
-    return paged_decode_reference(query, dequantized(kv_cache), metadata, scale)
+    return paged_decode_reference(query, dequantized(kv_cache), metadata, scale, window)
 
 
 def paged_decode_fp8(
@@ -186,6 +191,7 @@ def paged_decode_fp8(
     scale: float,
     out: torch.Tensor | None = None,
     *,
+    window: int | None = None,
     num_splits: int | None = None,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
@@ -195,7 +201,7 @@ def paged_decode_fp8(
     out: contiguous, where to write the result; None: a new tensor. No synchronisation: may be captured in a CUDA graph.
     """
     if not runs_triton(query, use_triton):
-        attended = paged_decode_fp8_reference(query, kv_cache, metadata, scale)
+        attended = paged_decode_fp8_reference(query, kv_cache, metadata, scale, window)
         return attended if out is None else out.copy_(attended)
     num_seqs, num_kv_heads = query.shape[0], kv_cache.key.shape[2]
     if out is None:
@@ -204,10 +210,11 @@ def paged_decode_fp8(
         return out
     if num_splits is None:
         processors = multiprocessor_count(query.device)
-        num_splits = choose_num_splits(num_seqs, num_kv_heads, metadata.max_context_len, processors, _PROGRAMS_EACH)
+        most_keys = keys_read(metadata.max_context_len, window, _BLOCK_KEYS)
+        num_splits = choose_num_splits(num_seqs, num_kv_heads, most_keys, processors, _PROGRAMS_EACH)
     partials = empty_partials(out, num_splits)
-    _launch(query, kv_cache, metadata, scale, out, partials)
-    merge_partials(partials, metadata, out, _BLOCK_KEYS)
+    _launch(query, kv_cache, metadata, scale, out, partials, window)
+    merge_partials(partials, metadata, out, _BLOCK_KEYS, window)
     return out
 
 
@@ -218,6 +225,7 @@ def _launch(
     scale: float,
     out: torch.Tensor,
     partials: Partials,
+    window: int | None,
 ) -> None:
     """Writes the attention of each part into `partials`, or into `out` where there is one part."""
     num_seqs, num_heads, head_dim = query.shape
@@ -250,6 +258,7 @@ def _launch(
         HEAD_DIM=head_dim,
         BLOCK_DIM=max(next_power_of_2(head_dim), _MIN_BLOCK_DIM),
         BLOCK_KEYS=_BLOCK_KEYS,
+        WINDOW=window or 0,
         RAISE=_RAISE,
         COMPUTE=tl.float32 if is_float32 else tl.float16,
         PRECISION="ieee" if is_float32 else "tf32",

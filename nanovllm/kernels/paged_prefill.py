@@ -18,9 +18,12 @@ from nanovllm.kernels.dequantize_pages import dequantized
 from nanovllm.kernels.online_softmax import accumulate
 from nanovllm.kernels.page_slots import page_slots
 from nanovllm.kernels.paged_prefill_hopper import can_run_on_hopper, paged_prefill_hopper
-from nanovllm.kernels.triton_support import LOG2_E, jit, next_power_of_2, runs_triton, tl
+from nanovllm.kernels.triton_support import LOG2_E, constant, jit, next_power_of_2, runs_triton, tl
 
 _MIN_DOT_SIZE = 16  # the smallest tile of a matrix product
+# The score of a key that a query does not see. With a window a query may see none of the first block's keys, and the
+# softmax of infinities alone would be NaN. The sums of such a block are multiplied by 0 when the first seen key comes.
+UNSEEN = constant(-1e30)
 
 
 @jit
@@ -47,6 +50,7 @@ def _attend(
     BLOCK_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Returns (best, total, out) after keys start … end; MASKED if some query may not see some key."""
@@ -72,7 +76,10 @@ def _attend(
             value = value.to(tl.float16).to(query.dtype) * value_scale.to(query.dtype)[:, None]
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [BLOCK_ROWS, BLOCK_KEYS]
         if MASKED:
-            scores = tl.where(position[None, :] <= query_position[:, None], scores, -float("inf"))
+            seen = position[None, :] <= query_position[:, None]
+            if WINDOW:
+                seen &= position[None, :] > query_position[:, None] - WINDOW
+            scores = tl.where(seen, scores, UNSEEN)
         best, total, out = accumulate(scores, value, scale_log2, best, total, out, PRECISION)
     return best, total, out
 
@@ -104,6 +111,7 @@ def _paged_prefill_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> None:
     """Program (kv head, tile, sequence): row r of the tile is its query r // GROUP, head r % GROUP of the group."""
@@ -147,6 +155,10 @@ def _paged_prefill_kernel(
     end = tl.minimum(cached_len + first_token + TILE_TOKENS, context_len)
     # Keys up to the first query's position are seen by all rows: whole blocks of them need no mask.
     diagonal = (cached_len + first_token + 1) // BLOCK_KEYS * BLOCK_KEYS
+    start = diagonal * 0
+    if WINDOW:  # from the first block that the first query sees on, all blocks are masked
+        start = tl.maximum(cached_len + first_token + 1 - WINDOW, 0) // BLOCK_KEYS * BLOCK_KEYS
+        diagonal = start
     best, total, out = _attend(
         query=query,
         key_base=key_base,
@@ -158,7 +170,7 @@ def _paged_prefill_kernel(
         total=total,
         out=out,
         query_position=query_position,
-        start=0,
+        start=start,
         end=diagonal,
         scale_log2=scale_log2,
         page_stride=page_stride,
@@ -170,6 +182,7 @@ def _paged_prefill_kernel(
         BLOCK_DIM=BLOCK_DIM,
         BLOCK_KEYS=BLOCK_KEYS,
         MASKED=False,
+        WINDOW=WINDOW,
         PRECISION=PRECISION,
     )
     best, total, out = _attend(
@@ -195,6 +208,7 @@ def _paged_prefill_kernel(
         BLOCK_DIM=BLOCK_DIM,
         BLOCK_KEYS=BLOCK_KEYS,
         MASKED=True,
+        WINDOW=WINDOW,
         PRECISION=PRECISION,
     )
     target = (global_token * num_heads + head)[:, None] * HEAD_DIM + dim[None, :]
@@ -202,7 +216,7 @@ def _paged_prefill_kernel(
 
 
 def paged_prefill_reference(
-    query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float
+    query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float, window: int | None = None
 ) -> torch.Tensor:
     """Reference for `paged_prefill`, sequence by sequence in plain torch (slow: for tests)."""
     if kv_cache.is_quantized:
@@ -219,9 +233,10 @@ def paged_prefill_reference(
         values = kv_cache.value[pages].flatten(0, 1)[:context_len].float()
         grouped = query[chunk].float().unflatten(1, (num_kv_heads, group))
         scores = torch.einsum("qhgd,khd->hgqk", grouped, keys) * scale
-        hidden = torch.ones(query_len, context_len, dtype=torch.bool, device=query.device).triu(
-            context_len - query_len + 1
-        )
+        cached_len = context_len - query_len
+        hidden = torch.ones(query_len, context_len, dtype=torch.bool, device=query.device).triu(cached_len + 1)
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril(cached_len - window)
         weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
         out[chunk] = torch.einsum("hgqk,khd->qhgd", weights, values).flatten(1, 2).to(query.dtype)
     return out
@@ -253,30 +268,37 @@ def paged_prefill(
     scale: float,
     out: torch.Tensor | None = None,
     *,
+    window: int | None = None,
     use_triton: bool | None = None,
 ) -> torch.Tensor:
     """Returns causal softmax(scale · query · keysᵀ) · values; a sequence's queries are the last ones of its context.
 
     query [num_tokens, num_heads, head_dim] → the same shape and dtype. The cache has query's dtype or is an FP8 cache,
     and holds the chunk's own keys and values. out: contiguous, where to write the result; None: a new tensor. Tokens of
-    no chunk keep their value in it. No synchronisation: may be captured in a CUDA graph, with upper bounds for lengths.
+    no chunk keep their value in it. window: how many keys a query attends to, the last ones up to its own; None: all.
+    No synchronisation: may be captured in a CUDA graph, with upper bounds for lengths.
     """
     if not runs_triton(query, use_triton):
-        attended = paged_prefill_reference(query, kv_cache, metadata, scale)
+        attended = paged_prefill_reference(query, kv_cache, metadata, scale, window)
         return attended if out is None else out.copy_(attended)
     if out is None:
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
     if query.shape[0] == 0:
         return out
     if can_run_on_hopper(query, kv_cache.key):
-        paged_prefill_hopper(query, kv_cache, metadata, scale, out)
+        paged_prefill_hopper(query, kv_cache, metadata, scale, out, window)
     else:
-        _launch(query, kv_cache, metadata, scale, out)
+        _launch(query, kv_cache, metadata, scale, out, window)
     return out
 
 
 def _launch(
-    query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float, out: torch.Tensor
+    query: torch.Tensor,
+    kv_cache: LayerKVCache,
+    metadata: PrefillMetadata,
+    scale: float,
+    out: torch.Tensor,
+    window: int | None,
 ) -> None:
     _, num_heads, head_dim = query.shape
     _, block_size, num_kv_heads, _ = kv_cache.key.shape
@@ -313,6 +335,7 @@ def _launch(
         HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim,
         BLOCK_KEYS=tile.keys,
+        WINDOW=window or 0,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

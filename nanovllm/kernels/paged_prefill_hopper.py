@@ -17,11 +17,12 @@ from functools import cache
 import torch
 
 from nanovllm.kernels.attention_inputs import LayerKVCache, PrefillMetadata
-from nanovllm.kernels.paged_prefill_hopper_load import produce
+from nanovllm.kernels.paged_prefill_hopper_load import first_block, produce
 from nanovllm.kernels.triton_support import (
     HAS_GLUON,
     LOG2_E,
     TensorDescriptor,
+    constant,
     fence_async_shared,
     gl,
     gluon_jit,
@@ -41,6 +42,7 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _HEAD_DIMS = (64, 128)
 _GROUPS = (1, 2, 4, 8, 16)  # query heads that share a KV head
 _ALIGNED_BYTES = 16  # where the accelerator may begin to read
+_UNSEEN = constant(-1e30)  # as in paged_prefill.py
 
 
 @gluon_jit()
@@ -57,17 +59,24 @@ def _weigh(
     scale_log2: gl.tensor,
     first: gl.tensor,
     query_position: gl.tensor,
+    seen_from: gl.tensor,
     seen_by_all: gl.tensor,
+    WINDOW: gl.constexpr,
 ) -> tuple[gl.tensor, gl.tensor, gl.tensor, gl.tensor]:
-    """Takes a step of online_softmax.py for keys from `first` on.
+    """Takes a step of online_softmax.py for keys from `first` on. All rows see the keys `seen_from` … `seen_by_all`.
 
     Returns (weights, the factor for the sums so far, best, total).
     """
     BLOCK_KEYS: gl.constexpr = scores.shape[1]
-    if first + BLOCK_KEYS > seen_by_all:
-        position = first + gl.arange(0, BLOCK_KEYS, gl.SliceLayout(0, scores.type.layout))
-        seen = gl.expand_dims(position, 0) <= gl.expand_dims(query_position, 1)
-        scores = gl.where(seen, scores, float("-inf"))
+    has_unseen = first + BLOCK_KEYS > seen_by_all
+    if WINDOW > 0:
+        has_unseen = has_unseen | (first < seen_from)
+    if has_unseen:
+        position = gl.expand_dims(first + gl.arange(0, BLOCK_KEYS, gl.SliceLayout(0, scores.type.layout)), 0)
+        seen = position <= gl.expand_dims(query_position, 1)
+        if WINDOW > 0:
+            seen = seen & (position > gl.expand_dims(query_position - WINDOW, 1))
+        scores = gl.where(seen, scores, _UNSEEN)
     new_best = gl.maximum(best, gl.max(scores, axis=1) * scale_log2)
     weights = gl.exp2(scores * scale_log2 - gl.expand_dims(new_best, 1))
     shrink = gl.exp2(best - new_best)
@@ -101,6 +110,7 @@ def _consume(
     key_pipe: gl.tuple,
     value_pipe: gl.tuple,
     GROUP: gl.constexpr,
+    WINDOW: gl.constexpr,
 ) -> None:
     """A computing warpgroup: rows half · 64 … of every tile."""
     tile, queries, tile_ready, tile_free = tile_pipe
@@ -129,7 +139,11 @@ def _consume(
         context_len = _receive(tile.index(4))
         query_position = first_position + row // GROUP
         seen_by_all = first_position + half * ROWS // GROUP + 1  # keys that need no mask
-        num_blocks = gl.cdiv(gl.minimum(first_position + TILE_TOKENS, context_len), BLOCK_KEYS)
+        seen_from = 0
+        if WINDOW > 0:
+            seen_from = first_position + ((half + 1) * ROWS - 1) // GROUP - WINDOW + 1
+        first_key = first_block(first_position, WINDOW, BLOCK_KEYS)
+        num_blocks = gl.cdiv(gl.minimum(first_position + TILE_TOKENS, context_len), BLOCK_KEYS)  # of the whole context
 
         stage = num_seen % STAGES
         mbarrier.wait(key_ready.index(stage), num_seen // STAGES & 1)
@@ -138,12 +152,14 @@ def _consume(
         mbarrier.arrive(key_free.index(stage))
         best = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
         total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
-        weights, shrink, best, total = _weigh(scores, best, total, scale_log2, 0, query_position, seen_by_all)
+        weights, shrink, best, total = _weigh(
+            scores, best, total, scale_log2, first_key, query_position, seen_from, seen_by_all, WINDOW
+        )
         weights = gl.convert_layout(weights.to(keys.dtype), WEIGHTS)
         out = gl.zeros([ROWS, HEAD_DIM], gl.float32, OUT)
         num_seen += 1
         # A block's scores and its softmax overlap the product of weights and values of the block before.
-        for first in range(BLOCK_KEYS, num_blocks * BLOCK_KEYS, BLOCK_KEYS):
+        for first in range(first_key + BLOCK_KEYS, num_blocks * BLOCK_KEYS, BLOCK_KEYS):
             stage = num_seen % STAGES
             before = (num_seen - 1) % STAGES
             mbarrier.wait(key_ready.index(stage), num_seen // STAGES & 1)
@@ -153,7 +169,7 @@ def _consume(
             scores = warpgroup_mma_wait(num_outstanding=1, deps=[scores])
             mbarrier.arrive(key_free.index(stage))
             next_weights, shrink, best, total = _weigh(
-                scores, best, total, scale_log2, first, query_position, seen_by_all
+                scores, best, total, scale_log2, first, query_position, seen_from, seen_by_all, WINDOW
             )
             next_weights = gl.convert_layout(next_weights.to(keys.dtype), WEIGHTS)
             out, weights, next_weights = warpgroup_mma_wait(deps=[out, weights, next_weights])
@@ -216,6 +232,7 @@ def _paged_prefill_hopper_kernel(
     HEAD_DIM: gl.constexpr,
     BLOCK_KEYS: gl.constexpr,
     STAGES: gl.constexpr,
+    WINDOW: gl.constexpr,
 ) -> None:
     """Allocates the buffers, each with a barrier for "ready" and one for "free", and starts the warps."""
     TILE_TOKENS: gl.constexpr = 2 * ROWS // GROUP
@@ -244,8 +261,8 @@ def _paged_prefill_hopper_kernel(
     value_pipe = (values, value_ready, value_free)
     gl.warp_specialize(
         [
-            (_consume, (0, out_ptr, num_kv_heads, scale_log2, staged, tile_pipe, key_pipe, value_pipe, GROUP)),
-            (_consume, (1, out_ptr, num_kv_heads, scale_log2, staged, tile_pipe, key_pipe, value_pipe, GROUP)),
+            (_consume, (0, out_ptr, num_kv_heads, scale_log2, staged, tile_pipe, key_pipe, value_pipe, GROUP, WINDOW)),
+            (_consume, (1, out_ptr, num_kv_heads, scale_log2, staged, tile_pipe, key_pipe, value_pipe, GROUP, WINDOW)),
             (
                 produce,
                 (
@@ -265,6 +282,7 @@ def _paged_prefill_hopper_kernel(
                     value_pipe,
                     BLOCK_SIZE,
                     TILE_TOKENS,
+                    WINDOW,
                 ),
             ),
         ],
@@ -320,7 +338,12 @@ def can_run_on_hopper(query: torch.Tensor, key_cache: torch.Tensor) -> bool:
 
 
 def paged_prefill_hopper(
-    query: torch.Tensor, kv_cache: LayerKVCache, metadata: PrefillMetadata, scale: float, out: torch.Tensor
+    query: torch.Tensor,
+    kv_cache: LayerKVCache,
+    metadata: PrefillMetadata,
+    scale: float,
+    out: torch.Tensor,
+    window: int | None = None,
 ) -> None:
     """Writes the result of `paged_prefill` into out [num_tokens, num_heads, head_dim]. Needs `can_run_on_hopper`."""
     num_tokens, num_heads, head_dim = query.shape
@@ -355,5 +378,6 @@ def paged_prefill_hopper(
         HEAD_DIM=head_dim,
         BLOCK_KEYS=_BLOCK_KEYS,
         STAGES=_STAGES,
+        WINDOW=window or 0,
         num_warps=4,
     )

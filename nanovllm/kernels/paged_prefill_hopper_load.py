@@ -37,6 +37,15 @@ def _find_tile(
 
 
 @gluon_jit()
+def first_block(first_position: gl.tensor, WINDOW: gl.constexpr, BLOCK_KEYS: gl.constexpr) -> gl.tensor:
+    """Returns the position of the first block of keys that a tile's first query sees; WINDOW 0: the context's first."""
+    first = first_position * 0
+    if WINDOW > 0:
+        first = gl.maximum(first_position - WINDOW + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
+    return first
+
+
+@gluon_jit()
 def _load_query(
     query_desc: tma.tensor_descriptor,
     query: gl.shared_memory_descriptor,
@@ -116,6 +125,7 @@ def produce(
     value_pipe: gl.tuple,
     BLOCK_SIZE: gl.constexpr,
     TILE_TOKENS: gl.constexpr,
+    WINDOW: gl.constexpr,
 ) -> None:
     """The loading warp: takes tiles from the queue until none is left, and announces each to the computing warps.
 
@@ -152,7 +162,7 @@ def produce(
             num_started += 1
             table_ptr = block_tables_ptr + seq.to(gl.int64) * block_table_stride
             column = kv_head * keys.shape[2]
-            for first in range(0, end, BLOCK_KEYS):
+            for first in range(first_block(first_position, WINDOW, BLOCK_KEYS), end, BLOCK_KEYS):
                 slots = _find_slots(table_ptr, first, context_len, BLOCK_SIZE, BLOCK_KEYS, PAGE_ROWS)
                 stage = num_loaded % STAGES
                 phase = num_loaded // STAGES & 1 ^ 1

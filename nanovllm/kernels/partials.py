@@ -66,6 +66,14 @@ def keys_per_split(num_keys: tl.tensor, num_splits: tl.tensor, BLOCK_KEYS: tl.co
 
 
 @jit
+def first_own_key(
+    context_len: tl.tensor, shared_len: tl.tensor, WINDOW: tl.constexpr, BLOCK_KEYS: tl.constexpr
+) -> tl.tensor:
+    """Returns where a row's own keys begin: after its shared prefix, or at the block in which its window begins."""
+    return tl.maximum(context_len - WINDOW, 0) // BLOCK_KEYS * BLOCK_KEYS if WINDOW else shared_len
+
+
+@jit
 def _load_lse(
     partial_lse_ptr: tl.tensor,
     index: tl.tensor,
@@ -93,6 +101,7 @@ def _merge_partials_kernel(
     num_prefix_splits: tl.tensor,
     num_splits: tl.tensor,
     HAS_SHARED: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_PARTIALS: tl.constexpr,
     BLOCK_MERGED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -108,7 +117,7 @@ def _merge_partials_kernel(
     row = seq * tl.num_programs(0) + head
     context_len = tl.load(context_lens_ptr + seq)
     shared_len = tl.load(shared_lens_ptr + seq) if HAS_SHARED else context_len * 0
-    own_len = context_len - shared_len
+    own_len = context_len - first_own_key(context_len, shared_len, WINDOW, BLOCK_KEYS)
     split_len = keys_per_split(own_len, num_splits, BLOCK_KEYS)
     prefix_len = split_len
     if HAS_SHARED:
@@ -132,7 +141,9 @@ def _merge_partials_kernel(
     tl.store(out_ptr + row * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
-def merge_partials(partials: Partials, metadata: DecodeMetadata, out: torch.Tensor, block_keys: int) -> None:
+def merge_partials(
+    partials: Partials, metadata: DecodeMetadata, out: torch.Tensor, block_keys: int, window: int | None = None
+) -> None:
     """Writes out [num_seqs, num_heads, head_dim] from its parts; does nothing where there is one part.
 
     block_keys: the parts of a row's own keys are multiples of it. metadata.shared is used with prefix splits alone.
@@ -150,6 +161,7 @@ def merge_partials(partials: Partials, metadata: DecodeMetadata, out: torch.Tens
         num_prefix_splits=partials.num_prefix_splits,
         num_splits=partials.num_splits,
         HAS_SHARED=shared is not None,
+        WINDOW=window or 0,
         BLOCK_PARTIALS=next_power_of_2(partials.num_prefix_splits + partials.num_splits),
         BLOCK_MERGED=_BLOCK_MERGED,
         HEAD_DIM=head_dim,

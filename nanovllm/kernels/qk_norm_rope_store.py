@@ -1,9 +1,9 @@
 """Everything between the QKV projection and attention in one launch: norm, rotation, and the store into the KV cache.
 
-RMSNorm of each query and key head (where the model has it), rotary position embedding, and keys and values into their
-pages. Keys are not written anywhere else: attention reads them from the cache. In an FP8 cache each head is divided by
-a scale of its own, so that its largest component becomes e4m3's largest number: no calibration, and a token's entry
-depends on that token alone.
+RMSNorm of each query and key head and rotary position embedding (where the model has them), and keys and values into
+their pages. Keys are not written anywhere else: attention reads them from the cache. In an FP8 cache each head is
+divided by a scale of its own, so that its largest component becomes e4m3's largest number: no calibration, and a
+token's entry depends on that token alone.
 Sources: Henry et al., "Query-Key Normalization for Transformers", 2020, https://arxiv.org/abs/2010.04245;
 Su et al., "RoFormer", 2021, https://arxiv.org/abs/2104.09864, in the half-rotation layout of Hugging Face
 (component i turns with component i + head_dim / 2).
@@ -51,6 +51,7 @@ def _load_rotated(
     sin: tl.tensor,
     eps: tl.tensor,
     HAS_NORM: tl.constexpr,
+    HAS_ROPE: tl.constexpr,
     HALF_DIM: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
@@ -64,7 +65,9 @@ def _load_rotated(
         low = low * scale * tl.load(weight_ptr + dim, mask=dim < HALF_DIM, other=0.0).to(tl.float32)[None, :]
         high_weight = tl.load(weight_ptr + HALF_DIM + dim, mask=dim < HALF_DIM, other=0.0).to(tl.float32)
         high = high * scale * high_weight[None, :]
-    return low * cos - high * sin, high * cos + low * sin
+    if HAS_ROPE:
+        low, high = low * cos - high * sin, high * cos + low * sin
+    return low, high
 
 
 @jit
@@ -119,6 +122,7 @@ def _qk_norm_rope_store_kernel(
     scale_page_stride: tl.tensor,
     eps: tl.tensor,
     HAS_NORM: tl.constexpr,
+    HAS_ROPE: tl.constexpr,
     IS_QUANTIZED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -137,9 +141,11 @@ def _qk_norm_rope_store_kernel(
     token = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
     dim = tl.arange(0, BLOCK_HALF)
-    angle_ptr = cos_sin_cache_ptr + tl.load(positions_ptr + token).to(tl.int64) * (2 * HALF_DIM) + dim
-    cos = tl.load(angle_ptr, mask=dim < HALF_DIM, other=0.0)[None, :]
-    sin = tl.load(angle_ptr + HALF_DIM, mask=dim < HALF_DIM, other=0.0)[None, :]
+    cos, sin = 0.0, 0.0
+    if HAS_ROPE:
+        angle_ptr = cos_sin_cache_ptr + tl.load(positions_ptr + token).to(tl.int64) * (2 * HALF_DIM) + dim
+        cos = tl.load(angle_ptr, mask=dim < HALF_DIM, other=0.0)[None, :]
+        sin = tl.load(angle_ptr + HALF_DIM, mask=dim < HALF_DIM, other=0.0)[None, :]
     slot = tl.load(slot_mapping_ptr + token)
     wait_for_previous_kernel(PDL)
     if tile < query_tiles:
@@ -147,7 +153,9 @@ def _qk_norm_rope_store_kernel(
         mask = (head < NUM_HEADS)[:, None] & (dim < HALF_DIM)[None, :]
         within = head[:, None] * (2 * HALF_DIM) + dim[None, :]  # heads of a token lie side by side
         source = query_ptr + token * token_stride + within
-        low, high = _load_rotated(source, mask, query_weight_ptr, cos, sin, eps, HAS_NORM, HALF_DIM, BLOCK_HALF)
+        low, high = _load_rotated(
+            source, mask, query_weight_ptr, cos, sin, eps, HAS_NORM, HAS_ROPE, HALF_DIM, BLOCK_HALF
+        )
         target = query_out_ptr + token * NUM_HEADS * (2 * HALF_DIM) + within
         _store_halves(low, high, target, mask, HALF_DIM)
     else:
@@ -160,7 +168,7 @@ def _qk_norm_rope_store_kernel(
         value_low = tl.load(value_source, mask=mask, other=0.0)
         value_high = tl.load(value_source + HALF_DIM, mask=mask, other=0.0)
         source = key_ptr + token * token_stride + within
-        low, high = _load_rotated(source, mask, key_weight_ptr, cos, sin, eps, HAS_NORM, HALF_DIM, BLOCK_HALF)
+        low, high = _load_rotated(source, mask, key_weight_ptr, cos, sin, eps, HAS_NORM, HAS_ROPE, HALF_DIM, BLOCK_HALF)
         if IS_QUANTIZED:
             scale_at = page * scale_page_stride + head * BLOCK_SIZE + offset
             head_mask = head < NUM_KV_HEADS
@@ -197,23 +205,19 @@ def qk_norm_rope_store_reference(
     value: torch.Tensor,
     *,
     norm: QKNorm | None,
-    cos_sin_cache: torch.Tensor,
+    cos_sin_cache: torch.Tensor | None,
     positions: torch.Tensor,
     kv_cache: LayerKVCache,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
     """Reference for `qk_norm_rope_store` in plain torch; also used on CPUs."""
-    cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)  # [num_tokens, 1, head_dim / 2]
-    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # each [num_tokens, 1, head_dim]
     # All heads at once: on a CPU the cost is the number of calls.
     num_heads, num_kv_heads = query.shape[1], key.shape[1]
     heads = torch.cat((query, key), dim=1).float()  # [num_tokens, heads, head_dim]
     if norm is not None:
         weights = (norm.query_weight.expand(num_heads, -1), norm.key_weight.expand(num_kv_heads, -1))
         heads = rms_norm_reference(heads, torch.cat(weights), norm.eps)  # weight [heads, head_dim]
-    low, high = heads.chunk(2, dim=-1)
-    turned = torch.cat((high, low), dim=-1).mul_(sin)
-    rotated = heads.mul_(cos).add_(turned)
+    rotated = heads if cos_sin_cache is None else _rotated(heads, cos_sin_cache, positions)
     if kv_cache.key_scale is not None and kv_cache.value_scale is not None:
         _store_quantized_reference(rotated[:, num_heads:], kv_cache.key, kv_cache.key_scale, slot_mapping)
         _store_quantized_reference(value.float(), kv_cache.value, kv_cache.value_scale, slot_mapping)
@@ -222,6 +226,15 @@ def qk_norm_rope_store_reference(
     kv_cache.key.view(-1, *key.shape[1:]).index_copy_(0, slot_mapping, rotated[:, num_heads:])
     kv_cache.value.view(-1, *value.shape[1:]).index_copy_(0, slot_mapping, value)
     return rotated[:, :num_heads]
+
+
+def _rotated(heads: torch.Tensor, cos_sin_cache: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Rotates heads [num_tokens, heads, head_dim] in place."""
+    cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)  # [num_tokens, 1, head_dim / 2]
+    cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # each [num_tokens, 1, head_dim]
+    low, high = heads.chunk(2, dim=-1)
+    turned = torch.cat((high, low), dim=-1).mul_(sin)
+    return heads.mul_(cos).add_(turned)
 
 
 def _store_quantized_reference(
@@ -241,7 +254,7 @@ def qk_norm_rope_store(
     value: torch.Tensor,
     *,
     norm: QKNorm | None,
-    cos_sin_cache: torch.Tensor,
+    cos_sin_cache: torch.Tensor | None,
     positions: torch.Tensor,
     kv_cache: LayerKVCache,
     slot_mapping: torch.Tensor,
@@ -251,7 +264,7 @@ def qk_norm_rope_store(
 
     query [num_tokens, num_heads, head_dim], key and value [num_tokens, num_kv_heads, head_dim]: views of one fused
     projection (heads side by side); norm None: no norm; cos_sin_cache [max_position, head_dim] fp32, cosines in the
-    first half; positions [num_tokens] int64. Computed in fp32 and rounded once.
+    first half (None: no rotation); positions [num_tokens] int64. Computed in fp32 and rounded once.
     kv_cache, each page contiguous, is written in place: slot_mapping [num_tokens] int64, ≥ 0, has each token's slot.
     If tokens share a slot (padding), any one of them is stored.
     """
@@ -288,7 +301,7 @@ def _launch(
     value: torch.Tensor,
     query_out: torch.Tensor,
     norm: QKNorm | None,
-    cos_sin_cache: torch.Tensor,
+    cos_sin_cache: torch.Tensor | None,
     positions: torch.Tensor,
     kv_cache: LayerKVCache,
     slot_mapping: torch.Tensor,
@@ -298,13 +311,14 @@ def _launch(
     block_heads = min(next_power_of_2(max(num_heads, num_kv_heads)), _BLOCK_HEADS)
     tiles = -(-num_heads // block_heads) + -(-num_kv_heads // block_heads)
     is_quantized = kv_cache.is_quantized
+    unused = query
     _qk_norm_rope_store_kernel[(num_tokens * tiles,)](
         query_ptr=query,
         key_ptr=key,
         value_ptr=value,
-        query_weight_ptr=cos_sin_cache if norm is None else norm.query_weight,  # not read without a norm
-        key_weight_ptr=cos_sin_cache if norm is None else norm.key_weight,
-        cos_sin_cache_ptr=cos_sin_cache,
+        query_weight_ptr=unused if norm is None else norm.query_weight,
+        key_weight_ptr=unused if norm is None else norm.key_weight,
+        cos_sin_cache_ptr=unused if cos_sin_cache is None else cos_sin_cache,
         positions_ptr=positions,
         slot_mapping_ptr=slot_mapping,
         query_out_ptr=query_out,
@@ -318,6 +332,7 @@ def _launch(
         scale_page_stride=kv_cache.scale_page_stride,
         eps=0.0 if norm is None else norm.eps,
         HAS_NORM=norm is not None,
+        HAS_ROPE=cos_sin_cache is not None,
         IS_QUANTIZED=is_quantized,
         BLOCK_SIZE=kv_cache.key.shape[1],
         NUM_HEADS=num_heads,

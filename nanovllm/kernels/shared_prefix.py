@@ -14,7 +14,15 @@ from nanovllm.config import MIN_SHARED_PREFIX
 from nanovllm.kernels.attention_inputs import LayerKVCache, SharedPrefixes
 from nanovllm.kernels.online_softmax import attend
 from nanovllm.kernels.partials import PREFIX_BLOCK_KEYS, Partials, keys_per_split
-from nanovllm.kernels.triton_support import LOG2_E, jit, multiprocessor_count, next_power_of_2, runs_triton, tl
+from nanovllm.kernels.triton_support import (
+    LOG2_E,
+    jit,
+    jit_with_varying,
+    multiprocessor_count,
+    next_power_of_2,
+    runs_triton,
+    tl,
+)
 
 _TILE_QUERIES = 64  # queries of one KV head in a tile: two programs then share a multiprocessor
 _MIN_TILE_ROWS = 4  # fewer rows read their prefix as fast one by one, through the cache
@@ -58,7 +66,7 @@ def _common_with_previous_kernel(
     tl.store(common_ptr + row, tl.where(tokens >= min_tokens, tokens, 0))
 
 
-@jit
+@jit_with_varying("num_seqs", "max_tile_rows")
 def _make_tiles_kernel(
     common_ptr: tl.tensor,
     lens_ptr: tl.tensor,
@@ -152,14 +160,14 @@ def find_shared_prefixes(
             num_seqs=num_seqs,
             max_tile_rows=max_tile_rows,
             MIN_TILE_ROWS=_MIN_TILE_ROWS,
-            BLOCK_ROWS=next_power_of_2(num_seqs),
+            BLOCK_ROWS=_block_rows(num_seqs),
             INT32_MAX=_INT32_MAX,
             num_warps=2,
         )
     return SharedPrefixes(lens, tile_rows, max_tile_rows)
 
 
-@jit
+@jit_with_varying("num_seqs", "num_splits", "num_partials")
 def _prefix_attention_kernel(
     query_ptr: tl.tensor,
     key_ptr: tl.tensor,
@@ -227,18 +235,25 @@ def _prefix_attention_kernel(
             table_ptr,
             start,
             end,
+            start,
             scale_log2,
             page_stride,
             slot_stride,
             BLOCK_SIZE=BLOCK_SIZE,
             HEAD_DIM=HEAD_DIM,
             BLOCK_KEYS=BLOCK_KEYS,
+            HAS_WINDOW=False,
             PRECISION=PRECISION,
         )
         total = tl.where(total > 0, total, 1.0)  # no keys: nothing is stored
         partial = (seq * num_heads + head) * num_partials + split
         tl.store(partial_out_ptr + partial[:, None] * HEAD_DIM + dim[None, :], out / total[:, None], mask=mask)
         tl.store(partial_lse_ptr + partial, best + tl.log2(total), mask=takes_part)
+
+
+def _block_rows(num_seqs: int) -> int:
+    """Returns a block that holds all rows: one of a few sizes, since each is compiled."""
+    return max(next_power_of_2(num_seqs), 64 if num_seqs <= 64 else 512)
 
 
 def choose_num_prefix_splits(num_seqs: int, max_tile_rows: int, num_kv_heads: int, num_multiprocessors: int) -> int:
@@ -284,7 +299,7 @@ def prefix_attention(
         kv_head_stride=kv_cache.key.stride(2),
         block_table_stride=block_tables.stride(0),
         BLOCK_SIZE=block_size,
-        BLOCK_SEQS=next_power_of_2(num_seqs),
+        BLOCK_SEQS=_block_rows(num_seqs),
         TILE_ROWS=next_power_of_2(shared.max_tile_rows),
         GROUP=group,
         BLOCK_GROUP=next_power_of_2(group),

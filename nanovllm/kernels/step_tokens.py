@@ -13,6 +13,7 @@ import torch
 from nanovllm.kernels.triton_support import jit_with_varying, next_power_of_2, runs_triton, tl
 
 _BLOCK_TOKENS = 64
+_MIN_BLOCK_CHUNKS = 256  # one kernel for nearly all shapes, so that fewer are compiled
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,6 @@ def read_step_tokens(
         max_blocks=block_tables.shape[1],
         block_size=block_size,
         BLOCK_TOKENS=_BLOCK_TOKENS,
-        BLOCK_CHUNKS=next_power_of_2(num_chunks),
+        BLOCK_CHUNKS=max(next_power_of_2(num_chunks), _MIN_BLOCK_CHUNKS),
     )
     return tokens

@@ -6,6 +6,7 @@ references then do the work), so the import and the decorator are guarded in thi
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -77,14 +78,14 @@ __all__ = [
 LOG2_E = 1.4426950408889634  # exp2(x · LOG2_E) is exp(x); exp2 is the exponential that the hardware has
 
 
-def constant(value: int) -> Any:
+def constant(value: float) -> Any:
     """Returns a module constant that kernels may use: `tl.constexpr`, or the number itself without Triton."""
     return tl.constexpr(value) if HAS_TRITON else value
 
 
 def jit(function: Callable[..., Any]) -> Any:
     """Applies `triton.jit`; without Triton, where nothing launches the function, returns it unchanged."""
-    return triton.jit(function) if HAS_TRITON else function
+    return _compiled_once(triton.jit(function)) if HAS_TRITON else function
 
 
 def jit_with_varying(*names: str) -> Callable[[Callable[..., Any]], Any]:
@@ -97,7 +98,7 @@ def jit_with_varying(*names: str) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
         if not HAS_TRITON:
             return function
-        return triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
+        return _compiled_once(triton.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names))
 
     return decorate
 
@@ -108,9 +109,23 @@ def gluon_jit(*names: str) -> Callable[[Callable[..., Any]], Any]:
     def decorate(function: Callable[..., Any]) -> Any:
         if not HAS_GLUON:
             return function
-        return gluon.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names)
+        return _compiled_once(gluon.jit(function, do_not_specialize=names, do_not_specialize_on_alignment=names))
 
     return decorate
+
+
+def _compiled_once(kernel: Any) -> Any:
+    """Lets one thread at a time launch a kernel. Otherwise Triton compiles it in every thread that needs it first."""
+    if INTERPRETED:
+        return kernel
+    lock, run = threading.Lock(), kernel.run
+
+    def run_alone(*args: Any, **kwargs: Any) -> Any:
+        with lock:
+            return run(*args, **kwargs)
+
+    kernel.run = run_alone
+    return kernel
 
 
 def runs_triton(tensor: torch.Tensor, use_triton: bool | None) -> bool:

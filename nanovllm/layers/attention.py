@@ -7,11 +7,9 @@ from typing import Protocol
 
 import torch
 
+from nanovllm.attention.attention_log import log_inputs, log_output, logger
 from nanovllm.attention.interface import AttentionMetadata, DecodeBackend, LayerKVCache, PrefillBackend
-from nanovllm.logs import events
-from nanovllm.utils.logger import setup_logger
-
-logger = setup_logger(__name__)
+from nanovllm.layers.parallel import CurrentStep
 
 
 class AttentionBackends(Protocol):
@@ -27,9 +25,14 @@ class AttentionBackends(Protocol):
 class Attention:
     """Causal attention with grouped queries. It has no weights; cache and metadata are arguments of the call."""
 
-    def __init__(self, head_dim: int, backends: AttentionBackends) -> None:
+    def __init__(
+        self, head_dim: int, backends: AttentionBackends, step: CurrentStep, window: int | None = None
+    ) -> None:
+        """window: how many keys a query attends to, its own and those just before; None: all. step: for the log."""
         self.scale = head_dim**-0.5
         self.backends = backends
+        self.step = step
+        self.window = window
 
     def __call__(self, query: torch.Tensor, metadata: AttentionMetadata, kv_cache: LayerKVCache) -> torch.Tensor:
         """Returns the attention output for query [num_tokens, num_heads, head_dim], in the same shape.
@@ -38,42 +41,22 @@ class Attention:
         """
         debug = logger.isEnabledFor(logging.DEBUG)
         if debug:
-            _log_inputs(query, metadata, kv_cache)
+            log_inputs(query, metadata, kv_cache, self.step.fields)
         output = self._attend(query, metadata, kv_cache)
         if debug:
-            events.attention_output.log(logger, output=list(output.shape))
+            log_output(output, self.step.fields)
         return output
 
     def _attend(self, query: torch.Tensor, metadata: AttentionMetadata, kv_cache: LayerKVCache) -> torch.Tensor:
         if metadata.decode is None:
             assert metadata.prefill is not None, "a step has tokens of some kind"
-            return self.backends.prefill.prefill(query, kv_cache, metadata.prefill, self.scale)
+            return self.backends.prefill.prefill(query, kv_cache, metadata.prefill, self.scale, None, self.window)
         if metadata.prefill is None:
-            return self.backends.decode.decode(query, kv_cache, metadata.decode, self.scale)
+            return self.backends.decode.decode(query, kv_cache, metadata.decode, self.scale, None, self.window)
         output = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_tokens, num_heads, head_dim]
         end, first = metadata.num_decode_tokens, metadata.first_prefill_token
-        self.backends.decode.decode(query[:end], kv_cache, metadata.decode, self.scale, output[:end])
-        self.backends.prefill.prefill(query[first:], kv_cache, metadata.prefill, self.scale, output[first:])
+        self.backends.decode.decode(query[:end], kv_cache, metadata.decode, self.scale, output[:end], self.window)
+        self.backends.prefill.prefill(
+            query[first:], kv_cache, metadata.prefill, self.scale, output[first:], self.window
+        )
         return output
-
-
-def _log_inputs(query: torch.Tensor, metadata: AttentionMetadata, kv_cache: LayerKVCache) -> None:
-    num_tokens = query.shape[0]
-    num_kv_heads, head_dim = kv_cache.key.shape[2:]
-    events.attention_forward.log(
-        logger,
-        is_prefill=metadata.prefill is not None,
-        q=list(query.shape),
-        k=[num_tokens, num_kv_heads, head_dim],
-        v=[num_tokens, num_kv_heads, head_dim],
-        num_decode_tokens=metadata.num_decode_tokens,
-    )
-    events.attention_store.log(
-        logger,
-        num_tokens=num_tokens,
-        num_heads=num_kv_heads,
-        head_dim=head_dim,
-        num_slots=metadata.slot_mapping.numel(),
-    )
-    if metadata.decode is not None:
-        events.attention_decode.log(logger, k_cache=list(kv_cache.key.shape), v_cache=list(kv_cache.value.shape))

@@ -10,9 +10,11 @@ of it. With few tokens, the product's kernel includes the norm before it and the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import torch
+from torch import nn
 
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.layers.context import LayerContext
@@ -20,49 +22,56 @@ from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear_method import LinearLayer
 from nanovllm.layers.parallel import Shard
 
+Activation: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
-class _ColumnParallel(LinearLayer):
+
+class ColumnParallelLinear(LinearLayer):
     """A layer sharded by outputs. `outputs` maps checkpoint modules to this rank's outputs."""
 
-    is_gated = False
+    act: Activation | None = None  # of the product
 
     def __init__(self, context: LayerContext, input_size: int, outputs: Mapping[str | None, Shard], bias: bool) -> None:
         inputs = Shard.whole(input_size)
         super().__init__(outputs, inputs, method=context.linear_method, dtype=context.dtype, bias=bias)
 
     def forward(
-        self, hidden: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the product with the normed residual stream, and the summed stream.
 
         hidden, residual [num_tokens, input_size] → [num_tokens, num_outputs] (this rank's outputs, piece by piece; half
-        as many if gated) and [num_tokens, input_size].
+        as many if gated) and [num_tokens, input_size]. norm None: the stream, which is `hidden`, is taken as it is.
         """
-        if residual is None and self.method.fuses(self, hidden):
-            return self.method.multiply_fused(self, hidden, self.bias, norm=norm, gated=self.is_gated), hidden
-        normed, residual = norm(hidden, residual)
-        output = self.method.multiply(self, normed, self.bias)
-        return silu_and_mul(output) if self.is_gated else output, residual
+        act, fuses = self.act, self.method.fuses(self, hidden)
+        folded = norm if fuses and residual is None and isinstance(norm, RMSNorm) else None
+        normed, stream = (hidden, hidden) if norm is None or norm is folded else norm(hidden, residual)
+        if fuses:
+            gated = act is silu_and_mul  # which the kernel has
+            output = self.method.multiply_fused(self, normed, self.bias, norm=folded, gated=gated)
+            act = None if gated else act
+        else:
+            output = self.method.multiply(self, normed, self.bias)
+        return output if act is None else act(output), stream
 
 
-class GatedParallelLinear(_ColumnParallel):
-    """silu(gate) · up, where gate and up are products of the same input, each sharded evenly.
+class GatedParallelLinear(ColumnParallelLinear):
+    """act(gate) · up, where gate and up are products of the same input, each sharded evenly.
 
-    `outputs` maps checkpoint modules to their output sizes over all ranks, the gate first.
+    `outputs` maps checkpoint modules to their output sizes over all ranks, the gate first. `act` takes gate and up side
+    by side.
     """
 
-    is_gated = True
-
     def __init__(
-        self, context: LayerContext, input_size: int, outputs: Mapping[str, int], *, bias: bool = False
+        self, context: LayerContext, input_size: int, outputs: Mapping[str, int], *, bias: bool, act: Activation
     ) -> None:
         shards: dict[str | None, Shard] = {
             name: context.parallel.shard(f"{name} outputs", total) for name, total in outputs.items()
         }
         super().__init__(context, input_size, shards, bias)
+        self.act = act
 
 
-class QKVParallelLinear(_ColumnParallel):
+class QKVParallelLinear(ColumnParallelLinear):
     """Query, key and value in one product, sharded by heads.
 
     A rank holds the KV heads that its query heads attend to; with fewer KV heads than ranks, neighbouring
@@ -106,18 +115,25 @@ class QKVParallelLinear(_ColumnParallel):
 class RowParallelLinear(LinearLayer):
     """A layer sharded by inputs: each rank has some columns of the weight, and the ranks' products are summed."""
 
-    def __init__(self, context: LayerContext, input_size: int, output_size: int, *, bias: bool = False) -> None:
+    def __init__(
+        self, context: LayerContext, input_size: int, output_size: int, *, bias: bool = False, name: str | None = None
+    ) -> None:
+        """name: of the checkpoint's module, where it is not this one's."""
         inputs = context.parallel.shard("input size", input_size)
-        outputs: dict[str | None, Shard] = {None: Shard.whole(output_size)}
+        outputs: dict[str | None, Shard] = {name: Shard.whole(output_size)}
         super().__init__(outputs, inputs, method=context.linear_method, dtype=context.dtype, bias=bias)
         self.parallel = context.parallel
 
-    def forward(self, hidden: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns the residual stream with the product added to it, the same on every rank.
+    def forward(
+        self, hidden: torch.Tensor, residual: torch.Tensor | None, norm: nn.Module | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns the residual stream with the product, normed by `norm`, added to it, the same on every rank.
 
         hidden [num_tokens, share of input_size], residual [num_tokens, output_size] → a pair of residual's shape:
         the sum and None, or the product and the residual, which the next norm adds.
         """
+        if norm is not None:
+            return norm(self(hidden, None)[0])[0], residual
         fuses = self.method.fuses(self, hidden)
         if self.parallel.size > 1:
             product = (self.method.multiply_fused if fuses else self.method.multiply)(self, hidden)

@@ -55,10 +55,15 @@ class Shard:
         return Shard(self.total * width, self.start * width, self.stop * width)
 
 
-class StepOfCollectives:
-    """The step that a rank's collectives belong to, for the log. None: none."""
+class CurrentStep:
+    """The step that a rank runs, for the log. None: none, as at start-up."""
 
     number: int | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The field `step` of a log record; no field without a step."""
+        return {} if self.number is None else {"step": self.number}
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,7 @@ class TensorParallel:
     size: int = 1
     group: Group | None = None
     one_shot: OneShotAllReduce | None = None
-    step: StepOfCollectives = field(default_factory=StepOfCollectives, compare=False)
+    step: CurrentStep = field(default_factory=CurrentStep, compare=False)
 
     def divide(self, field: str, value: int) -> int:
         """Returns this rank's share of `value`. Raises InvalidArgumentError when it cannot be shared evenly."""

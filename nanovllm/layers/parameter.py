@@ -28,6 +28,7 @@ class WeightPart:
     start: int = 0
     stop: int | None = None  # None: to the end
     row: int = 0
+    plus: float = 0.0  # added to what is read
 
     @property
     def source(self) -> tuple[slice, ...]:

@@ -20,7 +20,7 @@ from nanovllm.logs.handlers import ConsoleHandler, LogFileHandler, formatter_of
 from nanovllm.logs.levels import LEVELS, levels_by_logger, parse_level_spec
 from nanovllm.utils import env
 
-__all__ = ["PACKAGE", "configure_logging", "warn_about_level"]
+__all__ = ["PACKAGE", "configure_logging", "forward_records", "warn_about_level"]
 
 PACKAGE = "nanovllm"
 
@@ -33,6 +33,7 @@ class _Configuration:
     file: LogFileHandler | None = None
     file_of: tuple[Path | None, int] = (None, 0)  # path as in the environment, rank
     rank: int = 0
+    forwards: bool = False  # whether another process writes the log
     level_spec: str | None = None  # as last read, so that a mistake is reported once
     levels_set: dict[str, int] = field(default_factory=dict)  # logger name -> the level that nanovllm set
     unknown_variables: set[str] = field(default_factory=set)  # of the environment, each reported once
@@ -64,11 +65,13 @@ def configure_logging(rank: int | None = None) -> None:
     console.setFormatter(formatter_of(log_format, _STATE.rank))
     console.terminal_formatter = TerminalFormatter(colour=not env.no_color()) if log_format == "text" else None
     console.shows_summary = log_format == "text" and not env.log_level.is_set
-    if console not in package_logger.handlers:
+    if console not in package_logger.handlers and not _STATE.forwards:
         package_logger.addHandler(console)
-    _open_file(env.log_file())
+    _open_file(None if _STATE.forwards else env.log_file())
     if _STATE.file is not None:
-        _STATE.file.setFormatter(formatter_of(env.log_file_format() or log_format, _STATE.rank))
+        file_format = env.log_file_format() or log_format
+        shared = console.formatter if file_format == log_format else None
+        _STATE.file.setFormatter(shared or formatter_of(file_format, _STATE.rank))
     existing = [name for name in list(logging.root.manager.loggerDict) if name.startswith(PACKAGE + ".")]
     for name in (PACKAGE, *existing):
         logging.getLogger(name).disabled = False
@@ -80,8 +83,16 @@ def configure_logging(rank: int | None = None) -> None:
     if text != _STATE.level_spec:
         _STATE.level_spec = text
         problems = spec.problems + spec.unknown_parts(existing)
-        if problems:
+        if problems and not _STATE.forwards:
             warn_about_level("NANOVLLM_LOG_LEVEL", "; ".join(problems))
+
+
+def forward_records() -> None:
+    """Lets another process, with the same environment, write the log. A handler of this process sends it the records.
+
+    Is called before the rest of nanovllm is imported.
+    """
+    _STATE.forwards = True
 
 
 def _open_file(path: Path | None) -> None:
@@ -116,7 +127,7 @@ def _apply_levels(wanted: Mapping[str, int]) -> None:
 def _warn_about_variables() -> None:
     """Logs each variable NANOVLLM_… that nanovllm does not read, once."""
     process = sys.modules.get("multiprocessing.process")
-    if process is not None and process.current_process().name != "MainProcess":
+    if _STATE.forwards or (process is not None and process.current_process().name != "MainProcess"):
         return  # the process that started this one has the same environment, and reports it
     for name in env.unknown_variables():
         if name not in _STATE.unknown_variables:

@@ -41,23 +41,30 @@ attention_forward = Event(
     "layers.attention",
     "Attention forward: is_prefill={is_prefill}, q={q}, k={k}, v={v}",
     "num_decode_tokens",
+    optional="step",
 )
 attention_store = Event(
     "attention.store",
     DEBUG,
     "layers.attention",
     "Storing KV cache: N={num_tokens}, num_heads={num_heads}, head_dim={head_dim}, num_slots={num_slots}",
+    optional="step",
 )
 attention_decode = Event(
-    "attention.decode", DEBUG, "layers.attention", "Decode attention: k_cache={k_cache}, v_cache={v_cache}"
+    "attention.decode",
+    DEBUG,
+    "layers.attention",
+    "Decode attention: k_cache={k_cache}, v_cache={v_cache}",
+    optional="step",
 )
-attention_output = Event("attention.output", DEBUG, "layers.attention", "Attention output: {output}")
+attention_output = Event("attention.output", DEBUG, "layers.attention", "Attention output: {output}", optional="step")
 graph_captured = Event(
     "graph.captured",
     DEBUG,
     "runner.cuda_graph",
     "Captured the decode step for batch size {size} in {elapsed_ms:.0f}ms",
     "shares_prefix truncates num_logprobs edits_logits",
+    optional="step",
     unseen="a GPU, and CUDA graphs",
 )
 graph_mixed_captured = Event(
@@ -66,6 +73,7 @@ graph_mixed_captured = Event(
     "runner.mixed_graphs",
     "Captured the {part} of steps with prompt tokens for {num_tokens} tokens and {num_rows} rows in {elapsed_ms:.0f}ms",
     "shares_prefix truncates num_logprobs edits_logits",
+    optional="step",
     unseen="a GPU, and CUDA graphs",
 )
 graph_mixed_ready = Event(
@@ -119,6 +127,13 @@ worker_lost = Event(
     "distributed.worker_pool",
     "Rank {lost_rank} {problem}",
     unseen="more than one rank",
+)
+engine_process_lost = Event(
+    "engine_process.lost",
+    ERROR,
+    "async_engine.engine_process",
+    "The engine has ended: {problem}",
+    unseen="an AsyncLLM whose process is killed",
 )
 grammar_output = Event(
     "grammar.output",

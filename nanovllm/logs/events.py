@@ -207,7 +207,9 @@ sequence_finished = Event(
     "itl_ms e2e_ms preemptions",
     optional="trace_id span_id",
 )
-request_output = Event("request.output", DEBUG, "engine.llm_engine", "Request {request_id} finished: {text!r}")
+request_output = Event(
+    "request.output", DEBUG, "engine.llm_engine", "Request {request_id} finished: {text!r}", optional="trace_id span_id"
+)
 request_failed = Event(
     "request.failed",
     WARNING,
@@ -232,6 +234,8 @@ logits_invalid = Event(
     ERROR,
     "engine.llm_engine",
     "Invalid logits, first in request {request_id} after {output_len} output tokens; the others go on: {error}",
+    "step",
+    optional="trace_id span_id",
 )
 chat_tools_ignored = Event(
     "chat.tools_ignored",
@@ -249,7 +253,7 @@ engine_statistics = Event(
     "final seconds num_steps num_prompt_tokens num_output_tokens num_prefix_queries num_prefix_hits num_blocks "
     "peak_kv_cache_usage peak_kv_cache_at peak_waiting peak_waiting_at wall_s device_s slowest_step slowest_step_kind "
     "slowest_step_ms slowest_step_gpu_ms slowest_step_prompt_tokens slowest_step_decode_seqs slowest_step_request_ids "
-    "finished_by_cause num_failed num_refused",
+    "finished_by_cause num_failed num_refused prefill_steps_by_budget",
 )
 _STOPPED = "A step {what} ({error}); its requests are aborted, and the engine {state}"
 _STOPPED_FIELDS = "step request_ids num_requests traceback"
@@ -302,7 +306,7 @@ batch_prefill = Event(
     INFO,
     "engine.scheduler",
     "Scheduled PREFILL batch: size={size}, batched_tokens={batched_tokens}, seqs={seqs}",
-    "step",
+    "step budget budget_reason",
 )
 batch_decode = Event(
     "batch.decode",
@@ -316,6 +320,7 @@ batch_shares_prefix = Event(
     INFO,
     "engine.scheduler",
     "{num_sharing} of {size} decode rows share prefixes: {saved_tokens} tokens less to read in a step",
+    "step",
     in_summary=False,
 )
 sequence_preempted = Event(
@@ -348,6 +353,7 @@ blocks_allocating = Event(
     DEBUG,
     "engine.block_manager",
     "Allocating blocks for seq_id={seq_id}, num_blocks={num_blocks}",
+    "request_id step",
 )
 blocks_allocated = Event(
     "blocks.allocated",
@@ -355,12 +361,14 @@ blocks_allocated = Event(
     "engine.block_manager",
     "Allocated blocks for seq_id={seq_id}: new={new}, cache_hits={cache_hits}, free_blocks={free_blocks}, "
     "used_blocks={used_blocks}",
+    "request_id step",
 )
 blocks_freed = Event(
     "blocks.freed",
     DEBUG,
     "engine.block_manager",
     "Deallocated blocks for seq_id={seq_id}: freed={freed}/{total}, free_blocks={free_blocks}",
+    "request_id step",
 )
 
 EVENTS = {value.name: value for value in list(globals().values()) if isinstance(value, Event)}

@@ -28,6 +28,8 @@ FIELDS: Mapping[str, Field] = {
     "available_gb": Field(float, "memory left for the KV cache, in GB"),
     "batched_tokens": Field(int, "prompt tokens that the step computes"),
     "block_size": Field(int, "tokens in a block of the KV cache"),
+    "budget": Field(int, "prompt tokens that the step might compute at most"),
+    "budget_reason": Field(str, "the setting that decides `budget`"),
     "bytes": Field(int, "size of the message"),
     "cache_hits": Field(int, "blocks found in the prefix cache"),
     "callee": Field(str, "class or method that was called"),
@@ -167,6 +169,9 @@ FIELDS: Mapping[str, Field] = {
     "prefill": Field(str, "attention backend for prompts"),
     "prefill_reason": Field(str, "why this backend was chosen for prompts"),
     "prefill_s": Field(float, "seconds from the first step to the first token, without `preempted_s`"),
+    "prefill_steps_by_budget": Field(
+        dict[str, int], "number of steps with prompt tokens, by the setting that decided how many these might be"
+    ),
     "prefill_time": Field(float, "seconds in steps that computed any prompt token"),
     "prefix_cache_hit_rate": Field(float, "share of prompt tokens found in the prefix cache, 0 to 1"),
     "problem": Field(str, "what is wrong"),
@@ -253,7 +258,9 @@ FIELDS: Mapping[str, Field] = {
     "wall_s": Field(float, "wall time of the steps, in seconds; steps in flight together count once"),
     "wanted": Field(int, "the requested length"),
     "weights_gb": Field(float, "size of the weights, in GB"),
-    "what": Field(str, "`failed` or `was interrupted`; in `engine.slow`, `step`, or `wait` for the next token"),
+    "what": Field(
+        str, "`failed` or `was interrupted`; in `engine.slow`, `step`, `wait` for the next token, or `queue`"
+    ),
     "whom": Field(str, "for whom it was preempted, in words"),
     "why": Field(str, "why it has no effect"),
     "why_eager": Field(str, "why a CUDA graph does not serve"),

@@ -10,15 +10,14 @@ import re
 import sys
 import textwrap
 import time
+import weakref
 from collections.abc import Mapping
-from datetime import datetime, timezone
 from typing import Any
 
 from nanovllm.logs.events import EVENTS
 
 __all__ = ["JsonFormatter", "TerminalFormatter", "TextFormatter", "strict_json"]
 
-TEXT_FORMAT = "[%(asctime)s] [%(name)s] [%(levelname)s] %(message)s"
 _COLOURS = {"DEBUG": "36", "INFO": "32", "WARNING": "33", "ERROR": "31", "CRITICAL": "1;31"}
 
 
@@ -27,21 +26,47 @@ _COLOUR = re.compile("\33\\[[\\d;]*m")
 _DEEPEST = 8  # levels of lists and mappings in a field
 
 
-class TextFormatter(logging.Formatter):
+class _LineFormatter(logging.Formatter):
+    """Makes the line of a record once, for all handlers that share this formatter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: tuple[weakref.ref[logging.LogRecord], str] | None = None
+
+    def format(self, record: logging.LogRecord) -> str:
+        last = self._last
+        if last is None or last[0]() is not record:
+            last = self._last = weakref.ref(record), self.line(record)
+        return last[1]
+
+    def line(self, record: logging.LogRecord) -> str:
+        """Returns the line of a record."""
+        return super().format(record)
+
+
+class TextFormatter(_LineFormatter):
     """`[time and zone] [logger] [level] sentence`, with the level in colour if `colour` is set."""
 
     def __init__(self, *, colour: bool = False) -> None:
-        level = "\33[%(colour)sm%(levelname)s\33[0m" if colour else "%(levelname)s"
-        super().__init__(TEXT_FORMAT.replace("%(levelname)s", level))
+        super().__init__()
+        self._colour = colour
+        self._second = -1, "", ""  # the last one formatted: its number, date and time, and zone
 
-    def format(self, record: logging.LogRecord) -> str:
-        record.colour = _COLOURS.get(record.levelname, "0")
-        return super().format(record)
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        level = record.levelname
+        if self._colour:
+            level = f"\33[{_COLOURS.get(level, '0')}m{level}\33[0m"
+        return f"[{self.formatTime(record)}] [{record.name}] [{level}] {record.message}"
 
     def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:
         """Returns the local time with its offset: `2026-11-28 08:08:17,754+0100`."""
-        milliseconds = int(record.created % 1 * 1000)
-        return time.strftime(f"%Y-%m-%d %H:%M:%S,{milliseconds:03d}%z", time.localtime(record.created))
+        second, milliseconds = int(record.created), int(record.created % 1 * 1000)
+        number, begin, zone = self._second
+        if second != number:
+            local = time.localtime(second)
+            begin, zone = time.strftime("%Y-%m-%d %H:%M:%S", local), time.strftime("%z", local)
+            self._second = second, begin, zone
+        return f"{begin},{milliseconds:03d}{zone}"
 
 
 class TerminalFormatter(TextFormatter):
@@ -72,7 +97,7 @@ def _columns() -> int:
         return _WIDTH
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(_LineFormatter):
     """One object a line: ts (RFC 3339, UTC), mono, level, logger, event, message, pid, rank, then the fields.
 
     A line is written whatever the fields hold: NaN and infinity become null, other values that JSON cannot represent
@@ -82,12 +107,12 @@ class JsonFormatter(logging.Formatter):
     def __init__(self, rank: int = 0) -> None:
         super().__init__()
         self.rank = rank
+        self._second = -1, ""  # the last one formatted: its number, date and time
 
-    def format(self, record: logging.LogRecord) -> str:
+    def line(self, record: logging.LogRecord) -> str:
         fields: Mapping[str, Any] = getattr(record, "fields", {})
-        when = datetime.fromtimestamp(record.created, timezone.utc)
         entry = {
-            "ts": when.isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            "ts": self._utc(record.created),
             "mono": getattr(record, "mono", None) or time.monotonic(),
             "level": record.levelname,
             "logger": record.name,
@@ -98,11 +123,19 @@ class JsonFormatter(logging.Formatter):
         }
         if (engine_id := getattr(record, "engine_id", None)) is not None:
             entry["engine_id"] = engine_id
-        for name, value in fields.items():
-            entry.setdefault(name, value)
+        entry = {**entry, **fields, **entry}  # no field hides the envelope
         if record.exc_info:
             entry["exception"] = self.formatException(record.exc_info)
         return strict_json(entry)
+
+    def _utc(self, created: float) -> str:
+        """Returns the time as in RFC 3339: `2026-11-28T07:08:17.754321Z`."""
+        second, microseconds = divmod(round(created * 1e6), 10**6)
+        number, begin = self._second
+        if second != number:
+            begin = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+            self._second = second, begin
+        return f"{begin}.{microseconds:06d}Z"
 
 
 def strict_json(value: Any, *, compact: bool = False) -> str:
@@ -126,8 +159,11 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (set, frozenset)) else str(value)
 
 
-_encode = json.JSONEncoder(default=_plain, allow_nan=False).encode
-_encode_compactly = json.JSONEncoder(default=_plain, allow_nan=False, separators=(",", ":")).encode
+# A list that contains itself is a RecursionError, so the encoder need not look for one.
+_encode = json.JSONEncoder(default=_plain, allow_nan=False, check_circular=False).encode
+_encode_compactly = json.JSONEncoder(
+    default=_plain, allow_nan=False, check_circular=False, separators=(",", ":")
+).encode
 _SURROGATE = "\\ud"  # may be half of a pair without the other, which strict readers refuse
 
 

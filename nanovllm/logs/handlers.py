@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -14,6 +15,9 @@ from nanovllm.logs.lost_lines import LostLines
 from nanovllm.logs.progress_bar import clear_progress_bar
 
 __all__ = ["ConsoleHandler", "LogFileHandler", "formatter_of"]
+
+
+_logger_of = functools.cache(logging.getLogger)  # which takes a lock
 
 
 def formatter_of(log_format: str, rank: int = 0) -> logging.Formatter:
@@ -29,8 +33,9 @@ class LogFileHandler(logging.Handler):
 
     def __init__(self, path: Path, rank: int = 0) -> None:
         super().__init__()
-        self._path = Path(f"{path}.rank{rank}" if rank else path).absolute()
-        self._lost = LostLines(self._path)
+        absolute = Path(f"{path}.rank{rank}" if rank else path).absolute()
+        self._path = str(absolute)
+        self._lost = LostLines(absolute)
         self._begins_line = True
         try:
             self._file = self._open()
@@ -39,7 +44,9 @@ class LogFileHandler(logging.Handler):
             raise InvalidArgumentError("NANOVLLM_LOG_FILE", str(self._path), allowed, str(error)) from None
 
     def _open(self) -> int:
-        return os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        self._opened = _identity(os.fstat(file))
+        return file
 
     def handle(self, record: logging.LogRecord) -> bool:
         taken = bool(super().handle(record))
@@ -48,7 +55,7 @@ class LogFileHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            line = self.format(record).encode("utf-8", "backslashreplace") + b"\n"
+            line = f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
             self._follow_renaming()
             self._write(line)
         except Exception as error:
@@ -58,7 +65,7 @@ class LogFileHandler(logging.Handler):
         """Opens the file again if another one, or none, has its name, or if `logging.config` has closed it."""
         if self._file >= 0:
             try:
-                if os.path.samestat(os.stat(self._path), os.fstat(self._file)):
+                if _identity(os.stat(self._path)) == self._opened:
                     return
             except FileNotFoundError:
                 pass
@@ -91,6 +98,11 @@ class LogFileHandler(logging.Handler):
             os.close(file)
 
 
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    """Returns what no other file has while this one is open."""
+    return status.st_dev, status.st_ino
+
+
 class ConsoleHandler(logging.Handler):
     """Writes records to standard error if no other handler takes them; LogFileHandler does not count."""
 
@@ -120,10 +132,10 @@ class ConsoleHandler(logging.Handler):
     def _write(self, record: logging.LogRecord) -> None:
         try:
             # sys.stderr is looked up for each record: it may have been replaced (pytest, notebooks).
-            is_terminal = getattr(sys.stderr, "isatty", bool)()
-            formatter = self.terminal_formatter if is_terminal else None
+            formatter = self.terminal_formatter
+            on_terminal = formatter is not None and getattr(sys.stderr, "isatty", bool)()
             # One write per line, so that the lines of several ranks do not mix.
-            sys.stderr.write((formatter or self).format(record) + "\n")
+            sys.stderr.write((formatter if formatter and on_terminal else self).format(record) + "\n")
             sys.stderr.flush()
         except Exception:  # standard error is closed, or a pipe that nobody reads: the engine goes on
             return
@@ -135,16 +147,17 @@ class ConsoleHandler(logging.Handler):
         if not event.on_console and isinstance(self.formatter, TextFormatter):
             return False
         # A logger at DEBUG shows all of its records, of every rank.
-        if record.levelno != logging.INFO or logging.getLogger(record.name).isEnabledFor(logging.DEBUG):
+        if record.levelno != logging.INFO or _logger_of(record.name).isEnabledFor(logging.DEBUG):
             return True
         repeats_rank_0 = self.rank > 0 and not event.of_each_rank
         left_out = self.shows_summary and not getattr(record, "in_summary", True)
         return not repeats_rank_0 and not left_out
 
     def _another_handler_takes(self, record: logging.LogRecord) -> bool:
-        logger: logging.Logger | None = logging.getLogger(record.name)
+        logger: logging.Logger | None = _logger_of(record.name)
         while logger is not None:
-            if any(handler is not self and not isinstance(handler, LogFileHandler) for handler in logger.handlers):
-                return True
+            for handler in logger.handlers:
+                if handler is not self and not isinstance(handler, LogFileHandler):
+                    return True
             logger = logger.parent if logger.propagate else None
         return False

@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 __all__ = [
+    "MAX_ITEMS",
     "Event",
     "ItemList",
     "Listing",
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+MAX_ITEMS = 16  # of a list, in a sentence and in a field
 Place = tuple[str, int, str]  # file, line, function of the code that logs
 
 # The engine that this thread runs: `nanovllm.engine.observer` sets it, since most code that logs knows no engine.
@@ -92,7 +94,7 @@ class Event:
         """For helpers that log for their caller and have checked the level. `words` are in the sentence only."""
         if "{all_fields}" in self.sentence:
             words["all_fields"] = Listing(fields)
-        sentence = filled(self.sentence, {**fields, **words})
+        sentence = filled(self.sentence, {**fields, **words} if words else fields)
         emit(logger, level, self.name, sentence, fields, place, in_summary and self.in_summary)
 
 
@@ -110,9 +112,9 @@ def emit(
     in_summary: bool = True,
 ) -> None:
     filename, line, function = place
-    extra = {"event": event, "fields": fields, "mono": time.monotonic()}
-    extra.update(in_summary=in_summary, engine_id=current_engine.get())
-    record = logger.makeRecord(logger.name, level, filename, line, sentence, (), None, function, extra)
+    record = logger.makeRecord(logger.name, level, filename, line, sentence, (), None, function)
+    record.event, record.fields, record.mono = event, fields, time.monotonic()
+    record.in_summary, record.engine_id = in_summary, current_engine.get()
     with suppress(OSError, ValueError):  # a handler's stream is closed, and so is the one that would say it
         logger.handle(record)
 
@@ -161,7 +163,7 @@ class Listing(dict[str, Any]):
         return format(", ".join(f"{name}={value}" for name, value in self.items()), format_spec)
 
 
-def first_items(items: Sequence[T], render: Callable[[T], str], limit: int = 16) -> ItemList:
+def first_items(items: Sequence[T], render: Callable[[T], str], limit: int = MAX_ITEMS) -> ItemList:
     """Returns the first `limit` items as text, then `… +240 more`. Only these items are rendered."""
     shown = ItemList(render(item) for item in items[:limit])
     if len(items) > limit:

@@ -11,6 +11,7 @@ from torch import nn
 from nanovllm.attention.interface import AttentionMetadata, LayerKVCache
 from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.models.model_context import ModelContext
+from nanovllm.utils.loader import CheckpointForm
 
 
 class CausalLM(nn.Module, ABC):
@@ -21,6 +22,7 @@ class CausalLM(nn.Module, ABC):
     `utils.loader`). Models of the usual form build on `models.decoder`.
     """
 
+    checkpoint_form = CheckpointForm()
     redundant_weights: frozenset[str]  # checkpoint tensors that may be present and are not needed
     lm_head: VocabParallelEmbedding
 

@@ -6,12 +6,15 @@ import os
 from pathlib import Path
 
 from nanovllm.errors import ModelLoadError, shown
-from nanovllm.utils.model_files import check_folder
+from nanovllm.models.architectures import WITH_TORCH_FILES
+from nanovllm.models.config_fields import architecture_of
+from nanovllm.utils.model_files import check_folder, read_json
 
 TINY_MODEL = "tiny"
 TINY_MODEL_FOLDER = Path(__file__).resolve().parent.parent / "assets" / "tiny-qwen3"
 _PATTERNS = ["*.json", "*.jinja", "*.txt", "*.model"]  # config, chat template, tokenizer
 _WEIGHTS = ["*.safetensors"]
+_TORCH_WEIGHTS = ["pytorch_model*.bin"]
 _MAX_TEXT = 500  # characters of another library's error
 _WAYS = (
     "model must be a folder with config.json and *.safetensors, a Hugging Face id such as 'Qwen/Qwen3-0.6B', or "
@@ -41,9 +44,17 @@ def resolve_model_folder(model: str, revision: str | None = None, *, with_weight
 
     patterns = [*_PATTERNS, *_WEIGHTS] if with_weights else _PATTERNS
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+        if with_weights and not any(folder.glob("*.safetensors")) and _may_have_torch_files(folder):
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=[*_PATTERNS, *_TORCH_WEIGHTS]))
+        return folder
     except Exception as error:  # network, hub, cache and file errors come from several libraries
         raise ModelLoadError(
             f"model={shown(model)}: there is no such folder here, and the download failed: {str(error)[:_MAX_TEXT]} "
             f"{_WAYS}."
         ) from error
+
+
+def _may_have_torch_files(folder: Path) -> bool:
+    path = folder / "config.json"
+    return path.exists() and architecture_of(read_json(path)) in WITH_TORCH_FILES

@@ -1,48 +1,35 @@
 """ModelConfig: the content of a checkpoint's config.json, read without transformers and without torch.
 
-`ModelConfig.from_folder(folder)` for a checkpoint; `BUILTIN_SHAPES["qwen3-8b"]` for benchmarks with dummy weights,
-which need no folder.
+`ModelConfig.from_folder(folder)` for a checkpoint; `models.builtin_shapes` has configurations that need no folder.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanovllm.config import DTYPES
 from nanovllm.errors import ModelLoadError, UnknownArgumentError, shown
 from nanovllm.layers.rope_parameters import RopeParameters
 from nanovllm.logs import events
-from nanovllm.models.architectures import DEFAULTS, MODELS, OF_MODEL_TYPE, check_architecture
-from nanovllm.models.rope_fields import MAX_POSITIONS, read_rope_parameters
+from nanovllm.models.architecture_kinds import EXPERT_FIELDS
+from nanovllm.models.architectures import ACTIVATIONS, GATES, LOCAL_ROPE, WITHOUT_ROPE
+from nanovllm.models.config_fields import ConfigFields, with_text_config
+from nanovllm.models.rope_fields import read_rope_parameters
 from nanovllm.utils.logger import setup_logger
 from nanovllm.utils.model_files import other_format, read_json
 
 logger = setup_logger(__name__)
 
-_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
 _ROPE_FIELDS = (
     "rope_theta",
+    "rope_local_base_freq",
     "rope_scaling",
     "rope_parameters",
     "partial_rotary_factor",
     "original_max_position_embeddings",
 )
-# The smallest and the largest value of each number: what is built from them stays within bounds, and no published model
-# comes near the largest.
-_RANGES = {
-    "vocab_size": (1, 1 << 24),
-    "hidden_size": (1, 1 << 18),
-    "intermediate_size": (1, 1 << 20),
-    "num_hidden_layers": (1, 1 << 10),
-    "num_attention_heads": (1, 1 << 12),
-    "num_key_value_heads": (1, 1 << 12),
-    "head_dim": (1, 1 << 10),
-    "max_position_embeddings": (2, MAX_POSITIONS),  # a prompt and an output of one token each
-    "max_window_layers": (0, 1 << 10),
-}
 # Every field of config.json that is read below, and that hf_overrides may name.
 _KNOWN_FIELDS = (
     "architectures",
@@ -57,7 +44,20 @@ _KNOWN_FIELDS = (
     "rms_norm_eps",
     "tie_word_embeddings",
     "attention_bias",
+    "mlp_bias",
     "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "ffn_dim",
+    "word_embed_proj_dim",
+    "enable_bias",
+    "do_layer_norm_before",
+    "_remove_final_layer_norm",
+    "layer_norm_elementwise_affine",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "use_bidirectional_attention",
     "max_position_embeddings",
     "eos_token_id",
     "dtype",
@@ -65,9 +65,10 @@ _KNOWN_FIELDS = (
     "quantization_config",
     "use_sliding_window",
     "sliding_window",
+    "sliding_window_pattern",
     "max_window_layers",
     "layer_types",
-    *_EXPERT_FIELDS,
+    *EXPERT_FIELDS,
     *_ROPE_FIELDS,
 )
 
@@ -80,14 +81,23 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     intermediate_size: int
+    embedding_size: int  # of a token's vector in the embedding and the head
     num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    rope: RopeParameters
+    rope: RopeParameters | None  # None: learned positions
+    local_rope: RopeParameters | None  # of layers with a window, where these have their own
+    query_pre_attn_scalar: float | None  # scores are divided by its root; None: by head_dim's
     tie_word_embeddings: bool
     attention_bias: bool
+    mlp_bias: bool
+    do_layer_norm_before: bool  # of OPT, as has_final_norm and has_norm_weights
+    has_final_norm: bool
+    has_norm_weights: bool
+    hidden_act: str  # of the MLP
+    windows: tuple[int | None, ...]  # of each layer: how many keys a query attends to, its own included; None: all
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     dtype: str  # the checkpoint's: one of DTYPES
@@ -95,6 +105,9 @@ class ModelConfig:
     @property
     def max_context_len(self) -> int:
         """The longest context in tokens, with rope scaling: the upper bound of max_model_len."""
+        # Gemma 3's max_position_embeddings is the length after scaling.
+        if self.rope is None or self.local_rope is not None:
+            return self.max_position_embeddings
         return self.rope.max_context_len(self.max_position_embeddings)
 
     @classmethod
@@ -128,12 +141,10 @@ class ModelConfig:
         for name in overrides:
             if name not in _KNOWN_FIELDS:
                 raise UnknownArgumentError("hf_overrides", name, _KNOWN_FIELDS)
-        fields = _Fields({**config, **overrides})
-        architecture = fields.architecture()
-        check_architecture(architecture)
-        fields.defaults = DEFAULTS.get(architecture, {})
+        text_config = with_text_config(config)
+        fields = ConfigFields({**text_config, **overrides})
+        _refuse_unsupported(fields)
         num_layers = fields.count("num_hidden_layers")
-        fields.refuse_unsupported(num_layers)
         hidden_size, num_heads = fields.count("hidden_size"), fields.count("num_attention_heads")
         num_kv_heads = fields.count("num_key_value_heads", num_heads)
         head_dim = fields.count("head_dim", hidden_size // num_heads)  # of null; left out, it is the default
@@ -142,103 +153,86 @@ class ModelConfig:
         if head_dim % 2:
             raise fields.unsupported("head_dim", "an even number (rotary embedding turns pairs)")
         max_position_embeddings = fields.count("max_position_embeddings")
-        stop_sources = [overrides] if "eos_token_id" in overrides else [generation_config or {}, config]
+        norm_before = fields.flag("do_layer_norm_before", True)
+        rope, local_rope = _read_ropes(fields.architecture, [text_config, overrides], max_position_embeddings)
+        stop_sources = [overrides] if "eos_token_id" in overrides else [generation_config or {}, text_config]
         return cls(
-            architecture=architecture,
+            architecture=fields.architecture,
             vocab_size=fields.count("vocab_size"),
             hidden_size=hidden_size,
+            embedding_size=fields.count("word_embed_proj_dim", hidden_size),
             intermediate_size=fields.count("intermediate_size"),
             num_layers=num_layers,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             rms_norm_eps=fields.fraction("rms_norm_eps", 1e-6),
-            rope=read_rope_parameters(_rope_fields(config, overrides), max_position_embeddings),
+            rope=rope,
+            local_rope=local_rope,
+            query_pre_attn_scalar=fields.number("query_pre_attn_scalar"),
             tie_word_embeddings=fields.flag("tie_word_embeddings"),
             attention_bias=fields.flag("attention_bias"),
+            mlp_bias=fields.flag("mlp_bias"),
+            do_layer_norm_before=norm_before,
+            has_final_norm=norm_before and not fields.flag("_remove_final_layer_norm"),
+            has_norm_weights=fields.flag("layer_norm_elementwise_affine", True),
+            hidden_act=fields.choice("hidden_act", ACTIVATIONS.get(fields.architecture, GATES)),
+            windows=fields.windows(num_layers),
             max_position_embeddings=max_position_embeddings,
             eos_token_ids=_eos_token_ids(stop_sources, fields.count("vocab_size")),
             dtype=fields.dtype(),
         )
 
 
-class _Fields:
-    """config.json with checks: each accessor raises ModelLoadError that names field, value and what is supported."""
-
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.values = values
-        self.defaults: Mapping[str, int] = {}  # of the architecture
-
-    def unsupported(self, name: str, supported: str) -> ModelLoadError:
-        state = f"{name}={shown(self.values[name])} is not supported" if name in self.values else f"{name} is missing"
-        return ModelLoadError(f"config.json: {state}: it must be {supported}.")
-
-    def count(self, name: str, default: int | None = None) -> int:
-        value = self.values.get(name, self.defaults.get(name))
-        value = default if value is None else value
-        lowest, highest = _RANGES[name]
-        if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= highest:
-            raise self.unsupported(name, f"an integer from {lowest} to {highest}")
-        return value
-
-    def fraction(self, name: str, default: float) -> float:
-        value = self.values.get(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
-            raise self.unsupported(name, "a number > 0, at most 1")
-        return float(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.values.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise self.unsupported(name, "true or false")
-        return bool(value)
-
-    def architecture(self) -> str:
-        """Returns the first supported one of `architectures`, or the first; without any, that of `model_type`."""
-        names = self.values.get("architectures")
-        if not names:
-            model_type = self.values.get("model_type")
-            names = [OF_MODEL_TYPE[model_type]] if isinstance(model_type, str) and model_type in OF_MODEL_TYPE else None
-        if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-            raise self.unsupported("architectures", f"a list of names, such as [{next(iter(MODELS))!r}]")
-        supported: list[str] = [name for name in names if name in MODELS]
-        return supported[0] if supported else str(names[0])
-
-    def dtype(self) -> str:
-        """Returns `dtype`, as transformers 5 writes it, or the earlier `torch_dtype`; neither means float32."""
-        field = "dtype" if self.values.get("dtype") is not None else "torch_dtype"
-        value = str(self.values.get(field) or "float32").removeprefix("torch.")
-        if value not in DTYPES:
-            raise self.unsupported(field, f"one of {', '.join(DTYPES)}")
-        return value
-
-    def refuse_unsupported(self, num_layers: int) -> None:
-        if self.values.get("quantization_config") is not None:
-            raise self.unsupported("quantization_config", "absent (weights in bfloat16, float16 or float32)")
-        for name in _EXPERT_FIELDS:
-            if self.values.get(name):
-                raise self.unsupported(name, "absent (dense models; no mixture of experts)")
-        if self.values.get("hidden_act", "silu") != "silu":
-            raise self.unsupported("hidden_act", "'silu'")
-        layer_types = self.values.get("layer_types")
-        if layer_types is not None:
-            if not isinstance(layer_types, (list, tuple)) or any(each != "full_attention" for each in layer_types):
-                raise self.unsupported("layer_types", "'full_attention' for every layer (no sliding window)")
-        elif (
-            self.flag("use_sliding_window")
-            and self.values.get("sliding_window", True) is not None
-            and self.count("max_window_layers") < num_layers
-        ):
-            raise self.unsupported("use_sliding_window", "false (full attention in every layer)")
+def _refuse_unsupported(fields: ConfigFields) -> None:
+    if "quantization_config" in fields:
+        raise fields.unsupported("quantization_config", "absent (weights in bfloat16, float16 or float32)")
+    for name in EXPERT_FIELDS:
+        if fields.get(name):
+            raise fields.unsupported(name, "absent (dense models; no mixture of experts)")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
+        if fields.values.get(name):
+            raise fields.unsupported(name, "absent")
 
 
-def _rope_fields(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+def _read_ropes(
+    architecture: str, sources: Sequence[Mapping[str, Any]], max_position_embeddings: int
+) -> tuple[RopeParameters | None, RopeParameters | None]:
+    """Returns the rope of the model, and that of its layers with a window where they have their own.
+
+    `sources` are config.json and the overrides, the latter stronger.
+    """
+    if architecture in WITHOUT_ROPE:
+        return None, None
+    if architecture not in LOCAL_ROPE:
+        return read_rope_parameters(_rope_fields(sources), max_position_embeddings), None
+    full = [{**source, "rope_parameters": _of_layers(source, "full_attention")} for source in sources]
+    local = [
+        {
+            "rope_theta": source.get("rope_local_base_freq"),
+            "rope_parameters": _of_layers(source, "sliding_attention"),
+        }
+        for source in sources
+    ]
+    return (
+        read_rope_parameters({"rope_theta": 1_000_000.0} | _rope_fields(full), max_position_embeddings),
+        read_rope_parameters(_rope_fields(local), max_position_embeddings),
+    )
+
+
+def _of_layers(source: Mapping[str, Any], layer_type: str) -> Any:
+    """Returns the part of `rope_parameters` for a type of layers."""
+    parameters = source.get("rope_parameters")
+    return parameters.get(layer_type) if isinstance(parameters, Mapping) else parameters
+
+
+def _rope_fields(sources: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns one dictionary from `rope_theta` beside `rope_scaling`, or from transformers 5's `rope_parameters`.
 
     An override of the scaling replaces the file's scaling, and keeps its theta unless it has its own.
     """
     merged: dict[str, Any] = {}
-    for source in (config, overrides):
+    for source in sources:
         scaling = source.get("rope_scaling") or source.get("rope_parameters")
         if scaling is not None:
             if not isinstance(scaling, Mapping) or any(isinstance(value, Mapping) for value in scaling.values()):
@@ -288,33 +282,3 @@ def _generation_config(folder: Path) -> dict[str, Any]:
     except ModelLoadError as error:
         events.model_ignored.log(logger, ignored=str(path), why=str(error))
         return {}
-
-
-def _qwen3(
-    hidden_size: int, intermediate_size: int, num_layers: int, heads: tuple[int, int], tied: bool
-) -> ModelConfig:
-    return ModelConfig(
-        architecture="Qwen3ForCausalLM",
-        vocab_size=151_936,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_layers=num_layers,
-        num_heads=heads[0],
-        num_kv_heads=heads[1],
-        head_dim=128,
-        rms_norm_eps=1e-6,
-        rope=RopeParameters(theta=1_000_000.0),
-        tie_word_embeddings=tied,
-        attention_bias=False,
-        max_position_embeddings=40_960,
-        eos_token_ids=(151_645, 151_643),
-        dtype="bfloat16",
-    )
-
-
-# The published shapes, for dummy weights.
-BUILTIN_SHAPES: Mapping[str, ModelConfig] = {
-    "qwen3-0.6b": _qwen3(1024, 3072, num_layers=28, heads=(16, 8), tied=True),
-    "qwen3-8b": _qwen3(4096, 12_288, num_layers=36, heads=(32, 8), tied=False),
-    "qwen3-32b": _qwen3(5120, 25_600, num_layers=64, heads=(64, 8), tied=False),
-}

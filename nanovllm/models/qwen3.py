@@ -16,9 +16,9 @@ Qwen3MLP = GatedMLP
 class Qwen3Attention(DecoderAttention):
     """Attention whose query and key heads are normed over head_dim before they are rotated."""
 
-    def __init__(self, context: ModelContext) -> None:
+    def __init__(self, context: ModelContext, index: int) -> None:
         config = context.config
-        super().__init__(context, qkv_bias=config.attention_bias, output_bias=config.attention_bias)
+        super().__init__(context, index, qkv_bias=config.attention_bias, output_bias=config.attention_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context.dtype)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps, context.dtype)
 
@@ -28,7 +28,7 @@ class Qwen3Attention(DecoderAttention):
 
 class Qwen3DecoderLayer(DecoderLayer):
     def __init__(self, context: ModelContext, index: int) -> None:
-        super().__init__(context, Qwen3Attention(context), Qwen3MLP(context))
+        super().__init__(context, Qwen3Attention(context, index), Qwen3MLP(context))
 
 
 class Qwen3Model(DecoderModel):

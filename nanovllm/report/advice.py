@@ -35,11 +35,11 @@ class CacheNeed:
     @classmethod
     def of(cls, run: Run) -> CacheNeed | None:
         """Returns None if the log does not say how large the cache is."""
-        num_blocks, block_size = number(_settings(run), "num_blocks"), number(_settings(run), "block_size")
+        num_blocks, block_size = run.number_setting("num_blocks"), run.number_setting("block_size")
         if not num_blocks or not block_size:
             return None
         blocks = run.requests.lengths.blocks(int(block_size))
-        num_seqs = int(number(_settings(run), "max_num_seqs") or run.most_running or 1)
+        num_seqs = int(run.number_setting("max_num_seqs") or run.most_running or 1)
         fitting, total = 0, 0
         for need in blocks:
             total += need
@@ -56,9 +56,8 @@ class CacheNeed:
         )
 
 
-def cache_advice(run: Run, *, admits_all: bool = False) -> list[Advice]:
+def cache_advice(run: Run, need: CacheNeed | None, *, admits_all: bool = False) -> list[Advice]:
     """Returns what keeps sequences from being preempted; with `admits_all`, from waiting for blocks as well."""
-    need = CacheNeed.of(run)
     if need is None:
         return []
     advice = []
@@ -107,10 +106,9 @@ def _more_blocks(run: Run, need: CacheNeed, wanted: int, why: str) -> Advice:
     )
 
 
-def seats_advice(run: Run) -> list[Advice]:
+def seats_advice(run: Run, need: CacheNeed | None) -> list[Advice]:
     """Returns what admits more sequences, if max_num_seqs was reached and the cache had room."""
-    limit, usage = number(_settings(run), "max_num_seqs"), cache_peak(run)
-    need = CacheNeed.of(run)
+    limit, usage = run.number_setting("max_num_seqs"), cache_peak(run)
     if not limit or run.most_running < limit:
         return []
     waiting = int(number(run.statistics.figures(), "peak_waiting") or 0)
@@ -145,11 +143,12 @@ def prefill_advice(run: Run, stall_s: float, itl_s: float) -> list[Advice]:
     ]
 
 
-def queue_advice(run: Run) -> list[Advice]:
+def queue_advice(run: Run, need: CacheNeed | None) -> list[Advice]:
     """Returns what shortens the queue: the limit that was reached."""
-    if is_cache_short(run):
-        return cache_advice(run, admits_all=True)
-    return seats_advice(run) or (cache_advice(run, admits_all=True) if (cache_peak(run) or 0.0) >= _FULL else [])
+    seats = [] if is_cache_short(run) else seats_advice(run, need)
+    if not seats and (is_cache_short(run) or (cache_peak(run) or 0.0) >= _FULL):
+        return cache_advice(run, need, admits_all=True)
+    return seats
 
 
 def is_cache_short(run: Run) -> bool:
@@ -167,7 +166,3 @@ def advice_text(advice: list[Advice]) -> str:
     """Returns the advice as one sentence."""
     text = ", or ".join(each.sentence for each in advice)
     return text[:1].upper() + text[1:] + "." if text else ""
-
-
-def _settings(run: Run) -> Record:
-    return {**run.settings.get("engine.config", {}), **run.settings.get("engine.resolved", {})}

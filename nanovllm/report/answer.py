@@ -6,7 +6,7 @@ import difflib
 from dataclasses import dataclass
 
 from nanovllm.errors import shown
-from nanovllm.report.advice import Advice, advice_text, cache_advice, prefill_advice, queue_advice
+from nanovllm.report.advice import Advice, CacheNeed, advice_text, cache_advice, prefill_advice, queue_advice
 from nanovllm.report.log_file import Record, count, number
 from nanovllm.report.preemptions import Preemption
 from nanovllm.report.requests import RequestLife
@@ -51,7 +51,7 @@ def answer_request(summary: Summary) -> Answer:
     run = runs[-1]
     life = run.requests.wanted
     assert life is not None
-    facts, lines = describe(run, life)
+    facts, lines = describe(run, CacheNeed.of(run), life)
     if life.request_id != wanted:
         lines.insert(0, f"{shown(wanted)} is a completion of {shown(life.request_id)}, which is:")
     others = sum(each.requests.num_wanted for each in runs) - bool(life.end)
@@ -77,12 +77,13 @@ def answer_slowest(summary: Summary) -> Answer:
     """Lists the slowest requests of the log, each with the parts of its time."""
     by = summary.watch.by
     field = BY_FIELD[by]
+    needs = {run.number: CacheNeed.of(run) for run in summary.runs}
     found = [(life.seconds(field), run, life) for run in summary.runs for life in run.requests.slowest[by].first()]
     found.sort(key=lambda entry: -entry[0])
     facts: list[Record] = []
     lines: list[str] = []
     for place, (seconds, run, life) in enumerate(found[: summary.watch.num_slowest], start=1):
-        one, words = describe(run, life)
+        one, words = describe(run, needs[run.number], life)
         facts.append(one)
         engine = f" (engine {run.number})" if len(summary.runs) > 1 else ""
         value = "" if by == "e2e" else f"{by} {time_text(seconds)}; "
@@ -90,12 +91,12 @@ def answer_slowest(summary: Summary) -> Answer:
     return Answer(facts, lines or [f"No request of the log has the figure {field}."])
 
 
-def describe(run: Run, life: RequestLife) -> tuple[Record, list[str]]:
+def describe(run: Run, need: CacheNeed | None, life: RequestLife) -> tuple[Record, list[str]]:
     """Returns a request's figures, and its story: one sentence on its time, then what is behind it."""
     if not life.end:
         return _unfinished(run, life)
     end = life.end
-    advice = request_advice(run, life)
+    advice = request_advice(run, need, life)
     first = _time_sentence(life)
     lines = [f"{first} {advice_text(advice)}".strip(), _course(run, life)]
     lines += [_preemption_sentence(run, one) for one in life.preemptions]
@@ -182,16 +183,16 @@ def _tokens_sentence(run: Run, life: RequestLife) -> str:
     return f"{text}."
 
 
-def request_advice(run: Run, life: RequestLife) -> list[Advice]:
+def request_advice(run: Run, need: CacheNeed | None, life: RequestLife) -> list[Advice]:
     """Returns what would have shortened the largest part of a request's time."""
     total = life.seconds("e2e_s")
     if total <= 0:
         return []
     parts = {name: life.seconds(name) / total for name in _NAMES}
     if parts["preempted_s"] >= _SIGNIFICANT:
-        return cache_advice(run)
+        return cache_advice(run, need)
     if parts["queue_s"] >= 3 * _SIGNIFICANT:
-        return queue_advice(run)
+        return queue_advice(run, need)
     if life.end.get("stall_cause") == "prefill":
         return prefill_advice(run, life.seconds("longest_stall_s"), life.seconds("itl_s"))
     return []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from nanovllm.errors import shown
 from nanovllm.report.advice import advice_text, cache_peak
 from nanovllm.report.answer import Answer
@@ -10,7 +12,7 @@ from nanovllm.report.quantiles import QuantileSketch
 from nanovllm.report.run import Run
 from nanovllm.report.statistics import Rank
 from nanovllm.report.summary import Summary
-from nanovllm.report.verdict import host_share, verdict
+from nanovllm.report.verdict import Verdict, host_share, verdict
 from nanovllm.report.words import listed, per_cent, plural, time_text
 
 LATENCIES = {
@@ -28,11 +30,12 @@ def answer_summary(summary: Summary) -> Answer:
     lines: list[str] = []
     runs = []
     for run in summary.runs:
-        facts = run_facts(run)
+        judged = verdict(run)
+        facts = run_facts(run, judged)
         runs.append(facts)
         if len(summary.runs) > 1:
             lines.append(f"Engine {run.number} of {len(summary.runs)}, process {run.pid}")
-        lines += run_lines(run, facts)
+        lines += run_lines(run, facts, judged)
     if summary.counts.broken:
         lines.append(
             f"{summary.counts.broken:,} of {summary.counts.lines:,} lines are not records and are left out; the first: "
@@ -43,12 +46,15 @@ def answer_summary(summary: Summary) -> Answer:
     return Answer({"engines": runs, "lines": summary.counts.lines, "broken_lines": summary.counts.broken}, lines)
 
 
-def run_facts(run: Run) -> Record:
-    """Returns the figures of a run."""
-    figures, judged = run.statistics.figures(), verdict(run)
+def run_facts(run: Run, judged: Verdict) -> Record:
+    """Returns the figures of a run, and the verdict on it."""
+    return {"verdict": asdict(judged), **run_figures(run)}
+
+
+def run_figures(run: Run) -> Record:
+    figures = run.statistics.figures()
     return {
         **_start_facts(run),
-        "verdict": {"limit": judged.limit, "sentence": judged.sentence, "advice": [a.facts() for a in judged.advice]},
         "requests": {"by_cause": dict(run.requests.causes), "num_unfinished": len(run.requests.pending)},
         "seconds_of_requests": {name.removesuffix("_s"): value for name, value in run.requests.parts.items()},
         "latencies_ms": {name: _quantiles(run.requests.latencies[f"{name}_ms"]) for name in LATENCIES},
@@ -125,16 +131,15 @@ def _per_second(figures: Record, name: str) -> float | None:
     return None if value is None or not wall else value / wall
 
 
-def run_lines(run: Run, facts: Record) -> list[str]:
+def run_lines(run: Run, facts: Record, judged: Verdict) -> list[str]:
     """Returns the figures of a run as sentences, the verdict first."""
-    judged = verdict(run)
     lines = [f"Verdict: {judged.sentence} {advice_text(judged.advice)}".strip()]
     lines += [_requests(run), *_latencies(facts), _cache(run, facts), _preemptions(run)]
     lines += [_slowest_step(run, facts), _steps(facts), _communication(run)]
     lines += [_memory(rank, known) for rank, known in sorted(run.ranks.items())]
     lines += [_start_up(run), _backends(run), _versions(run), _configuration(facts)]
     if run.num_problems:
-        lines.append(f"{plural(run.num_problems, 'warning')} or errors; the first: {run.problems[0]}")
+        lines.append(f"Warnings and errors: {run.num_problems:,}; the first: {run.problems[0]}")
     if not run.statistics.covers_run:
         lines.append("The engine had not ended where the log ends: totals are of the intervals that the log has.")
     return [line for line in lines if line]
@@ -216,36 +221,21 @@ def _steps(facts: Record) -> str:
 
 
 def _communication(run: Run) -> str:
-    size = number({"size": run.setting("tensor_parallel_size")}, "size")
-    texts = []
-    for rank, known in sorted(run.ranks.items()):
-        for operation, one in known.messages.items():
-            wait = "" if one.wait_ms is None else f", {time_text(one.wait_ms / 1e3)} of it waiting"
-            texts.append(f"rank {rank} {operation} {one.num:,} × {time_text(one.elapsed_ms / 1e3)} in all{wait}")
+    texts = [
+        f"rank {rank} {operation} {one.text}"
+        for rank, known in sorted(run.ranks.items())
+        for operation, one in known.messages.items()
+    ]
     if texts:
         return f"Communication: {'; '.join(texts[:12])}."
-    if size == 1:
+    if run.number_setting("tensor_parallel_size") == 1:
         return "Communication: none, there is one rank."
     return "Communication: not in the log. INFO does not have it: NANOVLLM_LOG_LEVEL=DEBUG adds each message."
 
 
 def _memory(rank: int, known: Rank) -> str:
-    parts = []
-    for event, record in known.memory.items():
-        sizes = [
-            f"{name.removesuffix('_bytes')} {value / 1e9:.2f} GB"
-            for name in ("resident_bytes", "allocated_bytes", "reserved_bytes", "peak_bytes", "free_bytes")
-            if (value := number(record, name)) is not None
-        ]
-        parts.append(f"{_MEMORY_NAMES.get(event, event)} {', '.join(sizes)}")
+    parts = [f"{moment} {sizes}" for moment, sizes in known.memory_texts().items()]
     return f"Memory of rank {rank}: {'; '.join(parts)}." if parts else ""
-
-
-_MEMORY_NAMES = {
-    "model.loaded": "after the weights",
-    "kv_cache.memory": "with the KV cache",
-    "generation.memory": "after the last generation",
-}
 
 
 def _start_up(run: Run) -> str:

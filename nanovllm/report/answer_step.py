@@ -40,7 +40,7 @@ def _describe(run: Run, step: int) -> tuple[Record, list[str]]:
     story = run.story
     records = {record["event"]: record for record in story.records if count(record, "rank") == 0}
     done, prefill, decode = (records.get(name) for name in ("step.done", "batch.prefill", "batch.decode"))
-    slowest = next((record for record in story.records if record["event"] == "engine.statistics"), None)
+    slowest = records.get("engine.statistics")  # the last one: that of the run, if it is there
     prompt_tokens, decode_seqs = _contents(story, done, slowest)
     lines = [f"Step {step}{_when(run, story)}: {_contents_text(prompt_tokens, decode_seqs)}.{_duration(done, slowest)}"]
     names = [str(name) for record in (prefill, decode) if record is not None for name in _items(record, "seqs")]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
-LEFT, RIGHT, TOP, BOTTOM = 76, 14, 10, 40
+LEFT, RIGHT, TOP, BOTTOM = 76, 14, 10, 46
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,8 @@ class Frame:
         self.label, self.width, self.height = label, width, height
         self.x_end, self.y_end = max(x_end, 1e-12), max(y_end, 1e-12)
         self.parts: list[str] = []
+        self.plot: list[str] = []  # the page's script zooms these if there is a time axis
+        self.time: tuple[float, float] | None = None  # of the x axis, in seconds since the run's origin
 
     @property
     def bottom(self) -> int:
@@ -125,6 +127,15 @@ class Frame:
     def add(self, part: str) -> None:
         self.parts.append(part)
 
+    def draw(self, part: str) -> None:
+        """Adds a part of the plot area, over those of `add`."""
+        self.plot.append(part)
+
+    def time_axis(self, axis: TimeAxis, unit: str, start: float = 0.0) -> None:
+        """Draws an x axis of time that can be zoomed. start: seconds since the run's origin at its left end."""
+        self.time = start, start + axis.end
+        self.x_axis(axis.ticks(), unit)
+
     def y_axis(self, marks: Sequence[tuple[float, str]], unit: str) -> None:
         for value, text in marks:
             y = self.y(value)
@@ -137,12 +148,14 @@ class Frame:
         )
 
     def x_axis(self, marks: Sequence[tuple[float, str]], unit: str) -> None:
+        self.add(f'<g class="ticks" data-y="{self.bottom + 17}">')
         for value, text in marks:
             x = self.x(value)
             self.add(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{self.bottom}" y2="{self.bottom + 4}"/>')
             self.add(
-                f'<text class="tick" x="{x:.1f}" y="{self.bottom + 16}" text-anchor="middle">{escape(text)}</text>'
+                f'<text class="tick" x="{x:.1f}" y="{self.bottom + 17}" text-anchor="middle">{escape(text)}</text>'
             )
+        self.add("</g>")
         self.add(f'<line class="axis" x1="{LEFT}" x2="{self.width - RIGHT}" y1="{self.bottom}" y2="{self.bottom}"/>')
         middle = (LEFT + self.width - RIGHT) / 2
         self.add(
@@ -150,16 +163,25 @@ class Frame:
         )
 
     def tooltip(self, x: float, width: float, text: str) -> None:
-        self.add(
+        self.draw(
             f'<rect class="hover" x="{x:.1f}" y="{TOP}" width="{width:.2f}" height="{self.bottom - TOP}">'
             f"<title>{escape(text)}</title></rect>"
         )
 
     def svg(self) -> str:
-        size = "broad" if self.width > 800 else "narrow"
+        size = "broad" if self.width > 800 else "middle" if self.width > 400 else "small"
+        plot = "".join(self.plot)
+        if self.time is not None:
+            start, end = self.time
+            area = f'x="{LEFT}" y="0" width="{self.width - LEFT - RIGHT}" height="{self.bottom}"'
+            view = f"{LEFT} 0 {self.width - LEFT - RIGHT} {self.bottom}"
+            plot = (
+                f'<svg class="plot" {area} viewBox="{view}" preserveAspectRatio="none" data-start="{start:.6f}" '
+                f'data-end="{end:.6f}">{plot}</svg>'
+            )
         return (
             f'<svg viewBox="0 0 {self.width} {self.height}" class="{size}" role="img" '
-            f'aria-label="{escape(self.label)}">' + "".join(self.parts) + "</svg>"
+            f'aria-label="{escape(self.label)}">{"".join(self.parts)}{plot}</svg>'
         )
 
 
@@ -187,18 +209,18 @@ def time_chart(
     stacked: bool = False,
     width: int = 560,
     since: str = "time since the first request",
+    like: Sequence[Series] = (),
 ) -> str:
     """Returns lines, areas or stacked bars over time. All series have one value per bin.
 
-    With scale "share", values from 0 to 1 are shown as per cent.
+    With scale "share", values from 0 to 1 are shown as per cent. like: series of another chart with the same y axis.
     """
     num_bins = max((len(one.values) for one in series), default=0)
-    columns = [[one.values[index] or 0.0 for one in series] for index in range(num_bins)]
-    most = max((sum(column) if stacked else max(column) for column in columns), default=0.0)
+    most = max(_most(series, stacked), _most(like, stacked))
     if scale == "share":
         marks = [0.0, 0.25, 0.5, 0.75, 1.0]
     elif scale == "logarithmic":
-        marks = decades([value for one in series for value in one.values if value])
+        marks = decades([value for one in (*series, *like) for value in one.values if value])
     else:
         marks = ticks(most)
     bins = Bins(bins.width, max(bins.end, bins.width))
@@ -213,7 +235,7 @@ def time_chart(
     else:
         for one in series:
             (_draw_bars if one.bars else _draw_line)(frame, one, bins)
-    frame.x_axis(axis.ticks(), since)
+    frame.time_axis(axis, since)
     for index in range(num_bins):
         start, stop = bins.span(index)
         lines = [
@@ -227,6 +249,12 @@ def time_chart(
     return legend([(one.name, one.colour) for one in series]) + drawing(frame.svg())
 
 
+def _most(series: Sequence[Series], stacked: bool) -> float:
+    """Returns the largest value, or sum of a bin's values."""
+    columns = zip(*([value or 0.0 for value in one.values] for one in series), strict=True)
+    return max((sum(column) if stacked else max(column) for column in columns), default=0.0)
+
+
 def _draw_line(frame: Frame, series: Series, bins: Bins) -> None:
     """Draws a line with a step at each bin, since a value belongs to a whole bin."""
     runs: list[list[tuple[float, float]]] = [[]]
@@ -238,21 +266,21 @@ def _draw_line(frame: Frame, series: Series, bins: Bins) -> None:
         runs[-1] += [(frame.x(time), y) for time in bins.span(index)]
     for points in filter(None, runs):
         if points[-1][0] - points[0][0] < 5:  # between two gaps: a line would be too short to see
-            x = (points[0][0] + points[-1][0]) / 2
-            frame.add(f'<circle class="fill c{series.colour}" cx="{x:.1f}" cy="{points[0][1]:.1f}" r="2.5"/>')
+            x, y = (points[0][0] + points[-1][0]) / 2, points[0][1]
+            frame.draw(f'<polyline class="dot c{series.colour}" points="{x:.1f},{y:.1f} {x + 0.1:.1f},{y:.1f}"/>')
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         if series.area:
             closed = f"{points[0][0]:.1f},{frame.bottom} {path} {points[-1][0]:.1f},{frame.bottom}"
-            frame.add(f'<polygon class="area c{series.colour}" points="{closed}"/>')
-        frame.add(f'<polyline class="line c{series.colour}" points="{path}"/>')
+            frame.draw(f'<polygon class="area c{series.colour}" points="{closed}"/>')
+        frame.draw(f'<polyline class="line c{series.colour}" points="{path}"/>')
 
 
 def _draw_bars(frame: Frame, series: Series, bins: Bins) -> None:
     for index, value in enumerate(series.values):
         if value:
             left, right = (frame.x(time) for time in bins.span(index))
-            top = frame.y(value)
-            frame.add(
+            top = min(frame.y(value), frame.bottom - 12.0)  # a single event is to be seen beside hundreds of requests
+            frame.draw(
                 f'<rect class="fill c{series.colour}" x="{left:.1f}" y="{top:.1f}" '
                 f'width="{max(right - left, 4.0):.1f}" height="{frame.bottom - top:.1f}"/>'
             )
@@ -268,7 +296,7 @@ def _draw_stacked(frame: Frame, series: Sequence[Series], bins: Bins, num_bins: 
             if value <= 0:
                 continue
             top, bottom = frame.y(below + value), frame.y(below)
-            frame.add(
+            frame.draw(
                 f'<rect class="fill c{one.colour}" x="{left:.1f}" y="{top:.1f}" width="{width:.2f}" '
                 f'height="{bottom - top:.2f}"/>'
             )
@@ -309,7 +337,7 @@ def histogram(
             f'text-anchor="{side}">{escape(name)}</text>'
         )
     frame.x_axis([(place(ms), duration_text(ms)) for ms in _log_ticks(low, high)], "time, logarithmic")
-    return frame.svg()
+    return drawing(frame.svg())
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -340,13 +368,13 @@ def share_bar(label: str, parts: Sequence[tuple[str, float]]) -> str:
             f"<g><title>{escape(text)} ({100 * seconds / total:.0f} %)</title>"
             f'<rect class="fill c{index % 6 + 1}" x="{x:.1f}" y="4" width="{max(size - 1, 0.5):.1f}" height="34"/>'
         )
-        if size > 8 * len(text):
+        if size > 10 * len(text):
             drawn.append(
                 f'<text class="inbar" x="{x + size / 2:.1f}" y="26" text-anchor="middle">{escape(text)}</text>'
             )
         drawn.append("</g>")
         x += size
-    svg = f'<svg viewBox="0 0 {width} 42" role="img" aria-label="{escape(label)}">{"".join(drawn)}</svg>'
+    svg = f'<svg viewBox="0 0 {width} 42" class="broad" role="img" aria-label="{escape(label)}">{"".join(drawn)}</svg>'
     return drawing(svg) + legend(
         [(f"{name} {seconds_text(seconds)}", index % 6 + 1) for index, (name, seconds) in enumerate(parts)]
     )

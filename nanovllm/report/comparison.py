@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from nanovllm.report.answer import Answer
 from nanovllm.report.answer_run import LATENCIES, run_facts
 from nanovllm.report.log_file import Record, number
 from nanovllm.report.summary import Summary
+from nanovllm.report.verdict import verdict
 from nanovllm.report.words import per_cent, time_text
 
 _SAME = 0.02  # a change of less is said to be none
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A figure of two runs. kind: ms, s, share or count."""
+
+    name: str
+    first: float | None
+    second: float | None
+    kind: str
+
+    def is_known(self) -> bool:
+        """Returns whether a run has the figure."""
+        return self.first is not None or self.second is not None
+
+    @property
+    def change(self) -> float | None:
+        """The change as a share of the first; None if it is not known."""
+        return self.second / self.first - 1 if self.first and self.second is not None else None
+
+    def text(self, value: float | None) -> str:
+        if value is None:
+            return "not known"
+        if self.kind == "share":
+            return per_cent(value)
+        if self.kind == "count":
+            return f"{value:,.6g}"
+        return time_text(value if self.kind == "s" else value / 1e3)
+
+
 def compare(first: Summary, second: Summary) -> Answer:
     """Compares the last engine of each log."""
-    one, two = run_facts(first.runs[-1]), run_facts(second.runs[-1])
-    figures = {}
+    one, two = (run_facts(summary.runs[-1], verdict(summary.runs[-1])) for summary in (first, second))
+    figures = pairs(one, two)
     lines = [f"{first.path} → {second.path}"]
-    for name, (a, b, kind) in figure_pairs(one, two).items():
-        change = b / a - 1 if a and b is not None else None
-        figures[name] = {"first": a, "second": b, "change": change}
-        if a is not None or b is not None:
-            lines.append(f"{name}: {value_text(a, kind)} → {value_text(b, kind)}{_change_text(change)}")
+    for pair in filter(Pair.is_known, figures):
+        lines.append(f"{pair.name}: {pair.text(pair.first)} → {pair.text(pair.second)}{_change_text(pair.change)}")
     settings = differing_settings(one, two)
     lines += [f"{name}: {a} → {b}" for name, (a, b) in settings.items()] or ["The settings are the same."]
     for path, facts in ((first.path, one), (second.path, two)):
@@ -28,18 +56,15 @@ def compare(first: Summary, second: Summary) -> Answer:
     facts = {
         "first": one,
         "second": two,
-        "figures": figures,
+        "figures": {pair.name: {"first": pair.first, "second": pair.second, "change": pair.change} for pair in figures},
         "settings": {name: {"first": a, "second": b} for name, (a, b) in settings.items()},
     }
     return Answer(facts, lines)
 
 
-Pair = tuple[float | None, float | None, str]  # the figure of each run, and its kind: ms, share, count
-
-
-def figure_pairs(one: Record, two: Record) -> dict[str, Pair]:
-    """Returns the figures of two runs by their names."""
-    pairs: dict[str, Pair] = {}
+def pairs(one: Record, two: Record) -> list[Pair]:
+    """Returns the figures of two runs."""
+    found: list[Pair] = []
 
     def add(name: str, kind: str, *path: str) -> None:
         values = []
@@ -48,7 +73,7 @@ def figure_pairs(one: Record, two: Record) -> dict[str, Pair]:
             for part in path[:-1]:
                 inner = inner.get(part) or {}
             values.append(number(inner, path[-1]))
-        pairs[name] = (values[0], values[1], kind)
+        found.append(Pair(name, values[0], values[1], kind))
 
     for name, title in LATENCIES.items():
         for quantile in ("p50", "p99", "max"):
@@ -62,7 +87,7 @@ def figure_pairs(one: Record, two: Record) -> dict[str, Pair]:
     add("peak use of the KV cache", "share", "cache", "peak_usage")
     add("prefix hit rate", "share", "cache", "hit_rate")
     add("start-up", "s", "startup", "total_seconds")
-    return pairs
+    return found
 
 
 def differing_settings(one: Record, two: Record) -> dict[str, tuple[object, object]]:
@@ -75,15 +100,6 @@ def differing_settings(one: Record, two: Record) -> dict[str, tuple[object, obje
             if a.get(name) != b.get(name):
                 found[name] = (a.get(name), b.get(name))
     return found
-
-
-def value_text(value: float | None, kind: str) -> str:
-    """Returns a figure as text, by its kind."""
-    if value is None:
-        return "not known"
-    if kind == "share":
-        return per_cent(value)
-    return time_text(value if kind == "s" else value / 1e3) if kind in ("s", "ms") else f"{value:,.6g}"
 
 
 def _change_text(change: float | None) -> str:

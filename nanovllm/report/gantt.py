@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from nanovllm.report.charts import Frame, TimeAxis, drawing, duration_text, legend
+from nanovllm.report.charts import BOTTOM, Frame, TimeAxis, drawing, duration_text, legend
 from nanovllm.report.requests import RequestLife
 
 PHASES = (("queued", 4), ("prefill", 2), ("decode", 1), ("preempted", 5))
@@ -25,35 +25,33 @@ def spans(life: RequestLife, end: float) -> list[Span]:
     return [span for span in phases if span[2] > span[1]]
 
 
-def gantt(lives: Sequence[RequestLife], origin: float, end: float) -> str:
-    """Returns the chart. `origin` and `end` are in the log's monotonic seconds; `lives` are in the order of rows."""
+def gantt(lives: Sequence[RequestLife], run_origin: float, end: float) -> str:
+    """Returns the chart. `run_origin`, `end`: in the log's monotonic seconds; `lives` are in the order of rows."""
     if not lives:
         return ""
-    origin = min(origin, lives[0].arrival)
+    origin = min(run_origin, lives[0].arrival)
     row = min(16.0, _TALLEST / len(lives))
     axis = TimeAxis(end - origin)
-    frame = Frame(
-        "A row for each request, from its arrival to its end", _WIDTH, round(row * len(lives)) + 54, axis.end, 1
-    )
+    height = round(row * len(lives)) + BOTTOM + 14
+    frame = Frame("A row for each request, from its arrival to its end", _WIDTH, height, axis.end, 1)
     top = 8.0
     for index, life in enumerate(lives):
-        y, height = top + index * row, max(row - (1.5 if row > 4 else 0.2), 0.8)
-        frame.add(f"<g><title>{escape(_tooltip(life, end))}</title>")
+        y, thickness = top + index * row, max(row - (1.5 if row > 4 else 0.2), 0.8)
+        frame.draw(f"<g><title>{escape(_tooltip(life, end))}</title>")
         for phase, start, stop in spans(life, end):
             x = frame.x(start - origin)
             width = max(frame.x(stop - origin) - x, 0.7)
             faded = " open" if life.finished is None else ""
-            frame.add(
+            frame.draw(
                 f'<rect class="fill c{_COLOURS[phase]}{faded}" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" '
-                f'height="{height:.1f}"/>'
+                f'height="{thickness:.1f}"/>'
             )
-        frame.add("</g>")
-        if row >= 9:
-            frame.add(f'<text class="tick" x="52" y="{y + height - 2:.1f}" text-anchor="end">{index + 1}</text>')
-    if row < 9:
-        for index in range(0, len(lives), max(1, len(lives) // 10 // 10 * 10 or 10)):
-            frame.add(f'<text class="tick" x="52" y="{top + index * row + 8:.1f}" text-anchor="end">{index + 1}</text>')
-    frame.x_axis(axis.ticks(), "time since the first request")
+        frame.draw("</g>")
+    every = next(number for number in (1, 2, 5, 10, 20, 50) if number * row >= 18)  # or the numbers would overlap
+    for index in range(every - 1, len(lives), every):
+        y = top + index * row + max(row - 3.5, 8)
+        frame.add(f'<text class="tick" x="52" y="{y:.1f}" text-anchor="end">{index + 1}</text>')
+    frame.time_axis(axis, "time since the first request", start=origin - run_origin)
     return legend(PHASES) + drawing(frame.svg())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,11 @@ _PAUSE = 0.2  # seconds until a file that has ended is read again
 _LONGEST_LINE = 1 << 20  # bytes; a longer line is not a record, and is never read as a whole
 _TRIED_LINES = 1000  # a file without a record in its first lines is not a log
 _LARGEST = 1e15  # larger values are not those of an engine
+# The lines that a log at DEBUG has most of, and that no figure needs. They are not parsed, which would take long.
+_UNUSED = re.compile(
+    rb'\{"ts": "[^"]*", "mono": [0-9.]+, "level": "DEBUG", "logger": "[^"]*", "event": "'
+    rb"(attention\.(forward|store|decode|output)|section\.|runner\.|tensors|blocks\.(allocating|freed)|batch\.postprocess)"
+)
 _HINT = (
     "Run with NANOVLLM_LOG_FORMAT=json and NANOVLLM_LOG_FILE=run.jsonl (and NANOVLLM_LOG_LEVEL=DEBUG for all "
     "details), then read run.jsonl."
@@ -45,9 +51,9 @@ class LogFile:
         self.counts = LineCounts()
 
     def records(self, at_end: Callable[[], bool] | None = None) -> Iterator[Record]:
-        """Yields the records in the order of the file. Broken lines are counted and skipped.
+        """Yields the records in the order of the file, without those that no figure needs, except the very last one.
 
-        Where the file ends, `at_end` says whether to wait until it has grown.
+        Broken lines are counted and skipped. Where the file ends, `at_end` says whether to wait until it has grown.
         """
         is_file = str(self.path) != STANDARD_INPUT
         if is_file and not self.path.exists():
@@ -55,9 +61,15 @@ class LogFile:
         if is_file and self.path.is_dir():
             raise InvalidArgumentError("log", str(self.path), "a file, not a folder", _HINT)
         counts = self.counts
+        unused = b""
         try:
             for line in self._lines(at_end or _never):
                 counts.lines += 1
+                if _UNUSED.match(line) and line.endswith(b"}\n"):
+                    counts.records += 1
+                    unused = line
+                    continue
+                unused = b""
                 record = _parse(line)
                 if record is not None:
                     counts.records += 1
@@ -70,6 +82,8 @@ class LogFile:
                     break
         except OSError as error:
             raise InvalidArgumentError("log", str(self.path), f"a file that can be read ({error.strerror})") from None
+        if unused and (last := _parse(unused)) is not None:  # it says when the log ends
+            yield last
         if not counts.records:
             what = (
                 f"a file of JSON records; {counts.first_broken!r} is not one"

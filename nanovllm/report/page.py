@@ -10,7 +10,7 @@ from nanovllm.report.advice import cache_peak
 from nanovllm.report.charts import duration_text, number_text, seconds_text, share_bar
 from nanovllm.report.log_file import number
 from nanovllm.report.run import Run
-from nanovllm.report.sections import latency_panels, request_panel, slow_step_panel, time_panels
+from nanovllm.report.sections import comparison_charts, latency_panels, request_panel, slow_step_panel, time_panels
 from nanovllm.report.style import CSS, SCRIPT
 from nanovllm.report.summary import MOST_RUNS, Summary
 from nanovllm.report.tables import comparison_panel, memory_table, preemption_table, request_table, verdict_panel
@@ -31,7 +31,8 @@ def render(summary: Summary, other: Summary | None = None) -> str:
     parts = [_HEAD.format(title=title, css=CSS, hash=digest), _header(summary)]
     if other is not None:
         names = (str(summary.path), str(other.path))
-        parts.append(comparison_panel(summary.runs[-1], other.runs[-1], names))
+        runs = summary.runs[-1], other.runs[-1]
+        parts.append(comparison_panel(*runs, names) + comparison_charts(*runs, names))
     parts += [_run(run, len(summary.runs) > 1) for run in summary.runs]
     parts.append(f"<script>{SCRIPT}</script></body></html>\n")
     return "".join(parts)
@@ -122,12 +123,15 @@ def _cards(run: Run) -> str:
         sketch = requests.latencies[name]
         if sketch.count:
             cards.append((duration_text(sketch.quantile(0.5)), label))
-    if requests.num_prompt_tokens:
+    rate = run.statistics.hit_rate()
+    if rate is not None:
+        cards.append((f"{100 * rate:.1f} %", "of prompt tokens looked up were in the prefix cache"))
+    elif requests.num_prompt_tokens:
         share = requests.num_cached_tokens / requests.num_prompt_tokens
         cards.append((f"{100 * share:.1f} %", "of prompt tokens from the prefix cache"))
     peak = cache_peak(run)
     if peak is not None:
-        blocks = number({"num": run.setting("num_blocks") or run.num_blocks}, "num") or 0
+        blocks = run.number_setting("num_blocks") or run.num_blocks
         cards.append((f"{100 * peak:.1f} %", f"of {blocks:,.0f} KV blocks used at the peak"))
     cards.append((f"{run.num_preemptions:,}", "preemptions"))
     shown = "".join(f'<div class="card"><b>{value}</b><span>{escape(label)}</span></div>' for value, label in cards)
@@ -140,7 +144,7 @@ def _notices(run: Run) -> list[str]:
         items = "".join(f"<li>{escape(problem)}</li>" for problem in run.problems)
         more = f" (the first {len(run.problems)})" if run.num_problems > len(run.problems) else ""
         notices.append(
-            f'<div class="panel bad"><h3>{run.num_problems:,} warnings and errors{more}</h3><ul>{items}</ul></div>'
+            f'<div class="panel bad"><h3>Warnings and errors: {run.num_problems:,}{more}</h3><ul>{items}</ul></div>'
         )
     if run.requests.num_lost:
         notices.append(f'<div class="panel bad">{run.requests.num_lost:,} requests were lost when a step failed.</div>')

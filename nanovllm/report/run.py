@@ -123,6 +123,10 @@ class Run:
                 return self.settings[event][name]
         return None
 
+    def number_setting(self, name: str) -> float | None:
+        """Returns a setting that is a number; None if the log has none."""
+        return number({name: self.setting(name)}, name)
+
     @property
     def at_debug(self) -> bool:
         return self.num_steps > 0
@@ -251,7 +255,7 @@ class Run:
 
     def _preempted(self, record: Record) -> None:
         preemption = Preemption.of(record)
-        self.preemptions.add(preemption, count(self.settings.get("engine.resolved", {}), "num_blocks"))
+        self.preemptions.add(preemption, int(self.number_setting("num_blocks") or 0))
         self.requests.preempted(preemption)
         self.timeline.add(self._at(record), "preempted", 1)
         self.slow_steps.planning_event(

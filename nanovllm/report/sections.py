@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
 
 from nanovllm.report.charts import Bins, Scale, Series, duration_text, histogram, seconds_text, time_chart
@@ -11,33 +13,79 @@ from nanovllm.report.requests import DRAWN
 from nanovllm.report.run import Run
 from nanovllm.report.steps import UNEXPLAINED
 from nanovllm.report.tables import table
-from nanovllm.report.words import clock_text
+from nanovllm.report.words import clock_text, plural
 
 _QUANTILES = ((0.5, "p50"), (0.9, "p90"), (0.99, "p99"))
 
 
+@dataclass(frozen=True)
+class _Chart:
+    """A chart over time. Without a value it is not drawn."""
+
+    title: str
+    unit: str
+    series: list[Series]
+    note: str
+    scale: Scale = "linear"
+    stacked: bool = False
+
+    @property
+    def has_values(self) -> bool:
+        return any(value is not None for one in self.series for value in one.values)
+
+    def svg(self, run: Run, *, end: float = 0.0, width: int = 560, like: Sequence[Series] = ()) -> str:
+        """Draws it. end: seconds that the axis shows at least. like: series of a chart with the same y axis."""
+        return time_chart(
+            self.title,
+            self.unit,
+            self.series,
+            Bins(run.timeline.width, max(run.duration, end)),
+            scale=self.scale,
+            stacked=self.stacked,
+            width=width,
+            since=_since(run),
+            like=like,
+        )
+
+
 def time_panels(run: Run) -> str:
     """Returns charts over time, each from the most detailed events in the log."""
-    if run.origin is None:
-        return ""
-    charts = [
-        _throughput(run),
-        _composition(run),
-        _kv_cache(run),
-        _queue(run),
-        _latency_over_time(run),
-        _step_times(run),
-        _device(run),
-    ]
     panels = [
-        f'<div class="panel"><h3>{escape(title)}</h3>{chart}<p class="note">{escape(note)}</p></div>'
-        for title, chart, note in charts
-        if chart
+        f'<div class="panel"><h3>{escape(chart.title)}</h3>{chart.svg(run, width=560 if index else 1160)}'
+        f'<p class="note">{escape(chart.note)}</p></div>'
+        for index, chart in enumerate(_charts(run))
     ]
-    return f'{panels[0]}<div class="grid2">{"".join(panels[1:])}</div>' if panels else ""
+    return f'{_ZOOM}{panels[0]}<div class="grid2">{"".join(panels[1:])}</div>' if panels else ""
 
 
-_Chart = tuple[str, str, str]  # title, SVG, note
+def comparison_charts(first: Run, second: Run, names: tuple[str, str]) -> str:
+    """Returns the charts that both runs have, side by side, with the same axes."""
+    others = {chart.title: chart for chart in _charts(second)}
+    panels, end = [], max(first.duration, second.duration)
+    for one in _charts(first):
+        two = others.get(one.title)
+        if two is not None:
+            for run, name, chart, like in ((first, names[0], one, two.series), (second, names[1], two, one.series)):
+                title = f'<h3>{escape(chart.title)}</h3><p class="note"><code>{escape(name)}</code></p>'
+                panels.append(f'<div class="panel">{title}{chart.svg(run, end=end, like=like)}</div>')
+    if not panels:
+        return ""
+    return f'<section><h2>Charts of both runs</h2>{_ZOOM}<div class="grid2">{"".join(panels)}</div></section>'
+
+
+_ZOOM = (
+    '<div class="zoom" role="group" aria-label="Zoom of the charts over time" hidden>'
+    '<button type="button" name="in">Zoom in</button><button type="button" name="out">Zoom out</button>'
+    '<button type="button" name="back">Earlier</button><button type="button" name="on">Later</button>'
+    '<button type="button" name="all">Reset</button> <output></output></div>'
+)
+
+
+def _charts(run: Run) -> list[_Chart]:
+    if run.origin is None:
+        return []
+    makers = (_throughput, _composition, _kv_cache, _queue, _latency_over_time, _step_times, _device)
+    return [chart for chart in (maker(run) for maker in makers) if chart.has_values]
 
 
 def _throughput(run: Run) -> _Chart:
@@ -61,24 +109,21 @@ def _throughput(run: Run) -> _Chart:
             Series("tokens generated", timeline.means("stat_output", hold=True), 1, area=True),
         ]
         note = "From the statistics lines."
-    return title, _draw(run, title, "tokens/s", series, wide=True), note
+    return _Chart(title, "tokens/s", series, note)
 
 
 def _composition(run: Run) -> _Chart:
     names = ("prefill_in_step", "decode_in_step") if run.at_debug else ("line_prompt_in_step", "line_decode")
-    timeline, title = run.timeline, "Batch composition"
-    if not any(name in timeline for name in names):
-        return title, "", ""
     series = [
-        Series("prefill tokens", timeline.means(names[0]), 2),
-        Series("decode tokens", timeline.means(names[1]), 1),
+        Series("prefill tokens", run.timeline.means(names[0]), 2),
+        Series("decode tokens", run.timeline.means(names[1]), 1),
     ]
     note = "Mean over the steps of each bin." if run.at_debug else "Of the batches that INFO shows."
-    return title, _draw(run, title, "tokens in a step", series, stacked=True), note
+    return _Chart("Batch composition", "tokens in a step", series, note, stacked=True)
 
 
 def _kv_cache(run: Run) -> _Chart:
-    timeline, title, note = run.timeline, "KV cache", ""
+    timeline, note = run.timeline, ""
     series: list[Series] = []
     if "kv_use" in timeline:
         series.append(Series("blocks in use, mean", timeline.means("kv_use", hold=True), 3, area=True))
@@ -95,45 +140,37 @@ def _kv_cache(run: Run) -> _Chart:
             if hits == "hit_rate"
             else "Hit rate: from the statistics lines."
         )
-    return title, _draw(run, title, "per cent", series, scale="share") if series else "", note
+    return _Chart("KV cache", "per cent", series, note, scale="share")
 
 
 def _queue(run: Run) -> _Chart:
-    timeline, title = run.timeline, "Requests running and waiting"
+    timeline = run.timeline
     prefix = "" if "running" in timeline else "stat_"
-    if prefix + "running" not in timeline:
-        return title, "", ""
     series = [
         Series("running", timeline.means(prefix + "running", hold=True), 1, area=True),
         Series("waiting", timeline.means(prefix + "waiting", hold=True), 4),
     ]
     if "preempted" in timeline:
         series.append(Series("preemptions (at that moment)", timeline.sums("preempted"), 5, bars=True))
-    return title, _draw(run, title, "requests", series), "Each value holds until the next step."
+    return _Chart("Requests running and waiting", "requests", series, "Each value holds until the next step.")
 
 
 def _step_times(run: Run) -> _Chart:
-    title = "Step time"
-    if "step_ms" not in run.timeline:
-        return title, "", ""
     series = [
         Series("slowest", run.timeline.peaks("step_ms"), 4),
         Series("mean", run.timeline.means("step_ms"), 1),
     ]
     kinds = ", ".join(
         f"{kind} {duration_text(sketch.quantile(0.5))} (p99 {duration_text(sketch.quantile(0.99))}, "
-        f"{sketch.count:,} steps)"
+        f"{plural(sketch.count, 'step')})"
         for kind, sketch in sorted(run.step_times.items())
     )
-    return (
-        title,
-        _draw(run, title, "ms", series, scale="logarithmic"),
-        f"Wall time, from launch to tokens read. Median: {kinds}.",
-    )
+    note = f"Wall time, from launch to tokens read. Median: {kinds}."
+    return _Chart("Step time", "ms", series, note, scale="logarithmic")
 
 
 def _latency_over_time(run: Run) -> _Chart:
-    timeline, title = run.timeline, "Time to first token, and between tokens"
+    timeline = run.timeline
     series = [
         Series(label, timeline.means(name) if name != "stall_ms" else timeline.peaks(name), colour)
         for name, label, colour in (
@@ -144,13 +181,10 @@ def _latency_over_time(run: Run) -> _Chart:
         if name in timeline
     ]
     note = "Time to first token: when the token came. Between tokens: when the request ended."
-    return title, _draw(run, title, "ms", series, scale="logarithmic") if series else "", note
+    return _Chart("Time to first token, and between tokens", "ms", series, note, scale="logarithmic")
 
 
 def _device(run: Run) -> _Chart:
-    title = "Host against device"
-    if "gpu_ms" not in run.timeline:
-        return title, "", ""
     walls, devices = run.timeline.means("step_ms"), run.timeline.means("gpu_ms")
     hosts = [
         None if wall is None or device is None else max(wall - device, 0.0)
@@ -158,32 +192,13 @@ def _device(run: Run) -> _Chart:
     ]
     series = [Series("device works", devices, 3), Series("device waits", hosts, 2)]
     note = "Mean of the steps of each bin. With steps in flight together, a step also waits for the one before it."
-    return title, _draw(run, title, "ms a step", series, stacked=True), note
+    return _Chart("Host against device", "ms a step", series, note, stacked=True)
 
 
 def _since(run: Run) -> str:
     if run.start is None or run.origin is None:
         return "time since the first request"
-    began, ended = (clock_text(run.start, at)[:8] for at in (run.origin, run.end))
-    return f"time since the first request, {began} to {ended} UTC"
-
-
-def _draw(
-    run: Run,
-    title: str,
-    unit: str,
-    series: list[Series],
-    *,
-    scale: Scale = "linear",
-    stacked: bool = False,
-    wide: bool = False,
-) -> str:
-    if not any(value is not None for one in series for value in one.values):
-        return ""
-    bins = Bins(run.timeline.width, run.duration)
-    return time_chart(
-        title, unit, series, bins, scale=scale, stacked=stacked, width=1160 if wide else 560, since=_since(run)
-    )
+    return f"time since the first request, {clock_text(run.start, run.origin)[:8]} UTC"
 
 
 def latency_panels(run: Run) -> str:
@@ -201,10 +216,10 @@ def latency_panels(run: Run) -> str:
     if not distributions:
         return ""
     aborted = run.requests.num_aborted
-    note = "Quantiles are accurate to 0.5 %." + (f" {aborted:,} aborted requests are left out." if aborted else "")
+    note = "Quantiles are accurate to 0.5 %." + (f" Without {plural(aborted, 'aborted request')}." if aborted else "")
     panels = [_latency(title, sketch, what) for title, sketch, what in distributions]
     table = _quantile_table([(title, sketch) for title, sketch, _ in distributions])
-    panels.append(f'<div class="panel"><h3>All latencies</h3>{table}<p class="note">{escape(note)}</p></div>')
+    panels.append(f'<div class="panel whole-row"><h3>All latencies</h3>{table}<p class="note">{escape(note)}</p></div>')
     return f'<div class="grid3">{"".join(panels)}</div>'
 
 

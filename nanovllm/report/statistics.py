@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from nanovllm.report.log_file import Record, count, number
+from nanovllm.report.words import plural, time_text
 
 _SUMS = (
     "num_steps", "num_prompt_tokens", "num_output_tokens", "num_prefix_queries", "num_prefix_hits", "preemptions",
@@ -12,6 +13,12 @@ _SUMS = (
 )  # fmt: skip
 _PEAKS = {"peak_kv_cache_usage": "peak_kv_cache_at", "peak_waiting": "peak_waiting_at"}
 _SLOWEST = "slowest_step"
+_MOMENTS = {
+    "model.loaded": "after the weights",
+    "kv_cache.memory": "with the KV cache",
+    "generation.memory": "after the last generation",
+}
+_SIZES = ("resident", "allocated", "reserved", "peak", "free")
 
 
 class Statistics:
@@ -64,6 +71,11 @@ class Messages:
     slowest_ms: float = 0.0
     slowest_step: int | None = None
 
+    @property
+    def text(self) -> str:
+        wait = "" if self.wait_ms is None else f", {time_text(self.wait_ms / 1e3)} of it waiting"
+        return f"{plural(self.num, 'message')}, {time_text(self.elapsed_ms / 1e3)} in all{wait}"
+
 
 @dataclass
 class Rank:
@@ -71,6 +83,17 @@ class Rank:
 
     memory: dict[str, Record] = field(default_factory=dict)  # by event; the last one
     messages: dict[str, Messages] = field(default_factory=dict)  # by operation
+
+    def memory_texts(self) -> dict[str, str]:
+        """Returns the sizes of the memory, by the moment at which they were measured."""
+        return {
+            _MOMENTS.get(event, event): ", ".join(
+                f"{name} {value / 1e9:.2f} GB"
+                for name in _SIZES
+                if (value := number(record, f"{name}_bytes")) is not None
+            )
+            for event, record in self.memory.items()
+        }
 
     def communicated(self, record: Record) -> None:
         operation = str(record.get("operation", ""))[:60]

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from nanovllm.report.advice import advice_text
+from nanovllm.report.advice import CacheNeed, advice_text
 from nanovllm.report.answer import request_advice
-from nanovllm.report.answer_run import run_facts
-from nanovllm.report.comparison import differing_settings, figure_pairs, value_text
+from nanovllm.report.answer_run import run_figures
+from nanovllm.report.comparison import Pair, differing_settings, pairs
 from nanovllm.report.log_file import number
 from nanovllm.report.preemptions import KEPT
 from nanovllm.report.requests import LISTED, RequestLife
 from nanovllm.report.run import Run
 from nanovllm.report.verdict import verdict
-from nanovllm.report.words import clock_text, time_text
+from nanovllm.report.words import clock_text
 
 _NUM_SLOWEST = 10  # of each kind
 _HEADS = ("end to end", "queued", "prefill", "preempted", "decoding", "longest wait", "first token")
@@ -52,7 +52,8 @@ def request_table(run: Run) -> str:
     lives += [life for life in run.requests.unsuccessful if life.request_id not in slowest]
     if not lives:
         return ""
-    rows = [_request_row(run, life) for life in lives]
+    need = CacheNeed.of(run)
+    rows = [_request_row(run, need, life) for life in lives]
     note = (
         "The slowest by time to first token, end to end, longest wait and queue, and at most "
         f"{LISTED} that failed or were refused. Times are in seconds."
@@ -65,12 +66,12 @@ def request_table(run: Run) -> str:
     )
 
 
-def _request_row(run: Run, life: RequestLife) -> list[str]:
+def _request_row(run: Run, need: CacheNeed | None, life: RequestLife) -> list[str]:
     times = [
         "" if (value := number(life.end, name)) is None else f'<span class="num">{value:.3f}</span>' for name in _FIELDS
     ]
     why = str(life.end.get("error") or life.end.get("stall_reason") or "")[:200]
-    settings = ", ".join(one.setting for one in request_advice(run, life))
+    settings = ", ".join(one.setting for one in request_advice(run, need, life))
     if settings:
         why += f" → {settings}"
     tokens = f"{life.num_prompt_tokens:,} + {life.output_len:,}"
@@ -104,18 +105,8 @@ def memory_table(run: Run) -> str:
     """Returns the memory and the messages of each rank."""
     rows = []
     for rank, known in sorted(run.ranks.items()):
-        for event, record in known.memory.items():
-            sizes = ", ".join(
-                f"{name.removesuffix('_bytes')} {value / 1e9:.2f} GB"
-                for name in record
-                if name.endswith("_bytes") and (value := number(record, name)) is not None
-            )
-            rows.append([str(rank), escape(event), escape(sizes)])
-        for operation, one in known.messages.items():
-            wait = "" if one.wait_ms is None else f", {time_text(one.wait_ms / 1e3)} waiting"
-            rows.append(
-                [str(rank), escape(operation), f"{one.num:,} messages, {time_text(one.elapsed_ms / 1e3)}{wait}"]
-            )
+        rows += [[str(rank), f"memory {moment}", sizes] for moment, sizes in known.memory_texts().items()]
+        rows += [[str(rank), escape(operation), one.text] for operation, one in known.messages.items()]
     if not rows:
         return ""
     drawn = table(("rank", "what", "size or time"), rows)
@@ -124,12 +115,11 @@ def memory_table(run: Run) -> str:
 
 def comparison_panel(first: Run, second: Run, names: tuple[str, str]) -> str:
     """Returns the figures of two runs side by side, and the settings that differ."""
-    one, two = run_facts(first), run_facts(second)
+    one, two = run_figures(first), run_figures(second)
     rows = []
-    for name, (a, b, kind) in figure_pairs(one, two).items():
-        if a is not None or b is not None:
-            change = f"{100 * (b / a - 1):+.0f} %" if a and b is not None else "–"
-            rows.append([escape(name), value_text(a, kind), value_text(b, kind), change])
+    for pair in filter(Pair.is_known, pairs(one, two)):
+        change = "–" if pair.change is None else f"{100 * pair.change:+.0f} %"
+        rows.append([escape(pair.name), pair.text(pair.first), pair.text(pair.second), change])
     for name, (old, new) in differing_settings(one, two).items():
         rows.append([f"<code>{escape(str(name))}</code>", escape(str(old)[:80]), escape(str(new)[:80]), "–"])
     return f'<div class="panel"><h3>Two runs</h3>{table(("figure", *names, "change"), rows)}</div>'

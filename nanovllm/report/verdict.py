@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from nanovllm.report.advice import (
     Advice,
+    CacheNeed,
     cache_advice,
     cache_peak,
     is_cache_short,
@@ -32,31 +33,31 @@ def verdict(run: Run) -> Verdict:
     if total <= 0:
         return Verdict("nothing", "No request has ended.", [])
     share = {name.removesuffix("_s"): seconds / total for name, seconds in run.requests.parts.items()}
-    cache = cache_advice(run) if is_cache_short(run) else []
+    need = CacheNeed.of(run)
     if share["preempted"] >= _SMALL and is_cache_short(run):
         text = (
             f"The KV cache was too small: {plural(run.num_preemptions, 'preemption')}, in which requests spent "
             f"{per_cent(share['preempted'])} of their time, and {per_cent(share['queue'])} in the queue."
         )
-        return Verdict("preemption", text, cache)
+        return Verdict("preemption", text, cache_advice(run, need))
     if share["queue"] > max(share["prefill"], share["decode"]):
-        return _queue(run, share["queue"])
+        return _queue(run, need, share["queue"])
     if share["prefill"] > share["decode"]:
         text = f"Prompts: requests spent {per_cent(share['prefill'])} of their time between first step and first token."
         return Verdict("prefill", text, [])
     return _decode(run, share["decode"])
 
 
-def _queue(run: Run, share: float) -> Verdict:
+def _queue(run: Run, need: CacheNeed | None, share: float) -> Verdict:
     text = f"Admission: requests spent {per_cent(share)} of their time in the queue"
-    usage, limit = cache_peak(run), number({"limit": run.setting("max_num_seqs")}, "limit")
+    usage, limit = cache_peak(run), run.number_setting("max_num_seqs")
     if is_cache_short(run):
         text += f", since the KV cache was full ({plural(run.num_preemptions, 'preemption')})"
     elif limit is not None and run.most_running >= limit:
         text += f": max_num_seqs={int(limit)} sequences were running"
     elif usage is not None and usage >= 0.9:
         text += f", since {per_cent(usage)} of the KV cache was in use"
-    return Verdict("queue", text + ".", queue_advice(run))
+    return Verdict("queue", text + ".", queue_advice(run, need))
 
 
 def _decode(run: Run, share: float) -> Verdict:

@@ -8,6 +8,7 @@ from nanovllm.engine.batch import IntArray
 from nanovllm.engine.sequence import Sequence, TokenLogprob
 from nanovllm.outputs import CompletionOutput, Logprob, RequestOutput
 from nanovllm.requests.detokenizer import decode
+from nanovllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -27,10 +28,11 @@ class NewTokens(NamedTuple):
 
 
 class OutputBuilder:
-    """Builds outputs. tokenizer: None if they have no text."""
+    """Builds outputs. tokenizer: None if they have no text. with_logprobs: False leaves out log-probabilities."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None, *, with_logprobs: bool = True) -> None:
+        self.tokenizer = tokenizer
+        self._with_logprobs = with_logprobs
 
     def completion(self, sequence: Sequence) -> CompletionOutput:
         """Returns the completion of a sequence that has ended."""
@@ -65,24 +67,28 @@ class OutputBuilder:
     def _text(self, sequence: Sequence, reason: int | str | None) -> str:
         """Returns the text of an output; "" without a tokenizer, or with detokenize=False."""
         params = sequence.params
-        if self._tokenizer is None or not params.detokenize:
+        if self.tokenizer is None or not params.detokenize:
             return ""
         if isinstance(reason, str) and sequence.stop_strings is not None:
             return sequence.stop_strings.text
         token_ids = sequence.output_token_ids.tolist()
         if sequence.finish_reason == "stop" and (reason is None or not params.include_stop_str_in_output):
             token_ids.pop()  # EOS, or the stop token
-        return decode(self._tokenizer, token_ids, params.skip_special_tokens)
+        return decode(self.tokenizer, token_ids, params.skip_special_tokens)
 
     def new_tokens(self, sequence: Sequence, token_ids: IntArray, start: int = 0) -> NewTokens:
         """Returns the output tokens from index `start` on. token_ids: the sequence's prompt and output."""
         new = token_ids[sequence.num_prompt_tokens + start :].tolist()
-        asked = sequence.params.logprobs is not None
-        return NewTokens(new, self._logprobs(new, sequence.logprobs[start:]) if asked else None)
+        return self.tokens(sequence.params, new, sequence.logprobs[start:])
+
+    def tokens(self, params: SamplingParams, token_ids: list[int], scores: list[TokenLogprob]) -> NewTokens:
+        """Returns output tokens with their log-probabilities `scores`, if `params` ask for them."""
+        asked = self._with_logprobs and params.logprobs is not None
+        return NewTokens(token_ids, self._logprobs(token_ids, scores) if asked else None)
 
     def _prompt_logprobs(self, sequence: Sequence) -> list[dict[int, Logprob] | None] | None:
         """Returns `RequestOutput.prompt_logprobs`. An aborted request has as many as were computed."""
-        if sequence.params.prompt_logprobs is None:
+        if not self._with_logprobs or sequence.params.prompt_logprobs is None:
             return None
         scores = sequence.prompt_logprobs
         return [None, *self._logprobs(sequence.prompt_token_ids[1 : len(scores) + 1], scores)]
@@ -99,7 +105,7 @@ class OutputBuilder:
         return rows
 
     def _token(self, token_id: int) -> str | None:
-        return None if self._tokenizer is None else str(self._tokenizer.decode([token_id]))
+        return None if self.tokenizer is None else str(self.tokenizer.decode([token_id]))
 
 
 def _stop_reason(sequence: Sequence) -> int | str | None:

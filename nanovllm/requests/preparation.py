@@ -37,16 +37,23 @@ class PreparedRequest:
 
 
 class RequestPreparation:
-    """Prepares requests for one model. Any thread may use it, as it holds no state of the engine."""
+    """Prepares requests for one model. Any thread may use it, as it holds no state of the engine.
+
+    default_params: of requests without any; None: what the checkpoint recommends.
+    """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase | None, resolved: ResolvedConfig, grammars: GrammarCompiler
+        self,
+        tokenizer: PreTrainedTokenizerBase | None,
+        resolved: ResolvedConfig,
+        grammars: GrammarCompiler,
+        default_params: SamplingParams | None = None,
     ) -> None:
         self._tokenizer = tokenizer
-        self._resolved = resolved
+        self.resolved = resolved
         self._grammars = grammars
         self._tokenization = Tokenization(tokenizer, resolved)
-        self.default_params = read_default_params(Path(resolved.model))
+        self.default_params = default_params or read_default_params(Path(resolved.model))
 
     def prepare(self, prompt: Prompt, params: SamplingParams | None) -> PreparedRequest:
         """Tokenises and checks a request. Raises as `LLMEngine.prepare` says."""
@@ -78,7 +85,7 @@ class RequestPreparation:
             request_id,
             request.token_ids,
             params,
-            max_model_len=self._resolved.max_model_len,
+            max_model_len=self.resolved.max_model_len,
             seed=seed,
             prompt=request.prompt,
         )
@@ -95,14 +102,14 @@ class RequestPreparation:
 
     def _logit_edits(self, params: SamplingParams, num_prompt_tokens: int) -> LogitEdits | None:
         """Returns the request's logit edits; None if it has none. Raises InvalidArgumentError for unknown token ids."""
-        vocab_size = self._resolved.vocab_size
+        vocab_size = self.resolved.vocab_size
         for name in ("stop_token_ids", "logit_bias", "allowed_token_ids"):
             for token in getattr(params, name) or ():
                 if token >= vocab_size:
                     raise InvalidArgumentError(name, token, f"token ids from 0 to {vocab_size - 1}")
         if not params.edits_logits:
             return None
-        ends = {*(() if params.ignore_eos else self._resolved.eos_token_ids), *(params.stop_token_ids or ())}
+        ends = {*(() if params.ignore_eos else self.resolved.eos_token_ids), *(params.stop_token_ids or ())}
         return read_logit_edits(params, num_prompt_tokens, ends, self._bad_words(params), vocab_size)
 
     def _bad_words(self, params: SamplingParams) -> list[tuple[int, ...]]:

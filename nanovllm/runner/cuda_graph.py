@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import TypeVar
 
@@ -16,6 +16,7 @@ import torch
 
 from nanovllm.engine.batch import StepNeeds
 from nanovllm.kernels.logprobs import SampledTokens
+from nanovllm.layers.parallel import CurrentStep
 from nanovllm.logs import events
 from nanovllm.utils.logger import setup_logger
 
@@ -41,22 +42,25 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 class GraphPool:
     """Captures CUDA graphs that share one memory pool, since only one runs at a time."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, step: CurrentStep) -> None:
+        """step: the one that runs, for the log."""
+        self.device, self.step = device, step
         self.handle = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        self._is_first = True
 
-    def capture(self, step: Callable[[], Result], run_first: bool = True) -> tuple[torch.cuda.CUDAGraph, Result]:
+    def capture(self, step: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
         """Returns a graph of `step`, and what it returned; a replay writes its tensors again.
 
-        run_first: run the step once before, in which kernels compile and libraries allocate; nothing else can be done
-        while a graph is captured. False is enough where an earlier step launched the same kernels.
+        The first step also runs once before, so that libraries set up their handles and communicators. Kernels that
+        are new to a later step are compiled and loaded while it is captured.
         """
         current = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(current)
-        if run_first:
+        if self._is_first:
             with torch.cuda.stream(self._stream):
                 step()
+            self._is_first = False
         current.wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.handle, stream=self._stream):
@@ -92,6 +96,13 @@ class DecodeGraphs:
         captured.graph.replay()
         return captured.sampled.first(len(rows))
 
+    def capture_missing(self, needs: StepNeeds) -> Iterator[None]:
+        """Captures the graphs that are missing, one for each item. The largest is first: others share its memory."""
+        for size in reversed(self.sizes):
+            if (size, needs) not in self._captured:
+                self.capture(size, needs)
+                yield
+
     def capture(self, size: int, needs: StepNeeds) -> _Captured:
         """Captures the step for `size` rows. It runs on the null row only, so that no sequence changes."""
         started = time.perf_counter()
@@ -99,5 +110,5 @@ class DecodeGraphs:
         rows.fill_(self._null_row)
         captured = self._captured[size, needs] = _Captured(*self.pool.capture(lambda: self._decode_step(rows, needs)))
         elapsed_ms = (time.perf_counter() - started) * 1e3
-        events.graph_captured.log(logger, size=size, elapsed_ms=elapsed_ms, **asdict(needs))
+        events.graph_captured.log(logger, size=size, elapsed_ms=elapsed_ms, **asdict(needs), **self.pool.step.fields)
         return captured

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import bisect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
@@ -22,7 +22,8 @@ from nanovllm.engine.batch import IntArray, ScheduledBatch, StepNeeds
 from nanovllm.kernels.logprobs import SampledTokens
 from nanovllm.kernels.step_tokens import StepMakeUp
 from nanovllm.logs import events
-from nanovllm.runner.cuda_graph import GraphPool
+from nanovllm.runner.cuda_graph import DecodeGraphs, GraphPool
+from nanovllm.utils.device_memory import free_memory
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
@@ -30,7 +31,13 @@ logger = setup_logger(__name__)
 _SMALLEST = 64  # tokens
 _TOKENS_PER_CHUNK = 32  # a shape has room for chunks of this mean length
 _MIN_CHUNKS = 8
+_SPARE_MEMORY = 1 << 30  # bytes that graphs captured ahead of need leave free
 _ROW_SIZES = (8, 32, 128, 512)
+_USUAL_NEEDS = tuple(
+    StepNeeds(truncates=truncates, shares_prefix=shares_prefix)
+    for shares_prefix in (False, True)
+    for truncates in (False, True)
+)
 
 
 class StepShape(NamedTuple):
@@ -91,7 +98,6 @@ class MixedGraphs:
         device = pool.device
         self._words = torch.zeros(_num_words(largest), dtype=torch.int32, device=device)  # the graphs' input
         self._hidden = torch.zeros(max_num_seqs, hidden_size, dtype=dtype, device=device)  # from model to sampling
-        self._launched: set[tuple[str, int, bool]] = set()  # sizes of which the model has run
         self._models: dict[tuple[StepShape, bool], torch.cuda.CUDAGraph] = {}
         self._samplers: dict[tuple[int, StepNeeds], tuple[torch.cuda.CUDAGraph, SampledTokens]] = {}
 
@@ -137,14 +143,17 @@ class MixedGraphs:
         graph.replay()
         return sampled.first(num_sampled)
 
-    def capture_all(self) -> None:
-        """Captures the graphs of all shapes, for steps with the usual needs. Others are captured when first needed."""
-        needs = StepNeeds()
+    def capture_missing(self, needs: StepNeeds) -> Iterator[None]:
+        """Captures the graphs that are missing, one for each item. The largest is first: others share its memory."""
         for num_rows in self._row_sizes:
-            self.capture_sampler(num_rows, needs)
-            for num_tokens in reversed(self._token_sizes):  # the largest first, whose memory the others share
-                if num_tokens >= num_rows:
-                    self.capture_model(self._shape(num_tokens, num_rows), needs)
+            if (num_rows, needs) not in self._samplers:
+                self.capture_sampler(num_rows, needs)
+                yield
+            for num_tokens in reversed(self._token_sizes):
+                shape = self._shape(num_tokens, num_rows)
+                if num_tokens >= num_rows and (shape, needs.shares_prefix) not in self._models:
+                    self.capture_model(shape, needs)
+                    yield
 
     def capture_model(self, shape: StepShape, needs: StepNeeds) -> None:
         """Captures the model for a shape. It runs on the null row only, so that no sequence changes."""
@@ -156,10 +165,7 @@ class MixedGraphs:
         def run() -> None:
             self._hidden[: shape.num_rows].copy_(self._model(step, needs))
 
-        # Which kernels run depends on the number of tokens, the number of rows, and whether prefixes are shared.
-        kernels = {(name, size, needs.shares_prefix) for name, size in shape._asdict().items()}
-        self._models[shape, needs.shares_prefix], _ = self._pool.capture(run, run_first=not kernels <= self._launched)
-        self._launched |= kernels
+        self._models[shape, needs.shares_prefix], _ = self._pool.capture(run)
         self._log("model", began, shape.num_tokens, shape.num_rows, needs)
 
     def capture_sampler(self, num_rows: int, needs: StepNeeds) -> None:
@@ -179,7 +185,21 @@ class MixedGraphs:
             num_rows=num_rows,
             elapsed_ms=(time.perf_counter() - began) * 1e3,
             **asdict(needs),
+            **self._pool.step.fields,
         )
+
+
+def missing_graphs(device: torch.device, *graphs: DecodeGraphs | MixedGraphs | None) -> Iterator[StepNeeds]:
+    """Captures the graphs that the steps of most requests need and that are missing, one for each item.
+
+    Stops when little memory is left.
+    """
+    for needs in _USUAL_NEEDS:
+        for each in graphs:
+            for _ in () if each is None else each.capture_missing(needs):
+                yield needs
+                if free_memory(device) < _SPARE_MEMORY:
+                    return
 
 
 def _sections(shape: StepShape) -> tuple[int, ...]:

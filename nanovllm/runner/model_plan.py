@@ -11,8 +11,9 @@ import torch
 from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidArgumentError, ModelLoadError, OutOfMemoryError
 from nanovllm.logs import events
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from nanovllm.models.checkpoint import resolve_model_folder
-from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.utils.env import overlap
 from nanovllm.utils.logger import setup_logger
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -85,7 +86,14 @@ class Startup:
         """Number of query heads that share a KV head; None if decode attention cannot read a shared prefix once."""
         if self.plan.has_fp8_cache or not self.attention.decode.uses_shared_prefixes:
             return None
+        if None not in self.plan.model_config.windows:  # no layer attends to what lies before its window
+            return None
         return self.plan.model_config.num_heads // self._parallel.size // self._num_kv_heads
+
+    @property
+    def _starts_fast(self) -> bool:
+        """Whether kernels are compiled, and graphs captured, when they are first needed."""
+        return self._config.fast_start is not False
 
     # Weights
 
@@ -118,13 +126,13 @@ class Startup:
         self._log_model()
         warm_up = None
         if (folder := self._weights_folder) is not None:
-            check_weights(runner.model, folder, runner.model.redundant_weights)
+            check_weights(runner.model, folder, runner.model.redundant_weights, runner.model.checkpoint_form)
         try:
             if self.device.type == "cuda":
                 materialise(runner.model, self.device)
                 self._set_rows_and_cache(runner, 0, self.plan.max_model_len)
                 if self._parallel.size == 1:  # with threads, ranks could run collectives in different orders
-                    warm_up = WarmUp(runner.launch, self._config.max_num_seqs)
+                    warm_up = WarmUp(runner.launch, self._config.max_num_seqs, everything=not self._starts_fast)
             report = self._load_weights(runner.model, check)
             finish_loading(runner.model)
         except RuntimeError as error:
@@ -152,7 +160,7 @@ class Startup:
     def _load_weights(self, model: CausalLM, check: Callable[[], None]) -> LoadReport:
         if (folder := self._weights_folder) is None:
             return load_dummy_weights(model, self.device, self._config.seed)
-        return load_weights(model, folder, self.device, model.redundant_weights, check)
+        return load_weights(model, folder, self.device, model.redundant_weights, check, model.checkpoint_form)
 
     @property
     def _weights_folder(self) -> Path | None:
@@ -258,6 +266,9 @@ class Startup:
         total_gb = num_blocks * self._cache.block_bytes / GB
         events.kv_cache_allocated.log(logger, num_blocks=num_blocks, total_gb=total_gb)
         self._set_rows_and_cache(runner, num_blocks, max_model_len)
+        if self.device.type == "cuda" and not self._starts_fast:
+            for batch in self._largest_steps():  # torch keeps the memory that they need
+                runner.launch(batch).wait()
         self._stopwatch.lap("KV cache")
         return max_model_len
 
@@ -283,10 +294,11 @@ class Startup:
         """Captures the graphs of decode steps, or with `fast_start` the largest. Returns None without graphs."""
         if not self._use_cuda_graphs:
             return None
-        graphs = DecodeGraphs(GraphPool(self.device), decode_step, self._config.max_num_seqs, null_row)
-        sizes = reversed(graphs.sizes) if self._config.fast_start is False else graphs.sizes[-1:]
-        for size in sizes:  # the largest first, whose memory the others share
-            graphs.capture(size, StepNeeds())
+        pool = GraphPool(self.device, self._parallel.step)
+        graphs = DecodeGraphs(pool, decode_step, self._config.max_num_seqs, null_row)
+        missing = graphs.capture_missing(StepNeeds())
+        for _ in islice(missing, 1) if self._starts_fast else missing:
+            pass
         self._stopwatch.lap("CUDA graphs")
         return graphs
 
@@ -303,12 +315,13 @@ class Startup:
             sample,
             max_tokens=self._max_graph_tokens(),
             max_num_seqs=self._config.max_num_seqs,
-            hidden_size=config.hidden_size,
+            hidden_size=config.embedding_size,
             dtype=self.plan.dtype,
             null_row=null_row,
         )
-        if self._config.fast_start is False:
-            graphs.capture_all()
+        if not self._starts_fast:
+            for _ in graphs.capture_missing(StepNeeds()):
+                pass
         events.graph_mixed_ready.log(logger, max_graph_tokens=graphs.max_tokens, num_captured=graphs.num_captured)
         self._stopwatch.lap("CUDA graphs of prompts")
         return graphs
@@ -346,6 +359,7 @@ class Startup:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_prefill_tokens_beside_decode=config.max_prefill_tokens_beside_decode,
+            inter_token_latency_target_ms=config.inter_token_latency_target_ms,
             block_size=self.attention.block_size,
             num_blocks=num_blocks,
             kv_cache_dtype=plan.kv_cache_dtype_name,

@@ -43,5 +43,6 @@ async def load(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Answers the engine's metrics in Prometheus' text format."""
     service = service_of(request)
-    text = exposition(service.engine.metrics.metrics(model_name=service.model, engine="0"))
-    return Response(text, media_type=CONTENT_TYPE)
+    engine = service.engine
+    snapshot = await service.in_thread(lambda: engine.metrics)  # asks the engine's process, and waits for its step
+    return Response(exposition(snapshot.metrics(model_name=service.model, engine="0")), media_type=CONTENT_TYPE)

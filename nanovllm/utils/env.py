@@ -148,7 +148,8 @@ log_slow_seconds = Variable(
     "NANOVLLM_LOG_SLOW_SECONDS",
     SECONDS,
     5.0,
-    "A step, or a request's wait for its next token, that takes longer is a warning; at most one a minute.",
+    "A step, or a request's wait for its next token, that takes longer is a warning, and so is a wait in the queue of "
+    "four times as long; at most one of each kind a minute.",
 )
 configure_logging = Variable(
     "NANOVLLM_CONFIGURE_LOGGING", SWITCH, True, "0: no handler is attached, no level is set, no log file is written."
@@ -176,6 +177,13 @@ overlap = Variable(
     True,
     "0: a step is launched only after the tokens of the previous one were read, so that the log and a debugger are in "
     "step with the device.",
+)
+engine_process: Variable[bool | None] = Variable(
+    "NANOVLLM_ENGINE_PROCESS",
+    SWITCH,
+    None,
+    "1: `AsyncLLM` runs its engine in a process of its own, 0: in a thread. The argument `engine_process` comes first.",
+    "a process on a GPU, a thread on a CPU",
 )
 grammar_seconds = Variable(
     "NANOVLLM_GRAMMAR_SECONDS",

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import nn
 from nanovllm.errors import ModelLoadError, shown
 from nanovllm.layers.parameter import HasWeightParts, WeightPart
 from nanovllm.utils.model_files import ADAPTER_CONFIG, check_file, other_format, read_json
+from nanovllm.utils.torch_files import TorchFile
 
 _DTYPES = ("BF16", "F16", "F32", "F64")  # as safetensors spells them
 _COMPUTED = ".rotary_emb.inv_freq"  # older transformers saved this buffer, which every model computes itself
@@ -43,12 +44,32 @@ class LoadReport:
     seconds: float
 
 
+@dataclass(frozen=True)
+class CheckpointForm:
+    """How the files of a model differ from the usual: safetensors whose tensors are named as the modules are."""
+
+    # Prefix of a tensor's name → what the model has instead. None: the model does not need the tensor.
+    prefixes: Mapping[str, str | None] = field(default_factory=dict)
+    torch_files: bool = False  # pytorch_model*.bin are read where there are no safetensors
+
+    def name_in_model(self, name: str) -> str | None:
+        """Returns the model's name of a tensor in the checkpoint; None if the model does not need it."""
+        for prefix, instead in self.prefixes.items():
+            if name.startswith(prefix):
+                return None if instead is None else instead + name.removeprefix(prefix)
+        return name
+
+
+_USUAL_FORM = CheckpointForm()
+
+
 def load_weights(
     model: nn.Module,
     folder: Path,
     device: torch.device,
     redundant: frozenset[str] = frozenset(),
     check: Callable[[], None] = lambda: None,
+    form: CheckpointForm = _USUAL_FORM,
 ) -> LoadReport:
     """Fills every parameter of `model` from the safetensors files in `folder`.
 
@@ -58,7 +79,7 @@ def load_weights(
     another shape or dtype than the model's.
     """
     started = time.perf_counter()
-    with _open_checkpoint(model, folder, redundant) as checkpoint:
+    with _open_checkpoint(model, folder, redundant, form) as checkpoint:
         tensors = checkpoint.tensors
         parameters = materialise(model, device)
         for parameter_name, parts in checkpoint.plan.items():
@@ -68,13 +89,20 @@ def load_weights(
                 if part.name is None:
                     rows.zero_()
                 elif part.num_rows:
-                    rows.copy_(tensors[part.name].get_slice(part.name)[part.source])
+                    rows.copy_(tensors[part.name].slice[part.source])
+                    if part.plus:
+                        rows.add_(part.plus)
     return _report(parameters, checkpoint.num_files, started)
 
 
-def check_weights(model: nn.Module, folder: Path, redundant: frozenset[str] = frozenset()) -> None:
+def check_weights(
+    model: nn.Module,
+    folder: Path,
+    redundant: frozenset[str] = frozenset(),
+    form: CheckpointForm = _USUAL_FORM,
+) -> None:
     """Raises what `load_weights` would raise, from the names, shapes and dtypes of the tensors alone."""
-    with _open_checkpoint(model, folder, redundant):
+    with _open_checkpoint(model, folder, redundant, form):
         pass
 
 
@@ -103,7 +131,9 @@ def materialise(model: nn.Module, device: torch.device) -> dict[str, nn.Paramete
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                setattr(module, name, nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False))
+                # Not `empty_like`: on a meta tensor it imports sympy and much of torch, which takes a second.
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                setattr(module, name, nn.Parameter(empty, requires_grad=False))
     return dict(model.named_parameters())
 
 
@@ -124,11 +154,12 @@ def weight_plan(model: nn.Module) -> dict[str, Sequence[WeightPart]]:
     return plan
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files that hold a folder's weights, chosen as transformers does.
+def checkpoint_files(folder: Path, torch_files: bool = False) -> list[Path]:
+    """Returns the files that hold a folder's weights, chosen as transformers does: safetensors.
 
     They are model.safetensors; without it, the files that the index names; without an index, all shards, or else all
-    safetensors files. Copies in other precisions, adapters and the like beside them are left alone.
+    safetensors files. Copies in other precisions, adapters and the like beside them are left alone. torch_files: where
+    there are none, pytorch_model.bin, or the files that its index names.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if os.path.lexists(whole):
@@ -136,6 +167,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
     if os.path.lexists(index):
         return _files_of_index(index)
     paths = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    if not paths and torch_files:
+        whole, index = folder / "pytorch_model.bin", folder / "pytorch_model.bin.index.json"
+        if os.path.lexists(whole):
+            return [whole]
+        if os.path.lexists(index):
+            return _files_of_index(index)
     if not paths or (folder / ADAPTER_CONFIG).exists():
         what = other_format(folder) or "has no *.safetensors files (load_format='dummy' runs without weights)"
         raise ModelLoadError(f"{folder} {what}.")
@@ -152,7 +189,7 @@ def _files_of_index(index: Path) -> list[Path]:
     except ModelLoadError as error:
         raise ModelLoadError(f"{index.parent}: {error}") from error
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ModelLoadError(f"{index} is not a safetensors index: it has no weight_map from tensors to files.")
+        raise ModelLoadError(f"{index} is not an index of weights: it has no weight_map from tensors to files.")
     names: dict[str, None] = {}
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name or name == ".." or PureWindowsPath(name).name != name or "\0" in name:
@@ -170,26 +207,44 @@ def _files_of_index(index: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
+class _StoredTensor:
+    """A tensor in an open file."""
+
+    name: str
+    path: Path
+    file: Any
+
+    @property
+    def slice(self) -> Any:
+        """What reads a part of the tensor when it is indexed."""
+        return self.file.get_slice(self.name)
+
+
+@dataclass(frozen=True)
 class _Checkpoint:
     """The open files of a checkpoint that fits a model."""
 
     plan: Mapping[str, Sequence[WeightPart]]
-    tensors: Mapping[str, Any]  # the open file that holds each tensor, by the tensor's name
+    tensors: Mapping[str, _StoredTensor]  # by the model's names
     num_files: int
 
 
 @contextmanager
-def _open_checkpoint(model: nn.Module, folder: Path, redundant: frozenset[str]) -> Iterator[_Checkpoint]:
+def _open_checkpoint(
+    model: nn.Module, folder: Path, redundant: frozenset[str], form: CheckpointForm
+) -> Iterator[_Checkpoint]:
     """Opens the files of `folder`. Raises ModelLoadError unless they fit the model exactly."""
     plan = weight_plan(model)
     with ExitStack() as stack:
-        files = {path: stack.enter_context(_open(path)) for path in checkpoint_files(folder)}
-        tensors = _locate(files)
+        files = {path: stack.enter_context(_open(path)) for path in checkpoint_files(folder, form.torch_files)}
+        tensors = _locate(files, form)
         _compare(plan, tensors, redundant, folder)
         yield _Checkpoint(plan, tensors, len(files))
 
 
 def _open(path: Path) -> Any:
+    if path.suffix == ".bin":
+        return TorchFile(path)
     check_file(path)
     try:
         return safe_open(path, framework="pt", device="cpu")
@@ -199,33 +254,39 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _locate(files: Mapping[Path, Any]) -> dict[str, Any]:
-    """Returns the open file that holds each tensor, by the tensor's name."""
-    located: dict[str, tuple[Path, Any]] = {}
+def _locate(files: Mapping[Path, Any], form: CheckpointForm) -> dict[str, _StoredTensor]:
+    """Returns the tensors that the model may need, by the model's names."""
+    located: dict[str, _StoredTensor] = {}
     for path, file in files.items():
         names: list[str] = file.keys()  # a method that returns a list: the file is no mapping
-        for name in names:
+        for stored_name in names:
+            name = form.name_in_model(stored_name)
             if name in located:
-                raise ModelLoadError(f"{_short(name)} is in two files: {located[name][0].name} and {path.name}.")
-            located[name] = (path, file)
-    return {name: file for name, (_, file) in located.items()}
+                raise ModelLoadError(f"{_short(name)} is in two files: {located[name].path.name} and {path.name}.")
+            if name is not None:
+                located[name] = _StoredTensor(stored_name, path, file)
+    return located
 
 
 def _compare(
-    plan: Mapping[str, Sequence[WeightPart]], tensors: Mapping[str, Any], redundant: frozenset[str], folder: Path
+    plan: Mapping[str, Sequence[WeightPart]],
+    tensors: Mapping[str, _StoredTensor],
+    redundant: frozenset[str],
+    folder: Path,
 ) -> None:
     """Raises one ModelLoadError that lists every difference between the files and what the model needs."""
     wanted = {part.name: part for part in _parts(plan) if part.name is not None}
     wrong: list[str] = []
     missing = [name for name in wanted if name not in tensors]
-    unknown = [_short(name) for name in tensors.keys() - wanted.keys() - redundant if not name.endswith(_COMPUTED)]
+    others = tensors.keys() - wanted.keys() - redundant
+    unknown = [_short(tensors[name].name) for name in others if not name.endswith(_COMPUTED)]
     for name, part in wanted.items():
         if name in tensors:
-            found = tensors[name].get_slice(name)
+            found = tensors[name].slice
             if tuple(found.get_shape()) != part.shape:
-                wrong.append(f"{name} has shape {shown(found.get_shape())} and needs {list(part.shape)}")
+                wrong.append(f"{tensors[name].name} has shape {shown(found.get_shape())} and needs {list(part.shape)}")
             if found.get_dtype() not in _DTYPES:
-                wrong.append(f"{name} has dtype {found.get_dtype()} and needs one of {_DTYPES}")
+                wrong.append(f"{tensors[name].name} has dtype {found.get_dtype()} and needs one of {_DTYPES}")
     faults = {"missing from the checkpoint": missing, "unknown to the model": unknown, "of another form": wrong}
     if any(faults.values()):
         listed = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)

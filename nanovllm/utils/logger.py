@@ -21,6 +21,7 @@ from nanovllm.logs.configuration import PACKAGE, configure_logging, warn_about_l
 from nanovllm.logs.formats import JsonFormatter, TextFormatter
 from nanovllm.logs.levels import parse_level
 from nanovllm.logs.records import (
+    MAX_ITEMS,
     Event,
     ItemList,
     Listing,
@@ -33,6 +34,7 @@ from nanovllm.logs.timed_sections import flush_timed_sections, timed_section
 from nanovllm.utils.device_memory import describe_memory
 
 __all__ = [
+    "MAX_ITEMS",
     "Event",
     "ItemList",
     "JsonFormatter",

@@ -21,6 +21,7 @@ from nanovllm import (
     AsyncLLM,
     EngineDeadError,
     InvalidArgumentError,
+    LLMEngine,
     ModelLoadError,
     RequestOutput,
     RequestTooLargeError,
@@ -28,7 +29,8 @@ from nanovllm import (
     StepFailedError,
     UnknownArgumentError,
 )
-from nanovllm import engine_thread as module
+from nanovllm.async_engine.engine_loop import EngineLoop
+from nanovllm.async_engine.engine_thread import EngineThread
 from nanovllm.outputs import CompletionOutput
 from tests.api.test_streaming import join, many_kinds
 from tests.processes import WATCHDOG, start_python
@@ -38,11 +40,18 @@ LONG = SamplingParams(temperature=0, max_tokens=100_000, ignore_eos=True)
 SHORT = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def tiny() -> Iterator[AsyncLLM]:
+@pytest.fixture(scope="module", params=[False, True], ids=["thread", "process"])
+def tiny(request: pytest.FixtureRequest) -> Iterator[AsyncLLM]:
     """Used from a new event loop by each test, after the one before is closed."""
-    with AsyncLLM("tiny", device="cpu", pipeline_depth=2, max_num_seqs=64) as engine:
+    settings: dict[str, Any] = {"pipeline_depth": 2, "max_num_seqs": 64, "engine_process": request.param}
+    with AsyncLLM("tiny", device="cpu", **settings) as engine:
         yield engine
+
+
+def engine_of(engine: AsyncLLM) -> LLMEngine:
+    """The engine of an AsyncLLM that runs it in a thread."""
+    assert isinstance(engine._connection, EngineThread)
+    return engine._connection._made.result().engine
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -62,23 +71,29 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 async def assert_empty(engine: AsyncLLM) -> None:
-    """Soon: the engine is on its own thread."""
-    inner, thread = engine._engine, engine._thread
-    scheduler = inner.scheduler
-    await until(
-        lambda: (
-            thread._commands.empty()
-            and not inner.has_unfinished_requests()
-            and scheduler.block_manager.num_used_blocks == 0
-            and scheduler.rows.is_empty
-            and not scheduler.waiting
-            and not (thread._running or thread._open or thread._to_wake)
+    """Soon: the engine runs elsewhere."""
+    consumers, connection = engine._consumers, engine._connection
+    await until(lambda: not (consumers._open or consumers._completions or consumers._to_wake))
+    await until(lambda: num_unfinished(engine) == 0 and num_used_blocks(engine) == 0)
+    if isinstance(connection, EngineThread):
+        loop, inner = connection._made.result(), engine_of(engine)
+        await until(
+            lambda: (
+                loop._commands.empty()
+                and not inner.has_unfinished_requests()
+                and inner.scheduler.rows.is_empty
+                and not (loop._requests or loop._numbers or loop._unstarted)
+            )
         )
-    )
+
+
+def num_unfinished(engine: AsyncLLM) -> int:
+    metrics = engine.metrics
+    return metrics.num_running + metrics.num_waiting
 
 
 def num_used_blocks(engine: AsyncLLM) -> int:
-    return engine._engine.scheduler.block_manager.num_used_blocks
+    return engine.metrics.used_blocks
 
 
 # ---- outputs
@@ -188,7 +203,6 @@ def test_abort(tiny: AsyncLLM) -> None:
         running = asyncio.create_task(collect(tiny, "introduce yourself", LONG, "r"))
         await until(lambda: num_used_blocks(tiny) > 0)
         await tiny.abort("r")
-        assert tiny._engine.sequences("r") == []
         outputs = await running
         assert outputs[-1].outputs[0].finish_reason == "abort"
         assert 0 < len(outputs[-1]["token_ids"]) < 1000
@@ -217,11 +231,11 @@ def test_a_slow_consumer_gets_fewer_and_longer_outputs(tiny: AsyncLLM) -> None:
         whole = await collect(tiny, "introduce yourself", params)
         stream = tiny.generate("introduce yourself", params, "slow", delta=True)
         parts = [await anext(stream)]
-        request = tiny._thread._open["slow"]
+        request = tiny._consumers._open["slow"]
         await until(lambda: request.end is not None)
         await collect(tiny, "count from 3 to 9", SHORT)  # the engine does not wait for anybody
-        assert request.waiting is not None
-        assert len(request.waiting[0].token_ids) < 120
+        assert request.started is not None
+        assert 0 < len(request.started._unread[0][0]) < 120
         parts += [output async for output in stream]
         assert len(parts) == 2
         assert join(parts) == whole[-1].outputs[0]
@@ -244,11 +258,11 @@ def test_an_event_loop_that_is_busy_is_called_once(tiny: AsyncLLM, monkeypatch: 
         monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
         streams = [tiny.generate("introduce yourself", SHORT, f"r{index}") for index in range(8)]
         first = [await anext(stream) for stream in streams]
-        steps, before = tiny._engine.statistics.num_steps, len(calls)
+        tokens, before = tiny.metrics.generation_tokens, len(calls)
         # The event loop does not turn meanwhile.
-        assert wait_in_this_thread(lambda: not tiny._engine.has_unfinished_requests())
-        assert tiny._engine.statistics.num_steps > steps + 1
-        assert calls[before:] in ([], ["nanovllm-engine"])
+        assert wait_in_this_thread(lambda: all(each.end for each in tiny._consumers._open.values()))
+        assert tiny.metrics.generation_tokens > tokens + 1
+        assert calls[before:] in ([], ["nanovllm-engine"], ["nanovllm-engine-reader"])
         for stream in streams:
             *_, last = [output async for output in stream]
             assert len(last["token_ids"]) == 6
@@ -302,7 +316,7 @@ def test_a_step_that_fails_reaches_all(is_fatal: bool) -> None:
     async def test() -> None:
         with AsyncLLM("tiny", device="cpu") as engine:
             (expected,) = [(await collect(engine, "count from 3 to 9", SHORT))[-1]]
-            executor = engine._engine.executor
+            executor = engine_of(engine).executor
             with pytest.MonkeyPatch.context() as patch:
                 tasks = [asyncio.create_task(collect(engine, "introduce yourself", LONG)) for _ in range(4)]
                 await until(lambda: num_used_blocks(engine) > 0)
@@ -334,7 +348,7 @@ def test_an_error_of_ours_ends_the_engine_and_is_told(monkeypatch: pytest.Monkey
 
     async def test() -> None:
         with AsyncLLM("tiny", device="cpu") as engine:
-            monkeypatch.setattr(module.EngineThread, "_abort", fail)
+            monkeypatch.setattr(EngineLoop, "_is_running", fail)
             task = asyncio.create_task(collect(engine, "introduce yourself", LONG, "r"))
             await until(lambda: num_used_blocks(engine) > 0)
             await engine.abort("r")
@@ -382,7 +396,7 @@ def test_a_closed_loop_delays_nobody(tiny: AsyncLLM) -> None:
     """Its consumers wait, one with news that it will never read, and so does one who has aborted a request."""
     closed = asyncio.new_event_loop()
     tasks = [closed.create_task(collect(tiny, "introduce yourself", LONG, f"left-{index}")) for index in range(3)]
-    closed.run_until_complete(until(lambda: len(tiny._thread._running) == 3))
+    closed.run_until_complete(until(lambda: num_unfinished(tiny) == 3))
 
     async def test() -> None:
         mine = tiny.generate("introduce yourself", LONG, "mine")
@@ -445,14 +459,14 @@ def test_closing_a_generator_ends_a_task_that_waits_for_it(tiny: AsyncLLM, gate:
 @pytest.fixture
 def gate(tiny: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Until it is set, the prompt "held" takes for ever to prepare."""
-    event, prepare = threading.Event(), tiny._engine.prepare
+    event, prepare = threading.Event(), tiny._connection.preparation.prepare
 
     def held(prompt: Any, params: Any) -> Any:
         if prompt == "held":
             assert event.wait(WATCHDOG)
         return prepare(prompt, params)
 
-    monkeypatch.setattr(tiny._engine, "prepare", held)
+    monkeypatch.setattr(tiny._connection.preparation, "prepare", held)
     yield event
     event.set()
 
@@ -478,7 +492,7 @@ def test_a_text_that_takes_long_to_prepare_delays_neither_steps_nor_the_event_lo
 def test_a_request_that_is_left_or_aborted_while_it_is_prepared(tiny: AsyncLLM, gate: threading.Event) -> None:
     async def test() -> None:
         left, aborted = (asyncio.create_task(collect(tiny, "held", LONG, name)) for name in ("left", "aborted"))
-        await until(lambda: len(tiny._thread._open) == 2)
+        await until(lambda: len(tiny._consumers._open) == 2)
         left.cancel()
         await asyncio.gather(left, return_exceptions=True)
         ended = asyncio.create_task(tiny.abort("aborted"))
@@ -525,7 +539,8 @@ def test_exit_tells_those_who_wait() -> None:
         engine.exit()
         engine.exit()
         engine.shutdown()
-        assert not engine._thread._thread.is_alive()
+        assert isinstance(engine._connection, EngineThread)
+        assert not engine._connection._thread.is_alive()
         with pytest.raises(EngineDeadError, match="exit"):
             await task
         with pytest.raises(EngineDeadError, match=r"exit\(\) was called.*make a new one"):
@@ -538,7 +553,8 @@ def test_exit_tells_those_who_wait() -> None:
 def test_forgotten_it_ends_too() -> None:
     engine = AsyncLLM("tiny", device="cpu")
     run(_short(engine))
-    thread, inner = engine._thread._thread, weakref.ref(engine._engine)
+    assert isinstance(engine._connection, EngineThread)
+    thread, inner = engine._connection._thread, weakref.ref(engine_of(engine))
     del engine
     gc.collect()
     thread.join(10)
@@ -608,3 +624,28 @@ def test_on_a_gpu_streams_give_what_llm_gives() -> None:
             await assert_empty(engine)
 
     run(test())
+
+
+def test_an_idle_engine_captures_graphs_between_requests() -> None:
+    captured = threading.Semaphore(0)
+    num_left = 5
+
+    async def test() -> None:
+        assert len(await collect(engine, "Hello", SHORT)) > 0
+        assert await asyncio.to_thread(captured.acquire, timeout=WATCHDOG)
+        assert len(await collect(engine, "Hello", SHORT)) > 0  # a request is taken between two graphs
+        while num_left > 0:
+            assert await asyncio.to_thread(captured.acquire, timeout=WATCHDOG)
+
+    with AsyncLLM("tiny", device="cpu", engine_process=False) as engine:
+        inner = engine_of(engine)
+
+        def capture_ahead() -> bool:
+            nonlocal num_left
+            assert not inner.has_unfinished_requests()
+            num_left -= 1
+            captured.release()
+            return num_left > 0
+
+        inner.capture_ahead = capture_ahead  # type: ignore[method-assign]
+        run(test())

@@ -108,6 +108,10 @@ ENGINE_CONFIG: Table = {
     "hf_overrides": ("a dictionary of fields of config.json, or None", [5, "x", [1], {1: 2}]),
     "pipeline_depth": (f"{COUNT}, or None", NO_COUNT),
     "max_prefill_tokens_beside_decode": (f"{COUNT}, or None", NO_COUNT),
+    "inter_token_latency_target_ms": (
+        "a number of milliseconds > 0, at most 60000 (a minute), or None",
+        [0, -1, math.nan, math.inf, 60_001, "20", True],
+    ),
     "profiler_config": (
         "{'profiler': 'torch', 'torch_profiler_dir': a folder}, or None",
         ["./profile", {}, {"torch_profiler_dir": 5}, {"torch_profiler_dir": "a", "profiler": "cuda"}, {"other": 1}],
@@ -272,7 +276,7 @@ def test_async_generate() -> None:
             answers = await asyncio.gather(*(ask(engine, call) for call in calls))
             for answer, (name, value, message) in zip(answers, ASYNC, strict=True):
                 assert answer.startswith(message), (name, value)
-            assert not engine._engine.has_unfinished_requests()
+            assert (engine.metrics.num_running, engine.metrics.num_waiting) == (0, 0)
 
     asyncio.run(main())
 

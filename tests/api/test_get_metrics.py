@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from nanovllm import LLM, AsyncLLM, SamplingParams
 from nanovllm.metrics import Counter, Histogram
 from tests.processes import WATCHDOG
@@ -23,7 +25,8 @@ def test_llm_has_vllm_s_list() -> None:
     assert (counts["vllm:inter_token_latency_seconds"], counts["vllm:time_to_first_token_seconds"]) == (4, 2)
 
 
-def test_async_llm_has_a_snapshot_at_any_time() -> None:
+@pytest.mark.parametrize("in_process", [False, True])
+def test_async_llm_has_a_snapshot_at_any_time(in_process: bool) -> None:
     async def use(engine: AsyncLLM) -> None:
         running = engine.generate(PROMPT, SamplingParams(max_tokens=100, ignore_eos=True))
         await anext(running)
@@ -34,8 +37,9 @@ def test_async_llm_has_a_snapshot_at_any_time() -> None:
         async for _ in engine.generate(PROMPT, SHORT):
             pass
 
-    with AsyncLLM("tiny", device="cpu", max_model_len=128) as engine:
+    with AsyncLLM("tiny", device="cpu", max_model_len=128, engine_process=in_process) as engine:
         asyncio.run(asyncio.wait_for(use(engine), WATCHDOG))
         metrics = engine.metrics
     assert dict(metrics.finished) == {"stop": 0, "length": 1, "abort": 1, "error": 0}
     assert (metrics.num_running, metrics.num_waiting) == (0, 0)
+    assert engine.metrics == metrics, "also after its end"

@@ -138,8 +138,8 @@ def test_text_that_was_shown_never_changes(tiny: LLM, data: st.DataObject) -> No
     stop = [string for start in starts if (string := text[start : start + 3] + "\x00") not in text]  # a token is \x00
     engine.add_request("r", [1], SamplingParams(stop=stop or None))
     try:
-        stream = OutputStream(engine, "r", engine.sequences("r"), RequestOutputKind.DELTA)
-        whole = OutputStream(engine, "r", engine.sequences("r"), RequestOutputKind.CUMULATIVE)
+        stream = OutputStream(tokenizer, "r", engine.sequences("r"), RequestOutputKind.DELTA)
+        whole = OutputStream(tokenizer, "r", engine.sequences("r"), RequestOutputKind.CUMULATIVE)
         shown, at = "", 0
         while at < len(token_ids):
             size = data.draw(st.integers(1, 6))

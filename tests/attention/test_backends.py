@@ -20,23 +20,27 @@ BACKENDS = [TorchBackend, TritonBackend]
 SHAPES = [(1, 1), (1, 40), (17, 17), (16, 48), (33, 65)]  # (queries, context)
 
 
-def prefill_case(device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes, unused_page=2**30):
+def prefill_case(
+    device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes, unused_page=2**30, window=None
+):
     query_lens = [query_len for query_len, _ in shapes]
     contexts = [context_len for _, context_len in shapes]
     cache = paged_sequences(contexts, block_size, num_kv_heads, head_dim, dtype, device, generator, unused_page)
     query = torch.randn(sum(query_lens), num_heads, head_dim, generator=generator).to(dtype)
     scale = 1.3 * head_dim**-0.5
-    oracle = attention_oracle(list(query.split(query_lens)), cache.keys, cache.values, scale)
+    oracle = attention_oracle(list(query.split(query_lens)), cache.keys, cache.values, scale, window)
     starts = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
     metadata = PrefillMetadata(starts, cache.context_lens, cache.block_tables, max(query_lens), max(contexts))
     return query.to(device), LayerKVCache(cache.key_cache, cache.value_cache), metadata, scale, oracle.to(device)
 
 
-def decode_case(device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, lengths, unused_page=2**30):
+def decode_case(
+    device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, lengths, unused_page=2**30, window=None
+):
     cache = paged_sequences(lengths, block_size, num_kv_heads, head_dim, dtype, device, generator, unused_page)
     query = torch.randn(len(lengths), num_heads, head_dim, generator=generator).to(dtype)
     scale = 1.3 * head_dim**-0.5
-    oracle = attention_oracle([row.unsqueeze(0) for row in query], cache.keys, cache.values, scale)
+    oracle = attention_oracle([row.unsqueeze(0) for row in query], cache.keys, cache.values, scale, window)
     metadata = DecodeMetadata(cache.context_lens, cache.block_tables, max(lengths))
     return query.to(device), LayerKVCache(cache.key_cache, cache.value_cache), metadata, scale, oracle.to(device)
 
@@ -62,6 +66,25 @@ def test_decode(device, generator, backend, dtype, block_size, num_heads, num_kv
         device, generator, dtype, block_size, num_heads, num_kv_heads, 32, lengths
     )
     check_close(backend().decode(query, cache, metadata, scale), oracle, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [1, 5, 16, 33, 500])
+def test_windows(device, generator, backend, window):
+    """Layers with different windows, and without, share the metadata of a step."""
+    heads = (4, 2, 32)
+    *arguments, _ = prefill_case(device, generator, torch.float32, 4, *heads, SHAPES)
+    attention = backend()
+    attention.prefill(*arguments)
+    *arguments, oracle = prefill_case(device, generator, torch.float32, 4, *heads, SHAPES, window=window)
+    check_close(attention.prefill(*arguments, window=window), oracle, torch.float32)
+    lengths = [*range(1, 40, 2), 70]
+    state = generator.get_state()
+    *arguments, everything = decode_case(device, generator, torch.float32, 4, *heads, lengths)
+    *_, oracle = decode_case(device, generator.set_state(state), torch.float32, 4, *heads, lengths, window=window)
+    check_close(attention.decode(*arguments), everything, torch.float32)
+    check_close(attention.decode(*arguments, window=window), oracle, torch.float32)
+    check_close(attention.decode(*arguments), everything, torch.float32)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -96,6 +119,10 @@ def test_flash_attn(generator, num_heads, num_kv_heads, head_dim):
     check_close(backend.prefill(query, cache, metadata, scale), oracle, dtype)
     query, cache, metadata, scale, oracle = decode_case(device, generator, dtype, 256, *heads, [1, 255, 256, 600], 0)
     check_close(backend.decode(query, cache, metadata, scale), oracle, dtype)
+    *arguments, oracle = prefill_case(device, generator, dtype, 256, *heads, shapes, 0, window=100)
+    check_close(backend.prefill(*arguments, window=100), oracle, dtype)
+    *arguments, oracle = decode_case(device, generator, dtype, 256, *heads, [1, 100, 256, 600], 0, window=100)
+    check_close(backend.decode(*arguments, window=100), oracle, dtype)
 
 
 @pytest.mark.gpu
@@ -110,3 +137,7 @@ def test_flash_attn_4(generator, block_size):
     # It reads the whole of a sequence's last page, which must hold finite numbers.
     cache.key.nan_to_num_(), cache.value.nan_to_num_()
     check_close(FlashAttention4Prefill().prefill(query, cache, metadata, scale), oracle, dtype)
+    heads = (16, 8, 128)
+    *arguments, oracle = prefill_case(device, generator, dtype, block_size, *heads, shapes, 0, window=100)
+    arguments[1].key.nan_to_num_(), arguments[1].value.nan_to_num_()
+    check_close(FlashAttention4Prefill().prefill(*arguments, window=100), oracle, dtype)

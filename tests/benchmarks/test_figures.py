@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from nanovllm.benchmarks.peers import peers_of
 from nanovllm.benchmarks.report import spread_of
 from nanovllm.benchmarks.traffic import kv_bytes_per_token, traffic, weights_per_step
 from nanovllm.benchmarks.workloads import WORKLOADS, Requests
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from nanovllm.models.checkpoint import TINY_MODEL_FOLDER
-from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
+from nanovllm.models.model_config import ModelConfig
 from tests.models.qwen3_checkpoints import VARIANTS, make_qwen3_checkpoint
 
 
@@ -40,6 +42,13 @@ def test_traffic_by_hand() -> None:
     shared = traffic(config, 2, Requests(prompts, [4, 2], shared_len=2))
     assert shared.kv_bytes == (4 + 5 + 6 + 2 + 3 * 2) * 114_688  # the shared tokens once in each of three steps
     assert shared.total(num_steps=4) == 4 * shared.weight_bytes + shared.kv_bytes
+
+
+def test_a_layer_with_a_window_reads_no_more_than_that() -> None:
+    config = BUILTIN_SHAPES["qwen3-0.6b"]
+    half = replace(config, windows=(7, None) * 14)
+    needed = traffic(half, 2, Requests([[0] * 5, [0] * 3], [4, 2], shared_len=2))
+    assert needed.kv_bytes == ((6 + 7 + 7 + 4) + (4 + 5 + 6 + 2 + 3 * 2)) * 114_688 // 2
 
 
 def count_weights(folder: Path) -> int:

@@ -65,11 +65,14 @@ if __name__ == "__main__":
         assert process.exitcode == 0
         assert token_ids(generate(llm, [[1, 2]])) == expected
     if {size} == 1:
-        with AsyncLLM({folder!r}, device="cpu", skip_tokenizer_init=True, num_kvcache_blocks=64) as engine:
-            asyncio.run(first(engine))
-            ends(lambda: is_refused(lambda: asyncio.run(first(engine))))
-            ends(engine.exit)
-            assert token_ids(asyncio.run(first(engine))[-1:]) == expected
+        for in_process in (False, True):
+            settings = dict(skip_tokenizer_init=True, num_kvcache_blocks=64, engine_process=in_process)
+            with AsyncLLM({folder!r}, device="cpu", **settings) as engine:
+                asyncio.run(first(engine))
+                ends(lambda: is_refused(lambda: asyncio.run(first(engine))))
+                ends(lambda: is_refused(lambda: engine.metrics))
+                ends(engine.exit)
+                assert token_ids(asyncio.run(first(engine))[-1:]) == expected
     print("the parent goes on")
 """
 

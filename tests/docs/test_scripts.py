@@ -87,7 +87,7 @@ def test_bench_compares_with_transformers_on_the_same_weights() -> None:
     assert f"nanovllm is {theirs['ratio_of_best']:.2f}× as fast" in done.stdout
 
 
-@pytest.mark.heavy("a measurement: twelve runs and more of a generation of 256 tokens")
+@pytest.mark.heavy("a measurement")
 def test_bench_measures_what_logging_costs() -> None:
     done = run_script("bench.py", "--json", "--device", "cpu", "--logging-overhead", "--num-seqs", "1", "--pairs", "2")
     assert done.returncode == 0, done.stderr
@@ -95,7 +95,7 @@ def test_bench_measures_what_logging_costs() -> None:
     assert list(levels) == ["WARNING", "INFO", "DEBUG"]
     assert levels["WARNING"]["bytes_written"] == 0
     assert 0 < levels["INFO"]["bytes_written"] < levels["DEBUG"]["bytes_written"] / 10
-    assert all(len(entry["shares"]) == 2 and entry["off_seconds"] > 0 for entry in levels.values())
+    assert all(entry["num_pairs"] == 2 and entry["off_ms_per_step"] > 0 for entry in levels.values())
     assert done.stderr == ""  # the lines that were measured went elsewhere
 
 
@@ -149,9 +149,21 @@ def test_the_scheduler_is_measured_at_every_size() -> None:
     assert 0 < many < 20 * one, "a step's cost must hardly grow with the number of sequences"
 
 
-def test_the_time_between_tokens_is_measured_for_every_limit() -> None:
+def test_the_time_between_tokens_is_measured_for_every_limit_and_target() -> None:
     arguments = "--model tiny --load-format auto --running 2 --context 16 --prompts 2 --prompt 600"
     done = run_script("tools/bench_latency.py", *arguments.split())
     assert done.returncode == 0, done.stderr
-    limits = [line.split()[0] for line in done.stdout.splitlines()[2:]]
-    assert limits == ["None", "8192", "4096", "2048", "1024", "512"]
+    limits, targets = zip(*(line.split()[:2] for line in done.stdout.splitlines()[2:]), strict=True)
+    assert limits == ("None", "8192", "4096", "2048", "1024", "512", *["None"] * 4)
+    assert targets == (*["None"] * 6, "40.0", "20.0", "10.0", "5.0")
+
+
+def test_a_load_is_simulated_with_every_setting() -> None:
+    arguments = "--requests 40 --long-every 20 --num-blocks 2000 --loads 1 2 --target-ms 0 20 --watermark 0.05"
+    done = run_script("tools/simulate_load.py", *arguments.split())
+    assert done.returncode == 0, done.stderr
+    header, *rows = done.stdout.splitlines()
+    assert header.startswith("blocks")
+    assert [row.split()[:4] for row in rows] == [
+        ["2000", target, "5%", multiple] for target in ("0", "20") for multiple in ("1", "2")
+    ]

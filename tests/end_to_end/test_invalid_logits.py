@@ -129,9 +129,11 @@ def test_on_a_gpu(broken: Path, healthy: Path, settings: dict[str, Any]) -> None
         check_both_kinds(llm, expected)
 
 
-def test_an_asynchronous_request_raises_it(broken: Path) -> None:
+@pytest.mark.parametrize("in_process", [False, True])
+def test_an_asynchronous_request_raises_it(broken: Path, in_process: bool) -> None:
     async def run() -> None:
-        engine = AsyncLLM(str(broken), device="cpu", skip_tokenizer_init=True, num_kvcache_blocks=64)
+        settings: dict[str, Any] = {"skip_tokenizer_init": True, "engine_process": in_process}
+        engine = AsyncLLM(str(broken), device="cpu", num_kvcache_blocks=64, **settings)
         try:
             with pytest.raises(InvalidLogitsError, match="logits are NaN or infinite"):
                 async for _ in engine.generate([BROKEN], DRAWN, "broken"):

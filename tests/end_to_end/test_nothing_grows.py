@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, AsyncLLM, InvalidArgumentError, LLMEngine, RequestOutput, SamplingParams
+from nanovllm.async_engine.engine_thread import EngineThread
 from tests.small_llm import assert_empty, generate
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "max_model_len": 96, "kvcache_block_size": 16, "num_kvcache_blocks": 200}
@@ -200,21 +201,24 @@ def test_nothing_grows_in_1000_requests_of_coroutines() -> None:
     async def main() -> None:
         settings = {**SETTINGS, "num_kvcache_blocks": 40}  # fewer requests fill them
         with AsyncLLM("tiny", max_num_seqs=64, **settings) as engine:
-            inner, thread = engine._engine, engine._thread
+            assert isinstance(engine._connection, EngineThread)
+            consumers, loop = engine._consumers, engine._connection._made.result()
+            inner = loop.engine
             held: list[Held] = []
             for index in range(NUM_ROUNDS):
                 await a_round(engine, index * 98)
                 for _ in range(1000):
                     await asyncio.sleep(0.005)
-                    if not (thread._open or thread._running or inner.has_unfinished_requests()):
+                    if not (consumers._open or loop._requests or inner.has_unfinished_requests()):
                         break
                 if index >= WARM_UP - 1:
                     await asyncio.sleep(0.05)
                     held.append(held_by(inner))
             # Arrivals decide the batches, and torch keeps a little for each new size: up to 800 blocks were seen.
             assert check(held[0], held[-1], most=1000) == []
-            assert [*thread._open, *thread._running, *thread._to_wake] == []
-            assert thread._commands.empty()
+            assert [*consumers._open, *consumers._completions, *consumers._to_wake] == []
+            assert [*loop._requests, *loop._numbers, *loop._unstarted] == []
+            assert loop._commands.empty()
             assert inner.scheduler.block_manager.num_used_blocks == 0
 
     asyncio.run(main())

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from nanovllm import LLM, SamplingParams
+from tests.engine.random_policy import RandomPolicy
 from tests.engine.test_schedules import check_integrity
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
 from tests.properties import examples
@@ -116,6 +117,7 @@ def engine_arguments(block_sizes: list[int]) -> st.SearchStrategy[dict[str, Any]
             "enable_prefix_caching": st.booleans(),
             "pipeline_depth": st.integers(1, 2),
             "max_prefill_tokens_beside_decode": st.none() | st.integers(1, 16),
+            "policy_seed": st.none() | st.integers(0, 2**32),
         }
     )
 
@@ -124,7 +126,10 @@ def check(folder: Path, roomy: LLM, where: dict[str, Any], arguments: dict[str, 
     """One engine, with room for the largest request and `spare` blocks more, answers all rounds like the roomy one."""
     largest = max(len(r.prompt) + (r.params.max_tokens or 0) for requests in drawn for r in requests)
     num_blocks = -(-largest // arguments["kvcache_block_size"]) + spare
+    seed = arguments.pop("policy_seed")
     with load(folder, **where, **arguments, num_kvcache_blocks=num_blocks) as llm:
+        if seed is not None:
+            llm.llm_engine.scheduler.policy = RandomPolicy(llm.llm_engine.resolved, seed)
         for requests in drawn:
             assert answers_as_they_arrive(llm, requests) == answers(roomy, requests)
 

@@ -259,7 +259,8 @@ def test_an_output_that_its_stop_rule_ends_at_a_dead_end_is_whole(tiny: LLM) -> 
     assert (completion.text, completion.finish_reason, completion.stop_reason) == ("a", "stop", "b")
 
 
-def test_who_streams_gets_the_reason_too() -> None:
+@pytest.mark.parametrize("in_process", [False, True])
+def test_who_streams_gets_the_reason_too(in_process: bool) -> None:
     async def ask(engine: AsyncLLM, asked: dict[str, Any] | None) -> str:
         text = ""
         async for output in engine.generate(PROMPT, params(asked, max_tokens=20), delta=True):
@@ -268,7 +269,8 @@ def test_who_streams_gets_the_reason_too() -> None:
 
     async def main() -> list[Any]:
         asked = [{"choice": ["aye"]}, {"regex": "a(b"}, {"grammar": 'root ::= "hel" x\nx ::= x "c"'}, None]
-        async with AsyncLLM("tiny", device="cpu", max_num_seqs=8, pipeline_depth=2) as engine:
+        settings: dict[str, Any] = {"max_num_seqs": 8, "pipeline_depth": 2, "engine_process": in_process}
+        async with AsyncLLM("tiny", device="cpu", **settings) as engine:
             return await asyncio.gather(*(ask(engine, each) for each in asked), return_exceptions=True)
 
     aye, unread, nowhere, free = asyncio.run(main())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
@@ -22,10 +24,10 @@ TOKEN = 1  # what every step samples, unless a test says otherwise
 class Driver:
     """A scheduler whose steps are launched and collected by hand."""
 
-    def __init__(self, **config: object) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, **config: object) -> None:
         self.metrics = EngineMetrics()
         self.observers = track_requests([self.metrics, SchedulerLog()])
-        self.scheduler = Scheduler(make_config(**config), self.observers)
+        self.scheduler = Scheduler(make_config(**config), self.observers, clock)
         self.max_model_len = self.scheduler.rows.token_ids.shape[1] - 1
         self.in_flight: deque[ScheduledBatch] = deque()
         self.num_added = 0
@@ -49,10 +51,11 @@ class Driver:
         self.check()
         return batch
 
-    def collect(self, token: int = TOKEN) -> list[Sequence]:
+    def collect(self, token: int = TOKEN, gpu_ms: float | None = None) -> list[Sequence]:
         batch = self.in_flight.popleft()
-        ended = self.scheduler.update(batch, StepResult(np.full(len(batch.sampled_rows), token, dtype=np.int32)))
-        self.observers.step_collected(CollectedStep(batch, 0.0, 0.0, None, ended, self.scheduler.load))
+        token_ids = np.full(len(batch.sampled_rows), token, dtype=np.int32)
+        ended = self.scheduler.update(batch, StepResult(token_ids, gpu_ms))
+        self.observers.step_collected(CollectedStep(batch, 0.0, 0.0, gpu_ms, ended, self.scheduler.load))
         self.check()
         return ended
 

@@ -41,6 +41,7 @@ def make_config(**changes: object) -> ResolvedConfig:
         "decode_backend": "simulated",
         "pipeline_depth": 1,
         "max_prefill_tokens_beside_decode": None,
+        "inter_token_latency_target_ms": None,
     }
     return ResolvedConfig(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -138,6 +139,9 @@ class SimulatedExecutor:
         return handle.wait()
 
     def synchronize(self) -> None: ...
+
+    def capture_ahead(self) -> bool:
+        return False
 
     def shutdown(self) -> None:
         self.is_shut_down = True

@@ -22,6 +22,15 @@ def ids(*token_ids: int) -> np.ndarray:
     return np.array(token_ids, dtype=np.int32)
 
 
+@dataclass
+class Caller:
+    seq_id: int
+    request_id: str = ""
+
+    def __post_init__(self) -> None:
+        self.request_id = f"request-{self.seq_id}"
+
+
 @dataclass(eq=False)
 class Entry:
     """What the model knows of a shareable block."""
@@ -116,7 +125,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         revived = sum(entry.block in model.evictable for entry in expected)
         fits = num_blocks - len(expected) <= model.num_free() - revived
         before = self.manager.num_free_blocks
-        table = self.manager.allocate(self.next_id, ids(*tokens))
+        table = self.manager.allocate(Caller(self.next_id), 7, ids(*tokens))
         if table is None:
             assert not fits or not self.exact
             assert self.manager.num_free_blocks == before
@@ -171,7 +180,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         seq_id = data.draw(st.sampled_from(sorted(self.model.owners)))
         table = self.model.owners[seq_id].table
         releasable = self.manager.num_releasable(table)
-        assert self.manager.release(seq_id, table) == releasable == self.model.release(seq_id)
+        assert self.manager.release(Caller(seq_id), 8, table) == releasable == self.model.release(seq_id)
 
     @rule()
     def reset(self) -> None:
@@ -212,7 +221,7 @@ TestWeakHash.settings = _SETTINGS
 
 def hold(manager: BlockManager, seq_id: int, *tokens: int) -> BlockTable:
     """Allocates for `tokens` and registers them as computed."""
-    table = manager.allocate(seq_id, ids(*tokens))
+    table = manager.allocate(Caller(seq_id), 7, ids(*tokens))
     assert table is not None
     manager.register(table, ids(*tokens))
     return table
@@ -220,9 +229,9 @@ def hold(manager: BlockManager, seq_id: int, *tokens: int) -> BlockTable:
 
 def num_hits(manager: BlockManager, *tokens: int) -> int:
     """Blocks that a new sequence would share."""
-    table = manager.allocate(99, ids(*tokens))
+    table = manager.allocate(Caller(99), 7, ids(*tokens))
     assert table is not None
-    manager.release(99, table)
+    manager.release(Caller(99), 8, table)
     return table.num_registered
 
 
@@ -256,7 +265,7 @@ def test_a_collision_gives_the_place_to_the_newer_block_and_loses_none() -> None
     tables = [hold(manager, seq_id, first, second) for seq_id, (first, second) in enumerate([(1, 2), (2, 1)])]
     manager.check_integrity(tables)
     for seq_id, table in enumerate(tables):
-        manager.release(seq_id, table)
+        manager.release(Caller(seq_id), 8, table)
     manager.check_integrity([])
     assert manager.num_free_blocks == 2
     assert num_hits(manager, 2, 1, 0) == 1
@@ -273,8 +282,8 @@ def test_a_full_prefix_hit_leaves_the_last_block_to_compute() -> None:
 def test_oldest_is_evicted_first_and_tails_before_heads() -> None:
     manager = BlockManager(6, 1)
     first, second = hold(manager, 0, 10, 11, 12), hold(manager, 1, 20, 21, 22)
-    manager.release(1, second)
-    manager.release(0, first)
+    manager.release(Caller(1), 8, second)
+    manager.release(Caller(0), 8, first)
     taken = BlockTable()
     for cached, prompt in [(2, (20, 21, 22)), (1, (20, 21)), (0, (20,))]:
         manager.append_block(taken)
@@ -287,17 +296,17 @@ def test_oldest_is_evicted_first_and_tails_before_heads() -> None:
 
 def test_a_prefix_can_be_shared_again_after_its_head_was_evicted() -> None:
     manager = BlockManager(4, 1)
-    first, second = manager.allocate(0, ids(1)), manager.allocate(1, ids(1, 2))
+    first, second = manager.allocate(Caller(0), 7, ids(1)), manager.allocate(Caller(1), 7, ids(1, 2))
     assert first is not None
     assert second is not None
     manager.register(first, ids(1))
     manager.register(second, ids(1, 2))  # its own first block is a double: the second hangs below the first's
-    manager.release(0, first)
+    manager.release(Caller(0), 8, first)
     filler = BlockTable()
     manager.append_block(filler)
     manager.append_block(filler)
     assert num_cached(manager, 1, 2) == 0
-    manager.release(2, filler)
+    manager.release(Caller(2), 8, filler)
     hold(manager, 3, 1, 2)
     assert num_cached(manager, 1, 2) == 2
 
@@ -305,7 +314,7 @@ def test_a_prefix_can_be_shared_again_after_its_head_was_evicted() -> None:
 def test_a_hit_makes_a_prefix_young_again() -> None:
     manager = BlockManager(4, 1)
     for seq_id, token in enumerate((1, 2)):
-        manager.release(seq_id, hold(manager, seq_id, token))
+        manager.release(Caller(seq_id), 8, hold(manager, seq_id, token))
     assert num_hits(manager, 1, 0) == 1
     taken = BlockTable()
     manager.append_block(taken)
@@ -324,7 +333,7 @@ def test_without_prefix_caching_nothing_is_shared() -> None:
 def test_reset_forgets_prefixes_and_keeps_blocks_in_use() -> None:
     manager = BlockManager(8, 2)
     running, ended = hold(manager, 0, 1, 2, 3), hold(manager, 1, 5, 6, 7)
-    manager.release(1, ended)
+    manager.release(Caller(1), 8, ended)
     manager.reset_prefix_cache()
     manager.check_integrity([running])
     assert manager.num_used_blocks == 2
@@ -343,7 +352,7 @@ def test_the_salt_separates_models() -> None:
 def test_the_integrity_check_sees_each_kind_of_damage() -> None:
     def damaged(damage: Callable[[BlockManager, BlockTable], object]) -> None:
         manager = BlockManager(4, 2)
-        manager.release(0, hold(manager, 0, 1, 2, 3))
+        manager.release(Caller(0), 8, hold(manager, 0, 1, 2, 3))
         table = hold(manager, 1, 4, 5, 6)
         manager.check_integrity([table])
         damage(manager, table)
@@ -365,8 +374,8 @@ def test_lines(caplog: pytest.LogCaptureFixture) -> None:
     manager = BlockManager(8, 2)
     hold(manager, 0, 1, 2, 3)
     table = hold(manager, 1, 1, 2, 4, 5, 6)
-    assert manager.allocate(2, ids(*range(20))) is None  # says nothing: nothing happened
-    manager.release(1, table)
+    assert manager.allocate(Caller(2), 7, ids(*range(20))) is None  # says nothing: nothing happened
+    manager.release(Caller(1), 8, table)
     assert caplog.messages == [
         "Allocating blocks for seq_id=0, num_blocks=2",
         "Allocated blocks for seq_id=0: new=2, cache_hits=0, free_blocks=6, used_blocks=2",
@@ -378,14 +387,20 @@ def test_lines(caplog: pytest.LogCaptureFixture) -> None:
         *["blocks.allocating", "blocks.allocated"] * 2,
         "blocks.freed",
     ]
-    assert caplog.records[3].fields == {"seq_id": 1, "new": 2, "cache_hits": 1, "free_blocks": 4, "used_blocks": 4}
+    who = {"seq_id": 1, "request_id": "request-1"}
+    allocated = {"new": 2, "cache_hits": 1, "free_blocks": 4, "used_blocks": 4}
+    assert [record.fields for record in caplog.records[2:]] == [
+        {**who, "step": 7, "num_blocks": 3},
+        {**who, "step": 7, **allocated},
+        {**who, "step": 8, "freed": 2, "total": 3, "free_blocks": 6},
+    ]
 
 
 def test_only_tables_with_the_same_salt_share_blocks() -> None:
     manager, tokens = BlockManager(num_blocks=16, block_size=2), ids(1, 2, 3, 4, 5)
 
     def num_shared(salt: bytes) -> int:
-        table = manager.allocate(0, tokens, salt=salt)
+        table = manager.allocate(Caller(0), 7, tokens, salt=salt)
         assert table is not None
         manager.register(table, tokens)
         return sum(manager._reference_counts[block] > 1 for block in table.blocks)

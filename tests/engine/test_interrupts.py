@@ -14,12 +14,19 @@ import pytest
 from nanovllm import LLM, LLMEngine, SamplingParams, StepFailedError
 from tests.engine.breakable_executor import BreakableExecutor
 from tests.engine.simulated_executor import expected_output
+from tests.engine.stepping_clock import Clock, make_timed_engine
 from tests.engine.test_llm_engine import greedy, is_empty, make_engine, run, tokens
 from tests.interrupts import Interrupter, Place, places
 
 ENGINE = ("engine/llm_engine.py", "engine/unfinished_requests.py", "engine/turns.py", "requests/parallel_sampling.py")
 STATE = ("engine/scheduler.py", "engine/block_manager.py", "engine/row_table.py")
-OBSERVERS = ("engine/observer.py", "engine/request_tracker.py", "engine/stalls.py", "engine/engine_log.py")
+OBSERVERS = (
+    "engine/observer.py",
+    "engine/request_tracker.py",
+    "engine/stalls.py",
+    "engine/queue_waits.py",
+    "engine/engine_log.py",
+)
 CALLS = (*ENGINE, "nanovllm/llm.py", "nanovllm/streaming.py")
 SEVERAL = SamplingParams(n=3, max_tokens=4, ignore_eos=True)
 SETTINGS = {"pipeline_depth": 2, "num_blocks": 14, "max_num_seqs": 3, "max_num_batched_tokens": 8}
@@ -75,11 +82,14 @@ def interrupted(place: Place, files: tuple[str, ...], call: Callable[[], object]
 
 
 def at_every_line(files: tuple[str, ...], use: Callable[[LLMEngine, BreakableExecutor], object]) -> int:
-    """Interrupts `use` of a new engine at each line of `files`. Returns the number of lines."""
-    engine, executor = make_engine(**SETTINGS)
+    """Interrupts `use` of a new engine at each line of `files`. Returns the number of lines.
+
+    Time passes with steps alone, so that every engine runs the same lines.
+    """
+    engine, executor = make_timed_engine(Clock(), **SETTINGS)
     lines = places(files, lambda: use(engine, executor))
     for place in lines:
-        engine, executor = make_engine(**SETTINGS)
+        engine, executor = make_timed_engine(Clock(), **SETTINGS)
         assert interrupted(place, files, lambda: use(engine, executor)), place  # noqa: B023
         try:
             check_whole(engine)

@@ -269,6 +269,7 @@ def test_the_statistics_line_comes_while_there_is_work(
         "finished_by_cause": {},
         "num_failed": 0,
         "num_refused": 0,
+        "prefill_steps_by_budget": {"max_num_batched_tokens": 1},
     }
     assert (second["prompt_tokens_per_second"], second["generation_tokens_per_second"]) == (0, 2)
 

@@ -326,6 +326,34 @@ def test_a_slow_step_is_a_warning_once_a_minute(
         assert warnings[0]["threshold"] == 8
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"max_num_seqs": 1}, "behind 2 requests, the KV cache is 9% full: raise max_num_seqs from 1"),
+        (
+            {"num_blocks": 1, "block_size": 64, "max_model_len": 64},
+            "behind 2 requests, the KV cache is 100% full: raise num_kvcache_blocks or "
+            "gpu_memory_utilization, or lower max_num_seqs",
+        ),
+    ],
+)
+def test_a_long_wait_in_the_queue_is_a_warning_once_a_minute(
+    log: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, settings: Any, reason: str
+) -> None:
+    monkeypatch.setenv("NANOVLLM_LOG_SLOW_SECONDS", "2")
+    engine, _ = make_timed_engine(Clock(), **settings)
+    for name in ("first", "of the same batch"):
+        engine.add_request(name, [1, 2], greedy(14))
+    engine.step()
+    for name in ("late", "later", "aborted"):
+        engine.add_request(name, [1, 2], greedy(14))
+    engine.abort_request("aborted")
+    run(engine)
+    (warning,) = log("engine.slow")
+    assert (warning["what"], warning["request_id"], warning["seconds"]) == ("queue", "late", 9)
+    assert (warning["slow_reason"], warning["threshold"]) == (reason, 2)
+
+
 # ---- LLM, stream and AsyncLLM
 
 

@@ -96,7 +96,7 @@ def test_rows_that_share_a_prefix_decode_side_by_side(caplog: pytest.LogCaptureF
     batch = driver.step()
     assert batch.needs.shares_prefix
     record = next(record for record in caplog.records if record.event == "batch.shares_prefix")
-    assert record.fields == {"num_sharing": 32, "size": 33, "saved_tokens": 2 * 15 * 1600}
+    assert record.fields == {"num_sharing": 32, "size": 33, "saved_tokens": 2 * 15 * 1600, "step": batch.step}
     groups = [[row for row in range(1, 33) if row % 2 == odd] for odd in (1, 0)]
     arranged = batch.decode_rows.tolist()
     assert sorted([sorted(arranged[:16]), sorted(arranged[16:32])]) == sorted(groups)

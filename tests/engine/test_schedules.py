@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from nanovllm import LLMEngine, SamplingParams
 from nanovllm.config import EngineConfig
+from tests.engine.random_policy import RandomPolicy
 from tests.engine.simulated_executor import VOCAB_SIZE, SimulatedExecutor, expected_output, make_config
 from tests.properties import examples
 
@@ -89,15 +90,17 @@ def check_output(request: Request, expected: list[int]) -> None:
 
 
 @settings(max_examples=examples(400), deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(engines, st.lists(requests, min_size=1, max_size=12), st.integers(0, 20))
+@given(engines, st.lists(requests, min_size=1, max_size=12), st.integers(0, 20), st.none() | st.integers(0, 2**32))
 def test_answers_do_not_depend_on_the_schedule(
-    engine_values: dict[str, int], wanted: list[Request], spare_blocks: int
+    engine_values: dict[str, int], wanted: list[Request], spare_blocks: int, policy_seed: int | None
 ) -> None:
     # The smallest cache that holds the largest request: most runs preempt.
     largest = max(len(r.prompt) + r.params.max_tokens for r in wanted)
     num_blocks = -(-largest // engine_values["block_size"]) + spare_blocks
     max_model_len = min(64, num_blocks * engine_values["block_size"])
     engine = make_engine(**engine_values, num_blocks=num_blocks, max_model_len=max_model_len)
+    if policy_seed is not None:
+        engine.scheduler.policy = RandomPolicy(engine.resolved, policy_seed)
     run(engine, wanted)
     for request in wanted:
         expected = expected_output(

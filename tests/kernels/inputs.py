@@ -122,11 +122,16 @@ def quantized(cache: PagedSequences) -> QuantizedSequences:
 
 
 def attention_oracle(
-    queries: list[torch.Tensor], keys: list[torch.Tensor], values: list[torch.Tensor], scale: float
+    queries: list[torch.Tensor],
+    keys: list[torch.Tensor],
+    values: list[torch.Tensor],
+    scale: float,
+    window: int | None = None,
 ) -> torch.Tensor:
     """Causal attention in float64, one sequence, head and query after another: [num_tokens, num_heads, head_dim].
 
-    Each sequence's queries [query_len, num_heads, head_dim] are the last ones of its context.
+    Each sequence's queries [query_len, num_heads, head_dim] are the last ones of its context. A query sees `window`
+    keys, its own and those just before.
     """
     rows = []
     for query, key, value in zip(queries, keys, values, strict=True):
@@ -135,8 +140,9 @@ def attention_oracle(
             visible = key.shape[0] - query.shape[0] + index + 1
             heads = []
             for head in range(query.shape[1]):
-                seen = key[:visible, head // group].double()
+                first = 0 if window is None else max(visible - window, 0)
+                seen = key[first:visible, head // group].double()
                 weights = (seen @ query[index, head].double() * scale).softmax(dim=0)
-                heads.append(weights @ value[:visible, head // group].double())
+                heads.append(weights @ value[first:visible, head // group].double())
             rows.append(torch.stack(heads))
     return torch.stack(rows)

@@ -10,13 +10,13 @@ from tests.kernels.inputs import DTYPES, attention_oracle, check_close, paged_se
 LENGTHS = [1, 15, 16, 17, 64, 65, 130]
 
 
-def decode_case(device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, lengths=LENGTHS):
+def decode_case(device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, lengths=LENGTHS, window=None):
     """(arguments of paged_decode, what float64 says)."""
     cache = paged_sequences(lengths, block_size, num_kv_heads, head_dim, dtype, device, generator)
     fused = torch.randn(len(lengths), num_heads + 3, head_dim, generator=generator).to(dtype)
     query = fused[:, :num_heads]
     scale = head_dim**-0.5
-    oracle = attention_oracle([row.unsqueeze(0) for row in query], cache.keys, cache.values, scale)
+    oracle = attention_oracle([row.unsqueeze(0) for row in query], cache.keys, cache.values, scale, window)
     query = fused.to(device)[:, :num_heads]
     metadata = DecodeMetadata(cache.context_lens, cache.block_tables, max(lengths))
     return (query, cache.kv_cache, metadata, scale), oracle.to(device)

@@ -12,14 +12,14 @@ LENGTHS = [1, 15, 16, 17, 64, 65, 130]
 TOLERANCES = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 6e-3}
 
 
-def decode_case(device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, lengths=LENGTHS):
+def decode_case(device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, lengths=LENGTHS, window=None):
     """(arguments of paged_decode_fp8, what float64 says of the keys and values that are stored)."""
     pages = paged_sequences(lengths, block_size, num_kv_heads, head_dim, dtype, device, generator)
     cache = quantized(pages)
     fused = torch.randn(len(lengths), num_heads + 3, head_dim, generator=generator).to(dtype)
     scale = head_dim**-0.5
     queries = [row[:num_heads].unsqueeze(0) for row in fused]
-    oracle = attention_oracle(queries, cache.keys, cache.values, scale).to(device)
+    oracle = attention_oracle(queries, cache.keys, cache.values, scale, window).to(device)
     query = fused.to(device)[:, :num_heads]
     metadata = DecodeMetadata(pages.context_lens, pages.block_tables, max(lengths))
     return (query, cache.kv_cache, metadata, scale), oracle

@@ -12,7 +12,7 @@ SHAPES = [(1, 1), (1, 33), (17, 17), (16, 48), (5, 70), (70, 70)]
 
 
 def prefill_case(
-    device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes=SHAPES, padding_heads=3
+    device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes=SHAPES, padding_heads=3, window=None
 ):
     """(arguments of paged_prefill, what float64 says)."""
     query_lens = [query_len for query_len, _ in shapes]
@@ -21,7 +21,7 @@ def prefill_case(
     fused = torch.randn(sum(query_lens), num_heads + padding_heads, head_dim, generator=generator).to(dtype)
     scale = head_dim**-0.5
     queries = list(fused[:, :num_heads].split(query_lens))
-    oracle = attention_oracle(queries, cache.keys, cache.values, scale)
+    oracle = attention_oracle(queries, cache.keys, cache.values, scale, window)
     starts = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
     query = fused.to(device)[:, :num_heads]
     metadata = PrefillMetadata(starts, cache.context_lens, cache.block_tables, max(query_lens), max(contexts))
@@ -78,7 +78,9 @@ def test_reference_equals_the_oracle(device, generator):
 FP8_TOLERANCES = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 6e-3}
 
 
-def fp8_prefill_case(device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes=SHAPES):
+def fp8_prefill_case(
+    device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes=SHAPES, window=None
+):
     """The same with an FP8 cache: (arguments, what float64 says of the keys and values that are stored)."""
     query_lens = [query_len for query_len, _ in shapes]
     contexts = [context_len for _, context_len in shapes]
@@ -86,7 +88,7 @@ def fp8_prefill_case(device, generator, dtype, block_size, num_heads, num_kv_hea
     cache = quantized(pages)
     query = torch.randn(sum(query_lens), num_heads, head_dim, generator=generator).to(dtype)
     scale = head_dim**-0.5
-    oracle = attention_oracle(list(query.split(query_lens)), cache.keys, cache.values, scale).to(device)
+    oracle = attention_oracle(list(query.split(query_lens)), cache.keys, cache.values, scale, window).to(device)
     starts = torch.tensor([0, *query_lens]).cumsum(0).int().to(device)
     metadata = PrefillMetadata(starts, pages.context_lens, pages.block_tables, max(query_lens), max(contexts))
     return (query.to(device), cache.kv_cache, metadata, scale), oracle

@@ -22,12 +22,20 @@ pytestmark = [
 RAGGED = [(1, 1), (1, 33), (17, 48), (63, 64), (64, 64), (65, 65), (33, 128), (5, 129), (70, 200), (1, 257), (130, 383)]
 
 
-def check(device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes):
+def check(device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes, window=None):
+    heads = (num_heads, num_kv_heads, head_dim)
     arguments, oracle = prefill_case(
-        device, generator, dtype, block_size, num_heads, num_kv_heads, head_dim, shapes, padding_heads=8
+        device, generator, dtype, block_size, *heads, shapes, padding_heads=8, window=window
     )
     assert can_run_on_hopper(arguments[0], arguments[1].key)
-    check_close(paged_prefill(*arguments), oracle, dtype)
+    check_close(paged_prefill(*arguments, window=window), oracle, dtype)
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 128, 129, 300, 2000])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(4, 2, 64), (8, 1, 128), (2, 2, 128)])
+def test_windows(device, generator, num_heads, num_kv_heads, head_dim, window):
+    shapes = [*RAGGED, (300, 300), (300, 1100)]
+    check(device, generator, torch.bfloat16, 16, num_heads, num_kv_heads, head_dim, shapes, window)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -54,7 +54,7 @@ class Case:
         caches = torch.ones(2, -(-50 // block_size), block_size, num_kv_heads, head_dim, dtype=dtype, device=device)
         return cls(query, key, value, weights, positions, list(slots), caches)
 
-    def run(self, use_triton: bool, kv_cache: LayerKVCache | None = None) -> torch.Tensor:
+    def run(self, use_triton: bool, kv_cache: LayerKVCache | None = None, has_rope: bool = True) -> torch.Tensor:
         """Stores into `kv_cache`, or the case's own caches; returns the query."""
         device = self.query.device
         query_weight, key_weight = self.weights
@@ -64,7 +64,7 @@ class Case:
             self.key,
             self.value,
             norm=QKNorm(query_weight, key_weight, EPS) if has_norm else None,
-            cos_sin_cache=cos_sin_cache(100, self.query.shape[-1], device),
+            cos_sin_cache=cos_sin_cache(100, self.query.shape[-1], device) if has_rope else None,
             positions=self.positions,
             kv_cache=kv_cache or LayerKVCache(*self.caches),
             slot_mapping=torch.tensor(self.slots, device=device, dtype=torch.int64),
@@ -97,6 +97,14 @@ def test_without_a_norm_heads_are_rotated_alone(device, generator, use_triton):
     case = Case.of(device, generator, torch.float32, with_norm=False)
     check_close(case.run(use_triton), case.rotated(case.query, None), torch.float32)
     check_close(case.caches[0].flatten(0, 1)[case.slots], case.rotated(case.key, None), torch.float32)
+
+
+@pytest.mark.parametrize("use_triton", [True, False])
+def test_without_a_norm_and_a_rope_heads_stay_as_they_are(device, generator, use_triton):
+    case = Case.of(device, generator, torch.float16, heads=(5, 3, 40), with_norm=False)
+    assert torch.equal(case.run(use_triton, has_rope=False), case.query)
+    for cache, heads in zip(case.caches, (case.key, case.value), strict=True):
+        assert torch.equal(cache.flatten(0, 1)[case.slots], heads)
 
 
 @pytest.mark.parametrize("use_triton", [True, False])

@@ -10,8 +10,10 @@ import torch
 
 from nanovllm.attention.interface import AttentionMetadata, DecodeMetadata, LayerKVCache, PrefillMetadata
 from nanovllm.layers.attention import Attention
+from nanovllm.layers.parallel import CurrentStep
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+WINDOW = 3
 LOGGER = "nanovllm.layers.attention"
 
 
@@ -29,8 +31,10 @@ class Marking:
         metadata: object,
         scale: float,
         out: torch.Tensor | None = None,
+        window: int | None = None,
     ) -> torch.Tensor:
         assert kv_cache.key.shape == (3, 4, KV_HEADS, HEAD_DIM)
+        assert window == WINDOW
         self.calls.append((query, metadata, scale))
         return (torch.empty_like(query) if out is None else out).fill_(self.number)
 
@@ -50,7 +54,7 @@ def run(metadata: AttentionMetadata) -> tuple[torch.Tensor, torch.Tensor, Markin
     query = torch.randn(count, HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(0))
     cache = LayerKVCache(torch.zeros(3, 4, KV_HEADS, HEAD_DIM), torch.zeros(3, 4, KV_HEADS, HEAD_DIM))
     decode, prefill = Marking(1.0), Marking(2.0)
-    layer = Attention(HEAD_DIM, SimpleNamespace(decode=decode, prefill=prefill))
+    layer = Attention(HEAD_DIM, SimpleNamespace(decode=decode, prefill=prefill), CurrentStep(), WINDOW)
     return layer(query, metadata, cache), query, decode, prefill
 
 

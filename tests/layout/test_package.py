@@ -79,6 +79,7 @@ def test_requirements(metadata: Message) -> None:
         "xxhash",
     }
     assert set(metadata.get_all("Provides-Extra", [])) == {
+        "bench",
         "dev",
         "examples",
         "flash-attn",

@@ -201,3 +201,22 @@ open(sys.argv[1], "w").close()
     subprocess.run(command, cwd=ROOT, env=environment(), stderr=write, timeout=WATCHDOG, check=False)
     os.close(write)
     assert (tmp_path / "done").exists()
+
+
+def test_attention_and_blocks_name_their_step() -> None:
+    with heard() as records, load(num_kvcache_blocks=8, kvcache_block_size=16) as llm:
+        llm.generate([[5, 6, 7]], FOUR, use_tqdm=False)
+    current, steps = None, []
+    for record in records:
+        if record.event.startswith("runner.prepare_"):
+            current = record.fields["step"]
+        elif record.event.startswith("attention.") and record.event != "attention.selected":
+            assert record.fields.get("step", "no step") == ("no step" if current is None else current)
+            steps.append(current)
+    assert {step for step in steps if step is not None} == {1, 2, 3, 4}
+    blocks = {record.event: record.fields for record in records if record.event.startswith("blocks.")}
+    assert [(fields["request_id"], fields["step"]) for fields in blocks.values()] == [
+        ("generate-0", 1),
+        ("generate-0", 1),
+        ("generate-0", 4),
+    ]

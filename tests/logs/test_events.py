@@ -327,7 +327,8 @@ def test_every_event_is_heard(records: list[logging.LogRecord]) -> None:
     unheard = EVENTS.keys() - {record.event for record in records}
     on_gpus = {"kv_cache.sizing", "graph.mixed_ready", "graph.mixed_off"}
     in_server = {event.name for event in EVENTS.values() if event.loggers.startswith("server.")}
-    assert unheard == {"communication", "worker.lost", "engine.slow", "grammar.output"} | on_gpus | in_server
+    rare = {"communication", "worker.lost", "engine_process.lost", "engine.slow", "grammar.output"}
+    assert unheard == rare | on_gpus | in_server
     assert all(EVENTS[name].unseen for name in unheard)
 
 
@@ -373,3 +374,14 @@ def test_what_is_wrong_is_found(event: str, level: str, logger: str, fields: dic
     record.event, record.fields = event, fields
     assert complaint in wrong_with(record)
     assert bool(wrong_with(record)) is bool(complaint)
+
+
+ABOUT_A_STEP = ("batch.", "blocks.", "runner.", "section.", "sequence.", "step.")
+
+
+def test_records_name_their_request_and_their_step(records: list[logging.LogRecord]) -> None:
+    for record in records:
+        if "seq_id" in record.fields:
+            assert record.fields["request_id"], record.event
+        if record.event.startswith(ABOUT_A_STEP) and record.event != "runner.init":
+            assert "step" in record.fields, record.event

@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -194,6 +195,50 @@ def test_the_file_gets_all_and_the_console_as_before(
     written = (tmp_path / "run.log").read_text("utf-8")
     assert written == capsys.readouterr().err
     assert [TEXT_LINE.fullmatch(line)["message"] for line in written.splitlines()] == ["one …"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(("file_format", "times"), [("json", 1), ("text", 2)])
+def test_a_line_is_made_once_for_each_format(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, file_format: str, times: int
+) -> None:
+    leave_root_bare(monkeypatch)
+    monkeypatch.setenv("NANOVLLM_LOG_FILE", str(tmp_path / "run.log"))
+    monkeypatch.setenv("NANOVLLM_LOG_FORMAT", "json")
+    monkeypatch.setenv("NANOVLLM_LOG_FILE_FORMAT", file_format)
+    configure_logging()
+    made = []
+    for formatter in (JsonFormatter, TextFormatter):
+        line = formatter.line
+        monkeypatch.setattr(formatter, "line", lambda self, record, line=line: made.append(1) or line(self, record))
+    log("one")
+    log("two")
+    assert len(made) == 2 * times
+    assert len((tmp_path / "run.log").read_text("utf-8").splitlines()) == 2
+
+
+def test_a_formatter_keeps_no_record() -> None:
+    formatter = JsonFormatter()
+    record = logging.LogRecord("nanovllm.tests", logging.INFO, "", 0, "said", (), None)
+    assert formatter.format(record) is formatter.format(record)
+    alive = weakref.ref(record)
+    del record
+    assert alive() is None
+
+
+def test_times_are_right_across_seconds() -> None:
+    text, as_json = TextFormatter(), JsonFormatter()
+    for created, milliseconds, utc in (
+        (1_800_000_000.25, "250", "2027-01-15T08:00:00.250000Z"),
+        (1_800_000_000.9996, "999", "2027-01-15T08:00:00.999600Z"),
+        (1_800_000_000.9999997, "999", "2027-01-15T08:00:01.000000Z"),
+        (1_800_000_001.5, "500", "2027-01-15T08:00:01.500000Z"),
+        (1_800_000_000.5, "500", "2027-01-15T08:00:00.500000Z"),
+    ):
+        record = logging.LogRecord("nanovllm.tests", logging.INFO, "", 0, "said", (), None)
+        record.created = created
+        local = time.localtime(created)
+        assert text.format(record).startswith(time.strftime(f"[%Y-%m-%d %H:%M:%S,{milliseconds}%z]", local))
+        assert json.loads(as_json.format(record))["ts"] == utc
 
 
 def test_the_user_s_format_decides_and_the_file_is_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

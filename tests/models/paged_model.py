@@ -40,7 +40,7 @@ def load_model(folder: Path, parallel: TensorParallel | None = None) -> CausalLM
     """The model of a folder on the CPU, in fp32, with the torch backend."""
     config = ModelConfig.from_folder(folder)
     model = get_model_class(config.architecture)(fp32_context(config, parallel))
-    load_weights(model, folder, CPU, model.redundant_weights)
+    load_weights(model, folder, CPU, model.redundant_weights, form=model.checkpoint_form)
     return model
 
 

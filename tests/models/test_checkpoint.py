@@ -81,6 +81,22 @@ def test_an_id_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert asked == [("Qwen/Qwen3-0.6B", "main")]
 
 
+@pytest.mark.parametrize(("architecture", "downloads"), [("OPTForCausalLM", 2), ("LlamaForCausalLM", 1)])
+def test_pytorchs_format_is_downloaded_for_old_models_without_safetensors(
+    architecture: str, downloads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text(f'{{"architectures": ["{architecture}"]}}')
+    asked: list[list[str]] = []
+
+    def snapshot_download(repo_id: str, allow_patterns: list[str], **_: object) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert resolve_model_folder("facebook/opt-125m") == tmp_path
+    assert ["pytorch_model*.bin" in patterns for patterns in asked] == [False, True][:downloads]
+
+
 def test_a_download_that_fails_names_the_ways_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Offline and nothing cached: huggingface_hub's own error, inside ours."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -132,7 +132,10 @@ REFUSED: dict[str, tuple[Change, str]] = {
         weights(lambda tensors: tensors.update({"model.norm.weight": torch.ones(256).to(torch.float8_e4m3fn)})),
         r"model\.norm\.weight has dtype F8_E4M3 and needs one of",
     ),
-    "another architecture": (config(architectures=["BertModel"]), r"'BertModel'\] is not supported\. Supported: Qwen3"),
+    "another architecture": (
+        config(architectures=["BertModel"]),
+        r"'BertModel'\] is not supported: it is an encoder",
+    ),
     "a model in a subfolder": (to_subfolder, "config.json is missing.* has its model in the folder 'inner': name that"),
     "nothing": (lambda folder: [path.unlink() for path in folder.iterdir()], r"config\.json is missing; a model"),
     "GGUF": (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from nanovllm.errors import InvalidArgumentError, ModelLoadError
 from nanovllm.layers.parallel import TensorParallel
-from nanovllm.models.model_config import BUILTIN_SHAPES, ModelConfig
-from nanovllm.models.model_context import ModelContext
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.qwen3 import Qwen3ForCausalLM
-from tests.models.paged_model import TORCH_BACKENDS, PagedModel, fp32_context, load_model
+from tests.models.paged_model import PagedModel, fp32_context, load_model
 from tests.models.qwen3_checkpoints import VARIANTS, load_reference, make_qwen3_checkpoint
-from tests.processes import WATCHDOG
+from tests.models.ranks import logits_of_ranks
 
 TOLERANCE = 1e-4
 LENGTHS = (13, 1, 30)
@@ -135,33 +133,6 @@ def test_scaled_rope_counts(tmp_path: Path) -> None:
     assert largest_difference(PagedModel(model, config).step(tokens), expected) > 100 * TOLERANCE
 
 
-class ThreadGroup:
-    """A process group of threads: the collectives that `TensorParallel` uses, over a barrier."""
-
-    def __init__(self, size: int) -> None:
-        self.barrier = threading.Barrier(size, timeout=WATCHDOG)
-        self.local = threading.local()
-        self.slots: list[Any] = [None] * size
-
-    def exchange(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.slots[self.local.rank] = tensor.clone()
-        self.barrier.wait()
-        stacked = torch.stack(self.slots)
-        self.barrier.wait()
-        return stacked
-
-    def allreduce(self, tensors: list[torch.Tensor]) -> ThreadGroup:
-        tensors[0].copy_(self.exchange(tensors[0]).sum(0))
-        return self
-
-    def _allgather_base(self, output: torch.Tensor, tensor: torch.Tensor) -> ThreadGroup:
-        output.copy_(self.exchange(tensor).flatten(0, 1))
-        return self
-
-    def wait(self) -> None:
-        """The work is done when it returns."""
-
-
 @pytest.mark.parametrize("folded", [False, True], ids=["separate", "folded"])
 @pytest.mark.parametrize(
     ("size", "overrides"),
@@ -181,22 +152,7 @@ def test_ranks_together_equal_one(
     expected = PagedModel(load_model(folder), config).step(tokens)
     if folded:
         fold_in(monkeypatch)
-    group = ThreadGroup(size)
-    results: list[Any] = [None] * size
-
-    def run_rank(rank: int) -> None:
-        group.local.rank = rank
-        parallel = TensorParallel(rank, size, group)
-        model = load_model(folder, parallel)
-        run = PagedModel(model, config, parallel.divide_kv_heads(config.num_kv_heads))
-        results[rank] = run.step(tokens)
-
-    threads = [threading.Thread(target=run_rank, args=(rank,), daemon=True) for rank in range(size)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=WATCHDOG)
-    for result in results:
+    for result in logits_of_ranks(folder, size, tokens):
         difference = largest_difference(result, expected)
         print(f"{size} ranks: largest logit difference {difference:.2e}")
         assert difference < TOLERANCE
@@ -206,18 +162,3 @@ def test_ranks_that_cannot_share_the_heads(tmp_path: Path) -> None:
     folder = make_qwen3_checkpoint(tmp_path)
     with pytest.raises(InvalidArgumentError, match=r"tensor_parallel_size=3 .* num_attention_heads=4"):
         load_model(folder, TensorParallel(0, 3))
-
-
-@pytest.mark.parametrize("name", BUILTIN_SHAPES)
-def test_builtin_shapes_have_the_published_number_of_parameters(name: str) -> None:
-    """Built on the meta device: it costs no memory."""
-    context = ModelContext(
-        config=BUILTIN_SHAPES[name],
-        backends=TORCH_BACKENDS,
-        parallel=TensorParallel(),
-        dtype=torch.bfloat16,
-        device="meta",
-    )
-    model = Qwen3ForCausalLM(context)
-    published = {"qwen3-0.6b": 596_049_920, "qwen3-8b": 8_190_735_360, "qwen3-32b": 32_762_123_264}
-    assert sum(parameter.numel() for parameter in model.parameters()) == published[name]

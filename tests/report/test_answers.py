@@ -150,6 +150,14 @@ def test_a_step_at_info_is_like_the_line_before_it(log, capsys):
     assert facts(capsys, log, "--step", 8)["preemptions"][0]["for_seq_id"] == 12
 
 
+@pytest.mark.parametrize(("finals", "whole"), [([False], "its interval"), ([False, True], "run")])
+def test_the_slowest_step_of_an_interval_and_of_the_run(tmp_path, capsys, finals, whole):
+    slowest = {"slowest_step": 30, "slowest_step_ms": 80.0, "slowest_step_kind": "decode"}
+    ends = [line(50.0 + final, "engine.statistics", "INFO", final=final, **slowest) for final in finals]
+    log = write(tmp_path / "run.jsonl", [*slow_log(), *ends])
+    assert f"It was the slowest of the {whole}: 80.0 ms" in answer(capsys, log, "--step", 30)
+
+
 def test_an_unknown_step_says_which_there_are(log, capsys):
     assert main([str(log), "--step", "900"]) == 1
     assert "its steps are 1 to 40" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import re
 import tracemalloc
@@ -24,7 +25,7 @@ from tests.processes import run_python
 from tests.report.synthetic_log import BOOT, Line, finished, line, simulated, startup, write
 from tests.report.test_answers import slow_log
 
-SVG = re.compile(r"<svg .*?</svg>", re.DOTALL)
+SVG = re.compile(r'<div class="drawing">(<svg .*?</svg>)</div>', re.DOTALL)
 
 
 def page_of(path: Path) -> str:
@@ -334,6 +335,17 @@ def test_broken_lines_are_counted_and_said(tmp_path):
     assert "line 2: {not json" in page
 
 
+def test_lines_that_no_figure_needs_are_counted_and_the_last_one_says_when_the_log_ends(tmp_path):
+    layers = [line(8.0 + number, "attention.forward", step=1) for number in range(3)]
+    log = write(tmp_path / "run.jsonl", [*startup(), line(7.0, "request.added", request_id="a", seq_id=0), *layers])
+    assert sum(record["event"] == "attention.forward" for record in LogFile(log).records()) == 1
+    summary = summarise(log)
+    assert (summary.counts.lines, summary.counts.records, summary.counts.broken) == (len(startup()) + 4,) * 2 + (0,)
+    assert summary.runs[0].duration == pytest.approx(3.0)
+    warning = line(11.0, "attention.forward", "WARNING", step=1)
+    assert summarise(write(log, [*startup(), warning, layers[0]])).runs[0].num_problems == 1
+
+
 def test_a_line_of_megabytes_is_one_broken_line(tmp_path):
     path = write(tmp_path / "run.jsonl", known_log())
     with path.open("a") as file:
@@ -592,12 +604,24 @@ def test_no_hit_rate_is_drawn_where_nothing_was_looked_up(tmp_path):
     assert "stat_hit_rate" not in only_run(write(tmp_path / "run.jsonl", lines)).timeline
 
 
+def y_marks(drawing: str) -> list[str | None]:
+    texts = ET.fromstring(drawing).iter("text")
+    return [text.text for text in texts if text.attrib.get("text-anchor") == "end"]
+
+
 def test_two_runs_side_by_side(tmp_path, known):
     other = write(tmp_path / "other.jsonl", slow_log())
     assert main([str(known), "--compare", str(other), "-o", str(tmp_path / "page.html")]) == 0
     page = (tmp_path / "page.html").read_text()
     assert "<h3>Two runs</h3>" in page
     assert "<code>num_blocks</code>" in page
+    charts = page.partition("<h2>Charts of both runs</h2>")[2].partition("</section>")[0]
+    titles = re.findall(r"<h3>(.*?)</h3>", charts)
+    assert titles[::2] == titles[1::2]
+    assert titles
+    drawings = SVG.findall(charts)
+    for one, two in zip(drawings[::2], drawings[1::2], strict=True):
+        assert y_marks(one) == y_marks(two)
 
 
 def test_unexplained_steps_are_said_once(tmp_path):
@@ -609,8 +633,11 @@ def test_text_and_marks_contrast_with_their_ground():
     """4.5:1 for text and colours of the legend, as WCAG asks of text."""
     for theme in CSS.split("@media (prefers-color-scheme: dark)"):
         card, page = luminance(theme, "card"), luminance(theme, "page")
-        for name in ("ink", "soft", "c4"):
-            for ground in (card, page):
+        for names, grounds in (
+            (("ink", "soft"), (card, page)),
+            (("c1", "c2", "c3", "c4", "c5", "c6"), (card, luminance(theme, "onfill"))),
+        ):
+            for name, ground in itertools.product(names, grounds):
                 bright, dim = sorted((luminance(theme, name), ground), reverse=True)
                 assert (bright + 0.05) / (dim + 0.05) >= 4.5, name
 

@@ -53,6 +53,28 @@ def test_random_tokens_read_as_when_decoded_at_once(token_ids: list[int], skip_s
 # ---- every kind of tokenizer
 
 
+class _WithItsOwnText(type(TOKENIZER)):  # type: ignore[misc]
+    """As a tokenizer that comes with a checkpoint."""
+
+    def _decode(self, *_: Any, **__: Any) -> str:
+        return "its own"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=examples(50), deadline=None)
+@given(data=st.data())
+def test_decoding_is_the_tokenizer_s(kind: str, data: st.DataObject) -> None:
+    tokenizer, skips = KINDS[kind], data.draw(st.booleans())
+    token_ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=12))
+    expected = tokenizer.decode(token_ids, skip_special_tokens=skips, clean_up_tokenization_spaces=False)
+    assert decode(tokenizer, token_ids, skips) == expected
+
+
+def test_a_tokenizer_that_decodes_itself_is_asked() -> None:
+    folder = Path(nanovllm.__file__).parent / "assets" / "tiny-qwen3"
+    assert decode(_WithItsOwnText.from_pretrained(folder), [5, 6], True) == "its own"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=examples(800), deadline=None)
 @given(data=st.data())

@@ -113,7 +113,7 @@ def test_answers_do_not_depend_on_the_schedule(
     num_blocks = -(-largest // engine_values["block_size"]) + spare_blocks
     max_model_len = min(64, num_blocks * engine_values["block_size"])
     engine = make_engine(**engine_values, num_blocks=num_blocks, max_model_len=max_model_len)
-    engine._grammars = engine._preparation._grammars = Compiler(delays)  # type: ignore[assignment]
+    engine._grammars = engine.preparation._grammars = Compiler(delays)  # type: ignore[assignment]
     run(engine, wanted)
     for request in wanted:
         check_output(request, expected_output(request, max_model_len))

@@ -223,7 +223,7 @@ def test_streams_for_coroutines(delta: bool) -> None:
             await engine.abort("mine")
             last = [output async for output in stream][-1]
             assert [each.finish_reason for each in last.outputs] == ["abort"] * 3
-            assert not engine._engine.has_unfinished_requests() or engine._engine.is_draining
+            assert (engine.metrics.num_running, engine.metrics.num_waiting) == (0, 0)
 
     asyncio.run(run())
 

@@ -16,8 +16,9 @@ import torch
 
 from nanovllm import LLM
 from nanovllm.kernels.logprobs import SampledTokens
+from nanovllm.layers.parallel import CurrentStep
 from nanovllm.runner.cuda_graph import DecodeGraphs
-from nanovllm.runner.mixed_graphs import MixedGraphs
+from nanovllm.runner.mixed_graphs import MixedGraphs, missing_graphs
 
 
 class CpuGraph:
@@ -30,7 +31,10 @@ class CpuGraphPool:
     device = torch.device("cpu")
     handle = None
 
-    def capture(self, step: Callable[[], Any], run_first: bool = True) -> tuple[CpuGraph, Any]:
+    def __init__(self, step: CurrentStep) -> None:
+        self.step = step
+
+    def capture(self, step: Callable[[], Any]) -> tuple[CpuGraph, Any]:
         captured, graph = step(), CpuGraph()
 
         def replay() -> None:
@@ -46,7 +50,7 @@ class CpuGraphPool:
 def use_cpu_graphs(llm: LLM) -> None:
     """Lets a CPU engine, with one step in flight, run through `DecodeGraphs` and `MixedGraphs`."""
     runner: Any = llm.llm_engine.executor._runner  # type: ignore[attr-defined]
-    pool: Any = CpuGraphPool()
+    pool: Any = CpuGraphPool(runner.parallel.step)
     resolved, null_row = llm.llm_engine.resolved, runner.rows.null_row
     runner._graphs = DecodeGraphs(pool, runner._decode, resolved.max_num_seqs, null_row)
     runner._mixed_graphs = MixedGraphs(
@@ -59,6 +63,7 @@ def use_cpu_graphs(llm: LLM) -> None:
         dtype=runner.model.model.norm.weight.dtype,
         null_row=null_row,
     )
+    runner._missing_graphs = missing_graphs(pool.device, runner._graphs, runner._mixed_graphs)
 
 
 class GraphLoader:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nanovllm import LLM, OutOfMemoryError
-from nanovllm.models.model_config import BUILTIN_SHAPES
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from nanovllm.runner import kv_cache
 from nanovllm.runner.kv_cache import GB, GPUMemory, KVCacheShape, num_cpu_blocks
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint

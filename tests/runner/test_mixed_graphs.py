@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanovllm import SamplingParams
+from nanovllm import LLM, SamplingParams
 from nanovllm.engine.batch import Chunk, ScheduledBatch
 from nanovllm.runner.mixed_graphs import StepShape, token_sizes
 from tests.end_to_end.test_real_schedules import Request, answers_as_they_arrive
@@ -122,3 +122,33 @@ def test_a_step_that_is_too_large_has_no_shape(load: GraphLoader) -> None:
         assert shape(10, 140) == StepShape(MAX_TOKENS, 16, 8)
         assert shape(0, 5) == StepShape(64, 8, 8)
         assert shape(3, *[1] * 9) is None  # room for 9 chunks comes with 288 tokens
+
+
+def num_captured(llm: LLM) -> int:
+    runner: Any = llm.llm_engine.executor._runner  # type: ignore[attr-defined]
+    return len(runner._graphs._captured) + runner._mixed_graphs.num_captured
+
+
+def test_graphs_captured_while_idle_serve_later_steps(load: GraphLoader) -> None:
+    arrivals = requests(LENGTHS[:8], top_k=5)
+    with load(use_graphs=False, max_num_seqs=8) as llm:
+        expected = answers_as_they_arrive(llm, arrivals)
+    with load(use_graphs=True, max_num_seqs=8) as llm:
+        before = num_captured(llm)
+        assert llm.llm_engine.capture_ahead()
+        assert num_captured(llm) == before + 1
+        while llm.llm_engine.capture_ahead():
+            pass
+        assert not llm.llm_engine.capture_ahead()
+        everything = num_captured(llm)
+        assert answers_as_they_arrive(llm, arrivals) == expected
+        assert num_captured(llm) == everything  # no step had to capture one
+
+
+def test_capturing_ahead_stops_when_little_memory_is_left(load: GraphLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(use_graphs=True, max_num_seqs=8) as llm:
+        monkeypatch.setattr("nanovllm.runner.mixed_graphs.free_memory", lambda device: 1 << 29)
+        assert llm.llm_engine.capture_ahead()
+        assert not llm.llm_engine.capture_ahead()
+        [output] = llm.generate([prompt(0, 9)], SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+        assert len(output["token_ids"]) == 3

@@ -3,7 +3,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-from nanovllm.engine.batch import ScheduledBatch, StepResult
+from nanovllm.engine.batch import ScheduledBatch, StepNeeds, StepResult
 from nanovllm.runner.warm_up import WarmUp
 
 
@@ -25,19 +25,28 @@ def test_every_kind_of_step_runs_in_the_background() -> None:
     started.set()
     warm_up.wait()
     kinds = sorted((len(batch.chunks), len(batch.decode_rows)) for batch in submitted)
-    assert kinds == [(0, 1), (1, 0)]  # the first decode step failed, so the second was left out
+    assert kinds == [(0, 1), (0, 2), (0, 4), (0, 8), (1, 0)]
 
 
-def test_decode_steps_are_of_one_row_and_of_all() -> None:
+def test_decode_steps_are_of_powers_of_two_and_of_all_rows() -> None:
+    sizes = [len(batch.decode_rows) for batch in steps_of(max_num_seqs=12)]
+    assert sorted(sizes) == [0, 1, 2, 4, 8, 12]
+
+
+def test_everything_includes_what_only_some_requests_need() -> None:
+    needs = [batch.needs for batch in steps_of(max_num_seqs=2, everything=True)]
+    assert StepNeeds(truncates=True) in needs
+    assert StepNeeds(edits_logits=True) in needs
+    assert any(each.num_logprobs for each in needs)
+    assert needs.count(StepNeeds(shares_prefix=True)) == 2  # for each size
+
+
+def steps_of(max_num_seqs: int, *, everything: bool = False) -> list[ScheduledBatch]:
     submitted: list[ScheduledBatch] = []
 
-    class Done(Handle):
-        def wait(self, check: Callable[[], None] | None = None) -> StepResult:
-            return StepResult(submitted[-1].decode_rows)
-
-    def submit(batch: ScheduledBatch) -> Done:
+    def submit(batch: ScheduledBatch) -> Handle:
         submitted.append(batch)
-        return Done()
+        return Handle()
 
-    WarmUp(submit, max_num_seqs=8).wait()
-    assert sorted(len(batch.decode_rows) for batch in submitted) == [0, 1, 8]
+    WarmUp(submit, max_num_seqs, everything=everything).wait()
+    return submitted

@@ -96,7 +96,7 @@ def test_an_abort_by_id(server: RunningServer) -> None:
         *_, last, done = lines
     assert '"finish_reason":"abort"' in last
     assert done == "data: [DONE]"
-    assert server.post("/abort", request_id=["other", name]).json() == {"aborted": 0}
+    assert until(lambda: server.post("/abort", request_id=["other", name]).json() == {"aborted": 0})
     assert server.client.post("/reset_prefix_cache").status_code == 200
 
 

@@ -17,11 +17,13 @@ import httpx2
 import pytest
 
 from nanovllm import AsyncLLM
+from nanovllm.async_engine.engine_process import EngineProcess
+from nanovllm.async_engine.engine_thread import EngineThread
 from nanovllm.server.serve import HttpServer
 from nanovllm.server.service import Service
 from nanovllm.server.settings import ServerSettings
 from tests.processes import PATIENCE, WATCHDOG, start_python, until
-from tests.server.running_server import ENGINE, RunningServer, error_of, running_server
+from tests.server.running_server import ENGINE, error_of, running_server
 
 OPTIONS = ["--num-kvcache-blocks", "512", "--max-num-seqs", "8", "--max-num-batched-tokens", "512", "--port", "0"]
 LONG = {"prompt": "count", "ignore_eos": True, "stream": True, "temperature": 1}
@@ -176,9 +178,15 @@ def test_requests_are_refused_until_the_engine_has_started() -> None:
             server.engine.exit()
 
 
-def kill_engine(running: RunningServer) -> None:
-    """Makes the next step fail, and the recovery from it."""
-    executor = running.engine._engine.executor
+def kill_engine(engine: AsyncLLM) -> None:
+    """Ends the engine's process; or makes the next step of its thread fail, and the recovery from it."""
+    connection = engine._connection
+    if isinstance(connection, EngineProcess):
+        assert connection._process is not None
+        connection._process.kill()
+        return
+    assert isinstance(connection, EngineThread)
+    executor = connection._made.result().engine.executor
 
     def fail(*arguments: object) -> Any:
         raise RuntimeError("CUDA error: /secret/path")
@@ -186,14 +194,15 @@ def kill_engine(running: RunningServer) -> None:
     executor.collect = executor.synchronize = fail  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("exit_on_death", [False, True])
-def test_an_engine_that_dies(exit_on_death: bool) -> None:
-    with running_server(exit_on_death=exit_on_death) as running:
+@pytest.mark.parametrize(("exit_on_death", "engine_process"), [(False, False), (True, False), (False, True)])
+def test_an_engine_that_dies(exit_on_death: bool, engine_process: bool) -> None:
+    engine = AsyncLLM("tiny", engine_process=engine_process, **ENGINE)
+    with engine, running_server(engine, exit_on_death=exit_on_death) as running:
         server = running.server
         with running.client.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 4000}) as stream:
             lines = (line for line in stream.iter_lines() if line)
             next(lines)
-            kill_engine(running)
+            kill_engine(engine)
             *_, last = lines
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
         assert "secret" not in last

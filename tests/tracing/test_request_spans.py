@@ -233,7 +233,10 @@ def test_the_span_is_that_of_the_caller_who_added_the_request(collector: Collect
     assert collector.spans["a"].parent_span_id == adds.get_span_context().span_id.to_bytes(8, "big")
 
 
-def test_the_span_of_a_coroutine_is_that_of_its_task(collector: Collector, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("in_process", [False, True])
+def test_the_span_of_a_coroutine_is_that_of_its_task(
+    collector: Collector, caplog: pytest.LogCaptureFixture, in_process: bool
+) -> None:
     from opentelemetry.sdk.trace import TracerProvider
 
     tracer = TracerProvider().get_tracer("application")
@@ -251,7 +254,8 @@ def test_the_span_of_a_coroutine_is_that_of_its_task(collector: Collector, caplo
     async def all_of(engine: AsyncLLM) -> None:
         await asyncio.gather(*(one(engine, name) for name in ("a", "b", "refused")))
 
-    with caplog.at_level(logging.INFO, "nanovllm"), AsyncLLM("tiny", device="cpu", max_model_len=64) as engine:
+    settings: dict[str, Any] = {"device": "cpu", "max_model_len": 64, "engine_process": in_process}
+    with caplog.at_level(logging.INFO, "nanovllm"), AsyncLLM("tiny", **settings) as engine:
         asyncio.run(asyncio.wait_for(all_of(engine), WATCHDOG))
     spans = collector.spans
     assert {name: int.from_bytes(span.parent_span_id, "big") for name, span in spans.items()} == parents

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanovllm.errors import ModelLoadError
+from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.layers.context import LayerContext
 from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.linear import GatedParallelLinear
@@ -39,7 +40,9 @@ class Small(nn.Module):
     def __init__(self, parallel: TensorParallel | None = None, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         context = LayerContext(parallel=parallel or TensorParallel(), dtype=dtype)
-        self.gate_up_proj = GatedParallelLinear(context, 4, {"gate_proj": 6, "up_proj": 6})
+        self.gate_up_proj = GatedParallelLinear(
+            context, 4, {"gate_proj": 6, "up_proj": 6}, bias=False, act=silu_and_mul
+        )
         self.embed_tokens = VocabParallelEmbedding(context, 9, 4)
         self.register_buffer("table", torch.arange(3), persistent=False)
 
@@ -253,7 +256,7 @@ def test_a_file_may_be_a_link_to_anywhere(tmp_path: Path) -> None:
 @pytest.mark.parametrize("weight_map", [{}, [], None, "model.safetensors", 5])
 def test_an_index_without_files_is_refused(weight_map: object, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ModelLoadError, match="is not a safetensors index: it has no weight_map"):
+    with pytest.raises(ModelLoadError, match="is not an index of weights: it has no weight_map"):
         load_weights(Small(), tmp_path, CPU)
 
 
