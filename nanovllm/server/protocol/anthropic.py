@@ -8,7 +8,7 @@ from pydantic import Field
 
 from nanovllm.server.protocol.base import ApiModel
 
-# Fields of a content block that ask for nothing: caching is automatic.
+# A block of content. `cache_control` in it has no effect: caching is automatic.
 Block = dict[str, Any]
 
 
