@@ -7,6 +7,7 @@ import json
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, InitVar
+from types import UnionType
 from typing import Any, TypeVar
 
 from nanovllm.compat.unsupported import ENGINE_ARGUMENTS
@@ -79,7 +80,8 @@ def _add_option(group: argparse._ArgumentGroup, declared: Argument, type_hint: A
     if type_hint is bool:
         group.add_argument(option, action=argparse.BooleanOptionalAction, default=default, help=help_text)
         return
-    kinds = [kind for kind in typing.get_args(type_hint) or [type_hint] if kind is not type(None)]
+    is_union = typing.get_origin(type_hint) in (typing.Union, UnionType)
+    kinds = [kind for kind in (typing.get_args(type_hint) if is_union else [type_hint]) if kind is not type(None)]
 
     def parse(text: str) -> Any:
         try:

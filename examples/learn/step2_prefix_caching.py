@@ -12,6 +12,7 @@ Read along: nanovllm/engine/block_manager.py (`allocate`, `register`, `_match`).
 from __future__ import annotations
 
 import statistics
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from _drawing import bar, begin, heading, lesson_parser, say, table, title
@@ -53,12 +54,16 @@ def main() -> None:
         "First without a model: a BlockManager of 8 blocks of 4 tokens. One prompt of 12 tokens is allocated and "
         "registered; then others ask what they could share with it."
     )
+
+    def owner(number: int) -> SimpleNamespace:  # whom the blocks belong to; in the engine, a sequence
+        return SimpleNamespace(seq_id=number, request_id=str(number))
+
     manager = BlockManager(8, 4)
     first = np.arange(12, dtype=np.int32)
-    table_ = manager.allocate(0, first)
+    table_ = manager.allocate(owner(0), 0, first)
     assert table_ is not None, "the manager is empty"
     manager.register(table_, first)
-    manager.release(0, table_)
+    manager.release(owner(0), 0, table_)
     trials = [
         (
             "the same 12 tokens",
@@ -75,10 +80,10 @@ def main() -> None:
     ]
     rows = []
     for number, (what, tokens, why) in enumerate(trials, start=1):
-        found = manager.allocate(number, np.array(tokens, dtype=np.int32))
+        found = manager.allocate(owner(number), number, np.array(tokens, dtype=np.int32))
         assert found is not None, "8 blocks are enough"
         rows.append((what, why, found.num_registered))
-        manager.release(number, found)
+        manager.release(owner(number), number, found)
     print()
     table(["a prompt with", "what it finds", "blocks shared"], rows, left=2)
     print()

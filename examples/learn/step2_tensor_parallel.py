@@ -13,6 +13,7 @@ docs/tensor-parallel.md.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import tempfile
@@ -181,9 +182,7 @@ def show_weights() -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    from nanovllm.report.log_file import LogFile
-
-    return list(LogFile(path).records())
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def collectives_of_step(records: list[dict[str, Any]], number: int) -> list[tuple[str, tuple[int, ...]]]:

@@ -24,7 +24,7 @@ class Exchange:
     request_id: str | None = None
     status: int | None = None  # None: the answer has not started
     num_prompt_tokens: int | None = None
-    num_output_tokens: int | None = None
+    num_output_tokens: int = 0
     num_admitted: int = 0  # completions that count against the limit of the queue
     engine_ids: list[str] = field(default_factory=list)  # of the engine's requests that answer it
 

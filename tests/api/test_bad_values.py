@@ -97,6 +97,7 @@ ENGINE_CONFIG: Table = {
     "step_timeout": ("a number of seconds > 0, at most 86400 (a day)", [0, -1, math.nan, math.inf, "9", True]),
     "enforce_eager": (SWITCH, NO_SWITCH),
     "fast_start": (f"{SWITCH}, or None", [1, 0, "yes"]),
+    "engine_process": (f"{SWITCH}, or None", [1, 0, "yes"]),
     "device": ("'auto', 'cpu', 'cuda' or 'cuda:N'", ["tpu", "cuda0", "cuda:x", "cuda:-1", -1, None, ""]),
     "attention_backend": ("one of 'auto', 'flash_attn', 'triton', 'torch'", ["flashinfer", None, 1]),
     "kv_cache_dtype": ("one of 'auto', 'fp8', 'fp8_e4m3'", ["int4", None, 8]),

@@ -42,6 +42,7 @@ __all__ = ["folder", "nothing_stays_behind"]  # fixtures
 pytestmark = [ONLY_LINUX, pytest.mark.usefixtures("nothing_stays_behind")]
 
 PROMPTS = [[1, 2, 3], [4, 5]]
+CHECK = 4  # the index of `check` among the arguments of `load_weights`
 
 
 @pytest.fixture
@@ -139,7 +140,7 @@ def test_a_rank_that_fails_while_rank_0_loads(
 
     def never_done(*arguments: Any) -> None:
         while not is_over.wait(0.01 if checks else None):
-            arguments[-1]()
+            arguments[CHECK]()
 
     monkeypatch.setattr(startup, "load_weights", never_done)
     check_told(raises_worker_error(lambda: load(folder, tensor_parallel_size=2)), fault)
@@ -159,7 +160,7 @@ def test_ctrl_c_while_rank_0_loads(folder: Path, monkeypatch: pytest.MonkeyPatch
         try:
             while True:
                 time.sleep(0.01)
-                arguments[-1]()
+                arguments[CHECK]()
         finally:
             ended.set()
 

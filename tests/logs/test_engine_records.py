@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -59,6 +60,7 @@ def test_two_engines_of_a_process_are_told_apart() -> None:
 
 
 def test_generations_of_an_engine_have_its_number() -> None:
+    gc.collect()  # so that no engine of another test ends, and says so, meanwhile
     with heard() as records, load() as llm:
         thread = threading.Thread(target=lambda: llm.generate([[5, 6, 7]], FOUR, use_tqdm=False))
         thread.start()
