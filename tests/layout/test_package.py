@@ -49,7 +49,12 @@ def test_every_file_of_the_package_is_in_the_wheel_and_nothing_else(wheel: Path)
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert packed == files
-    for name in ("py.typed", "server/assets/chat.html", "assets/tiny-qwen3/config.json", "assets/tiny-qwen3/model.safetensors"):
+    for name in (
+        "py.typed",
+        "server/assets/chat.html",
+        "assets/tiny-qwen3/config.json",
+        "assets/tiny-qwen3/model.safetensors",
+    ):
         assert f"nanovllm/{name}" in packed
 
 
