@@ -69,7 +69,7 @@ def test_events_hold_the_last_hundred_and_no_others() -> None:
 
 def test_the_console_still_writes_beside_them(capsys: pytest.CaptureFixture[str]) -> None:
     package_logger, handler = logging.getLogger("nanovllm"), RecentEvents()
-    captured = [each for each in logging.getLogger().handlers]  # pytest's, which take the console's place
+    captured = list(logging.getLogger().handlers)  # pytest's, which take the console's place
     package_logger.addHandler(handler)
     for each in captured:
         logging.getLogger().removeHandler(each)
