@@ -13,6 +13,7 @@ from nanovllm.logs import events
 from nanovllm.logs.formats import JsonFormatter, TextFormatter
 from nanovllm.logs.lost_lines import LostLines
 from nanovllm.logs.progress_bar import clear_progress_bar
+from nanovllm.logs.recent_events import RecentEvents
 
 __all__ = ["ConsoleHandler", "LogFileHandler", "formatter_of"]
 
@@ -104,7 +105,7 @@ def _identity(status: os.stat_result) -> tuple[int, int]:
 
 
 class ConsoleHandler(logging.Handler):
-    """Writes records to standard error if no other handler takes them; LogFileHandler does not count."""
+    """Writes records to standard error if no other handler takes them; LogFileHandler and RecentEvents do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,7 +158,7 @@ class ConsoleHandler(logging.Handler):
         logger: logging.Logger | None = _logger_of(record.name)
         while logger is not None:
             for handler in logger.handlers:
-                if handler is not self and not isinstance(handler, LogFileHandler):
+                if handler is not self and not isinstance(handler, (LogFileHandler, RecentEvents)):
                     return True
             logger = logger.parent if logger.propagate else None
         return False

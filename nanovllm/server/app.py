@@ -13,7 +13,17 @@ from starlette.responses import Response
 
 from nanovllm import __version__
 from nanovllm.errors import NanoVLLMError
-from nanovllm.server import chat_completions, completions, dev, messages, models, responses_api, status, tokenize
+from nanovllm.server import (
+    chat_completions,
+    chat_page,
+    completions,
+    dev,
+    messages,
+    models,
+    responses_api,
+    status,
+    tokenize,
+)
 from nanovllm.server.errors import ApiError, as_api_error
 from nanovllm.server.exchange import endpoint_path
 from nanovllm.server.middleware import RequestMiddleware
@@ -28,7 +38,7 @@ def make_app(service: Service) -> FastAPI:
     """Returns the application that answers with `service`."""
     app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
     app.state.service = service
-    for module in (completions, chat_completions, messages, responses_api, models, tokenize, status):
+    for module in (completions, chat_completions, messages, responses_api, models, tokenize, status, chat_page):
         app.include_router(module.router)
     if service.settings.dev:
         app.include_router(dev.router)

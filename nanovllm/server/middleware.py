@@ -26,8 +26,8 @@ from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
-_OPEN = ("/health", "/ping")  # without a key
-_UNLOGGED = ("/health", "/ping", "/metrics")
+_OPEN = ("/", "/health", "/ping")  # without a key
+_UNLOGGED = ("/health", "/ping", "/metrics", "/events")
 _CLIENT_GONE = 499  # nginx's status of an answer that nobody waits for
 _MAX_ID = 128
 _MAX_PATH = 200  # characters in the log

@@ -7,6 +7,7 @@ requests end; a second one ends the process at once.
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from nanovllm.async_llm import AsyncLLM
 from nanovllm.config import EngineConfig
 from nanovllm.errors import NanoVLLMError
 from nanovllm.logs import events
+from nanovllm.logs.configuration import PACKAGE
 from nanovllm.server.app import make_app
 from nanovllm.server.service import Service
 from nanovllm.server.settings import ServerSettings
@@ -88,6 +90,14 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             self._begin(self._start_engine())
+
+    async def serve(self, sockets: Any = None) -> None:
+        package_logger, handler = logging.getLogger(PACKAGE), self._service.recent_events
+        package_logger.addHandler(handler)
+        try:
+            await super().serve(sockets)
+        finally:
+            package_logger.removeHandler(handler)
 
     def _begin(self, work: Any) -> None:
         self._tasks.append(asyncio.ensure_future(work))

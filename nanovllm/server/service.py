@@ -10,6 +10,7 @@ from starlette.requests import Request
 
 from nanovllm.async_llm import AsyncLLM
 from nanovllm.logs import events
+from nanovllm.logs.recent_events import RecentEvents
 from nanovllm.outputs import RequestOutput
 from nanovllm.requests.chat import ChatOptions, ChatRenderer
 from nanovllm.requests.tokenization import Prompt, TemplatedText
@@ -37,7 +38,8 @@ class Service:
     def __init__(self, settings: ServerSettings, engine: AsyncLLM | None = None) -> None:
         self.settings = settings
         self.state: State = "starting"
-        self.num_requests = 0  # HTTP requests that are being answered, except for /health, /ping and /metrics
+        self.num_requests = 0  # HTTP requests that are being answered, except for /health, /ping, /metrics and /events
+        self.recent_events = RecentEvents()  # is a handler of the log while the server runs
         self._num_admitted = 0  # completions of all requests
         self._running: dict[str, Exchange] = {}  # by the engine's request ids
         self._engine: AsyncLLM | None = None

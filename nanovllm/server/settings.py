@@ -53,7 +53,7 @@ class ServerSettings:
         (), _TEXTS, "Names of the model in the API; answers have the first. None given: the argument `model`."
     )
     api_key: tuple[str, ...] = argument(
-        (), _TEXTS, "Keys, of which a request needs one, except for /health and /ping. See also NANOVLLM_API_KEY."
+        (), _TEXTS, "Keys, of which a request needs one, except for /, /health and /ping. See also NANOVLLM_API_KEY."
     )
     cors_origin: tuple[str, ...] = argument(
         (), _TEXTS, "Origins whose web pages may use the API; `*` for all. None given: no other origin may."

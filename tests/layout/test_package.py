@@ -43,12 +43,18 @@ def metadata(wheel: Path) -> Message:
 
 def test_every_file_of_the_package_is_in_the_wheel_and_nothing_else(wheel: Path) -> None:
     package = ROOT / "nanovllm"
-    paths = [*package.rglob("*.py"), package / "py.typed", *(package / "assets" / "tiny-qwen3").iterdir()]
+    paths = [*package.rglob("*.py"), package / "py.typed", *package.glob("assets/tiny-qwen3/*")]
+    paths += package.glob("server/assets/*")
     files = {path.relative_to(ROOT).as_posix() for path in paths}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert packed == files
-    for name in ("py.typed", "assets/tiny-qwen3/config.json", "assets/tiny-qwen3/model.safetensors"):
+    for name in (
+        "py.typed",
+        "server/assets/chat.html",
+        "assets/tiny-qwen3/config.json",
+        "assets/tiny-qwen3/model.safetensors",
+    ):
         assert f"nanovllm/{name}" in packed
 
 
