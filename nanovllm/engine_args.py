@@ -94,7 +94,8 @@ def _add_option(group: argparse._ArgumentGroup, declared: Argument, type_hint: A
 
     metavar = declared.name.upper()
     if typing.get_origin(kinds[0]) is tuple:  # of texts
-        group.add_argument(option, nargs="+", default=default, metavar=metavar, help=help_text)
+        texts = [*default] if isinstance(default, tuple) else []
+        group.add_argument(option, nargs="+", action="extend", default=texts, metavar=metavar, help=help_text)
         return
     group.add_argument(option, type=parse, default=default, metavar=metavar, help=help_text)
 
