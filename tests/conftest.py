@@ -9,11 +9,13 @@ import logging
 import os
 import signal
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 import tests.properties  # noqa: F401  (registers hypothesis's long profile before pytest chooses it)
+from nanovllm.utils.logger import configure_logging
 
 # The models here are small: more threads only wait for one another, above all beside other processes.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -26,6 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 LONG_FOLDERS = ("distributed", "examples", "docs", "diagnostics", "end_to_end", "compat", "api", "kernels")
 
 LEFT_OUT = pytest.StashKey[Counter[str]]()
+LOG_LEVEL = "NANOVLLM_LOG_LEVEL"
 COMMANDS = {"heavy": "make test-heavy", "gpu": "make gpu-test"}
 
 
@@ -48,12 +51,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def logging_is_on(pytestconfig: pytest.Config) -> None:
-    """No test inherits a log that another one has switched off."""
+def logging_is_on(pytestconfig: pytest.Config) -> Iterator[None]:
+    """No test inherits a log that another one has switched off, or a level that a command has set as the default."""
     logging.disable(logging.NOTSET)
     plugin = pytestconfig.pluginmanager.get_plugin("logging-plugin")
     if plugin is not None:
         plugin.caplog_handler.setLevel(logging.NOTSET)
+    level = os.environ.get(LOG_LEVEL)
+    yield
+    if os.environ.get(LOG_LEVEL) != level:
+        os.environ.pop(LOG_LEVEL, None)
+        if level is not None:
+            os.environ[LOG_LEVEL] = level
+        configure_logging()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
