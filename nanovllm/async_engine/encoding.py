@@ -87,11 +87,23 @@ _TYPES: Mapping[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
         *(value for value in vars(messages).values() if getattr(value, "__module__", "") == messages.__name__),
-        *(StartEngine, StopEngine, AskMetrics, EngineResolved, EngineReady, EngineMetrics, LogRecord),
-        *(EngineConfig, ResolvedConfig, LogitEdits, SamplingParams, StructuredOutputsParams),
+        StartEngine,
+        StopEngine,
+        AskMetrics,
+        EngineResolved,
+        EngineReady,
+        EngineMetrics,
+        LogRecord,
+        EngineConfig,
+        ResolvedConfig,
+        LogitEdits,
+        SamplingParams,
+        StructuredOutputsParams,
+        PreparedRequest,
     )
     if isinstance(each, type)
 }
+_DERIVED = "stop_search"  # a field of PreparedRequest, made again from its parameters
 
 
 def encode(message: ToProcess | FromProcess) -> bytes:
@@ -135,12 +147,9 @@ def _plain(value: Any, arrays: list[np.ndarray[Any, Any]]) -> Any:
         return {"is": "error", **_plain_error(value)}
     if isinstance(value, contextvars.Context):
         return {"is": "context", "carrier": _carrier(value)}
-    if isinstance(value, PreparedRequest):
-        named = {field.name: getattr(value, field.name) for field in fields(value) if field.name != "stop_search"}
-        return {"is": "PreparedRequest", "fields": [[name, _plain(item, arrays)] for name, item in named.items()]}
     if kind.__name__ in _TYPES:
-        named = {field.name: getattr(value, field.name) for field in fields(value)}
-        return {"is": kind.__name__, "fields": [[name, _plain(item, arrays)] for name, item in named.items()]}
+        names = [field.name for field in fields(value) if field.name != _DERIVED]
+        return {"is": kind.__name__, "fields": [[name, _plain(getattr(value, name), arrays)] for name in names]}
     raise TypeError(f"{shown(value)} does not cross to the engine's process")
 
 
@@ -179,7 +188,7 @@ class _Decoder:
         named = {key: self.value(item) for key, item in plain["fields"]}
         if name == "PreparedRequest":
             stop = named["params"].stop
-            return PreparedRequest(**named, stop_search=StopSearch(tuple(stop)) if stop else None)
+            named[_DERIVED] = StopSearch(tuple(stop)) if stop else None
         return _TYPES[name](**named)
 
 

@@ -1,17 +1,15 @@
 """EngineProcess: runs the engine of `AsyncLLM` in a process of its own, and talks to it through a socket.
 
-A socket, not `distributed.shm_channel`: whoever waits for it sleeps, and holds no interpreter lock, and the system
-tells at once when the other side has ended. The process is a new interpreter that does not read the caller's script,
+A socket, not `distributed.shm_channel`: a thread that waits for it sleeps without the interpreter lock, and the system
+reports at once when the other side has ended. The process is a new interpreter that does not read the caller's script,
 so a script needs no `if __name__ == "__main__"`. It inherits a blocked SIGINT, so Ctrl-C is for this process alone.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -41,6 +39,7 @@ from nanovllm.metrics import MetricsSnapshot
 from nanovllm.requests.grammar_compiler import GrammarCompiler
 from nanovllm.requests.preparation import RequestPreparation
 from nanovllm.requests.tokenization import load_tokenizer
+from nanovllm.utils.child_process import NO_PROCESS_HINT, blocked_interrupts, start_interpreter
 from nanovllm.utils.logger import configure_logging, setup_logger
 
 if TYPE_CHECKING:
@@ -49,12 +48,10 @@ if TYPE_CHECKING:
 logger = setup_logger(__name__)
 
 _MAIN = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
 from nanovllm.logs.configuration import forward_records
 forward_records()
 from nanovllm.async_engine.process_main import main
-main(int(sys.argv[2]))
+main(descriptor)
 """
 _EXIT_SECONDS = 5.0  # for the process to end after its last message
 _LOOK_SECONDS = 0.3  # between looks at the process
@@ -95,20 +92,12 @@ class EngineProcess:
         self._reader.start()
 
     def _start_process(self) -> None:
-        # Only this process handles Ctrl-C: the other one inherits a blocked SIGINT and never unblocks it.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            with self._theirs as theirs:
-                self._process = subprocess.Popen(
-                    [sys.executable, "-c", _MAIN, json.dumps(sys.path), str(theirs.fileno())],
-                    pass_fds=(theirs.fileno(),),
-                    stdin=subprocess.DEVNULL,
-                )
+            with blocked_interrupts():  # only this process handles Ctrl-C
+                self._process = start_interpreter(_MAIN, self._theirs)
         except OSError as error:
-            hint = "The system allows no further process: end others, or raise its limits (`ulimit -u`, `ulimit -v`)."
-            raise EngineDeadError(f"The engine's process cannot be started ({error.strerror}). {hint}") from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            problem = f"The engine's process cannot be started ({error.strerror}). {NO_PROCESS_HINT}"
+            raise EngineDeadError(problem) from error
 
     def _wait_until_ready(self) -> tuple[ResolvedConfig, EngineReady]:
         """Returns what the process tells while it starts. Raises the error for which it does not start."""

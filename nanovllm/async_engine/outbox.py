@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 
 
 class Outbox:
-    """Sends whole messages in order. Does nothing once the other side has ended, which whoever receives notices.
+    """Sends whole messages in order. Does nothing once the other side has ended: the receiver reports that.
 
     A thread that finds another one sending leaves its message to that one. So may a garbage collection in the middle of
     sending, which ends a request and tells the engine.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +27,7 @@ from nanovllm.distributed.worker_process import MessageKind, WorkerStart, run_wo
 from nanovllm.engine.executor import MakeDiagnostics, StartTrace
 from nanovllm.errors import ChannelError, NanoVLLMError, WorkerError
 from nanovllm.logs import events
+from nanovllm.utils.child_process import NO_PROCESS_HINT, blocked_interrupts
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
@@ -96,15 +96,12 @@ class WorkerPool:
     def _start_process(self, start: WorkerStart) -> None:
         context = multiprocessing.get_context("spawn")
         process = context.Process(target=run_worker, args=(start,), name=f"nanovllm-rank-{start.rank}", daemon=True)
-        # Only rank 0 handles Ctrl-C: workers inherit a blocked SIGINT and never unblock it.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            process.start()
+            with blocked_interrupts():  # only rank 0 handles Ctrl-C
+                process.start()
         except OSError as error:
-            hint = "The system allows no further process: end others, or raise its limits (`ulimit -u`, `ulimit -v`)."
-            raise WorkerError(start.rank, f"cannot be started ({error.strerror}). {hint}") from error
+            raise WorkerError(start.rank, f"cannot be started ({error.strerror}). {NO_PROCESS_HINT}") from error
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             start.stack.close()
         self._processes[start.rank] = process
         # A forked child of this process would end the daemons that it finds there. `shutdown` ends the workers instead.

@@ -95,7 +95,7 @@ class ModelRunner:
     def capture_ahead(self) -> bool:
         """Captures one of the CUDA graphs that later steps may need. Returns False when none of these is missing."""
         with torch.inference_mode(), self._on_device():
-            return next(self._missing_graphs, None) is not None
+            return any(True for _ in self._missing_graphs)  # at the first
 
     def becomes_idle(self, seconds: float) -> bool:
         """Waits for at most `seconds`. Returns whether all submitted steps have ended, with or without an error."""

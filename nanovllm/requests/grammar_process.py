@@ -6,7 +6,6 @@ import dataclasses
 import json
 import queue
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,17 +16,16 @@ from typing import Any
 from nanovllm.errors import EngineDeadError
 from nanovllm.logs import events
 from nanovllm.sampling_params import StructuredOutputsParams
+from nanovllm.utils.child_process import start_interpreter
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
 _MAIN = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
 from nanovllm.utils import env
 env.leave_logging_alone()
 from nanovllm.requests.grammar_server import serve
-serve(int(sys.argv[2]))
+serve(descriptor)
 """
 
 
@@ -159,15 +157,15 @@ class _Child:
         self.is_late = False  # a job took longer than it may
         self._failure = ""
         self._connection, theirs = Pipe()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-W", "ignore", "-c", _MAIN, json.dumps(sys.path), str(theirs.fileno())],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for the engine alone
-            )
+        self._process = start_interpreter(
+            _MAIN,
+            theirs,
+            "-W",
+            "ignore",
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the engine alone
+        )
         for target, arguments in (
             (self._send, (start, make_vocabulary)),
             (self._receive, (on_answer, on_end)),

@@ -189,15 +189,16 @@ class MixedGraphs:
         )
 
 
-def missing_graphs(device: torch.device, *graphs: DecodeGraphs | MixedGraphs | None) -> Iterator[StepNeeds]:
+def missing_graphs(device: torch.device, *graphs: DecodeGraphs | MixedGraphs | None) -> Iterator[None]:
     """Captures the graphs that the steps of most requests need and that are missing, one for each item.
 
     Stops when little memory is left.
     """
+    present = [each for each in graphs if each is not None]
     for needs in _USUAL_NEEDS:
-        for each in graphs:
-            for _ in () if each is None else each.capture_missing(needs):
-                yield needs
+        for each in present:
+            for _ in each.capture_missing(needs):
+                yield
                 if free_memory(device) < _SPARE_MEMORY:
                     return
 

@@ -46,12 +46,16 @@ class ScriptedEngine:
     def __init__(self) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(TINY)
         self._tokenizer.chat_template = TEMPLATE
+        self.prompts: list[str] = []
+        self.params: list[SamplingParams] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the script of the test before."""
         self.text = ""
         self.finish_reason: FinishReason = "stop"
         self.stop_reason: str | None = None
         self.error: Exception | None = None  # raised after the first output
-        self.prompts: list[str] = []
-        self.params: list[SamplingParams] = []
 
     def get_tokenizer(self) -> Any:
         return self._tokenizer

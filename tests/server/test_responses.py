@@ -37,9 +37,8 @@ def server() -> Iterator[tuple[ScriptedEngine, str]]:
 
 @pytest.fixture
 def engine(server: tuple[ScriptedEngine, str]) -> ScriptedEngine:
-    engine = server[0]
-    engine.text, engine.finish_reason, engine.stop_reason, engine.error = "", "stop", None, None
-    return engine
+    server[0].reset()
+    return server[0]
 
 
 @pytest.fixture(scope="module")

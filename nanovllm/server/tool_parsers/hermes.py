@@ -13,12 +13,6 @@ class HermesToolParser(ToolParser):
     begin_marker: ClassVar[str] = "<tool_call>"
     end_marker: ClassVar[str] = "</tool_call>"
 
-    def _read_begin(self) -> bool:
-        start = self._after_space(self._text.index(self.begin_marker) + len(self.begin_marker))
-        if start == len(self._text):
-            return self._is_whole and self._reject(start)
-        return self._begin_object(start) if self._text[start] == "{" else self._reject(start)
-
     def _read_after_call(self) -> bool:
         start = self._after_space(0)
         rest = self._text[start:]

@@ -23,12 +23,6 @@ class Llama3JSONToolParser(ToolParser):
     def _read_start(self) -> bool:
         return self._begin_object_or_content(self._after_space(0))
 
-    def _read_begin(self) -> bool:
-        start = self._after_space(self._text.index(self.begin_marker) + len(self.begin_marker))
-        if start == len(self._text):
-            return self._is_whole and self._reject(start)
-        return self._begin_object(start) if self._text[start] == "{" else self._reject(start)
-
     def _read_after_call(self) -> bool:
         start = self._after_space(0)
         if self._text[start : start + 1] in (";", ","):

@@ -62,9 +62,12 @@ class ToolParser(ABC):
 
     # What the forms differ in
 
-    @abstractmethod
     def _read_begin(self) -> bool:
         """The step after the begin marker, which is at the start of `_text`, with white space before it."""
+        start = self._after_space(self._text.index(self.begin_marker) + len(self.begin_marker))
+        if start == len(self._text):
+            return self._is_whole and self._reject(start)
+        return self._begin_object(start) if self._text[start] == "{" else self._reject(start)
 
     @abstractmethod
     def _read_after_call(self) -> bool:
