@@ -65,6 +65,8 @@ ENGINE_OPTIONS = (
     "max_num_batched_tokens",
     "max_num_seqs",
     "pipeline_depth",
+    "max_prefill_tokens_beside_decode",
+    "inter_token_latency_target_ms",
 )
 
 
@@ -224,6 +226,18 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         metavar="N",
         help="steps in flight (default: 2 on a GPU, 1 on a CPU)",
+    )
+    add(
+        "--max-prefill-tokens-beside-decode",
+        type=positive,
+        metavar="N",
+        help="prompt tokens in a step that also decodes (default: no limit)",
+    )
+    add(
+        "--inter-token-latency-target-ms",
+        type=above_zero,
+        metavar="MS",
+        help="target for the time of a step that also decodes (default: none)",
     )
     add("--tensor-parallel-size", type=positive, default=1, metavar="N", help="GPUs, or processes on a CPU (default 1)")
     add("--enforce-eager", action="store_true", help="no CUDA graphs")
