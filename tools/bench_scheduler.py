@@ -69,7 +69,7 @@ def make_engine(num_seqs: int, num_steps: int, block_size: int) -> LLMEngine:
         max_num_seqs=num_seqs,
         max_num_batched_tokens=num_seqs * PROMPT_LEN,
         max_prefill_tokens_beside_decode=None,
-        inter_token_latency_target_ms=0.0,
+        inter_token_latency_target_ms=None,
         block_size=block_size,
         num_blocks=num_seqs * (-(-max_model_len // block_size) + 1),
         kv_cache_dtype="bfloat16",

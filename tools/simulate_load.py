@@ -217,7 +217,7 @@ def resolve(**changes: object) -> ResolvedConfig:
         "max_num_seqs": 256,
         "max_num_batched_tokens": 16384,
         "max_prefill_tokens_beside_decode": None,
-        "inter_token_latency_target_ms": 0.0,
+        "inter_token_latency_target_ms": None,
         "block_size": 16,
         "num_blocks": 2000,
         "kv_cache_dtype": "bfloat16",

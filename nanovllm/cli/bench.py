@@ -235,9 +235,9 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--inter-token-latency-target-ms",
-        type=above_zero,
+        type=latency_target,
         metavar="MS",
-        help="target for the time of a step that also decodes (default: none)",
+        help="target for the time of a step that also decodes: 'auto', or 0 for none (default: that of the engine)",
     )
     add("--tensor-parallel-size", type=positive, default=1, metavar="N", help="GPUs, or processes on a CPU (default 1)")
     add("--enforce-eager", action="store_true", help="no CUDA graphs")
@@ -360,6 +360,11 @@ def above_zero(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number > 0")
     return value
+
+
+def latency_target(text: str) -> float | str:
+    """Returns 'auto' or a number ≥ 0, for argparse."""
+    return text if text == "auto" else 0.0 if text == "0" else above_zero(text)
 
 
 def lengths(text: str) -> Lengths:

@@ -17,7 +17,7 @@ from nanovllm.engine.row_table import RowArray, RowTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.step_time_model import StepSize, StepTimeModel
 
-# Without a target in the settings, a step with prompts may take this many times as long as one that only decodes, and
+# With the target "auto", a step with prompts may take this many times as long as one that only decodes, and
 # at least `_SHORTEST` seconds. For a prompt that has waited, it may take a tenth of that time, up to `_MOST` times as
 # long as otherwise: where prompts are most of the work, a queue would not get shorter with half of the device's time.
 _MULTIPLE = 2.2
@@ -47,15 +47,15 @@ class PrefillPolicy:
 
     Decode rows come first: each has its token in every step. How many prompt tokens the step computes beside them
     decides how long they wait, and is limited by `max_prefill_tokens_beside_decode` and by a target for the step's
-    time, which is turned into tokens by what steps took so far. The target is `inter_token_latency_target_ms`, or
-    follows the time of decoding alone.
+    time, `inter_token_latency_target_ms`, which is turned into tokens by what steps took so far.
     """
 
     def __init__(self, config: ResolvedConfig) -> None:
         self.max_num_batched_tokens = config.max_num_batched_tokens
         self.max_prefill_tokens_beside_decode = config.max_prefill_tokens_beside_decode
         target_ms = config.inter_token_latency_target_ms
-        self._target = None if target_ms is None else target_ms / 1e3  # seconds; 0: no target; None: adapts
+        self._has_target = target_ms is not None
+        self._target = target_ms / 1e3 if isinstance(target_ms, float) else None  # seconds; None: it adapts
         self.watermark = int(_WATERMARK * config.num_blocks)  # blocks
         self._times = StepTimeModel()
         self._in_flight: deque[tuple[StepSize, float]] = deque()  # each with when it was planned
@@ -71,7 +71,7 @@ class PrefillPolicy:
         limits = {"max_num_batched_tokens": left}
         if len(decode_rows) and self.max_prefill_tokens_beside_decode is not None:
             limits["max_prefill_tokens_beside_decode"] = self.max_prefill_tokens_beside_decode
-        if len(decode_rows) and self._target != 0:
+        if len(decode_rows) and self._has_target:
             context = _context(rows, decode_rows)
             start = 0 if prompt.row is None else int(rows.num_computed[prompt.row])
             target = self._target or self._adapted_target(context, now - prompt.queued)
@@ -107,7 +107,7 @@ class PrefillPolicy:
 
     def step_planned(self, batch: ScheduledBatch, rows: RowTable, now: float) -> None:
         """Takes the make-up of a step. now: seconds of the engine's clock."""
-        if self._target != 0:
+        if self._has_target:
             starts, lengths = batch.chunks["start"].astype(np.float64), batch.chunks["length"]
             num_pairs = float((lengths * (starts + lengths / 2)).sum())
             context = _context(rows, batch.decode_rows)
@@ -115,7 +115,7 @@ class PrefillPolicy:
 
     def step_collected(self, now: float, gpu_ms: float | None) -> None:
         """Takes the time of the oldest step in flight: on the GPU, or else since the step before it was collected."""
-        if self._target != 0:
+        if self._has_target:
             size, planned = self._in_flight.popleft()
             seconds = now - max(self._collected, planned) if gpu_ms is None else gpu_ms / 1e3
             self._times.observe(size, seconds)

@@ -349,7 +349,6 @@ class Startup:
         """Logs the memory in use and returns the settings that were chosen."""
         log_gpu_memory(logger, device=self.device, event=events.kv_cache_memory)
         config, plan = self._config, self.plan
-        target_ms = config.inter_token_latency_target_ms
         return ResolvedConfig(
             model=str(plan.folder or config.model),
             device=str(self.device),
@@ -360,7 +359,7 @@ class Startup:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_prefill_tokens_beside_decode=config.max_prefill_tokens_beside_decode,
-            inter_token_latency_target_ms=0.0 if target_ms is None and not config.serves else target_ms,
+            inter_token_latency_target_ms=config.inter_token_latency_target_ms or None,
             block_size=self.attention.block_size,
             num_blocks=num_blocks,
             kv_cache_dtype=plan.kv_cache_dtype_name,

@@ -41,7 +41,7 @@ def make_config(**changes: object) -> ResolvedConfig:
         "decode_backend": "simulated",
         "pipeline_depth": 1,
         "max_prefill_tokens_beside_decode": None,
-        "inter_token_latency_target_ms": 0.0,
+        "inter_token_latency_target_ms": None,
     }
     return ResolvedConfig(**{**values, **changes})  # type: ignore[arg-type]
 

@@ -23,7 +23,7 @@ def saturation() -> float:
     return simulate(LOAD, float("inf"), Device(), num_blocks=NUM_BLOCKS).requests_per_second
 
 
-@pytest.fixture(scope="module", params=[0.0, None, TARGET_MS], ids=["no target", "adapts", "target"])
+@pytest.fixture(scope="module", params=[None, "auto", TARGET_MS], ids=["no target", "adapts", "target"])
 def outcomes(request: pytest.FixtureRequest, saturation: float) -> dict[float, Outcome]:
     config = {"num_blocks": NUM_BLOCKS, "inter_token_latency_target_ms": request.param}
     return {load: simulate(LOAD, load * saturation, Device(), **config) for load in LOADS}
