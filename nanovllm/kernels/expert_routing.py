@@ -76,11 +76,9 @@ def _route_kernel(
     choice = tl.arange(0, BLOCK_TOP_K)
     in_batch = token < num_tokens
     is_expert = expert < NUM_EXPERTS
-    logits = tl.load(
-        logits_ptr + token[:, None] * logits_stride + expert[None, :],
-        mask=in_batch[:, None] & is_expert[None, :],
-        other=-float("inf"),
-    ).to(tl.float32)
+    row = tl.minimum(token, num_tokens - 1)  # rows past the end are computed and not stored
+    logits_ptrs = logits_ptr + row[:, None] * logits_stride + expert[None, :]
+    logits = tl.load(logits_ptrs, mask=is_expert[None, :], other=-float("inf")).to(tl.float32)
     exponentials = tl.exp(logits - tl.max(logits, axis=1)[:, None])
     probabilities = exponentials / tl.sum(exponentials, axis=1)[:, None]  # one NaN makes the row NaN
     scores = tl.where(probabilities == probabilities, probabilities, 2.0)

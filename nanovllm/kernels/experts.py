@@ -30,7 +30,7 @@ def experts_mlp_reference(
         if len(some):
             inner = silu_and_mul_reference(F.linear(some, gate_up[expert]))
             outputs[of] = F.linear(inner, down[expert])
-    weighted = outputs.view(*routing.expert_ids.shape, -1).float() * routing.weights.unsqueeze(-1)
+    weighted = outputs.view(-1, routing.top_k, x.shape[1]).float() * routing.weights.unsqueeze(-1)
     out = weighted.sum(dim=1)  # [num_tokens, hidden_size]
     return (out if residual is None else out + residual.float()).to(x.dtype)
 

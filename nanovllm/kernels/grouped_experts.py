@@ -37,9 +37,7 @@ _TILINGS = {
 
 
 @jit
-def _load_weight(
-    ptrs: tl.tensor, column: tl.tensor, INPUT_SIZE: tl.constexpr, IS_EVEN: tl.constexpr
-) -> tl.tensor:
+def _load_columns(ptrs: tl.tensor, column: tl.tensor, INPUT_SIZE: tl.constexpr, IS_EVEN: tl.constexpr) -> tl.tensor:
     """Loads columns of some rows, with zeros past the last column. IS_EVEN: none is past it."""
     return tl.load(ptrs) if IS_EVEN else tl.load(ptrs, mask=column < INPUT_SIZE, other=0.0)
 
@@ -89,12 +87,12 @@ def _grouped_product_kernel(
         if IS_GATED:
             up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, INPUT_SIZE, BLOCK_K):
-            x = _load_weight(x_ptrs + start, start + column[None, :], INPUT_SIZE, IS_EVEN)
-            weight = _load_weight(weight_ptrs + start, start + column[:, None], INPUT_SIZE, IS_EVEN)
+            x = _load_columns(x_ptrs + start, start + column[None, :], INPUT_SIZE, IS_EVEN)
+            weight = _load_columns(weight_ptrs + start, start + column[:, None], INPUT_SIZE, IS_EVEN)
             out = tl.dot(x, weight, out, input_precision=PRECISION)
             if IS_GATED:
                 up_ptrs = weight_ptrs + OUTPUT_SIZE * INPUT_SIZE + start
-                up_weight = _load_weight(up_ptrs, start + column[:, None], INPUT_SIZE, IS_EVEN)
+                up_weight = _load_columns(up_ptrs, start + column[:, None], INPUT_SIZE, IS_EVEN)
                 up = tl.dot(x, up_weight, up, input_precision=PRECISION)
         if IS_GATED:
             out = out / (1.0 + tl.exp(-out)) * up

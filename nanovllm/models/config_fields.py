@@ -175,7 +175,8 @@ def _slides_from_max_window_layers(fields: ConfigFields, layer: int) -> bool:
 
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
-_WITHOUT_LAYER_TYPES = frozenset({"MistralForCausalLM", "Qwen3MoeForCausalLM"})  # transformers does not read `layer_types` for these
+# Architectures for which transformers does not read `layer_types`.
+_WITHOUT_LAYER_TYPES = frozenset({"MistralForCausalLM", "Qwen3MoeForCausalLM"})
 _WINDOW_RULES: Mapping[str, Callable[[ConfigFields, int], bool]] = {  # architectures that may have sliding windows
     "Gemma3ForCausalLM": _slides_by_pattern,
     "Gemma3ForConditionalGeneration": _slides_by_pattern,

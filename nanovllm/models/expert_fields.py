@@ -53,7 +53,5 @@ def read_experts(fields: ConfigFields, num_layers: int) -> ExpertsConfig | None:
         num_experts_per_tok=per_token,
         moe_intermediate_size=fields.count("moe_intermediate_size"),
         norm_topk_prob=fields.flag("norm_topk_prob"),
-        sparse_layers=frozenset(
-            layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense
-        ),
+        sparse_layers=frozenset(layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense),
     )

@@ -50,8 +50,8 @@ class CheckpointForm:
 
     # Prefix of a tensor's name → what the model has instead. None: the model does not need the tensor.
     prefixes: Mapping[str, str | None] = field(default_factory=dict)
-    # Suffix of a tensor [experts, outputs, inputs] that has matrices of all experts → the matrices that its outputs
-    # consist of, in equal parts. Files may also have each of them: "experts.gate_up_proj" and "experts.7.up_proj.weight".
+    # Suffix of a tensor [experts, outputs, inputs] → the matrices, of each expert, that its outputs are in equal parts.
+    # The model takes them one by one: "experts.gate_up_proj" has what it calls "experts.7.up_proj.weight".
     stacked: Mapping[str, Sequence[str]] = field(default_factory=dict)
     torch_files: bool = False  # pytorch_model*.bin are read where there are no safetensors
 
@@ -255,7 +255,7 @@ class _ExpertMatrix:
 
     def __getitem__(self, source: tuple[slice, ...]) -> torch.Tensor:
         rows = self.outputs[source[0]]
-        part: torch.Tensor = self.stacked[self.expert, rows.start : rows.stop, *source[1:]]
+        part: torch.Tensor = self.stacked[(self.expert, slice(rows.start, rows.stop), *source[1:])]
         return part
 
 
