@@ -12,8 +12,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from nanovllm.kernels.chosen_experts import suits_chosen_experts
 from nanovllm.kernels.expert_routing import Routing
 from nanovllm.kernels.experts import experts_mlp
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parallel import Shard
 from nanovllm.layers.parameter import WeightPart, empty_parameter
 
@@ -41,9 +43,15 @@ class Experts(nn.Module):
     def weight_parts(self, prefix: str) -> Mapping[str, Sequence[WeightPart]]:
         return self.method.weight_parts(self, prefix)
 
-    def forward(self, hidden: torch.Tensor, routing: Routing, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        routing: Routing,
+        residual: torch.Tensor | None = None,
+        norm: RMSNorm | None = None,
+    ) -> torch.Tensor:
         """Returns the weighted sum of each token's experts, plus residual: [num_tokens, hidden_size] each."""
-        return self.method.multiply(self, hidden, routing, residual)
+        return self.method.multiply(self, hidden, routing, residual=residual, norm=norm)
 
 
 class ExpertsMethod(Protocol):
@@ -61,10 +69,20 @@ class ExpertsMethod(Protocol):
         """Converts the loaded parameters to the layout that `multiply` reads; may replace them."""
         ...
 
+    def fuses(self, layer: Experts, hidden: torch.Tensor) -> bool:
+        """Returns whether `multiply` takes a norm. False: the layer norms first."""
+        ...
+
     def multiply(
-        self, layer: Experts, hidden: torch.Tensor, routing: Routing, residual: torch.Tensor | None = None
+        self,
+        layer: Experts,
+        hidden: torch.Tensor,
+        routing: Routing,
+        *,
+        residual: torch.Tensor | None = None,
+        norm: RMSNorm | None = None,
     ) -> torch.Tensor:
-        """Returns Σ weight · down(silu(gate(hidden)) · up(hidden)) over each token's experts, + residual."""
+        """Returns Σ weight · down(silu(gate(x)) · up(x)) over each token's experts, + residual. x is norm(hidden)."""
         ...
 
 
@@ -96,13 +114,23 @@ class UnquantizedExperts:
     def finish_loading(self, layer: Experts) -> None:
         """Nothing is to be converted."""
 
+    def fuses(self, layer: Experts, hidden: torch.Tensor) -> bool:
+        return suits_chosen_experts(hidden)
+
     def multiply(
-        self, layer: Experts, hidden: torch.Tensor, routing: Routing, residual: torch.Tensor | None = None
+        self,
+        layer: Experts,
+        hidden: torch.Tensor,
+        routing: Routing,
+        *,
+        residual: torch.Tensor | None = None,
+        norm: RMSNorm | None = None,
     ) -> torch.Tensor:
         num_experts, hidden_size, inner_size = layer.num_experts, layer.hidden_size, layer.inner.size
         gate_up = layer.gate_up_proj.view(num_experts, 2 * inner_size, hidden_size)
         down = layer.down_proj.view(num_experts, hidden_size, inner_size)
-        return experts_mlp(hidden, gate_up, down, routing, residual)
+        norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return experts_mlp(hidden, gate_up, down, routing, residual, norm_weight=norm_weight, eps=eps)
 
 
 def finish_loading_experts(model: nn.Module) -> None:

@@ -29,10 +29,13 @@ class TopKRouter(LinearLayer):
         self.top_k = top_k
         self.renormalize = renormalize
 
-    def forward(self, hidden: torch.Tensor) -> Routing:
-        fuses = self.method.fuses(self, hidden)
-        logits = (self.method.multiply_fused if fuses else self.method.multiply)(self, hidden)
-        return route(logits, self.top_k, self.renormalize)  # logits: [num_tokens, num_experts]
+    def forward(self, hidden: torch.Tensor, norm: RMSNorm | None) -> Routing:
+        """Returns the experts of hidden [num_tokens, hidden_size]. norm: hidden is normed with it; for few tokens."""
+        if self.method.fuses(self, hidden):
+            logits = self.method.multiply_fused(self, hidden, norm=norm)  # [num_tokens, num_experts]
+        else:
+            logits = self.method.multiply(self, hidden)
+        return route(logits, self.top_k, self.renormalize)
 
 
 class SparseMoeBlock(nn.Module):
@@ -59,8 +62,10 @@ class SparseMoeBlock(nn.Module):
         self, hidden: torch.Tensor, residual: torch.Tensor | None, norm: RMSNorm
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Returns the residual stream with the experts' result added to it, and None: [num_tokens, hidden_size]."""
-        normed, stream = norm(hidden, residual)
-        routing = self.gate(normed)
+        fuses = self.gate.method.fuses(self.gate, hidden) and self.experts.method.fuses(self.experts, hidden)
+        folded = norm if fuses and residual is None else None
+        normed, stream = norm(hidden, residual) if folded is None else (hidden, hidden)
+        routing = self.gate(normed, folded)
         if self.parallel.size == 1:
-            return self.experts(normed, routing, stream), None
-        return self.parallel.all_reduce(self.experts(normed, routing), stream), None
+            return self.experts(normed, routing, stream, folded), None
+        return self.parallel.all_reduce(self.experts(normed, routing, None, folded), stream), None

@@ -1,7 +1,8 @@
 """The experts' MLP for few tokens: each token's experts are multiplied on their own, and no other weights are read.
 
-Two launches: gate and up with SiLU for every pair of a token and an expert, then down with the weighted sum over the
-token's experts and the addition to the residual stream. Programs are shaped as those of `kernels.skinny_linear`.
+Two launches: norm, gate and up with SiLU for every pair of a token and an expert, then down with the weighted sum over
+the token's experts and the addition to the residual stream. The second one loads its weights before the first one has
+ended. Programs are shaped as those of `kernels.skinny_linear`.
 """
 
 from __future__ import annotations
@@ -9,21 +10,32 @@ from __future__ import annotations
 import torch
 
 from nanovllm.kernels.expert_routing import Routing
-from nanovllm.kernels.triton_support import jit, join_launch_chain, next_power_of_2, pdl_options, tl
+from nanovllm.kernels.triton_support import (
+    HAS_TRITON,
+    jit,
+    let_next_kernel_start,
+    next_power_of_2,
+    pdl_options,
+    tl,
+    wait_for_previous_kernel,
+)
 
+MAX_FEW_TOKENS = 4  # with more, several tokens choose the same expert
 _MAX_PROGRAM_WEIGHTS = 8192  # of a gated program
 _DOWN_BLOCK_N = 1  # outputs of a program of the down product
-_DOWN_BLOCK_K = 256  # inputs that it reads at a time
-_NUM_WARPS = 4
+_GATE_UP_WARPS, _DOWN_WARPS = 4, 4
 
 
 @jit
 def _gate_up_kernel(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
+    norm_weight_ptr: tl.tensor,
     expert_ids_ptr: tl.tensor,
     out_ptr: tl.tensor,
     x_stride: tl.tensor,
+    eps: tl.tensor,
+    HAS_NORM: tl.constexpr,
     TOP_K: tl.constexpr,
     HIDDEN_SIZE: tl.constexpr,
     INNER_SIZE: tl.constexpr,
@@ -32,7 +44,8 @@ def _gate_up_kernel(
     PDL: tl.constexpr,
 ) -> None:
     """Program (outputs, pair)."""
-    join_launch_chain(PDL)
+    wait_for_previous_kernel(PDL)
+    let_next_kernel_start(PDL)  # after the wait: the next kernel may read what the kernel before this one wrote
     pair = tl.program_id(1).to(tl.int64)
     expert = tl.load(expert_ids_ptr + pair).to(tl.int64)
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -43,8 +56,12 @@ def _gate_up_kernel(
     up_weight = tl.load(weight_ptrs + INNER_SIZE * HIDDEN_SIZE, mask=mask, other=0.0).to(tl.float32)
     x_ptrs = x_ptr + pair // TOP_K * x_stride + column
     x = tl.load(x_ptrs, mask=column < HIDDEN_SIZE, other=0.0).to(tl.float32)  # [BLOCK_K]
-    gate = tl.sum(x[None, :] * gate_weight, axis=1)  # [BLOCK_N]
-    up = tl.sum(x[None, :] * up_weight, axis=1)
+    scale = 1.0
+    if HAS_NORM:  # as in `kernels.skinny_linear`, the division comes after the product
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / HIDDEN_SIZE + eps)
+        x = x * tl.load(norm_weight_ptr + column, mask=column < HIDDEN_SIZE, other=0.0).to(tl.float32)
+    gate = tl.sum(x[None, :] * gate_weight, axis=1) * scale  # [BLOCK_N]
+    up = tl.sum(x[None, :] * up_weight, axis=1) * scale
     out = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out_ptr + pair * INNER_SIZE + output, out.to(out_ptr.dtype.element_ty), mask=output < INNER_SIZE)
 
@@ -67,23 +84,22 @@ def _down_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Program (outputs, token): the rows of its tiles are the token's choices, each with BLOCK_N outputs."""
-    join_launch_chain(PDL)
+    """Program (outputs, token): the rows of its tile are the token's choices, each with BLOCK_N outputs."""
+    let_next_kernel_start(PDL)
     token = tl.program_id(1).to(tl.int64)
     row = tl.arange(0, BLOCK_TOP_K * BLOCK_N)
     choice = row // BLOCK_N
     output = tl.program_id(0) * BLOCK_N + row % BLOCK_N
-    row_mask = (choice < TOP_K) & (output < HIDDEN_SIZE)
     pair = token * TOP_K + choice
-    expert = tl.load(expert_ids_ptr + pair, mask=choice < TOP_K, other=0).to(tl.int64)
-    weight_ptrs = weight_ptr + (expert * HIDDEN_SIZE + output)[:, None] * INNER_SIZE
-    out = tl.zeros([BLOCK_TOP_K * BLOCK_N], tl.float32)
-    for start in tl.static_range(0, INNER_SIZE, BLOCK_K):
-        column = start + tl.arange(0, BLOCK_K)
-        mask = row_mask[:, None] & (column < INNER_SIZE)[None, :]
-        weight = tl.load(weight_ptrs + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        inner = tl.load(inner_ptr + pair[:, None] * INNER_SIZE + column[None, :], mask=mask, other=0.0).to(tl.float32)
-        out += tl.sum(weight * inner, axis=1)
+    column = tl.arange(0, BLOCK_K)
+    mask = ((choice < TOP_K) & (output < HIDDEN_SIZE))[:, None] & (column < INNER_SIZE)[None, :]
+    # The kernel ahead began after these were written. They are read past the first-level cache, which may be older.
+    expert = tl.load(expert_ids_ptr + pair, mask=choice < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
+    weight_ptrs = weight_ptr + (expert * HIDDEN_SIZE + output)[:, None] * INNER_SIZE + column[None, :]
+    weight = tl.load(weight_ptrs, mask=mask, other=0.0)
+    wait_for_previous_kernel(PDL)
+    inner = tl.load(inner_ptr + pair[:, None] * INNER_SIZE + column[None, :], mask=mask, other=0.0)
+    out = tl.sum(weight.to(tl.float32) * inner.to(tl.float32), axis=1)
     out *= tl.load(pair_weights_ptr + pair, mask=choice < TOP_K, other=0.0)
     out = tl.sum(tl.reshape(out, [BLOCK_TOP_K, BLOCK_N]), axis=0)
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -93,12 +109,20 @@ def _down_kernel(
     tl.store(out_ptr + token * HIDDEN_SIZE + output, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+def suits_chosen_experts(x: torch.Tensor) -> bool:
+    """Returns whether `chosen_experts` is the faster one for x [num_tokens, hidden_size]: few tokens, on a GPU."""
+    return HAS_TRITON and x.is_cuda and len(x) <= MAX_FEW_TOKENS
+
+
 def chosen_experts(
     x: torch.Tensor,
     gate_up: torch.Tensor,
     down: torch.Tensor,
     routing: Routing,
     residual: torch.Tensor | None = None,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
 ) -> torch.Tensor:
     """The kernels of `kernels.experts.experts_mlp` for few tokens."""
     num_tokens, hidden_size = x.shape
@@ -110,15 +134,18 @@ def chosen_experts(
     _gate_up_kernel[(-(-inner_size // block_n), num_pairs)](
         x_ptr=x,
         weight_ptr=gate_up,
+        norm_weight_ptr=x if norm_weight is None else norm_weight,
         expert_ids_ptr=routing.expert_ids,
         out_ptr=inner,
         x_stride=x.stride(0),
+        eps=eps,
+        HAS_NORM=norm_weight is not None,
         TOP_K=routing.top_k,
         HIDDEN_SIZE=hidden_size,
         INNER_SIZE=inner_size,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        num_warps=_NUM_WARPS,
+        num_warps=_GATE_UP_WARPS,
         num_stages=1,
         **pdl_options(x.device),
     )
@@ -137,8 +164,8 @@ def chosen_experts(
         INNER_SIZE=inner_size,
         BLOCK_TOP_K=next_power_of_2(routing.top_k),
         BLOCK_N=_DOWN_BLOCK_N,
-        BLOCK_K=min(_DOWN_BLOCK_K, next_power_of_2(inner_size)),
-        num_warps=_NUM_WARPS,
+        BLOCK_K=next_power_of_2(inner_size),
+        num_warps=_DOWN_WARPS,
         num_stages=1,
         **pdl_options(x.device),
     )

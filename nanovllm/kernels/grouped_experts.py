@@ -12,7 +12,15 @@ import torch
 
 from nanovllm.kernels.expert_routing import Routing
 from nanovllm.kernels.expert_tiles import ExpertTiles, sort_by_expert
-from nanovllm.kernels.triton_support import jit, join_launch_chain, next_power_of_2, pdl_options, tl
+from nanovllm.kernels.triton_support import (
+    jit,
+    join_launch_chain,
+    let_next_kernel_start,
+    next_power_of_2,
+    pdl_options,
+    tl,
+    wait_for_previous_kernel,
+)
 
 _SUM_BLOCK = 1024  # columns that a program adds up
 
@@ -66,11 +74,16 @@ def _grouped_product_kernel(
     The gated product writes sorted rows; the other multiplies them by the pairs' weights, and writes them in the order
     of the pairs.
     """
-    join_launch_chain(PDL)
+    # The down product starts after the gated one has waited for the tiles, and may read them before it waits itself.
+    if IS_GATED:
+        wait_for_previous_kernel(PDL)
+    let_next_kernel_start(PDL)
     tile_ptr = tiles_ptr + tl.program_id(1) * 3
-    expert = tl.load(tile_ptr).to(tl.int64)
-    first = tl.load(tile_ptr + 1)
-    end = tl.load(tile_ptr + 2)
+    expert = tl.load(tile_ptr, cache_modifier=".cg").to(tl.int64)
+    first = tl.load(tile_ptr + 1, cache_modifier=".cg")
+    end = tl.load(tile_ptr + 2, cache_modifier=".cg")
+    if not IS_GATED:
+        wait_for_previous_kernel(PDL)
     if first < end:
         row = first + tl.arange(0, BLOCK_M)
         in_tile = row < end

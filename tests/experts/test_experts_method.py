@@ -13,6 +13,7 @@ from torch import nn
 from nanovllm.experts.experts_method import Experts, UnquantizedExperts, finish_loading_experts
 from nanovllm.kernels.expert_routing import Routing
 from nanovllm.kernels.experts import experts_mlp
+from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.parameter import WeightPart, empty_parameter
 from nanovllm.models.causal_lm import CausalLM
@@ -21,6 +22,7 @@ from nanovllm.models.qwen3_moe import Qwen3MoeForCausalLM
 from nanovllm.utils.loader import load_weights
 from tests.models.checkpoints import make_checkpoint
 from tests.models.paged_model import CPU, PagedModel, fp32_context, load_model
+from tests.models.test_qwen3 import fold_in
 
 PROMPTS = {0: [3, 1, 4, 1, 5], 1: [9, 2]}
 SCALES = ".weight_scale"  # of a matrix: one number for each output
@@ -28,6 +30,9 @@ SCALES = ".weight_scale"  # of a matrix: one number for each output
 
 class RowScaled(UnquantizedExperts):
     """Integers from −127 to 127, and a scale for each output. finish_loading turns the integers into int8."""
+
+    def __init__(self, folds: bool) -> None:
+        self.folds = folds
 
     def create_weights(self, layer: Experts) -> None:
         super().create_weights(layer)
@@ -60,10 +65,20 @@ class RowScaled(UnquantizedExperts):
         gate_up = (layer.gate_up_int8 * layer.gate_up_scale.unsqueeze(1)).view(num_experts, -1, hidden_size)
         return gate_up, (layer.down_int8 * layer.down_scale.unsqueeze(1)).view(num_experts, hidden_size, inner_size)
 
+    def fuses(self, layer: Experts, hidden: torch.Tensor) -> bool:
+        return self.folds and hidden.shape[0] <= 4
+
     def multiply(
-        self, layer: Experts, hidden: torch.Tensor, routing: Routing, residual: torch.Tensor | None = None
+        self,
+        layer: Experts,
+        hidden: torch.Tensor,
+        routing: Routing,
+        *,
+        residual: torch.Tensor | None = None,
+        norm: RMSNorm | None = None,
     ) -> torch.Tensor:
-        return experts_mlp(hidden, *self.weights(layer), routing, residual)
+        normed = hidden if norm is None else norm(hidden)[0]
+        return experts_mlp(normed, *self.weights(layer), routing, residual)
 
 
 @pytest.fixture
@@ -85,18 +100,25 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     return plain, quantized
 
 
-def load_quantized(plain: Path, quantized: Path, parallel: TensorParallel | None = None) -> CausalLM:
-    context = fp32_context(ModelConfig.from_folder(plain), parallel, experts_method=RowScaled())
+def load_quantized(
+    plain: Path, quantized: Path, parallel: TensorParallel | None = None, folds: bool = False
+) -> CausalLM:
+    context = fp32_context(ModelConfig.from_folder(plain), parallel, experts_method=RowScaled(folds))
     model = Qwen3MoeForCausalLM(context)
     load_weights(model, quantized, CPU)
     finish_loading_experts(model)
     return model
 
 
-def test_a_scheme_with_scales_gives_the_logits_of_the_weights_it_stands_for(folders: tuple[Path, Path]) -> None:
+@pytest.mark.parametrize("folds", [False, True], ids=["separate", "folded"])
+def test_a_scheme_with_scales_gives_the_logits_of_the_weights_it_stands_for(
+    folds: bool, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if folds:
+        fold_in(monkeypatch)
     plain, quantized = folders
     config = ModelConfig.from_folder(plain)
-    model = load_quantized(plain, quantized)
+    model = load_quantized(plain, quantized, folds=folds)
     kept = {name: parameter.dtype for name, parameter in model.get_submodule("model.layers.0.mlp").named_parameters()}
     assert kept == {
         "gate.weight": torch.float32,
@@ -106,8 +128,9 @@ def test_a_scheme_with_scales_gives_the_logits_of_the_weights_it_stands_for(fold
         "experts.down_scale": torch.float32,
     }
     ours, expected = PagedModel(model, config), PagedModel(load_model(plain), config)
-    for seq, logits in expected.step(PROMPTS).items():
-        torch.testing.assert_close(ours.step({seq: PROMPTS[seq]})[seq], logits, rtol=0, atol=1e-4)
+    for work in (PROMPTS, {0: [9], 1: [7]}):  # prefill, then few rows
+        for seq, logits in expected.step(work).items():
+            torch.testing.assert_close(ours.step({seq: work[seq]})[seq], logits, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [2, 4])

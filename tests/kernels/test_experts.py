@@ -7,6 +7,7 @@ from nanovllm.kernels.chosen_experts import chosen_experts
 from nanovllm.kernels.expert_routing import route
 from nanovllm.kernels.experts import experts_mlp, experts_mlp_reference
 from nanovllm.kernels.grouped_experts import grouped_experts
+from nanovllm.kernels.rms_norm import rms_norm_reference
 from tests.kernels.inputs import DTYPES, TOLERANCES, relative_error
 
 KERNELS = [chosen_experts, grouped_experts]
@@ -69,6 +70,16 @@ def test_the_reference_is_the_same_function(device, generator, dtype):
         got = experts_mlp(*arguments, use_triton=False)
         assert got.dtype == dtype
         assert relative_error(got, oracle(*arguments)) <= ROUNDINGS * TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_norm_is_folded_in_for_few_tokens(device, generator, dtype):
+    x, *others = random_layer(generator, device, dtype, 3, 8, 2, 32, 24)
+    norm_weight = (torch.rand(32, generator=generator) + 0.5).to(device, dtype)
+    expected = oracle(rms_norm_reference(x.double(), norm_weight.double(), 0.1), *others)
+    for use_triton in (True, False):
+        got = experts_mlp(x, *others, norm_weight=norm_weight, eps=0.1, use_triton=use_triton)
+        assert relative_error(got, expected) <= ROUNDINGS * TOLERANCES[dtype]
 
 
 @pytest.mark.parametrize("block_rows", [16, 32, 64, 128])
