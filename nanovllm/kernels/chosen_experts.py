@@ -21,7 +21,7 @@ from nanovllm.kernels.triton_support import (
 )
 
 MAX_FEW_TOKENS = 4  # with more, several tokens choose the same expert
-_MAX_PROGRAM_WEIGHTS = 8192  # of a gated program
+_MAX_PROGRAM_WEIGHTS = 4096  # of a gated program
 _DOWN_BLOCK_N = 1  # outputs of a program of the down product
 _GATE_UP_WARPS, _DOWN_WARPS = 4, 4
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.kernels.triton_support import (
-    jit,
     jit_with_varying,
     join_launch_chain,
     next_power_of_2,
@@ -24,6 +23,15 @@ _BLOCK_TOKENS, _LARGE_BLOCK_TOKENS = 16, 64  # tokens of a program, for few toke
 
 
 @dataclass(frozen=True)
+class RoutingCounts:
+    """What sorting by expert starts from, for each block of `block_tokens` consecutive tokens."""
+
+    block_tokens: int
+    experts: torch.Tensor  # [blocks, num_experts] int32: how many tokens of the block chose each expert
+    ranks: torch.Tensor  # [num_tokens, top_k] int32: how many earlier tokens of its block chose a token's expert
+
+
+@dataclass(frozen=True)
 class Routing:
     """The experts of each token, the likeliest first. Of equally likely ones the lowest is first.
 
@@ -33,9 +41,7 @@ class Routing:
     expert_ids: torch.Tensor  # [num_tokens, top_k] int32
     weights: torch.Tensor  # [num_tokens, top_k] float32
     num_experts: int
-    # How often `block_tokens` consecutive tokens chose each expert: [blocks, num_experts] int32. None: not counted.
-    block_counts: torch.Tensor | None = None
-    block_tokens: int = 0
+    counts: RoutingCounts | None = None  # None: not counted
 
     @property
     def num_tokens(self) -> int:
@@ -46,18 +52,13 @@ class Routing:
         return self.expert_ids.shape[1]
 
 
-@jit
-def is_chosen(expert: tl.tensor, chosen: tl.tensor) -> tl.tensor:
-    """Marks each token's expert: [BLOCK_TOKENS, BLOCK_EXPERTS]."""
-    return expert[None, :] == chosen[:, None]
-
-
 @jit_with_varying("num_tokens")
 def _route_kernel(
     logits_ptr: tl.tensor,
     expert_ids_ptr: tl.tensor,
     weights_ptr: tl.tensor,
     block_counts_ptr: tl.tensor,
+    ranks_ptr: tl.tensor,
     logits_stride: tl.tensor,
     num_tokens: tl.tensor,
     RENORMALIZE: tl.constexpr,
@@ -80,26 +81,31 @@ def _route_kernel(
     logits_ptrs = logits_ptr + row[:, None] * logits_stride + expert[None, :]
     logits = tl.load(logits_ptrs, mask=is_expert[None, :], other=-float("inf")).to(tl.float32)
     exponentials = tl.exp(logits - tl.max(logits, axis=1)[:, None])
-    probabilities = exponentials / tl.sum(exponentials, axis=1)[:, None]  # one NaN makes the row NaN
-    scores = tl.where(probabilities == probabilities, probabilities, 2.0)
-    scores = tl.where(is_expert[None, :], scores, -1.0)
+    total = tl.sum(exponentials, axis=1)  # one NaN makes it NaN
+    probabilities = exponentials / total[:, None]
+    probabilities = tl.where((total == total)[:, None], probabilities, 1.0)
+    # Non-negative floats are in the order of their bits. Of two equal ones, the lower expert has the larger key.
+    bits = probabilities.to(tl.int32, bitcast=True).to(tl.int64)
+    keys = tl.where(is_expert[None, :], (bits << 32) | (BLOCK_EXPERTS - expert)[None, :], -2)
     ids = tl.zeros([BLOCK_TOKENS, BLOCK_TOP_K], tl.int32)
     weights = tl.zeros([BLOCK_TOKENS, BLOCK_TOP_K], tl.float32)
     for index in tl.static_range(TOP_K):
-        is_best = scores == tl.max(scores, axis=1)[:, None]
-        best = tl.min(tl.where(is_best, expert[None, :], BLOCK_EXPERTS), axis=1)
-        taken = is_chosen(expert, best)
-        weight = tl.sum(tl.where(taken, probabilities, 0.0), axis=1)
-        ids = tl.where((choice == index)[None, :], best[:, None], ids)
-        weights = tl.where((choice == index)[None, :], weight[:, None], weights)
-        scores = tl.where(taken, -1.0, scores)
+        best = tl.max(keys, axis=1)
+        keys = tl.where(keys == best[:, None], -1, keys)
+        is_choice = (choice == index)[None, :]
+        ids = tl.where(is_choice, (BLOCK_EXPERTS - (best & 0x7FFFFFFF)).to(tl.int32)[:, None], ids)
+        weights = tl.where(is_choice, (best >> 32).to(tl.int32).to(tl.float32, bitcast=True)[:, None], weights)
     if RENORMALIZE:
         weights = weights / tl.sum(weights, axis=1)[:, None]
+    weights = tl.where((total == total)[:, None], weights, float("nan"))
+    pair = token[:, None] * TOP_K + choice[None, :]
     mask = in_batch[:, None] & (choice < TOP_K)[None, :]
-    tl.store(expert_ids_ptr + token[:, None] * TOP_K + choice[None, :], ids, mask=mask)
-    tl.store(weights_ptr + token[:, None] * TOP_K + choice[None, :], weights, mask=mask)
-    counts = tl.sum(((scores < 0.0) & in_batch[:, None]).to(tl.int32), axis=0)
-    tl.store(block_counts_ptr + block * NUM_EXPERTS + expert, counts, mask=is_expert)
+    tl.store(expert_ids_ptr + pair, ids, mask=mask)
+    tl.store(weights_ptr + pair, weights, mask=mask)
+    taken = ((keys == -1) & in_batch[:, None]).to(tl.int32)
+    earlier = tl.cumsum(taken, axis=0) - taken
+    tl.store(ranks_ptr + pair, tl.gather(earlier, ids, axis=1), mask=mask)
+    tl.store(block_counts_ptr + block * NUM_EXPERTS + expert, tl.sum(taken, axis=0), mask=is_expert)
 
 
 def route_reference(logits: torch.Tensor, top_k: int, renormalize: bool) -> Routing:
@@ -126,13 +132,18 @@ def route(logits: torch.Tensor, top_k: int, renormalize: bool, *, use_triton: bo
     device = logits.device
     expert_ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)  # [num_tokens, top_k]
     weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)  # [num_tokens, top_k]
-    counts = torch.empty(num_blocks, num_experts, dtype=torch.int32, device=device)  # [num_blocks, num_experts]
+    counts = RoutingCounts(
+        block_tokens,
+        experts=torch.empty(num_blocks, num_experts, dtype=torch.int32, device=device),  # [num_blocks, num_experts]
+        ranks=torch.empty_like(expert_ids),  # [num_tokens, top_k]
+    )
     if num_tokens > 0:
         _route_kernel[(num_blocks,)](
             logits_ptr=logits,
             expert_ids_ptr=expert_ids,
             weights_ptr=weights,
-            block_counts_ptr=counts,
+            block_counts_ptr=counts.experts,
+            ranks_ptr=counts.ranks,
             logits_stride=logits.stride(0),
             num_tokens=num_tokens,
             RENORMALIZE=renormalize,
@@ -144,4 +155,4 @@ def route(logits: torch.Tensor, top_k: int, renormalize: bool, *, use_triton: bo
             num_warps=1 if block_tokens < _BLOCK_TOKENS else 4,
             **pdl_options(device),
         )
-    return Routing(expert_ids, weights, num_experts, counts, block_tokens)
+    return Routing(expert_ids, weights, num_experts, counts)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.kernels.expert_routing import Routing, is_chosen
+from nanovllm.kernels.expert_routing import Routing
 from nanovllm.kernels.triton_support import jit_with_varying, join_launch_chain, next_power_of_2, pdl_options, tl
 
 _BLOCK_TILES = 32  # tiles whose experts a program finds at a time
@@ -33,6 +33,7 @@ class ExpertTiles:
 def _sort_by_expert_kernel(
     expert_ids_ptr: tl.tensor,
     block_counts_ptr: tl.tensor,
+    ranks_ptr: tl.tensor,
     pairs_ptr: tl.tensor,
     tiles_ptr: tl.tensor,
     num_tokens: tl.tensor,
@@ -42,6 +43,7 @@ def _sort_by_expert_kernel(
     NUM_EXPERTS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
     BLOCK_EXPERTS: tl.constexpr,
     BLOCK_TILES: tl.constexpr,
     BLOCK_BLOCKS: tl.constexpr,
@@ -61,46 +63,44 @@ def _sort_by_expert_kernel(
         before += tl.sum(tl.where((other < block)[:, None], counts, 0), axis=0)
     starts = tl.cumsum(total, axis=0) - total
 
-    token = block * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    in_batch = token < num_tokens
-    taken = tl.zeros([BLOCK_TOKENS, BLOCK_EXPERTS], tl.int32)
-    for index in tl.static_range(TOP_K):
-        chosen = tl.load(expert_ids_ptr + token * TOP_K + index, mask=in_batch, other=-1)
-        taken += is_chosen(expert, chosen).to(tl.int32)
-    places = tl.cumsum(taken, axis=0) - taken + (starts + before)[None, :]
-    for index in tl.static_range(TOP_K):
-        chosen = tl.load(expert_ids_ptr + token * TOP_K + index, mask=in_batch, other=-1)
-        place = tl.sum(tl.where(is_chosen(expert, chosen), places, 0), axis=1)
-        tl.store(pairs_ptr + place, token * TOP_K + index, mask=in_batch)
+    first_pair = block * BLOCK_TOKENS * TOP_K
+    pair = first_pair + tl.arange(0, BLOCK_PAIRS)
+    mask = (pair < first_pair + BLOCK_TOKENS * TOP_K) & (pair < num_tokens * TOP_K)
+    chosen = tl.load(expert_ids_ptr + pair, mask=mask, other=0)
+    rank = tl.load(ranks_ptr + pair, mask=mask, other=0)
+    tl.store(pairs_ptr + tl.gather(starts + before, chosen, axis=0) + rank, pair, mask=mask)
 
     num_tiles = tl.cdiv(total, BLOCK_ROWS)
     tile_ends = tl.cumsum(num_tiles, axis=0)
     rows = starts - (tile_ends - num_tiles) * BLOCK_ROWS  # of an expert's tile: this and tile · BLOCK_ROWS
     for first in range(block * BLOCK_TILES, max_tiles, tl.num_programs(0) * BLOCK_TILES):
         tile = first + tl.arange(0, BLOCK_TILES)
-        of = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), axis=1)  # past the experts for an empty tile
-        is_of = is_chosen(expert, of)
-        row = tl.sum(tl.where(is_of, rows[None, :], 0), axis=1) + tile * BLOCK_ROWS
-        end = tl.sum(tl.where(is_of, (starts + total)[None, :], 0), axis=1)
+        of = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), axis=1)
+        is_empty = of == BLOCK_EXPERTS  # the tile is past all experts
+        of = tl.minimum(of, NUM_EXPERTS - 1)
+        row = tl.gather(rows, of, axis=0) + tile * BLOCK_ROWS
+        end = tl.where(is_empty, 0, tl.gather(starts + total, of, axis=0))
         mask = tile < max_tiles
-        tl.store(tiles_ptr + tile * 3, tl.minimum(of, NUM_EXPERTS - 1), mask=mask)
+        tl.store(tiles_ptr + tile * 3, of, mask=mask)
         tl.store(tiles_ptr + tile * 3 + 1, row, mask=mask)
         tl.store(tiles_ptr + tile * 3 + 2, end, mask=mask)
 
 
 def sort_by_expert(routing: Routing, block_rows: int) -> ExpertTiles:
     """Returns the pairs of a routing that was counted, sorted by expert, in tiles of at most `block_rows` rows."""
-    assert routing.block_counts is not None
+    counts = routing.counts
+    assert counts is not None
     num_tokens, top_k, num_experts = routing.num_tokens, routing.top_k, routing.num_experts
     num_pairs, device = num_tokens * top_k, routing.expert_ids.device
     max_tiles = num_pairs // block_rows + min(num_experts, num_pairs)
-    num_blocks = len(routing.block_counts)
+    num_blocks = len(counts.experts)
     pairs = torch.empty(num_pairs, dtype=torch.int32, device=device)  # [num_pairs]
     tiles = torch.empty(max_tiles, 3, dtype=torch.int32, device=device)  # [max_tiles, 3]
     if num_tokens > 0:
         _sort_by_expert_kernel[(num_blocks,)](
             expert_ids_ptr=routing.expert_ids,
-            block_counts_ptr=routing.block_counts,
+            block_counts_ptr=counts.experts,
+            ranks_ptr=counts.ranks,
             pairs_ptr=pairs,
             tiles_ptr=tiles,
             num_tokens=num_tokens,
@@ -109,7 +109,8 @@ def sort_by_expert(routing: Routing, block_rows: int) -> ExpertTiles:
             TOP_K=top_k,
             NUM_EXPERTS=num_experts,
             BLOCK_ROWS=block_rows,
-            BLOCK_TOKENS=routing.block_tokens,
+            BLOCK_TOKENS=counts.block_tokens,
+            BLOCK_PAIRS=next_power_of_2(counts.block_tokens * top_k),
             BLOCK_EXPERTS=next_power_of_2(num_experts),
             BLOCK_TILES=_BLOCK_TILES,
             BLOCK_BLOCKS=_BLOCK_BLOCKS,

@@ -18,6 +18,7 @@ from nanovllm.kernels.triton_support import (
     let_next_kernel_start,
     next_power_of_2,
     pdl_options,
+    shared_memory,
     tl,
     wait_for_previous_kernel,
 )
@@ -37,10 +38,10 @@ class Tiling:
 
 # Rows of a tile → the programs of the gated product and of the other, as measured in bf16 on Qwen3-30B-A3B's shape.
 _TILINGS = {
-    16: (Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 4)),
-    32: (Tiling(32, 128, 4, 4), Tiling(64, 128, 4, 4)),
-    64: (Tiling(64, 64, 4, 4), Tiling(128, 64, 4, 4)),
-    128: (Tiling(64, 64, 8, 4), Tiling(128, 64, 8, 4)),
+    16: (Tiling(32, 256, 4, 3), Tiling(128, 128, 4, 3)),
+    32: (Tiling(64, 128, 4, 3), Tiling(128, 128, 4, 3)),
+    64: (Tiling(64, 64, 4, 3), Tiling(128, 64, 4, 4)),
+    128: (Tiling(128, 64, 8, 4), Tiling(256, 64, 8, 4)),
 }
 
 
@@ -158,6 +159,7 @@ def _multiply(
     output_size, input_size = out.shape[1], x.shape[1]
     block_n = min(tiling.block_outputs, max(next_power_of_2(output_size), 16))
     block_k = min(tiling.block_inputs * 2 // x.itemsize, max(next_power_of_2(input_size), 16))
+    stage_bytes = (order.block_rows + block_n * (1 + gated)) * block_k * x.itemsize
     _grouped_product_kernel[(-(-output_size // block_n), len(order.tiles))](
         x_ptr=x,
         weight_ptr=weight,
@@ -175,7 +177,7 @@ def _multiply(
         BLOCK_K=block_k,
         PRECISION="ieee",
         num_warps=tiling.num_warps,
-        num_stages=tiling.num_stages,
+        num_stages=max(min(tiling.num_stages, shared_memory(x.device) // stage_bytes), 1),
         **pdl_options(x.device),
     )
 
