@@ -30,7 +30,8 @@ def traffic(config: ModelConfig, itemsize: int, requests: Requests, *, fp8_cache
     """
     layer_bytes = kv_bytes_per_token(config, itemsize, fp8_cache=fp8_cache) // config.num_layers
     num_tokens = sum(count * _tokens_read(requests, window) for window, count in Counter(config.windows).items())
-    return Traffic(weight_bytes=itemsize * weights_per_step(config), kv_bytes=layer_bytes * num_tokens)
+    rows = sum(count - 1 for count in requests.output_lens) / max(max(requests.output_lens) - 1, 1)
+    return Traffic(weight_bytes=itemsize * weights_per_step(config, rows), kv_bytes=layer_bytes * num_tokens)
 
 
 def _tokens_read(requests: Requests, window: int | None) -> int:
@@ -50,12 +51,20 @@ def kv_bytes_per_token(config: ModelConfig, itemsize: int, *, fp8_cache: bool = 
     return 2 * config.num_layers * config.num_kv_heads * head_bytes
 
 
-def weights_per_step(config: ModelConfig) -> int:
-    """Returns the number of parameters that a step reads: layers and LM head, but not the embedding."""
+def weights_per_step(config: ModelConfig, num_rows: float = 1) -> int:
+    """Returns the number of parameters that a step reads: layers and LM head, but not the embedding.
+
+    Of a layer's experts, those that `num_rows` tokens choose on average when all are equally likely.
+    """
     hidden, heads = config.hidden_size, config.num_heads + 2 * config.num_kv_heads
     attention = hidden * config.head_dim * (heads + config.num_heads)
     if config.attention_bias:
         attention += heads * config.head_dim + hidden
     mlp = (3 if config.hidden_act in GATES else 2) * hidden * config.intermediate_size
     norms = 2 * hidden + 2 * config.head_dim
-    return config.num_layers * (attention + mlp + norms) + hidden + config.vocab_size * config.embedding_size
+    mlps = config.num_layers * mlp
+    if (experts := config.experts) is not None:
+        num_read = experts.num_experts * (1 - (1 - experts.num_experts_per_tok / experts.num_experts) ** num_rows)
+        sparse = hidden * (experts.num_experts + round(num_read * 3 * experts.moe_intermediate_size))
+        mlps += len(experts.sparse_layers) * (sparse - mlp)
+    return config.num_layers * (attention + norms) + mlps + hidden + config.vocab_size * config.embedding_size

@@ -67,6 +67,7 @@ __all__ = [
     "next_power_of_2",
     "pdl_options",
     "runs_triton",
+    "shared_memory",
     "tl",
     "tma",
     "wait_for_previous_kernel",
@@ -156,6 +157,15 @@ def next_power_of_2(number: int) -> int:
 def multiprocessor_count(device: torch.device) -> int:
     """Returns the multiprocessors of a CUDA device; 1 for a CPU, where the interpreter runs one program at a time."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Returns the bytes of shared memory that a program may use; for a CPU, those of a Hopper GPU."""
+    if device.type != "cuda":
+        return 227 << 10
+    properties: dict[str, int] = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    return properties["max_shared_mem"]
 
 
 @cache

@@ -26,7 +26,7 @@ _KINDS = (
     (DECODER, r"ForCausalLM$|LMHeadModel$"),
     ("a model without a head that generates text", r"Model$"),
 )
-EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def kind_of(architecture: str, config: Mapping[str, Any]) -> str:
@@ -37,6 +37,6 @@ def kind_of(architecture: str, config: Mapping[str, Any]) -> str:
         return "a speech or audio model"
     if config.get("is_encoder_decoder") is True:
         return "an encoder-decoder"
-    if any(config.get(name) for name in EXPERT_FIELDS):
+    if any(config.get(name) for name in EXPERT_COUNTS):
         return "a mixture of experts"
     return next((kind for kind, names in _KINDS if re.search(names, architecture[:200])), "")

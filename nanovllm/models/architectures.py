@@ -19,6 +19,7 @@ MODELS: Mapping[str, str] = {  # each a module of this package
     "OPTForCausalLM": "opt",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 # The architecture of a config.json that names only its model_type.
 OF_MODEL_TYPE: Mapping[str, str] = {
@@ -29,6 +30,7 @@ OF_MODEL_TYPE: Mapping[str, str] = {
     "opt": "OPTForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
 _GEMMA3 = {
     "vocab_size": 262_208,
@@ -61,6 +63,15 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "Qwen2ForCausalLM": _QWEN,
     "Qwen3ForCausalLM": {**_QWEN, "head_dim": 128},
+    "Qwen3MoeForCausalLM": {
+        "intermediate_size": 6144,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32_768,
+        "sliding_window": 4096,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
 }
 # Our name of a field → the name that config.json has for it, where that differs.
 FIELD_NAMES: Mapping[str, Mapping[str, str]] = {
@@ -73,11 +84,12 @@ FIELD_NAMES: Mapping[str, Mapping[str, str]] = {
     },
 }
 GATES = ("silu", "gelu_pytorch_tanh")  # activations of a gated MLP
-# The activations of an architecture without a gated MLP, its own first.
-ACTIVATIONS: Mapping[str, tuple[str, ...]] = {"OPTForCausalLM": ("relu", "gelu")}
+# The activations of an architecture that has others or fewer, its own first.
+ACTIVATIONS: Mapping[str, tuple[str, ...]] = {"OPTForCausalLM": ("relu", "gelu"), "Qwen3MoeForCausalLM": ("silu",)}
 _WAY_OUT = "docs/adding-a-model.md shows how a new one is added."
 # Architectures of which the text model runs, whose fields are in `text_config`.
 TEXT_PARTS = frozenset({"Gemma3ForConditionalGeneration"})
+WITH_EXPERTS = frozenset({"Qwen3MoeForCausalLM"})
 WITHOUT_ROPE = frozenset({"OPTForCausalLM"})  # learned positions
 # Architectures whose layers with a window have a rope of their own.
 LOCAL_ROPE = frozenset({"Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"})

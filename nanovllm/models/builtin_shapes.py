@@ -66,6 +66,18 @@ PUBLISHED: Mapping[str, dict[str, Any]] = {
     "qwen3-0.6b": _qwen3(1024, 3072, layers=28, heads=16, tied=True),
     "qwen3-8b": _qwen3(4096, 12_288, layers=36, heads=32, tied=False),
     "qwen3-32b": _qwen3(5120, 25_600, layers=64, heads=64, tied=False),
+    "qwen3-30b-a3b": {
+        **_qwen3(2048, 6144, layers=48, heads=32, tied=False),
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 4,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
     "llama-3.2-1b": _llama3(2048, 8192, layers=16, head_dim=64, rope_factor=32.0, tied=True),
     "llama-3.1-8b": _llama3(4096, 14_336, layers=32, head_dim=128, rope_factor=8.0, tied=False),
     "qwen2.5-7b": {

@@ -25,6 +25,11 @@ _RANGES = {
     "sliding_window": (1, MAX_POSITIONS),
     "max_window_layers": (0, 1 << 10),
     "sliding_window_pattern": (1, 1 << 10),
+    "num_experts": (1, 1 << 10),
+    "num_local_experts": (1, 1 << 10),
+    "num_experts_per_tok": (1, 1 << 6),
+    "moe_intermediate_size": (1, 1 << 20),
+    "decoder_sparse_step": (1, 1 << 10),
 }
 
 
@@ -157,6 +162,11 @@ def _slides_by_pattern(fields: ConfigFields, layer: int) -> bool:
     return (layer + 1) % fields.count("sliding_window_pattern") != 0
 
 
+def _slides_if_used(fields: ConfigFields, layer: int) -> bool:
+    """Qwen3-MoE: every layer, with `use_sliding_window`."""
+    return fields.flag("use_sliding_window") and "sliding_window" in fields
+
+
 def _slides_from_max_window_layers(fields: ConfigFields, layer: int) -> bool:
     """Qwen: with `use_sliding_window`, the layers from `max_window_layers` on."""
     return (
@@ -165,11 +175,13 @@ def _slides_from_max_window_layers(fields: ConfigFields, layer: int) -> bool:
 
 
 _LAYER_TYPES = ("full_attention", "sliding_attention")
-_WITHOUT_LAYER_TYPES = frozenset({"MistralForCausalLM"})  # transformers does not read `layer_types` for these
+# Architectures for which transformers does not read `layer_types`.
+_WITHOUT_LAYER_TYPES = frozenset({"MistralForCausalLM", "Qwen3MoeForCausalLM"})
 _WINDOW_RULES: Mapping[str, Callable[[ConfigFields, int], bool]] = {  # architectures that may have sliding windows
     "Gemma3ForCausalLM": _slides_by_pattern,
     "Gemma3ForConditionalGeneration": _slides_by_pattern,
     "MistralForCausalLM": _slides_if_any,
     "Qwen2ForCausalLM": _slides_from_max_window_layers,
     "Qwen3ForCausalLM": _slides_from_max_window_layers,
+    "Qwen3MoeForCausalLM": _slides_if_used,
 }

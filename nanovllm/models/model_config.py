@@ -13,9 +13,10 @@ from typing import Any
 from nanovllm.errors import ModelLoadError, UnknownArgumentError, shown
 from nanovllm.layers.rope_parameters import RopeParameters
 from nanovllm.logs import events
-from nanovllm.models.architecture_kinds import EXPERT_FIELDS
-from nanovllm.models.architectures import ACTIVATIONS, GATES, LOCAL_ROPE, WITHOUT_ROPE
+from nanovllm.models.architecture_kinds import EXPERT_COUNTS
+from nanovllm.models.architectures import ACTIVATIONS, GATES, LOCAL_ROPE, WITH_EXPERTS, WITHOUT_ROPE
 from nanovllm.models.config_fields import ConfigFields, with_text_config
+from nanovllm.models.expert_fields import EXPERT_FIELDS, ExpertsConfig, read_experts
 from nanovllm.models.rope_fields import read_rope_parameters
 from nanovllm.utils.logger import setup_logger
 from nanovllm.utils.model_files import other_format, read_json
@@ -68,6 +69,7 @@ _KNOWN_FIELDS = (
     "sliding_window_pattern",
     "max_window_layers",
     "layer_types",
+    *EXPERT_COUNTS,
     *EXPERT_FIELDS,
     *_ROPE_FIELDS,
 )
@@ -97,6 +99,7 @@ class ModelConfig:
     has_final_norm: bool
     has_norm_weights: bool
     hidden_act: str  # of the MLP
+    experts: ExpertsConfig | None  # None: every layer has a dense MLP
     windows: tuple[int | None, ...]  # of each layer: how many keys a query attends to, its own included; None: all
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
@@ -109,6 +112,13 @@ class ModelConfig:
         if self.rope is None or self.local_rope is not None:
             return self.max_position_embeddings
         return self.rope.max_context_len(self.max_position_embeddings)
+
+    @property
+    def mlp_sizes(self) -> dict[str, int]:
+        """The inner sizes of the layers' MLPs, by the names of their fields."""
+        sparse = 0 if self.experts is None else len(self.experts.sparse_layers)
+        sizes = {"intermediate_size": self.intermediate_size} if sparse < self.num_layers else {}
+        return sizes if self.experts is None else sizes | {"moe_intermediate_size": self.experts.moe_intermediate_size}
 
     @classmethod
     def from_folder(cls, folder: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -177,6 +187,7 @@ class ModelConfig:
             has_final_norm=norm_before and not fields.flag("_remove_final_layer_norm"),
             has_norm_weights=fields.flag("layer_norm_elementwise_affine", True),
             hidden_act=fields.choice("hidden_act", ACTIVATIONS.get(fields.architecture, GATES)),
+            experts=read_experts(fields, num_layers),
             windows=fields.windows(num_layers),
             max_position_embeddings=max_position_embeddings,
             eos_token_ids=_eos_token_ids(stop_sources, fields.count("vocab_size")),
@@ -187,9 +198,9 @@ class ModelConfig:
 def _refuse_unsupported(fields: ConfigFields) -> None:
     if "quantization_config" in fields:
         raise fields.unsupported("quantization_config", "absent (weights in bfloat16, float16 or float32)")
-    for name in EXPERT_FIELDS:
-        if fields.get(name):
-            raise fields.unsupported(name, "absent (dense models; no mixture of experts)")
+    for name in EXPERT_COUNTS:
+        if fields.architecture not in WITH_EXPERTS and fields.get(name):
+            raise fields.unsupported(name, "absent (this architecture is dense)")
     for name in ("attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention"):
         if fields.values.get(name):
             raise fields.unsupported(name, "absent")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from nanovllm.experts.experts_method import ExpertsMethod, UnquantizedExperts
 from nanovllm.layers.attention import AttentionBackends
 from nanovllm.layers.context import LayerContext
 from nanovllm.models.model_config import ModelConfig
@@ -21,4 +22,5 @@ class ModelContext(LayerContext):
     config: ModelConfig
     max_positions: int | None = None  # of a request, prompt and output; None: the longest context of the model
     backends: AttentionBackends
+    experts_method: ExpertsMethod = field(default_factory=UnquantizedExperts)
     device: torch.device | str  # of buffers, computed while the model is built; parameters are on the meta device

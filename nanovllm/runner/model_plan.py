@@ -102,15 +102,12 @@ class ModelPlan:
 
 
 def check_tensor_parallel_size(size: int, model: ModelConfig) -> None:
-    """Raises InvalidArgumentError, which names the possible sizes, when heads cannot be divided evenly."""
+    """Raises InvalidArgumentError, which names the possible sizes, when a dimension cannot be divided evenly."""
+    divided = {"num_attention_heads": model.num_heads, **model.mlp_sizes}
 
     def fits(size: int) -> bool:
         kv_heads = model.num_kv_heads
-        return (
-            model.num_heads % size == 0
-            and model.intermediate_size % size == 0
-            and (kv_heads % size == 0 or size % kv_heads == 0)
-        )
+        return not any(value % size for value in divided.values()) and (kv_heads % size == 0 or size % kv_heads == 0)
 
     if not fits(size):
         possible = ", ".join(str(other) for other in range(1, model.num_heads + 1) if fits(other))
@@ -118,7 +115,7 @@ def check_tensor_parallel_size(size: int, model: ModelConfig) -> None:
             "tensor_parallel_size",
             size,
             f"one of {possible} for this model",
-            f"It divides num_attention_heads={model.num_heads} and intermediate_size={model.intermediate_size}, and "
+            f"It divides {' and '.join(f'{name}={value}' for name, value in divided.items())}, and "
             f"divides num_key_value_heads={model.num_kv_heads} or is a multiple of it.",
         )
 

@@ -16,6 +16,7 @@ from nanovllm.attention.triton_backend import MIN_COPYING_QUERIES
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import Chunk, OpenedRow, ScheduledBatch, StepHandle, StepNeeds
 from nanovllm.errors import OutOfMemoryError
+from nanovllm.experts.experts_method import finish_loading_experts
 from nanovllm.layers.linear_method import finish_loading
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.logs import events
@@ -135,6 +136,7 @@ class Startup:
                     warm_up = WarmUp(runner.launch, self._config.max_num_seqs, everything=not self._starts_fast)
             report = self._load_weights(runner.model, check)
             finish_loading(runner.model)
+            finish_loading_experts(runner.model)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # of a CPU
                 raise
@@ -335,8 +337,9 @@ class Startup:
         if self.plan.has_fp8_cache:
             return min(MIN_COPYING_QUERIES - 1, most)
         config = self.plan.model_config
+        inner_size = config.intermediate_size if config.experts is None else config.experts.active_size
         weights = config.hidden_size * (
-            (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim + 3 * config.intermediate_size
+            (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim + 3 * inner_size
         )
         tokens = _LAUNCH_SECONDS * _FLOPS * self._parallel.size / (2 * weights)
         return min(max(int(tokens), _MIN_GRAPH_TOKENS), _MAX_GRAPH_TOKENS, most)

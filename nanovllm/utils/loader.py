@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -50,6 +50,9 @@ class CheckpointForm:
 
     # Prefix of a tensor's name → what the model has instead. None: the model does not need the tensor.
     prefixes: Mapping[str, str | None] = field(default_factory=dict)
+    # Suffix of a tensor [experts, outputs, inputs] → the matrices, of each expert, that its outputs are in equal parts.
+    # The model takes them one by one: "experts.gate_up_proj" has what it calls "experts.7.up_proj.weight".
+    stacked: Mapping[str, Sequence[str]] = field(default_factory=dict)
     torch_files: bool = False  # pytorch_model*.bin are read where there are no safetensors
 
     def name_in_model(self, name: str) -> str | None:
@@ -213,11 +216,47 @@ class _StoredTensor:
     name: str
     path: Path
     file: Any
+    expert: int | None = None  # of a stacked tensor, one matrix of one expert
+    outputs: range = range(0)
 
     @property
     def slice(self) -> Any:
         """What reads a part of the tensor when it is indexed."""
-        return self.file.get_slice(self.name)
+        whole = self.file.get_slice(self.name)
+        return whole if self.expert is None else _ExpertMatrix(whole, self.expert, self.outputs)
+
+    def matrices(self, name: str, stacked: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, _StoredTensor]]:
+        """Yields the matrices of a stacked tensor that the model calls `name`; any other tensor as it is."""
+        suffix = next((suffix for suffix in stacked if name.endswith(suffix)), "")
+        shape, parts = self.slice.get_shape(), stacked.get(suffix, ())
+        if not parts or len(shape) != 3 or shape[1] % len(parts):
+            yield name, self
+            return
+        prefix, size = name.removesuffix(suffix) + suffix.rpartition(".")[0], shape[1] // len(parts)
+        for expert in range(shape[0]):
+            for index, part in enumerate(parts):
+                outputs = range(index * size, (index + 1) * size)
+                yield f"{prefix}.{expert}.{part}.weight", replace(self, expert=expert, outputs=outputs)
+
+
+@dataclass(frozen=True)
+class _ExpertMatrix:
+    """A slice of an expert's matrix in a stacked tensor, as of a tensor of its own."""
+
+    stacked: Any
+    expert: int
+    outputs: range
+
+    def get_shape(self) -> list[int]:
+        return [len(self.outputs), self.stacked.get_shape()[2]]
+
+    def get_dtype(self) -> str:
+        return str(self.stacked.get_dtype())
+
+    def __getitem__(self, source: tuple[slice, ...]) -> torch.Tensor:
+        rows = self.outputs[source[0]]
+        part: torch.Tensor = self.stacked[(self.expert, slice(rows.start, rows.stop), *source[1:])]
+        return part
 
 
 @dataclass(frozen=True)
@@ -260,11 +299,13 @@ def _locate(files: Mapping[Path, Any], form: CheckpointForm) -> dict[str, _Store
     for path, file in files.items():
         names: list[str] = file.keys()  # a method that returns a list: the file is no mapping
         for stored_name in names:
-            name = form.name_in_model(stored_name)
-            if name in located:
-                raise ModelLoadError(f"{_short(name)} is in two files: {located[name].path.name} and {path.name}.")
-            if name is not None:
-                located[name] = _StoredTensor(stored_name, path, file)
+            name_in_model = form.name_in_model(stored_name)
+            if name_in_model is None:
+                continue
+            for name, tensor in _StoredTensor(stored_name, path, file).matrices(name_in_model, form.stacked):
+                if name in located:
+                    raise ModelLoadError(f"{_short(name)} is in two files: {located[name].path.name} and {path.name}.")
+                located[name] = tensor
     return located
 
 

@@ -15,6 +15,7 @@ from nanovllm.benchmarks.workloads import WORKLOADS, Requests
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from nanovllm.models.checkpoint import TINY_MODEL_FOLDER
 from nanovllm.models.model_config import ModelConfig
+from tests.models.checkpoints import make_checkpoint
 from tests.models.qwen3_checkpoints import VARIANTS, make_qwen3_checkpoint
 
 
@@ -64,6 +65,15 @@ def test_every_weight_of_the_tiny_checkpoint_is_read() -> None:
 def test_the_embedding_of_an_untied_model_is_not_read(tmp_path: Path, variant: str) -> None:
     config = ModelConfig.from_folder(make_qwen3_checkpoint(tmp_path, **VARIANTS[variant]))
     assert weights_per_step(config) == count_weights(tmp_path) - config.vocab_size * config.hidden_size
+
+
+def test_of_the_experts_those_that_the_rows_choose_are_read(tmp_path: Path) -> None:
+    config = ModelConfig.from_folder(make_checkpoint(tmp_path, "qwen3_moe", "first_layer_dense"))
+    whole = count_weights(tmp_path) - config.vocab_size * config.hidden_size
+    expert = 3 * 64 * 48
+    assert weights_per_step(config) == whole - 6 * expert
+    assert weights_per_step(config, 2) == whole - round(8 * 0.75**2 * expert)
+    assert weights_per_step(config, 1000) == whole
 
 
 def test_workloads_draw_ids_that_the_model_has() -> None:

@@ -52,8 +52,11 @@ def test_tokens_equal_transformers_under_any_schedule(family: str, variant: str,
         assert engine_tokens(folder, prompts, NUM_TOKENS, **schedule) == expected, schedule
 
 
-@pytest.mark.parametrize(("family", "variant"), [("mistral", "window"), ("gemma3", "window_and_global_layers")])
-def test_windows_with_an_fp8_cache(family: str, variant: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("mistral", "window"), ("gemma3", "window_and_global_layers"), ("qwen3_moe", "first_layer_dense")],
+)
+def test_windows_and_experts_with_an_fp8_cache(family: str, variant: str, tmp_path: Path) -> None:
     """The same tokens under any schedule; rounding keys and values gives others than transformers'."""
     rng = random.Random(f"{family} {variant}")
     folder = make_checkpoint(tmp_path, family, variant)

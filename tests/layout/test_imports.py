@@ -36,6 +36,7 @@ LEVELS = [
     ("nanovllm.engine.sequence", "nanovllm.engine.block_manager"),
     ("nanovllm.engine.batch",),
     ("nanovllm.models", "nanovllm.utils.loader"),
+    ("nanovllm.experts",),
     ("nanovllm.layers",),
     ("nanovllm.attention",),
     ("nanovllm.kernels",),

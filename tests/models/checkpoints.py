@@ -90,6 +90,17 @@ FAMILIES = {
         },
     ),
     "qwen3": Family("Qwen3ForCausalLM", "qwen3", {"window": WINDOW_BESIDE_FULL | {"head_dim": 32}}),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        "qwen3_moe",
+        {
+            "renormalized": {"norm_topk_prob": True},
+            "every_second_layer_sparse": {"decoder_sparse_step": 2, "num_hidden_layers": 3, "max_shard_size": "60KB"},
+            "first_layer_dense": {"mlp_only_layers": [0], "norm_topk_prob": True},
+            "stacked": {"save_original_format": False, "use_sliding_window": True, "sliding_window": 11},
+        },
+        {**SMALL, "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    ),
     "gemma3": Family(
         "Gemma3ForCausalLM",
         "gemma3_text",
@@ -124,6 +135,7 @@ def make_checkpoint(
     of = FAMILIES[family]
     fields = {**of.small, **(of.variants[variant] if variant else {}), **fields}
     max_shard_size = fields.pop("max_shard_size", max_shard_size)
+    save_original_format = fields.pop("save_original_format", True)  # False: as transformers holds the tensors
     config = AutoConfig.for_model(of.model_type, **fields, architectures=[of.architecture], dtype="float32")
     model = AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
@@ -138,7 +150,7 @@ def make_checkpoint(
                 parameter.copy_(0.5 * noise)
             else:
                 parameter.copy_(2.0 * noise * parameter.shape[-1] ** -0.5)
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=save_original_format)
     return folder
 
 

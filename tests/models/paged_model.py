@@ -10,6 +10,7 @@ import torch
 
 from nanovllm.attention.interface import AttentionMetadata, DecodeMetadata, LayerKVCache, PrefillMetadata
 from nanovllm.attention.torch_backend import TorchBackend
+from nanovllm.experts.experts_method import ExpertsMethod, UnquantizedExperts
 from nanovllm.layers.linear_method import LinearMethod, UnquantizedLinear
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.models.causal_lm import CausalLM
@@ -23,7 +24,10 @@ TORCH_BACKENDS = SimpleNamespace(prefill=TorchBackend(), decode=TorchBackend())
 
 
 def fp32_context(
-    config: ModelConfig, parallel: TensorParallel | None = None, linear_method: LinearMethod | None = None
+    config: ModelConfig,
+    parallel: TensorParallel | None = None,
+    linear_method: LinearMethod | None = None,
+    experts_method: ExpertsMethod | None = None,
 ) -> ModelContext:
     """What a model on the CPU is built with, in fp32, with the torch backend."""
     return ModelContext(
@@ -33,6 +37,7 @@ def fp32_context(
         dtype=torch.float32,
         device=CPU,
         linear_method=linear_method or UnquantizedLinear(),
+        experts_method=experts_method or UnquantizedExperts(),
     )
 
 

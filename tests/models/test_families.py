@@ -57,6 +57,7 @@ WITH_MOST_PARTS = {
     "mistral": "window",
     "qwen2": "window_from_layer_1_on",
     "qwen3": "window",
+    "qwen3_moe": "first_layer_dense",
     "gemma3": "window_and_global_layers",
     "opt": "350m",
 }
@@ -102,6 +103,7 @@ NUM_PARAMETERS = {
     "qwen3-0.6b": 596_049_920,
     "qwen3-8b": 8_190_735_360,
     "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
     "llama-3.2-1b": 1_235_814_400,
     "llama-3.1-8b": 8_030_261_248,
     "qwen2.5-7b": 7_615_616_512,

@@ -161,7 +161,7 @@ def test_longest_contexts() -> None:
         (changed(architectures=None, model_type="gpt2"), "architectures=None.*a list of names"),
         (changed(architectures="Qwen3ForCausalLM"), "architectures='Qwen3ForCausalLM'.*a list of names"),
         (changed(architectures=["a", 5]), "architectures=.*a list of names"),
-        (changed(architectures=["Qwen3MoeForCausalLM"]), "'Qwen3MoeForCausalLM'.*Supported: .*Qwen3ForCausalLM"),
+        (changed(architectures=["Qwen2MoeForCausalLM"]), "'Qwen2MoeForCausalLM'.*Supported: .*Qwen3ForCausalLM"),
         (without("hidden_size"), "hidden_size is missing: it must be an integer from 1 to"),
         (changed(num_hidden_layers=0), "num_hidden_layers=0 is not supported: it must be an integer from 1 to"),
         (changed(vocab_size="151936"), "vocab_size='151936'"),
