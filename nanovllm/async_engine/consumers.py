@@ -259,8 +259,10 @@ class Consumers:
         with self._lock:
             to_wake = self._to_wake.pop(loop, [])
         for request in to_wake:
-            with suppress(RuntimeError):  # its consumer went on in another loop, which is closed
+            try:  # not `suppress`, which takes longer than the rest
                 request.news.set()
+            except RuntimeError:  # its consumer went on in another loop, which is closed
+                pass
 
     # Called by the thread that receives the engine's events
 
