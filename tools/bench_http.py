@@ -116,7 +116,9 @@ class HttpStream(asyncio.Protocol):
         body |= {"messages": [{"role": "user", "content": prompt}]} if self._load.chat else {"prompt": prompt}
         data = json.dumps(body).encode()
         path = "/v1/chat/completions" if self._load.chat else "/v1/completions"
-        head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        )
         self._timer, self._tail = Timer(self._load, self._seen), b""
         self._transport.write(head.encode() + data)
 

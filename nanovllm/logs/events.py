@@ -280,6 +280,9 @@ server_draining = Event(
     "Shutting down: {num_unfinished} unfinished requests have {threshold:g}s to end",
     unseen=_SERVER,
 )
+api_process_lost = Event(
+    "api_process.lost", WARNING, "server.supervisor", "An API process has ended unexpectedly: {problem}", unseen=_SERVER
+)
 server_stopped = Event(
     "server.stopped", INFO, "server.serve", "Server ended: {outcome}, status {status}", unseen=_SERVER
 )
