@@ -34,6 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(1, str(Path(__file__).resolve().parent))
 
 from nanovllm import AsyncLLM, SamplingParams
+from nanovllm.engine_args import AsyncEngineArgs
+from nanovllm.utils.argparse_utils import FlexibleArgumentParser
 
 _ROW = "{:>14} {:>9} {:>12} {:>8} {:>8} {:>8} {:>8} {:>10} {:>9} {:>6}"
 _TITLES = ("", "tokens/s", "tokens/delta", "TTFT p50", "p99 ms", "ITL p50", "p99 ms", "engine us", "API us", "busy")
@@ -292,12 +294,10 @@ class Bench:
 def be_engine(options: argparse.Namespace) -> None:
     import uvloop
 
-    arguments = options.engine_options
-    names = [each.removeprefix("--").replace("-", "_") for each in arguments[::2]]
-    settings: dict[str, Any] = {
-        name: int(value) if value.isdecimal() else value for name, value in zip(names, arguments[1::2], strict=True)
-    }
-    with AsyncLLM(options.model, engine_process=True, **settings) as engine:
+    parser = FlexibleArgumentParser()
+    AsyncEngineArgs.add_cli_args(parser)
+    given = parser.parse_args(["--model", options.model, "--engine-process", "true", *options.engine_options])
+    with AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(given)) as engine:
         print("ready", flush=True)
         load = Load(**json.loads(sys.stdin.readline()))
         print(json.dumps(asdict(uvloop.run(ask_engine(engine, load)))), flush=True)
@@ -311,10 +311,10 @@ def be_client() -> None:
 
 
 def be_server(options: argparse.Namespace) -> int:
-    os.environ["NANOVLLM_ENGINE_PROCESS"] = "1"
     from nanovllm.cli.main import main
 
-    return main(["serve", "--port", "0", "--model", options.model, *options.engine_options])
+    engine = ["--model", options.model, "--engine-process", "true", *options.engine_options]
+    return main(["serve", "--port", "0", *engine])
 
 
 def make_parser() -> argparse.ArgumentParser:
