@@ -21,8 +21,7 @@ class UsageCount:
             self._seen.add(output.request_id)
             self.num_prompt_tokens += len(output.prompt_token_ids)
             self.num_cached_tokens += output.num_cached_tokens
-        for each in output.outputs:
-            self.num_output_tokens += len(each.token_ids)
+        self.num_output_tokens += sum(len(each.token_ids) for each in output.outputs)
         self._exchange.num_prompt_tokens = self.num_prompt_tokens
         self._exchange.num_output_tokens = self.num_output_tokens
 
