@@ -45,7 +45,7 @@ class AsyncLLM(VllmInterface):
 
     @takes_engine_arguments
     def __init__(self, config: EngineConfig) -> None:
-        self._connect(make_connection(config.with_fast_start(False)))
+        self._connect(make_connection(config.for_serving()))
 
     def _connect(self, connection: EngineConnection) -> None:
         self._connection = connection

@@ -99,7 +99,7 @@ class _Supervisor:
         counts_file: int,
         counts: Counts,
     ) -> None:
-        self._settings, self._config, self._listeners = settings, config.with_fast_start(False), listeners
+        self._settings, self._config, self._listeners = settings, config.for_serving(), listeners
         self._counts_file, self._counts = counts_file, counts
         self._address = address_of(settings, listeners[0])
         self._engine = EngineProcess(self._config, serves=False)
