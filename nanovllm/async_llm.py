@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.async_engine.consumers import REQUEST_ID, AsyncRequest, Consumers
+from nanovllm.async_engine.consumers import REQUEST_ID, AsyncRequest, Consumers, EngineConnection
 from nanovllm.async_engine.messages import ResetPrefixCache
 from nanovllm.async_engine.selection import make_connection
 from nanovllm.compat.interface import VllmInterface
@@ -45,8 +45,10 @@ class AsyncLLM(VllmInterface):
 
     @takes_engine_arguments
     def __init__(self, config: EngineConfig) -> None:
-        self._connection = make_connection(config.for_serving())
-        self._counter = itertools.count()
+        self._connect(make_connection(config.for_serving()))
+
+    def _connect(self, connection: EngineConnection) -> None:
+        self._connection = connection
         self._chat = ChatRenderer()
         # One thread, so that requests arrive in the order of the calls.
         self._preparing = ThreadPoolExecutor(1, "nanovllm-prepare")
@@ -55,6 +57,7 @@ class AsyncLLM(VllmInterface):
         except BaseException:  # including Ctrl-C: a thread ends as soon as the engine has started
             self._connection.stop(wait=False)
             raise
+        self._counter = itertools.count(connection.first_number)
         # A finalizer, so that the engine also ends when this object is garbage-collected or Python ends.
         self._exit = weakref.finalize(self, self._consumers.owner.guard(self._connection.stop))
 
@@ -186,6 +189,13 @@ class AsyncLLM(VllmInterface):
 
     async def __aexit__(self, *exception: object) -> None:
         self.exit()
+
+
+def connected(connection: EngineConnection) -> AsyncLLM:
+    """Returns an AsyncLLM whose engine is at the other end of a connection."""
+    engine = AsyncLLM.__new__(AsyncLLM)
+    engine._connect(connection)
+    return engine
 
 
 _Prepare = Callable[[], Awaitable[PreparedRequest]]

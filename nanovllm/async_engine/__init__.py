@@ -4,5 +4,6 @@
               ◀── events ──
 
 The same commands and events (`messages`) pass through a queue to `engine_thread`, or as bytes (`encoding`) through a
-socket between `engine_process`, on the consumers' side, and `process_main`, in the other process.
+socket between `engine_process`, on the consumers' side, and `process_main`, in the other process. Such a process may
+have further clients, in processes of their own (`engine_client`, `routing`).
 """

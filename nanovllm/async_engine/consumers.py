@@ -48,8 +48,9 @@ REQUEST_ID = "a text, unique among the unfinished requests"  # what a request id
 class EngineConnection(Protocol):
     """An engine that runs elsewhere, in a thread (`EngineThread`) or a process (`EngineProcess`)."""
 
-    tokenizer: PreTrainedTokenizerBase | None  # these two once it has started
+    tokenizer: PreTrainedTokenizerBase | None  # these three once it has started
     preparation: RequestPreparation
+    first_number: int  # of the requests that are sent here
 
     def start(self, receive: Callable[[Event], None]) -> None:
         """Starts the engine, whose events `receive` takes. Raises what making the engine raises."""
@@ -151,13 +152,13 @@ class Consumers:
         self._completions: dict[
             int, tuple[AsyncRequest, StartedRequest, int]
         ] = {}  # of the open ones, with their index
-        self._next_number = 0
         self._loops: set[asyncio.AbstractEventLoop] = set()  # of the open requests, and perhaps others
         self._to_wake: dict[
             asyncio.AbstractEventLoop, list[AsyncRequest]
         ] = {}  # by loops in which a `_wake` is pending
         self._dead: BaseException | None = None
         connection.start(self.receive)
+        self._next_number = connection.first_number
         self._builder = OutputBuilder(connection.tokenizer)
 
     # Called by consumers

@@ -16,7 +16,7 @@ import struct
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -29,6 +29,8 @@ from nanovllm.errors import ChannelError, shown
 from nanovllm.requests.preparation import PreparedRequest
 from nanovllm.requests.stop_search import StopSearch
 from nanovllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+
+T = TypeVar("T")
 
 VERSION = 1
 _PREFIX = struct.Struct("=II")
@@ -53,6 +55,11 @@ class AskMetrics:
 
 
 @dataclass(frozen=True)
+class AddClient:
+    """Serve another process, too. Its connection follows."""
+
+
+@dataclass(frozen=True)
 class EngineResolved:
     """The model is loaded."""
 
@@ -61,9 +68,10 @@ class EngineResolved:
 
 @dataclass(frozen=True)
 class EngineReady:
-    """The engine takes requests. default_params: of requests without any."""
+    """The engine takes requests. default_params: of requests without any. first_number: of this client's requests."""
 
     default_params: SamplingParams
+    first_number: int
 
 
 @dataclass(frozen=True)
@@ -80,16 +88,17 @@ class LogRecord:
     attributes: dict[str, Any]
 
 
-ToProcess: TypeAlias = "Command | StartEngine | StopEngine | AskMetrics"
+ToProcess: TypeAlias = "Command | StartEngine | StopEngine | AskMetrics | AddClient"
 FromProcess: TypeAlias = "Event | EngineResolved | EngineReady | EngineMetrics | LogRecord"
 
-_TYPES: Mapping[str, Callable[..., Any]] = {
+_TYPES: dict[str, Callable[..., Any]] = {
     each.__name__: each
     for each in (
         *(value for value in vars(messages).values() if getattr(value, "__module__", "") == messages.__name__),
         StartEngine,
         StopEngine,
         AskMetrics,
+        AddClient,
         EngineResolved,
         EngineReady,
         EngineMetrics,
@@ -106,7 +115,13 @@ _TYPES: Mapping[str, Callable[..., Any]] = {
 _DERIVED = "stop_search"  # a field of PreparedRequest, made again from its parameters
 
 
-def encode(message: ToProcess | FromProcess) -> bytes:
+def crosses(kind: type[T]) -> type[T]:
+    """Lets messages of another type, a dataclass, be encoded too."""
+    _TYPES[kind.__name__] = kind
+    return kind
+
+
+def encode(message: object) -> bytes:
     """Returns a message as bytes. Raises TypeError for an object of another type in it."""
     arrays: list[np.ndarray[Any, Any]] = []
     header = json.dumps(_plain(message, arrays), separators=(",", ":")).encode()

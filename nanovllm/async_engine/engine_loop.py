@@ -20,6 +20,7 @@ from nanovllm.async_engine.messages import (
     AddRequest,
     Command,
     CompletionEnd,
+    DropClient,
     DropRequest,
     Event,
     Logprobs,
@@ -30,6 +31,7 @@ from nanovllm.async_engine.messages import (
     ResetPrefixCache,
     StepNews,
 )
+from nanovllm.async_engine.routing import client_of
 from nanovllm.config import EngineConfig
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.observer import EngineObserver, SampledStep
@@ -117,8 +119,11 @@ class EngineLoop(EngineObserver):
                 self.engine.abort_request(command.request_id)
         elif isinstance(command, DropRequest):
             if self._is_running(command):
-                self._forget(command.request_id)
-                self.engine.discard_requests([command.request_id])
+                self._discard(command.request_id)
+        elif isinstance(command, DropClient):
+            for request_id, request in list(self._requests.items()):
+                if client_of(request.number) == command.client:
+                    self._discard(request_id)
         elif isinstance(command, ResetPrefixCache):
             self.engine.reset_prefix_cache()
         else:
@@ -145,6 +150,10 @@ class EngineLoop(EngineObserver):
     def _is_running(self, command: AbortRequest | DropRequest) -> bool:
         request = self._requests.get(command.request_id)
         return request is not None and request.number == command.number
+
+    def _discard(self, request_id: str) -> None:
+        self._forget(request_id)
+        self.engine.discard_requests([request_id])
 
     def _forget(self, request_id: str) -> _Request:
         request = self._requests.pop(request_id)

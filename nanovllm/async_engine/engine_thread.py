@@ -26,6 +26,7 @@ class EngineThread:
 
     tokenizer: PreTrainedTokenizerBase | None
     preparation: RequestPreparation
+    first_number = 0
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config

@@ -1,7 +1,7 @@
 """What crosses between the consumers of `AsyncLLM` and the loop of its engine: commands one way, events the other.
 
 A completion has a number, chosen by the consumers' side. Those of a request with n > 1 follow one another; its first
-one is the number of the request.
+one is the number of the request. Which numbers are whose, if an engine has several clients: `routing`.
 """
 
 from __future__ import annotations
@@ -63,11 +63,18 @@ class RefuseRequest:
 
 
 @dataclass(frozen=True)
+class DropClient:
+    """End all requests of a client that has gone, without an output."""
+
+    client: int
+
+
+@dataclass(frozen=True)
 class ResetPrefixCache:
     """Forget every cached prefix."""
 
 
-Command: TypeAlias = "AddRequest | AbortRequest | DropRequest | RefuseRequest | ResetPrefixCache"
+Command: TypeAlias = "AddRequest | AbortRequest | DropRequest | DropClient | RefuseRequest | ResetPrefixCache"
 
 # Events
 

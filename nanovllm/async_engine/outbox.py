@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import send_handle
 
 
 class Outbox:
@@ -17,11 +18,12 @@ class Outbox:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._messages: deque[bytes] = deque()
+        self._messages: deque[tuple[bytes, Connection | None]] = deque()
         self._lock = threading.Lock()  # of sending
 
-    def send(self, message: bytes) -> None:
-        self._messages.append(message)
+    def send(self, message: bytes, passed: Connection | None = None) -> None:
+        """Sends a message. passed: a connection that the other side gets after it, and that is closed here."""
+        self._messages.append((message, passed))
         while self._messages and self._lock.acquire(blocking=False):
             try:
                 self._send_all()
@@ -40,5 +42,8 @@ class Outbox:
 
     def _send_all(self) -> None:
         while self._messages:
-            with suppress(OSError):
-                self._connection.send_bytes(self._messages.popleft())
+            message, passed = self._messages.popleft()
+            with suppress(OSError), nullcontext() if passed is None else passed:
+                self._connection.send_bytes(message)
+                if passed is not None:
+                    send_handle(self._connection, passed.fileno(), None)

@@ -1,24 +1,24 @@
-"""The process of an engine: serves the consumers in the process that started it (`engine_process`).
+"""The process of an engine: serves the consumers in the process that started it (`engine_process`), and in others.
 
 Its log goes to that process, which writes it: to the console and the log file of both, and to the program's handlers.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import threading
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
 
 from nanovllm.async_engine.encoding import (
+    AddClient,
     AskMetrics,
     EngineMetrics,
     EngineReady,
     EngineResolved,
     FromProcess,
-    LogRecord,
     StartEngine,
     StopEngine,
     ToProcess,
@@ -26,13 +26,14 @@ from nanovllm.async_engine.encoding import (
     encode,
 )
 from nanovllm.async_engine.engine_loop import EngineLoop
-from nanovllm.async_engine.messages import EngineEnded
+from nanovllm.async_engine.log_records import RecordSender
+from nanovllm.async_engine.messages import DropClient, EngineEnded, Event
 from nanovllm.async_engine.outbox import Outbox
+from nanovllm.async_engine.routing import first_number, parts
 from nanovllm.config import ResolvedConfig
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.errors import EngineDeadError
 from nanovllm.logs.configuration import PACKAGE
-from nanovllm.logs.formats import strict_json
 from nanovllm.utils.garbage_collection import existing_objects_exempt
 from nanovllm.utils.logger import configure_logging
 
@@ -40,13 +41,11 @@ _LOOK_SECONDS = 0.5  # between looks at the parent
 _EXIT_SECONDS = 10.0  # for the running step, once the parent has ended
 
 
-class _Parent(EngineObserver, logging.Handler):
-    """The process that started this one: takes messages and log records, and is told when the model is loaded."""
+class _Client:
+    """A process whose requests the engine serves."""
 
     def __init__(self, connection: Connection) -> None:
-        logging.Handler.__init__(self)
-        self._connection = connection
-        self._pid = os.getppid()
+        self.connection = connection
         self._outbox = Outbox(connection)
 
     def send(self, message: FromProcess) -> None:
@@ -55,81 +54,145 @@ class _Parent(EngineObserver, logging.Handler):
     def flush(self) -> None:
         self._outbox.flush()
 
-    def engine_resolved(self, resolved: ResolvedConfig) -> None:
-        self.send(EngineResolved(resolved))
-
-    def emit(self, record: logging.LogRecord) -> None:
-        attributes = {**vars(record), "msg": record.getMessage(), "args": None, "exc_info": None}
-        if record.exc_info:
-            attributes["exc_text"] = logging.Formatter().formatException(record.exc_info)
-        self.send(LogRecord(json.loads(strict_json(attributes))))
+    def close(self) -> None:
+        self._outbox.close()
 
     def next_message(self) -> ToProcess | None:
-        """Waits for a message. Returns None when the parent has ended."""
+        """Waits for a message. Returns None when the client has ended."""
         try:
-            # A forked child of the parent keeps its end of the socket open.
-            while not self._connection.poll(_LOOK_SECONDS):
-                if os.getppid() != self._pid:
-                    return None
-            message: ToProcess = decode(self._connection.recv_bytes())
+            message: ToProcess = decode(self.connection.recv_bytes())
             return message
         except (EOFError, OSError):
             return None
 
 
+class _Parent(_Client, EngineObserver):
+    """The process that started this one: takes messages and log records, and is told when the model is loaded."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self._pid = os.getppid()
+
+    def engine_resolved(self, resolved: ResolvedConfig) -> None:
+        self.send(EngineResolved(resolved))
+
+    def next_message(self) -> ToProcess | None:
+        try:
+            # A forked child of the parent keeps its end of the socket open.
+            while not self.connection.poll(_LOOK_SECONDS):
+                if os.getppid() != self._pid:
+                    return None
+        except OSError:
+            return None
+        return super().next_message()
+
+
+class _Clients:
+    """The processes that the engine serves, by number. The parent is the first one."""
+
+    def __init__(self, parent: _Parent) -> None:
+        self.parent = parent
+        self._clients: dict[int, _Client] = {0: parent}
+        self._num_added = 1
+        self._lock = threading.Lock()
+
+    def add(self, connection: Connection) -> tuple[int, _Client]:
+        with self._lock:
+            number, client = self._num_added, _Client(connection)
+            self._num_added += 1
+            self._clients[number] = client
+        return number, client
+
+    def remove(self, number: int) -> None:
+        with self._lock:
+            self._clients.pop(number).close()
+
+    def deliver(self, event: Event) -> None:
+        """Sends each client its part of an event."""
+        with self._lock:
+            clients = dict(self._clients)
+        for number, part in parts(event, list(clients)):
+            if number in clients:  # else it has left
+                clients[number].send(part)
+
+    def flush(self) -> None:
+        for client in self._clients.values():
+            client.flush()
+
+
 def main(descriptor: int) -> None:
     """Serves the process at the other end of a socket, until it says stop or ends."""
     parent = _Parent(Connection(descriptor))
+    clients = _Clients(parent)
     status = 1
     start = parent.next_message()
     if isinstance(start, StartEngine):
-        logging.getLogger(PACKAGE).addHandler(parent)
+        logging.getLogger(PACKAGE).addHandler(RecordSender(parent.send))
         configure_logging()
         for name, level in start.levels.items():
             logging.getLogger(name).setLevel(level)
-        status = _serve(parent, start)
-    parent.flush()
+        status = _serve(clients, start)
+    clients.flush()
     logging.shutdown()
     sys.stdout.flush()
     os._exit(status)  # at once: does not wait for threads of libraries
 
 
-def _serve(parent: _Parent, start: StartEngine) -> int:
+def _serve(clients: _Clients, start: StartEngine) -> int:
     try:
-        loop = EngineLoop(start.config, parent.send, parent)
+        loop = EngineLoop(start.config, clients.deliver, clients.parent)
     except BaseException as error:
-        parent.send(EngineEnded(error))
+        clients.deliver(EngineEnded(error))
         return 1
     engine = loop.engine
-    threading.Thread(target=_read, args=(parent, loop), name="nanovllm-commands", daemon=True).start()
-    parent.send(EngineReady(engine.get_default_sampling_params()))
+    reading = _Reading(clients, loop)
+    reading.begin(0, clients.parent)
     dead: BaseException = EngineDeadError("exit() was called")
     try:
         with engine, existing_objects_exempt():
             loop.run()
     except BaseException as error:
         dead = error
-    _send_metrics(parent, loop)
-    parent.send(EngineEnded(dead))
+    reading.send_metrics(clients.parent)
+    clients.deliver(EngineEnded(dead))
     return 0
 
 
-def _read(parent: _Parent, loop: EngineLoop) -> None:
-    """Hands commands to the loop. Ends the process when the parent has ended."""
-    while True:
-        message = parent.next_message()
-        if message is None:
-            loop.send(None)
+class _Reading:
+    """Reads the messages of clients, each in a thread, for the loop of the engine."""
+
+    def __init__(self, clients: _Clients, loop: EngineLoop) -> None:
+        self._clients, self._loop = clients, loop
+
+    def begin(self, number: int, client: _Client) -> None:
+        """Tells a client that the engine takes requests, and reads them."""
+        client.send(EngineReady(self._loop.engine.get_default_sampling_params(), first_number(number)))
+        threading.Thread(target=self._read, args=(number, client), name="nanovllm-commands", daemon=True).start()
+
+    def send_metrics(self, client: _Client) -> None:
+        engine = self._loop.engine
+        client.send(EngineMetrics(engine.metrics.snapshot(engine.scheduler.load).to_numbers()))
+
+    def _read(self, number: int, client: _Client) -> None:
+        """Hands commands to the loop until the client has ended. The end of the parent ends this process."""
+        while (message := client.next_message()) is not None:
+            if isinstance(message, StopEngine):
+                self._loop.send(None)
+            elif isinstance(message, AskMetrics):
+                self.send_metrics(client)
+            elif isinstance(message, AddClient):
+                added = Connection(recv_handle(client.connection))
+                self._add(added)
+            elif not isinstance(message, StartEngine):
+                self._loop.send(message)
+        if client is self._clients.parent:
+            self._loop.send(None)
             threading.Event().wait(_EXIT_SECONDS)  # meanwhile the main thread ends the process
             os._exit(1)
-        elif isinstance(message, StopEngine):
-            loop.send(None)
-        elif isinstance(message, AskMetrics):
-            _send_metrics(parent, loop)
-        elif not isinstance(message, StartEngine):
-            loop.send(message)
+        self._clients.remove(number)
+        self._loop.send(DropClient(number))
 
-
-def _send_metrics(parent: _Parent, loop: EngineLoop) -> None:
-    engine = loop.engine
-    parent.send(EngineMetrics(engine.metrics.snapshot(engine.scheduler.load).to_numbers()))
+    def _add(self, connection: Connection) -> None:
+        number, client = self._clients.add(connection)
+        client.send(EngineResolved(self._loop.engine.resolved))
+        self.begin(number, client)

@@ -272,16 +272,21 @@ engine_slow = Event(
 # ---- the server
 
 _SERVER = "a running `nanovllm serve`"
-server_started = Event("server.started", INFO, "server.serve", "Serving {model} at {address}", unseen=_SERVER)
+server_started = Event(
+    "server.started", INFO, "server.serve server.supervisor", "Serving {model} at {address}", unseen=_SERVER
+)
 server_draining = Event(
     "server.draining",
     INFO,
-    "server.serve",
+    "server.serve server.supervisor",
     "Shutting down: {num_unfinished} unfinished requests have {threshold:g}s to end",
     unseen=_SERVER,
 )
+api_process_lost = Event(
+    "api_process.lost", WARNING, "server.supervisor", "An API process has ended unexpectedly: {problem}", unseen=_SERVER
+)
 server_stopped = Event(
-    "server.stopped", INFO, "server.serve", "Server ended: {outcome}, status {status}", unseen=_SERVER
+    "server.stopped", INFO, "server.serve server.supervisor", "Server ended: {outcome}, status {status}", unseen=_SERVER
 )
 server_error = Event(
     "server.error", ERROR, "server.errors", "A request failed unexpectedly: {error}", "traceback", unseen=_SERVER

@@ -35,7 +35,9 @@ async def chat_page() -> Response:
 @router.get("/events")
 async def recent_events(request: Request) -> Response:
     """Answers the last events of the log that are about requests and steps, the oldest first."""
-    return JsonResponse({"events": [asdict(each) for each in service_of(request).recent_events.latest()]})
+    service = service_of(request)
+    latest = await service.in_thread(service.latest_events)  # asks another process, if there are several
+    return JsonResponse({"events": [asdict(each) for each in latest]})
 
 
 @functools.cache

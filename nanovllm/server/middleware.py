@@ -48,11 +48,11 @@ class RequestMiddleware:
         started, path = time.monotonic(), endpoint_path(scope)
         exchange = scope[SCOPE_KEY] = Exchange(uuid.uuid4().hex)
         is_counted = path not in _UNLOGGED
-        self._service.num_requests += is_counted
+        self._service.counts.add(requests=is_counted)
         try:
             await self._answer(scope, receive, send, exchange)
         finally:
-            self._service.num_requests -= is_counted
+            self._service.counts.add(requests=-is_counted)
             self._service.release(exchange)
             if is_counted:
                 _log(scope, exchange, time.monotonic() - started)

@@ -1,4 +1,4 @@
-"""serve: runs the server in this process until a signal ends it.
+"""serve: runs the server in this process until a signal ends it. With several API processes, `supervisor` does.
 
 The server listens at once, and answers 503 until the engine has started. The first SIGTERM or SIGINT lets the running
 requests end; a second one ends the process at once.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import socket
 import sys
 import threading
 import time
@@ -42,6 +43,10 @@ def serve(settings: ServerSettings, engine_args: EngineConfig) -> int:
     0: a signal ended it, and the requests that ran have ended. 1: it cannot listen, the engine did not start, or it has
     died under `exit_on_death`. 128 + the signal's number: a second signal ended it.
     """
+    if settings.api_server_count > 1:
+        from nanovllm.server.supervisor import supervise  # imports this module
+
+        return supervise(settings, engine_args)
     service = Service(settings)
     server = HttpServer(service, partial(AsyncLLM.from_engine_args, engine_args))
     try:
@@ -117,29 +122,35 @@ class HttpServer(uvicorn.Server):
         try:
             self.engine = await started
         except NanoVLLMError as error:
-            print(f"nanovllm serve: {error}", file=sys.stderr)
-            self._end(1, "the engine did not start")
+            self._has_not_started(error)
             return
         except BaseException:
             self._end(1, "the engine did not start")
             raise
         self._service.start(self.engine)
-        events.server_started.log(logger, model=self._service.model, address=self.address)
+        self._has_started()
         with existing_objects_exempt():
             while not self._service.is_dead:
                 await asyncio.sleep(10 * _POLL_SECONDS)
         if self._service.settings.exit_on_death:
             self._end(1, "the engine has died")
 
+    def _has_started(self) -> None:
+        events.server_started.log(logger, model=self._service.model, address=self.address)
+
+    def _has_not_started(self, error: NanoVLLMError) -> None:
+        print(f"nanovllm serve: {error}", file=sys.stderr)
+        self._end(1, "the engine did not start")
+
+    def _has_begun_to_drain(self) -> None:
+        service = self._service
+        seconds = service.settings.drain_timeout
+        events.server_draining.log(logger, num_unfinished=service.num_requests, threshold=seconds)
+
     @property
     def address(self) -> str:
         """The URL that the server listens at, or its socket."""
-        settings = self._service.settings
-        if settings.uds is not None:
-            return f"unix:{settings.uds}"
-        host = f"[{settings.host}]" if ":" in settings.host else settings.host
-        port = self.servers[0].sockets[0].getsockname()[1]
-        return f"{'http' if settings.ssl_certfile is None else 'https'}://{host}:{port}"
+        return address_of(self._service.settings, self.servers[0].sockets[0])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Acts on a signal. Called by Python between two instructions of the event loop."""
@@ -154,7 +165,7 @@ class HttpServer(uvicorn.Server):
         """Waits for the running requests, aborts those that do not end in time, and ends the server."""
         service, seconds = self._service, self._service.settings.drain_timeout
         service.drain()
-        events.server_draining.log(logger, num_unfinished=service.num_requests, threshold=seconds)
+        self._has_begun_to_drain()
         if not await self._has_answered(seconds):
             await service.abort_all()
             await self._has_answered(_CLOSE_SECONDS)
@@ -169,3 +180,11 @@ class HttpServer(uvicorn.Server):
 
     def _end(self, status: int, outcome: str) -> None:
         self.status, self.outcome, self.should_exit = status, outcome, True
+
+
+def address_of(settings: ServerSettings, listener: socket.socket) -> str:
+    """Returns the URL at which a server listens, or its Unix socket."""
+    if settings.uds is not None:
+        return f"unix:{settings.uds}"
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{'http' if settings.ssl_certfile is None else 'https'}://{host}:{listener.getsockname()[1]}"

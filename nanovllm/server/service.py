@@ -15,6 +15,7 @@ from nanovllm.outputs import RequestOutput
 from nanovllm.requests.chat import ChatOptions, ChatRenderer
 from nanovllm.requests.tokenization import Prompt, TemplatedText
 from nanovllm.sampling_params import SamplingParams
+from nanovllm.server.counts import Counts
 from nanovllm.server.errors import ApiError, invalid
 from nanovllm.server.exchange import Exchange
 from nanovllm.server.settings import ServerSettings
@@ -32,15 +33,16 @@ _MAX_NAMES = 100  # unknown fields that are logged
 class Service:
     """One engine and its model, for the endpoints. All methods belong to the server's event loop.
 
-    settings: with a model name. engine: None while it starts; `start` sets it.
+    settings: with a model name. engine: None while it starts; `start` sets it. counts: shared with other processes that
+    serve the same engine.
     """
 
-    def __init__(self, settings: ServerSettings, engine: AsyncLLM | None = None) -> None:
+    def __init__(self, settings: ServerSettings, engine: AsyncLLM | None = None, counts: Counts | None = None) -> None:
         self.settings = settings
         self.state: State = "starting"
-        self.num_requests = 0  # HTTP requests that are being answered, except for /health, /ping, /metrics and /events
+        self.counts = Counts() if counts is None else counts
         self.recent_events = RecentEvents()  # is a handler of the log while the server runs
-        self._num_admitted = 0  # completions of all requests
+        self.latest_events = self.recent_events.latest
         self._running: dict[str, Exchange] = {}  # by the engine's request ids
         self._engine: AsyncLLM | None = None
         self._chat = ChatRenderer()
@@ -60,6 +62,11 @@ class Service:
     def drain(self) -> None:
         """Takes no further requests. Running ones continue."""
         self.state = "draining"
+
+    @property
+    def num_requests(self) -> int:
+        """HTTP requests that this process is answering, except for /health, /ping, /metrics and /events."""
+        return self.counts.own_requests
 
     @property
     def engine(self) -> AsyncLLM:
@@ -107,14 +114,15 @@ class Service:
         if self.state == "draining":
             raise ApiError(503, "The server is shutting down.", code="draining", headers=_retry())
         limit = self.settings.max_queue
-        if limit is not None and self._num_admitted + num_completions > engine.resolved.max_num_seqs + limit:
+        self.counts.add(completions=num_completions)  # before the check: another process may be here, too
+        if limit is not None and self.counts.completions > engine.resolved.max_num_seqs + limit:
+            self.counts.add(completions=-num_completions)
             raise ApiError(429, "The queue is full: try again later.", code="queue_full", headers=_retry())
         exchange.num_admitted += num_completions
-        self._num_admitted += num_completions
 
     def release(self, exchange: Exchange) -> None:
         """Ends what `admit` began. The middleware calls it when the answer has ended."""
-        self._num_admitted -= exchange.num_admitted
+        self.counts.add(completions=-exchange.num_admitted)
         for request_id in exchange.engine_ids:
             self._running.pop(request_id, None)
 

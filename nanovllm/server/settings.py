@@ -46,6 +46,9 @@ class ServerSettings:
     host: str = argument("127.0.0.1", _TEXT, "Address to listen on. 0.0.0.0: all interfaces.")
     port: int = argument(8000, _PORT, "Port to listen on.")
     uds: str | None = argument(None, _TEXT.or_none(), "Path of a Unix domain socket to listen on instead.")
+    api_server_count: int = argument(
+        1, COUNT, "Number of processes that answer HTTP requests, all with the same engine. See docs/serving.md."
+    )
     ssl_keyfile: str | None = argument(None, _TEXT.or_none(), "Key file of the TLS certificate.")
     ssl_certfile: str | None = argument(None, _TEXT.or_none(), "File of the TLS certificate.")
     root_path: str = argument("", _ROOT_PATH, "Path under which a reverse proxy serves the API.")

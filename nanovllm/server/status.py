@@ -36,7 +36,7 @@ async def version() -> Response:
 @router.get("/load")
 async def load(request: Request) -> Response:
     """Answers how many requests are being answered, this one not counted."""
-    return JsonResponse({"server_load": service_of(request).num_requests - 1})
+    return JsonResponse({"server_load": service_of(request).counts.requests - 1})
 
 
 @router.get("/metrics")

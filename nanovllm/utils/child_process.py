@@ -6,7 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
@@ -29,16 +29,19 @@ def blocked_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def start_interpreter(main: str, theirs: Connection, *options: str, **arguments: Any) -> subprocess.Popen[bytes]:
+def start_interpreter(
+    main: str, theirs: Connection, *options: str, inherited: Iterable[int] = (), **arguments: Any
+) -> subprocess.Popen[bytes]:
     """Starts a new interpreter, which finds modules where this one does and does not read the caller's script.
 
     main: what it runs; `descriptor` is that of its end of the connection. options: of Python. arguments: of Popen.
-    theirs: its end, which is closed here. Raises OSError if the system allows no further process.
+    theirs: its end, which is closed here. inherited: further descriptors that it gets.
+    Raises OSError if the system allows no further process.
     """
     with theirs:
         return subprocess.Popen(
             [sys.executable, *options, "-c", _FIRST_LINES + main, json.dumps(sys.path), str(theirs.fileno())],
-            pass_fds=(theirs.fileno(),),
+            pass_fds=(theirs.fileno(), *inherited),
             stdin=subprocess.DEVNULL,
             **arguments,
         )

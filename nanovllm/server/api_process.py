@@ -1,0 +1,143 @@
+"""An API process: one of several that answer HTTP requests with the same engine. `supervisor` starts them.
+
+It has an event loop, a tokenizer and a connection to the engine's process of its own. Its log goes to the supervisor.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+
+from nanovllm.async_engine.encoding import decode, encode
+from nanovllm.async_engine.engine_client import EngineClient
+from nanovllm.async_engine.log_records import RecordSender
+from nanovllm.async_engine.outbox import Outbox
+from nanovllm.async_llm import AsyncLLM, connected
+from nanovllm.errors import NanoVLLMError
+from nanovllm.logs.configuration import PACKAGE
+from nanovllm.logs.recent_events import RecentEvent
+from nanovllm.server.counts import Counts, shared_table
+from nanovllm.server.process_messages import (
+    ApiReady,
+    AskEvents,
+    DrainApi,
+    EndApi,
+    FromApi,
+    LatestEvents,
+    StartApi,
+    ToApi,
+)
+from nanovllm.server.serve import HttpServer
+from nanovllm.server.service import Service
+from nanovllm.server.settings import ServerSettings
+from nanovllm.utils.logger import configure_logging
+
+
+class Supervisor:
+    """The process that started this one."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._outbox = Outbox(connection)
+        self._asking = threading.Lock()  # one question at a time
+        self._answered = threading.Event()
+        self._events: list[RecentEvent] = []
+
+    def send(self, message: FromApi) -> None:
+        self._outbox.send(encode(message))
+
+    def flush(self) -> None:
+        self._outbox.flush()
+
+    def next_message(self) -> ToApi | None:
+        """Waits for a message. Returns None when the supervisor has ended."""
+        try:
+            message: ToApi = decode(self._connection.recv_bytes())
+            return message
+        except (EOFError, OSError):
+            return None
+
+    def latest_events(self) -> list[RecentEvent]:
+        """Asks for the last events of the whole server's log."""
+        with self._asking:
+            self._answered.clear()
+            self.send(AskEvents())
+            self._answered.wait()
+            return self._events
+
+    def take_events(self, message: LatestEvents) -> None:
+        self._events = message.events
+        self._answered.set()
+
+
+class ApiServer(HttpServer):
+    """The server of this process. The supervisor tells it when to end."""
+
+    def __init__(self, service: Service, make_engine: Callable[[], AsyncLLM], supervisor: Supervisor) -> None:
+        super().__init__(service, make_engine)
+        self._supervisor = supervisor
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are for the supervisor
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._obey, args=(loop,), name="nanovllm-supervisor", daemon=True).start()
+
+    def _obey(self, loop: asyncio.AbstractEventLoop) -> None:
+        while (message := self._supervisor.next_message()) is not None:
+            if isinstance(message, LatestEvents):
+                self._supervisor.take_events(message)
+            elif isinstance(message, DrainApi):
+                loop.call_soon_threadsafe(lambda: self._begin(self._drain()))
+            elif isinstance(message, EndApi):
+                loop.call_soon_threadsafe(self._end, 0, "clean")
+        os._exit(1)
+
+    def _has_started(self) -> None:
+        self._supervisor.send(ApiReady())
+
+    def _has_not_started(self, error: NanoVLLMError) -> None:
+        pass  # the supervisor says why
+
+    def _has_begun_to_drain(self) -> None:
+        pass  # the supervisor says so once
+
+
+def main(descriptor: int) -> None:
+    """Serves until the supervisor says stop or ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for those who signal the whole group
+    supervisor = Supervisor(Connection(descriptor))
+    start = supervisor.next_message()
+    if isinstance(start, StartApi):
+        logging.getLogger(PACKAGE).addHandler(RecordSender(supervisor.send))
+        configure_logging()
+        for name, level in start.levels.items():
+            logging.getLogger(name).setLevel(level)
+        _serve(start, supervisor)
+    supervisor.flush()
+    os._exit(0)  # at once: does not wait for threads of libraries
+
+
+def _serve(start: StartApi, supervisor: Supervisor) -> None:
+    settings = ServerSettings(**start.settings)
+    table = shared_table(start.counts, settings.api_server_count)
+    service = Service(settings, counts=Counts(table, start.process))
+    service.latest_events = supervisor.latest_events
+
+    def make_engine() -> AsyncLLM:
+        return connected(EngineClient(start.config, Connection(start.engine)))
+
+    server = ApiServer(service, make_engine, supervisor)
+    server.run(sockets=[socket.socket(fileno=start.listener)])
+    if server.engine is not None:
+        server.engine.exit()
