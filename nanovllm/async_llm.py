@@ -11,14 +11,16 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanovllm.async_engine.consumers import REQUEST_ID, AsyncRequest, Consumers
-from nanovllm.async_engine.messages import ResetPrefixCache
+from nanovllm.async_engine.messages import ResetPrefixCache, StartProfile, StopProfile
 from nanovllm.async_engine.selection import make_connection
 from nanovllm.compat.interface import VllmInterface
 from nanovllm.compat.unsupported import REQUEST_ARGUMENTS, accepting
 from nanovllm.config import EngineConfig, ResolvedConfig, takes_engine_arguments
+from nanovllm.diagnostics import default_profile_folder
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.metrics import MetricsSnapshot
 from nanovllm.outputs import RequestOutput
@@ -45,6 +47,7 @@ class AsyncLLM(VllmInterface):
 
     @takes_engine_arguments
     def __init__(self, config: EngineConfig) -> None:
+        self.config = config
         self._connection = make_connection(config.with_fast_start(False))
         self._counter = itertools.count()
         self._chat = ChatRenderer()
@@ -147,6 +150,18 @@ class AsyncLLM(VllmInterface):
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix before the next step."""
         self._connection.send(ResetPrefixCache())
+
+    async def start_profile(self, folder: str | Path | None = None) -> None:
+        """Records every rank with torch's profiler until `stop_profile`, as `LLM.start_profile` does."""
+        where = str(Path(folder or default_profile_folder(self.config)).absolute())
+        await asyncio.wrap_future(self._consumers.ask(partial(StartProfile, folder=where)))
+
+    async def stop_profile(self) -> str:
+        """Ends the profile, writes its files and returns the tables, as `LLM.stop_profile` does.
+
+        No step runs while the files are written.
+        """
+        return await asyncio.wrap_future(self._consumers.ask(StopProfile))
 
     @property
     def resolved(self) -> ResolvedConfig:

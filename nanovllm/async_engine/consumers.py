@@ -12,16 +12,19 @@ import contextvars
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 from nanovllm.async_engine.messages import (
     AbortRequest,
     AddRequest,
+    Answer,
     Command,
     DropRequest,
     EngineEnded,
     Event,
+    Question,
     RefuseRequest,
     RequestEnd,
     RequestRefused,
@@ -156,6 +159,8 @@ class Consumers:
         self._to_wake: dict[
             asyncio.AbstractEventLoop, list[AsyncRequest]
         ] = {}  # by loops in which a `_wake` is pending
+        self._next_question = 0
+        self._questions: dict[int, Future[str]] = {}  # those without an answer
         self._dead: BaseException | None = None
         connection.start(self.receive)
         self._builder = OutputBuilder(connection.tokenizer)
@@ -238,6 +243,18 @@ class Consumers:
                 self._connection.send(AbortRequest(request.started.number, request_id))
             return True
 
+    def ask(self, make_question: Callable[[int], Question]) -> Future[str]:
+        """Sends a question, made with its number, to the engine. Returns the answer to come."""
+        self.owner.check()
+        with self._lock:
+            if self._dead is not None:
+                raise EngineDeadError.after(self._dead)
+            number, answer = self._next_question, Future[str]()
+            self._next_question += 1
+            self._questions[number] = answer
+            self._connection.send(make_question(number))
+        return answer
+
     def close(self, request: AsyncRequest) -> None:
         """Forgets a request whose consumer leaves. Drops it from the engine if it is unfinished."""
         with self._lock:
@@ -276,6 +293,8 @@ class Consumers:
                 self._dead = self._dead if event.goes_on else event.error
                 for number in event.numbers:
                     self._end(number, kind.after(event.error))
+            elif isinstance(event, Answer):
+                self._take_answer(event)
             else:
                 self._take_death(event)
 
@@ -300,6 +319,17 @@ class Consumers:
             request.end = request.end or EngineDeadError.after(event.error)
             self._has_news(request)
             self._has_ended(request)
+        for number in list(self._questions):
+            self._take_answer(Answer(number, error=EngineDeadError.after(event.error)))
+
+    def _take_answer(self, answer: Answer) -> None:
+        future = self._questions.pop(answer.question)
+        if not future.set_running_or_notify_cancel():  # nobody waits for it
+            return
+        if answer.error is None:
+            future.set_result(answer.text)
+        else:
+            future.set_exception(answer.error)
 
     def _end(self, number: int, end: RequestEnd | BaseException) -> None:
         known = self._completions.get(number)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from typing_extensions import assert_never
@@ -18,17 +19,21 @@ from typing_extensions import assert_never
 from nanovllm.async_engine.messages import (
     AbortRequest,
     AddRequest,
+    Answer,
     Command,
     CompletionEnd,
     DropRequest,
     Event,
     Logprobs,
+    Question,
     RefuseRequest,
     RequestEnd,
     RequestRefused,
     RequestsLost,
     ResetPrefixCache,
+    StartProfile,
     StepNews,
+    StopProfile,
 )
 from nanovllm.config import EngineConfig
 from nanovllm.engine.llm_engine import LLMEngine
@@ -121,6 +126,8 @@ class EngineLoop(EngineObserver):
                 self.engine.discard_requests([command.request_id])
         elif isinstance(command, ResetPrefixCache):
             self.engine.reset_prefix_cache()
+        elif isinstance(command, (StartProfile, StopProfile)):
+            self._profile(command)
         else:
             assert_never(command)
 
@@ -141,6 +148,18 @@ class EngineLoop(EngineObserver):
             if command.is_streamed:
                 self._numbers[sequence] = number
                 self._unstarted.add(sequence)
+
+    def _profile(self, command: Question) -> None:
+        engine, text = self.engine, ""
+        try:
+            if isinstance(command, StartProfile):
+                engine.diagnostics.start_profile(Path(command.folder))
+            else:
+                text = engine.diagnostics.stop_profile()
+        except Exception as error:  # the engine goes on
+            self._deliver(Answer(command.question, error=error))
+        else:
+            self._deliver(Answer(command.question, text))
 
     def _is_running(self, command: AbortRequest | DropRequest) -> bool:
         request = self._requests.get(command.request_id)

@@ -69,7 +69,9 @@ class ServerSettings:
     drain_timeout: float = argument(
         30.0, _SECONDS, "Seconds that running requests have to end after SIGTERM. Then they are aborted."
     )
-    dev: bool = argument(False, SWITCH, "Serve /abort and /reset_prefix_cache, for development.")
+    dev: bool = argument(
+        False, SWITCH, "Serve /abort, /reset_prefix_cache, /start_profile and /stop_profile, for development."
+    )
     exit_on_death: bool = argument(
         False, SWITCH, "End the process, with status 1, when the engine has died. Otherwise requests get status 500."
     )

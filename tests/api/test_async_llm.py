@@ -21,6 +21,7 @@ from nanovllm import (
     AsyncLLM,
     EngineDeadError,
     InvalidArgumentError,
+    InvalidStateError,
     LLMEngine,
     ModelLoadError,
     RequestOutput,
@@ -194,6 +195,39 @@ def test_a_consumer_that_leaves_ends_its_request(tiny: AsyncLLM) -> None:
             await asyncio.wait_for(collect(tiny, "introduce yourself", LONG, "r"), 0.1)
         assert len(await collect(tiny, "introduce yourself", SHORT, "r")) <= 6, "the id is free again"
         await assert_empty(tiny)
+
+    run(test())
+
+
+def test_a_profile(tiny: AsyncLLM, tmp_path: Path) -> None:
+    async def test() -> None:
+        with pytest.raises(InvalidStateError, match="No profile runs"):
+            await tiny.stop_profile()
+        await tiny.start_profile(tmp_path / "profile")
+        with pytest.raises(InvalidStateError, match="A profile runs already"):
+            await tiny.start_profile()
+        await collect(tiny, "introduce yourself", SHORT)
+        table = await tiny.stop_profile()
+        assert "aten::" in table
+        assert (tmp_path / "profile" / "profile_rank0.txt").read_text() == table
+        assert (tmp_path / "profile" / "profile_rank0.json").stat().st_size > 10_000
+        (tmp_path / "file").write_text("")
+        with pytest.raises(InvalidArgumentError, match="a folder that can be written"):
+            await tiny.start_profile(tmp_path / "file")
+
+    run(test())
+
+
+def test_an_engine_that_ends_answers_questions(tiny: AsyncLLM) -> None:
+    async def test() -> None:
+        engine = AsyncLLM("tiny", device="cpu", engine_process=not isinstance(tiny._connection, EngineThread))
+        leaving = asyncio.create_task(engine.stop_profile())
+        await asyncio.sleep(0)
+        leaving.cancel()
+        engine.exit()
+        with pytest.raises(EngineDeadError):
+            await engine.stop_profile()
+        assert not engine._consumers._questions
 
     run(test())
 
