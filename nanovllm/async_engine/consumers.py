@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from nanovllm.async_engine.messages import (
@@ -40,12 +41,17 @@ from nanovllm.requests.parallel_sampling import ParallelSampling
 from nanovllm.requests.preparation import PreparedRequest, RequestPreparation
 from nanovllm.sampling_params import RequestOutputKind
 from nanovllm.streaming import OutputStream
+from nanovllm.utils.arguments import Rule
 from nanovllm.utils.owner_process import OwnerProcess
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REQUEST_ID = "a text, unique among the unfinished requests"  # what a request id must be
+CLIENT_REQUEST_ID = Rule(
+    "a text of 1 to 128 printable characters",
+    lambda value: isinstance(value, str) and 0 < len(value) <= 128 and value.isprintable(),
+)
 
 
 class EngineConnection(Protocol):
@@ -68,10 +74,10 @@ class EngineConnection(Protocol):
 
 
 class AsyncRequest:
-    """A request and what its consumer has not fetched. The lock of `Consumers` guards all but the first four."""
+    """A request and what its consumer has not fetched. The lock of `Consumers` guards all but the first five."""
 
-    def __init__(self, request_id: str, kind: RequestOutputKind) -> None:
-        self.request_id, self.kind = request_id, kind
+    def __init__(self, request_id: str, kind: RequestOutputKind, client_request_id: str | None) -> None:
+        self.request_id, self.kind, self.client_request_id = request_id, kind, client_request_id
         self.context = contextvars.copy_context()  # its consumer's, with the current span if there is one
         self.news = asyncio.Event()  # set in the event loop only
         self.loop: asyncio.AbstractEventLoop | None = None  # the consumer's, once it has begun
@@ -201,7 +207,7 @@ class Consumers:
                 AddRequest(
                     number=number,
                     request_id=request.request_id,
-                    prepared=prepared,
+                    prepared=replace(prepared, client_request_id=request.client_request_id),
                     arrival=request.arrival,
                     is_streamed=started.is_streamed,
                     is_aborted=request.is_aborted,
@@ -211,7 +217,8 @@ class Consumers:
 
     def refuse(self, request: AsyncRequest, error: InvalidArgumentError) -> None:
         """Reports a request that is not allowed to the log and the metrics."""
-        self._connection.send(RefuseRequest(request.request_id, error, request.context))
+        refusal = RefuseRequest(request.request_id, error, request.context, request.client_request_id)
+        self._connection.send(refusal)
 
     def take(self, request: AsyncRequest) -> RequestOutput | None:
         """Returns everything that the consumer has not fetched as one output; None if there is nothing.

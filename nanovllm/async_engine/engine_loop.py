@@ -114,7 +114,7 @@ class EngineLoop(EngineObserver):
 
     def _act(self, command: Command) -> None:
         if isinstance(command, RefuseRequest):
-            command.context.run(self.engine.refuse_request, command.request_id, command.error)
+            self._refuse(command)
         elif isinstance(command, AddRequest):
             self._add(command)
         elif isinstance(command, AbortRequest):
@@ -137,7 +137,7 @@ class EngineLoop(EngineObserver):
             sequences = command.context.run(engine.enqueue, request_id, command.prepared, command.arrival)
         except Exception as error:  # concerns this request alone
             if isinstance(error, InvalidArgumentError):
-                command.context.run(engine.refuse_request, request_id, error)
+                self._refuse(RefuseRequest(request_id, error, command.context, command.prepared.client_request_id))
             self._deliver(RequestRefused(command.number, error))
             return
         self._requests[request_id] = _Request(command.number, sequences)
@@ -148,6 +148,10 @@ class EngineLoop(EngineObserver):
             if command.is_streamed:
                 self._numbers[sequence] = number
                 self._unstarted.add(sequence)
+
+    def _refuse(self, command: RefuseRequest) -> None:
+        refuse = self.engine.refuse_request
+        command.context.run(refuse, command.request_id, command.error, command.client_request_id)
 
     def _profile(self, command: Question) -> None:
         engine, text = self.engine, ""

@@ -60,6 +60,7 @@ class RefuseRequest:
     request_id: str
     error: InvalidArgumentError
     context: contextvars.Context
+    client_request_id: str | None
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class Service:
         """Completes a prompt, as `AsyncLLM.generate` does. Call `admit` before."""
         exchange.engine_ids.append(request_id)
         self._running[request_id] = exchange
-        return self.engine.generate(prompt, params, request_id)
+        return self.engine.generate(prompt, params, request_id, client_request_id=exchange.client_request_id)
 
     async def abort(self, request_ids: Container[str]) -> int:
         """Ends running requests, by the ids of their answers; these then have finish_reason "abort". Returns how many.

@@ -133,6 +133,7 @@ def test_the_id_of_a_request(server: RunningServer, caplog: pytest.LogCaptureFix
     assert (second["request_id"], second["client_request_id"]) == (given.json()["id"], "order 66")
     ends = [record.fields for record in caplog.records if getattr(record, "event", "") == "request.finished"]
     assert [end["request_id"] for end in ends] == [own.json()["id"], given.json()["id"]]
+    assert [end.get("client_request_id") for end in ends] == [None, "order 66"]
 
 
 def test_the_access_log(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
