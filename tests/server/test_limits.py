@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-import sys
 import threading
 from typing import Any
 
@@ -163,7 +163,7 @@ def test_an_unknown_field_is_logged_once(server: RunningServer, caplog: pytest.L
     assert "my secret" not in caplog.text
 
 
-@pytest.mark.skipif(sys.modules.get("opentelemetry") is None, reason="needs opentelemetry-api")
+@pytest.mark.skipif(importlib.util.find_spec("opentelemetry") is None, reason="needs opentelemetry-api")
 def test_the_trace_of_the_client_is_continued(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "nanovllm")
     trace, span = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
