@@ -26,7 +26,7 @@ from nanovllm.server import (
 )
 from nanovllm.server.errors import ApiError, as_api_error
 from nanovllm.server.exchange import endpoint_path
-from nanovllm.server.middleware import RequestMiddleware
+from nanovllm.server.middleware import ID_HEADERS, RequestMiddleware
 from nanovllm.server.protocol.anthropic_output import anthropic_error
 from nanovllm.server.responses import JsonResponse
 from nanovllm.server.service import Service
@@ -51,7 +51,7 @@ def make_app(service: Service) -> FastAPI:
             allow_origins=service.settings.cors_origin,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id"],
+            expose_headers=ID_HEADERS,
         )
     return app
 

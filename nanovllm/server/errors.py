@@ -27,7 +27,7 @@ from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 499: "server_error"}
 _MESSAGES = {404: "There is no such endpoint.", 405: "The endpoint does not take this method."}
 _MEMBERS = {"str", "int", "bool", "float"}  # of unions, in the place of a problem
 _MAX_FIELD = 200  # characters of a field's name, which may come from the request

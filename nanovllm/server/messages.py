@@ -57,6 +57,8 @@ async def _events(run: ChatRun) -> AsyncGenerator[Event, None]:
                     yield event
             for event in message.add(update.deltas):
                 yield event
+            if update.finish_reason == "abort":
+                raise run.service.aborted()
             if update.finish_reason is not None:
                 for event in message.finish(update.completion, run.usage.num_output_tokens):
                     yield event

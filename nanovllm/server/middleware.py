@@ -28,6 +28,7 @@ logger = setup_logger(__name__)
 
 _OPEN = ("/", "/health", "/ping")  # without a key
 _UNLOGGED = ("/health", "/ping", "/metrics", "/events")
+ID_HEADERS = ("X-Request-Id", "Request-Id")  # of the answer; the second one is Anthropic's
 _CLIENT_GONE = 499  # nginx's status of an answer that nobody waits for
 _MAX_ID = 128
 _MAX_PATH = 200  # characters in the log
@@ -64,7 +65,9 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 name = exchange.client_request_id or exchange.request_id or exchange.number
-                MutableHeaders(scope=message)["X-Request-Id"] = name
+                answer_headers = MutableHeaders(scope=message)
+                for header in ID_HEADERS:
+                    answer_headers[header] = name
             await send(message)
 
         try:

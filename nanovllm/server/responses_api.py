@@ -35,7 +35,9 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     response = ResponseEvents(run.request_id, service.model, time.time(), body)
     events = _events(run, response)
     if body.stream:
-        return await stream_answer(request, _encoded(events), lambda error: named_event(response.fail(error)))
+        return await stream_answer(
+            request, _encoded(events), lambda error: b"".join(map(named_event, response.fail(error)))
+        )
     return await json_answer(request, _complete(events))
 
 
@@ -51,6 +53,8 @@ async def _events(run: ChatRun, response: ResponseEvents) -> AsyncGenerator[Even
             logprobs = chat_logprobs(completion.logprobs or [], run.body.top_logprobs or 0, False)["content"]
             for event in response.add(update.deltas, len(completion.token_ids), logprobs):
                 yield event
+            if update.finish_reason == "abort":
+                raise run.service.aborted()
             if update.finish_reason is not None:
                 for event in response.finish(completion, run.usage.usage):
                     yield event

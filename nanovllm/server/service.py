@@ -105,7 +105,7 @@ class Service:
         """Counts the completions of a request. Raises ApiError when it may not run now."""
         engine = self.engine
         if self.state == "draining":
-            raise ApiError(503, "The server is shutting down.", code="draining", headers=_retry())
+            raise _draining()
         limit = self.settings.max_queue
         if limit is not None and self._num_admitted + num_completions > engine.resolved.max_num_seqs + limit:
             raise ApiError(429, "The queue is full: try again later.", code="queue_full", headers=_retry())
@@ -134,6 +134,12 @@ class Service:
         names = [name for name, exchange in self._running.items() if exchange.request_id in request_ids]
         await self.engine.abort(names)
         return len(names)
+
+    def aborted(self) -> ApiError:
+        """Returns the error of a request that was aborted, for the APIs whose answers have no other form for it."""
+        if self.state == "draining":
+            return _draining()
+        return ApiError(499, "The request was aborted.", code="aborted")
 
     async def abort_all(self) -> None:
         """Ends every running request."""
@@ -170,6 +176,10 @@ class Service:
 def service_of(request: Request) -> Service:
     """Returns the service of the app that answers a request."""
     return cast(Service, request.app.state.service)
+
+
+def _draining() -> ApiError:
+    return ApiError(503, "The server is shutting down.", code="draining", headers=_retry())
 
 
 def _retry() -> dict[str, str]:
