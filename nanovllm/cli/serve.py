@@ -42,11 +42,10 @@ def main(arguments: Sequence[str], prog: str) -> int:
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
     """Returns the parser of `nanovllm serve`."""
-    # "resolve": an option of the server replaces the engine's of the same name, which has no effect.
-    parser = FlexibleArgumentParser(prog=prog, description=DESCRIPTION, conflict_handler="resolve")
-    AsyncEngineArgs.add_cli_args(parser)
+    parser = FlexibleArgumentParser(prog=prog, description=DESCRIPTION)
     parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="the same as --model")
     add_options(parser.add_argument_group("Server"), ServerSettings)
+    AsyncEngineArgs.add_cli_args(parser)
     return parser
 
 

@@ -22,6 +22,8 @@ from nanovllm.cli.serve import make_parser, read_settings
         ("tiny --cors-origin '*'", "cors_origin", ("*",)),
         ("tiny --uds /tmp/socket", "uds", "/tmp/socket"),
         ("tiny --port 0", "port", 0),
+        ("--disable-log-requests --enable-chunked-prefill tiny", "served_model_name", ("tiny",)),
+        ("tiny --generation-config vllm", "generation_config", "vllm"),
     ],
 )
 def test_options_reach_the_settings(line: str, name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
