@@ -49,14 +49,7 @@ class EngineArgs(EngineConfig):
         """
         types = add_options(parser.add_argument_group("Engine"), EngineConfig)
         others = {name: entry for name, entry in ENGINE_ARGUMENTS.items() if name not in types}
-        options = {_option(name): name for name in others}
-        rest = [option for option in options if option not in parser.known_options]  # a program may have its own
-        text = f"Accepted where the value asks for what is the case anyway ({WRITTEN_IN}): {', '.join(rest)}."
-        group = parser.add_argument_group(
-            "Options of vLLM without effect", textwrap.fill(text, 96, break_on_hyphens=False)
-        )
-        for option in rest:
-            _add_option_without_effect(group, option, options[option], others[options[option]])
+        add_options_without_effect(parser, "Options of vLLM without effect", others)
         return parser
 
     @classmethod
@@ -79,6 +72,25 @@ def add_options(group: argparse._ArgumentGroup, cls: type) -> dict[str, Any]:
     return types
 
 
+def add_options_without_effect(parser: FlexibleArgumentParser, title: str, table: Mapping[str, Unsupported]) -> None:
+    """Adds the options of a table that the parser has not, in a group that lists their names."""
+    names = {option: name for name in table if (option := _option(name)) not in parser.known_options}
+    text = f"Accepted where the value asks for what is the case anyway ({WRITTEN_IN}): {', '.join(names)}."
+    group = parser.add_argument_group(title, textwrap.fill(text, 96, break_on_hyphens=False))
+    for option, name in names.items():
+        hidden: Any = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        accepts = table[name].passes.accepts
+        options = [option, *_SHORT.get(name, ())]
+        if (accepts(True) or accepts(False)) and not accepts("text"):
+            group.add_argument(*options, action=Switch, **hidden)
+        else:
+            group.add_argument(*options, type=_read_value, **hidden)
+
+
+# vLLM's short names
+_SHORT = {"tensor_parallel_size": ("-tp",), "pipeline_parallel_size": ("-pp",), "data_parallel_size": ("-dp",)}
+
+
 def _add_option(group: argparse._ArgumentGroup, declared: Argument, type_hint: Any) -> None:
     default = DEFAULT_MODEL if declared.default is MISSING else declared.default
     is_union = typing.get_origin(type_hint) in (typing.Union, UnionType)
@@ -91,7 +103,10 @@ def _add_option(group: argparse._ArgumentGroup, declared: Argument, type_hint: A
 
     def parse(text: str) -> Any:
         try:
-            value = json.loads(text) if typing.get_origin(kinds[0]) is Mapping else kinds[0](text)
+            if typing.get_origin(kinds[0]) is Mapping:
+                value = json.loads(text)
+            else:
+                value = _read_integer(text) if kinds[0] is int else kinds[0](text)
         except ValueError:
             value = text
         if not declared.rule.accepts(value):
@@ -103,7 +118,8 @@ def _add_option(group: argparse._ArgumentGroup, declared: Argument, type_hint: A
         texts = [*default] if isinstance(default, tuple) else []
         group.add_argument(option, nargs="+", action="extend", default=texts, metavar=metavar, help=help_text)
         return
-    group.add_argument(option, type=parse, default=default, metavar=metavar, help=help_text)
+    short = _SHORT.get(declared.name, ())
+    group.add_argument(option, *short, type=parse, default=default, metavar=metavar, help=help_text)
 
 
 def _help_text(declared: Argument, default: object) -> str:
@@ -120,14 +136,17 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _add_option_without_effect(group: argparse._ArgumentGroup, option: str, name: str, entry: Unsupported) -> None:
-    """Adds a switch, or an option whose value is JSON or a text."""
-    hidden: Any = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-    accepts = entry.passes.accepts
-    if (accepts(True) or accepts(False)) and not accepts("text"):
-        group.add_argument(option, action=Switch, **hidden)
-    else:
-        group.add_argument(option, type=_read_value, **hidden)
+_FACTORS = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}
+
+
+def _read_integer(text: str) -> int:
+    """Reads an integer, and vLLM's `32k` for 32,000 and `32K` for 32,768. Raises ValueError."""
+    if text[-1:] not in _FACTORS:
+        return int(text)
+    value = float(text[:-1]) * _FACTORS[text[-1]]
+    if value != int(value):
+        raise ValueError(text)
+    return int(value)
 
 
 def _read_value(text: str) -> Any:

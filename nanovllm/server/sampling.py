@@ -64,6 +64,7 @@ FIELDS: Mapping[str, Unsupported] = {
     "request_id": Unsupported(_ANYTHING, "the header X-Request-Id names a request"),
     "guided_decoding_backend": Unsupported(_ANYTHING, "xgrammar compiles grammars"),
     "guided_whitespace_pattern": Unsupported(_NONE, "grammars have their own white space", "other white space"),
+    "thinking_token_budget": Unsupported(_NONE, "reasoning has no limit of its own", "a limit of the reasoning"),
     "prompt_embeds": Unsupported(_NONE, "prompts are texts or token ids", "embeddings as prompts"),
     "kv_transfer_params": Unsupported(_NONE, "keys and values stay in this engine", "moving the KV cache"),
     "vllm_xargs": Unsupported(_NONE, "no code reads them", "arguments of plugins"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, cast
 
 from starlette.requests import Request
@@ -54,6 +55,8 @@ class Service:
         self._engine = engine
         if self.settings.generation_config == "auto":
             self.defaults = engine.get_default_sampling_params()
+        for name, value in (self.settings.override_generation_config or {}).items():
+            setattr(self.defaults, name, value)
         if self.state == "starting":
             self.state = "ready"
 
@@ -158,6 +161,8 @@ class Service:
         """Returns the prompt of a conversation. Raises InvalidArgumentError, which names the field."""
         if options.chat_template is not None and not self.settings.trust_request_chat_template:
             raise invalid("chat_template", "chat_template is not allowed: see --trust-request-chat-template.")
+        if options.chat_template is None:
+            options = replace(options, chat_template=self.settings.chat_template)
         tokenizer = self.engine.get_tokenizer()
         text = await self.in_thread(self._chat.prompt, tokenizer, messages, options)
         return str(text) if add_special_tokens else text

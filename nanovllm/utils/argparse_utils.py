@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 __all__ = ["CommandParser", "FlexibleArgumentParser", "Switch"]
@@ -62,15 +64,67 @@ class CommandParser(argparse.ArgumentParser):
 
 
 class FlexibleArgumentParser(CommandParser):
-    """An ArgumentParser that takes `--max_model_len` for `--max-model-len`."""
+    """An ArgumentParser that takes `--max_model_len` for `--max-model-len`, and two more forms of vLLM's.
+
+    `--config FILE`: options in a YAML file, by their long names. Those of the command line come before them.
+    `--hf-overrides.rope_theta 2`: a field of an option whose value is a JSON object.
+    """
 
     def parse_known_args(  # type: ignore[override]  # argparse's overloads are about the namespace's type
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         given = [_with_dashes(text) for text in (sys.argv[1:] if args is None else args)]
+        given = self._with_objects(self._with_config_file(given))
         following = [*given[1:], ""] if given else []
         expanded = [self._expanded(text, after) for text, after in zip(given, following, strict=True)]
         return super().parse_known_args(expanded, namespace)
+
+    def _with_config_file(self, given: list[str]) -> list[str]:
+        """Returns the texts, with the options of the file that `--config` names at their beginning."""
+        at = next((at for at, text in enumerate(given) if text.partition("=")[0] == "--config"), None)
+        if at is None or "--config" in self._option_string_actions:
+            return given
+        _, equals, path = given[at].partition("=")
+        rest = given[at + 1 :]
+        if not equals:
+            path, rest = (rest[0], rest[1:]) if rest else ("", [])
+        import yaml  # not for every import of the package
+
+        try:
+            options = yaml.safe_load(Path(path).read_text("utf-8")) or {}
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            self.error(f"argument --config: the file cannot be read ({type(error).__name__})")
+        if not isinstance(options, dict):
+            self.error("argument --config: the file must have a YAML mapping")
+        texts: list[str] = []
+        for name, value in options.items():
+            option = _with_dashes(f"--{name}")
+            if isinstance(value, list):
+                texts += [option, *map(str, value)]
+            elif value is not None:
+                texts.append(f"{option}={value if isinstance(value, str) else json.dumps(value)}")
+        return [*texts, *given[:at], *rest]
+
+    def _with_objects(self, given: list[str]) -> list[str]:
+        """Returns the texts, with `--option.field value` as `--option={"field": value}`."""
+        texts: list[str] = []
+        objects: dict[str, dict[str, Any]] = {}
+        rest = iter(given)
+        for text in rest:
+            name, equals, value = text.partition("=")
+            option, *path = name.split(".")
+            if not path or option not in self._option_string_actions:
+                texts.append(text)
+                continue
+            value = value if equals else next(rest, "")
+            place = objects.setdefault(option, {})
+            for field in path[:-1]:
+                place = place.setdefault(field.replace("-", "_"), {})
+            try:
+                place[path[-1].replace("-", "_")] = json.loads(value)
+            except ValueError:
+                place[path[-1].replace("-", "_")] = value
+        return [*texts, *(f"{option}={json.dumps(value)}" for option, value in objects.items())]
 
     def _expanded(self, text: str, after: str) -> str:
         """Returns `--switch=true` for a switch whose next text is not its value."""
