@@ -37,6 +37,7 @@ _NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}  # span
 def make_app(service: Service) -> FastAPI:
     """Returns the application that answers with `service`."""
     app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
+    app.router.redirect_slashes = False  # the middleware takes a slash at the end away
     app.state.service = service
     for module in (completions, chat_completions, messages, responses_api, models, tokenize, status, chat_page):
         app.include_router(module.router)

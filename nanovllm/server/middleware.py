@@ -47,6 +47,9 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         started, path = time.monotonic(), endpoint_path(scope)
+        if len(path) > 1 and path.endswith("/"):
+            path = path.rstrip("/")
+            scope["path"] = scope["path"].rstrip("/")
         exchange = scope[SCOPE_KEY] = Exchange(uuid.uuid4().hex)
         is_counted = path not in _UNLOGGED
         self._service.num_requests += is_counted

@@ -116,6 +116,12 @@ def structured_outputs(body: GenerationRequest) -> StructuredOutputsParams | Non
     return StructuredOutputsParams(**wanted[0][1]) if wanted else None
 
 
+def given_names(body: GenerationRequest) -> dict[str, str]:
+    """Returns the fields of the body that fields of SamplingParams come from, where their names differ."""
+    names = {f"structured_outputs.{kind}": f"guided_{kind}" for kind in _GUIDED if getattr(body, f"guided_{kind}")}
+    return names or ({"structured_outputs.json": "response_format.json_schema.schema"} if body.response_format else {})
+
+
 _GUIDED = ("json", "regex", "choice", "grammar")
 
 
