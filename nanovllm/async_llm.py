@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.async_engine.consumers import CLIENT_REQUEST_ID, REQUEST_ID, AsyncRequest, Consumers
+from nanovllm.async_engine.consumers import REQUEST_ID, AsyncRequest, Consumers, EngineConnection
 from nanovllm.async_engine.messages import ResetPrefixCache, StartProfile, StopProfile
 from nanovllm.async_engine.selection import make_connection
 from nanovllm.compat.interface import VllmInterface
@@ -47,9 +47,10 @@ class AsyncLLM(VllmInterface):
 
     @takes_engine_arguments
     def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self._connection = make_connection(config.for_serving())
-        self._counter = itertools.count()
+        self._connect(config, make_connection(config.for_serving()))
+
+    def _connect(self, config: EngineConfig, connection: EngineConnection) -> None:
+        self.config, self._connection = config, connection
         self._chat = ChatRenderer()
         # One thread, so that requests arrive in the order of the calls.
         self._preparing = ThreadPoolExecutor(1, "nanovllm-prepare")
@@ -215,10 +216,10 @@ class AsyncLLM(VllmInterface):
         self.exit()
 
 
-def connected(connection: EngineConnection) -> AsyncLLM:
-    """Returns an AsyncLLM whose engine is at the other end of a connection."""
+def connected(config: EngineConfig, connection: EngineConnection) -> AsyncLLM:
+    """Returns an AsyncLLM whose engine, with these settings, is at the other end of a connection."""
     engine = AsyncLLM.__new__(AsyncLLM)
-    engine._connect(connection)
+    engine._connect(config, connection)
     return engine
 
 

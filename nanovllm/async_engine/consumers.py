@@ -165,7 +165,7 @@ class Consumers:
         self._to_wake: dict[
             asyncio.AbstractEventLoop, list[AsyncRequest]
         ] = {}  # by loops in which a `_wake` is pending
-        self._next_question = 0
+        self._next_question = connection.first_number
         self._questions: dict[int, Future[str]] = {}  # those without an answer
         self._dead: BaseException | None = None
         connection.start(self.receive)
