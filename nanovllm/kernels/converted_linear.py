@@ -32,10 +32,11 @@ _PLANE_SIZE = constant(PLANE_SIZE)
 
 @dataclass(frozen=True)
 class Tile:
-    """The shape of a program: its outputs, and the slices of the inputs, a warp each."""
+    """The shape of a program: its outputs, and the slices of the inputs that its warps share."""
 
     outputs: int
     slices: int
+    num_warps: int = 4
     num_stages: int = 4
 
 
@@ -283,7 +284,7 @@ def converted_linear(
         BLOCK_M=max(next_power_of_2(num_tokens), _MIN_BLOCK_M),
         BLOCK_N=tile.outputs,
         SLICES=tile.slices,
-        num_warps=tile.slices,
+        num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         **pdl_options(x.device),
     )

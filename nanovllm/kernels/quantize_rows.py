@@ -5,12 +5,29 @@ from __future__ import annotations
 import torch
 
 from nanovllm.kernels.rms_norm import rms_norm_reference
-from nanovllm.kernels.triton_support import jit, join_launch_chain, next_power_of_2, pdl_options, runs_triton, tl
+from nanovllm.kernels.triton_support import (
+    INTERPRETED,
+    constant,
+    jit,
+    join_launch_chain,
+    next_power_of_2,
+    pdl_options,
+    runs_triton,
+    tl,
+)
 
 GROUP_SIZE = 128
 _COLUMNS_PER_WARP = 1024
 _MAX_WARPS = 16
+_IS_INTERPRETED = constant(INTERPRETED)
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+
+
+@jit
+def _round_to(x: tl.tensor, step: tl.tensor) -> tl.tensor:
+    """Returns the multiples of `step`, a power of two, that are nearest to x, of two the even one."""
+    large = step * 12582912.0  # 1.5 · 2²³, where float32 has no digits behind the point
+    return (x + large) - large
 
 
 @jit
@@ -51,7 +68,10 @@ def _quantize_rows_kernel(
         scale = tl.maximum(tl.max(tl.abs(wide), axis=1), 1e-12) / LARGEST
     scaled = tl.minimum(tl.maximum(wide / scale[:, None], -LARGEST), LARGEST)
     if quantized_ptr.dtype.element_ty == tl.int8:
-        scaled = (scaled + 12582912.0) - 12582912.0  # 1.5 · 2²³: rounds to the nearest integer, halves to even
+        scaled = _round_to(scaled, 1.0)
+    elif _IS_INTERPRETED:  # its conversion to FP8 is wrong where rounding reaches a power of two
+        exponent = (scaled.to(tl.int32, bitcast=True) >> 23) & 255
+        scaled = _round_to(scaled, tl.exp2((tl.maximum(exponent, 121) - 130).to(tl.float32)))
     quantized = scaled.to(quantized_ptr.dtype.element_ty)
     tl.store(quantized_ptr + token * hidden_size + column, quantized, mask=mask)
     tl.store(scale_ptr + token * num_groups + group, scale, mask=group < num_groups)
