@@ -65,6 +65,7 @@ ENGINE_OPTIONS = (
     "max_num_batched_tokens",
     "max_num_seqs",
     "pipeline_depth",
+    "quantization",
 )
 
 
@@ -219,6 +220,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="tokens in a page of the KV cache (default: the attention backend's choice)",
     )
     add("--kv-cache-dtype", help="auto (the model's dtype) or fp8 (default auto)")
+    add("--quantization", help="fp8, int8 or int4: make such weights when they are loaded (default: the checkpoint's)")
     add(
         "--pipeline-depth",
         type=positive,
