@@ -17,6 +17,18 @@ PLANE_SIZE = 32
 NUM_PLANES = BLOCK_SIZE // PLANE_SIZE
 
 _IS_INTERPRETED = constant(INTERPRETED)
+_UNPACK = """{
+    .reg .b32 shifted;
+    lop3.b32 $0, $4, 0x000F000F, LARGE, 0xEA;
+    shr.u32 shifted, $4, 4;
+    lop3.b32 $1, shifted, 0x000F000F, LARGE, 0xEA;
+    shr.u32 shifted, $4, 8;
+    lop3.b32 $2, shifted, 0x000F000F, LARGE, 0xEA;
+    shr.u32 shifted, $4, 12;
+    lop3.b32 $3, shifted, 0x000F000F, LARGE, 0xEA;
+}"""
+_UNPACK_TO_BF16 = constant(_UNPACK.replace("LARGE", "0x43004300"))
+_UNPACK_TO_FP16 = constant(_UNPACK.replace("LARGE", "0x64006400"))
 
 
 def pack_int4(values: torch.Tensor) -> torch.Tensor:
@@ -30,14 +42,6 @@ def pack_int4(values: torch.Tensor) -> torch.Tensor:
     shifts = torch.arange(0, 4 * NUM_PLANES, 4, device=values.device).view(NUM_PLANES, 1)
     words = (planes << shifts).sum(dim=2)  # [outputs, blocks, 32], 0 to 65535
     return torch.where(words < 32768, words, words - 65536).to(torch.int16).flatten(1)
-
-
-def pack_group_values(values: torch.Tensor) -> torch.Tensor:
-    """Returns scales or zeros [outputs, groups] as float32, of the same shape and with outputs side by side in memory.
-
-    So a program's values of one group lie together and can be fetched ahead of their use.
-    """
-    return values.float().t().contiguous().t()
 
 
 def unpack_int4(words: torch.Tensor, inputs: int) -> torch.Tensor:
@@ -56,51 +60,20 @@ def unpack_planes(words: tl.tensor, dtype: tl.constexpr) -> tuple[tl.tensor, tl.
     two numbers; a conversion from integers takes longer.
     """
     if _IS_INTERPRETED or dtype == tl.float32:
-        return (
-            (words & 15).to(dtype),
-            ((words >> 4) & 15).to(dtype),
-            ((words >> 8) & 15).to(dtype),
-            ((words >> 12) & 15).to(dtype),
-            0.0,
-        )
-    elif dtype == tl.bfloat16:
-        first, second, third, fourth = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 shifted;
-            lop3.b32 $0, $4, 0x000F000F, 0x43004300, 0xEA;
-            shr.u32 shifted, $4, 4;
-            lop3.b32 $1, shifted, 0x000F000F, 0x43004300, 0xEA;
-            shr.u32 shifted, $4, 8;
-            lop3.b32 $2, shifted, 0x000F000F, 0x43004300, 0xEA;
-            shr.u32 shifted, $4, 12;
-            lop3.b32 $3, shifted, 0x000F000F, 0x43004300, 0xEA;
-            }""",
-            "=r,=r,=r,=r,r",
-            [words],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
-        return first, second, third, fourth, 128.0
+        first, second = (words & 15).to(dtype), ((words >> 4) & 15).to(dtype)
+        third, fourth = ((words >> 8) & 15).to(dtype), ((words >> 12) & 15).to(dtype)
+        offset = 0.0
     else:
         first, second, third, fourth = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 shifted;
-            lop3.b32 $0, $4, 0x000F000F, 0x64006400, 0xEA;
-            shr.u32 shifted, $4, 4;
-            lop3.b32 $1, shifted, 0x000F000F, 0x64006400, 0xEA;
-            shr.u32 shifted, $4, 8;
-            lop3.b32 $2, shifted, 0x000F000F, 0x64006400, 0xEA;
-            shr.u32 shifted, $4, 12;
-            lop3.b32 $3, shifted, 0x000F000F, 0x64006400, 0xEA;
-            }""",
+            _UNPACK_TO_BF16 if dtype == tl.bfloat16 else _UNPACK_TO_FP16,
             "=r,=r,=r,=r,r",
             [words],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            dtype=(dtype, dtype, dtype, dtype),
             is_pure=True,
             pack=2,
         )
-        return first, second, third, fourth, 1024.0
+        offset = 128.0 if dtype == tl.bfloat16 else 1024.0
+    return first, second, third, fourth, offset
 
 
 @jit

@@ -13,7 +13,7 @@ from nanovllm.kernels.quantize_rows import GROUP_SIZE, quantize_rows
 from nanovllm.kernels.quantized_matmul import Tile, quantized_matmul
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.skinny_linear import scales_blocks, skinny_linear
-from nanovllm.kernels.triton_support import HAS_TRITON, multiprocessor_count
+from nanovllm.kernels.triton_support import HAS_TRITON, multiprocessor_count, next_power_of_2
 
 _ALIGNMENT = 16  # bytes, of a row that the tensor memory accelerator reads
 _MAX_SKINNY_INPUTS = 32768
@@ -140,4 +140,11 @@ def _is_skinny(hidden: torch.Tensor) -> bool:
 
 
 def _choose_tile(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> Tile:
-    raise NotImplementedError
+    num_tokens = len(hidden)
+    tokens = min(max(next_power_of_2(num_tokens), 16), 128)
+    if num_tokens > 256:
+        return Tile(64 if gated else 128, 128, num_warps=4 if gated else 8)
+    outputs = 64
+    tiles = -(-weight.shape[0] // (outputs * (1 + gated))) * -(-num_tokens // tokens)
+    splits = min(max(2 * multiprocessor_count(hidden.device) // tiles, 1), 4)
+    return Tile(outputs, tokens, splits=next_power_of_2(splits + 1) // 2)

@@ -1,6 +1,7 @@
-"""Products with quantised weights: FP8, INT8 and INT4, in plain torch.
+"""Products with quantised weights: FP8, INT8 and INT4.
 
-Weights are converted to float32 and multiplied. Where a format quantises the activations too, so does its product.
+On a GPU, `quantized_gpu` computes them. The references convert weights to float32 and multiply. Where a format
+quantises the activations too, so does its product.
 """
 
 from __future__ import annotations
@@ -8,19 +9,29 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels.int4_packing import pack_int4, unpack_int4
+from nanovllm.kernels.quantized_gpu import fp8_product, int4_product, int8_product, suits_fused
 from nanovllm.kernels.rms_norm import rms_norm_reference
 from nanovllm.kernels.silu_and_mul import silu_and_mul_reference
+
+__all__ = [
+    "FP8_BLOCK",
+    "FP8_MAX",
+    "fp8_activations",
+    "fp8_linear",
+    "int4_linear",
+    "int8_activations",
+    "int8_linear",
+    "pack_int4",
+    "suits_fused",
+    "unpack_int4",
+]
 
 FP8_BLOCK = 128  # outputs, and inputs, that share a block scale
 FP8_MAX = 448.0  # the largest number of float8_e4m3fn
 _INT8_MAX = 127
 _INT4_ZERO = 8  # the zero point of symmetric weights
 _SMALLEST_SCALE = 1e-12
-
-
-def suits_fused(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Returns whether one kernel computes the product of hidden [num_tokens, inputs] with norm, gate and addition."""
-    return False
 
 
 def fp8_linear(
@@ -42,6 +53,18 @@ def fp8_linear(
     scales each group of 128 inputs of a token.
     → [num_tokens, outputs, or half as many if gated], of hidden's dtype.
     """
+    if suits_fused(hidden, weight):
+        return fp8_product(
+            hidden,
+            weight,
+            scale,
+            bias,
+            input_scale=input_scale,
+            norm_weight=norm_weight,
+            eps=eps,
+            gated=gated,
+            residual=residual,
+        )
     outputs, inputs = weight.shape
     has_blocks = scale.shape[1] > 1 or scale.shape[0] not in (1, outputs) or outputs == 1 < scale.shape[0]
     normed = _normed(hidden, norm_weight, eps)
@@ -83,6 +106,18 @@ def int8_linear(
     weight [outputs, inputs] int8, scale [outputs, 1] float32. quantize_input: activations are INT8 too, with a scale
     for each token. → [num_tokens, outputs, or half as many if gated], of hidden's dtype.
     """
+    if suits_fused(hidden, weight):
+        return int8_product(
+            hidden,
+            weight,
+            scale,
+            bias,
+            quantize_input=quantize_input,
+            norm_weight=norm_weight,
+            eps=eps,
+            gated=gated,
+            residual=residual,
+        )
     normed = _normed(hidden, norm_weight, eps)
     activations = int8_activations(normed) if quantize_input else normed.float()
     return _finished(F.linear(activations, weight.float()) * scale.T, bias, gated, residual, hidden.dtype)
@@ -110,25 +145,30 @@ def int4_linear(
 ) -> torch.Tensor:
     """Returns act(rms_norm(hidden) · ((weight − zeros) · scale)ᵀ + bias) + residual.
 
-    weight: from `pack_int4`. scale [outputs, inputs / group_size] of any float dtype, zeros of the same shape uint8,
-    from 0 to 16; None: 8. group_size −1: all inputs.
+    weight: from `pack_int4`. scale [outputs, inputs / group_size] float32, zeros of the same shape and dtype, from 0
+    to 16; None: 8. On a GPU both are read fastest where outputs are side by side in memory. group_size −1: all inputs.
     → [num_tokens, outputs, or half as many if gated], of hidden's dtype.
     """
-    group_size = hidden.shape[1] if group_size == -1 else group_size
+    inputs = hidden.shape[1]
+    group_size = inputs if group_size == -1 else group_size
+    if suits_fused(hidden, weight):
+        return int4_product(
+            hidden,
+            weight,
+            scale,
+            zeros,
+            bias,
+            group_size=group_size,
+            norm_weight=norm_weight,
+            eps=eps,
+            gated=gated,
+            residual=residual,
+        )
     zero: torch.Tensor | int = _INT4_ZERO if zeros is None else zeros.float().repeat_interleave(group_size, 1)
-    dense = (unpack_int4(weight).float() - zero) * scale.float().repeat_interleave(group_size, 1)  # [outputs, inputs]
+    dense = (unpack_int4(weight, inputs).float() - zero) * scale.float().repeat_interleave(
+        group_size, 1
+    )  # [outputs, inputs]
     return _finished(F.linear(_normed(hidden, norm_weight, eps).float(), dense), bias, gated, residual, hidden.dtype)
-
-
-def pack_int4(values: torch.Tensor) -> torch.Tensor:
-    """Returns values [outputs, inputs] from 0 to 15 as uint8 [outputs, inputs / 2], the even input in the low bits."""
-    values = values.to(torch.uint8)
-    return values[:, ::2] | (values[:, 1::2] << 4)
-
-
-def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
-    """Returns what `pack_int4` was given."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(1)  # [outputs, inputs]
 
 
 def _normed(hidden: torch.Tensor, norm_weight: torch.Tensor | None, eps: float) -> torch.Tensor:

@@ -187,7 +187,7 @@ def _quantized_matmul_kernel(
 ) -> None:
     """Program (tile, split): BLOCK_N outputs of BLOCK_M tokens, over a part of the inputs.
 
-    GROUP_SIZE: inputs that share a scale; 0: HAS_SCALE, for each output, SCALE_STRIDE apart. With splits, the sums go to
+    GROUP_SIZE: inputs that share a scale; 0: HAS_SCALE, for each output, SCALE_STRIDE apart. With splits, sums go to
     partial_ptr [splits, tokens, outputs, and as many ups if gated], unscaled but for groups.
     """
     NUM_ROWS: tl.constexpr = OUTPUT_SIZE * (2 if IS_GATED else 1)
@@ -222,8 +222,8 @@ def _quantized_matmul_kernel(
         if IS_GATED:
             up_acc = _add_block(
                 up_acc, x_desc, weight_desc, scale_ptr, zero_ptr, x_scale_ptr, OUTPUT_SIZE + output, NUM_ROWS,
-                OUTPUT_SIZE + first_output, token, first_token, column, num_tokens, scale_row_stride, scale_group_stride,
-                IS_INT4, HAS_ZEROS, HAS_X_SCALE, GROUP_SIZE, INPUT_SIZE, BLOCK_K,
+                OUTPUT_SIZE + first_output, token, first_token, column, num_tokens,
+                scale_row_stride, scale_group_stride, IS_INT4, HAS_ZEROS, HAS_X_SCALE, GROUP_SIZE, INPUT_SIZE, BLOCK_K,
             )  # fmt: skip
 
     out, up = acc.to(tl.float32), up_acc.to(tl.float32)

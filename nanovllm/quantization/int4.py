@@ -21,7 +21,8 @@ _LARGEST = 15
 
 
 class Int4Linear(QuantizedLinear):
-    """Parameters: `weight` as `pack_int4` makes it, `weight_scale`, and `weight_zeros` unless all are 8.
+    """Parameters: `weight` as `pack_int4` makes it, `weight_scale` [groups, outputs], and `weight_zeros` unless all
+    are 8.
 
     group_size: inputs that share a scale. is_permuted: groups are not neighbouring inputs; the buffer `input_order`
     says which input each column of the weight belongs to.
@@ -41,9 +42,9 @@ class Int4Linear(QuantizedLinear):
         outputs, inputs = layer.num_outputs, layer.inputs.size
         packed = pack_int4(torch.empty(outputs, inputs, dtype=torch.int8, device="meta"))
         layer.weight = empty_parameter(*packed.shape, dtype=packed.dtype)
-        shape = (outputs, 1 if self.group_size == WHOLE_ROW else inputs // self.group_size)
-        layer.weight_scale = empty_parameter(*shape, dtype=layer.dtype)
-        zeros = empty_parameter(*shape, dtype=torch.uint8) if self.has_zeros else None
+        shape = (1 if self.group_size == WHOLE_ROW else inputs // self.group_size, outputs)
+        layer.weight_scale = empty_parameter(*shape, dtype=torch.float32)
+        zeros = empty_parameter(*shape, dtype=torch.float32) if self.has_zeros else None
         layer.register_parameter("weight_zeros", zeros)
 
     def quantize(self, weight: torch.Tensor) -> QuantizedMatrix:
@@ -64,16 +65,17 @@ class Int4Linear(QuantizedLinear):
 
     def fill(self, layer: LinearLayer, matrices: Sequence[QuantizedMatrix]) -> None:
         layer.weight.copy_(pack_int4(torch.cat([each.values for each in matrices])))
-        cast(torch.Tensor, layer.weight_scale).copy_(torch.cat([each.scale for each in matrices]))
+        cast(torch.Tensor, layer.weight_scale).copy_(torch.cat([each.scale for each in matrices]).T)
         if self.has_zeros:
             zeros = torch.cat([cast(torch.Tensor, each.zeros) for each in matrices])
-            cast(torch.Tensor, layer.weight_zeros).copy_(zeros)
+            cast(torch.Tensor, layer.weight_zeros).copy_(zeros.T)
 
     def product(
         self, layer: LinearLayer, hidden: torch.Tensor, bias: torch.Tensor | None, **fused: Any
     ) -> torch.Tensor:
         scale, zeros = cast(torch.Tensor, layer.weight_scale), cast("torch.Tensor | None", layer.weight_zeros)
-        return int4_linear(hidden, layer.weight, scale, zeros, bias, group_size=self.group_size, **fused)
+        zeros = None if zeros is None else zeros.T
+        return int4_linear(hidden, layer.weight, scale.T, zeros, bias, group_size=self.group_size, **fused)
 
 
 def make_int4(layer: LinearLayer, formats: Sequence[Format]) -> Int4Linear:

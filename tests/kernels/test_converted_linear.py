@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanovllm.kernels.converted_linear import Tile, converted_linear
-from nanovllm.kernels.int4_packing import pack_group_values, pack_int4
+from nanovllm.kernels.int4_packing import pack_int4
 from nanovllm.kernels.skinny_linear import scaled_weight
 from tests.kernels.inputs import DTYPES, check_close
 from tests.kernels.test_skinny_linear import oracle, random_fp8_weight, random_product
@@ -59,9 +59,9 @@ def test_int4(device, generator, dtype, input_size, group_size, num_tokens, has_
     got = converted_linear(
         x,
         pack_int4(values).to(device),
-        pack_group_values(scale).to(device),
+        scale.to(device),
         bias,
-        zeros=pack_group_values(zeros).to(device) if has_zeros else None,
+        zeros=zeros.float().to(device) if has_zeros else None,
         group_size=group_size,
         tile=TILES[1],
         **around,

@@ -12,7 +12,7 @@ LARGEST = {torch.float8_e4m3fn: 448, torch.int8: 127}
 
 def restored(quantized, scale, group_size=None):
     """What the quantised rows stand for, in float64."""
-    num_tokens, hidden_size = quantized.shape
+    hidden_size = quantized.shape[1]
     size = group_size or hidden_size
     spread = scale.double().repeat_interleave(size, dim=1)[:, :hidden_size]
     return quantized.double() * spread

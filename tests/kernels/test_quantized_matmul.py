@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanovllm.kernels.int4_packing import pack_group_values, pack_int4, unpack_int4
+from nanovllm.kernels.int4_packing import pack_int4, unpack_int4
 from nanovllm.kernels.quantize_rows import quantize_rows
 from nanovllm.kernels.quantized_matmul import Tile, quantized_matmul
 from nanovllm.kernels.skinny_linear import scaled_weight
@@ -82,9 +82,9 @@ def test_int4(device, generator, dtype, group_size, num_tokens, has_zeros, gated
     got = quantized_matmul(
         x,
         pack_int4(values).to(device),
-        pack_group_values(scale).to(device),
+        scale.to(device),
         bias,
-        zeros=pack_group_values(zeros).to(device) if has_zeros else None,
+        zeros=zeros.float().to(device) if has_zeros else None,
         group_size=group_size,
         dtype=dtype,
         tile=tile,
@@ -99,7 +99,7 @@ def test_a_row_does_not_depend_on_its_neighbours(device, generator, dtype):
     values = torch.randint(0, 16, (64, 256), generator=generator)
     scale = torch.rand(64, 2, generator=generator)
     arguments = {"group_size": 128, "dtype": dtype, "tile": Tile(64, 16, splits=2)}
-    weight = pack_int4(values).to(device), pack_group_values(scale).to(device)
+    weight = pack_int4(values).to(device), scale.to(device)
     alone = quantized_matmul(x, *weight, **arguments)
     x[3] = torch.nan
     beside = quantized_matmul(x, *weight, **arguments)
