@@ -63,16 +63,18 @@ def unpack_planes(words: tl.tensor, dtype: tl.constexpr) -> tuple[tl.tensor, tl.
         first, second = (words & 15).to(dtype), ((words >> 4) & 15).to(dtype)
         third, fourth = ((words >> 8) & 15).to(dtype), ((words >> 12) & 15).to(dtype)
         offset = 0.0
-    else:
+    elif dtype == tl.bfloat16:
+        brain: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
         first, second, third, fourth = tl.inline_asm_elementwise(
-            _UNPACK_TO_BF16 if dtype == tl.bfloat16 else _UNPACK_TO_FP16,
-            "=r,=r,=r,=r,r",
-            [words],
-            dtype=(dtype, dtype, dtype, dtype),
-            is_pure=True,
-            pack=2,
+            _UNPACK_TO_BF16, "=r,=r,=r,=r,r", [words], dtype=brain, is_pure=True, pack=2
         )
-        offset = 128.0 if dtype == tl.bfloat16 else 1024.0
+        offset = 128.0
+    else:
+        half: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
+        first, second, third, fourth = tl.inline_asm_elementwise(
+            _UNPACK_TO_FP16, "=r,=r,=r,=r,r", [words], dtype=half, is_pure=True, pack=2
+        )
+        offset = 1024.0
     return first, second, third, fourth, offset
 
 
