@@ -16,7 +16,15 @@ from nanovllm.kernels.skinny_linear import scales_blocks, skinny_linear
 from nanovllm.kernels.triton_support import HAS_TRITON, multiprocessor_count, next_power_of_2
 
 _ALIGNMENT = 16  # bytes, of a row that the tensor memory accelerator reads
-_MAX_SKINNY_INPUTS = 32768
+# As measured: which kernel and tile is fastest.
+_MAX_SKINNY_TOKENS = 4
+_MAX_EXTRA_PRODUCTS = 1 << 23  # multiplications for the tokens after the first
+_MAX_ROW = 32768
+_MIN_TILE_TOKENS = 16
+_FEW_TOKENS = 256
+_MANY_TOKENS = 1024
+_MAX_SPLITS = 4
+_MIN_SPLIT_INPUTS = 1024
 
 
 def suits_fused(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -44,7 +52,7 @@ def fp8_product(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """`fp8_linear` where `suits_fused`."""
-    if _is_skinny(hidden):
+    if _is_skinny(hidden, weight):
         return skinny_linear(
             hidden, weight, bias, scale=scale, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
         )
@@ -84,7 +92,7 @@ def int8_product(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """`int8_linear` where `suits_fused`."""
-    if _is_skinny(hidden):
+    if _is_skinny(hidden, weight):
         return skinny_linear(
             hidden, weight, bias, scale=scale, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
         )
@@ -135,16 +143,24 @@ def int4_product(
     )
 
 
-def _is_skinny(hidden: torch.Tensor) -> bool:
-    return len(hidden) == 1 and hidden.shape[1] <= _MAX_SKINNY_INPUTS
+def _is_skinny(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Returns whether `skinny_linear` is faster than two kernels, of which one quantises the activations."""
+    num_tokens, input_size = hidden.shape
+    extra_products = (num_tokens - 1) * weight.numel()
+    return num_tokens <= _MAX_SKINNY_TOKENS and extra_products <= _MAX_EXTRA_PRODUCTS and input_size <= _MAX_ROW
 
 
 def _choose_tile(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> Tile:
-    num_tokens = len(hidden)
-    tokens = min(max(next_power_of_2(num_tokens), 16), 128)
-    if num_tokens > 256:
-        return Tile(64 if gated else 128, 128, num_warps=4 if gated else 8)
+    """Returns the tile that was fastest, or nearly so, at the shapes of Qwen3-8B on an H200."""
+    num_tokens, input_size = hidden.shape
+    if num_tokens > _MANY_TOKENS:
+        return Tile(64 if gated else 128, 256, num_warps=8, num_stages=3)
+    if num_tokens > _FEW_TOKENS:
+        return Tile(128, 128, num_warps=8)
+    tokens = min(max(next_power_of_2(num_tokens), _MIN_TILE_TOKENS), 128)
     outputs = 64
-    tiles = -(-weight.shape[0] // (outputs * (1 + gated))) * -(-num_tokens // tokens)
-    splits = min(max(2 * multiprocessor_count(hidden.device) // tiles, 1), 4)
-    return Tile(outputs, tokens, splits=next_power_of_2(splits + 1) // 2)
+    programs = -(-weight.shape[0] // (outputs * (1 + gated))) * -(-num_tokens // tokens)
+    most, splits = 2 * multiprocessor_count(hidden.device), 1
+    while splits < _MAX_SPLITS and 2 * splits * programs <= most and input_size >= 2 * splits * _MIN_SPLIT_INPUTS:
+        splits *= 2
+    return Tile(outputs, tokens, 256 if tokens == _MIN_TILE_TOKENS else 128, splits=splits)
