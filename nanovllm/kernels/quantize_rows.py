@@ -9,6 +9,7 @@ from nanovllm.kernels.triton_support import (
     INTERPRETED,
     constant,
     jit,
+    jit_with_varying,
     join_launch_chain,
     next_power_of_2,
     pdl_options,
@@ -30,7 +31,7 @@ def _round_to(x: tl.tensor, step: tl.tensor) -> tl.tensor:
     return (x + large) - large
 
 
-@jit
+@jit_with_varying("num_tokens")
 def _quantize_rows_kernel(
     x_ptr: tl.tensor,
     norm_weight_ptr: tl.tensor,
@@ -39,6 +40,7 @@ def _quantize_rows_kernel(
     scale_ptr: tl.tensor,
     x_stride: tl.tensor,
     hidden_size: tl.tensor,
+    num_tokens: tl.tensor,
     num_groups: tl.tensor,
     eps: tl.tensor,
     HAS_NORM: tl.constexpr,
@@ -74,7 +76,7 @@ def _quantize_rows_kernel(
         scaled = _round_to(scaled, tl.exp2((tl.maximum(exponent, 121) - 130).to(tl.float32)))
     quantized = scaled.to(quantized_ptr.dtype.element_ty)
     tl.store(quantized_ptr + token * hidden_size + column, quantized, mask=mask)
-    tl.store(scale_ptr + token * num_groups + group, scale, mask=group < num_groups)
+    tl.store(scale_ptr + group * num_tokens + token, scale, mask=group < num_groups)
 
 
 def quantize_rows_reference(
@@ -98,7 +100,7 @@ def quantize_rows_reference(
         scale = input_scale.float().expand(num_tokens, padded.shape[1])
     scaled = (padded / scale.unsqueeze(-1)).clamp(-_LARGEST[dtype], _LARGEST[dtype])
     quantized = scaled.round() if dtype is torch.int8 else scaled
-    return quantized.to(dtype).flatten(1)[:, :hidden_size].contiguous(), scale.contiguous()
+    return quantized.to(dtype).flatten(1)[:, :hidden_size].contiguous(), scale.T.contiguous().T
 
 
 def quantize_rows(
@@ -113,7 +115,7 @@ def quantize_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (x / scale in `dtype`, scale): [num_tokens, hidden_size] and [num_tokens, groups] float32.
 
-    dtype: float8_e4m3fn or int8. group_size None: a row has one scale. The scale is the largest magnitude of the group
+    A group's scales lie side by side in memory, as the product reads them. dtype: float8_e4m3fn or int8. group_size None: a row has one scale. The scale is the largest magnitude of the group
     over the largest number of `dtype`, or `input_scale` [1] if given. norm_weight: x is RMS-normed first.
     """
     if not runs_triton(x, use_triton):
@@ -123,7 +125,7 @@ def quantize_rows(
     num_tokens, hidden_size = x.shape
     num_groups = 1 if group_size is None else -(-hidden_size // group_size)
     quantized = torch.empty(num_tokens, hidden_size, dtype=dtype, device=x.device)  # [num_tokens, hidden_size]
-    scale = torch.empty(num_tokens, num_groups, dtype=torch.float32, device=x.device)  # [num_tokens, num_groups]
+    scale = torch.empty(num_groups, num_tokens, dtype=torch.float32, device=x.device).T  # [num_tokens, num_groups]
     if num_tokens == 0:
         return quantized, scale
     block_size = next_power_of_2(hidden_size)
@@ -135,6 +137,7 @@ def quantize_rows(
         scale_ptr=scale,
         x_stride=x.stride(0),
         hidden_size=hidden_size,
+        num_tokens=num_tokens,
         num_groups=num_groups,
         eps=eps,
         HAS_NORM=norm_weight is not None,

@@ -97,31 +97,49 @@ def _finish(
 
 
 @jit
+def _load_block_scale(
+    scale_ptr: tl.tensor,
+    row: tl.tensor,
+    num_rows: tl.constexpr,
+    first_row: tl.tensor,
+    block: tl.tensor,
+    ROWS_SHARE_SCALE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    NUM_BLOCKS: tl.constexpr,
+) -> tl.tensor:
+    """Loads the scale of a block of inputs: one for all rows, or [rows]."""
+    block = tl.minimum(block, NUM_BLOCKS - 1)
+    if ROWS_SHARE_SCALE:
+        scale = tl.load(scale_ptr + first_row // GROUP_SIZE * NUM_BLOCKS + block)
+    else:
+        scale = tl.load(scale_ptr + row // GROUP_SIZE * NUM_BLOCKS + block, mask=row < num_rows, other=0.0)
+    return scale
+
+
+@jit
 def _add_block(
     acc: tl.tensor,
+    block_scale: tl.tensor,
     x_desc: tl.tensor,
     weight_desc: tl.tensor,
     scale_ptr: tl.tensor,
     zero_ptr: tl.tensor,
-    x_scale_ptr: tl.tensor,
     row: tl.tensor,
     num_rows: tl.constexpr,
     first_row: tl.tensor,
-    token: tl.tensor,
     first_token: tl.tensor,
     column: tl.tensor,
-    num_tokens: tl.tensor,
     scale_row_stride: tl.tensor,
     scale_group_stride: tl.tensor,
     IS_INT4: tl.constexpr,
     HAS_ZEROS: tl.constexpr,
-    HAS_X_SCALE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     INPUT_SIZE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ) -> tl.tensor:
-    """Adds to acc [outputs, tokens] the product over the inputs from `column` on."""
-    NUM_GROUPS: tl.constexpr = (INPUT_SIZE + GROUP_SIZE - 1) // GROUP_SIZE if GROUP_SIZE > 0 else 1
+    """Adds to acc [outputs, tokens] the product over the inputs from `column` on.
+
+    block_scale, broadcast to acc: of all weights of 8 bits that are read, with the activations' scale, if GROUP_SIZE.
+    """
     if IS_INT4:
         words = weight_desc.load([first_row, column // _NUM_PLANES])  # [BLOCK_N, 32]
         w_0, w_1, w_2, w_3, offset = unpack_planes(words, x_desc.dtype)
@@ -141,13 +159,7 @@ def _add_block(
             weight = convert(weight, x_desc.dtype)
         x = x_desc.load([first_token, column])  # [BLOCK_M, BLOCK_K]
         if GROUP_SIZE > 0:
-            group = column // GROUP_SIZE
-            scale = tl.load(scale_ptr + row // GROUP_SIZE * NUM_GROUPS + group, mask=row < num_rows, other=0.0)
-            partial = tl.dot(weight, x.T).to(tl.float32) * scale[:, None]
-            if HAS_X_SCALE:
-                x_scale = tl.load(x_scale_ptr + token * NUM_GROUPS + group, mask=token < num_tokens, other=0.0)
-                partial *= x_scale[None, :]
-            acc += partial
+            acc += tl.dot(weight, x.T).to(tl.float32) * block_scale
         else:
             acc = tl.dot(weight, x.T, acc, out_dtype=acc.dtype)
     return acc
@@ -194,6 +206,9 @@ def _quantized_matmul_kernel(
     NUM_BLOCKS: tl.constexpr = (INPUT_SIZE + BLOCK_K - 1) // BLOCK_K
     BLOCKS_A_SPLIT: tl.constexpr = (NUM_BLOCKS + SPLITS - 1) // SPLITS
     NUM_OUTPUT_TILES: tl.constexpr = (OUTPUT_SIZE + BLOCK_N - 1) // BLOCK_N
+    HAS_BLOCK_SCALE: tl.constexpr = GROUP_SIZE > 0 and not IS_INT4
+    # A tile's outputs lie in one block of outputs.
+    ROWS_SHARE_SCALE: tl.constexpr = BLOCK_N <= 128 and (not IS_GATED or OUTPUT_SIZE % BLOCK_N == 0)
     ACC_TYPE: tl.constexpr = tl.int32 if x_desc.dtype == tl.int8 else tl.float32
     let_next_kernel_start(PDL)
     tile = tl.program_id(0)
@@ -212,18 +227,41 @@ def _quantized_matmul_kernel(
 
     split = tl.program_id(1)
     first_block = split * BLOCKS_A_SPLIT
+    up_row, first_up_row = OUTPUT_SIZE + output, OUTPUT_SIZE + first_output
+    if HAS_BLOCK_SCALE:  # loaded one block ahead
+        next_scale = _load_block_scale(
+            scale_ptr, output, NUM_ROWS, first_output, first_block, ROWS_SHARE_SCALE, GROUP_SIZE, NUM_BLOCKS
+        )
+        if IS_GATED:
+            next_up_scale = _load_block_scale(
+                scale_ptr, up_row, NUM_ROWS, first_up_row, first_block, ROWS_SHARE_SCALE, GROUP_SIZE, NUM_BLOCKS
+            )
+        next_x_scale = tl.load(x_scale_ptr + first_block * num_tokens + token, mask=token < num_tokens, other=0.0)
     for block in tl.range(first_block, tl.minimum(first_block + BLOCKS_A_SPLIT, NUM_BLOCKS)):
         column = block * BLOCK_K
+        if HAS_BLOCK_SCALE:
+            x_scale = next_x_scale[None, :]  # [1, BLOCK_M]
+            scale = next_scale * x_scale if ROWS_SHARE_SCALE else next_scale[:, None] * x_scale
+            next_scale = _load_block_scale(
+                scale_ptr, output, NUM_ROWS, first_output, block + 1, ROWS_SHARE_SCALE, GROUP_SIZE, NUM_BLOCKS
+            )
+            if IS_GATED:
+                up_scale = next_up_scale * x_scale if ROWS_SHARE_SCALE else next_up_scale[:, None] * x_scale
+                next_up_scale = _load_block_scale(
+                    scale_ptr, up_row, NUM_ROWS, first_up_row, block + 1, ROWS_SHARE_SCALE, GROUP_SIZE, NUM_BLOCKS
+                )
+            next_block = tl.minimum(block + 1, NUM_BLOCKS - 1)
+            next_x_scale = tl.load(x_scale_ptr + next_block * num_tokens + token, mask=token < num_tokens, other=0.0)
+        else:
+            scale, up_scale = 1.0, 1.0
         acc = _add_block(
-            acc, x_desc, weight_desc, scale_ptr, zero_ptr, x_scale_ptr, output, NUM_ROWS, first_output,
-            token, first_token, column, num_tokens, scale_row_stride, scale_group_stride,
-            IS_INT4, HAS_ZEROS, HAS_X_SCALE, GROUP_SIZE, INPUT_SIZE, BLOCK_K,
+            acc, scale, x_desc, weight_desc, scale_ptr, zero_ptr, output, NUM_ROWS, first_output, first_token, column,
+            scale_row_stride, scale_group_stride, IS_INT4, HAS_ZEROS, GROUP_SIZE, INPUT_SIZE,
         )  # fmt: skip
         if IS_GATED:
             up_acc = _add_block(
-                up_acc, x_desc, weight_desc, scale_ptr, zero_ptr, x_scale_ptr, OUTPUT_SIZE + output, NUM_ROWS,
-                OUTPUT_SIZE + first_output, token, first_token, column, num_tokens,
-                scale_row_stride, scale_group_stride, IS_INT4, HAS_ZEROS, HAS_X_SCALE, GROUP_SIZE, INPUT_SIZE, BLOCK_K,
+                up_acc, up_scale, x_desc, weight_desc, scale_ptr, zero_ptr, up_row, NUM_ROWS, first_up_row,
+                first_token, column, scale_row_stride, scale_group_stride, IS_INT4, HAS_ZEROS, GROUP_SIZE, INPUT_SIZE,
             )  # fmt: skip
 
     out, up = acc.to(tl.float32), up_acc.to(tl.float32)
@@ -296,7 +334,7 @@ def quantized_matmul(
 ) -> torch.Tensor:
     """Returns act(x · weightᵀ + bias) + residual: [num_tokens, outputs or half as many] of `dtype`.
 
-    x [num_tokens, inputs]: of 16 bits, or of the weight's 8 bits with x_scale [num_tokens, groups] float32. weight
+    x [num_tokens, inputs]: of 16 bits, or of the weight's 8 bits with the scales of `quantize_rows`. weight
     [outputs, inputs] float8_e4m3fn or int8, or int16 words of `pack_int4`. group_size: inputs that share a scale, of
     blocks of outputs, too, for weights of 8 bits (128); 0: scale is [outputs, 1] or [1, 1].
     """
