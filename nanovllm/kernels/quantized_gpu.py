@@ -2,16 +2,21 @@
 
 - One token, FP8 and INT8: `skinny_linear` converts the weight in registers.
 - More tokens: `quantize_rows` brings activations to 8 bits, with the norm folded in, and `quantized_matmul` multiplies.
-- INT4, and INT8 with 16-bit activations: `quantized_matmul` converts the weight block by block.
+- INT4, and INT8 with 16-bit activations: with few tokens, `int4_skinny_linear` or `skinny_linear`; with some,
+  `quantized_matmul` converts the weight block by block; with many, the weight is converted once, for the BLAS.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
+from nanovllm.kernels.dequantize_weight import dequantize_weight
+from nanovllm.kernels.int4_skinny_linear import int4_skinny_linear, suits_int4_skinny_linear
 from nanovllm.kernels.quantize_rows import GROUP_SIZE, quantize_rows
 from nanovllm.kernels.quantized_matmul import Tile, quantized_matmul
 from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.kernels.skinny_linear import scales_blocks, skinny_linear
 from nanovllm.kernels.triton_support import HAS_TRITON, multiprocessor_count, next_power_of_2
 
@@ -20,6 +25,7 @@ _ALIGNMENT = 16  # bytes, of a row that the tensor memory accelerator reads
 _MAX_SKINNY_TOKENS = 4
 _MAX_EXTRA_PRODUCTS = 1 << 23  # multiplications for the tokens after the first
 _MAX_ROW = 32768
+_MAX_CONVERTED_TOKENS = 128  # with more, the BLAS gains more than one conversion of the whole weight costs
 _MIN_TILE_TOKENS = 16
 _FEW_TOKENS = 256
 _MANY_TOKENS = 1024
@@ -96,11 +102,13 @@ def int8_product(
         return skinny_linear(
             hidden, weight, bias, scale=scale, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
         )
-    x, x_scale = hidden, None
     if quantize_input:
         x, x_scale = quantize_rows(hidden, weight.dtype, norm_weight=norm_weight, eps=eps)
-    elif norm_weight is not None:
-        x = rms_norm(hidden, norm_weight, eps)
+    elif len(hidden) > _MAX_CONVERTED_TOKENS:
+        dense = dequantize_weight(weight, scale, hidden.dtype, input_size=hidden.shape[1])
+        return _dense_product(hidden, dense, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
+    else:
+        x, x_scale = _normed(hidden, norm_weight, eps), None
     return quantized_matmul(
         x,
         weight,
@@ -128,19 +136,60 @@ def int4_product(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """`int4_linear` where `suits_fused`."""
-    x = hidden if norm_weight is None else rms_norm(hidden, norm_weight, eps)
+    if suits_int4_skinny_linear(hidden, group_size):
+        return int4_skinny_linear(
+            hidden,
+            weight,
+            scale,
+            bias,
+            zeros=zeros,
+            group_size=group_size,
+            norm_weight=norm_weight,
+            eps=eps,
+            gated=gated,
+            residual=residual,
+        )
+    if len(hidden) > _MAX_CONVERTED_TOKENS:
+        dense = dequantize_weight(
+            weight, scale, hidden.dtype, input_size=hidden.shape[1], zeros=zeros, group_size=group_size
+        )
+        return _dense_product(hidden, dense, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
     return quantized_matmul(
-        x,
+        _normed(hidden, norm_weight, eps),
         weight,
         scale,
         bias,
         zeros=zeros,
-        group_size=hidden.shape[1] if group_size == -1 else group_size,
+        group_size=group_size,
         gated=gated,
         residual=residual,
         dtype=hidden.dtype,
         tile=_choose_tile(hidden, weight, gated=gated),
     )
+
+
+def _normed(hidden: torch.Tensor, norm_weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    return hidden.contiguous() if norm_weight is None else rms_norm(hidden, norm_weight, eps)
+
+
+def _dense_product(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    gated: bool,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """Returns act(rms_norm(hidden) · weightᵀ + bias) + residual, the product by the BLAS."""
+    x = _normed(hidden, norm_weight, eps)
+    if residual is not None and bias is None and not gated:
+        return torch.addmm(residual, x, weight.T)
+    out = F.linear(x, weight, bias)
+    if gated:
+        out = silu_and_mul(out)
+    return out if residual is None else out + residual
 
 
 def _is_skinny(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
