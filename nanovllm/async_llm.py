@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.async_engine.consumers import REQUEST_ID, AsyncRequest, Consumers, EngineConnection
+from nanovllm.async_engine.consumers import CLIENT_REQUEST_ID, REQUEST_ID, AsyncRequest, Consumers, EngineConnection
 from nanovllm.async_engine.messages import ResetPrefixCache, StartProfile, StopProfile
 from nanovllm.async_engine.selection import make_connection
 from nanovllm.compat.interface import VllmInterface

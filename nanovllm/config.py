@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 DTYPES = ("bfloat16", "float16", "float32")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
+QUANTIZATIONS = ("fp8", "int8", "int4", "awq", "gptq", "compressed-tensors")
 ATTENTION_BACKENDS = ("auto", "flash_attn", "triton", "torch")
 MIN_SHARED_PREFIX = 256  # tokens; looking for a shorter shared prefix costs more than reading it once for each row
 MAX_BIAS_WORDS = 8192  # int32 words on the device for the token biases of one request
@@ -171,6 +172,12 @@ class EngineConfig:
         "auto",
         _KV_CACHE_DTYPE,
         "Data type of the KV cache. 'auto': the model's. 'fp8' takes half the memory of bfloat16, on GPUs with FP8.",
+    )
+    quantization: str | None = argument(
+        None,
+        choice(*QUANTIZATIONS).or_none(),
+        "How weights are quantised. 'fp8', 'int8' and 'int4' make such weights from unquantised ones when they are "
+        "loaded. None: as the checkpoint has them; the others only confirm what that is.",
     )
     load_format: str = argument(
         "auto",
@@ -323,3 +330,4 @@ class ResolvedConfig:
     prefill_backend: str
     decode_backend: str
     pipeline_depth: int
+    quantization: str | None = None

@@ -39,6 +39,7 @@ SHARED_ARGUMENTS = (
     "max_model_len",
     "max_num_batched_tokens",
     "max_num_seqs",
+    "quantization",
     "seed",
     "skip_tokenizer_init",
     "tensor_parallel_size",

@@ -68,6 +68,7 @@ ENGINE_OPTIONS = (
     "pipeline_depth",
     "max_prefill_tokens_beside_decode",
     "inter_token_latency_target_ms",
+    "quantization",
 )
 
 
@@ -218,6 +219,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="tokens in a page of the KV cache (default: the attention backend's choice)",
     )
     add("--kv-cache-dtype", help="auto (the model's dtype) or fp8 (default auto)")
+    add("--quantization", help="fp8, int8 or int4: make such weights when they are loaded (default: the checkpoint's)")
     add(
         "--pipeline-depth",
         type=positive,

@@ -82,7 +82,6 @@ ENGINE_ARGUMENTS: Mapping[str, Unsupported] = {
     "enable_log_requests": Unsupported(_SWITCH, "log levels control which requests are logged"),
     "swap_space": Unsupported(_NOT_NEGATIVE, "preempted requests are computed again, not swapped"),
     "cpu_offload_gb": Unsupported(_ZERO, "all weights are on the device", "weights in host memory"),
-    "quantization": Unsupported(_NONE, "weights keep the checkpoint's format", "quantized weights"),
     "pipeline_parallel_size": Unsupported(
         _ONE, "each rank has all layers", "pipeline parallelism", "Use tensor_parallel_size."
     ),

@@ -3,7 +3,8 @@
 Such a product costs the time to read the weight. Each program takes a few outputs and loads their rows of the weight
 before the kernel ahead has ended, because they do not depend on it; only then does it wait for its input. The
 operations around the product are fused, since a launch costs as much as the product: the RMS norm of the input,
-SiLU · mul of a gated product, and the addition to the residual stream.
+SiLU · mul of a gated product, and the addition to the residual stream. Weights of 8 bits are converted in registers;
+their scales multiply the sums, or the input where every 128 inputs have a scale of their own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from nanovllm.kernels.rms_norm import rms_norm_reference
 from nanovllm.kernels.silu_and_mul import silu_and_mul_reference
 from nanovllm.kernels.triton_support import (
     HAS_TRITON,
+    constant,
     jit,
     jit_with_varying,
     let_next_kernel_start,
@@ -32,6 +34,8 @@ _MAX_EXTRA_PRODUCTS = 1 << 25  # multiplications for the tokens after the first;
 _MAX_COLUMNS_OF_ONE_WARP = 1024
 _WEIGHTS_OF_ONE_WARP = 4096
 _WEIGHTS_OF_FOUR_WARPS = 8192
+SCALE_BLOCK = 128  # inputs and outputs that share a scale, where scales are of blocks
+_SCALE_BLOCK = constant(SCALE_BLOCK)
 
 
 @jit
@@ -47,10 +51,21 @@ def _load_weight(
     return tl.load(weight_ptr + output.to(tl.int64)[:, None] * INPUT_SIZE + column[None, :], mask=mask, other=0.0)
 
 
+@jit
+def _load_block_scale(
+    scale_ptr: tl.tensor, output: tl.tensor, column: tl.tensor, column_mask: tl.tensor, INPUT_SIZE: tl.constexpr
+) -> tl.tensor:
+    """Loads the scales of the blocks that hold one output's row of the weight: [BLOCK_K]."""
+    NUM_BLOCKS: tl.constexpr = (INPUT_SIZE + _SCALE_BLOCK - 1) // _SCALE_BLOCK
+    block = output // _SCALE_BLOCK * NUM_BLOCKS + column // _SCALE_BLOCK
+    return tl.load(scale_ptr + block, mask=column_mask, other=0.0)
+
+
 @jit_with_varying("num_tokens")
 def _skinny_linear_kernel(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     norm_weight_ptr: tl.tensor,
     residual_ptr: tl.tensor,
@@ -59,6 +74,9 @@ def _skinny_linear_kernel(
     residual_stride: tl.tensor,
     num_tokens: tl.tensor,
     eps: tl.tensor,
+    HAS_SCALE: tl.constexpr,
+    HAS_BLOCK_SCALE: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -70,15 +88,27 @@ def _skinny_linear_kernel(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Program (outputs, tokens): BLOCK_M tokens, one after another, times the weights of BLOCK_N outputs."""
+    """Program (outputs, tokens): BLOCK_M tokens, one after another, times the weights of BLOCK_N outputs.
+
+    With block scales, BLOCK_N outputs lie in one block.
+    """
     let_next_kernel_start(PDL)
-    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_output = tl.program_id(0) * BLOCK_N
+    output = first_output + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
     output_mask = output < OUTPUT_SIZE
     column_mask = column < INPUT_SIZE
     weight = _load_weight(weight_ptr, output, column, OUTPUT_SIZE, INPUT_SIZE)
     if IS_GATED:
         up_weight = _load_weight(weight_ptr + OUTPUT_SIZE * INPUT_SIZE, output, column, OUTPUT_SIZE, INPUT_SIZE)
+    if HAS_SCALE:
+        scale = tl.load(scale_ptr + output * SCALE_STRIDE, mask=output_mask, other=0.0)
+        if IS_GATED:
+            up_scale = tl.load(scale_ptr + (OUTPUT_SIZE + output) * SCALE_STRIDE, mask=output_mask, other=0.0)
+    if HAS_BLOCK_SCALE:
+        block_scale = _load_block_scale(scale_ptr, first_output, column, column_mask, INPUT_SIZE)
+        if IS_GATED:
+            up_block_scale = _load_block_scale(scale_ptr, OUTPUT_SIZE + first_output, column, column_mask, INPUT_SIZE)
     if HAS_NORM:
         norm_weight = tl.load(norm_weight_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
@@ -98,14 +128,20 @@ def _skinny_linear_kernel(
             # The norm's division comes after the product, so that neither sum waits for the other.
             mean_square = tl.sum(x * x, axis=0) / INPUT_SIZE
             x = x * norm_weight
-        out = tl.sum(x[None, :] * weight.to(tl.float32), axis=1)  # [BLOCK_N]
+        gate_x = x * block_scale if HAS_BLOCK_SCALE else x
+        out = tl.sum(gate_x[None, :] * weight.to(tl.float32), axis=1)  # [BLOCK_N]
         if IS_GATED:
-            up = tl.sum(x[None, :] * up_weight.to(tl.float32), axis=1)
-        if HAS_NORM:
-            scale = 1.0 / tl.sqrt(mean_square + eps)
+            up_x = x * up_block_scale if HAS_BLOCK_SCALE else x
+            up = tl.sum(up_x[None, :] * up_weight.to(tl.float32), axis=1)
+        if HAS_SCALE:
             out = out * scale
             if IS_GATED:
-                up = up * scale
+                up = up * up_scale
+        if HAS_NORM:
+            norm = 1.0 / tl.sqrt(mean_square + eps)
+            out = out * norm
+            if IS_GATED:
+                up = up * norm
         if HAS_BIAS:
             out += bias
             if IS_GATED:
@@ -124,11 +160,26 @@ def suits_skinny_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return HAS_TRITON and x.is_cuda and few and input_size * weight.itemsize <= _MAX_ROW_BYTES
 
 
-def _choose_tile(block_k: int, gated: bool) -> tuple[int, int]:
+def _choose_tile(block_k: int, gated: bool, itemsize: int) -> tuple[int, int]:
     """Returns (outputs of a program, its warps)."""
     num_warps = 1 if block_k <= _MAX_COLUMNS_OF_ONE_WARP else 4
     weights = _WEIGHTS_OF_ONE_WARP if num_warps == 1 else _WEIGHTS_OF_FOUR_WARPS
+    if itemsize == 1:
+        weights *= 2  # as many bytes as of 16-bit weights
     return max(weights // block_k // (1 + gated), 1), num_warps
+
+
+def scales_blocks(scale: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Returns whether `scale` holds a scale for each block of 128 × 128 weights, not for each output or for all."""
+    return scale.shape[1] > 1 or len(scale) not in (1, len(weight))
+
+
+def scaled_weight(weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Returns the weight that `weight` and `scale` stand for, in float32."""
+    if scales_blocks(scale, weight):
+        scale = scale.repeat_interleave(SCALE_BLOCK, dim=0).repeat_interleave(SCALE_BLOCK, dim=1)
+        scale = scale[: weight.shape[0], : weight.shape[1]]
+    return weight.float() * scale
 
 
 def skinny_linear_reference(
@@ -136,6 +187,7 @@ def skinny_linear_reference(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
+    scale: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
@@ -144,7 +196,8 @@ def skinny_linear_reference(
     """Reference for `skinny_linear` in plain torch."""
     if norm_weight is not None:
         x = rms_norm_reference(x, norm_weight, eps)
-    out = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    weight = weight.float() if scale is None else scaled_weight(weight, scale)
+    out = F.linear(x.float(), weight, None if bias is None else bias.float())
     if gated:
         out = silu_and_mul_reference(out)
     if residual is not None:
@@ -157,6 +210,7 @@ def skinny_linear(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     *,
+    scale: torch.Tensor | None = None,
     norm_weight: torch.Tensor | None = None,
     eps: float = 0.0,
     gated: bool = False,
@@ -165,14 +219,15 @@ def skinny_linear(
 ) -> torch.Tensor:
     """Returns act(rms_norm(x) · weightᵀ + bias) + residual for few tokens; every part except the product is optional.
 
-    x [num_tokens, input_size], weight [outputs, input_size] contiguous, bias [outputs]. norm_weight [input_size]:
-    x is RMS-normed with it and `eps` first. gated: outputs are gates, then as many ups, and the result is
+    x [num_tokens, input_size], weight [outputs, input_size] contiguous, bias [outputs]. scale: the weight is of 8 bits
+    and multiplied by it, float32 of [outputs, 1], [1, 1] or a number for each block of 128 × 128. norm_weight
+    [input_size]: x is RMS-normed with it and `eps` first. gated: outputs are gates, then as many ups, and the result is
     silu(gate) · up. residual, of the result's shape, is added.
     → [num_tokens, outputs or half as many], of x's dtype (bf16, fp16 or fp32), rounded once from fp32.
     """
     if not runs_triton(x, use_triton):
         return skinny_linear_reference(
-            x, weight, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
+            x, weight, bias, scale=scale, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
         )
     num_tokens, input_size = x.shape
     output_size = weight.shape[0] // (1 + gated)
@@ -181,11 +236,16 @@ def skinny_linear(
         return out
     block_m = min(next_power_of_2(num_tokens), _MAX_TOKENS)
     block_k = next_power_of_2(input_size)
-    block_n, num_warps = _choose_tile(block_k, gated)
+    block_n, num_warps = _choose_tile(block_k, gated, weight.itemsize)
+    has_block_scale = scale is not None and scales_blocks(scale, weight)
+    if has_block_scale:
+        while gated and output_size % block_n:  # so that a program's outputs lie in one block
+            block_n //= 2
     grid = (-(-output_size // block_n), -(-num_tokens // block_m))
     _skinny_linear_kernel[grid](
         x_ptr=x,
         weight_ptr=weight,
+        scale_ptr=x if scale is None else scale,
         bias_ptr=x if bias is None else bias,  # parts that are left out are not read
         norm_weight_ptr=x if norm_weight is None else norm_weight,
         residual_ptr=x if residual is None else residual,
@@ -194,6 +254,9 @@ def skinny_linear(
         residual_stride=0 if residual is None else residual.stride(0),
         num_tokens=num_tokens,
         eps=eps,
+        HAS_SCALE=scale is not None and not has_block_scale,
+        HAS_BLOCK_SCALE=has_block_scale,
+        SCALE_STRIDE=0 if scale is None or len(scale) == 1 else 1,
         HAS_BIAS=bias is not None,
         HAS_NORM=norm_weight is not None,
         HAS_RESIDUAL=residual is not None,

@@ -79,8 +79,8 @@ __all__ = [
 LOG2_E = 1.4426950408889634  # exp2(x · LOG2_E) is exp(x); exp2 is the exponential that the hardware has
 
 
-def constant(value: float) -> Any:
-    """Returns a module constant that kernels may use: `tl.constexpr`, or the number itself without Triton."""
+def constant(value: float | str) -> Any:
+    """Returns a module constant that kernels may use: `tl.constexpr`, or the value itself without Triton."""
     return tl.constexpr(value) if HAS_TRITON else value
 
 

@@ -51,6 +51,12 @@ model_config = Event(
     "Model config: {all_fields}",
     "num_layers hidden_size num_heads num_kv_heads head_dim vocab_size dtype device",
 )
+quantization_chosen = Event(
+    "quantization.chosen",
+    INFO,
+    "quantization.scheme",
+    "Quantization {quantization}, {origin}. Linear layers: {layers}",
+)
 model_weights = Event(
     "model.weights",
     INFO,

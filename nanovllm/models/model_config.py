@@ -104,6 +104,7 @@ class ModelConfig:
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
     dtype: str  # the checkpoint's: one of DTYPES
+    quantization_config: Mapping[str, Any] | None = None  # None: the weights are not quantised
 
     @property
     def max_context_len(self) -> int:
@@ -192,12 +193,16 @@ class ModelConfig:
             max_position_embeddings=max_position_embeddings,
             eos_token_ids=_eos_token_ids(stop_sources, fields.count("vocab_size")),
             dtype=fields.dtype(),
+            quantization_config=fields.get("quantization_config"),
         )
 
 
 def _refuse_unsupported(fields: ConfigFields) -> None:
     if "quantization_config" in fields:
-        raise fields.unsupported("quantization_config", "absent (weights in bfloat16, float16 or float32)")
+        if not isinstance(fields.get("quantization_config"), Mapping):
+            raise fields.unsupported("quantization_config", "an object")
+        if fields.architecture in WITH_EXPERTS:
+            raise fields.unsupported("quantization_config", "absent (the weights of experts are not read quantised)")
     for name in EXPERT_COUNTS:
         if fields.architecture not in WITH_EXPERTS and fields.get(name):
             raise fields.unsupported(name, "absent (this architecture is dense)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +17,9 @@ from nanovllm.models.checkpoint import resolve_model_folder
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.utils.env import overlap
 from nanovllm.utils.logger import setup_logger
+
+if TYPE_CHECKING:
+    from nanovllm.quantization.scheme import Quantization
 
 logger = setup_logger(__name__)
 
@@ -30,6 +34,7 @@ class ModelPlan:
     dtype: torch.dtype
     max_model_len: int
     kv_cache_dtype: torch.dtype
+    quantization: Quantization | None  # None: all weights are in `dtype`
 
     @property
     def dtype_name(self) -> str:
@@ -72,6 +77,7 @@ class ModelPlan:
             dtype=dtype,
             max_model_len=_resolve_max_model_len(config.max_model_len, model_config),
             kv_cache_dtype=_resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, device),
+            quantization=_resolve_quantization(config.quantization, model_config),
         )
 
     def pipeline_depth(self, config: EngineConfig) -> int:
@@ -161,6 +167,14 @@ def _resolve_kv_cache_dtype(wanted: str, dtype: torch.dtype, device: torch.devic
             f"{name} has compute capability {capability[0]}.{capability[1]}; FP8 begins with 8.9 (Ada, Hopper).",
         )
     return torch.float8_e4m3fn
+
+
+def _resolve_quantization(wanted: str | None, model_config: ModelConfig) -> Quantization | None:
+    if wanted is None and model_config.quantization_config is None:
+        return None
+    from nanovllm.quantization.registry import read_quantization
+
+    return read_quantization(wanted, model_config.quantization_config)
 
 
 def _resolve_max_model_len(wanted: int | None, model_config: ModelConfig) -> int:

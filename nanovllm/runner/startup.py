@@ -115,7 +115,10 @@ class Startup:
             dtype=plan.dtype,
             device=self.device,
         )
-        return get_model_class(context.config.architecture)(context)
+        model = get_model_class(context.config.architecture)(context)
+        if plan.quantization is not None:
+            plan.quantization.apply(model, self.device)
+        return model
 
     def load(self, runner: StartingRunner, check: Callable[[], None]) -> None:
         """Loads the model's weights and, on a GPU, compiles the kernels meanwhile.
@@ -371,4 +374,5 @@ class Startup:
             prefill_backend=self.attention.prefill.name,
             decode_backend=self.attention.decode.name,
             pipeline_depth=plan.pipeline_depth(config),
+            quantization=None if plan.quantization is None else plan.quantization.name,
         )

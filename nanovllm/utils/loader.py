@@ -3,7 +3,8 @@
 A model is built on the meta device: its parameters have shapes and no memory. Each layer says with `weight_parts`
 which tensors of the checkpoint fill which rows of its parameters on this rank. `load_weights` first compares that
 plan with the files, then allocates the parameters on the device and copies each element exactly once. It reads only
-what this rank needs.
+what this rank needs. The parameters of a quantised layer are computed instead of copied, one layer after another, by
+its method (`ConvertsWeights`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -26,7 +27,7 @@ from nanovllm.layers.parameter import HasWeightParts, WeightPart
 from nanovllm.utils.model_files import ADAPTER_CONFIG, check_file, other_format, read_json
 from nanovllm.utils.torch_files import TorchFile
 
-_DTYPES = ("BF16", "F16", "F32", "F64")  # as safetensors spells them
+FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors spells them
 _COMPUTED = ".rotary_emb.inv_freq"  # older transformers saved this buffer, which every model computes itself
 _HEAD = "lm_head.weight"
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
@@ -42,6 +43,41 @@ class LoadReport:
     num_bytes: int  # their size on the device
     num_files: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Source:
+    """Indices `start` … `stop` along `dim` of a checkpoint tensor that is converted, not copied, into parameters."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]  # that the whole tensor may have
+    dtypes: tuple[str, ...] = FLOATS  # that it may have
+    dim: int = 0
+    start: int = 0
+    stop: int | None = None  # None: to the end
+    optional: bool = False  # it may be absent
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """Index of what is read in the checkpoint tensor."""
+        return (*(slice(None),) * self.dim, slice(self.start, self.stop))
+
+
+@runtime_checkable
+class ConvertsWeights(Protocol):
+    """A linear method that computes the parameters of a module's weight from other tensors, as quantisation does."""
+
+    def sources(self, module: Any, prefix: str) -> Sequence[Source]:
+        """Returns what is read from the checkpoint. `prefix` is the module's name in the model."""
+        ...
+
+    def store(self, module: Any, prefix: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Fills the parameters from what was read of each source, by its name; all are on the module's device."""
+        ...
+
+    def store_unquantized(self, module: Any, weight: torch.Tensor) -> None:
+        """Fills the parameters from a weight [outputs, inputs] of this rank."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -95,6 +131,9 @@ def load_weights(
                     rows.copy_(tensors[part.name].slice[part.source])
                     if part.plus:
                         rows.add_(part.plus)
+        for prefix, module, method in _converted(model):
+            check()
+            method.store(module, prefix, checkpoint.read(method.sources(module, prefix), device))
     return _report(parameters, checkpoint.num_files, started)
 
 
@@ -118,11 +157,18 @@ def load_dummy_weights(model: nn.Module, device: torch.device, seed: int = 0) ->
     started = time.perf_counter()
     parameters = materialise(model, device)
     generator = torch.Generator(device).manual_seed(seed)
+    computed = _computed_names(model)
     for name, parameter in parameters.items():
+        if name in computed:
+            continue
         if parameter.dim() > 1:
             parameter.normal_(0.0, parameter.shape[-1] ** -0.5, generator=generator)
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    for _, module, method in _converted(model):
+        shape = (module.num_outputs, module.inputs.size)
+        weight = torch.empty(shape, dtype=module.dtype, device=device)  # [num_outputs, inputs]
+        method.store_unquantized(module, weight.normal_(0.0, shape[1] ** -0.5, generator=generator))
     return _report(parameters, 0, started)
 
 
@@ -140,13 +186,35 @@ def materialise(model: nn.Module, device: torch.device) -> dict[str, nn.Paramete
     return dict(model.named_parameters())
 
 
+def _converted(model: nn.Module) -> Iterator[tuple[str, Any, ConvertsWeights]]:
+    """Yields the name, the module and the method of each layer whose method computes the parameters of its weight."""
+    for prefix, module in model.named_modules():
+        method = getattr(module, "method", None)
+        if isinstance(method, ConvertsWeights):
+            yield prefix, module, method
+
+
+def _computed_names(model: nn.Module) -> set[str]:
+    """Returns the names of the parameters that are computed: of a converted layer all but the bias."""
+    return {
+        f"{prefix}.{name}"
+        for prefix, module, _ in _converted(model)
+        for name, _ in module.named_parameters(recurse=False)
+        if name != "bias"
+    }
+
+
 def weight_plan(model: nn.Module) -> dict[str, Sequence[WeightPart]]:
-    """Returns the parts that fill each parameter, by its name. Verifies that they fill every row exactly once."""
+    """Returns the parts that are copied into each parameter, by its name. Verifies that they fill each row once."""
     plan: dict[str, Sequence[WeightPart]] = {}
     for module_name, module in model.named_modules():
         if isinstance(module, HasWeightParts):
             plan.update(module.weight_parts(module_name))
+    computed = _computed_names(model)
+    plan = {name: parts for name, parts in plan.items() if name not in computed}
     for name, parameter in model.named_parameters():
+        if name in computed:
+            continue
         row = 0
         for part in plan.get(name, ()):
             if part.row != row or part.shape_read[1:] != tuple(parameter.shape[1:]):
@@ -267,6 +335,15 @@ class _Checkpoint:
     tensors: Mapping[str, _StoredTensor]  # by the model's names
     num_files: int
 
+    def read(self, sources: Sequence[Source], device: torch.device) -> dict[str, torch.Tensor]:
+        """Returns what `sources` name, on the device; optional tensors only if they are there."""
+        return {source.name: self._part(source).to(device) for source in sources if source.name in self.tensors}
+
+    def _part(self, source: Source) -> torch.Tensor:
+        stored = self.tensors[source.name].slice
+        part: torch.Tensor = stored[source.index] if stored.get_shape() else stored[...]
+        return part
+
 
 @contextmanager
 def _open_checkpoint(
@@ -277,7 +354,7 @@ def _open_checkpoint(
     with ExitStack() as stack:
         files = {path: stack.enter_context(_open(path)) for path in checkpoint_files(folder, form.torch_files)}
         tensors = _locate(files, form)
-        _compare(plan, tensors, redundant, folder)
+        _compare(_needs(model, plan), tensors, redundant, folder)
         yield _Checkpoint(plan, tensors, len(files))
 
 
@@ -309,25 +386,34 @@ def _locate(files: Mapping[Path, Any], form: CheckpointForm) -> dict[str, _Store
     return located
 
 
+def _needs(model: nn.Module, plan: Mapping[str, Sequence[WeightPart]]) -> dict[str, Source]:
+    """Returns the tensors that fill the model's parameters, by name. Only their whole forms matter here."""
+    parts = [part for parts in plan.values() for part in parts]
+    needs = {part.name: Source(part.name, (part.shape,)) for part in parts if part.name is not None}
+    for prefix, module, method in _converted(model):
+        needs |= {source.name: source for source in method.sources(module, prefix)}
+    return needs
+
+
 def _compare(
-    plan: Mapping[str, Sequence[WeightPart]],
+    needs: Mapping[str, Source],
     tensors: Mapping[str, _StoredTensor],
     redundant: frozenset[str],
     folder: Path,
 ) -> None:
     """Raises one ModelLoadError that lists every difference between the files and what the model needs."""
-    wanted = {part.name: part for part in _parts(plan) if part.name is not None}
     wrong: list[str] = []
-    missing = [name for name in wanted if name not in tensors]
-    others = tensors.keys() - wanted.keys() - redundant
+    missing = [name for name, need in needs.items() if name not in tensors and not need.optional]
+    others = tensors.keys() - needs.keys() - redundant
     unknown = [_short(tensors[name].name) for name in others if not name.endswith(_COMPUTED)]
-    for name, part in wanted.items():
+    for name, need in needs.items():
         if name in tensors:
-            found = tensors[name].slice
-            if tuple(found.get_shape()) != part.shape:
-                wrong.append(f"{tensors[name].name} has shape {shown(found.get_shape())} and needs {list(part.shape)}")
-            if found.get_dtype() not in _DTYPES:
-                wrong.append(f"{tensors[name].name} has dtype {found.get_dtype()} and needs one of {_DTYPES}")
+            found, stored_name = tensors[name].slice, tensors[name].name
+            if tuple(found.get_shape()) not in need.shapes:
+                shapes = " or ".join(str(list(shape)) for shape in need.shapes)
+                wrong.append(f"{stored_name} has shape {shown(found.get_shape())} and needs {shapes}")
+            if found.get_dtype() not in need.dtypes:
+                wrong.append(f"{stored_name} has dtype {found.get_dtype()} and needs one of {need.dtypes}")
     faults = {"missing from the checkpoint": missing, "unknown to the model": unknown, "of another form": wrong}
     if any(faults.values()):
         listed = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
@@ -335,11 +421,6 @@ def _compare(
             " hf_overrides={'tie_word_embeddings': True} takes the embedding for it." if missing == [_HEAD] else ""
         )
         raise ModelLoadError(f"{folder} does not fit the model: {listed}.{way_out}")
-
-
-def _parts(plan: Mapping[str, Sequence[WeightPart]]) -> Iterator[WeightPart]:
-    for parts in plan.values():
-        yield from parts
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -101,6 +101,10 @@ ENGINE_CONFIG: Table = {
     "device": ("'auto', 'cpu', 'cuda' or 'cuda:N'", ["tpu", "cuda0", "cuda:x", "cuda:-1", -1, None, ""]),
     "attention_backend": ("one of 'auto', 'flash_attn', 'triton', 'torch'", ["flashinfer", None, 1]),
     "kv_cache_dtype": ("one of 'auto', 'fp8', 'fp8_e4m3'", ["int4", None, 8]),
+    "quantization": (
+        "one of 'fp8', 'int8', 'int4', 'awq', 'gptq', 'compressed-tensors', or None",
+        ["bitsandbytes", "gguf", 8, True],
+    ),
     "load_format": ("one of 'auto', 'safetensors', 'dummy'", ["gguf", None, []]),
     "skip_tokenizer_init": (SWITCH, NO_SWITCH),
     "seed": ("an integer from 0 to 2**63 - 1", [-1, 2**63, "0", 1.0, True]),

@@ -97,9 +97,9 @@ def test_engine_args_refuse_what_an_engine_refuses(make: Callable[..., Any]) -> 
     args = make(model="tiny")
     with pytest.raises(UnknownArgumentError, match="'max_num_sequences'"):
         args.max_num_sequences = 3
-    with pytest.raises(InvalidArgumentError, match="quantization='awq'"):
-        args.quantization = "awq"
-    args.quantization = None
+    with pytest.raises(InvalidArgumentError, match="cpu_offload_gb=4"):
+        args.cpu_offload_gb = 4
+    args.cpu_offload_gb = 0
     args.max_num_seqs = 0  # checked when it is used
     with pytest.raises(InvalidArgumentError, match="max_num_seqs=0"):
         LLMEngine.from_engine_args(args)
@@ -144,7 +144,7 @@ def test_the_command_line_has_every_argument() -> None:
         ("--swap-space 4 --enable-chunked-prefill --no-enable-lora --disable-log-stats", {}),
         ("--engine-process false --fast-start", {"engine_process": False, "fast_start": True}),
         ("--enforce-eager=False --no-enable-prefix-caching false", {}),
-        ("--task generate --quantization None --pipeline-parallel-size 1", {}),
+        ("--task generate --pipeline-parallel-size 1", {}),
     ],
 )
 def test_options_are_arguments(line: str, arguments: dict[str, Any]) -> None:
@@ -179,7 +179,6 @@ PASS: dict[str, list[Any]] = {  # of LLM
     "enable_chunked_prefill": [True],
     "disable_log_stats": [True, False],
     "swap_space": [0, 4, 0.5],
-    "quantization": [None],
     "pipeline_parallel_size": [1],
     "tokenizer_mode": ["auto"],
     "enable_lora": [False],
@@ -198,7 +197,6 @@ REFUSED: dict[str, Any] = {
     "task": "embed",
     "runner": "pooling",
     "enable_chunked_prefill": False,
-    "quantization": "awq",
     "pipeline_parallel_size": 2,
     "tokenizer_mode": "mistral",
     "enable_lora": True,

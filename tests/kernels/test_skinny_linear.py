@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanovllm.kernels.rms_norm import rms_norm_reference
-from nanovllm.kernels.skinny_linear import skinny_linear, suits_skinny_linear
+from nanovllm.kernels.skinny_linear import scaled_weight, skinny_linear, suits_skinny_linear
 from tests.kernels.inputs import DTYPES, check_close
 
 
@@ -14,6 +14,14 @@ def random_product(generator, device, dtype, num_tokens, input_size, outputs):
     bias = torch.randn(outputs, generator=generator).to(device, dtype)
     norm_weight = torch.rand(input_size, generator=generator).to(device, dtype) + 0.5
     return x, weight, bias, norm_weight
+
+
+def random_fp8_weight(generator, device, outputs, input_size, kind):
+    """A weight and its scales, which are of each of the `outputs`, of `blocks`, or `one` for all."""
+    shapes = {"outputs": (outputs, 1), "one": (1, 1), "blocks": (-(-outputs // 128), -(-input_size // 128))}
+    weight = (torch.randn(outputs, input_size, generator=generator) * 50).to(torch.float8_e4m3fn)
+    scale = (torch.rand(shapes[kind], generator=generator) + 0.5) * 0.02 * input_size**-0.5
+    return weight.to(device), scale.to(device)
 
 
 def oracle(x, weight, bias=None, norm_weight=None, eps=0.0, gated=False, residual=None):
@@ -60,6 +68,32 @@ def test_norm_gate_and_residual_are_folded_in(
     check_close(got, oracle(x, weight, bias if with_bias else None, **arguments), dtype)
     assert torch.equal(x, before[0])
     assert torch.equal(residual, before[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["outputs", "one", "blocks"])
+@pytest.mark.parametrize(("input_size", "outputs"), [(64, 24), (400, 200), (4096, 12)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_fp8_weights_are_scaled(device, generator, dtype, kind, input_size, outputs, gated):
+    x, _, bias, norm_weight = random_product(generator, device, dtype, 3, input_size, outputs)
+    weight, scale = random_fp8_weight(generator, device, outputs, input_size, kind)
+    arguments = {"norm_weight": norm_weight, "eps": 0.1, "gated": gated}
+    got = skinny_linear(x, weight, bias, scale=scale, **arguments, use_triton=True)
+    check_close(got, oracle(x, scaled_weight(weight, scale), bias, **arguments), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_weights_are_scaled(device, generator, dtype):
+    x, _, _, _ = random_product(generator, device, dtype, 3, 400, 24)
+    weight = torch.randint(-127, 128, (24, 400), generator=generator, dtype=torch.int8).to(device)
+    scale = torch.rand(24, 1, generator=generator).to(device)
+    check_close(skinny_linear(x, weight, scale=scale, use_triton=True), oracle(x, weight * scale), dtype)
+
+
+def test_a_scale_belongs_to_128_outputs_and_128_inputs():
+    weight = torch.ones(130, 200).to(torch.float8_e4m3fn)
+    scaled = scaled_weight(weight, torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+    assert scaled[[0, 127, 0, 128, 129], [0, 127, 128, 0, 199]].tolist() == [1, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -31,6 +31,7 @@ LEVELS = [
     ("nanovllm.tracing", "nanovllm.diagnostics"),
     ("nanovllm.engine", "nanovllm.distributed"),
     ("nanovllm.runner",),
+    ("nanovllm.quantization",),
     ("nanovllm.requests",),
     ("nanovllm.engine.executor", "nanovllm.engine.statistics"),
     ("nanovllm.engine.sequence", "nanovllm.engine.block_manager"),
@@ -174,6 +175,7 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 OPTIONAL = {
     "nanovllm.diagnostics": {"nanovllm.llm", "nanovllm.async_llm", "nanovllm.engine_factory"},
     "nanovllm.tracing": {"nanovllm.engine_factory"},
+    "nanovllm.quantization": {"nanovllm.runner.model_plan"},
     "nanovllm.report": {"nanovllm.cli.report"},
     "nanovllm.server": {"nanovllm.cli.generate", "nanovllm.cli.serve"},
 }

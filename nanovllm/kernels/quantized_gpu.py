@@ -1,0 +1,215 @@
+"""Products with quantised weights on a GPU: which kernel computes one, by its number of tokens.
+
+- One token, FP8 and INT8: `skinny_linear` converts the weight in registers.
+- More tokens: `quantize_rows` brings activations to 8 bits, with the norm folded in, and `quantized_matmul` multiplies.
+- INT4, and INT8 with 16-bit activations: with few tokens, `int4_skinny_linear` or `skinny_linear`; with some,
+  `quantized_matmul` converts the weight block by block; with many, the weight is converted once, for the BLAS.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from nanovllm.kernels.dequantize_weight import dequantize_weight
+from nanovllm.kernels.int4_skinny_linear import int4_skinny_linear, suits_int4_skinny_linear
+from nanovllm.kernels.quantize_rows import GROUP_SIZE, quantize_rows
+from nanovllm.kernels.quantized_matmul import Tile, quantized_matmul
+from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.kernels.skinny_linear import scales_blocks, skinny_linear
+from nanovllm.kernels.triton_support import HAS_TRITON, multiprocessor_count, next_power_of_2
+
+_ALIGNMENT = 16  # bytes, of a row that the tensor memory accelerator reads
+# As measured: which kernel and tile is fastest.
+_MAX_SKINNY_TOKENS = 4
+_MAX_EXTRA_PRODUCTS = 1 << 23  # multiplications for the tokens after the first
+_MAX_ROW = 32768
+_MAX_CONVERTED_TOKENS = 128  # with more, the BLAS gains more than one conversion of the whole weight costs
+_MIN_TILE_TOKENS = 16
+_FEW_TOKENS = 256
+_MANY_TOKENS = 1024
+_MAX_SPLITS = 4
+_MIN_SPLIT_INPUTS = 1024
+
+
+def suits_fused(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Returns whether the product of hidden [num_tokens, inputs] is best asked for with norm, gate and addition."""
+    return (
+        HAS_TRITON
+        and hidden.is_cuda
+        and hidden.dtype in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(hidden.device) >= (9, 0)
+        and hidden.shape[1] % _ALIGNMENT == 0
+        and weight.shape[1] * weight.itemsize % _ALIGNMENT == 0
+    )
+
+
+def fp8_product(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    input_scale: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    gated: bool,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """`fp8_linear` where `suits_fused`."""
+    if _is_skinny(hidden, weight):
+        return skinny_linear(
+            hidden, weight, bias, scale=scale, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
+        )
+    group_size = GROUP_SIZE if scales_blocks(scale, weight) else 0
+    x, x_scale = quantize_rows(
+        hidden,
+        weight.dtype,
+        group_size=group_size or None,
+        input_scale=input_scale,
+        norm_weight=norm_weight,
+        eps=eps,
+    )
+    return quantized_matmul(
+        x,
+        weight,
+        scale,
+        bias,
+        x_scale=x_scale,
+        group_size=group_size,
+        gated=gated,
+        residual=residual,
+        dtype=hidden.dtype,
+        tile=_choose_tile(hidden, weight, gated=gated),
+    )
+
+
+def int8_product(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    quantize_input: bool,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    gated: bool,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """`int8_linear` where `suits_fused`."""
+    if _is_skinny(hidden, weight):
+        return skinny_linear(
+            hidden, weight, bias, scale=scale, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
+        )
+    if quantize_input:
+        x, x_scale = quantize_rows(hidden, weight.dtype, norm_weight=norm_weight, eps=eps)
+    elif len(hidden) > _MAX_CONVERTED_TOKENS:
+        dense = dequantize_weight(weight, scale, hidden.dtype, input_size=hidden.shape[1])
+        return _dense_product(hidden, dense, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
+    else:
+        x, x_scale = _normed(hidden, norm_weight, eps), None
+    return quantized_matmul(
+        x,
+        weight,
+        scale,
+        bias,
+        x_scale=x_scale,
+        gated=gated,
+        residual=residual,
+        dtype=hidden.dtype,
+        tile=_choose_tile(hidden, weight, gated=gated),
+    )
+
+
+def int4_product(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    group_size: int,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    gated: bool,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """`int4_linear` where `suits_fused`."""
+    if suits_int4_skinny_linear(hidden, group_size):
+        return int4_skinny_linear(
+            hidden,
+            weight,
+            scale,
+            bias,
+            zeros=zeros,
+            group_size=group_size,
+            norm_weight=norm_weight,
+            eps=eps,
+            gated=gated,
+            residual=residual,
+        )
+    if len(hidden) > _MAX_CONVERTED_TOKENS:
+        dense = dequantize_weight(
+            weight, scale, hidden.dtype, input_size=hidden.shape[1], zeros=zeros, group_size=group_size
+        )
+        return _dense_product(hidden, dense, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
+    return quantized_matmul(
+        _normed(hidden, norm_weight, eps),
+        weight,
+        scale,
+        bias,
+        zeros=zeros,
+        group_size=group_size,
+        gated=gated,
+        residual=residual,
+        dtype=hidden.dtype,
+        tile=_choose_tile(hidden, weight, gated=gated),
+    )
+
+
+def _normed(hidden: torch.Tensor, norm_weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    return hidden.contiguous() if norm_weight is None else rms_norm(hidden, norm_weight, eps)
+
+
+def _dense_product(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    gated: bool,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """Returns act(rms_norm(hidden) · weightᵀ + bias) + residual, the product by the BLAS."""
+    x = _normed(hidden, norm_weight, eps)
+    if residual is not None and bias is None and not gated:
+        return torch.addmm(residual, x, weight.T)
+    out = F.linear(x, weight, bias)
+    if gated:
+        out = silu_and_mul(out)
+    return out if residual is None else out + residual
+
+
+def _is_skinny(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Returns whether `skinny_linear` is faster than two kernels, of which one quantises the activations."""
+    num_tokens, input_size = hidden.shape
+    extra_products = (num_tokens - 1) * weight.numel()
+    return num_tokens <= _MAX_SKINNY_TOKENS and extra_products <= _MAX_EXTRA_PRODUCTS and input_size <= _MAX_ROW
+
+
+def _choose_tile(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> Tile:
+    """Returns the tile that was fastest, or nearly so, at the shapes of Qwen3-8B on an H200."""
+    num_tokens, input_size = hidden.shape
+    if num_tokens > _MANY_TOKENS:
+        return Tile(64 if gated else 128, 256, num_warps=8, num_stages=3)
+    if num_tokens > _FEW_TOKENS:
+        return Tile(128, 128, num_warps=8)
+    tokens = min(max(next_power_of_2(num_tokens), _MIN_TILE_TOKENS), 128)
+    outputs = 64
+    programs = -(-weight.shape[0] // (outputs * (1 + gated))) * -(-num_tokens // tokens)
+    most, splits = 2 * multiprocessor_count(hidden.device), 1
+    while splits < _MAX_SPLITS and 2 * splits * programs <= most and input_size >= 2 * splits * _MIN_SPLIT_INPUTS:
+        splits *= 2
+    return Tile(outputs, tokens, 256 if tokens == _MIN_TILE_TOKENS else 128, splits=splits)

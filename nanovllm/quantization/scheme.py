@@ -1,0 +1,95 @@
+"""Quantization: which linear layers of a model are quantised, and how."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.errors import ModelLoadError
+from nanovllm.layers.linear import QKVParallelLinear
+from nanovllm.layers.linear_method import LinearLayer, LinearMethod
+from nanovllm.logs import events
+from nanovllm.models.causal_lm import CausalLM
+from nanovllm.quantization.linear import DequantizedLinear, matrix_parts
+from nanovllm.quantization.matrix import Format
+from nanovllm.quantization.module_names import matches
+from nanovllm.quantization.unquantized import UNQUANTIZED
+from nanovllm.utils.loader import CheckpointForm
+from nanovllm.utils.logger import setup_logger
+
+logger = setup_logger(__name__)
+
+_EVERY_LINEAR_LAYER = "Linear"
+# Scales of a KV cache that some checkpoints have. The FP8 cache measures its own, for each token and head.
+_CACHE_SCALES = ("k_scale", "v_scale", "attn.k_scale", "attn.v_scale", "k_proj.k_scale", "v_proj.v_scale")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Modules that a checkpoint stores in the same format."""
+
+    targets: tuple[str, ...]  # names as in `module_names`, or "Linear": every linear layer
+    format: Format
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the matrices of a model are stored. The first group that has a module counts; others are not quantised."""
+
+    name: str  # as `quantization` and `quant_method` spell it
+    groups: tuple[Group, ...]
+    ignore: tuple[str, ...] = ()
+    is_made: bool = False  # from unquantised weights, when they are loaded
+
+    def format_of(self, names: Sequence[str]) -> Format:
+        """Returns the format of a module, which may have several names."""
+        if not any(matches(name, self.ignore) for name in names):
+            for group in self.groups:
+                if _EVERY_LINEAR_LAYER in group.targets or any(matches(name, group.targets) for name in names):
+                    return group.format
+        return UNQUANTIZED
+
+    def apply(self, model: CausalLM, device: torch.device) -> None:
+        """Gives each linear layer of a model without weights its method.
+
+        Raises ModelLoadError when the device cannot multiply by such weights.
+        """
+        methods: Counter[str] = Counter()
+        for prefix, layer in model.named_modules():
+            if isinstance(layer, LinearLayer):
+                method = self._method(layer, prefix, model.checkpoint_form)
+                if method is not None:
+                    del layer.weight
+                    layer.method = method
+                    method.create_weights(layer)
+                methods[getattr(layer.method, "kept_as", "unquantized")] += 1
+            if isinstance(layer, QKVParallelLinear):
+                model.redundant_weights |= {f"{prefix.rpartition('.')[0]}.{name}" for name in _CACHE_SCALES}
+        if methods["fp8"] and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+            raise ModelLoadError(
+                f"FP8 weights cannot run on {torch.cuda.get_device_name(device)}: FP8 begins with compute capability "
+                "8.9 (Ada, Hopper). quantization='int8' or 'int4' makes other weights from a checkpoint in bfloat16."
+            )
+        events.quantization_chosen.log(
+            logger,
+            quantization=self.name,
+            origin="made from unquantized weights" if self.is_made else "as the checkpoint has it",
+            layers=", ".join(f"{count} {kept_as}" for kept_as, count in sorted(methods.items())),
+        )
+
+    def _method(self, layer: LinearLayer, prefix: str, form: CheckpointForm) -> LinearMethod | None:
+        """Returns the method of a layer; None if it is not quantised."""
+        formats = [self.format_of(_stored_names(part.name, form)) for part in matrix_parts(layer, prefix)]
+        if all(each == UNQUANTIZED for each in formats):
+            return None
+        method = formats[0].linear_method(layer) if len(set(formats)) == 1 else None
+        return method or DequantizedLinear(formats)
+
+
+def _stored_names(name: str, form: CheckpointForm) -> list[str]:
+    """Returns the model's name of a module, and what the checkpoint may have instead."""
+    instead = [(prefix, model) for prefix, model in form.prefixes.items() if model is not None]
+    return [name, *(prefix + name.removeprefix(model) for prefix, model in instead if name.startswith(model))]
