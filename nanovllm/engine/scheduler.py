@@ -32,21 +32,14 @@ from nanovllm.engine.batch import (
 from nanovllm.engine.block_manager import BlockManager, BlockTable
 from nanovllm.engine.observer import EngineObserver, Preemption, SampledStep, Shortage
 from nanovllm.engine.prefill_policy import PrefillBudget, PrefillPolicy
+from nanovllm.engine.prefix_groups import PrefixGroups
 from nanovllm.engine.row_table import NO_BLOCK, BoolArray, RowArray, RowTable
 from nanovllm.engine.sequence import Sequence, SequenceStatus, token_logprobs
 from nanovllm.engine.statistics import Load
 from nanovllm.errors import InvalidLogitsError
 from nanovllm.kernels.columns import BLOCKS, INVALID_TOKEN
-from nanovllm.logs import events
 from nanovllm.outputs import FinishReason
-from nanovllm.utils.logger import setup_logger
 
-logger = setup_logger(__name__)
-
-# Attention reads a shared prefix once for all its rows if at least this many rows share it, and if that saves reading
-# at least this many tokens.
-_MIN_SHARERS = 16
-_MIN_TOKENS_SAVED = 20_000
 # Log-probabilities that a step returns for a prompt with prompt_logprobs=-1: 134 MB with their token ids.
 _MAX_PROMPT_LOGPROBS = 1 << 24
 
@@ -85,6 +78,7 @@ class Scheduler:
             salt=f"{config.model}|{config.dtype}",
         )
         self.rows = RowTable(config.max_num_seqs, config.max_model_len)
+        self._prefix_groups = PrefixGroups(self.rows)
         self.waiting: deque[Sequence] = deque()  # in order of arrival
         self._prefilling: Sequence | None = None  # has a row and prompt tokens left
         self._leaving: list[int] = []  # rows to release as soon as no step in flight touches them
@@ -92,7 +86,6 @@ class Scheduler:
         self.last_step = last_step  # the last step that was planned
         self._step = last_step  # the step that is being planned, or was collected last; for the log
         self._max_prompt_logprob_tokens = max(_MAX_PROMPT_LOGPROBS // config.vocab_size, 1)
-        self._shares_prefix = False  # whether decode rows of the last step shared a prefix; for the log
 
     def add(self, sequence: Sequence) -> None:
         """Appends a sequence to the waiting queue."""
@@ -116,7 +109,7 @@ class Scheduler:
         """Returns the next step, or None when nothing can run before a step in flight is collected."""
         self.now, self._step = self._clock(), self.last_step + 1
         plan = _StepPlan()
-        decode_rows, shares_prefix = self._group_by_prefix(self._schedule_decode(plan))
+        decode_rows, shares_prefix = self._prefix_groups.arrange(self._schedule_decode(plan), self._step)
         if self.waiting or self._prefilling is not None:
             start = 0 if self._prefilling is None else int(self.rows.num_computed[self._row(self._prefilling)])
             self._schedule_prefill(plan, self.policy.budget(self.rows, decode_rows, start))
@@ -160,32 +153,6 @@ class Scheduler:
             rows = np.setdiff1d(rows, by_arrival[len(granted) :])
         self.rows.num_computed[rows] += 1
         return rows
-
-    def _group_by_prefix(self, rows: RowArray) -> tuple[RowArray, bool]:
-        """Returns the decode rows with those that share a prefix side by side, and whether enough of them do.
-
-        Within a group the longest contexts come first: if attention over one of them started last, the GPU would wait
-        for it alone.
-        """
-        blocks = self.rows.prefix_block[rows]
-        if np.count_nonzero(blocks != NO_BLOCK) < _MIN_SHARERS:
-            longest_first: RowArray = rows[np.argsort(-self.rows.num_computed[rows], kind="stable")]
-            self._shares_prefix = False
-            return longest_first, False
-        shared, group, sizes = np.unique(blocks, return_inverse=True, return_counts=True)
-        saved = np.bincount(group, weights=self.rows.num_cached[rows])
-        pays = (shared != NO_BLOCK) & (sizes >= _MIN_SHARERS) & (saved >= _MIN_TOKENS_SAVED)
-        shares = pays[group]
-        order = np.lexsort((-self.rows.num_computed[rows], np.where(shares, group, len(rows))))
-        arranged: RowArray = rows[order]
-        shares_prefix = bool(shares.any())
-        if shares_prefix and not self._shares_prefix:
-            num_sharing, saved_tokens = int(shares.sum()), int(saved[pays].sum())
-            events.batch_shares_prefix.log(
-                logger, num_sharing=num_sharing, size=len(rows), saved_tokens=saved_tokens, step=self._step
-            )
-        self._shares_prefix = shares_prefix
-        return arranged, shares_prefix
 
     def _rows_without_room(self, rows: RowArray) -> RowArray:
         """Returns those of `rows` whose next position lies past their last block."""

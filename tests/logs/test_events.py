@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, NanoVLLMError, RequestTooLargeError, SamplingParams
-from nanovllm.engine import scheduler
+from nanovllm.engine import prefix_groups, scheduler
 from nanovllm.logs import configuration
 from nanovllm.logs.events import EVENTS
 from nanovllm.logs.fields import FIELDS, fields_of
@@ -118,8 +118,8 @@ def a_cache_that_lowers_the_length(_: pytest.MonkeyPatch) -> None:
 
 
 def shared_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "_MIN_SHARERS", 2)
-    monkeypatch.setattr(scheduler, "_MIN_TOKENS_SAVED", 1)
+    monkeypatch.setattr(prefix_groups, "_MIN_SHARERS", 2)
+    monkeypatch.setattr(prefix_groups, "_MIN_TOKENS_SAVED", 1)
     monkeypatch.setattr(scheduler, "MIN_SHARED_PREFIX", 16)
     with load(kvcache_block_size=16) as llm:
         generate(llm, PROMPT)
