@@ -110,6 +110,8 @@ class Sequence:
     error: NanoVLLMError | None = None  # why it ended with finish_reason "abort", if it failed
     left: bool = False  # ended since its caller left
     streamed: bool = False  # its tokens are read while it runs
+    num_draft_tokens: int = 0  # drafted for it
+    num_accepted_tokens: int = 0  # of those, found to be right
     span: ActiveSpan | None = None  # OpenTelemetry's, where it was added
     parent_id: str | None = None  # with n > 1, the id of the request whose completion it is
     # Seconds of the engine's clock

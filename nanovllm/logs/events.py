@@ -323,6 +323,13 @@ batch_shares_prefix = Event(
     "step",
     in_summary=False,
 )
+speculation_off = Event(
+    "speculation.off",
+    INFO,
+    "speculation.drafter",
+    "{request_id} runs without speculative decoding: {why}",
+    in_summary=False,
+)
 sequence_preempted = Event(
     "sequence.preempted",
     INFO,

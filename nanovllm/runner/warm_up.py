@@ -35,11 +35,11 @@ class WarmUp:
     """
 
     def __init__(
-        self, submit: Callable[[ScheduledBatch], StepHandle], max_num_seqs: int, *, everything: bool = False
+        self, submit: Callable[[ScheduledBatch], StepHandle], max_num_rows: int, *, everything: bool = False
     ) -> None:
         self._submit = submit
         self._batches: queue.SimpleQueue[ScheduledBatch] = queue.SimpleQueue()
-        batches = _batches(max_num_seqs, everything)
+        batches = _batches(max_num_rows, everything)
         for batch in batches:
             self._batches.put(batch)
         self._threads = [
@@ -63,7 +63,7 @@ class WarmUp:
                 self._submit(batch).wait()
 
 
-def _batches(max_num_seqs: int, everything: bool) -> Sequence[ScheduledBatch]:
+def _batches(max_num_rows: int, everything: bool) -> Sequence[ScheduledBatch]:
     """Returns steps that together launch all kernels. Those that take longest to compile come first."""
     opened = OpenedRow(0, np.zeros(_PROMPT_LEN, dtype=np.int32), temperature=1.0, seed=0)
     prefill = ScheduledBatch.build(
@@ -75,7 +75,7 @@ def _batches(max_num_seqs: int, everything: bool) -> Sequence[ScheduledBatch]:
         num_final_chunks=1,
     )
     # How products and attention are computed depends on the number of rows, by powers of two.
-    sizes = sorted({*(1 << power for power in range(max_num_seqs.bit_length())), max_num_seqs})
+    sizes = sorted({*(1 << power for power in range(max_num_rows.bit_length())), max_num_rows})
     decodes = [(size, StepNeeds()) for size in sizes]
     if everything:
         decodes += [(1, needs) for needs in _OPTIONAL_PARTS] + [(size, StepNeeds(shares_prefix=True)) for size in sizes]
