@@ -65,6 +65,7 @@ ENGINE_OPTIONS = (
     "max_num_batched_tokens",
     "max_num_seqs",
     "pipeline_depth",
+    "speculative_config",
 )
 
 
@@ -226,6 +227,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="steps in flight (default: 2 on a GPU, 1 on a CPU)",
     )
     add("--tensor-parallel-size", type=positive, default=1, metavar="N", help="GPUs, or processes on a CPU (default 1)")
+    add(
+        "--speculative-config",
+        type=json.loads,
+        metavar="JSON",
+        help='speculative decoding, such as {"method": "ngram", "num_speculative_tokens": 7} (default: off)',
+    )
     add("--enforce-eager", action="store_true", help="no CUDA graphs")
     add("--no-prefix-caching", action="store_true", help="share nothing between requests")
 
