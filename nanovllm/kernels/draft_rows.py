@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 
 from nanovllm.kernels.columns import DRAFTS, LOGIT_EDITS, column_of, num_words
+from nanovllm.kernels.logit_edits import RowLogitEdits
 from nanovllm.kernels.row_changes import OpenedRows
-from nanovllm.kernels.triton_support import constant, jit_with_varying, runs_triton, tl
+from nanovllm.kernels.triton_support import constant, jit, jit_with_varying, runs_triton, tl
 
 _BLOCK_SIZE = 1024  # words that a program copies at a time
 
@@ -22,6 +23,23 @@ _POSITION = constant(column_of(DRAFTS, "position"))
 _TOKEN_ID = constant(column_of(DRAFTS, "token_id"))
 _HAS_PENALTIES = constant(column_of(LOGIT_EDITS, "has_penalties"))
 _NUM_TOKEN_BIASES = constant(column_of(LOGIT_EDITS, "num_token_biases"))
+_HAS_MASK = constant(column_of(LOGIT_EDITS, "has_mask"))
+
+
+@jit
+def _copy(
+    values_ptr: tl.tensor,
+    source: tl.tensor,
+    row: tl.tensor,
+    width: tl.tensor,
+    num_words: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+) -> None:
+    """Copies the first `num_words` words of row `source` to row `row`. Rows have `width` words."""
+    for first in range(0, num_words, BLOCK_SIZE):
+        column = first + tl.arange(0, BLOCK_SIZE)
+        mask = column < num_words
+        tl.store(values_ptr + row * width + column, tl.load(values_ptr + source * width + column, mask=mask), mask=mask)
 
 
 @jit_with_varying("records_ptr")
@@ -34,9 +52,11 @@ def _open_draft_rows_kernel(
     truncations_ptr: tl.tensor,
     logit_edits_ptr: tl.tensor,
     biases_ptr: tl.tensor,
+    masks_ptr: tl.tensor,
     block_tables_ptr: tl.tensor,
     max_tokens: tl.tensor,
     max_bias_words: tl.tensor,
+    mask_words: tl.tensor,
     max_blocks: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
     SEED_WORDS: tl.constexpr,
@@ -58,27 +78,16 @@ def _open_draft_rows_kernel(
         tl.store(truncations_ptr + row * TRUNCATION_WORDS + word, value)
     for word in tl.static_range(EDIT_WORDS):
         tl.store(logit_edits_ptr + row * EDIT_WORDS + word, tl.load(logit_edits_ptr + source * EDIT_WORDS + word))
-    for first in range(0, max_blocks, BLOCK_SIZE):
-        column = first + tl.arange(0, BLOCK_SIZE)
-        mask = column < max_blocks
-        block = tl.load(block_tables_ptr + source * max_blocks + column, mask=mask)
-        tl.store(block_tables_ptr + row * max_blocks + column, block, mask=mask)
+    _copy(block_tables_ptr, source, row, max_blocks, max_blocks, BLOCK_SIZE)
 
     has_penalties = tl.load(logit_edits_ptr + source * EDIT_WORDS + _HAS_PENALTIES)
     num_biases = tl.load(logit_edits_ptr + source * EDIT_WORDS + _NUM_TOKEN_BIASES)
     if num_biases != 0:
-        for first in range(0, max_bias_words, BLOCK_SIZE):
-            column = first + tl.arange(0, BLOCK_SIZE)
-            mask = column < max_bias_words
-            word = tl.load(biases_ptr + source * max_bias_words + column, mask=mask)
-            tl.store(biases_ptr + row * max_bias_words + column, word, mask=mask)
+        _copy(biases_ptr, source, row, max_bias_words, max_bias_words, BLOCK_SIZE)
+    if tl.load(logit_edits_ptr + source * EDIT_WORDS + _HAS_MASK) != 0:
+        _copy(masks_ptr, source, row, mask_words, mask_words, BLOCK_SIZE)
     if (has_penalties != 0) | (num_biases != 0):
-        num_tokens = position - offset  # of the source
-        for first in range(0, num_tokens, BLOCK_SIZE):
-            column = first + tl.arange(0, BLOCK_SIZE)
-            mask = column < num_tokens
-            token_id = tl.load(token_ids_ptr + source * max_tokens + column, mask=mask)
-            tl.store(token_ids_ptr + row * max_tokens + column, token_id, mask=mask)
+        _copy(token_ids_ptr, source, row, max_tokens, position - offset, BLOCK_SIZE)  # the source's tokens
     for before in range(0, offset + 1):
         token_id = tl.load(record_ptr - before * _WIDTH + _TOKEN_ID)
         tl.store(token_ids_ptr + row * max_tokens + position - before, token_id)
@@ -107,12 +116,12 @@ def _accept_drafts_kernel(
 
 
 def open_draft_rows_reference(
-    records: torch.Tensor, rows: OpenedRows, block_tables: torch.Tensor, token_biases: torch.Tensor
+    records: torch.Tensor, rows: OpenedRows, logit_edits: RowLogitEdits, block_tables: torch.Tensor
 ) -> None:
     """Reference for `open_draft_rows` in plain torch; also used on CPUs."""
     row, source = (records[:, column_of(DRAFTS, name)].long() for name in ("row", "source"))
     per_row = (rows.temperatures, rows.seeds, rows.truncations, rows.logit_edits, rows.token_ids)
-    for state in (*per_row, block_tables, token_biases):
+    for state in (*per_row, logit_edits.token_biases, logit_edits.masks, block_tables):
         state[row] = state[source]
     drafted: list[int] = []
     for record in records.tolist():
@@ -125,18 +134,17 @@ def open_draft_rows_reference(
 def open_draft_rows(
     records: torch.Tensor,
     rows: OpenedRows,
+    logit_edits: RowLogitEdits,
     block_tables: torch.Tensor,
-    token_biases: torch.Tensor,
     *,
     use_triton: bool | None = None,
 ) -> None:
     """Makes each draft row a copy of its source, with the draft up to its token appended, in place.
 
-    records [num_drafts, words of DRAFTS] int32; block_tables [all_rows, max_blocks] int32; token_biases
-    [all_rows, MAX_BIAS_WORDS] int32. Masks are not copied: rows with one have no drafts.
+    records [num_drafts, words of DRAFTS] int32; block_tables [all_rows, max_blocks] int32.
     """
     if not runs_triton(rows.lengths, use_triton):
-        open_draft_rows_reference(records, rows, block_tables, token_biases)
+        open_draft_rows_reference(records, rows, logit_edits, block_tables)
         return
 
     def words(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,10 +158,12 @@ def open_draft_rows(
         seeds_ptr=words(rows.seeds),
         truncations_ptr=words(rows.truncations),
         logit_edits_ptr=rows.logit_edits,
-        biases_ptr=token_biases,
+        biases_ptr=logit_edits.token_biases,
+        masks_ptr=logit_edits.masks,
         block_tables_ptr=block_tables,
         max_tokens=rows.token_ids.shape[1],
-        max_bias_words=token_biases.shape[1],
+        max_bias_words=logit_edits.token_biases.shape[1],
+        mask_words=logit_edits.masks.shape[1],
         max_blocks=block_tables.shape[1],
         BLOCK_SIZE=_BLOCK_SIZE,
         SEED_WORDS=rows.seeds.itemsize // 4,

@@ -93,8 +93,7 @@ class DeviceRows:
             self.logit_edits.masks[masked] = batch.values("mask_words").view(len(masked), -1)
             self.logit_edits.settings[:, column_of(LOGIT_EDITS, "has_mask")].index_fill_(0, masked, 1)
         if batch.has("drafts"):
-            token_biases = self.logit_edits.token_biases
-            open_draft_rows(batch.records("drafts"), self._opened, self.block_tables, token_biases)
+            open_draft_rows(batch.records("drafts"), self._opened, self.logit_edits, self.block_tables)
 
     def decode_inputs(self, rows: torch.Tensor, query_group: int | None = None) -> ModelInputs:
         """Returns the inputs of a step in which each of `rows` [num_rows] int32 computes its last token.

@@ -6,10 +6,11 @@ import torch
 from nanovllm.config import MAX_BIAS_WORDS
 from nanovllm.kernels.columns import DRAFTS, LOGIT_EDITS, column_of, num_words
 from nanovllm.kernels.draft_rows import accept_drafts, open_draft_rows
+from nanovllm.kernels.logit_edits import RowLogitEdits
 from nanovllm.kernels.row_changes import OpenedRows
 
-NUM_ROWS, FIRST_DRAFT, MAX_TOKENS, MAX_BLOCKS = 12, 4, 3000, 1500
-# Rows 0 … 3 are those of sequences. Rows 0 and 1 edit their logits, by penalties and by biases.
+NUM_ROWS, FIRST_DRAFT, MAX_TOKENS, MAX_BLOCKS, MASK_WORDS = 12, 4, 3000, 1500, 1100
+# Rows 0 … 3 are those of sequences. Rows 0, 1 and 3 edit their logits, by penalties, by biases and by a mask.
 LENGTHS = {0: 2500, 1: 7, 2: 1, 3: 40}
 DRAFTS_OF = {0: [901, 902, 903], 1: [911, 912], 3: [931]}
 
@@ -24,12 +25,13 @@ def records(device: torch.device) -> torch.Tensor:
     return torch.tensor(items, dtype=torch.int32, device=device)
 
 
-def state(device: torch.device) -> tuple[OpenedRows, torch.Tensor, torch.Tensor]:
+def state(device: torch.device) -> tuple[OpenedRows, torch.Tensor, RowLogitEdits]:
     """Rows in which every value tells its row. Draft rows still have those of an earlier step."""
     row = torch.arange(NUM_ROWS, device=device).unsqueeze(1)
     edits = (100 * row + torch.arange(num_words(LOGIT_EDITS), device=device)).int()
     edits[:, column_of(LOGIT_EDITS, "has_penalties")] = (row[:, 0] == 0).int()
     edits[:, column_of(LOGIT_EDITS, "num_token_biases")] = (row[:, 0] == 1).int()
+    edits[:, column_of(LOGIT_EDITS, "has_mask")] = (row[:, 0] == 3).int()
     rows = OpenedRows(
         token_ids=(10_000 * row + torch.arange(MAX_TOKENS, device=device)).int(),
         lengths=torch.tensor([LENGTHS.get(each, 77) for each in range(NUM_ROWS)], dtype=torch.int32, device=device),
@@ -40,13 +42,14 @@ def state(device: torch.device) -> tuple[OpenedRows, torch.Tensor, torch.Tensor]
     )
     tables = (10_000 * row + torch.arange(MAX_BLOCKS, device=device)).int()
     biases = (10_000 * row + torch.arange(MAX_BIAS_WORDS, device=device)).int()
-    return rows, tables, biases
+    masks = (10_000 * row + torch.arange(MASK_WORDS, device=device)).int()
+    return rows, tables, RowLogitEdits(edits, biases, masks)
 
 
 @pytest.mark.parametrize("use_triton", [True, False])
 def test_a_draft_row_is_its_source_with_the_draft_appended(device: torch.device, use_triton: bool) -> None:
-    rows, tables, biases = state(device)
-    open_draft_rows(records(device), rows, tables, biases, use_triton=use_triton)
+    rows, tables, edits = state(device)
+    open_draft_rows(records(device), rows, edits, tables, use_triton=use_triton)
     row = FIRST_DRAFT
     for source, draft in DRAFTS_OF.items():
         for end in range(1, len(draft) + 1):
@@ -59,23 +62,25 @@ def test_a_draft_row_is_its_source_with_the_draft_appended(device: torch.device,
                 own = LENGTHS[source]
                 assert rows.token_ids[row, :own].equal(rows.token_ids[source, :own])
             if source == 1:
-                assert biases[row].equal(biases[source])
+                assert edits.token_biases[row].equal(edits.token_biases[source])
+            if source == 3:
+                assert edits.masks[row].equal(edits.masks[source])
             row += 1
-    before, tables_before, biases_before = state(device)
+    before, tables_before, edits_before = state(device)
     for source in LENGTHS:  # nothing of a sequence's row changes
         for column, old in ((rows.token_ids, before.token_ids), (rows.lengths, before.lengths)):
             assert column[source].equal(old[source])
         assert tables[source].equal(tables_before[source])
-        assert biases[source].equal(biases_before[source])
+        assert edits.token_biases[source].equal(edits_before.token_biases[source])
 
 
 @pytest.mark.parametrize("use_triton", [True, False])
 @pytest.mark.parametrize("num_right", [(0, 0, 0), (1, 0, 1), (2, 2, 0), (3, 1, 1)])
 def test_tokens_after_right_drafts_are_kept(device: torch.device, num_right: tuple[int, ...], use_triton: bool) -> None:
     """After a draft that is wrong none is right, even if its tokens happen to be what follows."""
-    rows, tables, biases = state(device)
+    rows, tables, edits = state(device)
     drafts = records(device)
-    open_draft_rows(drafts, rows, tables, biases, use_triton=use_triton)
+    open_draft_rows(drafts, rows, edits, tables, use_triton=use_triton)
     sampled: dict[int, int] = {}  # by row
     for (source, draft), right in zip(DRAFTS_OF.items(), num_right, strict=True):
         drafted = [row for row, own, *_ in drafts.tolist() if own == source]
