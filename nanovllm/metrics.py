@@ -79,8 +79,8 @@ class MetricsSnapshot:
     """The figures of one engine, or the sums over several, at one moment.
 
     finished: requests that ended, by "stop", "length", "abort" and "error". accepted_per_position: drafted tokens that
-    were right, by their place in the draft; empty without speculative decoding. distributions: by vLLM's name without the
-    prefix; times in seconds. Times per request are those of the completion that ended last.
+    were right, by their place in the draft; empty without speculative decoding. distributions: by vLLM's name without
+    the prefix; times in seconds. Times per request are those of the completion that ended last.
     """
 
     num_running: int = 0

@@ -133,6 +133,13 @@ def cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         llm.generate("count from 3 to 9", SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
 
 
+def drafts(_: pytest.MonkeyPatch) -> None:
+    with load(speculative_config={"method": "suffix"}) as llm:
+        generate(llm, "a b c d e a b c d e a b c")
+        refused = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, speculate=False)
+        llm.generate("count from 3 to 9", refused, use_tqdm=False)
+
+
 def texts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NANOVLLM_LOG_PROMPTS", "1")
     with load() as llm:
@@ -232,6 +239,7 @@ WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [
     a_cache_that_lowers_the_length,
     shared_prefixes,
     cuda_graphs,
+    drafts,
     texts,
     a_grammar_that_leads_nowhere,
     a_damaged_folder,
