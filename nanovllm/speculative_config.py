@@ -29,7 +29,8 @@ def _integer(low: int, high: int) -> Rule:
 
 _METHOD = choice("ngram", "suffix")
 _METHOD_HINT = "Not supported: draft models, EAGLE and Medusa (see docs/speculation.md)."
-_LOOKUP = _integer(1, MAX_DRAFT).or_none()
+_LENGTH = _integer(1, MAX_DRAFT)
+_LOOKUP = _LENGTH.or_none()
 _FACTOR = Rule("a number above 0", lambda value: is_number(value) and value > 0, float)
 _PROBABILITY = Rule("a number from 0 to 1", lambda value: is_number(value) and 0 <= value <= 1, float)
 
@@ -50,7 +51,7 @@ class SpeculativeConfig:
     )
     num_speculative_tokens: int | None = argument(
         None,
-        _integer(1, MAX_DRAFT).or_none(),
+        _LENGTH.or_none(),
         "The longest draft. It is shorter where drafts were refused, and where many sequences run. Needed for 'ngram'. "
         "None for 'suffix': suffix_decoding_max_tree_depth.",
     )
@@ -81,7 +82,7 @@ class SpeculativeConfig:
         check_arguments(self, prefix="speculative_config.")
         if self.method == "ngram" and self.num_speculative_tokens is None:
             hint = "It is the longest draft, and method='ngram' has no default."
-            raise InvalidArgumentError("speculative_config.num_speculative_tokens", None, f"1 to {MAX_DRAFT}", hint)
+            raise InvalidArgumentError("speculative_config.num_speculative_tokens", None, _LENGTH.allowed, hint)
         shortest, longest = self.lookup
         if shortest > longest:
             name = "speculative_config.prompt_lookup_min"

@@ -132,7 +132,13 @@ class Startup:
                 materialise(runner.model, self.device)
                 self._set_rows_and_cache(runner, 0, self.plan.max_model_len)
                 if self._parallel.size == 1:  # with threads, ranks could run collectives in different orders
-                    warm_up = WarmUp(runner.launch, self._config.max_num_rows, everything=not self._starts_fast)
+                    config = self._config
+                    warm_up = WarmUp(
+                        runner.launch,
+                        config.max_num_rows,
+                        drafts=config.speculative_config is not None,
+                        everything=not self._starts_fast,
+                    )
             report = self._load_weights(runner.model, check)
             finish_loading(runner.model)
         except RuntimeError as error:

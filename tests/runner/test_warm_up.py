@@ -50,3 +50,14 @@ def steps_of(max_num_rows: int, *, everything: bool = False) -> list[ScheduledBa
 
     WarmUp(submit, max_num_rows, everything=everything).wait()
     return submitted
+
+
+def test_drafts_are_warmed_up_where_there_are_some() -> None:
+    submitted: list[ScheduledBatch] = []
+
+    def submit(batch: ScheduledBatch) -> Handle:
+        submitted.append(batch)
+        return Handle()
+
+    WarmUp(submit, max_num_rows=12, drafts=True).wait()
+    assert [batch.section("drafts")["row"].tolist() for batch in submitted if len(batch.section("drafts"))] == [[11]]
