@@ -15,6 +15,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from nanovllm.compat.unsupported import ENGINE_ARGUMENTS, WRITTEN_IN, without_effect
 from nanovllm.errors import InvalidArgumentError, UnknownArgumentError
+from nanovllm.speculative_config import SpeculativeConfig
 from nanovllm.utils.arguments import (
     COUNT,
     SWITCH,
@@ -97,6 +98,11 @@ _PROFILER_CONFIG = Rule(
         and value.get("profiler", "torch") == "torch"
         and _is_text(value.get("torch_profiler_dir"))
     ),
+).or_none()
+_SPECULATIVE_CONFIG = Rule(
+    "a dictionary with 'method'",
+    lambda value: isinstance(value, Mapping) and "method" in value and all(isinstance(name, str) for name in value),
+    hint="Such as {'method': 'ngram', 'num_speculative_tokens': 7}.",
 ).or_none()
 _COUNT_OR_NONE = COUNT.or_none()
 
@@ -234,6 +240,12 @@ class EngineConfig:
         "True: AsyncLLM runs its engine in a process of its own, so that it does not share Python's lock with what "
         "reads the outputs. False: in a thread, for debugging. None: True on a GPU, False on a CPU. LLM ignores it.",
     )
+    speculative_config: Mapping[str, Any] | None = argument(
+        None,
+        _SPECULATIVE_CONFIG,
+        "Speculative decoding, in vLLM's form: {'method': 'ngram' or 'suffix', 'num_speculative_tokens': …, …} (see "
+        "docs/speculation.md). It changes no token. None: off.",
+    )
     block_size: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of kvcache_block_size.")
     num_gpu_blocks_override: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of num_kvcache_blocks.")
 
@@ -251,6 +263,13 @@ class EngineConfig:
                 f"at least max_num_seqs={self.max_num_seqs}",
                 "A decode step computes one token of each running sequence: raise it, or lower max_num_seqs.",
             )
+        SpeculativeConfig.of(self.speculative_config)
+
+    @property
+    def max_num_rows(self) -> int:
+        """How many tokens the decode rows and the draft rows of a step have at most."""
+        speculative = SpeculativeConfig.of(self.speculative_config)
+        return self.max_num_seqs + (0 if speculative is None else speculative.num_draft_rows(self.max_num_seqs))
 
     def for_serving(self) -> EngineConfig:
         """Returns a copy in which what is None has the default for requests that arrive over time."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from nanovllm.config import EngineConfig
+from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.diagnostics import make_diagnostics
 from nanovllm.diagnostics.function_trace import start_function_trace
 from nanovllm.engine.engine_log import EngineLog
@@ -13,9 +13,11 @@ from nanovllm.engine.executor import Executor
 from nanovllm.engine.in_process_executor import InProcessExecutor
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine.scheduler_log import SchedulerLog
+from nanovllm.engine.speculation import Speculation
 from nanovllm.engine.statistics_log import StatisticsLine
 from nanovllm.errors import OutOfMemoryError
 from nanovllm.logs.records import in_engine
+from nanovllm.speculative_config import SpeculativeConfig
 from nanovllm.tracing.request_metrics import open_request_metrics
 from nanovllm.tracing.request_spans import open_request_spans
 from nanovllm.tracing.timeline import Timeline
@@ -51,6 +53,16 @@ def make_executor(config: EngineConfig, stopwatch: Stopwatch) -> Executor:
     from nanovllm.distributed.multi_process_executor import MultiProcessExecutor
 
     return MultiProcessExecutor(config, stopwatch, make_diagnostics, start_function_trace)
+
+
+def make_speculation(config: EngineConfig, resolved: ResolvedConfig, observer: EngineObserver) -> Speculation:
+    """Returns what drafts tokens, as `speculative_config` asks."""
+    speculative = SpeculativeConfig.of(config.speculative_config)
+    if speculative is None:
+        return Speculation()
+    from nanovllm.speculation.drafter import Drafter
+
+    return Drafter(speculative, resolved, observer)
 
 
 def default_observers(config: EngineConfig) -> list[EngineObserver]:

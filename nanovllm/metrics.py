@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Any
 
 __all__ = ["Counter", "Distribution", "Gauge", "Histogram", "Metric", "MetricsSnapshot", "Vector"]
@@ -78,8 +78,9 @@ class Distribution:
 class MetricsSnapshot:
     """The figures of one engine, or the sums over several, at one moment.
 
-    finished: requests that ended, by "stop", "length", "abort" and "error". distributions: by vLLM's name without the
-    prefix; times in seconds. Times per request are those of the completion that ended last.
+    finished: requests that ended, by "stop", "length", "abort" and "error". accepted_per_position: drafted tokens that
+    were right, by their place in the draft; empty without speculative decoding. distributions: by vLLM's name without
+    the prefix; times in seconds. Times per request are those of the completion that ended last.
     """
 
     num_running: int = 0
@@ -92,6 +93,10 @@ class MetricsSnapshot:
     preemptions: int = 0
     prefix_cache_queries: int = 0  # tokens
     prefix_cache_hits: int = 0
+    num_drafts: int = 0  # how often a step had a draft of a sequence
+    draft_tokens: int = 0
+    accepted_tokens: int = 0  # of those, right
+    accepted_per_position: tuple[int, ...] = ()
     finished: Mapping[str, int] = field(default_factory=dict)
     distributions: Mapping[str, Distribution] = field(default_factory=dict)
 
@@ -107,6 +112,9 @@ class MetricsSnapshot:
         return MetricsSnapshot(
             **sums,
             block_size=self.block_size or other.block_size,
+            accepted_per_position=tuple(
+                map(sum, zip_longest(self.accepted_per_position, other.accepted_per_position, fillvalue=0))
+            ),
             finished={reason: self.finished.get(reason, 0) + other.finished.get(reason, 0) for reason in reasons},
             distributions={name: _sum(self.distributions.get(name), other.distributions.get(name)) for name in names},
         )
@@ -115,6 +123,7 @@ class MetricsSnapshot:
         """Returns the figures as dictionaries, lists and numbers, which JSON and msgpack carry."""
         return {
             **{name: getattr(self, name) for name in (*_NUMBERS, "block_size")},
+            "accepted_per_position": list(self.accepted_per_position),
             "finished": dict(self.finished),
             "distributions": {
                 name: [list(each.bounds), list(each.counts), each.sum] for name, each in self.distributions.items()
@@ -128,7 +137,8 @@ class MetricsSnapshot:
             name: Distribution(tuple(bounds), tuple(counts), total)
             for name, (bounds, counts, total) in numbers["distributions"].items()
         }
-        return cls(**{**numbers, "distributions": distributions})
+        accepted = tuple(numbers["accepted_per_position"])
+        return cls(**{**numbers, "accepted_per_position": accepted, "distributions": distributions})
 
     def metrics(self, **labels: str) -> list[Metric]:
         """Returns the figures as vLLM's list, each with `labels`."""
@@ -147,6 +157,16 @@ class MetricsSnapshot:
             Counter("vllm:request_success", {**labels, "finished_reason": reason}, count)
             for reason, count in self.finished.items()
         ]
+        if self.accepted_per_position:
+            values += [
+                Counter("vllm:spec_decode_num_drafts", labels, self.num_drafts),
+                Counter("vllm:spec_decode_num_draft_tokens", labels, self.draft_tokens),
+                Counter("vllm:spec_decode_num_accepted_tokens", labels, self.accepted_tokens),
+            ]
+            values += [
+                Counter("vllm:spec_decode_num_accepted_tokens_per_pos", {**labels, "position": str(position)}, count)
+                for position, count in enumerate(self.accepted_per_position)
+            ]
         for name, each in self.distributions.items():
             bounds = [*map(str, each.bounds), "+Inf"]
             buckets = dict(zip(bounds, accumulate(each.counts), strict=True))
@@ -167,6 +187,9 @@ _NUMBERS = (
     "preemptions",
     "prefix_cache_queries",
     "prefix_cache_hits",
+    "num_drafts",
+    "draft_tokens",
+    "accepted_tokens",
 )
 
 

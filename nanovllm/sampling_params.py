@@ -281,6 +281,9 @@ class SamplingParams:
         "What the output must look like. The end-of-sequence token is sampled where nothing else may come, even before "
         "min_tokens, and bad_words where nothing else fits. max_tokens may cut the output short.",
     )
+    speculate: bool = argument(
+        True, SWITCH, "False: no tokens of this request are drafted, if the engine has a speculative_config."
+    )
 
     output_kind: RequestOutputKind | None = argument(
         None,

@@ -39,10 +39,10 @@ from nanovllm.async_engine.messages import (
 from nanovllm.async_engine.routing import client_of
 from nanovllm.config import EngineConfig
 from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine.observer import EngineObserver, SampledStep
+from nanovllm.engine.observer import EngineObserver, SampledStep, VerifiedDrafts
 from nanovllm.engine.sequence import Sequence, TokenLogprob
 from nanovllm.engine.submission_delay import SubmissionDelay
-from nanovllm.engine_factory import default_observers, make_executor, reporting_start
+from nanovllm.engine_factory import default_observers, make_executor, make_speculation, reporting_start
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import RequestOutput
 from nanovllm.requests.output_builder import OutputBuilder
@@ -71,10 +71,13 @@ class EngineLoop(EngineObserver):
         self._unstarted: set[Sequence] = set()  # those without a token
         self._step: SampledStep | None = None  # the last one, and the sequences of its tokens
         self._sampled: list[Sequence] = []
+        self._gained: dict[Sequence, int] = {}  # tokens that some of these got beside the first
         self._delay = SubmissionDelay(time.monotonic)
         observers = [*default_observers(config), self, self._delay, *([] if observer is None else [observer])]
         with reporting_start(observers):
-            self.engine = LLMEngine(config, make_executor, observers, output_builder=_output_builder)
+            self.engine = LLMEngine(
+                config, make_executor, observers, output_builder=_output_builder, make_speculation=make_speculation
+            )
 
     def send(self, command: Command | None) -> None:
         """Lets the loop act on a command between steps. None: stop. Any thread may call it."""
@@ -190,6 +193,10 @@ class EngineLoop(EngineObserver):
     def tokens_sampled(self, step: SampledStep) -> None:
         sequences = step.rows.sequences
         self._step, self._sampled = step, [sequences[row] for row in step.sampled.tolist()]
+        self._gained = {}
+
+    def drafts_verified(self, drafts: VerifiedDrafts) -> None:
+        self._gained = dict(drafts.gained)
 
     def _news(self, outputs: list[RequestOutput]) -> StepNews:
         """Returns what the last step brought. outputs: of the requests that ended."""
@@ -207,16 +214,19 @@ class EngineLoop(EngineObserver):
                 # The tokens of a sequence that has ended are sent with the end of its request.
                 if number is None or sequence.finish_reason is not None:
                     continue
+                num_new = 1 + self._gained.get(sequence, 0)
                 if sequence.row is None:  # preempted since
-                    token_id = int(sequence.token_ids[-1])
+                    new = sequence.token_ids[-num_new:].tolist()
+                else:
+                    new = [token_id] if num_new == 1 else rows.known_tokens(sequence.row)[-num_new:].tolist()
                 if sequence.params.logprobs is not None:
-                    scored.append(len(numbers))
-                    scores.append(sequence.logprobs[-1])
+                    scored += range(len(numbers), len(numbers) + num_new)
+                    scores += sequence.logprobs[-num_new:]
                 if sequence in self._unstarted:
                     self._unstarted.remove(sequence)
                     cached.append((number, sequence.num_cached_tokens or 0))
-                numbers.append(number)
-                token_ids.append(token_id)
+                numbers += [number] * num_new
+                token_ids += new
         return StepNews(
             numbers=np.array(numbers, dtype=np.int64),
             token_ids=np.array(token_ids, dtype=np.int32),

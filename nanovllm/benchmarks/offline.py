@@ -124,6 +124,8 @@ def run_once(llm: LLM, requests: Requests, temperature: float) -> Run:
         num_steps=done.num_steps,
         mean_batch=done.num_output_tokens / done.num_steps,
         num_preemptions=done.num_preemptions,
+        num_draft_tokens=done.num_draft_tokens,
+        num_accepted_tokens=done.num_accepted_tokens,
         token_ids=[output.outputs[0].token_ids for output in outputs],
     )
 

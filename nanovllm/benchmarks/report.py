@@ -30,6 +30,8 @@ class Run:
     num_steps: int
     mean_batch: float  # tokens sampled per step
     num_preemptions: int
+    num_draft_tokens: int
+    num_accepted_tokens: int  # of those, right
     token_ids: list[list[int]]
 
 
@@ -55,6 +57,8 @@ def result_of(
         "num_steps": best.num_steps,
         "mean_batch": best.mean_batch,
         "num_preemptions": best.num_preemptions,
+        "num_draft_tokens": best.num_draft_tokens,
+        "num_accepted_tokens": best.num_accepted_tokens,
         "weight_bytes_per_step": needed.weight_bytes,
         "kv_bytes": needed.kv_bytes,
         "bytes_moved": needed.total(best.num_steps),
@@ -106,6 +110,8 @@ def describe(result: dict[str, Any], say: Say) -> None:
         f"at {result['bytes_per_second'] / 1e9:,.1f} GB/s: "
         f"{result['share_of_copy_bandwidth']:.1%} of the copy bandwidth"
     )
+    if result["num_draft_tokens"]:
+        say(f"  {result['num_draft_tokens']:,} tokens drafted, {result['num_accepted_tokens']:,} of them right")
     if result["peers_seconds"]:
         peers = ", ".join(f"{name} {seconds} s" for name, seconds in result["peers_seconds"].items())
         say(f"  peers: {peers} ({PEERS.measured})")

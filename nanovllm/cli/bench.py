@@ -69,6 +69,7 @@ ENGINE_OPTIONS = (
     "max_prefill_tokens_beside_decode",
     "inter_token_latency_target_ms",
     "quantization",
+    "speculative_config",
 )
 
 
@@ -239,6 +240,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="target for the time of a step that also decodes: 'auto', or 0 for none (default: that of the engine)",
     )
     add("--tensor-parallel-size", type=positive, default=1, metavar="N", help="GPUs, or processes on a CPU (default 1)")
+    add(
+        "--speculative-config",
+        type=json.loads,
+        metavar="JSON",
+        help='speculative decoding, such as {"method": "ngram", "num_speculative_tokens": 7} (default: off)',
+    )
     add("--enforce-eager", action="store_true", help="no CUDA graphs")
     add("--no-prefix-caching", action="store_true", help="share nothing between requests")
 

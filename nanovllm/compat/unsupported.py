@@ -109,7 +109,6 @@ ENGINE_ARGUMENTS: Mapping[str, Unsupported] = {
     "async_scheduling": Unsupported(_SWITCH, "pipeline_depth is the number of steps in flight"),
     "use_tqdm_on_load": Unsupported(_SWITCH, "loading shows no progress bar"),
     "logits_processors": _PROCESSORS,
-    "speculative_config": Unsupported(_NONE, "each step computes one token a row", "speculative decoding"),
     "scheduling_policy": Unsupported(
         _only("fcfs"), "requests run in the order of arrival", "another order of requests"
     ),

@@ -6,7 +6,7 @@ once and, with several ranks, sent through shared memory. On the host, a section
 records with named fields; `runner.device_batch` is its counterpart on the device.
 
 Sections are applied in order. A chunk is final when it reaches the end of its row's tokens; final chunks come before
-all others. A step samples one token for every decode row, then one for every final chunk.
+all others. A step samples one token for every decode row, then one for every draft row, then one for every final chunk.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from nanovllm.kernels.columns import (
     BLOCKS,
+    DRAFTS,
     NO_TRUNCATION,
     OPENED,
     WORD_BYTES,
@@ -33,7 +34,7 @@ from nanovllm.kernels.columns import (
 IntArray = npt.NDArray[np.int32]
 RecordArray = npt.NDArray[np.void]
 
-VERSION = 8
+VERSION = 9
 NO_LOGPROBS = -1  # where an integer says how many log-probabilities to return: none, not even the token's own
 NO_PENALTIES = (1.0, 0.0, 0.0)  # repetition, frequency, presence
 
@@ -76,7 +77,8 @@ SECTIONS: dict[str, np.dtype[Any]] = {
     "mask_words": _INTEGER,  # these rows' masks, one after another
     "chunks": _integers(*Chunk._fields),
     "prompt_logprobs": _integers(*PromptLogprobs._fields),
-    "decode_rows": _INTEGER,  # rows that compute their last token
+    "drafts": DRAFTS,
+    "decode_rows": _INTEGER,  # rows that compute their last token, then the rows of `drafts`, which do so, too
 }
 _HEADER = np.dtype(
     [
@@ -180,6 +182,7 @@ class ScheduledBatch:
     sections: dict[str, Section]
     blocks: RecordArray  # [num_blocks], a view of its section, as are the next two
     chunks: RecordArray  # [num_chunks]
+    computed_rows: IntArray  # [num_decode_rows + num_drafts], decode rows, then draft rows
     decode_rows: IntArray  # [num_decode_rows]
 
     @classmethod
@@ -194,12 +197,14 @@ class ScheduledBatch:
         chunks: Seq[Chunk] = (),
         num_final_chunks: int = 0,
         prompt_logprobs: Seq[PromptLogprobs] = (),
+        drafts: Seq[tuple[int, int, int, int, int]] = (),
         decode_rows: Seq[int] | npt.NDArray[np.integer[Any]] = (),
         needs: StepNeeds | None = None,
     ) -> ScheduledBatch:
         """Packs a step into a buffer.
 
         token_masks: new masks [ceil(vocab_size / 32)] by row, in addition to those in `opened`.
+        drafts: items of DRAFTS.
         """
         token_ids = [item.token_ids for item in opened]
         edits = [(item.row, item.logit_edits) for item in opened if item.logit_edits is not None]
@@ -215,7 +220,8 @@ class ScheduledBatch:
             "mask_words": np.concatenate(list(masks.values())) if masks else (),
             "chunks": chunks,
             "prompt_logprobs": prompt_logprobs,
-            "decode_rows": decode_rows,
+            "drafts": drafts,
+            "decode_rows": np.append(decode_rows, [draft[0] for draft in drafts]) if drafts else decode_rows,
         }
         counts = tuple(map(len, contents.values()))
         sections = _layout(counts)
@@ -239,12 +245,14 @@ class ScheduledBatch:
 
     @classmethod
     def _over(cls, buffer: IntArray, sections: dict[str, Section]) -> ScheduledBatch:
+        computed_rows, num_drafts = sections["decode_rows"].view(buffer), len(sections["drafts"].view(buffer))
         return cls(
             buffer=buffer,
             sections=sections,
             blocks=sections["blocks"].view(buffer),
             chunks=sections["chunks"].view(buffer),
-            decode_rows=sections["decode_rows"].view(buffer),
+            computed_rows=computed_rows,
+            decode_rows=computed_rows[: len(computed_rows) - num_drafts],
         )
 
     def section(self, name: str) -> npt.NDArray[Any]:
@@ -278,9 +286,22 @@ class ScheduledBatch:
     def prompt_logprobs(self) -> list[PromptLogprobs]:
         return list(map(PromptLogprobs._make, self.section("prompt_logprobs").tolist()))
 
+    @property
+    def num_sampled(self) -> int:
+        """Tokens that the step samples, those of draft rows included."""
+        return len(self.computed_rows) + self.num_final_chunks
+
+    @property
+    def sampled_tokens(self) -> npt.NDArray[np.intp]:
+        """Where in `StepResult.token_ids` the tokens of `sampled_rows` are, [num_sampled_rows]."""
+        num_rows = len(self.decode_rows)
+        tokens = np.arange(num_rows + self.num_final_chunks)
+        tokens[num_rows:] += len(self.computed_rows) - num_rows
+        return tokens
+
     @cached_property
     def sampled_rows(self) -> IntArray:
-        """The rows that get a token in this step, [num_sampled_rows], in the order of `StepResult.token_ids`."""
+        """The rows of sequences that get a token in this step, [num_sampled_rows]: decode rows, then final chunks."""
         if not self.num_final_chunks:
             return self.decode_rows
         return np.concatenate([self.decode_rows, self.final_chunks["row"]])
@@ -292,12 +313,12 @@ class ScheduledBatch:
     @property
     def num_tokens(self) -> int:
         """Tokens that the step computes."""
-        return len(self.decode_rows) + self.num_prefill_tokens
+        return len(self.computed_rows) + self.num_prefill_tokens
 
 
 @dataclass(frozen=True)
 class StepLogprobs:
-    """Log-probabilities of tokens: one for every sampled row, or one for every token of a `PromptLogprobs`."""
+    """Log-probabilities of tokens: one for every sampled token, or one for every token of a `PromptLogprobs`."""
 
     tokens: npt.NDArray[np.float32]  # [num_tokens]
     ranks: IntArray  # [num_tokens], from 1
@@ -307,9 +328,9 @@ class StepLogprobs:
 
 @dataclass(frozen=True)
 class StepResult:
-    """The result of a step: one token for each of the batch's `sampled_rows`."""
+    """The result of a step: its tokens, of decode rows, then of draft rows, then of final chunks."""
 
-    token_ids: IntArray  # [num_sampled_rows], INVALID_TOKEN where the row's logits are NaN or infinite
+    token_ids: IntArray  # [num_sampled], INVALID_TOKEN where the row's logits are NaN or infinite
     gpu_ms: float | None = None  # time on the GPU; None if it was not measured
     logprobs: StepLogprobs | None = None  # None if no row asked for them
     prompt_logprobs: tuple[StepLogprobs, ...] = ()  # one for each of the batch's `prompt_logprobs`

@@ -219,6 +219,9 @@ def _request_fields(end: RequestEnd) -> dict[str, Any]:
         "first_step": min(first_steps, default=None),
         "last_step": max((each.last_step for each in end.completions if each.last_step is not None), default=None),
     }
+    if num_draft_tokens := sum(each.num_draft_tokens for each in end.completions):
+        values["num_draft_tokens"] = num_draft_tokens
+        values["num_accepted_tokens"] = sum(each.num_accepted_tokens for each in end.completions)
     if len(end.completions) > 1:
         values["completions"] = [_completion_fields(*each, end.arrival) for each in enumerate(end.completions)]
     if end.error is not None:

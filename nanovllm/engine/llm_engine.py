@@ -25,6 +25,7 @@ from nanovllm.engine.observer import CollectedStep, EngineObserver, EngineStart,
 from nanovllm.engine.request_tracker import track_requests
 from nanovllm.engine.scheduler import Scheduler
 from nanovllm.engine.sequence import Sequence, SequenceStatus
+from nanovllm.engine.speculation import SpeculationFactory, no_speculation
 from nanovllm.engine.statistics import EngineStatistics
 from nanovllm.engine.turns import Call, Turns
 from nanovllm.engine.unfinished_requests import Request, SubmittedStep, UnfinishedRequests
@@ -47,7 +48,8 @@ class LLMEngine(UnsupportedMethods):
     """Owns the scheduler and the executor, and keeps up to `pipeline_depth` steps in flight.
 
     make_executor: builds the executor, which runs the steps. observers: are called, in order, for every event; without
-    any the engine logs nothing. `from_engine_args` chooses both, as `LLM` does.
+    any the engine logs nothing. make_speculation: chooses what drafts tokens. `from_engine_args` chooses all three, as
+    `LLM` does.
     Use the engine as a context manager, or call `exit`, to free the device's memory.
     Several threads may use an engine. Requests are added, aborted and discarded at any time, which the next step acts
     on; only a step changes the scheduler, and one step runs at a time.
@@ -60,6 +62,7 @@ class LLMEngine(UnsupportedMethods):
         observers: Iterable[EngineObserver] = (),
         clock: Callable[[], float] = time.monotonic,
         output_builder: Callable[[PreTrainedTokenizerBase | None], OutputBuilder] = OutputBuilder,
+        make_speculation: SpeculationFactory = no_speculation,
     ) -> None:
         self.config = config
         self.owner = OwnerProcess()
@@ -79,7 +82,8 @@ class LLMEngine(UnsupportedMethods):
             self._grammars = GrammarCompiler(self.tokenizer, self.resolved)
             self.preparation = RequestPreparation(self.tokenizer, self.resolved, self._grammars)
             self._output_builder = output_builder(self.tokenizer)
-            self.scheduler = Scheduler(self.resolved, self._observers, clock)
+            self._make_speculation = partial(make_speculation, config, self.resolved, self._observers)
+            self.scheduler = self._make_scheduler()
             stopwatch.lap("tokenizer")
             self._observers.engine_started(
                 EngineStart(self.resolved, self.executor, self.metrics.totals, clock, stopwatch)
@@ -103,12 +107,12 @@ class LLMEngine(UnsupportedMethods):
         for an argument or an environment variable that is not allowed.
         """
         # Imported here: an engine that is given its executor and observers does not need it.
-        from nanovllm.engine_factory import default_observers, make_executor, reporting_start
+        from nanovllm.engine_factory import default_observers, make_executor, make_speculation, reporting_start
 
         config = EngineConfig(**asdict(engine_args))  # an EngineArgs can be changed: this is a checked copy
         observers = default_observers(config)
         with reporting_start(observers):
-            return cls(config, make_executor, observers)
+            return cls(config, make_executor, observers, make_speculation=make_speculation)
 
     # Requests
 
@@ -336,7 +340,7 @@ class LLMEngine(UnsupportedMethods):
         Ctrl-C may break this off, too: then the next step does it again.
         """
         lost = list(dict.fromkeys(self._unfinished.started_sequences()))
-        scheduler = Scheduler(self.resolved, self._observers, self.clock, self.scheduler.last_step)
+        scheduler = self._make_scheduler(self.scheduler.last_step)
         self._unfinished.lose(error, request_ids)
         self.scheduler = scheduler
         try:
@@ -395,6 +399,9 @@ class LLMEngine(UnsupportedMethods):
         self.exit()
 
     # Helpers
+
+    def _make_scheduler(self, last_step: int = 0) -> Scheduler:
+        return Scheduler(self.resolved, self._observers, self.clock, last_step, self._make_speculation())
 
     def _check_alive(self) -> None:
         self.owner.check()

@@ -13,13 +13,14 @@ from collections.abc import Sequence as Seq
 import numpy as np
 import numpy.typing as npt
 
-from nanovllm.config import ResolvedConfig
+from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import ScheduledBatch
-from nanovllm.engine.observer import CollectedStep, EngineObserver, Preemption, SampledStep
+from nanovllm.engine.observer import CollectedStep, EngineObserver, Preemption, SampledStep, VerifiedDrafts
 from nanovllm.engine.request_end import FINISHED_REASON, RequestEnd
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.statistics import EngineStatistics, Load
 from nanovllm.metrics import Distribution, MetricsSnapshot
+from nanovllm.speculative_config import SpeculativeConfig
 
 # Upper bounds: in seconds, and in tokens. Snapshots of different engines are added, so all have the same.
 _SECONDS = tuple(digit * 10.0**power for power in range(-3, 4) for digit in (1, 2.5, 5))
@@ -81,8 +82,13 @@ class EngineMetrics(EngineObserver):
         self.num_generated = 0  # tokens that requests got
         self.num_finished = dict.fromkeys(FINISHED_REASON.values(), 0)
         self.distributions = {name: DistributionCounter(bounds) for name, bounds in _BOUNDS.items()}
+        self.accepted_per_position: list[int] = []  # drafted tokens found to be right, by their place in the draft
         self._block_size = 0
         self._last_collected = 0.0
+
+    def engine_starting(self, config: EngineConfig) -> None:
+        speculative = SpeculativeConfig.of(config.speculative_config)
+        self.accepted_per_position = [] if speculative is None else [0] * speculative.max_draft
 
     def engine_resolved(self, resolved: ResolvedConfig) -> None:
         self._block_size = resolved.block_size
@@ -101,6 +107,10 @@ class EngineMetrics(EngineObserver):
             preemptions=totals.num_preemptions,
             prefix_cache_queries=totals.num_prefix_queries,
             prefix_cache_hits=totals.num_prefix_hits,
+            num_drafts=totals.num_drafts,
+            draft_tokens=totals.num_draft_tokens,
+            accepted_tokens=totals.num_accepted_tokens,
+            accepted_per_position=tuple(self.accepted_per_position),
             finished=dict(self.num_finished),
             distributions={name: counter.snapshot() for name, counter in self.distributions.items()},
         )
@@ -121,6 +131,17 @@ class EngineMetrics(EngineObserver):
         self.distributions["iteration_tokens_total"].observe(step.batch.num_tokens)
         gaps = step.gaps if not len(step.batch.chunks) else step.gaps[step.gaps >= 0]  # without first tokens
         self.distributions["inter_token_latency_seconds"].observe_all(gaps)
+
+    def drafts_verified(self, drafts: VerifiedDrafts) -> None:
+        totals, gained = self.totals, sum(number for _, number in drafts.gained)
+        totals.num_drafts += len(drafts.num_drafted)
+        totals.num_draft_tokens += sum(drafts.num_drafted)
+        totals.num_accepted_tokens += sum(drafts.num_accepted)
+        totals.num_output_tokens += gained
+        self.num_generated += gained
+        for number in drafts.num_accepted:
+            for position in range(number):
+                self.accepted_per_position[position] += 1
 
     def step_collected(self, step: CollectedStep) -> None:
         elapsed, self._last_collected = step.collected - self._last_collected, step.collected

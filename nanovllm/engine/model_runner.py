@@ -137,6 +137,8 @@ class ModelRunner:
             self._log.preparing(batch)
             with self._log.forward(batch):
                 sampled = self._run(uploaded, needs)
+            if uploaded.has("drafts"):
+                self.rows.accept(uploaded)
             return self._download(sampled, began)
 
     def _run(self, batch: DeviceBatch, needs: StepNeeds) -> SampledTokens:
@@ -198,7 +200,7 @@ class ModelRunner:
 
     def _prompt_logprobs(self, hidden: torch.Tensor, batch: ScheduledBatch) -> tuple[TokenLogprobs, ...]:
         """Returns the log-probabilities that the batch asks for. hidden: all its tokens', [num_tokens, hidden_size]."""
-        of_chunks = hidden[len(batch.decode_rows) :]  # [num_prefill_tokens, hidden_size]
+        of_chunks = hidden[len(batch.computed_rows) :]  # [num_prefill_tokens, hidden_size]
         return tuple(
             prompt_logprobs(
                 hidden=of_chunks[item.chunk_token :][: item.num_tokens],

@@ -77,6 +77,15 @@ class SampledStep:
 
 
 @dataclass(frozen=True)
+class VerifiedDrafts:
+    """What became of a step's drafts. The lists have an item for each draft."""
+
+    num_drafted: list[int]  # tokens
+    num_accepted: list[int]  # of those, the first ones that were right
+    gained: list[tuple[Sequence, int]]  # sequences, and how many tokens they got beside the step's first one
+
+
+@dataclass(frozen=True)
 class CollectedStep:
     """A step whose tokens are on the host."""
 
@@ -141,6 +150,9 @@ class EngineObserver:
 
     def tokens_sampled(self, step: SampledStep) -> None:
         """A step's tokens are on the host, and the scheduler is about to process them."""
+
+    def drafts_verified(self, drafts: VerifiedDrafts) -> None:
+        """The scheduler has processed the tokens of a step that had drafts."""
 
     def delayed(self, delay: Delay) -> None:
         """A step or a wait took too long."""

@@ -99,6 +99,8 @@ class CompletionEnd:
     times: Times
     num_output_tokens: int
     num_preemptions: int
+    num_draft_tokens: int
+    num_accepted_tokens: int  # of those, right
     first_step: int | None  # None: it never ran
     last_step: int | None
     stall: Stall | None  # None: fewer than two tokens

@@ -146,6 +146,8 @@ class RequestTracker(EngineObserver):
             times=Times.of(sequence, finished),
             num_output_tokens=self._num_output_tokens(sequence),
             num_preemptions=len(sequence.preempted_at),
+            num_draft_tokens=sequence.num_draft_tokens,
+            num_accepted_tokens=sequence.num_accepted_tokens,
             first_step=first_step,
             last_step=None if first_step is None else max(self._collected, first_step),
             stall=self._stalls.take(sequence.seq_id),

@@ -79,6 +79,7 @@ class RowTable:
     has_grammar: BoolArray = _column(  # its last token decides which may be next
         np.bool_, opened=lambda sequence: sequence.grammar is not None
     )
+    speculates: BoolArray = _column(np.bool_)  # its steps have drafts, which its last token decides
 
     def __init__(self, num_rows: int, max_model_len: int) -> None:
         self.sequences: list[Sequence | None] = [None] * num_rows
@@ -163,9 +164,10 @@ class RowTable:
     def schedulable_decode_rows(self) -> RowArray:
         """Returns the decoding rows that may compute a token now.
 
-        Rows at their maximum length may not, nor rows whose grammar does not know yet what may come next.
+        Rows at their maximum length may not, nor rows whose grammar does not know yet what may come next, nor rows with
+        drafts whose last token is not read yet.
         """
-        waits = self.has_grammar & (self.num_pending > 0)
+        waits = (self.has_grammar | self.speculates) & (self.num_pending > 0)
         waits[[row for row in np.flatnonzero(self.has_grammar).tolist() if self.sequence(row).waits_for_grammar]] = True
         return np.flatnonzero(self.decoding & ~waits & (self.num_tokens + self.num_pending < self.max_num_tokens))
 

@@ -23,6 +23,7 @@ from nanovllm.config import MIN_SHARED_PREFIX, ResolvedConfig
 from nanovllm.engine.batch import (
     NO_LOGPROBS,
     Chunk,
+    IntArray,
     OpenedRow,
     PromptLogprobs,
     RecordArray,
@@ -32,21 +33,15 @@ from nanovllm.engine.batch import (
 from nanovllm.engine.block_manager import BlockManager, BlockTable
 from nanovllm.engine.observer import EngineObserver, Preemption, SampledStep, Shortage
 from nanovllm.engine.prefill_policy import PrefillBudget, PrefillPolicy
+from nanovllm.engine.prefix_groups import PrefixGroups
 from nanovllm.engine.row_table import NO_BLOCK, BoolArray, RowArray, RowTable
 from nanovllm.engine.sequence import Sequence, SequenceStatus, token_logprobs
+from nanovllm.engine.speculation import Speculation
 from nanovllm.engine.statistics import Load
 from nanovllm.errors import InvalidLogitsError
 from nanovllm.kernels.columns import BLOCKS, INVALID_TOKEN
-from nanovllm.logs import events
 from nanovllm.outputs import FinishReason
-from nanovllm.utils.logger import setup_logger
 
-logger = setup_logger(__name__)
-
-# Attention reads a shared prefix once for all its rows if at least this many rows share it, and if that saves reading
-# at least this many tokens.
-_MIN_SHARERS = 16
-_MIN_TOKENS_SAVED = 20_000
 # Log-probabilities that a step returns for a prompt with prompt_logprobs=-1: 134 MB with their token ids.
 _MAX_PROMPT_LOGPROBS = 1 << 24
 
@@ -71,11 +66,13 @@ class Scheduler:
         observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
         last_step: int = 0,
+        speculation: Speculation | None = None,
     ) -> None:
         self.now = 0.0  # seconds of `clock`, which each `schedule` and each `update` reads once
         self._clock = clock
         self._observer = observer or EngineObserver()
         self.policy = PrefillPolicy(config)
+        self._speculation = speculation or Speculation()
         self._is_eos: BoolArray = np.zeros(config.vocab_size, dtype=np.bool_)
         self._is_eos[[token_id for token_id in config.eos_token_ids if 0 <= token_id < config.vocab_size]] = True
         self.block_manager = BlockManager(
@@ -85,6 +82,7 @@ class Scheduler:
             salt=f"{config.model}|{config.dtype}",
         )
         self.rows = RowTable(config.max_num_seqs, config.max_model_len)
+        self._prefix_groups = PrefixGroups(self.rows)
         self.waiting: deque[Sequence] = deque()  # in order of arrival
         self._prefilling: Sequence | None = None  # has a row and prompt tokens left
         self._leaving: list[int] = []  # rows to release as soon as no step in flight touches them
@@ -92,7 +90,6 @@ class Scheduler:
         self.last_step = last_step  # the last step that was planned
         self._step = last_step  # the step that is being planned, or was collected last; for the log
         self._max_prompt_logprob_tokens = max(_MAX_PROMPT_LOGPROBS // config.vocab_size, 1)
-        self._shares_prefix = False  # whether decode rows of the last step shared a prefix; for the log
 
     def add(self, sequence: Sequence) -> None:
         """Appends a sequence to the waiting queue."""
@@ -116,12 +113,15 @@ class Scheduler:
         """Returns the next step, or None when nothing can run before a step in flight is collected."""
         self.now, self._step = self._clock(), self.last_step + 1
         plan = _StepPlan()
-        decode_rows, shares_prefix = self._group_by_prefix(self._schedule_decode(plan))
+        self._speculation.watch(self.rows)
+        decode_rows, shares_prefix = self._prefix_groups.arrange(self._schedule_decode(plan), self._step)
         next_prompt = self._prefilling or self._first_waiting()
         if next_prompt is not None:
             self._schedule_prefill(plan, self.policy.budget(self.rows, decode_rows, next_prompt, self.now))
         if not plan.chunks and not len(decode_rows):
             return None
+        room = self.policy.max_num_batched_tokens - len(decode_rows) - plan.num_prompt_tokens
+        drafts = self._speculation.draft(self.rows, decode_rows, self.block_manager, room)
         # Only the last chunk can stop before the end of its prompt, so the final ones come first, as batches need.
         final_rows = [chunk.row for chunk in plan.chunks if self.rows.decoding[chunk.row]]
         sampled = np.append(decode_rows, np.array(final_rows, dtype=np.intp))
@@ -130,11 +130,12 @@ class Scheduler:
             self.last_step,
             closed=self._closed,
             opened=plan.opened,
-            blocks=np.concatenate(plan.blocks) if plan.blocks else (),
+            blocks=np.concatenate(plan.blocks + drafts.blocks) if plan.blocks or drafts.blocks else (),
             token_masks=self.rows.token_masks(sampled),
             chunks=plan.chunks,
             num_final_chunks=len(final_rows),
             prompt_logprobs=plan.prompt_logprobs,
+            drafts=drafts.tokens,
             decode_rows=decode_rows,
             needs=self.rows.needs(sampled, shares_prefix),
         )
@@ -160,32 +161,6 @@ class Scheduler:
             rows = np.setdiff1d(rows, by_arrival[len(granted) :])
         self.rows.num_computed[rows] += 1
         return rows
-
-    def _group_by_prefix(self, rows: RowArray) -> tuple[RowArray, bool]:
-        """Returns the decode rows with those that share a prefix side by side, and whether enough of them do.
-
-        Within a group the longest contexts come first: if attention over one of them started last, the GPU would wait
-        for it alone.
-        """
-        blocks = self.rows.prefix_block[rows]
-        if np.count_nonzero(blocks != NO_BLOCK) < _MIN_SHARERS:
-            longest_first: RowArray = rows[np.argsort(-self.rows.num_computed[rows], kind="stable")]
-            self._shares_prefix = False
-            return longest_first, False
-        shared, group, sizes = np.unique(blocks, return_inverse=True, return_counts=True)
-        saved = np.bincount(group, weights=self.rows.num_cached[rows])
-        pays = (shared != NO_BLOCK) & (sizes >= _MIN_SHARERS) & (saved >= _MIN_TOKENS_SAVED)
-        shares = pays[group]
-        order = np.lexsort((-self.rows.num_computed[rows], np.where(shares, group, len(rows))))
-        arranged: RowArray = rows[order]
-        shares_prefix = bool(shares.any())
-        if shares_prefix and not self._shares_prefix:
-            num_sharing, saved_tokens = int(shares.sum()), int(saved[pays].sum())
-            events.batch_shares_prefix.log(
-                logger, num_sharing=num_sharing, size=len(rows), saved_tokens=saved_tokens, step=self._step
-            )
-        self._shares_prefix = shares_prefix
-        return arranged, shares_prefix
 
     def _rows_without_room(self, rows: RowArray) -> RowArray:
         """Returns those of `rows` whose next position lies past their last block."""
@@ -336,19 +311,37 @@ class Scheduler:
         self.policy.step_collected(now, result.gpu_ms)
         rows.steps_in_flight[batch.decode_rows] -= 1
         rows.steps_in_flight[batch.chunks["row"]] -= 1
-        sampled = batch.sampled_rows
-        rows.num_pending[sampled] -= 1
-        invalid = sampled[~rows.stopped[sampled] & (result.token_ids == INVALID_TOKEN)]
+        rows.num_pending[batch.sampled_rows] -= 1
+        for planned, logprobs in zip(batch.prompt_logprobs, result.prompt_logprobs, strict=True):
+            if not rows.stopped[planned.row]:
+                rows.sequence(planned.row).prompt_logprobs += token_logprobs(logprobs, planned.num_top)
+        ended = []
+        for index, (sampled, tokens) in enumerate(self._speculation.rounds(batch, result.token_ids, rows)):
+            ended += self._take_tokens(batch, result, sampled, tokens, drafted=index > 0)
+        return ended
+
+    def _take_tokens(
+        self, batch: ScheduledBatch, result: StepResult, sampled: IntArray, tokens: RowArray, drafted: bool = False
+    ) -> list[Sequence]:
+        """Appends a token to each row of `sampled`. Returns the sequences that end there.
+
+        tokens: where they are in `result`. drafted: they follow drafted tokens, after the step's first token of a row.
+        """
+        rows, now = self.rows, self.now
+        token_ids = result.token_ids[tokens]
+        invalid = sampled[~rows.stopped[sampled] & (token_ids == INVALID_TOKEN)]
         rows.stopped[invalid] = True
+        rows.num_computed[sampled] += drafted
         live = ~rows.stopped[sampled]  # the tokens of all others are dropped
-        self._record_logprobs(batch, live, result)
-        sampled, token_ids = sampled[live], result.token_ids[live]
-        gaps = now - rows.last_token[sampled]
-        self._observer.tokens_sampled(SampledStep(batch, rows, sampled, gaps, now, result.gpu_ms, self.load))
+        sampled, tokens, token_ids = sampled[live], tokens[live], token_ids[live]
+        self._record_logprobs(sampled, tokens, result)
+        if not drafted:
+            gaps = now - rows.last_token[sampled]
+            self._observer.tokens_sampled(SampledStep(batch, rows, sampled, gaps, now, result.gpu_ms, self.load))
         rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids
         rows.num_tokens[sampled] += 1
         rows.last_token[sampled] = now
-        for row in batch.final_chunks["row"].tolist():
+        for row in () if drafted else batch.final_chunks["row"].tolist():
             if not rows.stopped[row] and rows.sequence(row).first_token is None:
                 rows.sequence(row).first_token = now
                 self._observer.first_token(rows.sequence(row))
@@ -373,17 +366,13 @@ class Scheduler:
         self._release_leaving()
         return ended
 
-    def _record_logprobs(self, batch: ScheduledBatch, live: BoolArray, result: StepResult) -> None:
-        """Appends the step's log-probabilities to the sequences that asked for them. live: [num_sampled_rows]."""
-        rows, sampled = self.rows, batch.sampled_rows
+    def _record_logprobs(self, sampled: IntArray, tokens: RowArray, result: StepResult) -> None:
+        """Appends the log-probabilities of `tokens` in the result to the sequences of `sampled` that asked for them."""
         if result.logprobs is not None:
-            num_top = rows.num_logprobs[sampled]
-            for index in np.flatnonzero(live & (num_top != NO_LOGPROBS)).tolist():
-                sequence = rows.sequence(int(sampled[index]))
-                sequence.logprobs += token_logprobs(result.logprobs, int(num_top[index]), [index])
-        for planned, logprobs in zip(batch.prompt_logprobs, result.prompt_logprobs, strict=True):
-            if not rows.stopped[planned.row]:
-                rows.sequence(planned.row).prompt_logprobs += token_logprobs(logprobs, planned.num_top)
+            num_top = self.rows.num_logprobs[sampled]
+            for index in np.flatnonzero(num_top != NO_LOGPROBS).tolist():
+                sequence = self.rows.sequence(int(sampled[index]))
+                sequence.logprobs += token_logprobs(result.logprobs, int(num_top[index]), [int(tokens[index])])
 
     def abort(self, sequence: Sequence) -> None:
         """Ends `sequence` in any state, with the tokens it has. Does nothing to one that has ended."""

@@ -111,6 +111,8 @@ class Sequence:
     left: bool = False  # ended since its caller left
     streamed: bool = False  # its tokens are read while it runs
     caller: Caller = field(default_factory=Caller)  # who added it
+    num_draft_tokens: int = 0  # drafted for it
+    num_accepted_tokens: int = 0  # of those, found to be right
     parent_id: str | None = None  # with n > 1, the id of the request whose completion it is
     # Seconds of the engine's clock
     arrival: float = 0.0

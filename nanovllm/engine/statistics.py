@@ -17,6 +17,9 @@ class EngineStatistics:
     num_preemptions: int = 0
     num_prefix_queries: int = 0  # tokens looked up in the prefix cache
     num_prefix_hits: int = 0  # of those, found
+    num_drafts: int = 0  # of speculative decoding: how often a step had a draft of a sequence
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0  # of those, found to be right
 
     def since(self, earlier: EngineStatistics) -> EngineStatistics:
         """Returns the differences from `earlier`, an earlier copy."""

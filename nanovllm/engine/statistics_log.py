@@ -178,3 +178,14 @@ class StatisticsLine(EngineObserver):
             wall_s=wall,
             **window.fields(),
         )
+        if done.num_drafts:
+            events.speculation_statistics.log(
+                logger,
+                in_summary=not final or wall >= self._interval,
+                num_drafts=done.num_drafts,
+                num_draft_tokens=done.num_draft_tokens,
+                num_accepted_tokens=done.num_accepted_tokens,
+                acceptance_rate=done.num_accepted_tokens / done.num_draft_tokens,
+                mean_acceptance_length=1 + done.num_accepted_tokens / done.num_drafts,
+                final=final,
+            )

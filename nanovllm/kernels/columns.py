@@ -43,6 +43,18 @@ OPENED = np.dtype(
 )
 BLOCKS = np.dtype([("row", np.int32), ("index", np.int32), ("block", np.int32)])  # entry `index` becomes `block`
 
+# A drafted token (`kernels.draft_rows`): `row` becomes row `source` as it would be with the drafted tokens up to this
+# one. A draft's tokens are adjacent records, numbered by `offset`; the first stands where the source's tokens end.
+DRAFTS = np.dtype(
+    [
+        ("row", np.int32),
+        ("source", np.int32),
+        ("offset", np.int32),
+        ("position", np.int32),  # of the drafted token
+        ("token_id", np.int32),
+    ]
+)
+
 # A number to add to one token's logit, while the row is shorter than `until_length` and its output ends in the
 # `ending_length` tokens stored `ending_start` words after the row's first bias.
 TOKEN_BIAS = np.dtype(

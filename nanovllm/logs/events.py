@@ -237,7 +237,7 @@ request_finished = Event(
     "output_tokens={num_output_tokens}",
     "seq_ids finish_reason stop_reason ttft_s itl_s longest_stall_s stall_cause stall_step stall_reason "
     "num_cached_tokens num_preemptions queued_behind kv_cache_usage arrival finished first_step last_step",
-    optional="completions error client_request_id trace_id span_id",
+    optional="num_draft_tokens num_accepted_tokens completions error client_request_id trace_id span_id",
 )
 logits_invalid = Event(
     "logits.invalid",
@@ -264,6 +264,14 @@ engine_statistics = Event(
     "peak_kv_cache_usage peak_kv_cache_at peak_waiting peak_waiting_at wall_s device_s slowest_step slowest_step_kind "
     "slowest_step_ms slowest_step_gpu_ms slowest_step_prompt_tokens slowest_step_decode_seqs slowest_step_request_ids "
     "finished_by_cause num_failed num_refused prefill_steps_by_budget",
+)
+speculation_statistics = Event(
+    "speculation.statistics",
+    INFO,
+    "engine.metrics",
+    "Speculation: {num_accepted_tokens} of {num_draft_tokens} drafted tokens right ({acceptance_rate:.1%}), "
+    "{mean_acceptance_length:.2f} tokens for each step of a sequence with a draft",
+    "num_drafts final",
 )
 _STOPPED = "A step {what} ({error}); its requests are aborted, and the engine {state}"
 _STOPPED_FIELDS = "step request_ids num_requests traceback"
@@ -336,6 +344,13 @@ batch_shares_prefix = Event(
     "engine.scheduler",
     "{num_sharing} of {size} decode rows share prefixes: {saved_tokens} tokens less to read in a step",
     "step",
+    in_summary=False,
+)
+speculation_off = Event(
+    "speculation.off",
+    INFO,
+    "speculation.drafter",
+    "{request_id} runs without speculative decoding: {why}",
     in_summary=False,
 )
 sequence_preempted = Event(

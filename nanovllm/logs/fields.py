@@ -20,6 +20,7 @@ class Field:
 
 SHAPE = list[int]
 FIELDS: Mapping[str, Field] = {
+    "acceptance_rate": Field(float, "share of the drafted tokens that were right"),
     "activations_gb": Field(float, "memory of the largest steps apart from weights and cache, in GB"),
     "address": Field(str, "URL or socket that the server listens at"),
     "allocated_bytes": Field(int, "GPU memory in use by torch tensors of this process"),
@@ -101,6 +102,7 @@ FIELDS: Mapping[str, Field] = {
     "lost_rank": Field(int, "rank of the process that was lost"),
     "max_graph_tokens": Field(int, "tokens of the largest step with prompt tokens that is a CUDA graph"),
     "max_model_len": Field(int, "maximum number of tokens of a request, prompt and output together"),
+    "mean_acceptance_length": Field(float, "tokens that a sequence got from a step with a draft, on average"),
     "max_seqlen_k": Field(int, "largest number of keys of a sequence in the step"),
     "max_seqlen_q": Field(int, "largest number of queries of a sequence in the step"),
     "max_tokens": Field(int, "maximum number of output tokens of the request"),
@@ -110,11 +112,14 @@ FIELDS: Mapping[str, Field] = {
     "move_ms": Field(float, "the rest of `elapsed_ms`: copying"),
     "needed": Field(int, "blocks that the decoding sequences needed in the step"),
     "new": Field(int, "free blocks taken"),
+    "num_accepted_tokens": Field(int, "drafted tokens that were right"),
     "num_blocks": Field(int, "number of blocks of the sequence, or of the whole KV cache"),
     "num_cached_tokens": Field(int, "prompt tokens found in the prefix cache"),
     "num_captured": Field(int, "CUDA graphs captured so far"),
     "num_decode_seqs": Field(int, "sequences that decode in the step"),
     "num_decode_tokens": Field(int, "decode tokens of the step; they come before prompt tokens"),
+    "num_draft_tokens": Field(int, "tokens that speculative decoding drafted"),
+    "num_drafts": Field(int, "how often a step had a draft of a sequence"),
     "num_failed": Field(int, "requests that failed"),
     "num_files": Field(int, "files read; 0: random weights"),
     "num_finished": Field(int, "sequences that the step finished"),

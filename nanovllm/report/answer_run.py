@@ -93,6 +93,7 @@ def run_figures(run: Run) -> Record:
             "peak_need": run.preemptions.peak_need or None,
             "first": [one.facts() for one in run.preemptions.first[:_LISTED]],
         },
+        "speculation": run.settings.get("speculation.statistics"),
         "communication": {
             str(rank): {operation: dict(vars(one)) for operation, one in facts.messages.items()}
             for rank, facts in sorted(run.ranks.items())
@@ -134,7 +135,7 @@ def _per_second(figures: Record, name: str) -> float | None:
 def run_lines(run: Run, facts: Record, judged: Verdict) -> list[str]:
     """Returns the figures of a run as sentences, the verdict first."""
     lines = [f"Verdict: {judged.sentence} {advice_text(judged.advice)}".strip()]
-    lines += [_requests(run), *_latencies(facts), _cache(run, facts), _preemptions(run)]
+    lines += [_requests(run), *_latencies(facts), _cache(run, facts), _preemptions(run), _speculation(facts)]
     lines += [_slowest_step(run, facts), _steps(facts), _communication(run)]
     lines += [_memory(rank, known) for rank, known in sorted(run.ranks.items())]
     lines += [_start_up(run), _backends(run), _versions(run), _configuration(facts)]
@@ -190,6 +191,17 @@ def _preemptions(run: Run) -> str:
         for one in run.preemptions.first[:_LISTED]
     ]
     return f"Preemptions: {run.num_preemptions}: {'; '.join(shown_ones[:5])}{'; …' if run.num_preemptions > 5 else ''}."
+
+
+def _speculation(facts: Record) -> str:
+    figures = facts["speculation"]
+    if not figures:
+        return ""
+    right, drafted = count(figures, "num_accepted_tokens"), count(figures, "num_draft_tokens")
+    length = number(figures, "mean_acceptance_length") or 0.0
+    share = per_cent(right / max(drafted, 1))
+    text = f"Speculative decoding: {right:,} of {drafted:,} drafted tokens were right ({share})"
+    return f"{text}, {length:.1f} tokens for each step of a sequence with a draft."
 
 
 def _slowest_step(run: Run, facts: Record) -> str:

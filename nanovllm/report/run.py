@@ -35,6 +35,7 @@ _SETTING_EVENTS = (
     "kv_cache.sizing",
     "kv_cache.config",
     "kv_cache.allocated",
+    "speculation.statistics",  # of the last interval, or of the whole run once it has ended
 )
 _MEMORY_EVENTS = ("model.loaded", "kv_cache.memory", "generation.memory")
 _SEQUENCE = re.compile(r"seq_(\d+)\(")

@@ -26,17 +26,17 @@ Result = TypeVar("Result")
 DecodeStep = Callable[[torch.Tensor, StepNeeds], SampledTokens]  # takes rows [size] int32, samples a token for each
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Returns the batch sizes that get a graph, up to `max_num_seqs`.
+def graph_sizes(max_num_rows: int) -> list[int]:
+    """Returns the batch sizes that get a graph, up to `max_num_rows`.
 
     They are 1, 2, 4, 8, then multiples of 8 up to 128, then about an eighth apart.
     """
-    sizes = {1, 2, 4, max_num_seqs}
+    sizes = {1, 2, 4, max_num_rows}
     size = 8
-    while size < max_num_seqs:
+    while size < max_num_rows:
         sizes.add(size)
         size += max(8, size // 64 * 8)
-    return sorted(size for size in sizes if size <= max_num_seqs)
+    return sorted(size for size in sizes if size <= max_num_rows)
 
 
 class GraphPool:
@@ -77,12 +77,12 @@ class _Captured:
 class DecodeGraphs:
     """Captures and replays `decode_step`, with a graph for each pair of size and StepNeeds."""
 
-    def __init__(self, pool: GraphPool, decode_step: DecodeStep, max_num_seqs: int, null_row: int) -> None:
+    def __init__(self, pool: GraphPool, decode_step: DecodeStep, max_num_rows: int, null_row: int) -> None:
         self.pool = pool
         self._decode_step = decode_step
         self._null_row = null_row
-        self.sizes = graph_sizes(max_num_seqs)
-        self._rows = torch.full((max_num_seqs,), null_row, dtype=torch.int32, device=pool.device)  # the graphs' input
+        self.sizes = graph_sizes(max_num_rows)
+        self._rows = torch.full((max_num_rows,), null_row, dtype=torch.int32, device=pool.device)  # the graphs' input
         self._captured: dict[tuple[int, StepNeeds], _Captured] = {}
 
     def replay(self, rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:

@@ -3,6 +3,7 @@
 The counterpart of the scheduler's `RowTable`. Batches change it, and sampling appends tokens to it. It is never rebuilt
 from Python lists, and only sampled tokens and log-probabilities are read back.
 
+Further rows, the draft rows, are copies of others with drafted tokens appended, made anew for each step that has any.
 One more row, the null row, serves as padding. It is one token long, and its block table holds only the null block,
 which no sequence owns: what padding writes goes there.
 """
@@ -16,6 +17,7 @@ import torch
 from nanovllm.attention.interface import AttentionMetadata, DecodeMetadata, PrefillMetadata
 from nanovllm.kernels.columns import LOGIT_EDITS, NO_TRUNCATION, column_of
 from nanovllm.kernels.decode_state import append_tokens, read_decode_tokens
+from nanovllm.kernels.draft_rows import accept_drafts, open_draft_rows
 from nanovllm.kernels.logit_edits import RowLogitEdits
 from nanovllm.kernels.row_changes import OpenedRows, close_rows, open_rows, set_blocks
 from nanovllm.kernels.shared_prefix import find_shared_prefixes
@@ -36,23 +38,24 @@ class ModelInputs:
 
 
 class DeviceRows:
-    """Tensors of `max_num_seqs` rows and the null row.
+    """Tensors of `max_num_rows` rows and the null row.
 
-    null_block: the number of the null block, which follows the blocks of the KV cache.
+    max_num_rows: of sequences, then of drafts. null_block: the number of the null block, which follows the blocks of
+    the KV cache.
     """
 
     def __init__(
         self,
-        max_num_seqs: int,
+        max_num_rows: int,
         max_model_len: int,
         block_size: int,
         null_block: int,
         vocab_size: int,
         device: torch.device,
     ) -> None:
-        num_rows = max_num_seqs + 1
+        num_rows = max_num_rows + 1
         max_blocks = -(-max_model_len // block_size)
-        self.null_row = max_num_seqs
+        self.null_row = max_num_rows
         self.null_block = null_block
         self.max_model_len = max_model_len
         self.block_size = block_size
@@ -89,6 +92,8 @@ class DeviceRows:
             masked = batch.values("masked").long()
             self.logit_edits.masks[masked] = batch.values("mask_words").view(len(masked), -1)
             self.logit_edits.settings[:, column_of(LOGIT_EDITS, "has_mask")].index_fill_(0, masked, 1)
+        if batch.has("drafts"):
+            open_draft_rows(batch.records("drafts"), self._opened, self.logit_edits, self.block_tables)
 
     def decode_inputs(self, rows: torch.Tensor, query_group: int | None = None) -> ModelInputs:
         """Returns the inputs of a step in which each of `rows` [num_rows] int32 computes its last token.
@@ -133,7 +138,7 @@ class DeviceRows:
         slots = self._slots(token_rows, positions)
         input_ids = self.token_ids[token_rows, positions]
         final_rows, last_tokens = (part[: batch.host.num_final_chunks] for part in (rows, ends - 1))
-        num_decode = len(batch.host.decode_rows)
+        num_decode = len(batch.host.computed_rows)
         if not num_decode:
             attention = AttentionMetadata(
                 slots, num_decode_tokens=0, decode=None, prefill=prefill, first_prefill_token=0
@@ -190,6 +195,10 @@ class DeviceRows:
     def append(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Appends one token to each of `rows` [num_rows] int32, except the null row. Runs inside a captured graph."""
         append_tokens(rows, token_ids, self.token_ids, self.lengths, self.null_row)
+
+    def accept(self, batch: DeviceBatch) -> None:
+        """Appends to each row the tokens that its draft rows sampled after right drafts, once the step has run."""
+        accept_drafts(batch.records("drafts"), self.token_ids, self.lengths)
 
     def _slots(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Returns the cache slot of each token, [num_tokens] int64."""

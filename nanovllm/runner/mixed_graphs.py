@@ -85,19 +85,19 @@ class MixedGraphs:
         sample: Sample,
         *,
         max_tokens: int,
-        max_num_seqs: int,
+        max_num_rows: int,
         hidden_size: int,
         dtype: torch.dtype,
         null_row: int,
     ) -> None:
         self._pool, self._model, self._sample = pool, model, sample
         self._null_row = null_row
-        self._row_sizes = sorted({*(size for size in _ROW_SIZES if size < max_num_seqs), max_num_seqs})
+        self._row_sizes = sorted({*(size for size in _ROW_SIZES if size < max_num_rows), max_num_rows})
         self._token_sizes = token_sizes(max_tokens)
-        largest = self._shape(max_tokens, max_num_seqs)
+        largest = self._shape(max_tokens, max_num_rows)
         device = pool.device
         self._words = torch.zeros(_num_words(largest), dtype=torch.int32, device=device)  # the graphs' input
-        self._hidden = torch.zeros(max_num_seqs, hidden_size, dtype=dtype, device=device)  # from model to sampling
+        self._hidden = torch.zeros(max_num_rows, hidden_size, dtype=dtype, device=device)  # from model to sampling
         self._models: dict[tuple[StepShape, bool], torch.cuda.CUDAGraph] = {}
         self._samplers: dict[tuple[int, StepNeeds], tuple[torch.cuda.CUDAGraph, SampledTokens]] = {}
 
@@ -112,7 +112,7 @@ class MixedGraphs:
 
     def shape_of(self, batch: ScheduledBatch) -> StepShape | None:
         """Returns the shape to which a step is padded, or None for one that is too large."""
-        num_rows = self._row_sizes[bisect.bisect_left(self._row_sizes, len(batch.sampled_rows))]
+        num_rows = self._row_sizes[bisect.bisect_left(self._row_sizes, batch.num_sampled)]
         num_tokens = max(batch.num_tokens, num_rows)
         if len(batch.chunks) > _MIN_CHUNKS:
             num_tokens = max(num_tokens, len(batch.chunks) * _TOKENS_PER_CHUNK)
@@ -132,7 +132,7 @@ class MixedGraphs:
         key = shape, needs.shares_prefix
         if key not in self._models:
             self.capture_model(shape, needs)
-        num_sampled = len(batch.sampled_rows)
+        num_sampled = batch.num_sampled
         if num_sampled and (shape.num_rows, needs) not in self._samplers:
             self.capture_sampler(shape.num_rows, needs)
         self._words[: len(words)].copy_(words, non_blocking=True)
@@ -220,18 +220,19 @@ def _pack(batch: ScheduledBatch, shape: StepShape, null_row: int) -> IntArray:
     sampled_rows, sampled_tokens, decode_rows, num_decode, rows, starts, cu_seqlens, context_lens = np.split(
         words, ends
     )
-    num_rows, num_chunks, num_final = len(batch.decode_rows), len(batch.chunks), batch.num_final_chunks
+    num_rows, num_chunks, num_final = len(batch.computed_rows), len(batch.chunks), batch.num_final_chunks
     lengths = batch.chunks["length"]
     ends_of_chunks = num_rows + np.cumsum(lengths)
     num_decode[0] = num_rows
-    decode_rows[:num_rows], decode_rows[num_rows:] = batch.decode_rows, null_row
+    decode_rows[:num_rows], decode_rows[num_rows:] = batch.computed_rows, null_row
     rows[:num_chunks], rows[num_chunks:] = batch.chunks["row"], null_row
     starts[:num_chunks] = batch.chunks["start"]
     cu_seqlens[0] = num_rows
     cu_seqlens[1 : num_chunks + 1], cu_seqlens[num_chunks + 1 :] = ends_of_chunks, num_rows + lengths.sum()
     context_lens[:num_chunks], context_lens[num_chunks:] = batch.chunks["start"] + lengths, 1
     num_sampled = num_rows + num_final
-    sampled_rows[:num_sampled], sampled_rows[num_sampled:] = batch.sampled_rows, null_row
+    sampled_rows[:num_rows], sampled_rows[num_sampled:] = batch.computed_rows, null_row
+    sampled_rows[num_rows:num_sampled] = batch.final_chunks["row"]
     sampled_tokens[:num_rows] = np.arange(num_rows)
     sampled_tokens[num_rows:num_sampled] = ends_of_chunks[:num_final] - 1
     return words

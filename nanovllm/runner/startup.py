@@ -136,7 +136,13 @@ class Startup:
                 materialise(runner.model, self.device)
                 self._set_rows_and_cache(runner, 0, self.plan.max_model_len)
                 if self._parallel.size == 1:  # with threads, ranks could run collectives in different orders
-                    warm_up = WarmUp(runner.launch, self._config.max_num_seqs, everything=not self._starts_fast)
+                    config = self._config
+                    warm_up = WarmUp(
+                        runner.launch,
+                        config.max_num_rows,
+                        drafts=config.speculative_config is not None,
+                        everything=not self._starts_fast,
+                    )
             report = self._load_weights(runner.model, check)
             finish_loading(runner.model)
             finish_loading_experts(runner.model)
@@ -245,7 +251,8 @@ class Startup:
     def _largest_steps(self) -> list[ScheduledBatch]:
         """Returns the largest prefill step and the largest decode step."""
         config = self._config
-        num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+        num_rows = min(config.max_num_rows, config.max_num_batched_tokens)
+        num_seqs = min(config.max_num_seqs, num_rows)
         each, rest = divmod(config.max_num_batched_tokens, num_seqs)
         lengths = [min(each + (row < rest), self.plan.max_model_len - 1) for row in range(num_seqs)]
         tokens = np.zeros(max(lengths), dtype=np.int32)  # [longest]
@@ -255,7 +262,7 @@ class Startup:
             chunks=[Chunk(row=row, start=0, length=length) for row, length in enumerate(lengths)],
             num_final_chunks=num_seqs,
         )
-        return [prefill, ScheduledBatch.build(0, decode_rows=range(num_seqs))]
+        return [prefill, ScheduledBatch.build(0, decode_rows=range(num_rows))]
 
     def allocate(self, runner: StartingRunner, num_blocks: int) -> int:
         """Allocates the runner's rows and cache. Returns max_model_len, at most as many tokens as the cache holds."""
@@ -279,17 +286,19 @@ class Startup:
 
     def _set_rows_and_cache(self, runner: StartingRunner, num_blocks: int, max_model_len: int) -> None:
         """Allocates the runner's rows, for requests of up to `max_model_len` tokens, and its cache."""
-        shape, max_num_seqs = self._cache, self._config.max_num_seqs
+        shape, config = self._cache, self._config
         try:
             vocab_size = runner.model.lm_head.vocab_size
-            runner.rows = DeviceRows(max_num_seqs, max_model_len, shape.block_size, num_blocks, vocab_size, self.device)
+            runner.rows = DeviceRows(
+                config.max_num_rows, max_model_len, shape.block_size, num_blocks, vocab_size, self.device
+            )
             runner.kv_caches = shape.allocate(num_blocks, self.device)
         except (MemoryError, RuntimeError, ValueError) as error:  # numpy, torch and CUDA raise different ones
             free = free_memory(self.device)
-            cache = lower_cache_size(self._config.num_kvcache_blocks, free, shape.block_bytes, self.device)
+            cache = lower_cache_size(config.num_kvcache_blocks, free, shape.block_bytes, self.device)
             raise OutOfMemoryError(
                 f"{num_blocks} blocks of {shape.block_bytes / GB:.4f} GB for the KV cache, and rows for "
-                f"max_num_seqs={max_num_seqs} sequences of max_model_len={max_model_len} tokens, do not fit on "
+                f"max_num_seqs={config.max_num_seqs} sequences of max_model_len={max_model_len} tokens, do not fit on "
                 f"{self.device}, which has {free / GB:.2f} GB left: {error} Lower {cache}, max_num_seqs, max_model_len."
             ) from error
 
@@ -300,7 +309,7 @@ class Startup:
         if not self._use_cuda_graphs:
             return None
         pool = GraphPool(self.device, self._parallel.step)
-        graphs = DecodeGraphs(pool, decode_step, self._config.max_num_seqs, null_row)
+        graphs = DecodeGraphs(pool, decode_step, self._config.max_num_rows, null_row)
         missing = graphs.capture_missing(StepNeeds())
         for _ in islice(missing, 1) if self._starts_fast else missing:
             pass
@@ -319,7 +328,7 @@ class Startup:
             model,
             sample,
             max_tokens=self._max_graph_tokens(),
-            max_num_seqs=self._config.max_num_seqs,
+            max_num_rows=self._config.max_num_rows,
             hidden_size=config.embedding_size,
             dtype=self.plan.dtype,
             null_row=null_row,

@@ -31,15 +31,21 @@ class WarmUp:
 
     Triton compiles a kernel when it is first launched, and lets other threads run meanwhile.
     submit: launches a step of a model runner whose rows, and a cache of the null block, are allocated.
-    everything: also compile what only some requests need, such as top-k sampling and log-probabilities.
+    drafts: also compile what steps with drafts need. everything: also compile what only some requests need, such as
+    top-k sampling and log-probabilities.
     """
 
     def __init__(
-        self, submit: Callable[[ScheduledBatch], StepHandle], max_num_seqs: int, *, everything: bool = False
+        self,
+        submit: Callable[[ScheduledBatch], StepHandle],
+        max_num_rows: int,
+        *,
+        drafts: bool = False,
+        everything: bool = False,
     ) -> None:
         self._submit = submit
         self._batches: queue.SimpleQueue[ScheduledBatch] = queue.SimpleQueue()
-        batches = _batches(max_num_seqs, everything)
+        batches = _batches(max_num_rows, drafts, everything)
         for batch in batches:
             self._batches.put(batch)
         self._threads = [
@@ -63,7 +69,7 @@ class WarmUp:
                 self._submit(batch).wait()
 
 
-def _batches(max_num_seqs: int, everything: bool) -> Sequence[ScheduledBatch]:
+def _batches(max_num_rows: int, drafts: bool, everything: bool) -> Sequence[ScheduledBatch]:
     """Returns steps that together launch all kernels. Those that take longest to compile come first."""
     opened = OpenedRow(0, np.zeros(_PROMPT_LEN, dtype=np.int32), temperature=1.0, seed=0)
     prefill = ScheduledBatch.build(
@@ -75,8 +81,11 @@ def _batches(max_num_seqs: int, everything: bool) -> Sequence[ScheduledBatch]:
         num_final_chunks=1,
     )
     # How products and attention are computed depends on the number of rows, by powers of two.
-    sizes = sorted({*(1 << power for power in range(max_num_seqs.bit_length())), max_num_seqs})
+    sizes = sorted({*(1 << power for power in range(max_num_rows.bit_length())), max_num_rows})
     decodes = [(size, StepNeeds()) for size in sizes]
     if everything:
         decodes += [(1, needs) for needs in _OPTIONAL_PARTS] + [(size, StepNeeds(shares_prefix=True)) for size in sizes]
-    return [prefill, *(ScheduledBatch.build(0, decode_rows=range(size), needs=needs) for size, needs in decodes)]
+    first = [prefill]
+    if drafts:
+        first.append(ScheduledBatch.build(0, drafts=[(max_num_rows - 1, 0, 0, 1, 0)], decode_rows=[0]))
+    return [*first, *(ScheduledBatch.build(0, decode_rows=range(size), needs=needs) for size, needs in decodes)]

@@ -191,7 +191,6 @@ PASS: dict[str, list[Any]] = {  # of LLM
     "max_seq_len_to_capture": [8192],
     "async_scheduling": [True, False],
     "logits_processors": [None],
-    "speculative_config": [None],
 }
 REFUSED: dict[str, Any] = {
     "task": "embed",
@@ -204,7 +203,6 @@ REFUSED: dict[str, Any] = {
     "cpu_offload_gb": 4,
     "download_dir": "/models",
     "logits_processors": [print],
-    "speculative_config": {"method": "ngram"},
     "enable_sleep_mode": True,
     "data_parallel_size": 2,
 }

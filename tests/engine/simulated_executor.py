@@ -111,7 +111,13 @@ class SimulatedExecutor:
         masked, mask_words = batch.section("masked"), batch.section("mask_words")
         if len(masked):
             self.masks.update(zip(masked.tolist(), mask_words.reshape(len(masked), -1), strict=True))
-        work = [(row, len(self.tokens[row]) - 1, 1) for row in batch.decode_rows.tolist()]
+        drafts = batch.section("drafts").tolist()
+        for row, source, offset, position, token in drafts:
+            assert row >= self.resolved.max_num_seqs
+            assert len(self.tokens[source]) == position - offset
+            before = self.tokens[source] if offset == 0 else self.tokens[row - 1]
+            self.tokens[row], self.tables[row] = [*before, token], self.tables[source]
+        work = [(row, len(self.tokens[row]) - 1, 1) for row in batch.computed_rows.tolist()]
         work += [tuple(chunk) for chunk in batch.chunks.tolist()]
         digests = {row: self._digests(row) for row, _, _ in work}
         assert len(digests) == len(work), "a row is in a step twice"
@@ -126,9 +132,15 @@ class SimulatedExecutor:
                     f"row {row}, position {position}: the cache does not hold this prefix"
                 )
         sampled = []
-        for row in batch.sampled_rows.tolist():
+        for row in [*batch.computed_rows.tolist(), *batch.final_chunks["row"].tolist()]:
             sampled.append(next_token(digests[row][-1], self.masks.get(row)))
             self.tokens[row].append(sampled[-1])
+        for row, source, offset, position, token in drafts:
+            before = source if offset == 0 else row - 1
+            if len(self.tokens[source]) == position + 1 and self.tokens[before][position] == token:
+                self.tokens[source].append(self.tokens[row][position + 1])
+        for row, *_ in drafts:
+            del self.tokens[row], self.tables[row]
         assert batch.num_tokens <= self.resolved.max_num_batched_tokens
         for row, start, length in batch.chunks.tolist():
             final = start + length == len(digests[row])

@@ -31,6 +31,7 @@ IN_ORDER = [
     "mask_words",
     "chunks",
     "prompt_logprobs",
+    "drafts",
     "decode_rows",
 ]
 HEADER_SIZE = 7 + len(IN_ORDER)
@@ -64,6 +65,7 @@ changes = st.fixed_dictionaries(
         "token_masks": st.dictionaries(st.integers(0, 9), masks, max_size=3),
         "chunks": st.lists(st.builds(Chunk, int32, int32, int32), max_size=4),
         "prompt_logprobs": st.lists(st.builds(PromptLogprobs, *[int32] * 5), max_size=3),
+        "drafts": st.lists(st.tuples(*[int32] * 5), max_size=4),
         "decode_rows": st.lists(int32, max_size=4),
     }
 )
@@ -81,6 +83,7 @@ def example() -> ScheduledBatch:
         chunks=[Chunk(2, 0, 3), Chunk(1, 4, 2)],
         num_final_chunks=1,
         prompt_logprobs=[PromptLogprobs(chunk_token=0, row=2, position=0, num_tokens=2, num_top=20)],
+        drafts=[(8, 3, 0, 6, 99), (9, 3, 1, 7, 98)],
         decode_rows=[0, 3],
     )
 
@@ -97,6 +100,11 @@ def test_what_is_built_is_read_back(step: int, values: dict[str, Any], num_final
         assert list(map(Chunk._make, batch.chunks.tolist())) == values["chunks"]
         assert batch.prompt_logprobs == values["prompt_logprobs"]
         assert batch.decode_rows.tolist() == values["decode_rows"]
+        assert batch.section("drafts").tolist() == values["drafts"]
+        draft_rows = [draft[0] for draft in values["drafts"]]
+        assert batch.computed_rows.tolist() == values["decode_rows"] + draft_rows
+        assert batch.num_sampled == len(batch.computed_rows) + num_final
+        assert len(set(batch.sampled_tokens.tolist())) == len(batch.sampled_rows) == batch.num_sampled - len(draft_rows)
         opened, records = values["opened"], batch.section("opened")
         assert records["row"].tolist() == [item.row for item in opened]
         assert records["num_tokens"].tolist() == [len(item.token_ids) for item in opened]
@@ -135,7 +143,7 @@ def test_sections_follow_the_header_in_the_order_in_which_they_apply() -> None:
     assert batch.buffer[:HEADER_SIZE].tolist() == [
         *[VERSION, 7, 1],
         *[0, 0, NO_LOGPROBS, 0],
-        *[1, 1, 3, 2, 5, 2, 2, 2, 1, 2],
+        *[1, 1, 3, 2, 5, 2, 2, 2, 1, 2, 4],
     ]
     assert batch.buffer[batch.sections["opened_tokens"].offset :].tolist() == [
         *[10, 11, 12],
@@ -145,15 +153,18 @@ def test_sections_follow_the_header_in_the_order_in_which_they_apply() -> None:
         *[6, -1],
         *[2, 0, 3, 1, 4, 2],
         *[0, 2, 0, 2, 20],
-        *[0, 3],
+        *[8, 3, 0, 6, 99, 9, 3, 1, 7, 98],
+        *[0, 3, 8, 9],
     ]
     assert batch.buffer.dtype == np.int32
 
 
 def test_counts_of_tokens_and_samples() -> None:
     batch = example()
-    assert batch.num_tokens == 2 + 3 + 2
+    assert batch.num_tokens == 2 + 2 + 3 + 2
+    assert batch.num_sampled == 2 + 2 + 1
     assert batch.sampled_rows.tolist() == [0, 3, 2]  # decode rows, then the chunks that end their prompt
+    assert batch.sampled_tokens.tolist() == [0, 1, 4]  # the tokens of draft rows are between them
 
 
 @pytest.mark.parametrize("edits_logits", [False, True])

@@ -29,6 +29,7 @@ LEVELS = [
     ("nanovllm.engine.llm_engine",),
     ("nanovllm.engine_factory",),
     ("nanovllm.tracing", "nanovllm.diagnostics"),
+    ("nanovllm.speculation",),
     ("nanovllm.engine", "nanovllm.distributed"),
     ("nanovllm.runner",),
     ("nanovllm.quantization",),
@@ -43,6 +44,7 @@ LEVELS = [
     ("nanovllm.kernels",),
     (
         "nanovllm.config",
+        "nanovllm.speculative_config",
         "nanovllm.engine_args",
         "nanovllm.compat",
         "nanovllm.inputs",
@@ -55,7 +57,7 @@ LEVELS = [
 ]
 TORCH = {"torch", "triton", "transformers", "safetensors", "xgrammar"}
 # Deciding needs no torch: the engine but for the model runner, and all that a request goes through before it runs.
-WITHOUT_TORCH = ("nanovllm.engine", "nanovllm.requests", "nanovllm.tracing", "nanovllm.logs")
+WITHOUT_TORCH = ("nanovllm.engine", "nanovllm.speculation", "nanovllm.requests", "nanovllm.tracing", "nanovllm.logs")
 WITH_TORCH = {"nanovllm.engine.model_runner"}
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, NanoVLLMError, RequestTooLargeError, SamplingParams
-from nanovllm.engine import scheduler
+from nanovllm.engine import prefix_groups, scheduler
 from nanovllm.logs import configuration
 from nanovllm.logs.events import EVENTS
 from nanovllm.logs.fields import FIELDS, fields_of
@@ -118,8 +118,8 @@ def a_cache_that_lowers_the_length(_: pytest.MonkeyPatch) -> None:
 
 
 def shared_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler, "_MIN_SHARERS", 2)
-    monkeypatch.setattr(scheduler, "_MIN_TOKENS_SAVED", 1)
+    monkeypatch.setattr(prefix_groups, "_MIN_SHARERS", 2)
+    monkeypatch.setattr(prefix_groups, "_MIN_TOKENS_SAVED", 1)
     monkeypatch.setattr(scheduler, "MIN_SHARED_PREFIX", 16)
     with load(kvcache_block_size=16) as llm:
         generate(llm, PROMPT)
@@ -131,6 +131,13 @@ def cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
         use_cpu_graphs(llm)
         generate(llm, "count from 3 to 9")
         llm.generate("count from 3 to 9", SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+
+
+def drafts(_: pytest.MonkeyPatch) -> None:
+    with load(speculative_config={"method": "suffix"}) as llm:
+        generate(llm, "a b c d e a b c d e a b c")
+        refused = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True, speculate=False)
+        llm.generate("count from 3 to 9", refused, use_tqdm=False)
 
 
 def texts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,6 +239,7 @@ WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [
     a_cache_that_lowers_the_length,
     shared_prefixes,
     cuda_graphs,
+    drafts,
     texts,
     a_grammar_that_leads_nowhere,
     a_damaged_folder,

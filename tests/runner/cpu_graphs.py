@@ -52,13 +52,13 @@ def use_cpu_graphs(llm: LLM) -> None:
     runner: Any = llm.llm_engine.executor._runner  # type: ignore[attr-defined]
     pool: Any = CpuGraphPool(runner.parallel.step)
     resolved, null_row = llm.llm_engine.resolved, runner.rows.null_row
-    runner._graphs = DecodeGraphs(pool, runner._decode, resolved.max_num_seqs, null_row)
+    runner._graphs = DecodeGraphs(pool, runner._decode, null_row, null_row)
     runner._mixed_graphs = MixedGraphs(
         pool,
         runner._hidden,
         runner._sample,
         max_tokens=resolved.max_num_batched_tokens,
-        max_num_seqs=resolved.max_num_seqs,
+        max_num_rows=null_row,
         hidden_size=runner.model.model.norm.weight.shape[0],
         dtype=runner.model.model.norm.weight.dtype,
         null_row=null_row,

@@ -1,0 +1,59 @@
+"""Speculation: what the scheduler asks of speculative decoding. `nanovllm.speculation` implements it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.engine.batch import IntArray, RecordArray, ScheduledBatch
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.observer import EngineObserver
+from nanovllm.engine.row_table import RowArray, RowTable
+
+
+class Draft(NamedTuple):
+    """One drafted token, an item of the batch's section `drafts` (`kernels.columns.DRAFTS`)."""
+
+    row: int
+    source: int
+    offset: int
+    position: int
+    token_id: int
+
+
+class StepDrafts(NamedTuple):
+    """The drafts of a step, and the entries of block tables that they need."""
+
+    tokens: list[Draft]
+    blocks: list[RecordArray]  # of BLOCKS, each [num_new]
+
+
+NO_DRAFTS = StepDrafts([], [])
+
+
+class Speculation:
+    """Drafts nothing. The subclass in `nanovllm.speculation` guesses tokens that rows may sample next."""
+
+    def watch(self, rows: RowTable) -> None:
+        """Takes the tokens that rows got since the last call, and sets `RowTable.speculates`."""
+
+    def draft(self, rows: RowTable, decode_rows: RowArray, blocks: BlockManager, num_tokens: int) -> StepDrafts:
+        """Returns drafts of the rows of a step. num_tokens: how many drafted tokens the step may compute."""
+        return NO_DRAFTS
+
+    def rounds(self, batch: ScheduledBatch, token_ids: IntArray, rows: RowTable) -> Iterable[tuple[IntArray, RowArray]]:
+        """Yields the rows that get a token of a step, and where in `token_ids` it is; then those that get another one.
+
+        token_ids: those of the step's result. The caller appends the tokens before it takes the next item, so that a
+        row that ends gets no more.
+        """
+        return [(batch.sampled_rows, batch.sampled_tokens)]
+
+
+SpeculationFactory = Callable[[EngineConfig, ResolvedConfig, EngineObserver], Speculation]
+
+
+def no_speculation(config: EngineConfig, resolved: ResolvedConfig, observer: EngineObserver) -> Speculation:
+    """Returns the Speculation of an engine that does not speculate."""
+    return Speculation()

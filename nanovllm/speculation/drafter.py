@@ -1,0 +1,198 @@
+"""Drafter: decides which rows have drafts, and which tokens of these were right."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from nanovllm.config import ResolvedConfig
+from nanovllm.engine.batch import IntArray, RecordArray, ScheduledBatch
+from nanovllm.engine.block_manager import BlockManager
+from nanovllm.engine.observer import EngineObserver, VerifiedDrafts
+from nanovllm.engine.row_table import BoolArray, RowArray, RowTable
+from nanovllm.engine.sequence import Sequence
+from nanovllm.engine.speculation import NO_DRAFTS, Draft, Speculation, StepDrafts
+from nanovllm.kernels.columns import BLOCKS
+from nanovllm.logs import events
+from nanovllm.speculation.draft_length import DraftRate, draft_length
+from nanovllm.speculation.proposers import Proposer, RecentOutputs, make_proposer
+from nanovllm.speculative_config import SpeculativeConfig
+from nanovllm.utils.logger import setup_logger
+
+logger = setup_logger(__name__)
+
+_MAX_ROWS = 128  # where more rows decode, a draft costs as much as it saves
+_READ_EACH = 4096  # tokens that are read between two steps, so that long prompts hold up none
+
+
+@dataclass
+class _State:
+    """What is known of a sequence that may have drafts."""
+
+    proposer: Proposer
+    rate: DraftRate = field(default_factory=DraftRate)
+    proposal: list[int] = field(default_factory=list)  # what may follow its known tokens
+    num_tokens: int = 0  # these tokens, when the proposal was made
+    length: int = 0  # tokens of the proposal that pay
+
+
+class Drafter(Speculation):
+    """Drafts tokens with a proposer for each sequence.
+
+    Proposals are made from tokens that are read. So a row that has drafts is in no step in flight while the next one is
+    planned. A row without a good proposal runs as without speculation, and its proposals are compared with its tokens
+    all the same: this tells, at no cost on the device, when drafts begin to pay.
+    """
+
+    def __init__(self, config: SpeculativeConfig, resolved: ResolvedConfig, observer: EngineObserver) -> None:
+        self._config, self._observer = config, observer
+        self._overlaps = resolved.pipeline_depth > 1
+        self._first_row = resolved.max_num_seqs
+        self._num_draft_rows = config.num_draft_rows(resolved.max_num_seqs)
+        self._states: dict[Sequence, _State | None] = {}  # of unfinished sequences; None: it has no drafts
+        self._seen = np.zeros(resolved.max_num_seqs, dtype=np.int32)  # tokens of each row that `watch` has seen
+        self._in_flight: BoolArray = np.zeros(resolved.max_num_seqs, dtype=np.bool_)  # a step has a draft of the row
+        cached = config.suffix_decoding_max_cached_requests if config.method == "suffix" else 0
+        self._others = RecentOutputs(cached) if cached else None
+        self._ended: deque[IntArray] = deque(maxlen=cached)  # outputs to be added to `_others`
+
+    def watch(self, rows: RowTable) -> None:
+        for sequence in [sequence for sequence in self._states if sequence.finish_reason is not None]:
+            del self._states[sequence]
+            if not sequence.cache_salt:
+                self._ended.append(sequence.output_token_ids)
+        num_rows = int(np.count_nonzero(rows.decoding))
+        if num_rows > _MAX_ROWS:
+            rows.speculates &= self._in_flight
+            return
+        left = _READ_EACH
+        while self._others is not None and self._ended and left > 0:
+            left -= len(self._ended[0])
+            self._others.add(self._ended.popleft())
+        fresh = np.flatnonzero(rows.decoding & (rows.num_tokens != self._seen))
+        self._seen[fresh] = rows.num_tokens[fresh]
+        for row in fresh.tolist():
+            state = self._state_of(rows.sequence(row))
+            if state is None:
+                continue
+            tokens = rows.known_tokens(row)
+            if state.proposal and len(tokens) > state.num_tokens:  # not verified by a step
+                is_right = int(tokens[state.num_tokens]) == state.proposal[0]
+                state.rate.observe(num_right=int(is_right), num_wrong=int(not is_right))
+            left -= state.proposer.read(tokens, max(left, 1))
+            state.proposal, state.num_tokens = state.proposer.propose(tokens, self._config.max_draft), len(tokens)
+            state.length = self._length(state.rate.share, num_rows, len(state.proposal))
+            rows.speculates[row] = state.length > 0
+
+    def _state_of(self, sequence: Sequence) -> _State | None:
+        """Returns the state of a sequence, None if it has no drafts, which is logged once."""
+        if sequence in self._states:
+            return self._states[sequence]
+        reason = None
+        if sequence.grammar is not None:
+            reason = "structured_outputs"
+        elif not sequence.params.speculate:
+            reason = "speculate=False"
+        state = None
+        if reason is not None:
+            events.speculation_off.log(logger, request_id=sequence.request_id, why=reason)
+        else:
+            state = _State(self._make_proposer(sequence))
+        self._states[sequence] = state
+        return state
+
+    def _make_proposer(self, sequence: Sequence) -> Proposer:
+        return make_proposer(self._config, None if sequence.cache_salt else self._others)
+
+    def _length(self, share: float, num_rows: int, longest: int) -> int:
+        return draft_length(share, num_rows, longest, overlaps=self._overlaps)
+
+    def draft(self, rows: RowTable, decode_rows: RowArray, blocks: BlockManager, num_tokens: int) -> StepDrafts:
+        candidates = decode_rows[rows.speculates[decode_rows]].tolist()
+        if not candidates:
+            return NO_DRAFTS
+        left = min(num_tokens, self._num_draft_rows)
+        share = max(left // len(candidates), 1)
+        drafts: list[Draft] = []
+        new_blocks: list[RecordArray] = []
+        for row in candidates:
+            state = self._states[rows.sequence(row)]
+            assert state is not None, f"row {row} has no drafts"
+            start = int(rows.num_tokens[row])
+            longest = min(state.length, share, left - len(drafts), int(rows.max_num_tokens[row]) - start - 1)
+            length = min(longest, self._make_room(rows, row, start + longest, blocks, new_blocks) - start)
+            if length <= 0:
+                continue
+            for offset, token_id in enumerate(state.proposal[:length]):
+                drafts.append(Draft(self._first_row + len(drafts), row, offset, start + offset, token_id))
+            state.proposal = []
+            self._in_flight[row] = True
+        return StepDrafts(drafts, new_blocks)
+
+    def _make_room(
+        self, rows: RowTable, row: int, num_tokens: int, blocks: BlockManager, new_blocks: list[RecordArray]
+    ) -> int:
+        """Gives a row blocks for `num_tokens` tokens, as far as others do not need them. Returns for how many it has.
+
+        What it gets is appended to `new_blocks`. Later tokens fill the blocks of a draft that is refused.
+        """
+        first = int(rows.num_blocks[row])
+        spare = blocks.num_free_blocks - rows.num_open
+        num_new = min(blocks.blocks_for(num_tokens) - first, spare)
+        if num_new > 0:
+            table = rows.sequence(row).block_table
+            items: RecordArray = np.empty(num_new, dtype=BLOCKS)
+            items["row"], items["index"] = row, np.arange(first, first + num_new)
+            items["block"] = [blocks.append_block(table) for _ in range(num_new)]
+            rows.num_blocks[row] += num_new
+            new_blocks.append(items)
+        return int(rows.num_blocks[row]) * blocks.block_size
+
+    def rounds(self, batch: ScheduledBatch, token_ids: IntArray, rows: RowTable) -> Iterator[tuple[IntArray, RowArray]]:
+        drafts = batch.section("drafts")
+        right = _right_tokens(batch, drafts, token_ids)
+        sequences = {row: rows.sequence(row) for row in right}
+        num_drafted = dict.fromkeys(right, 0)
+        for row in drafts["source"].tolist():
+            num_drafted[row] += 1
+        for row, sequence in sequences.items():
+            self._in_flight[row] = False
+            num_right = len(right[row])
+            sequence.num_draft_tokens += num_drafted[row]
+            sequence.num_accepted_tokens += num_right
+            if (state := self._states.get(sequence)) is not None:
+                state.rate.observe(num_right=num_right, num_wrong=int(num_right < num_drafted[row]))
+        yield batch.sampled_rows, batch.sampled_tokens
+        gained = dict.fromkeys(right, 0)
+        while taking := [
+            row
+            for row, number in gained.items()
+            if number < len(right[row]) and rows.sequences[row] is not None and not rows.stopped[row]
+        ]:
+            yield np.array(taking, dtype=np.int32), np.array([right[row][gained[row]] for row in taking])
+            for row in taking:
+                gained[row] += 1
+        if right:
+            accepted = [len(tokens) for tokens in right.values()]
+            taken = [(sequences[row], number) for row, number in gained.items()]
+            self._observer.drafts_verified(VerifiedDrafts(list(num_drafted.values()), accepted, taken))
+
+
+def _right_tokens(batch: ScheduledBatch, drafts: RecordArray, token_ids: IntArray) -> dict[int, list[int]]:
+    """Returns, for each row with a draft, where in `token_ids` the tokens after its right drafted ones are."""
+    right: dict[int, list[int]] = {}
+    if not len(drafts):
+        return right
+    places = dict(zip(batch.decode_rows.tolist(), range(len(batch.decode_rows)), strict=True))
+    sampled, place, goes_on = token_ids.tolist(), len(batch.decode_rows), False
+    for _, source, offset, _, token_id in drafts.tolist():
+        before = places[source] if offset == 0 else place - 1
+        goes_on = (goes_on or offset == 0) and sampled[before] == token_id
+        tokens = right.setdefault(source, [])
+        if goes_on:
+            tokens.append(place)
+        place += 1
+    return right
