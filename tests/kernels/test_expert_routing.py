@@ -71,14 +71,13 @@ def test_rows_may_be_strided(device, generator):
     check_equal(route(wide[:, :8], 2, True, use_triton=True), route_reference(wide[:, :8], 2, True))
 
 
-@pytest.mark.parametrize(("num_experts", "top_k"), SHAPES)
 @pytest.mark.parametrize("block_rows", [16, 64])
-@pytest.mark.parametrize("num_tokens", [1, 5, 50, 1100])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k"), [(1, 8, 2), (5, 6, 3), (50, 5, 1), (50, 128, 8), (1100, 8, 2)]
+)
 def test_tiles_cover_every_pair_once_in_the_order_of_experts(
     device, generator, num_tokens, block_rows, num_experts, top_k
 ):
-    if device.type == "cpu" and num_tokens > 1000 and num_experts > 8:
-        pytest.skip("slow in the interpreter")
     logits = random_logits(generator, device, torch.float32, num_tokens, num_experts)
     routing = route(logits, top_k, True, use_triton=True)
     check_equal(routing, route_reference(logits, top_k, True))
