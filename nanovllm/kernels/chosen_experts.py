@@ -24,6 +24,7 @@ MAX_FEW_TOKENS = 4  # with more, several tokens choose the same expert
 _MAX_PROGRAM_WEIGHTS = 4096  # of a gated program
 _DOWN_BLOCK_N = 1  # outputs of a program of the down product
 _GATE_UP_WARPS, _DOWN_WARPS = 4, 4
+_MAX_WEIGHTS_OF_A_WARP = 2048
 
 
 @jit
@@ -31,7 +32,7 @@ def _gate_up_kernel(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     norm_weight_ptr: tl.tensor,
-    expert_ids_ptr: tl.tensor,
+    topk_ids_ptr: tl.tensor,
     out_ptr: tl.tensor,
     x_stride: tl.tensor,
     eps: tl.tensor,
@@ -47,7 +48,7 @@ def _gate_up_kernel(
     wait_for_previous_kernel(PDL)
     let_next_kernel_start(PDL)  # after the wait: the next kernel may read what the kernel before this one wrote
     pair = tl.program_id(1).to(tl.int64)
-    expert = tl.load(expert_ids_ptr + pair).to(tl.int64)
+    expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_K)
     mask = (output < INNER_SIZE)[:, None] & (column < HIDDEN_SIZE)[None, :]
@@ -70,8 +71,8 @@ def _gate_up_kernel(
 def _down_kernel(
     inner_ptr: tl.tensor,
     weight_ptr: tl.tensor,
-    expert_ids_ptr: tl.tensor,
-    pair_weights_ptr: tl.tensor,
+    topk_ids_ptr: tl.tensor,
+    topk_weights_ptr: tl.tensor,
     residual_ptr: tl.tensor,
     out_ptr: tl.tensor,
     residual_stride: tl.tensor,
@@ -94,13 +95,13 @@ def _down_kernel(
     column = tl.arange(0, BLOCK_K)
     mask = ((choice < TOP_K) & (output < HIDDEN_SIZE))[:, None] & (column < INNER_SIZE)[None, :]
     # The kernel ahead began after these were written. They are read past the first-level cache, which may be older.
-    expert = tl.load(expert_ids_ptr + pair, mask=choice < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
+    expert = tl.load(topk_ids_ptr + pair, mask=choice < TOP_K, other=0, cache_modifier=".cg").to(tl.int64)
     weight_ptrs = weight_ptr + (expert * HIDDEN_SIZE + output)[:, None] * INNER_SIZE + column[None, :]
     weight = tl.load(weight_ptrs, mask=mask, other=0.0)
     wait_for_previous_kernel(PDL)
     inner = tl.load(inner_ptr + pair[:, None] * INNER_SIZE + column[None, :], mask=mask, other=0.0)
     out = tl.sum(weight.to(tl.float32) * inner.to(tl.float32), axis=1)
-    out *= tl.load(pair_weights_ptr + pair, mask=choice < TOP_K, other=0.0)
+    out *= tl.load(topk_weights_ptr + pair, mask=choice < TOP_K, other=0.0)
     out = tl.sum(tl.reshape(out, [BLOCK_TOP_K, BLOCK_N]), axis=0)
     output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = output < HIDDEN_SIZE
@@ -127,7 +128,7 @@ def chosen_experts(
     """The kernels of `kernels.experts.experts_mlp` for few tokens."""
     num_tokens, hidden_size = x.shape
     inner_size = down.shape[2]
-    num_pairs = routing.expert_ids.numel()
+    num_pairs = routing.topk_ids.numel()
     inner = x.new_empty(num_pairs, inner_size)  # [num_pairs, inner_size]
     block_k = next_power_of_2(hidden_size)
     block_n = min(max(_MAX_PROGRAM_WEIGHTS // (2 * block_k), 1), next_power_of_2(inner_size))
@@ -135,7 +136,7 @@ def chosen_experts(
         x_ptr=x,
         weight_ptr=gate_up,
         norm_weight_ptr=x if norm_weight is None else norm_weight,
-        expert_ids_ptr=routing.expert_ids,
+        topk_ids_ptr=routing.topk_ids,
         out_ptr=inner,
         x_stride=x.stride(0),
         eps=eps,
@@ -149,12 +150,13 @@ def chosen_experts(
         num_stages=1,
         **pdl_options(x.device),
     )
+    block_top_k, block_inner = next_power_of_2(routing.top_k), next_power_of_2(inner_size)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)  # [num_tokens, hidden_size]
     _down_kernel[(-(-hidden_size // _DOWN_BLOCK_N), num_tokens)](
         inner_ptr=inner,
         weight_ptr=down,
-        expert_ids_ptr=routing.expert_ids,
-        pair_weights_ptr=routing.weights,
+        topk_ids_ptr=routing.topk_ids,
+        topk_weights_ptr=routing.topk_weights,
         residual_ptr=x if residual is None else residual,
         out_ptr=out,
         residual_stride=0 if residual is None else residual.stride(0),
@@ -162,10 +164,10 @@ def chosen_experts(
         TOP_K=routing.top_k,
         HIDDEN_SIZE=hidden_size,
         INNER_SIZE=inner_size,
-        BLOCK_TOP_K=next_power_of_2(routing.top_k),
+        BLOCK_TOP_K=block_top_k,
         BLOCK_N=_DOWN_BLOCK_N,
-        BLOCK_K=next_power_of_2(inner_size),
-        num_warps=_DOWN_WARPS,
+        BLOCK_K=block_inner,
+        num_warps=min(max(_DOWN_WARPS, block_top_k * _DOWN_BLOCK_N * block_inner // _MAX_WEIGHTS_OF_A_WARP), 16),
         num_stages=1,
         **pdl_options(x.device),
     )

@@ -20,6 +20,7 @@ from nanovllm.kernels.triton_support import (
 
 _FEW_TOKENS = 1024
 _BLOCK_TOKENS, _LARGE_BLOCK_TOKENS = 16, 64  # tokens of a program, for few tokens and for more
+_MAX_BLOCK_LOGITS = 8192  # of a program
 
 
 @dataclass(frozen=True)
@@ -38,25 +39,25 @@ class Routing:
     A token whose logits have NaN or +inf gets the lowest experts, with NaN as weights.
     """
 
-    expert_ids: torch.Tensor  # [num_tokens, top_k] int32
-    weights: torch.Tensor  # [num_tokens, top_k] float32
+    topk_ids: torch.Tensor  # [num_tokens, top_k] int32
+    topk_weights: torch.Tensor  # [num_tokens, top_k] float32
     num_experts: int
     counts: RoutingCounts | None = None  # None: not counted
 
     @property
     def num_tokens(self) -> int:
-        return self.expert_ids.shape[0]
+        return self.topk_ids.shape[0]
 
     @property
     def top_k(self) -> int:
-        return self.expert_ids.shape[1]
+        return self.topk_ids.shape[1]
 
 
 @jit_with_varying("num_tokens")
 def _route_kernel(
     logits_ptr: tl.tensor,
-    expert_ids_ptr: tl.tensor,
-    weights_ptr: tl.tensor,
+    topk_ids_ptr: tl.tensor,
+    topk_weights_ptr: tl.tensor,
     block_counts_ptr: tl.tensor,
     ranks_ptr: tl.tensor,
     logits_stride: tl.tensor,
@@ -100,8 +101,8 @@ def _route_kernel(
     weights = tl.where((total == total)[:, None], weights, float("nan"))
     pair = token[:, None] * TOP_K + choice[None, :]
     mask = in_batch[:, None] & (choice < TOP_K)[None, :]
-    tl.store(expert_ids_ptr + pair, ids, mask=mask)
-    tl.store(weights_ptr + pair, weights, mask=mask)
+    tl.store(topk_ids_ptr + pair, ids, mask=mask)
+    tl.store(topk_weights_ptr + pair, weights, mask=mask)
     taken = ((keys == -1) & in_batch[:, None]).to(tl.int32)
     earlier = tl.cumsum(taken, axis=0) - taken
     tl.store(ranks_ptr + pair, tl.gather(earlier, ids, axis=1), mask=mask)
@@ -126,22 +127,23 @@ def route(logits: torch.Tensor, top_k: int, renormalize: bool, *, use_triton: bo
     if not runs_triton(logits, use_triton):
         return route_reference(logits, top_k, renormalize)
     num_tokens, num_experts = logits.shape
-    few = num_tokens <= _FEW_TOKENS
-    block_tokens = min(next_power_of_2(max(num_tokens, 1)), _BLOCK_TOKENS if few else _LARGE_BLOCK_TOKENS)
+    block_experts = next_power_of_2(num_experts)
+    block_tokens = _BLOCK_TOKENS if num_tokens <= _FEW_TOKENS else _LARGE_BLOCK_TOKENS
+    block_tokens = min(block_tokens, next_power_of_2(max(num_tokens, 1)), max(_MAX_BLOCK_LOGITS // block_experts, 1))
     num_blocks = -(-num_tokens // block_tokens)
     device = logits.device
-    expert_ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)  # [num_tokens, top_k]
-    weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)  # [num_tokens, top_k]
+    topk_ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=device)  # [num_tokens, top_k]
+    topk_weights = torch.empty(num_tokens, top_k, dtype=torch.float32, device=device)  # [num_tokens, top_k]
     counts = RoutingCounts(
         block_tokens,
         experts=torch.empty(num_blocks, num_experts, dtype=torch.int32, device=device),  # [num_blocks, num_experts]
-        ranks=torch.empty_like(expert_ids),  # [num_tokens, top_k]
+        ranks=torch.empty_like(topk_ids),  # [num_tokens, top_k]
     )
     if num_tokens > 0:
         _route_kernel[(num_blocks,)](
             logits_ptr=logits,
-            expert_ids_ptr=expert_ids,
-            weights_ptr=weights,
+            topk_ids_ptr=topk_ids,
+            topk_weights_ptr=topk_weights,
             block_counts_ptr=counts.experts,
             ranks_ptr=counts.ranks,
             logits_stride=logits.stride(0),
@@ -151,8 +153,8 @@ def route(logits: torch.Tensor, top_k: int, renormalize: bool, *, use_triton: bo
             NUM_EXPERTS=num_experts,
             BLOCK_TOKENS=block_tokens,
             BLOCK_TOP_K=next_power_of_2(top_k),
-            BLOCK_EXPERTS=next_power_of_2(num_experts),
-            num_warps=1 if block_tokens < _BLOCK_TOKENS else 4,
+            BLOCK_EXPERTS=block_experts,
+            num_warps=1 if block_tokens * block_experts <= 256 else 4,
             **pdl_options(device),
         )
-    return Routing(expert_ids, weights, num_experts, counts)
+    return Routing(topk_ids, topk_weights, num_experts, counts)

@@ -31,7 +31,7 @@ class ExpertTiles:
 
 @jit_with_varying("num_tokens", "num_blocks", "max_tiles")
 def _sort_by_expert_kernel(
-    expert_ids_ptr: tl.tensor,
+    topk_ids_ptr: tl.tensor,
     block_counts_ptr: tl.tensor,
     ranks_ptr: tl.tensor,
     pairs_ptr: tl.tensor,
@@ -66,7 +66,7 @@ def _sort_by_expert_kernel(
     first_pair = block * BLOCK_TOKENS * TOP_K
     pair = first_pair + tl.arange(0, BLOCK_PAIRS)
     mask = (pair < first_pair + BLOCK_TOKENS * TOP_K) & (pair < num_tokens * TOP_K)
-    chosen = tl.load(expert_ids_ptr + pair, mask=mask, other=0)
+    chosen = tl.load(topk_ids_ptr + pair, mask=mask, other=0)
     rank = tl.load(ranks_ptr + pair, mask=mask, other=0)
     tl.store(pairs_ptr + tl.gather(starts + before, chosen, axis=0) + rank, pair, mask=mask)
 
@@ -91,14 +91,14 @@ def sort_by_expert(routing: Routing, block_rows: int) -> ExpertTiles:
     counts = routing.counts
     assert counts is not None
     num_tokens, top_k, num_experts = routing.num_tokens, routing.top_k, routing.num_experts
-    num_pairs, device = num_tokens * top_k, routing.expert_ids.device
+    num_pairs, device = num_tokens * top_k, routing.topk_ids.device
     max_tiles = num_pairs // block_rows + min(num_experts, num_pairs)
     num_blocks = len(counts.experts)
     pairs = torch.empty(num_pairs, dtype=torch.int32, device=device)  # [num_pairs]
     tiles = torch.empty(max_tiles, 3, dtype=torch.int32, device=device)  # [max_tiles, 3]
     if num_tokens > 0:
         _sort_by_expert_kernel[(num_blocks,)](
-            expert_ids_ptr=routing.expert_ids,
+            topk_ids_ptr=routing.topk_ids,
             block_counts_ptr=counts.experts,
             ranks_ptr=counts.ranks,
             pairs_ptr=pairs,

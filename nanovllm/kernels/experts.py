@@ -26,7 +26,7 @@ def experts_mlp_reference(
     """Reference for `experts_mlp` in plain torch; also used on CPUs."""
     if norm_weight is not None:
         x = rms_norm_reference(x, norm_weight, eps)
-    expert_ids, pairs = routing.expert_ids.flatten().sort(stable=True)  # [num_pairs]
+    expert_ids, pairs = routing.topk_ids.flatten().sort(stable=True)  # [num_pairs]
     rows = x[pairs // routing.top_k]  # [num_pairs, hidden_size], sorted by expert
     counts: list[int] = torch.bincount(expert_ids, minlength=routing.num_experts).tolist()
     outputs = torch.empty_like(rows)  # [num_pairs, hidden_size], in the order of the pairs
@@ -34,7 +34,7 @@ def experts_mlp_reference(
         if len(some):
             inner = silu_and_mul_reference(F.linear(some, gate_up[expert]))
             outputs[of] = F.linear(inner, down[expert])
-    weighted = outputs.view(-1, routing.top_k, x.shape[1]).float() * routing.weights.unsqueeze(-1)
+    weighted = outputs.view(-1, routing.top_k, x.shape[1]).float() * routing.topk_weights.unsqueeze(-1)
     out = weighted.sum(dim=1)  # [num_tokens, hidden_size]
     return (out if residual is None else out + residual.float()).to(x.dtype)
 

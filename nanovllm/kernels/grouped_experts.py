@@ -57,7 +57,7 @@ def _grouped_product_kernel(
     weight_ptr: tl.tensor,
     pairs_ptr: tl.tensor,
     tiles_ptr: tl.tensor,
-    pair_weights_ptr: tl.tensor,
+    topk_weights_ptr: tl.tensor,
     out_ptr: tl.tensor,
     x_stride: tl.tensor,
     IS_GATED: tl.constexpr,
@@ -112,7 +112,7 @@ def _grouped_product_kernel(
             out = out / (1.0 + tl.exp(-out)) * up
             target = row.to(tl.int64)
         else:
-            out = out * tl.load(pair_weights_ptr + pair)[:, None]
+            out = out * tl.load(topk_weights_ptr + pair)[:, None]
             target = pair.to(tl.int64)
         mask = in_tile[:, None] & (output < OUTPUT_SIZE)[None, :]
         out_ptrs = out_ptr + target[:, None] * OUTPUT_SIZE + output[None, :]
@@ -165,7 +165,7 @@ def _multiply(
         weight_ptr=weight,
         pairs_ptr=order.pairs,
         tiles_ptr=order.tiles,
-        pair_weights_ptr=routing.weights,
+        topk_weights_ptr=routing.topk_weights,
         out_ptr=out,
         x_stride=x.stride(0),
         IS_GATED=gated,
@@ -200,7 +200,7 @@ def grouped_experts(
     """The kernels of `kernels.experts.experts_mlp` for many tokens. block_rows, tilings: None chooses."""
     num_tokens, hidden_size = x.shape
     num_experts, _, inner_size = down.shape
-    num_pairs = routing.expert_ids.numel()
+    num_pairs = routing.topk_ids.numel()
     block_rows = block_rows or rows_of_a_tile(num_pairs, num_experts)
     gated_tiling, tiling = tilings or _TILINGS[block_rows]
     order = sort_by_expert(routing, block_rows)

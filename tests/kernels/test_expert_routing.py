@@ -15,8 +15,8 @@ def random_logits(generator, device, dtype, num_tokens, num_experts):
 
 
 def check_equal(got: Routing, expected: Routing) -> None:
-    assert torch.equal(got.expert_ids, expected.expert_ids)
-    torch.testing.assert_close(got.weights, expected.weights, rtol=1e-5, atol=1e-7, equal_nan=True)
+    assert torch.equal(got.topk_ids, expected.topk_ids)
+    torch.testing.assert_close(got.topk_weights, expected.topk_weights, rtol=1e-5, atol=1e-7, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -38,7 +38,7 @@ def test_of_equal_experts_the_lowest_come_first(device):
     logits[1, 2::2] = 1.0
     for use_triton in (True, False):
         got = route(logits, 3, True, use_triton=use_triton)
-        assert got.expert_ids.tolist() == [[0, 1, 2], [2, 4, 0]]
+        assert got.topk_ids.tolist() == [[0, 1, 2], [2, 4, 0]]
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -50,12 +50,12 @@ def test_logits_without_a_softmax_give_valid_experts_and_no_weights(device, gene
     logits[3, 4] = value
     for use_triton in (True, False):
         got = route(logits, 2, True, use_triton=use_triton)
-        assert got.expert_ids[3].tolist() == [0, 1]
-        assert got.weights[3].isnan().all()
+        assert got.topk_ids[3].tolist() == [0, 1]
+        assert got.topk_weights[3].isnan().all()
         others = [0, 1, 2, 4]
         check_equal(
-            Routing(got.expert_ids[others], got.weights[others], 8),
-            Routing(expected.expert_ids[others], expected.weights[others], 8),
+            Routing(got.topk_ids[others], got.topk_weights[others], 8),
+            Routing(expected.topk_ids[others], expected.topk_weights[others], 8),
         )
 
 
@@ -63,7 +63,7 @@ def test_minus_infinity_is_never_chosen_before_another(device):
     logits = torch.full((1, 8), -torch.inf, device=device)
     logits[0, 5], logits[0, 6] = 1.0, -3.0
     got = route(logits, 2, False, use_triton=True)
-    assert got.expert_ids.tolist() == [[5, 6]]
+    assert got.topk_ids.tolist() == [[5, 6]]
 
 
 def test_rows_may_be_strided(device, generator):
@@ -71,19 +71,18 @@ def test_rows_may_be_strided(device, generator):
     check_equal(route(wide[:, :8], 2, True, use_triton=True), route_reference(wide[:, :8], 2, True))
 
 
-@pytest.mark.parametrize(("num_experts", "top_k"), SHAPES)
 @pytest.mark.parametrize("block_rows", [16, 64])
-@pytest.mark.parametrize("num_tokens", [1, 5, 50, 1100])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "top_k"), [(1, 8, 2), (5, 6, 3), (50, 5, 1), (50, 128, 8), (1100, 8, 2)]
+)
 def test_tiles_cover_every_pair_once_in_the_order_of_experts(
     device, generator, num_tokens, block_rows, num_experts, top_k
 ):
-    if device.type == "cpu" and num_tokens > 1000 and num_experts > 8:
-        pytest.skip("slow in the interpreter")
     logits = random_logits(generator, device, torch.float32, num_tokens, num_experts)
     routing = route(logits, top_k, True, use_triton=True)
     check_equal(routing, route_reference(logits, top_k, True))
     order = sort_by_expert(routing, block_rows)
-    expert_ids, pairs = routing.expert_ids.flatten().sort(stable=True)
+    expert_ids, pairs = routing.topk_ids.flatten().sort(stable=True)
     assert torch.equal(order.pairs, pairs.int())
     rows = [
         (row, expert)
@@ -102,4 +101,4 @@ def test_all_tokens_may_choose_the_same_experts(device):
 
 def test_no_tokens_have_no_experts(device):
     routing = route(torch.empty(0, 8, device=device), 2, True, use_triton=True)
-    assert routing.expert_ids.shape == routing.weights.shape == (0, 2)
+    assert routing.topk_ids.shape == routing.topk_weights.shape == (0, 2)

@@ -29,12 +29,12 @@ def random_layer(generator, device, dtype, num_tokens, num_experts, top_k, hidde
 def oracle(x, gate_up, down, routing, residual=None):
     """In float64, one pair after another."""
     rows = []
-    for index, (token, experts) in enumerate(zip(x.double(), routing.expert_ids.tolist(), strict=True)):
+    for index, (token, experts) in enumerate(zip(x.double(), routing.topk_ids.tolist(), strict=True)):
         row = torch.zeros_like(token)
         for choice, expert in enumerate(experts):
             gate, up = (gate_up[expert].double() @ token).chunk(2)
             inner = gate * torch.sigmoid(gate) * up
-            row = row + routing.weights[index, choice].double() * (down[expert].double() @ inner)
+            row = row + routing.topk_weights[index, choice].double() * (down[expert].double() @ inner)
         rows.append(row if residual is None else row + residual[index].double())
     return torch.stack(rows)
 
@@ -96,7 +96,7 @@ def test_a_token_does_not_depend_on_its_neighbours(device, generator, dtype, ker
     x, gate_up, down, routing, residual = random_layer(generator, device, dtype, 9, 8, 2, 32, 24)
     alone = kernel(x, gate_up, down, routing, residual)
     x[3] = torch.nan
-    routing.weights[8] = torch.nan
+    routing.topk_weights[8] = torch.nan
     beside = kernel(x, gate_up, down, routing, residual)
     others = [0, 1, 2, 4, 5, 6, 7]
     assert torch.equal(alone[others], beside[others])

@@ -12,7 +12,7 @@ import sys
 sys.modules["triton"] = None  # what an import of a missing package looks like
 import torch
 from nanovllm.kernels import paged_decode, paged_decode_fp8, paged_prefill, qk_norm_rope_store
-from nanovllm.kernels import rms_norm, sample, silu_and_mul, skinny_linear
+from nanovllm.kernels import experts, rms_norm, sample, silu_and_mul, skinny_linear
 print(rms_norm.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0).tolist())
 try:
     rms_norm.rms_norm(torch.ones(1, 4), torch.ones(4), 0.0, use_triton=True)
