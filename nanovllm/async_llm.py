@@ -11,14 +11,22 @@ import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.async_engine.consumers import REQUEST_ID, AsyncRequest, Consumers, EngineConnection
-from nanovllm.async_engine.messages import ResetPrefixCache
+from nanovllm.async_engine.consumers import (
+    CLIENT_REQUEST_ID,
+    REQUEST_ID,
+    AsyncRequest,
+    Consumers,
+    EngineConnection,
+)
+from nanovllm.async_engine.messages import ResetPrefixCache, StartProfile, StopProfile
 from nanovllm.async_engine.selection import make_connection
 from nanovllm.compat.interface import VllmInterface
 from nanovllm.compat.unsupported import REQUEST_ARGUMENTS, accepting
 from nanovllm.config import EngineConfig, ResolvedConfig, takes_engine_arguments
+from nanovllm.diagnostics import default_profile_folder
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.metrics import MetricsSnapshot
 from nanovllm.outputs import RequestOutput
@@ -45,10 +53,10 @@ class AsyncLLM(VllmInterface):
 
     @takes_engine_arguments
     def __init__(self, config: EngineConfig) -> None:
-        self._connect(make_connection(config.for_serving()))
+        self._connect(config, make_connection(config.for_serving()))
 
-    def _connect(self, connection: EngineConnection) -> None:
-        self._connection = connection
+    def _connect(self, config: EngineConfig, connection: EngineConnection) -> None:
+        self.config, self._connection = config, connection
         self._chat = ChatRenderer()
         # One thread, so that requests arrive in the order of the calls.
         self._preparing = ThreadPoolExecutor(1, "nanovllm-prepare")
@@ -69,6 +77,7 @@ class AsyncLLM(VllmInterface):
         request_id: str | None = None,
         *,
         delta: bool | None = None,
+        client_request_id: str | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Completes one prompt. Each output has the text and tokens so far, or what `output_kind` asks for.
 
@@ -76,6 +85,7 @@ class AsyncLLM(VllmInterface):
         sampling_params: None for those of the checkpoint's generation_config.json.
         delta: True means RequestOutputKind.DELTA: only what is new since the previous output.
         request_id: unique among the unfinished requests; None: chosen by the engine.
+        client_request_id: the client's own name of the request, for the log; 1 to 128 printable characters.
         An output includes every token since the previous one. In the last one, `finished` is True. Leaving the loop,
         closing the generator or cancelling the task aborts the request and frees its blocks.
         Raises InvalidArgumentError and RequestTooLargeError, which concern this request alone; StepFailedError when a
@@ -85,7 +95,7 @@ class AsyncLLM(VllmInterface):
         async def prepare() -> PreparedRequest:
             return await self._prepare(prompt, sampling_params)
 
-        return self._outputs(prepare, sampling_params, request_id, delta)
+        return self._outputs(prepare, sampling_params, request_id, delta, client_request_id)
 
     @accepting(REQUEST_ARGUMENTS)
     def chat(
@@ -95,6 +105,7 @@ class AsyncLLM(VllmInterface):
         request_id: str | None = None,
         *,
         delta: bool | None = None,
+        client_request_id: str | None = None,
         **options: Unpack[ChatArguments],
     ) -> AsyncGenerator[RequestOutput, None]:
         """Completes one conversation through the checkpoint's chat template; otherwise the same as `generate`.
@@ -107,15 +118,23 @@ class AsyncLLM(VllmInterface):
             prompt = await asyncio.to_thread(render, self.get_tokenizer(), messages, ChatOptions(**options))
             return await self._prepare(prompt, sampling_params)
 
-        return self._outputs(prepare, sampling_params, request_id, delta)
+        return self._outputs(prepare, sampling_params, request_id, delta, client_request_id)
 
     def _outputs(
-        self, prepare: _Prepare, params: SamplingParams | None, request_id: str | None, delta: bool | None
+        self,
+        prepare: _Prepare,
+        params: SamplingParams | None,
+        request_id: str | None,
+        delta: bool | None,
+        client_request_id: str | None,
     ) -> AsyncGenerator[RequestOutput, None]:
         request_id = f"async-{next(self._counter)}" if request_id is None else request_id
         if not isinstance(request_id, str):
             raise InvalidArgumentError("request_id", request_id, REQUEST_ID)
-        return _Outputs(self._consumers, prepare, AsyncRequest(request_id, kind_of(delta, params)))
+        if client_request_id is not None and not CLIENT_REQUEST_ID.accepts(client_request_id):
+            raise InvalidArgumentError("client_request_id", client_request_id, CLIENT_REQUEST_ID.allowed)
+        request = AsyncRequest(request_id, kind_of(delta, params), client_request_id)
+        return _Outputs(self._consumers, prepare, request)
 
     async def _prepare(self, prompt: Prompt, params: SamplingParams | None) -> PreparedRequest:
         """Tokenises and checks a request, while the event loop goes on."""
@@ -150,6 +169,18 @@ class AsyncLLM(VllmInterface):
     def reset_prefix_cache(self) -> None:
         """Forgets every cached prefix before the next step."""
         self._connection.send(ResetPrefixCache())
+
+    async def start_profile(self, folder: str | Path | None = None) -> None:
+        """Records every rank with torch's profiler until `stop_profile`, as `LLM.start_profile` does."""
+        where = str(Path(folder or default_profile_folder(self.config)).absolute())
+        await asyncio.wrap_future(self._consumers.ask(partial(StartProfile, folder=where)))
+
+    async def stop_profile(self) -> str:
+        """Ends the profile, writes its files and returns the tables, as `LLM.stop_profile` does.
+
+        No step runs while the files are written.
+        """
+        return await asyncio.wrap_future(self._consumers.ask(StopProfile))
 
     @property
     def resolved(self) -> ResolvedConfig:
@@ -191,10 +222,10 @@ class AsyncLLM(VllmInterface):
         self.exit()
 
 
-def connected(connection: EngineConnection) -> AsyncLLM:
-    """Returns an AsyncLLM whose engine is at the other end of a connection."""
+def connected(config: EngineConfig, connection: EngineConnection) -> AsyncLLM:
+    """Returns an AsyncLLM whose engine, with these settings, is at the other end of a connection."""
     engine = AsyncLLM.__new__(AsyncLLM)
-    engine._connect(connection)
+    engine._connect(config, connection)
     return engine
 
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, InitVar
 from types import UnionType
 from typing import Any, TypeVar
 
-from nanovllm.compat.unsupported import ENGINE_ARGUMENTS
+from nanovllm.compat.unsupported import ENGINE_ARGUMENTS, WRITTEN_IN, Unsupported
 from nanovllm.config import ALIASES, EngineConfig, check_names
-from nanovllm.utils.argparse_utils import FlexibleArgumentParser
-from nanovllm.utils.arguments import Argument, arguments_of
+from nanovllm.utils.argparse_utils import FlexibleArgumentParser, Switch
+from nanovllm.utils.arguments import SWITCH, Argument, arguments_of
 
 E = TypeVar("E", bound="EngineArgs")
 
@@ -46,11 +47,9 @@ class EngineArgs(EngineConfig):
 
         The values of arguments that have no effect are kept only if they are given.
         """
-        group = parser.add_argument_group("Engine arguments")
-        types = add_options(group, EngineConfig)
-        for name, entry in ENGINE_ARGUMENTS.items():
-            if name not in types:
-                _add_option_without_effect(group, name, f"No effect: {entry.reason}.")
+        types = add_options(parser.add_argument_group("Engine"), EngineConfig)
+        others = {name: entry for name, entry in ENGINE_ARGUMENTS.items() if name not in types}
+        add_options_without_effect(parser, "Options of vLLM without effect", others)
         return parser
 
     @classmethod
@@ -73,39 +72,81 @@ def add_options(group: argparse._ArgumentGroup, cls: type) -> dict[str, Any]:
     return types
 
 
+def add_options_without_effect(parser: FlexibleArgumentParser, title: str, table: Mapping[str, Unsupported]) -> None:
+    """Adds the options of a table that the parser has not, in a group that lists their names."""
+    names = {option: name for name in table if (option := _option(name)) not in parser.known_options}
+    text = f"Accepted where the value asks for what is the case anyway ({WRITTEN_IN}): {', '.join(names)}."
+    group = parser.add_argument_group(title, textwrap.fill(text, 96, break_on_hyphens=False))
+    for option, name in names.items():
+        hidden: Any = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        accepts = table[name].passes.accepts
+        options = [option, *_SHORT.get(name, ())]
+        if (accepts(True) or accepts(False)) and not accepts("text"):
+            group.add_argument(*options, action=Switch, **hidden)
+        else:
+            group.add_argument(*options, type=_read_value, **hidden)
+
+
+# vLLM's short names
+_SHORT = {"tensor_parallel_size": ("-tp",), "pipeline_parallel_size": ("-pp",), "data_parallel_size": ("-dp",)}
+
+
 def _add_option(group: argparse._ArgumentGroup, declared: Argument, type_hint: Any) -> None:
     default = DEFAULT_MODEL if declared.default is MISSING else declared.default
-    help_text = f"{declared.help} Allowed: {declared.rule.allowed}. Default: {default!r}".replace("%", "%%")
-    option = "--" + declared.name.replace("_", "-")
-    if type_hint is bool:
-        group.add_argument(option, action=argparse.BooleanOptionalAction, default=default, help=help_text)
-        return
     is_union = typing.get_origin(type_hint) in (typing.Union, UnionType)
     kinds = [kind for kind in (typing.get_args(type_hint) if is_union else [type_hint]) if kind is not type(None)]
+    option = _option(declared.name)
+    help_text = _help_text(declared, default)
+    if kinds == [bool]:
+        group.add_argument(option, action=Switch, default=default, help=help_text)
+        return
 
     def parse(text: str) -> Any:
         try:
-            value = json.loads(text) if typing.get_origin(kinds[0]) is Mapping else kinds[0](text)
+            if typing.get_origin(kinds[0]) is Mapping:
+                value = json.loads(text)
+            else:
+                value = _read_integer(text) if kinds[0] is int else kinds[0](text)
         except ValueError:
             value = text
         if not declared.rule.accepts(value):
             raise argparse.ArgumentTypeError(f"{text!r} is not {declared.rule.allowed}")
         return value
 
-    metavar = declared.name.upper()
+    metavar = {int: "N", float: "X", Mapping: "JSON"}.get(typing.get_origin(kinds[0]) or kinds[0], "TEXT")
     if typing.get_origin(kinds[0]) is tuple:  # of texts
         texts = [*default] if isinstance(default, tuple) else []
         group.add_argument(option, nargs="+", action="extend", default=texts, metavar=metavar, help=help_text)
         return
-    group.add_argument(option, type=parse, default=default, metavar=metavar, help=help_text)
+    short = _SHORT.get(declared.name, ())
+    group.add_argument(option, *short, type=parse, default=default, metavar=metavar, help=help_text)
 
 
-def _add_option_without_effect(group: argparse._ArgumentGroup, name: str, help_text: str) -> None:
-    """Adds an option whose value is JSON or a text, or true if there is none. `--no-…` means false."""
-    option, absent = name.replace("_", "-"), argparse.SUPPRESS
-    add = group.add_argument
-    add(f"--{option}", nargs="?", const=True, type=_read_value, default=absent, metavar="VALUE", help=help_text)
-    add(f"--no-{option}", dest=name, action="store_false", default=absent, help=argparse.SUPPRESS)
+def _help_text(declared: Argument, default: object) -> str:
+    """Returns the meaning of an option, what is allowed and its default. None cannot be given on a command line."""
+    allowed, _, of_none = declared.rule.allowed.partition(", or None")
+    shown = default if isinstance(default, str) and default else "None given" if default == () else repr(default)
+    if isinstance(default, bool):
+        shown = "on" if default else "off"
+    values = "" if allowed == SWITCH.allowed else f" Allowed: {allowed}."
+    return f"{declared.help}{values} Default: {shown}{of_none}".replace("%", "%%")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+_FACTORS = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}
+
+
+def _read_integer(text: str) -> int:
+    """Reads an integer, and vLLM's `32k` for 32,000 and `32K` for 32,768. Raises ValueError."""
+    if text[-1:] not in _FACTORS:
+        return int(text)
+    value = float(text[:-1]) * _FACTORS[text[-1]]
+    if value != int(value):
+        raise ValueError(text)
+    return int(value)
 
 
 def _read_value(text: str) -> Any:

@@ -42,6 +42,7 @@ def not_supported() -> str:
     """Returns the table of what vLLM has and nanovllm does not."""
     tables = {
         "`LLM`, `AsyncLLM`": unsupported.ENGINE_ARGUMENTS,
+        "`nanovllm serve`": unsupported.SERVER_ARGUMENTS,
         "`SamplingParams`": unsupported.SAMPLING_FIELDS,
         "a request": unsupported.REQUEST_ARGUMENTS,
         "a prompt": unsupported.PROMPT_KEYS,

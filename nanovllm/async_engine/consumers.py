@@ -12,16 +12,20 @@ import contextvars
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from nanovllm.async_engine.messages import (
     AbortRequest,
     AddRequest,
+    Answer,
     Command,
     DropRequest,
     EngineEnded,
     Event,
+    Question,
     RefuseRequest,
     RequestEnd,
     RequestRefused,
@@ -37,12 +41,17 @@ from nanovllm.requests.parallel_sampling import ParallelSampling
 from nanovllm.requests.preparation import PreparedRequest, RequestPreparation
 from nanovllm.sampling_params import RequestOutputKind
 from nanovllm.streaming import OutputStream
+from nanovllm.utils.arguments import Rule
 from nanovllm.utils.owner_process import OwnerProcess
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 REQUEST_ID = "a text, unique among the unfinished requests"  # what a request id must be
+CLIENT_REQUEST_ID = Rule(
+    "a text of 1 to 128 printable characters",
+    lambda value: isinstance(value, str) and 0 < len(value) <= 128 and value.isprintable(),
+)
 
 
 class EngineConnection(Protocol):
@@ -66,10 +75,10 @@ class EngineConnection(Protocol):
 
 
 class AsyncRequest:
-    """A request and what its consumer has not fetched. The lock of `Consumers` guards all but the first four."""
+    """A request and what its consumer has not fetched. The lock of `Consumers` guards all but the first five."""
 
-    def __init__(self, request_id: str, kind: RequestOutputKind) -> None:
-        self.request_id, self.kind = request_id, kind
+    def __init__(self, request_id: str, kind: RequestOutputKind, client_request_id: str | None) -> None:
+        self.request_id, self.kind, self.client_request_id = request_id, kind, client_request_id
         self.context = contextvars.copy_context()  # its consumer's, with the current span if there is one
         self.news = asyncio.Event()  # set in the event loop only
         self.loop: asyncio.AbstractEventLoop | None = None  # the consumer's, once it has begun
@@ -156,9 +165,10 @@ class Consumers:
         self._to_wake: dict[
             asyncio.AbstractEventLoop, list[AsyncRequest]
         ] = {}  # by loops in which a `_wake` is pending
+        self._questions: dict[int, Future[str]] = {}  # those without an answer
         self._dead: BaseException | None = None
         connection.start(self.receive)
-        self._next_number = connection.first_number
+        self._next_number = self._next_question = connection.first_number
         self._builder = OutputBuilder(connection.tokenizer)
 
     # Called by consumers
@@ -197,7 +207,7 @@ class Consumers:
                 AddRequest(
                     number=number,
                     request_id=request.request_id,
-                    prepared=prepared,
+                    prepared=replace(prepared, client_request_id=request.client_request_id),
                     arrival=request.arrival,
                     is_streamed=started.is_streamed,
                     is_aborted=request.is_aborted,
@@ -207,7 +217,8 @@ class Consumers:
 
     def refuse(self, request: AsyncRequest, error: InvalidArgumentError) -> None:
         """Reports a request that is not allowed to the log and the metrics."""
-        self._connection.send(RefuseRequest(request.request_id, error, request.context))
+        refusal = RefuseRequest(request.request_id, error, request.context, request.client_request_id)
+        self._connection.send(refusal)
 
     def take(self, request: AsyncRequest) -> RequestOutput | None:
         """Returns everything that the consumer has not fetched as one output; None if there is nothing.
@@ -238,6 +249,18 @@ class Consumers:
             if request.started is not None:
                 self._connection.send(AbortRequest(request.started.number, request_id))
             return True
+
+    def ask(self, make_question: Callable[[int], Question]) -> Future[str]:
+        """Sends a question, made with its number, to the engine. Returns the answer to come."""
+        self.owner.check()
+        with self._lock:
+            if self._dead is not None:
+                raise EngineDeadError.after(self._dead)
+            number, answer = self._next_question, Future[str]()
+            self._next_question += 1
+            self._questions[number] = answer
+            self._connection.send(make_question(number))
+        return answer
 
     def close(self, request: AsyncRequest) -> None:
         """Forgets a request whose consumer leaves. Drops it from the engine if it is unfinished."""
@@ -277,6 +300,8 @@ class Consumers:
                 self._dead = self._dead if event.goes_on else event.error
                 for number in event.numbers:
                     self._end(number, kind.after(event.error))
+            elif isinstance(event, Answer):
+                self._take_answer(event)
             else:
                 self._take_death(event)
 
@@ -301,6 +326,17 @@ class Consumers:
             request.end = request.end or EngineDeadError.after(event.error)
             self._has_news(request)
             self._has_ended(request)
+        for number in list(self._questions):
+            self._take_answer(Answer(number, error=EngineDeadError.after(event.error)))
+
+    def _take_answer(self, answer: Answer) -> None:
+        future = self._questions.pop(answer.question)
+        if not future.set_running_or_notify_cancel():  # nobody waits for it
+            return
+        if answer.error is None:
+            future.set_result(answer.text)
+        else:
+            future.set_exception(answer.error)
 
     def _end(self, number: int, end: RequestEnd | BaseException) -> None:
         known = self._completions.get(number)

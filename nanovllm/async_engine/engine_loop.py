@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from typing_extensions import assert_never
@@ -18,18 +19,22 @@ from typing_extensions import assert_never
 from nanovllm.async_engine.messages import (
     AbortRequest,
     AddRequest,
+    Answer,
     Command,
     CompletionEnd,
     DropClient,
     DropRequest,
     Event,
     Logprobs,
+    Question,
     RefuseRequest,
     RequestEnd,
     RequestRefused,
     RequestsLost,
     ResetPrefixCache,
+    StartProfile,
     StepNews,
+    StopProfile,
 )
 from nanovllm.async_engine.routing import client_of
 from nanovllm.config import EngineConfig
@@ -111,7 +116,7 @@ class EngineLoop(EngineObserver):
 
     def _act(self, command: Command) -> None:
         if isinstance(command, RefuseRequest):
-            command.context.run(self.engine.refuse_request, command.request_id, command.error)
+            self._refuse(command)
         elif isinstance(command, AddRequest):
             self._add(command)
         elif isinstance(command, AbortRequest):
@@ -126,6 +131,8 @@ class EngineLoop(EngineObserver):
                     self._discard(request_id)
         elif isinstance(command, ResetPrefixCache):
             self.engine.reset_prefix_cache()
+        elif isinstance(command, (StartProfile, StopProfile)):
+            self._profile(command)
         else:
             assert_never(command)
 
@@ -135,7 +142,7 @@ class EngineLoop(EngineObserver):
             sequences = command.context.run(engine.enqueue, request_id, command.prepared, command.arrival)
         except Exception as error:  # concerns this request alone
             if isinstance(error, InvalidArgumentError):
-                command.context.run(engine.refuse_request, request_id, error)
+                self._refuse(RefuseRequest(request_id, error, command.context, command.prepared.client_request_id))
             self._deliver(RequestRefused(command.number, error))
             return
         self._requests[request_id] = _Request(command.number, sequences)
@@ -146,6 +153,22 @@ class EngineLoop(EngineObserver):
             if command.is_streamed:
                 self._numbers[sequence] = number
                 self._unstarted.add(sequence)
+
+    def _refuse(self, command: RefuseRequest) -> None:
+        refuse = self.engine.refuse_request
+        command.context.run(refuse, command.request_id, command.error, command.client_request_id)
+
+    def _profile(self, command: Question) -> None:
+        engine, text = self.engine, ""
+        try:
+            if isinstance(command, StartProfile):
+                engine.diagnostics.start_profile(Path(command.folder))
+            else:
+                text = engine.diagnostics.stop_profile()
+        except Exception as error:  # the engine goes on
+            self._deliver(Answer(command.question, error=error))
+        else:
+            self._deliver(Answer(command.question, text))
 
     def _is_running(self, command: AbortRequest | DropRequest) -> bool:
         request = self._requests.get(command.request_id)

@@ -60,6 +60,7 @@ class RefuseRequest:
     request_id: str
     error: InvalidArgumentError
     context: contextvars.Context
+    client_request_id: str | None
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,25 @@ class ResetPrefixCache:
     """Forget every cached prefix."""
 
 
-Command: TypeAlias = "AddRequest | AbortRequest | DropRequest | DropClient | RefuseRequest | ResetPrefixCache"
+@dataclass(frozen=True)
+class StartProfile:
+    """Record a profile into a folder."""
+
+    question: int
+    folder: str
+
+
+@dataclass(frozen=True)
+class StopProfile:
+    """End the profile and write its files. The Answer has its tables."""
+
+    question: int
+
+
+Question: TypeAlias = "StartProfile | StopProfile"  # an Answer follows
+Command: TypeAlias = (
+    "AddRequest | AbortRequest | DropRequest | DropClient | RefuseRequest | ResetPrefixCache | Question"
+)
 
 # Events
 
@@ -218,10 +237,19 @@ class RequestsLost:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a question has led to: a text, or the error."""
+
+    question: int
+    text: str = ""
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True)
 class EngineEnded:
     """The engine has ended, and every request with it."""
 
     error: BaseException
 
 
-Event: TypeAlias = "StepNews | RequestRefused | RequestsLost | EngineEnded"
+Event: TypeAlias = "StepNews | RequestRefused | RequestsLost | Answer | EngineEnded"

@@ -11,6 +11,7 @@ import numpy as np
 from typing_extensions import assert_never
 
 from nanovllm.async_engine.messages import (
+    Answer,
     EngineEnded,
     Event,
     Logprobs,
@@ -38,6 +39,8 @@ def parts(event: Event, clients: list[int]) -> Iterator[tuple[int, Event]]:
         yield from ((client, event) for client in clients)
     elif isinstance(event, RequestRefused):
         yield client_of(event.number), event
+    elif isinstance(event, Answer):
+        yield client_of(event.question), event
     elif isinstance(event, RequestsLost):
         for client in clients:  # even without a request: `goes_on` is for all
             numbers = [number for number in event.numbers if client_of(number) == client]

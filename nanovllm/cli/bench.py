@@ -30,6 +30,7 @@ from nanovllm.benchmarks.workloads import WORKLOADS
 from nanovllm.errors import NanoVLLMError
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from nanovllm.utils import env
+from nanovllm.utils.argparse_utils import CommandParser
 
 DESCRIPTION = """\
 Measure the engine: nano-vllm's benchmark and others, beside the device's bandwidth and the figures of other engines.
@@ -160,11 +161,7 @@ def online_settings_of(args: argparse.Namespace) -> OnlineSettings:
 def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     """Returns the parsed options. Exits with status 2 for a mistake in them."""
     command = f"python {prog}" if prog.endswith(".py") else prog
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=DESCRIPTION.format(command=command, indent=" " * len(command)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(prog=prog, description=DESCRIPTION.format(command=command, indent=" " * len(command)))
     add_work_options(parser)
     add_engine_options(parser)
     add_run_options(parser)
@@ -180,7 +177,7 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
 
 def add_work_options(parser: argparse.ArgumentParser) -> None:
     """Adds what is generated, and by which model."""
-    add = parser.add_argument
+    add = parser.add_argument_group("Work").add_argument
     each = "; ".join(f"{name}: {workload.num_seqs} requests, {workload.about}" for name, workload in WORKLOADS.items())
     add(
         "--workload",
@@ -207,7 +204,7 @@ def add_work_options(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of LLM."""
-    add = parser.add_argument
+    add = parser.add_argument_group("Engine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default auto)")
     add("--dtype", help="bfloat16, float16 or float32 (default: the checkpoint's; float32 on a CPU)")
     add("--max-model-len", type=positive, metavar="N", help="tokens (default: 4096, or what the longest request needs)")
@@ -246,7 +243,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """Adds what is measured, how often, and what is printed."""
-    add = parser.add_argument
+    add = parser.add_argument_group("Measurement").add_argument
     add("--runs", type=positive, default=3, metavar="N", help="runs of a workload, the warm-up included (default 3)")
     add(
         "--compare",
@@ -270,7 +267,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
 
 def add_online_options(parser: argparse.ArgumentParser) -> None:
     """Adds the options of the workload "online"."""
-    group = parser.add_argument_group("online traffic, for --workload online")
+    group = parser.add_argument_group("Online traffic, for --workload online")
     add = group.add_argument
     add(
         "--rates",

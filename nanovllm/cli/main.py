@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from nanovllm import __version__
+from nanovllm.utils.argparse_utils import CommandParser
 
 COMMANDS: Mapping[str, str] = {  # each a module of this package
     "serve": "serve a model over HTTP, as the OpenAI API does",
@@ -52,12 +53,11 @@ def run(arguments: Sequence[str] | None) -> int:
 def parse_command(arguments: Sequence[str]) -> str:
     """Returns the name of the subcommand. Exits after --help or --version, and for anything else with an error."""
     listing = "\n".join(f"  {name:<10}{about}" for name, about in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="nanovllm",
         usage="nanovllm [-h] [--version] COMMAND ...",
         description=f"An LLM inference engine.\n\ncommands:\n{listing}",
         epilog="nanovllm COMMAND --help explains a command's options.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"nanovllm {__version__}", help="print the version")

@@ -6,7 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from nanovllm.engine_args import AsyncEngineArgs, add_options
+from nanovllm.compat.unsupported import SERVER_ARGUMENTS, without_effect
+from nanovllm.engine_args import AsyncEngineArgs, add_options, add_options_without_effect
 from nanovllm.errors import NanoVLLMError
 from nanovllm.server.settings import ServerSettings
 from nanovllm.utils import env
@@ -42,16 +43,18 @@ def main(arguments: Sequence[str], prog: str) -> int:
 
 def make_parser(prog: str) -> argparse.ArgumentParser:
     """Returns the parser of `nanovllm serve`."""
-    # "resolve": an option of the server replaces the engine's of the same name, which has no effect.
-    parser = FlexibleArgumentParser(prog=prog, description=DESCRIPTION, conflict_handler="resolve")
-    AsyncEngineArgs.add_cli_args(parser)
+    parser = FlexibleArgumentParser(prog=prog, description=DESCRIPTION)
     parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="the same as --model")
     add_options(parser.add_argument_group("Server"), ServerSettings)
+    AsyncEngineArgs.add_cli_args(parser)
+    add_options_without_effect(parser, "Options of vLLM's server without effect", SERVER_ARGUMENTS)
     return parser
 
 
 def read_settings(args: argparse.Namespace) -> ServerSettings:
     """Takes the server's options out of a parsed command line. Raises InvalidArgumentError."""
+    ignored = {name: vars(args).pop(name) for name in SERVER_ARGUMENTS if name in args}
+    without_effect("nanovllm serve", ignored, SERVER_ARGUMENTS)
     given = {name: vars(args).pop(name) for name in ServerSettings.__dataclass_fields__}
     given["served_model_name"] = given["served_model_name"] or (args.model,)
     if not given["api_key"] and (key := env.api_key()) is not None:

@@ -131,9 +131,75 @@ ENGINE_ARGUMENTS: Mapping[str, Unsupported] = {
     "generation_config": Unsupported(
         _only("auto"), "the checkpoint's generation_config.json is read", "another generation_config.json"
     ),
+    "code_revision": Unsupported(_NONE, "revision names the version", "another version of the code"),
+    "tokenizer_revision": Unsupported(_NONE, "revision names the version", "another version of the tokenizer"),
+    "hf_token": Unsupported(_NONE, "huggingface_hub has it", "a token", "Set HF_TOKEN."),
+    "model_impl": Unsupported(_only("auto", "vllm"), "models are nanovllm's own", "other implementations of models"),
+    "max_logprobs": Unsupported(_only(20), "at most 20, or all, can be asked for", "another limit"),
+    "calculate_kv_scales": Unsupported(_SWITCH, "scales of the KV cache are computed for each token"),
+    "guided_decoding_backend": Unsupported(_ANYTHING, "xgrammar compiles grammars"),
+    "structured_outputs_config": Unsupported(_ANYTHING, "xgrammar compiles grammars"),
+    "num_scheduler_steps": Unsupported(_INTEGER, "pipeline_depth is the number of steps in flight"),
+    "use_v2_block_manager": Unsupported(_SWITCH, "there is one block manager"),
+    "max_num_partial_prefills": Unsupported(_INTEGER, "the engine divides a step between prompts"),
+    "max_long_partial_prefills": Unsupported(_INTEGER, "the engine divides a step between prompts"),
+    "long_prefill_token_threshold": Unsupported(_INTEGER, "the engine divides a step between prompts"),
+    "disable_sliding_window": Unsupported(_FALSE, "windows are the model's", "turning sliding windows off"),
+    "disable_cascade_attn": Unsupported(_SWITCH, "a long common prefix is read once for many rows"),
+    "cudagraph_capture_sizes": Unsupported(_ANYTHING, "every batch size up to max_num_seqs has a CUDA graph"),
+    "optimization_level": Unsupported(_ANYTHING, "models are not compiled; enforce_eager turns CUDA graphs off"),
+    "otlp_traces_endpoint": Unsupported(
+        _NONE, "a variable names the collector", "this argument", "Set OTEL_EXPORTER_OTLP_ENDPOINT."
+    ),
     "logprobs_mode": Unsupported(
         _only("raw_logprobs"), "log-probabilities are those of the raw logits", "other log-probabilities"
     ),
+}
+
+# Options of `vllm serve` that are not the engine's.
+SERVER_ARGUMENTS: Mapping[str, Unsupported] = {
+    "allowed_origins": Unsupported(_NONE, "cors_origin names the origins", "allowed_origins", "Use --cors-origin."),
+    "allowed_methods": Unsupported(_ANYTHING, "all methods are allowed to the origins of --cors-origin"),
+    "allowed_headers": Unsupported(_ANYTHING, "all headers are allowed to the origins of --cors-origin"),
+    "allow_credentials": Unsupported(_FALSE, "keys are in a header", "cookies of other origins"),
+    "chat_template_content_format": Unsupported(
+        _only("auto", "string"), "chat templates get texts", "contents of other forms"
+    ),
+    "disable_access_log_for_endpoints": Unsupported(_ANYTHING, "log levels control the access log"),
+    "disable_fastapi_docs": Unsupported(_SWITCH, "there are no pages of documentation"),
+    "disable_frontend_multiprocessing": Unsupported(_SWITCH, "engine_process says where the engine runs"),
+    "disable_uvicorn_access_log": Unsupported(_SWITCH, "the access log is the event http.request"),
+    "enable_force_include_usage": Unsupported(
+        _FALSE, "requests ask for the usage", "usage without being asked", "Use stream_options of a request."
+    ),
+    "enable_log_deltas": Unsupported(_SWITCH, "outputs are not logged"),
+    "enable_log_outputs": Unsupported(_FALSE, "outputs are not logged", "this switch", "Set NANOVLLM_LOG_PROMPTS=1."),
+    "enable_prompt_tokens_details": Unsupported(_SWITCH, "the usage always has them"),
+    "enable_reasoning": Unsupported(_SWITCH, "reasoning_parser says how reasoning is read"),
+    "enable_request_id_headers": Unsupported(_SWITCH, "answers always have X-Request-Id"),
+    "enable_server_load_tracking": Unsupported(_SWITCH, "/load always has the number of requests"),
+    "enable_ssl_refresh": Unsupported(_FALSE, "certificates are read once", "new certificates without a restart"),
+    "enable_tokenizer_info_endpoint": Unsupported(_SWITCH, "/tokenizer_info is always there"),
+    "exclude_tools_when_tool_choice_none": Unsupported(_SWITCH, "tools are left out of the prompt then"),
+    "h11_max_header_count": Unsupported(_INTEGER, "httptools reads requests"),
+    "h11_max_incomplete_event_size": Unsupported(_INTEGER, "httptools reads requests"),
+    "headless": Unsupported(_FALSE, "one process serves one engine", "an engine without a server"),
+    "log_config_file": Unsupported(
+        _NONE, "variables control the log", "a file with the configuration of the log", "See LOGGING.md."
+    ),
+    "lora_modules": _LORA,
+    "max_log_len": Unsupported(_INTEGER, "prompts are not logged"),
+    "middleware": Unsupported(_NONE, "no code is loaded", "further middleware", "Use a proxy."),
+    "response_role": Unsupported(_only("assistant"), "answers are the assistant's", "another role"),
+    "return_tokens_as_token_ids": Unsupported(
+        _FALSE, "requests ask for it", "this for all requests", "Use the field of a request."
+    ),
+    "ssl_ca_certs": Unsupported(_NONE, "clients have API keys", "certificates of clients", "Use a proxy."),
+    "ssl_cert_reqs": Unsupported(_ZERO, "clients have API keys", "certificates of clients", "Use a proxy."),
+    "ssl_ciphers": Unsupported(_NONE, "Python's defaults apply", "a list of ciphers", "Use a proxy."),
+    "tool_parser_plugin": Unsupported(_only(""), "no code is loaded", "further parsers of tool calls"),
+    "tool_server": Unsupported(_NONE, "the server runs no tools", "tools of the server"),
+    "uvicorn_log_level": Unsupported(_ANYTHING, "NANOVLLM_LOG_LEVEL sets the log level"),
 }
 
 SAMPLING_FIELDS: Mapping[str, Unsupported] = {

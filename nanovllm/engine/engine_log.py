@@ -19,7 +19,6 @@ from nanovllm.errors import InvalidLogitsError
 from nanovllm.logs import events
 from nanovllm.outputs import CompletionOutput
 from nanovllm.utils import env
-from nanovllm.utils.active_span import span_fields
 from nanovllm.utils.logger import Listing, log_rule, setup_logger
 from nanovllm.utils.versions import device_name, versions
 
@@ -69,7 +68,7 @@ class EngineLog(EngineObserver):
     def request_added(self, sequence: Sequence) -> None:
         if logger.isEnabledFor(logging.DEBUG):
             more: dict[str, Any] = {"prompt": sequence.prompt} if env.log_prompts() else {}
-            more |= span_fields(sequence.span)
+            more |= sequence.caller.fields
             events.request_added.log(
                 logger,
                 request_id=sequence.request_id,
@@ -88,7 +87,7 @@ class EngineLog(EngineObserver):
                 others="with all others" if end.lost else "the others go on",
                 error=error_text(end.error),
                 cause=end.cause,
-                **span_fields(end.span),
+                **end.caller.fields,
             )
         if logger.isEnabledFor(logging.INFO):
             in_summary = end.streamed or end.cause not in COMPLETE
@@ -130,7 +129,7 @@ class EngineLog(EngineObserver):
                 step=self._collected,
                 output_len=num_tokens,
                 error=str(sequence.error),
-                **span_fields(sequence.span),
+                **sequence.caller.fields,
             )
 
     def step_collected(self, step: CollectedStep) -> None:
@@ -157,7 +156,7 @@ class EngineLog(EngineObserver):
     def output_built(self, sequence: Sequence, completion: CompletionOutput) -> None:
         if logger.isEnabledFor(logging.DEBUG) and env.log_prompts():
             events.request_output.log(
-                logger, request_id=sequence.request_id, text=completion.text, **span_fields(sequence.span)
+                logger, request_id=sequence.request_id, text=completion.text, **sequence.caller.fields
             )
 
     def engine_start_failed(self, error: BaseException) -> None:
@@ -224,7 +223,7 @@ def _request_fields(end: RequestEnd) -> dict[str, Any]:
         values["completions"] = [_completion_fields(*each, end.arrival) for each in enumerate(end.completions)]
     if end.error is not None:
         values["error"] = error_text(end.error)
-    return values | span_fields(end.span)
+    return values | end.caller.fields
 
 
 def _completion_fields(index: int, end: CompletionEnd, arrival: float) -> dict[str, object]:

@@ -160,9 +160,9 @@ class LLMEngine(UnsupportedMethods):
         self._num_arrivals += 1
         return self.preparation.sequence(request, seq_id, name, params, seed)
 
-    def refuse_request(self, request_id: str, error: InvalidArgumentError) -> None:
+    def refuse_request(self, request_id: str, error: Exception, client_request_id: str | None = None) -> None:
         """Reports to the log and the metrics that `prepare` or `enqueue` did not allow a request."""
-        self._observers.request_refused(request_id, error)
+        self._observers.request_refused(request_id, error, client_request_id)
 
     def abort_request(self, request_ids: str | Iterable[str]) -> None:
         """Ends one or several requests; the next `step` returns what they have so far. Ignores unknown ids."""

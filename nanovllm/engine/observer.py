@@ -118,7 +118,7 @@ class EngineObserver:
     def request_added(self, sequence: Sequence) -> None:
         """A sequence joins the waiting queue."""
 
-    def request_refused(self, request_id: str, error: BaseException) -> None:
+    def request_refused(self, request_id: str, error: BaseException, client_request_id: str | None = None) -> None:
         """A request is not allowed, and is not queued."""
 
     def phase(self, phase: Phase) -> None:

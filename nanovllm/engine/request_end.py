@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Literal
 
@@ -12,7 +12,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import FinishReason
 from nanovllm.utils import env
-from nanovllm.utils.active_span import ActiveSpan
+from nanovllm.utils.caller import Caller
 
 Cause = Literal["eos", "stop", "length", "abort", "left", "refused", "failed"]
 StallCause = Literal["preempted", "prefill", "grammar", "blocks", "idle", "host", "decode"]
@@ -123,7 +123,7 @@ class RequestEnd:
     num_cached_tokens: int = 0
     queued_behind: int = 0
     kv_cache_usage: float = 0.0
-    span: ActiveSpan | None = None  # OpenTelemetry's, where it was added
+    caller: Caller = field(default_factory=Caller)  # who added it
 
     @property
     def is_error(self) -> bool:

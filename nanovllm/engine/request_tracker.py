@@ -21,7 +21,7 @@ from nanovllm.engine.request_end import Cause, CompletionEnd, RequestEnd, Times,
 from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.stalls import Stalls
-from nanovllm.utils.active_span import active_span
+from nanovllm.utils.caller import Caller, active_span
 
 
 def track_requests(observers: Iterable[EngineObserver]) -> Observers:
@@ -67,13 +67,13 @@ class RequestTracker(EngineObserver):
         self._requests[name].sequences.append(sequence)
         self._wait(sequence)
 
-    def request_refused(self, request_id: str, error: BaseException) -> None:
+    def request_refused(self, request_id: str, error: BaseException, client_request_id: str | None = None) -> None:
         end = RequestEnd(
             request_id=request_id,
             arrival=self._clock(),
             completions=(),
             error=error,
-            span=active_span(),
+            caller=Caller(active_span(), client_request_id),
             queued_behind=len(self._num_waiting),
             kv_cache_usage=self._kv_cache_usage,
         )
@@ -178,7 +178,7 @@ def _request_end(request_id: str, request: _Request, error: BaseException | None
         completions=tuple(request.ended[each.seq_id] for each in request.sequences),
         error=error if error is not None else errors[0] if errors else None,
         lost=error is not None,
-        span=first.span,
+        caller=first.caller,
         streamed=any(each.streamed for each in request.sequences),
         num_prompt_tokens=first.num_prompt_tokens,
         num_cached_tokens=first.num_cached_tokens or 0,

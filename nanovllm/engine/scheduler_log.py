@@ -13,7 +13,6 @@ from nanovllm.engine.row_table import RowTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.logs import events
 from nanovllm.logs.decode_rule import DecodeLogPolicy
-from nanovllm.utils.active_span import span_fields
 from nanovllm.utils.logger import MAX_ITEMS, ItemList, first_items, setup_logger
 
 logger = setup_logger("nanovllm.engine.scheduler")  # the name that users' documents show
@@ -60,7 +59,7 @@ class SchedulerLog(EngineObserver):
             needed=shortage.needed,
             free_before=shortage.free,
             step=shortage.step,
-            **span_fields(sequence.span),
+            **sequence.caller.fields,
         )
 
     def tokens_sampled(self, step: SampledStep) -> None:
@@ -123,7 +122,7 @@ class SchedulerLog(EngineObserver):
             itl_ms=_milliseconds(metrics.inter_token_latency),
             e2e_ms=_milliseconds(metrics.end_to_end),
             preemptions=metrics.num_preemptions,
-            **span_fields(sequence.span),
+            **sequence.caller.fields,
         )
 
     def step_collected(self, step: CollectedStep) -> None:

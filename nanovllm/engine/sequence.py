@@ -16,7 +16,7 @@ from nanovllm.engine.block_manager import BlockTable
 from nanovllm.errors import NanoVLLMError
 from nanovllm.outputs import FinishReason, RequestMetrics
 from nanovllm.sampling_params import SamplingParams
-from nanovllm.utils.active_span import ActiveSpan
+from nanovllm.utils.caller import Caller
 
 ALL_LOGPROBS = 2**30  # larger than any vocabulary
 
@@ -110,7 +110,7 @@ class Sequence:
     error: NanoVLLMError | None = None  # why it ended with finish_reason "abort", if it failed
     left: bool = False  # ended since its caller left
     streamed: bool = False  # its tokens are read while it runs
-    span: ActiveSpan | None = None  # OpenTelemetry's, where it was added
+    caller: Caller = field(default_factory=Caller)  # who added it
     parent_id: str | None = None  # with n > 1, the id of the request whose completion it is
     # Seconds of the engine's clock
     arrival: float = 0.0

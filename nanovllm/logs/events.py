@@ -196,7 +196,7 @@ request_added = Event(
     "engine.llm_engine",
     "Request added: request_id={request_id}, seq_id={seq_id}, num_prompt_tokens={num_prompt_tokens}, "
     "max_tokens={max_tokens}",
-    optional="prompt trace_id span_id",
+    optional="prompt client_request_id trace_id span_id",
 )
 sequence_finished = Event(
     "sequence.finished",
@@ -205,10 +205,14 @@ sequence_finished = Event(
     "Sequence finished: seq_id={seq_id}, output_len={output_len}, reason={reason}",
     "request_id step num_prompt_tokens num_cached_tokens arrival first_scheduled first_token finished queue_ms ttft_ms "
     "itl_ms e2e_ms preemptions",
-    optional="trace_id span_id",
+    optional="client_request_id trace_id span_id",
 )
 request_output = Event(
-    "request.output", DEBUG, "engine.llm_engine", "Request {request_id} finished: {text!r}", optional="trace_id span_id"
+    "request.output",
+    DEBUG,
+    "engine.llm_engine",
+    "Request {request_id} finished: {text!r}",
+    optional="client_request_id trace_id span_id",
 )
 request_failed = Event(
     "request.failed",
@@ -216,7 +220,7 @@ request_failed = Event(
     "engine.llm_engine",
     "Request {request_id} is given up, {others}: {error}",
     "cause",
-    "trace_id span_id",
+    "client_request_id trace_id span_id",
 )
 request_finished = Event(
     "request.finished",
@@ -227,7 +231,7 @@ request_finished = Event(
     "output_tokens={num_output_tokens}",
     "seq_ids finish_reason stop_reason ttft_s itl_s longest_stall_s stall_cause stall_step stall_reason "
     "num_cached_tokens num_preemptions queued_behind kv_cache_usage arrival finished first_step last_step",
-    optional="completions error trace_id span_id",
+    optional="completions error client_request_id trace_id span_id",
 )
 logits_invalid = Event(
     "logits.invalid",
@@ -235,7 +239,7 @@ logits_invalid = Event(
     "engine.llm_engine",
     "Invalid logits, first in request {request_id} after {output_len} output tokens; the others go on: {error}",
     "step",
-    optional="trace_id span_id",
+    optional="client_request_id trace_id span_id",
 )
 chat_tools_ignored = Event(
     "chat.tools_ignored",
@@ -336,7 +340,7 @@ sequence_preempted = Event(
     "{num_tokens} tokens to compute again, free_blocks={free_blocks}, for {whom} (needed {needed} blocks, "
     "{free_before} free)",
     "request_id for_seq_id for_request_id step",
-    optional="trace_id span_id",
+    optional="client_request_id trace_id span_id",
 )
 batch_postprocess = Event(
     "batch.postprocess",

@@ -18,6 +18,7 @@ from nanovllm.report.log_file import STANDARD_INPUT
 from nanovllm.report.page import render
 from nanovllm.report.summary import Summary, summarise
 from nanovllm.report.watch import BY, Watch
+from nanovllm.utils.argparse_utils import CommandParser
 
 _PRINT_EVERY = 2.0  # seconds, with --follow
 _EPILOG = """\
@@ -40,11 +41,10 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m nanovllm
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=prog,
         description="Draw a nanovllm JSON log as one self-contained HTML page, or answer one question about it.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("log", type=Path, help="the log, one JSON object a line; - is standard input")
     parser.add_argument("-o", "--output", type=Path, help="the page (default report.html)")

@@ -53,7 +53,9 @@ def answer_request(summary: Summary) -> Answer:
     assert life is not None
     facts, lines = describe(run, CacheNeed.of(run), life)
     if life.request_id != wanted:
-        lines.insert(0, f"{shown(wanted)} is a completion of {shown(life.request_id)}, which is:")
+        is_clients = wanted == life.end.get("client_request_id")
+        kind = "the client's name of" if is_clients else "a completion of"
+        lines.insert(0, f"{shown(wanted)} is {kind} {shown(life.request_id)}, which is:")
     others = sum(each.requests.num_wanted for each in runs) - bool(life.end)
     if others > 0:
         times = plural(others, "other request")

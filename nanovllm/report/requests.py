@@ -176,7 +176,7 @@ class Requests:
             self.last_ids.append(life.request_id)
         wanted = self._watch.request_id
         of_completions = "completions" in life.end and _COMPLETION.sub("", wanted) == life.request_id
-        if life.request_id == wanted or of_completions:
+        if wanted in (life.request_id, life.end.get("client_request_id")) or of_completions:
             self.num_wanted += bool(life.end)
             self.wanted = life
 

@@ -17,7 +17,7 @@ from nanovllm.requests.logit_edits import read_logit_edits
 from nanovllm.requests.stop_search import StopSearch
 from nanovllm.requests.tokenization import Prompt, Tokenization
 from nanovllm.sampling_params import SamplingParams, StructuredOutputsParams
-from nanovllm.utils.active_span import active_span
+from nanovllm.utils.caller import Caller, active_span
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,6 +34,7 @@ class PreparedRequest:
     logit_edits: LogitEdits | None  # None: its logits are not changed
     grammar: StructuredOutputsParams | None  # read, not compiled yet
     stop_search: StopSearch | None  # None: it has no stop strings
+    client_request_id: str | None = None  # the client's own name of it, for the log
 
 
 class RequestPreparation:
@@ -91,7 +92,7 @@ class RequestPreparation:
         )
         sequence.cache_salt = request.cache_salt
         sequence.logit_edits = request.logit_edits
-        sequence.span = active_span()
+        sequence.caller = Caller(active_span(), request.client_request_id)
         if request.params.n > 1:
             sequence.parent_id = request_id.rpartition("/")[0]
         if request.stop_search is not None:

@@ -4,6 +4,7 @@
     service.py      Service: the engine, the model's names, the limit of the queue, chat templates, the tokenizer
     settings.py     ServerSettings: the options of `nanovllm serve` that are not the engine's
     middleware.py   around every request: id, API key, size of the body, trace, errors, access log
+    http_protocol.py    what uvicorn reads from a connection: a limit of the head, no upgrade to HTTP/2
     exchange.py     Exchange: one request, as the access log shows it
     errors.py       ApiError, and `as_api_error`: which exception becomes which answer
     responses.py    `json_answer` and `stream_answer`, which end their work when the client leaves

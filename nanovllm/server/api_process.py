@@ -135,7 +135,7 @@ def _serve(start: StartApi, supervisor: Supervisor) -> None:
     service.latest_events = supervisor.latest_events
 
     def make_engine() -> AsyncLLM:
-        return connected(EngineClient(start.config, Connection(start.engine)))
+        return connected(start.config, EngineClient(start.config, Connection(start.engine)))
 
     server = ApiServer(service, make_engine, supervisor)
     server.run(sockets=[socket.socket(fileno=start.listener)])

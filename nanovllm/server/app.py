@@ -26,7 +26,7 @@ from nanovllm.server import (
 )
 from nanovllm.server.errors import ApiError, as_api_error
 from nanovllm.server.exchange import endpoint_path
-from nanovllm.server.middleware import RequestMiddleware
+from nanovllm.server.middleware import ID_HEADERS, RequestMiddleware
 from nanovllm.server.protocol.anthropic_output import anthropic_error
 from nanovllm.server.responses import JsonResponse
 from nanovllm.server.service import Service
@@ -37,6 +37,7 @@ _NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}  # span
 def make_app(service: Service) -> FastAPI:
     """Returns the application that answers with `service`."""
     app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
+    app.router.redirect_slashes = False  # the middleware takes a slash at the end away
     app.state.service = service
     for module in (completions, chat_completions, messages, responses_api, models, tokenize, status, chat_page):
         app.include_router(module.router)
@@ -51,7 +52,7 @@ def make_app(service: Service) -> FastAPI:
             allow_origins=service.settings.cors_origin,
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id"],
+            expose_headers=ID_HEADERS,
         )
     return app
 

@@ -144,7 +144,7 @@ def chat_request(body: Mapping[str, Any]) -> ChatCompletionRequest:
 
 async def render(service: Service, body: ChatCompletionRequest) -> str:
     """Returns the prompt of a request. Raises ApiError or InvalidArgumentError if it is not allowed."""
-    variables = dict(body.chat_template_kwargs or {})
+    variables = {**(service.settings.default_chat_template_kwargs or {}), **(body.chat_template_kwargs or {})}
     if body.documents is not None:
         variables["documents"] = [dict(each) for each in body.documents]
     if body.reasoning_effort is not None:

@@ -10,7 +10,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
-from nanovllm.server.chat import ChatRun, ChoiceUpdate
+from nanovllm.server.chat import ChatRun, ChoiceUpdate, is_forced
+from nanovllm.server.errors import fields_named
 from nanovllm.server.exchange import exchange_of
 from nanovllm.server.logprobs import chat_logprobs, prompt_logprobs
 from nanovllm.server.parsing import Delta, ParsedMessage, ToolCallDelta
@@ -23,6 +24,7 @@ from nanovllm.server.protocol.chat import (
 )
 from nanovllm.server.protocol.errors import RESPONSES
 from nanovllm.server.responses import DONE, event, json_answer, stream_answer
+from nanovllm.server.sampling import given_names
 from nanovllm.server.service import service_of
 
 router = APIRouter(responses=RESPONSES)
@@ -33,8 +35,16 @@ PATH = "/v1/chat/completions"
 @router.post(PATH, responses={200: {"model": ChatCompletion}})
 async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
     """Generates the next message of a conversation."""
-    answer = _Answer(await ChatRun.start(service_of(request), exchange_of(request), body, "chatcmpl", PATH))
-    return await (stream_answer(request, answer.events()) if body.stream else json_answer(request, answer.complete()))
+    names = {**given_names(body), "logprobs": "top_logprobs"}
+    if body.max_completion_tokens is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    if is_forced(body):
+        names["structured_outputs.json"] = "tools"
+    with fields_named(names):
+        answer = _Answer(await ChatRun.start(service_of(request), exchange_of(request), body, "chatcmpl", PATH))
+        if body.stream:
+            return await stream_answer(request, answer.events())
+        return await json_answer(request, answer.complete())
 
 
 class _Answer:

@@ -25,6 +25,7 @@ class _Page:
     headers: dict[str, str]
 
 
+@router.head("/", include_in_schema=False)
 @router.get("/", include_in_schema=False)
 async def chat_page() -> Response:
     """Answers the chat page, one file without references to others."""

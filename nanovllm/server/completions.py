@@ -14,14 +14,14 @@ from starlette.responses import Response
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import RequestOutputKind
-from nanovllm.server.errors import invalid
+from nanovllm.server.errors import fields_named, invalid
 from nanovllm.server.exchange import Exchange, exchange_of
 from nanovllm.server.logprobs import CompletionRows, prompt_logprobs
 from nanovllm.server.merging import merged
 from nanovllm.server.protocol.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from nanovllm.server.protocol.errors import RESPONSES
 from nanovllm.server.responses import DONE, event, json_answer, stream_answer
-from nanovllm.server.sampling import check_request, make_params
+from nanovllm.server.sampling import check_request, given_names, make_params
 from nanovllm.server.service import Service, service_of
 from nanovllm.server.usage import UsageCount
 
@@ -33,8 +33,9 @@ _MAX_TOKENS = 16  # OpenAI's default
 @router.post("/v1/completions", responses={200: {"model": Completion}})
 async def create_completion(request: Request, body: CompletionRequest) -> Response:
     """Continues one or several prompts."""
-    run = _CompletionRun(service_of(request), exchange_of(request), body)
-    return await (stream_answer(request, run.events()) if body.stream else json_answer(request, run.answer()))
+    with fields_named(given_names(body)):
+        run = _CompletionRun(service_of(request), exchange_of(request), body)
+        return await (stream_answer(request, run.events()) if body.stream else json_answer(request, run.answer()))
 
 
 class _CompletionRun:

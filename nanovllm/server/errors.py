@@ -6,7 +6,8 @@ Python traceback.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from traceback import format_exception
 from typing import Any
 
@@ -27,8 +28,18 @@ from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_MESSAGES = {404: "There is no such endpoint.", 405: "The endpoint does not take this method."}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 499: "server_error"}
+_MESSAGES = {
+    400: "The body is not JSON in UTF-8. It must not be compressed.",
+    404: "There is no such endpoint. The paths of the OpenAI API begin with /v1, and /openapi.json lists all.",
+}
+# Of fields that have values of several types: pydantic names only some of them.
+_UNIONS = {
+    "content": "a text or a list of parts, such as {'type': 'text', 'text': '…'}",
+    "prompt": "a text, a list of token ids, or a list of several texts or lists of token ids",
+    "stop": "a text or a list of texts",
+    "tool_choice": "'none', 'auto', 'required' or {'type': 'function', 'function': {'name': '…'}}",
+}
 _MEMBERS = {"str", "int", "bool", "float"}  # of unions, in the place of a problem
 _MAX_FIELD = 200  # characters of a field's name, which may come from the request
 
@@ -69,12 +80,26 @@ def invalid(param: str, message: str) -> ApiError:
     return ApiError(400, message, param=param)
 
 
+@contextmanager
+def fields_named(names: Mapping[str, str]) -> Iterator[None]:
+    """Gives errors of the block the name of a field that the client has used, where `names` has it."""
+    try:
+        yield
+    except InvalidArgumentError as error:
+        if error.field not in names:
+            raise
+        raise type(error)(names[error.field], error.value, error.allowed, error.hint) from None
+
+
 def as_api_error(error: Exception) -> ApiError:
     """Returns the answer to an error of any kind."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):  # of the framework
-        return ApiError(error.status_code, _MESSAGES.get(error.status_code, str(error.detail)), headers=error.headers)
+        message = _MESSAGES.get(error.status_code, str(error.detail))
+        if error.status_code == 405:
+            message = f"This endpoint takes {(error.headers or {}).get('Allow', 'other methods')} alone."
+        return ApiError(error.status_code, message, headers=error.headers)
     if isinstance(error, RequestValidationError):
         return _of_validation(error.errors())
     if isinstance(error, ValidationError):  # a request that was turned into another one
@@ -110,6 +135,8 @@ def _of_validation(problems: Sequence[Any]) -> ApiError:
     if first["loc"] == ("body",):
         return ApiError(400, "The body must be a JSON object, sent with 'Content-Type: application/json'.")
     param = _field(first["loc"])
+    if (name := param.rpartition(".")[2]) in _UNIONS and first["type"] != "missing":
+        return ApiError(400, f"{param} must be {_UNIONS[name]}.", param=param)
     # A union has a problem for each of its members.
     wrong = dict.fromkeys(each["msg"] for each in problems if _field(each["loc"]) == param)
     return ApiError(400, f"{param}: {', or '.join(wrong)}.", param=param)

@@ -53,11 +53,13 @@ class CompletionRows:
 
 
 def chat_logprobs(rows: Sequence[Row], num_top: int, as_ids: bool) -> ChatLogprobs:
-    """Returns the `logprobs` of /v1/chat/completions, with the `num_top` most likely tokens of each row."""
+    """Returns the `logprobs` of /v1/chat/completions, with the `num_top` most likely tokens of each row; -1: all."""
     content: list[TokenLogprob] = []
     for row in rows:
         entries = [_entry(token_id, each, as_ids) for token_id, each in row.items()]
-        top = [entry for entry, each in zip(entries, row.values(), strict=True) if each.rank <= num_top]
+        top = [
+            entry for entry, each in zip(entries, row.values(), strict=True) if num_top == -1 or each.rank <= num_top
+        ]
         own = entries[0].copy()
         own["top_logprobs"] = sorted(top, key=lambda entry: -entry["logprob"])
         content.append(own)

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm.server.chat import ChatRun, chat_request, render
-from nanovllm.server.errors import ApiError
+from nanovllm.server.errors import ApiError, fields_named
 from nanovllm.server.exchange import exchange_of
 from nanovllm.server.protocol.anthropic import CountTokensRequest, MessagesRequest
 from nanovllm.server.protocol.anthropic_input import chat_body
@@ -30,10 +30,12 @@ async def create_message(request: Request, body: MessagesRequest) -> Response:
     """Generates the next message of a conversation, in Anthropic's form."""
     service = service_of(request)
     service.report_ignored(body.unknown_fields)
-    run = await ChatRun.start(service, exchange_of(request), chat_request(chat_body(body)), "msg", PATH)
-    if body.stream:
-        return await stream_answer(request, _encoded(_events(run)), _error_event)
-    return await json_answer(request, _complete(_events(run)))
+    schema = "output_config.format.schema" if body.output_config is not None else "tools"
+    with fields_named({"stop": "stop_sequences", "structured_outputs.json": schema}):
+        run = await ChatRun.start(service, exchange_of(request), chat_request(chat_body(body)), "msg", PATH)
+        if body.stream:
+            return await stream_answer(request, _encoded(_events(run)), _error_event)
+        return await json_answer(request, _complete(_events(run)))
 
 
 @router.post(f"{PATH}/count_tokens")
@@ -57,6 +59,8 @@ async def _events(run: ChatRun) -> AsyncGenerator[Event, None]:
                     yield event
             for event in message.add(update.deltas):
                 yield event
+            if update.finish_reason == "abort":
+                raise run.service.aborted()
             if update.finish_reason is not None:
                 for event in message.finish(update.completion, run.usage.num_output_tokens):
                     yield event

@@ -28,6 +28,7 @@ logger = setup_logger(__name__)
 
 _OPEN = ("/", "/health", "/ping")  # without a key
 _UNLOGGED = ("/health", "/ping", "/metrics", "/events")
+ID_HEADERS = ("X-Request-Id", "Request-Id")  # of the answer; the second one is Anthropic's
 _CLIENT_GONE = 499  # nginx's status of an answer that nobody waits for
 _MAX_ID = 128
 _MAX_PATH = 200  # characters in the log
@@ -46,6 +47,9 @@ class RequestMiddleware:
             await self._app(scope, receive, send)
             return
         started, path = time.monotonic(), endpoint_path(scope)
+        if len(path) > 1 and path.endswith("/"):
+            path = path.rstrip("/")
+            scope["path"] = scope["path"].rstrip("/")
         exchange = scope[SCOPE_KEY] = Exchange(uuid.uuid4().hex)
         is_counted = path not in _UNLOGGED
         self._service.counts.add(requests=is_counted)
@@ -64,7 +68,9 @@ class RequestMiddleware:
             if message["type"] == "http.response.start":
                 exchange.status = message["status"]
                 name = exchange.client_request_id or exchange.request_id or exchange.number
-                MutableHeaders(scope=message)["X-Request-Id"] = name
+                answer_headers = MutableHeaders(scope=message)
+                for header in ID_HEADERS:
+                    answer_headers[header] = name
             await send(message)
 
         try:

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from nanovllm.server.chat import ChatRun, chat_request
+from nanovllm.server.errors import fields_named
 from nanovllm.server.exchange import exchange_of
 from nanovllm.server.logprobs import chat_logprobs
 from nanovllm.server.protocol.errors import RESPONSES
@@ -31,12 +32,17 @@ async def create_response(request: Request, body: ResponsesRequest) -> Response:
     """Generates what follows the input: reasoning, a message, calls of functions."""
     service = service_of(request)
     service.report_ignored(body.unknown_fields)
-    run = await ChatRun.start(service, exchange_of(request), chat_request(chat_body(body)), "resp", PATH)
-    response = ResponseEvents(run.request_id, service.model, time.time(), body)
-    events = _events(run, response)
-    if body.stream:
-        return await stream_answer(request, _encoded(events), lambda error: named_event(response.fail(error)))
-    return await json_answer(request, _complete(events))
+    schema = "text.format.schema" if body.text is not None else "tools"
+    names = {"max_tokens": "max_output_tokens", "logprobs": "top_logprobs", "structured_outputs.json": schema}
+    with fields_named(names):
+        run = await ChatRun.start(service, exchange_of(request), chat_request(chat_body(body)), "resp", PATH)
+        response = ResponseEvents(run.request_id, service.model, time.time(), body)
+        events = _events(run, response)
+        if not body.stream:
+            return await json_answer(request, _complete(events))
+        return await stream_answer(
+            request, _encoded(events), lambda error: b"".join(map(named_event, response.fail(error)))
+        )
 
 
 async def _events(run: ChatRun, response: ResponseEvents) -> AsyncGenerator[Event, None]:
@@ -51,6 +57,8 @@ async def _events(run: ChatRun, response: ResponseEvents) -> AsyncGenerator[Even
             logprobs = chat_logprobs(completion.logprobs or [], run.body.top_logprobs or 0, False)["content"]
             for event in response.add(update.deltas, len(completion.token_ids), logprobs):
                 yield event
+            if update.finish_reason == "abort":
+                raise run.service.aborted()
             if update.finish_reason is not None:
                 for event in response.finish(completion, run.usage.usage):
                     yield event

@@ -64,6 +64,7 @@ FIELDS: Mapping[str, Unsupported] = {
     "request_id": Unsupported(_ANYTHING, "the header X-Request-Id names a request"),
     "guided_decoding_backend": Unsupported(_ANYTHING, "xgrammar compiles grammars"),
     "guided_whitespace_pattern": Unsupported(_NONE, "grammars have their own white space", "other white space"),
+    "thinking_token_budget": Unsupported(_NONE, "reasoning has no limit of its own", "a limit of the reasoning"),
     "prompt_embeds": Unsupported(_NONE, "prompts are texts or token ids", "embeddings as prompts"),
     "kv_transfer_params": Unsupported(_NONE, "keys and values stay in this engine", "moving the KV cache"),
     "vllm_xargs": Unsupported(_NONE, "no code reads them", "arguments of plugins"),
@@ -113,6 +114,12 @@ def structured_outputs(body: GenerationRequest) -> StructuredOutputsParams | Non
     if len(wanted) > 1:
         raise invalid(wanted[1][0], f"{wanted[1][0]} cannot be given together with {wanted[0][0]}.")
     return StructuredOutputsParams(**wanted[0][1]) if wanted else None
+
+
+def given_names(body: GenerationRequest) -> dict[str, str]:
+    """Returns the fields of the body that fields of SamplingParams come from, where their names differ."""
+    names = {f"structured_outputs.{kind}": f"guided_{kind}" for kind in _GUIDED if getattr(body, f"guided_{kind}")}
+    return names or ({"structured_outputs.json": "response_format.json_schema.schema"} if body.response_format else {})
 
 
 _GUIDED = ("json", "regex", "choice", "grammar")

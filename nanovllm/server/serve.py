@@ -26,6 +26,7 @@ from nanovllm.errors import NanoVLLMError
 from nanovllm.logs import events
 from nanovllm.logs.configuration import PACKAGE
 from nanovllm.server.app import make_app
+from nanovllm.server.http_protocol import HttpProtocol
 from nanovllm.server.service import Service
 from nanovllm.server.settings import ServerSettings
 from nanovllm.utils.garbage_collection import existing_objects_exempt
@@ -74,7 +75,7 @@ class HttpServer(uvicorn.Server):
                 ssl_keyfile=settings.ssl_keyfile,
                 ssl_certfile=settings.ssl_certfile,
                 root_path=settings.root_path,
-                http="httptools",
+                http=HttpProtocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, cast
 
 from starlette.requests import Request
@@ -56,6 +57,8 @@ class Service:
         self._engine = engine
         if self.settings.generation_config == "auto":
             self.defaults = engine.get_default_sampling_params()
+        for name, value in (self.settings.override_generation_config or {}).items():
+            setattr(self.defaults, name, value)
         if self.state == "starting":
             self.state = "ready"
 
@@ -112,7 +115,7 @@ class Service:
         """Counts the completions of a request. Raises ApiError when it may not run now."""
         engine = self.engine
         if self.state == "draining":
-            raise ApiError(503, "The server is shutting down.", code="draining", headers=_retry())
+            raise _draining()
         limit = self.settings.max_queue
         self.counts.add(completions=num_completions)  # before the check: another process may be here, too
         if limit is not None and self.counts.completions > engine.resolved.max_num_seqs + limit:
@@ -132,7 +135,7 @@ class Service:
         """Completes a prompt, as `AsyncLLM.generate` does. Call `admit` before."""
         exchange.engine_ids.append(request_id)
         self._running[request_id] = exchange
-        return self.engine.generate(prompt, params, request_id)
+        return self.engine.generate(prompt, params, request_id, client_request_id=exchange.client_request_id)
 
     async def abort(self, request_ids: Container[str]) -> int:
         """Ends running requests, by the ids of their answers; these then have finish_reason "abort". Returns how many.
@@ -142,6 +145,12 @@ class Service:
         names = [name for name, exchange in self._running.items() if exchange.request_id in request_ids]
         await self.engine.abort(names)
         return len(names)
+
+    def aborted(self) -> ApiError:
+        """Returns the error of a request that was aborted, for the APIs whose answers have no other form for it."""
+        if self.state == "draining":
+            return _draining()
+        return ApiError(499, "The request was aborted.", code="aborted")
 
     async def abort_all(self) -> None:
         """Ends every running request."""
@@ -160,6 +169,8 @@ class Service:
         """Returns the prompt of a conversation. Raises InvalidArgumentError, which names the field."""
         if options.chat_template is not None and not self.settings.trust_request_chat_template:
             raise invalid("chat_template", "chat_template is not allowed: see --trust-request-chat-template.")
+        if options.chat_template is None:
+            options = replace(options, chat_template=self.settings.chat_template)
         tokenizer = self.engine.get_tokenizer()
         text = await self.in_thread(self._chat.prompt, tokenizer, messages, options)
         return str(text) if add_special_tokens else text
@@ -178,6 +189,10 @@ class Service:
 def service_of(request: Request) -> Service:
     """Returns the service of the app that answers a request."""
     return cast(Service, request.app.state.service)
+
+
+def _draining() -> ApiError:
+    return ApiError(503, "The server is shutting down.", code="draining", headers=_retry())
 
 
 def _retry() -> dict[str, str]:

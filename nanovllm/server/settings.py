@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from nanovllm.errors import NanoVLLMError
+from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.parsers import REASONING_PARSERS, TOOL_PARSERS
 from nanovllm.utils.arguments import (
     COUNT,
@@ -29,6 +34,27 @@ _SECONDS = Rule("a number of seconds ≥ 0", lambda value: is_number(value) and 
 _ROOT_PATH = Rule(
     "a path such as /llm", lambda value: isinstance(value, str) and (value == "" or value.startswith("/"))
 )
+
+
+_OVERRIDABLE = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def _accepts_overrides(value: object) -> bool:
+    if not isinstance(value, Mapping) or not value.keys() <= set(_OVERRIDABLE):
+        return False
+    try:
+        SamplingParams(**value)
+    except NanoVLLMError:
+        return False
+    return True
+
+
+def _is_template(value: object) -> bool:
+    return isinstance(value, str) and ("{" in value or os.path.isfile(value))
+
+
+def _read_template(value: str) -> str:
+    return value if "{" in value else Path(value).read_text("utf-8")
 
 
 def _name_in(table: Mapping[str, object]) -> Rule:
@@ -72,7 +98,9 @@ class ServerSettings:
     drain_timeout: float = argument(
         30.0, _SECONDS, "Seconds that running requests have to end after SIGTERM. Then they are aborted."
     )
-    dev: bool = argument(False, SWITCH, "Serve /abort and /reset_prefix_cache, for development.")
+    dev: bool = argument(
+        False, SWITCH, "Serve /abort, /reset_prefix_cache, /start_profile and /stop_profile, for development."
+    )
     exit_on_death: bool = argument(
         False, SWITCH, "End the process, with status 1, when the engine has died. Otherwise requests get status 500."
     )
@@ -81,6 +109,24 @@ class ServerSettings:
         choice("auto", "vllm"),
         "Default sampling parameters of requests. 'auto': those of the checkpoint's generation_config.json. 'vllm': "
         "those of the OpenAI API.",
+    )
+    override_generation_config: Mapping[str, Any] | None = argument(
+        None,
+        Rule(f"an object with values of {', '.join(_OVERRIDABLE)}", _accepts_overrides).or_none(),
+        "Default sampling parameters of requests, before those of generation_config.",
+        hash=False,
+    )
+    chat_template: str | None = argument(
+        None,
+        Rule("a file with a Jinja template, or a template", _is_template, _read_template).or_none(),
+        "Chat template of requests without one. None: the checkpoint's.",
+    )
+    default_chat_template_kwargs: Mapping[str, Any] | None = argument(
+        None,
+        Rule("an object", lambda value: isinstance(value, Mapping)).or_none(),
+        'Values of the chat template\'s variables, such as {"enable_thinking": false}. chat_template_kwargs of a '
+        "request come before them.",
+        hash=False,
     )
     reasoning_parser: str | None = argument(
         None,

@@ -15,6 +15,8 @@ from nanovllm.server.service import service_of
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
+@router.head("/ping", include_in_schema=False)
 @router.get("/health")
 @router.get("/ping")
 async def health(request: Request) -> Response:

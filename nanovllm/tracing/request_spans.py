@@ -19,7 +19,7 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.logs import events
 from nanovllm.tracing.otlp import SCHEMA_URL, SCOPE, Closer, make_resource
 from nanovllm.utils import env
-from nanovllm.utils.active_span import ActiveSpan
+from nanovllm.utils.caller import ActiveSpan
 from nanovllm.utils.logger import setup_logger
 from nanovllm.utils.versions import installed_version
 
@@ -77,12 +77,12 @@ class RequestSpans(EngineObserver):
     def request_added(self, sequence: Sequence) -> None:
         name = sequence.whole_request_id
         if name not in self._requests:
-            self._requests[name] = _Request(self._context(sequence.span))
+            self._requests[name] = _Request(self._context(sequence.caller.span))
         self._requests[name].sequences.append(sequence)
 
     def request_finished(self, end: RequestEnd) -> None:
         request = self._requests.pop(end.request_id, None)
-        self._record(end, _Request(self._context(end.span)) if request is None else request)
+        self._record(end, _Request(self._context(end.caller.span)) if request is None else request)
 
     def _context(self, span: ActiveSpan | None) -> Any:
         return self._no_context if span is None else span.context

@@ -21,6 +21,7 @@ from nanovllm import (
     AsyncLLM,
     EngineDeadError,
     InvalidArgumentError,
+    InvalidStateError,
     LLMEngine,
     ModelLoadError,
     RequestOutput,
@@ -194,6 +195,65 @@ def test_a_consumer_that_leaves_ends_its_request(tiny: AsyncLLM) -> None:
             await asyncio.wait_for(collect(tiny, "introduce yourself", LONG, "r"), 0.1)
         assert len(await collect(tiny, "introduce yourself", SHORT, "r")) <= 6, "the id is free again"
         await assert_empty(tiny)
+
+    run(test())
+
+
+def test_the_clients_name_of_a_request_is_in_its_records(tiny: AsyncLLM, caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        await collect(tiny, "Hello", SHORT, "own")
+        await collect(tiny, "Hello", replace(SHORT, n=2, temperature=1.0), "several", client_request_id="order 66 é")
+        with pytest.raises(InvalidArgumentError):
+            await collect(tiny, [], SHORT, "refused", client_request_id="x" * 128)
+        for wrong in ("", "a\n", "x" * 129, 5):
+            with pytest.raises(InvalidArgumentError, match="client_request_id.*1 to 128 printable characters"):
+                await collect(tiny, "Hello", SHORT, client_request_id=wrong)
+
+    def records() -> dict[tuple[str, str], str | None]:
+        found = [record for record in caplog.records if getattr(record, "event", "").startswith("request.")]
+        fields = [(record.event, record.fields) for record in found]  # type: ignore[attr-defined]
+        return {(event, each["request_id"]): each.get("client_request_id") for event, each in fields}
+
+    with caplog.at_level("INFO", "nanovllm"):
+        run(test())
+        assert wait_in_this_thread(lambda: len(records()) == 4)
+    assert records() == {
+        ("request.finished", "own"): None,
+        ("request.finished", "several"): "order 66 é",
+        ("request.failed", "refused"): "x" * 128,
+        ("request.finished", "refused"): "x" * 128,
+    }
+
+
+def test_a_profile(tiny: AsyncLLM, tmp_path: Path) -> None:
+    async def test() -> None:
+        with pytest.raises(InvalidStateError, match="No profile runs"):
+            await tiny.stop_profile()
+        await tiny.start_profile(tmp_path / "profile")
+        with pytest.raises(InvalidStateError, match="A profile runs already"):
+            await tiny.start_profile()
+        await collect(tiny, "introduce yourself", SHORT)
+        table = await tiny.stop_profile()
+        assert "aten::" in table
+        assert (tmp_path / "profile" / "profile_rank0.txt").read_text() == table
+        assert (tmp_path / "profile" / "profile_rank0.json").stat().st_size > 10_000
+        (tmp_path / "file").write_text("")
+        with pytest.raises(InvalidArgumentError, match="a folder that can be written"):
+            await tiny.start_profile(tmp_path / "file")
+
+    run(test())
+
+
+def test_an_engine_that_ends_answers_questions(tiny: AsyncLLM) -> None:
+    async def test() -> None:
+        engine = AsyncLLM("tiny", device="cpu", engine_process=not isinstance(tiny._connection, EngineThread))
+        leaving = asyncio.create_task(engine.stop_profile())
+        await asyncio.sleep(0)
+        leaving.cancel()
+        engine.exit()
+        with pytest.raises(EngineDeadError):
+            await engine.stop_profile()
+        assert not engine._consumers._questions
 
     run(test())
 

@@ -11,6 +11,8 @@ import pytest
 
 import nanovllm
 from nanovllm.cli.main import COMMANDS, main
+from nanovllm.config import EngineConfig
+from nanovllm.utils.arguments import arguments_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,7 +65,24 @@ def test_each_subcommand_explains_itself(name: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as ended:
         main([name, "--help"])
     assert ended.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: nanovllm {name} [-h]")
+    usage, *lines = capsys.readouterr().out.splitlines()
+    assert usage.startswith(f"usage: nanovllm {name} [-h]")
+    assert lines[0] == "", "a usage of one line"
+
+
+@pytest.mark.parametrize("name", ["serve", "chat", "generate"])
+def test_help_has_the_commands_own_options_first_and_the_engines_in_a_group(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    own, _, engine = capsys.readouterr().out.partition("\nEngine:\n")
+    engine, _, others = engine.partition("\nOptions of vLLM without effect:\n")
+    assert own.count("\n") < 90
+    assert "--swap-space" in others
+    for each in arguments_of(EngineConfig):
+        assert f"  --{each.name.replace('_', '-')}" in engine
+    assert engine.split().count("Default:") == len(list(arguments_of(EngineConfig)))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +90,12 @@ def test_each_subcommand_explains_itself(name: str, capsys: pytest.CaptureFixtur
     [
         ([], "the following arguments are required: COMMAND"),
         (["bnech"], "invalid choice: 'bnech'"),
-        (["version", "extra"], "unrecognized arguments: extra"),
+        (["version", "extra"], "unrecognized arguments: extra (see nanovllm version --help)"),
+        (["serve", "--max_model_lenn=5"], "unrecognized arguments: --max-model-lenn=5. Did you mean --max-model-len?"),
+        (["chat", "--temprature", "1"], "unrecognized arguments: --temprature. Did you mean --temperature?"),
+        (["generate", "--bogus"], "unrecognized arguments: --bogus (see nanovllm generate --help)"),
+        (["serve", "--port", "x"], "--port: 'x' is not an integer from 0 (any free port) to 65535"),
+        (["serve", "--dev=maybe"], "argument --dev/--no-dev: 'maybe' is not true or false"),
         (["bench", "--runs", "1"], "nanovllm bench: error: --runs must be at least 2"),
         (["report"], "the following arguments are required: log"),
     ],
@@ -80,7 +104,9 @@ def test_a_mistake_is_one_message(arguments: list[str], message: str, capsys: py
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert line.endswith("--help)")
 
 
 def test_a_report_that_cannot_be_written_names_the_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -142,6 +142,8 @@ def test_the_command_line_has_every_argument() -> None:
         ('--hf-overrides {"rope_theta":2}', {"hf_overrides": {"rope_theta": 2}}),
         ("--block-size 32 --tensor-parallel-size 2", {"block_size": 32, "tensor_parallel_size": 2}),
         ("--swap-space 4 --enable-chunked-prefill --no-enable-lora --disable-log-stats", {}),
+        ("--engine-process false --fast-start", {"engine_process": False, "fast_start": True}),
+        ("--enforce-eager=False --no-enable-prefix-caching false", {}),
         ("--task generate --quantization None --pipeline-parallel-size 1", {}),
     ],
 )

@@ -77,6 +77,7 @@ def test_requirements(metadata: Message) -> None:
         "huggingface-hub",
         "jinja2",
         "numpy",
+        "pyyaml",
         "safetensors",
         "torch",
         "tqdm",

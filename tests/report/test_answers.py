@@ -105,6 +105,13 @@ def test_a_completion_s_id_leads_to_its_request(tmp_path, capsys):
     assert words.startswith("'slow/0' is a completion of 'slow', which is:\n39.1 s")
 
 
+def test_the_clients_name_of_a_request_leads_to_it(tmp_path, capsys):
+    lines = slow_log()
+    lines[-1]["client_request_id"] = "order 66"
+    words = answer(capsys, write(tmp_path / "run.jsonl", lines), "--request", "order 66")
+    assert words.startswith("'order 66' is the client's name of 'slow', which is:\n39.1 s")
+
+
 def test_of_several_requests_with_an_id_the_last_one_is_described(tmp_path, capsys):
     later = [{**record, "engine_id": 1} for record in slow_log()]
     path = write(tmp_path / "run.jsonl", [*slow_log(), *later])

@@ -64,7 +64,7 @@ class ScriptedEngine:
         return SamplingParams()
 
     async def generate(
-        self, prompt: Any, params: SamplingParams, request_id: str
+        self, prompt: Any, params: SamplingParams, request_id: str, client_request_id: str | None
     ) -> AsyncGenerator[RequestOutput, None]:
         text = str(prompt)
         self.prompts.append(text)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
+from tests.processes import PATIENCE
 from tests.server.running_server import CONTINUATION, QUESTION, RunningServer, error_of
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -98,6 +101,22 @@ def test_a_bad_value_is_named(server: RunningServer, path: str, name: str, value
     assert_bad(response, 400, param)
 
 
+def chat(messages: Any = QUESTION, **fields: Any) -> bytes:
+    return json.dumps({"messages": messages, **fields}).encode()
+
+
+def schema(value: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": value}}
+
+
+def tool(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+
+
+def response(**format: Any) -> bytes:
+    return json.dumps({"input": "a", "text": {"format": {"type": "json_schema", "name": "a", **format}}}).encode()
+
+
 JSON = {"Content-Type": "application/json"}
 BAD_BODIES: list[tuple[str, str, bytes, str | None]] = [
     ("empty", COMPLETIONS, b"", None),
@@ -138,8 +157,50 @@ BAD_BODIES: list[tuple[str, str, bytes, str | None]] = [
         b'{"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}',
         "top_logprobs",
     ),
-    ("schema", COMPLETIONS, b'{"prompt": "a", "guided_json": {"type": 3}}', "structured_outputs.json"),
-    ("regex", COMPLETIONS, b'{"prompt": "a", "guided_regex": "("}', "structured_outputs.regex"),
+    ("schema", COMPLETIONS, b'{"prompt": "a", "guided_json": {"type": 3}}', "guided_json"),
+    ("regex", COMPLETIONS, b'{"prompt": "a", "guided_regex": "("}', "guided_regex"),
+    ("grammar", COMPLETIONS, b'{"prompt": "a", "structured_outputs": {"grammar": "("}}', "structured_outputs.grammar"),
+    ("prompt of fractions", COMPLETIONS, b'{"prompt": [1.5, 2]}', "prompt"),
+    ("prompt nested thrice", COMPLETIONS, b'{"prompt": [[[1]]]}', "prompt"),
+    ("gzip", COMPLETIONS, gzip.compress(b'{"prompt": "my secret prompt"}'), None),
+    ("two objects", COMPLETIONS, b'{"prompt": "a"}{"prompt": "b"}', None),
+    ("infinite bias", COMPLETIONS, b'{"prompt": "a", "logit_bias": {"1": -Infinity}}', "logit_bias"),
+    ("logprobs true", COMPLETIONS, b'{"prompt": "a", "logprobs": true}', "logprobs"),
+    ("reasoning limit", CHAT, chat(thinking_token_budget=5), "thinking_token_budget"),
+    ("top logprobs", CHAT, chat(logprobs=True, top_logprobs=21), "top_logprobs"),
+    ("logprobs a number", CHAT, chat(logprobs=5), "logprobs"),
+    ("max completion tokens", CHAT, chat(max_tokens=5, max_completion_tokens=0), "max_completion_tokens"),
+    (
+        "response format",
+        CHAT,
+        chat(response_format=schema({"uniqueItems": True})),
+        "response_format.json_schema.schema",
+    ),
+    ("no value", CHAT, chat(response_format=schema({"enum": []})), "response_format.json_schema.schema"),
+    ("two forms", CHAT, chat(response_format={"type": "json_object"}, guided_regex="a"), "guided_regex"),
+    ("tool recursive", CHAT, chat(tools=tool({"$ref": "#"}), tool_choice="required"), "tools"),
+    (
+        "tool elsewhere",
+        CHAT,
+        chat(tools=tool({"properties": {"a": {"$ref": "http://x"}}}), tool_choice="required"),
+        "tools",
+    ),
+    ("tool choice", CHAT, chat(tools=tool({}), tool_choice="any"), "tool_choice"),
+    ("tool choice alone", CHAT, chat(tool_choice="required"), "tools"),
+    ("tool of another type", CHAT, chat(tools=[{"type": "retrieval"}]), "tools.0.type"),
+    ("content nested", CHAT, chat([{"role": "user", "content": [["my secret prompt"]]}]), "messages.0.content"),
+    ("image", CHAT, chat([{"role": "user", "content": [{"type": "image_url"}]}]), "messages.0.content.0"),
+    ("part without text", CHAT, chat([{"role": "user", "content": [{"type": "text"}]}]), "messages.0.content.0"),
+    ("tool first", CHAT, chat([{"role": "tool", "tool_call_id": "a", "content": "my secret prompt"}]), "messages"),
+    (
+        "continue and begin",
+        CHAT,
+        chat(add_generation_prompt=True, continue_final_message=True),
+        "add_generation_prompt",
+    ),
+    ("variables", CHAT, chat(chat_template_kwargs={"messages": []}), "chat_template_kwargs"),
+    ("response's tokens", "/v1/responses", b'{"input": "a", "max_output_tokens": 0}', "max_output_tokens"),
+    ("response's schema", "/v1/responses", response(schema={"contains": {}}), "text.format.schema"),
     ("kind", COMPLETIONS, b'{"prompt": "a", "structured_outputs": {"xml": "a"}}', None),
     ("tokens", "/detokenize", b'{"tokens": [512]}', "tokens"),
     ("nothing to tokenise", "/tokenize", b"{}", "prompt"),
@@ -181,8 +242,59 @@ def test_another_model(server: RunningServer) -> None:
 
 
 def test_an_unknown_path_and_method(server: RunningServer) -> None:
-    assert_bad(server.client.get("/v1/secrets"), 404, None)
-    assert_bad(server.client.get(COMPLETIONS), 405, None)
+    assert_bad(server.client.get("/v1/secrets"), 404, None, "begin with /v1")
+    assert_bad(server.client.get(COMPLETIONS), 405, None, "POST alone")
+
+
+def test_a_slash_at_the_end_and_a_head_request(server: RunningServer) -> None:
+    assert server.client.get("/v1/models/").json()["data"][0]["id"] == "tiny"
+    assert server.post(f"{COMPLETIONS}/", prompt="a", max_tokens=1).status_code == 200
+    assert [server.client.head(path).status_code for path in ("/", "/health", "/ping/")] == [200, 200, 200]
+
+
+def test_a_field_of_several_types_is_explained(server: RunningServer) -> None:
+    message = error_of(server.post(COMPLETIONS, prompt=[1.5]), 400)["message"]
+    assert message == "prompt must be a text, a list of token ids, or a list of several texts or lists of token ids."
+    assert error_of(server.post(CHAT), 400)["message"] == "messages: Field required."
+
+
+def test_all_logprobs(server: RunningServer) -> None:
+    content = server.chat(logprobs=True, top_logprobs=-1, max_tokens=1)["choices"][0]["logprobs"]["content"]
+    assert len(content[0]["top_logprobs"]) == 512
+
+
+def request_bytes(headers: bytes = b"", body: bytes = b'{"prompt": "27 + 58 =", "temperature": 0}') -> bytes:
+    length = f"Content-Length: {len(body)}\r\n".encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n" + length
+    return head + headers + b"\r\n" + body
+
+
+def answer_to(server: RunningServer, data: bytes) -> bytes:
+    """Sends bytes as they are and returns the answer, which ends with the usage."""
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        connection.sendall(data)
+        answer = b""
+        while b'"total_tokens"' not in answer and (chunk := connection.recv(4096)):
+            answer += chunk
+    return answer
+
+
+def test_an_offer_of_http_2_is_ignored(server: RunningServer) -> None:
+    offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQC\r\n"
+    assert b'"text":" 85"' in answer_to(server, request_bytes(offer))
+
+
+def test_a_head_without_end_is_refused(server: RunningServer) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nX-Long: ")
+        with suppress(OSError):  # the server closes the connection
+            for _ in range(1000):
+                connection.sendall(b"a" * 100_000)
+            raise AssertionError("a head of 100 MB is read")
+    large = answer_to(server, request_bytes(body=b" " * 300_000 + b'{"prompt": "a"}'))
+    assert large.startswith(b"HTTP/1.1 200"), "a body may be larger than a head"
 
 
 def test_embeddings_say_that_there_are_none(server: RunningServer) -> None:

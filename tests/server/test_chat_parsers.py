@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -133,3 +134,20 @@ def test_without_parsers_all_is_content() -> None:
     with live_server(scripted_service(engine)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         answer = client.chat.completions.create(model="scripted", messages=QUESTION)
     assert answer.choices[0].message.content == engine.text
+
+
+def test_the_servers_template_its_variables_and_its_defaults(tmp_path: Path) -> None:
+    engine = ScriptedEngine()
+    engine.text = "Four."
+    (tmp_path / "template.jinja").write_text("{{ style }}|{{ messages[-1].content }}|{{ size }}|")
+    service = scripted_service(
+        engine,
+        chat_template=str(tmp_path / "template.jinja"),
+        default_chat_template_kwargs={"style": "brief", "size": 1},
+        override_generation_config={"temperature": 0.25, "top_k": 7},
+    )
+    with live_server(service) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        for extra in ({}, {"chat_template_kwargs": {"size": 2}, "top_k": 3}):
+            client.chat.completions.create(model="scripted", messages=QUESTION, extra_body=extra)
+    assert engine.prompts == ["brief|Call.|1|", "brief|Call.|2|"]
+    assert [(params.temperature, params.top_k) for params in engine.params] == [(0.25, 7), (0.25, 3)]

@@ -102,7 +102,7 @@ def test_an_abort_by_id(server: RunningServer) -> None:
 
 def test_endpoints_for_development_are_off_by_default(server: RunningServer) -> None:
     with running_server(server.engine) as plain:
-        for path in ("/abort", "/reset_prefix_cache"):
+        for path in ("/abort", "/reset_prefix_cache", "/start_profile", "/stop_profile"):
             assert plain.post(path, request_id="a").status_code == 404
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
-import sys
 import threading
 from typing import Any
 
@@ -133,6 +133,7 @@ def test_the_id_of_a_request(server: RunningServer, caplog: pytest.LogCaptureFix
     assert (second["request_id"], second["client_request_id"]) == (given.json()["id"], "order 66")
     ends = [record.fields for record in caplog.records if getattr(record, "event", "") == "request.finished"]
     assert [end["request_id"] for end in ends] == [own.json()["id"], given.json()["id"]]
+    assert [end.get("client_request_id") for end in ends] == [None, "order 66"]
 
 
 def test_the_access_log(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -162,7 +163,7 @@ def test_an_unknown_field_is_logged_once(server: RunningServer, caplog: pytest.L
     assert "my secret" not in caplog.text
 
 
-@pytest.mark.skipif(sys.modules.get("opentelemetry") is None, reason="needs opentelemetry-api")
+@pytest.mark.skipif(importlib.util.find_spec("opentelemetry") is None, reason="needs opentelemetry-api")
 def test_the_trace_of_the_client_is_continued(server: RunningServer, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "nanovllm")
     trace, span = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

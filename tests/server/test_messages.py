@@ -69,6 +69,26 @@ def test_the_reason_of_the_end(
     assert (message.stop_reason, message.stop_sequence) == expected
 
 
+def test_an_aborted_message_is_an_error(engine: ScriptedEngine, client: anthropic.Anthropic) -> None:
+    engine.text, engine.finish_reason = "Sunny.", "abort"
+    with pytest.raises(anthropic.APIStatusError, match="The request was aborted") as raised:
+        client.messages.create(**FIELDS)
+    assert raised.value.status_code == 499
+    texts = []
+    aborted = pytest.raises(anthropic.APIStatusError, match="The request was aborted")
+    with aborted, client.messages.stream(**FIELDS) as stream:
+        texts += stream.text_stream
+    assert "".join(texts) == "Sunny."
+
+
+def test_the_id_of_a_request_is_anthropics_too(engine: ScriptedEngine, client: anthropic.Anthropic) -> None:
+    message = client.messages.create(**FIELDS)
+    assert message._request_id == message.id
+    with pytest.raises(anthropic.BadRequestError) as raised:
+        client.messages.create(**{**FIELDS, "max_tokens": 0}, extra_headers={"X-Request-Id": "order 66"})
+    assert raised.value.request_id == "order 66"
+
+
 def test_events_come_in_order(engine: ScriptedEngine, client: anthropic.Anthropic) -> None:
     engine.text = f"<think>\nHmm.\n</think>\n\n{CALL}"
     thinking: Any = {"type": "enabled", "budget_tokens": 1024}

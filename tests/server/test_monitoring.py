@@ -7,7 +7,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
+from nanovllm.server.exposition import HELP
 from tests.server.running_server import RunningServer
+from tools.generate_monitoring_docs import generate_monitoring
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "monitoring.md"
@@ -26,6 +30,20 @@ def families(samples: set[str]) -> set[str]:
     histograms = {name.removesuffix("_bucket") for name in samples if name.endswith("_bucket")}
     parts = {f"{name}_{part}" for name in histograms for part in ("bucket", "count", "sum", "created")}
     return histograms | {name for name in samples - parts if not name.endswith("_created")}
+
+
+def test_the_table_is_up_to_date() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert generate_monitoring(text) == text, "run python tools/generate_monitoring_docs.py"
+
+
+def test_each_metric_has_a_sentence(server: RunningServer) -> None:
+    server.chat()
+    for family in text_string_to_metric_families(server.client.get("/metrics").text):
+        assert family.documentation == HELP[family.name]
+        assert family.documentation.endswith(".")
+        if family.name.endswith("_seconds"):
+            assert "econds" in family.documentation
 
 
 def test_the_page_has_every_metric_and_no_other(server: RunningServer) -> None:

@@ -230,3 +230,19 @@ def test_an_error_ends_a_stream(engine: ScriptedEngine, client: openai.OpenAI) -
     assert events[-1].type == "response.failed"
     assert events[-1].response.status == "failed"
     assert events[-1].response.error.code == "server_error"
+
+
+def test_an_aborted_response_has_failed(engine: ScriptedEngine, client: openai.OpenAI) -> None:
+    engine.text, engine.finish_reason = "Sunny.", "abort"
+    *_, done, last = create(client, stream=True)
+    assert (done.type, done.item.status, done.item.content[0].text) == (
+        "response.output_item.done",
+        "incomplete",
+        "Sunny.",
+    )
+    assert (last.type, last.response.status, last.response.incomplete_details) == ("response.failed", "failed", None)
+    assert last.response.error.message == "The request was aborted."
+    assert last.response.output_text == "Sunny."
+    with pytest.raises(openai.APIStatusError, match="The request was aborted") as raised:
+        create(client)
+    assert raised.value.status_code == 499

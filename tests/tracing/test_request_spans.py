@@ -19,6 +19,7 @@ from nanovllm import LLM, AsyncLLM, InvalidArgumentError, SamplingParams
 from nanovllm.tracing import otlp
 from nanovllm.utils.versions import installed_version
 from tests.engine.test_llm_engine import greedy, make_engine, run
+from tests.server.running_server import running_server
 
 pytest.importorskip("opentelemetry.sdk", reason="OpenTelemetry is not installed")
 
@@ -362,6 +363,7 @@ def test_a_collector_that_does_not_answer_holds_nobody_up(
 SCRIPT = """
 import sys
 from tests.engine.test_llm_engine import greedy, make_engine, run
+from tests.server.running_server import running_server
 engine, _ = make_engine()
 engine.add_request("a", [1], greedy(2))
 run(engine)
@@ -393,3 +395,20 @@ def test_without_the_extra_a_line_says_what_to_install(
     assert f"No spans go to {collector.url}: pip install opentelemetry-sdk " in caplog.text
     assert f"No metrics go to {collector.url}: pip install opentelemetry-sdk " in caplog.text
     assert not collector.requests
+
+
+@pytest.mark.parametrize("in_process", [False, True], ids=["thread", "process"])
+def test_the_trace_of_an_http_client_is_continued_by_the_engine(collector: Collector, in_process: bool) -> None:
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with (
+        AsyncLLM("tiny", device="cpu", num_kvcache_blocks=64, engine_process=in_process) as engine,
+        running_server(engine) as server,
+    ):
+        headers = {"traceparent": f"00-{trace}-{parent}-01", "tracestate": "vendor=1"}
+        continued, own = (
+            server.client.post("/v1/completions", json={"prompt": "27 + 58 =", "max_tokens": 2}, headers=each).json()
+            for each in (headers, {})
+        )
+    child, root = collector.spans[continued["id"]], collector.spans[own["id"]]
+    assert (child.trace_id.hex(), child.parent_span_id.hex(), child.trace_state) == (trace, parent, "vendor=1")
+    assert (root.trace_id.hex() != trace, root.parent_span_id) == (True, b"")

@@ -106,10 +106,11 @@ class ResponseEvents:
         }
         return [*events, self._event(f"response.{status}", response=self._response)]
 
-    def fail(self, error: ApiError) -> Event:
+    def fail(self, error: ApiError) -> list[Event]:
         """The response ends with an error."""
+        events = self._close("incomplete")
         self._response |= {"status": "failed", "error": {"code": "server_error", "message": error.message}}
-        return self._event("response.failed", response=self._response)
+        return [*events, self._event("response.failed", response=self._response)]
 
     def _add(self, delta: Delta) -> Iterable[Event]:
         call = delta.tool_call

@@ -1,4 +1,4 @@
-"""The OpenTelemetry span that is current where a request is added, for the log and as the parent of its span."""
+"""Caller: who added a request, for the log and as the parent of its span."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["ActiveSpan", "active_span", "span_fields"]
+__all__ = ["ActiveSpan", "Caller", "active_span"]
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,20 @@ class ActiveSpan:
     trace_id: str
     span_id: str
     context: Any = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who added a request. client_request_id: the client's own name of it."""
+
+    span: ActiveSpan | None = None  # OpenTelemetry's
+    client_request_id: str | None = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of a log record that concerns the request."""
+        fields = {} if self.client_request_id is None else {"client_request_id": self.client_request_id}
+        return fields if self.span is None else {**fields, "trace_id": self.span.trace_id, "span_id": self.span.span_id}
 
 
 def active_span() -> ActiveSpan | None:
@@ -28,8 +42,3 @@ def active_span() -> ActiveSpan | None:
         return None
     context = sys.modules["opentelemetry.context"].get_current()
     return ActiveSpan(f"{ids.trace_id:032x}", f"{ids.span_id:016x}", context)
-
-
-def span_fields(span: ActiveSpan | None) -> dict[str, Any]:
-    """Returns the fields of a log record that concerns a request with `span`."""
-    return {} if span is None else {"trace_id": span.trace_id, "span_id": span.span_id}
