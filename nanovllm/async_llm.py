@@ -14,8 +14,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.async_engine.consumers import CLIENT_REQUEST_ID, REQUEST_ID, AsyncRequest, Consumers, EngineConnection
-from nanovllm.async_engine.messages import ResetPrefixCache, StartProfile, StopProfile
+from nanovllm.async_engine.consumers import (
+    CLIENT_REQUEST_ID,
+    REQUEST_ID,
+    AsyncRequest,
+    Consumers,
+    EngineConnection,
+)
+from nanovllm.async_engine.messages import AbortNamed, ResetPrefixCache, StartProfile, StopProfile
 from nanovllm.async_engine.selection import make_connection
 from nanovllm.compat.interface import VllmInterface
 from nanovllm.compat.unsupported import REQUEST_ARGUMENTS, accepting
@@ -149,6 +155,14 @@ class AsyncLLM(VllmInterface):
                 to_end.append(ended)
         for ended in to_end:
             await ended.wait()
+
+    async def abort_named(self, request_ids: list[str]) -> int:
+        """Ends requests of all clients of the engine, by their ids. Returns how many there were.
+
+        An id `ID` also stands for `ID-0`, `ID-1` and so on.
+        """
+        number = await asyncio.wrap_future(self._consumers.ask(partial(AbortNamed, request_ids=request_ids)))
+        return int(number)
 
     def get_tokenizer(self) -> Any:
         """Returns the transformers tokenizer. Raises InvalidArgumentError when the engine was made without one."""

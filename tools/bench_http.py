@@ -1,15 +1,15 @@
 """Compares `AsyncLLM` alone with `nanovllm serve`: what HTTP costs, with one API process and with several.
 
     python tools/bench_http.py --step-ms 12                                # no device: an engine of a given pace
-    python tools/bench_http.py --model Qwen/Qwen3-0.6B --servers 1,2,4     # a real one
+    python tools/bench_http.py --model Qwen/Qwen3-0.6B --servers 0,1,2,4   # a real one
 
 `--streams` clients send requests one after another, each as soon as its last one has ended, to `/v1/completions` or
 `/v1/chat/completions` (`--chat`). Their lengths are random around `--tokens`, so that they do not end together. The
 clients run in `--clients` processes, which read the stream and parse no JSON. With `AsyncLLM` alone, coroutines in one
 process read the deltas. Each line of the table covers `--seconds`, after as many seconds of warm-up.
 
-CPU is the time of the processes in microseconds a token: of the engine, and of all others without the clients. `busy`
-is the share of the time in which the busiest API process ran.
+CPU is the time of the processes in microseconds a token: of the engine, and of all others without the clients, with
+the part of it in the system's calls. `busy` is the share of the time in which the busiest API process ran.
 """
 
 from __future__ import annotations
@@ -37,8 +37,20 @@ from nanovllm import AsyncLLM, SamplingParams
 from nanovllm.engine_args import AsyncEngineArgs
 from nanovllm.utils.argparse_utils import FlexibleArgumentParser
 
-_ROW = "{:>14} {:>9} {:>12} {:>8} {:>8} {:>8} {:>8} {:>10} {:>9} {:>6}"
-_TITLES = ("", "tokens/s", "tokens/delta", "TTFT p50", "p99 ms", "ITL p50", "p99 ms", "engine us", "API us", "busy")
+_ROW = "{:>14} {:>9} {:>12} {:>8} {:>8} {:>8} {:>8} {:>10} {:>7} {:>7} {:>6}"
+_TITLES = [
+    "",
+    "tokens/s",
+    "tokens/delta",
+    "TTFT p50",
+    "p99 ms",
+    "ITL p50",
+    "p99 ms",
+    "engine us",
+    "API us",
+    "system",
+    "busy",
+]
 _ENGINE = b"async_engine.process_main"
 _WARM_SECONDS = 2.0
 
@@ -148,7 +160,7 @@ async def ask_server(load: Load) -> Seen:
         await loop.create_connection(lambda number=number: HttpStream(load, number, seen), host, int(port))
         for number in range(load.num_streams)
     ]
-    await asyncio.gather(*(stream.closed for _, stream in made))
+    await asyncio.wait([stream.closed for _, stream in made], timeout=load.end - time.monotonic())
     return seen
 
 
@@ -167,7 +179,11 @@ async def ask_engine(engine: AsyncLLM, load: Load) -> Seen:
                 timer.arrived(1)
             timer.ended(num_tokens)
 
-    await asyncio.gather(*(stream(number) for number in range(load.num_streams)))
+    streams = [asyncio.ensure_future(stream(number)) for number in range(load.num_streams)]
+    await asyncio.wait(streams, timeout=load.end - time.monotonic())
+    for each in streams:
+        each.cancel()
+    await asyncio.gather(*streams, return_exceptions=True)
     return seen
 
 
@@ -180,10 +196,21 @@ def descendants(pid: int) -> list[int]:
     return [pid, *(each for file in children for child in file.read_text().split() for each in descendants(int(child)))]
 
 
-def cpu_seconds(pid: int) -> float:
-    """Returns the CPU time of a process so far, without that of children."""
+def cpu_seconds(pid: int) -> tuple[float, float]:
+    """Returns the CPU time of a process so far, without that of children: all of it, and that in the system."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    user, system = (int(field) / os.sysconf("SC_CLK_TCK") for field in fields[11:13])
+    return user + system, system
+
+
+@dataclass(frozen=True)
+class CpuSeconds:
+    """CPU time of the engine, of the other processes, of these in the system, and of the busiest of them."""
+
+    engine: float
+    api: float
+    api_system: float
+    busiest: float
 
 
 class CpuClock:
@@ -194,11 +221,18 @@ class CpuClock:
         self._engine = {each for each in self._pids if _ENGINE in Path(f"/proc/{each}/cmdline").read_bytes()}
         self._before = {each: cpu_seconds(each) for each in self._pids}
 
-    def seconds(self) -> tuple[float, float, float]:
-        """Returns the time of the engine, of the others, and of the busiest of these."""
-        spent = {each: cpu_seconds(each) - self._before[each] for each in self._pids}
+    def seconds(self) -> CpuSeconds:
+        spent: dict[int, tuple[float, float]] = {}
+        for pid, before in self._before.items():
+            total, system = cpu_seconds(pid)
+            spent[pid] = total - before[0], system - before[1]
         others = [seconds for pid, seconds in spent.items() if pid not in self._engine]
-        return sum(spent[pid] for pid in self._engine), sum(others), max(others)
+        return CpuSeconds(
+            engine=sum(spent[pid][0] for pid in self._engine),
+            api=sum(total for total, _ in others),
+            api_system=sum(system for _, system in others),
+            busiest=max(total for total, _ in others),
+        )
 
 
 def python(*arguments: str, **options: Any) -> subprocess.Popen[str]:
@@ -276,7 +310,7 @@ class Bench:
         clock = CpuClock(pid)
         time.sleep(max(load.end - time.monotonic(), 0))
         seconds = load.end - load.start
-        engine, others, busiest = clock.seconds()
+        cpu = clock.seconds()
         seen = Seen()
         for client in clients:
             assert client.stdout is not None
@@ -284,8 +318,9 @@ class Bench:
         cells = [f"{seen.num_tokens / seconds:.0f}", f"{seen.num_tokens / max(seen.num_deltas, 1):.2f}"]
         for values in (seen.ttft, seen.gaps):
             cells += [f"{quantile(values, share):.1f}" for share in (0.5, 0.99)]
-        cells += [f"{each / max(seen.num_tokens, 1) * 1e6:.1f}" for each in (engine, others)]
-        print(_ROW.format(name, *cells, f"{busiest / seconds:.0%}"), flush=True)
+        per_token = 1e6 / max(seen.num_tokens, 1)
+        cells += [f"{each * per_token:.1f}" for each in (cpu.engine, cpu.api, cpu.api_system)]
+        print(_ROW.format(name, *cells, f"{cpu.busiest / seconds:.0%}"), flush=True)
 
 
 # What the started processes do
@@ -324,7 +359,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--step-ms", type=float, default=0.0, help="run an engine without a device at this pace")
     parser.add_argument("--streams", type=int, default=256)
-    parser.add_argument("--servers", default="1", help="numbers of API processes, separated by commas")
+    parser.add_argument("--servers", default="0,1", help="numbers of API processes; 0: AsyncLLM alone")
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--chat", action="store_true")
     parser.add_argument("--prompt-tokens", type=int, default=32)
@@ -353,10 +388,11 @@ def main() -> int:
         return be_server(options)
     print(_ROW.format(*_TITLES))
     bench = Bench(options)
-    for _ in range(options.rounds):
-        bench.engine_alone()
-        for number in options.servers.split(","):
+    for number in options.rounds * options.servers.split(","):
+        if int(number):
             bench.server(int(number))
+        else:
+            bench.engine_alone()
     return 0
 
 

@@ -165,11 +165,10 @@ class Consumers:
         self._to_wake: dict[
             asyncio.AbstractEventLoop, list[AsyncRequest]
         ] = {}  # by loops in which a `_wake` is pending
-        self._next_question = connection.first_number
         self._questions: dict[int, Future[str]] = {}  # those without an answer
         self._dead: BaseException | None = None
         connection.start(self.receive)
-        self._next_number = connection.first_number
+        self._next_number = self._next_question = connection.first_number
         self._builder = OutputBuilder(connection.tokenizer)
 
     # Called by consumers

@@ -17,6 +17,7 @@ import numpy as np
 from typing_extensions import assert_never
 
 from nanovllm.async_engine.messages import (
+    AbortNamed,
     AbortRequest,
     AddRequest,
     Answer,
@@ -26,7 +27,6 @@ from nanovllm.async_engine.messages import (
     DropRequest,
     Event,
     Logprobs,
-    Question,
     RefuseRequest,
     RequestEnd,
     RequestRefused,
@@ -134,6 +134,8 @@ class EngineLoop(EngineObserver):
                     self._discard(request_id)
         elif isinstance(command, ResetPrefixCache):
             self.engine.reset_prefix_cache()
+        elif isinstance(command, AbortNamed):
+            self._abort_named(command)
         elif isinstance(command, (StartProfile, StopProfile)):
             self._profile(command)
         else:
@@ -161,7 +163,16 @@ class EngineLoop(EngineObserver):
         refuse = self.engine.refuse_request
         command.context.run(refuse, command.request_id, command.error, command.client_request_id)
 
-    def _profile(self, command: Question) -> None:
+    def _abort_named(self, command: AbortNamed) -> None:
+        def is_named(request_id: str) -> bool:
+            whole, _, number = request_id.rpartition("-")
+            return request_id in command.request_ids or (number.isdecimal() and whole in command.request_ids)
+
+        found = [request_id for request_id in self._requests if is_named(request_id)]
+        self.engine.abort_request(found)
+        self._deliver(Answer(command.question, str(len(found))))
+
+    def _profile(self, command: StartProfile | StopProfile) -> None:
         engine, text = self.engine, ""
         try:
             if isinstance(command, StartProfile):

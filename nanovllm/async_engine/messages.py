@@ -90,7 +90,18 @@ class StopProfile:
     question: int
 
 
-Question: TypeAlias = "StartProfile | StopProfile"  # an Answer follows
+@dataclass(frozen=True)
+class AbortNamed:
+    """End requests by their ids, whichever client asked for them. The Answer has how many there were.
+
+    An id `ID` also stands for `ID-0`, `ID-1` and so on: a server's request has several prompts.
+    """
+
+    question: int
+    request_ids: list[str]
+
+
+Question: TypeAlias = "StartProfile | StopProfile | AbortNamed"  # an Answer follows
 Command: TypeAlias = (
     "AddRequest | AbortRequest | DropRequest | DropClient | RefuseRequest | ResetPrefixCache | Question"
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Container, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeVar, cast
 
@@ -137,14 +137,15 @@ class Service:
         self._running[request_id] = exchange
         return self.engine.generate(prompt, params, request_id, client_request_id=exchange.client_request_id)
 
-    async def abort(self, request_ids: Container[str]) -> int:
+    async def abort(self, request_ids: list[str]) -> int:
         """Ends running requests, by the ids of their answers; these then have finish_reason "abort". Returns how many.
 
         A request to complete several prompts counts once for each of them.
         """
         names = [name for name, exchange in self._running.items() if exchange.request_id in request_ids]
         await self.engine.abort(names)
-        return len(names)
+        of_others = 0 if self.settings.api_server_count == 1 else await self.engine.abort_named(request_ids)
+        return len(names) + of_others
 
     def aborted(self) -> ApiError:
         """Returns the error of a request that was aborted, for the APIs whose answers have no other form for it."""

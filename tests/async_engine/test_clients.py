@@ -25,7 +25,7 @@ LONG = SamplingParams(temperature=0, max_tokens=100_000, ignore_eos=True)
 
 
 def client(process: EngineProcess) -> AsyncLLM:
-    return connected(EngineClient(CONFIG, process.add_client()))
+    return connected(CONFIG, EngineClient(CONFIG, process.add_client()))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,23 @@ def metric(client: httpx2.Client, name: str) -> float:
 
 
 @contextmanager
+def fresh(server: Process) -> Iterator[httpx2.Client]:
+    """Yields a client that opens a connection for each request: any process may answer."""
+    limits = httpx2.Limits(max_keepalive_connections=0)
+    headers = {"Authorization": "Bearer secret"}
+    with httpx2.Client(
+        base_url=server.client.base_url, headers=headers, limits=limits, timeout=PATIENCE, trust_env=False
+    ) as client:
+        yield client
+
+
+def is_draining(client: httpx2.Client) -> bool:
+    with suppress(httpx2.TransportError):  # this process has ended
+        return client.post("/v1/completions", json={"prompt": "a"}).status_code == 503
+    return False
+
+
+@contextmanager
 def open_stream(client: httpx2.Client, **fields: Any) -> Iterator[Iterator[str]]:
     """Yields the lines of a stream that has begun."""
     with client.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 4000, **fields}) as stream:
@@ -99,13 +116,31 @@ def test_the_queue_and_the_load_are_those_of_all(server: Process) -> None:
         assert until(lambda: metric(other, "num_requests_running") == 0)
 
 
+def test_any_process_aborts_the_requests_of_all(server: Process) -> None:
+    with clients_of(server) as clients:
+        one, other = clients.values()
+        for prompt, count in (("count", 1), (["count", "on"], 2)):
+            body = {**LONG, "prompt": prompt, "max_tokens": 4000}
+            with one.stream("POST", "/v1/completions", json=body) as stream:
+                lines = (line.removeprefix("data: ") for line in stream.iter_lines() if line)
+                name = json.loads(next(lines))["id"]
+                assert until(lambda count=count: metric(other, "num_requests_running") == count)  # type: ignore[misc]
+                assert other.post("/abort", json={"request_id": name.partition("-")[0]}).json() == {"aborted": 0}
+                assert other.post("/abort", json={"request_id": [name, "unknown"]}).json() == {"aborted": count}
+                *chunks, done = lines
+            assert done == "[DONE]"
+            reasons = [choice["finish_reason"] for chunk in chunks for choice in json.loads(chunk)["choices"]]
+            assert reasons.count("abort") == count
+        assert other.post("/abort", json={"request_id": name}).json() == {"aborted": 0}
+
+
 def test_a_process_that_is_killed_takes_its_requests_along(tmp_path: Path) -> None:
-    with serving(tmp_path / "log", *TWO) as server, clients_of(server) as clients:
+    with serving(tmp_path / "log", *TWO) as server, clients_of(server) as clients, fresh(server) as either:
         (killed, one), (stays, other) = clients.items()
         with open_stream(one, n=4), open_stream(other, max_tokens=300) as goes_on:
-            assert metric(other, "num_requests_running") == 5
+            assert metric(either, "num_requests_running") == 5
             os.kill(killed, signal.SIGKILL)
-            assert until(lambda: metric(other, "num_requests_running") <= 1)
+            assert until(lambda: metric(either, "num_requests_running") <= 1)
             *_, done = goes_on
             assert done == "data: [DONE]"
         (lost,) = server.records("api_process.lost")
@@ -115,10 +150,9 @@ def test_a_process_that_is_killed_takes_its_requests_along(tmp_path: Path) -> No
             assert killed not in now
             for client in now.values():
                 assert until(lambda client=client: client.get("/health").status_code == 200)  # type: ignore[misc]
-            (_, one), (_, other) = now.items()
-            with open_stream(one, max_tokens=300) as lines:
+            with open_stream(next(iter(now.values())), max_tokens=300) as lines:
                 server.process.send_signal(signal.SIGTERM)
-                assert until(lambda: other.post("/v1/completions", json={"prompt": "a"}).status_code == 503)
+                assert until(lambda: is_draining(either))
                 *_, done = lines
             assert done == "data: [DONE]"
         assert server.end() == 0
