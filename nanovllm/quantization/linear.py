@@ -25,7 +25,8 @@ class _FromFormats:
 
     def sources(self, layer: LinearLayer, prefix: str) -> list[Source]:
         parts = zip(self.formats, matrix_parts(layer, prefix), strict=True)
-        return [source for form, part in parts for source in form.sources(part)]
+        sources = [source for form, part in parts for source in form.sources(part)]
+        return [each for each in sources if layer.bias is None or not each.name.endswith(".bias")]
 
     def read(self, layer: LinearLayer, prefix: str, tensors: Mapping[str, torch.Tensor]) -> list[Matrix]:
         parts = zip(self.formats, matrix_parts(layer, prefix), strict=True)

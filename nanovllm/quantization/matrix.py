@@ -61,6 +61,13 @@ class MatrixPart:
         scale = tensors[f"{self.name}.weight_scale"].float().reshape(-1, 1)
         return scale.expand(self.outputs.total, 1)[self.outputs.start : self.outputs.stop]
 
+    def trim(self, entries: torch.Tensor, dim: int, per_word: int) -> torch.Tensor:
+        """Returns the entries of this part, of those that were unpacked along `dim` from words of `per_word` each."""
+        cut, shard = self.cut
+        if dim == cut:
+            return entries.narrow(dim, shard.start % per_word, shard.size)
+        return entries.narrow(dim, 0, self.inputs.total if dim == 1 else self.outputs.total)
+
     def align(self, entries: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, tuple[int, int]]:
         """Returns entries for blocks that begin and end with this part, and the size of these blocks.
 

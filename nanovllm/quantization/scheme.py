@@ -22,7 +22,7 @@ from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
-_EVERY_LINEAR_LAYER = "Linear"
+EVERY_LINEAR_LAYER = ("Linear",)
 # Scales of a KV cache that some checkpoints have. The FP8 cache measures its own, for each token and head.
 _CACHE_SCALES = ("k_scale", "v_scale", "attn.k_scale", "attn.v_scale", "k_proj.k_scale", "v_proj.v_scale")
 
@@ -37,7 +37,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the matrices of a model are stored. The first group that has a module counts; others are not quantised."""
+    """How the matrices of a model are stored.
+
+    A group that names a module counts before one that has every linear layer. Modules of no group are not quantised.
+    """
 
     name: str  # as `quantization` and `quant_method` spell it
     groups: tuple[Group, ...]
@@ -48,7 +51,10 @@ class Quantization:
         """Returns the format of a module, which may have several names."""
         if not any(matches(name, self.ignore) for name in names):
             for group in self.groups:
-                if _EVERY_LINEAR_LAYER in group.targets or any(matches(name, group.targets) for name in names):
+                if any(matches(name, group.targets) for name in names):
+                    return group.format
+            for group in self.groups:
+                if EVERY_LINEAR_LAYER[0] in group.targets:
                     return group.format
         return UNQUANTIZED
 

@@ -347,11 +347,11 @@ def _locate(files: Mapping[Path, Any], form: CheckpointForm) -> dict[str, _Store
 
 def _needs(model: nn.Module, plan: Mapping[str, Sequence[WeightPart]]) -> dict[str, Source]:
     """Returns the tensors that fill the model's parameters, by name. Only their whole forms matter here."""
-    parts = [part for parts in plan.values() for part in parts]
-    needs = {part.name: Source(part.name, (part.shape,)) for part in parts if part.name is not None}
+    needs: dict[str, Source] = {}
     for prefix, module, method in _converted(model):
         needs |= {source.name: source for source in method.sources(module, prefix)}
-    return needs
+    parts = [part for parts in plan.values() for part in parts]
+    return needs | {part.name: Source(part.name, (part.shape,)) for part in parts if part.name is not None}
 
 
 def _compare(
