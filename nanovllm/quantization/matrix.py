@@ -76,7 +76,7 @@ class MatrixPart:
         """
         dim, shard = self.cut
         size = math.gcd(block[dim], shard.start, shard.size)
-        if size == block[dim] or (shard.start % block[dim] == 0 and shard.stop == shard.total):
+        if size == block[dim] or not shard.is_cut:
             return entries, block
         first = shard.start % block[dim] // size
         entries = entries.repeat_interleave(block[dim] // size, dim).narrow(dim, first, shard.size // size)
