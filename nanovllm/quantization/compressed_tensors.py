@@ -139,7 +139,7 @@ def read_compressed_tensors(fields: Fields) -> Quantization:
         why = "kv_cache_dtype='fp8' measures a scale for each token and head"
         events.model_ignored.log(logger, ignored="quantization_config.kv_cache_scheme", why=why)
     groups = tuple(_read_group(group, fields) for group in fields.objects("config_groups"))
-    return Quantization("compressed-tensors", groups, fields.names("ignore"))
+    return Quantization("compressed-tensors", groups, fields.names("ignore"), has_head=True)
 
 
 def _read_group(group: Fields, config: Fields) -> Group:

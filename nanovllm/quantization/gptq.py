@@ -102,7 +102,6 @@ def read_gptq(fields: Fields) -> Quantization:
     fields.choice("bits", (4,))
     version = fields.choice("checkpoint_format", ("gptq", "gptq_v2"), "gptq")
     fields.choice("is_marlin_format", (False,), False)
-    fields.choice("lm_head", (False,), False)
     if fields.get("dynamic"):
         raise fields.unsupported("dynamic", "absent: the same settings for all modules")
     form = GptqFormat(
@@ -111,7 +110,12 @@ def read_gptq(fields: Fields) -> Quantization:
         desc_act=fields.choice("desc_act", (True, False), False),
         zero_offset=1 if version == "gptq" else 0,
     )
-    return Quantization("gptq", (Group(_targets(fields), form),), fields.names("modules_to_not_convert"))
+    return Quantization(
+        "gptq",
+        (Group(_targets(fields), form),),
+        fields.names("modules_to_not_convert"),
+        has_head=fields.choice("lm_head", (True, False), False),
+    )
 
 
 def _targets(fields: Fields) -> tuple[str, ...]:

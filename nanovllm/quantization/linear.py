@@ -32,6 +32,10 @@ class _FromFormats:
         parts = zip(self.formats, matrix_parts(layer, prefix), strict=True)
         return [form.read(part, tensors) for form, part in parts]
 
+    def empty_unquantized(self, layer: LinearLayer) -> torch.Tensor:
+        shape = (layer.num_outputs, layer.inputs.size)
+        return torch.empty(shape, dtype=layer.dtype, device=layer.weight.device)
+
 
 def matrix_parts(layer: LinearLayer, prefix: str) -> list[MatrixPart]:
     """Returns this rank's part of each checkpoint matrix of a layer."""

@@ -13,6 +13,7 @@ from nanovllm.quantization.matrix import MatrixPart, QuantizedMatrix
 INT32 = ("I32",)
 NIBBLES = 8  # 4-bit integers of a word
 SYMMETRIC_ZERO = 8
+_MAX_GROUP = 1 << 20  # inputs; no published model has as many
 
 
 def unpack(words: torch.Tensor, dim: int, num_bits: int, order: Sequence[int] | None = None) -> torch.Tensor:
@@ -66,7 +67,7 @@ def read_group_size(fields: Fields) -> int | None:
     value = fields.get("group_size")
     if value == -1:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 32 or value % 32:
+    if not isinstance(value, int) or isinstance(value, bool) or not 32 <= value <= _MAX_GROUP or value % 32:
         raise fields.unsupported("group_size", "32, 64, 128 or another multiple of 32, or -1 for one group")
     return value
 

@@ -75,8 +75,12 @@ class ConvertsWeights(Protocol):
         """Fills the parameters from what was read of each source, by its name; all are on the module's device."""
         ...
 
+    def empty_unquantized(self, module: Any) -> torch.Tensor:
+        """Returns an unquantised weight [outputs, inputs] of this rank without values, on the module's device."""
+        ...
+
     def store_unquantized(self, module: Any, weight: torch.Tensor) -> None:
-        """Fills the parameters from a weight [outputs, inputs] of this rank."""
+        """Fills the parameters from such a weight."""
         ...
 
 
@@ -163,9 +167,8 @@ def load_dummy_weights(model: nn.Module, device: torch.device, seed: int = 0) ->
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     for _, module, method in _converted(model):
-        shape = (module.num_outputs, module.inputs.size)
-        weight = torch.empty(shape, dtype=module.dtype, device=device)  # [num_outputs, inputs]
-        method.store_unquantized(module, weight.normal_(0.0, shape[1] ** -0.5, generator=generator))
+        weight = method.empty_unquantized(module)  # [outputs, inputs]
+        method.store_unquantized(module, weight.normal_(0.0, weight.shape[1] ** -0.5, generator=generator))
     return _report(parameters, 0, started)
 
 

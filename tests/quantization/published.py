@@ -29,6 +29,7 @@ def make_quantized(
     config: dict[str, Any],
     *,
     keep: Callable[[str], bool] = lambda name: False,
+    with_head: bool = False,
     sharded: bool = False,
     **shape: Any,
 ) -> tuple[Path, Path]:
@@ -39,7 +40,7 @@ def make_quantized(
     content = load_file(plain / "model.safetensors")
     stored = dict(content)
     for name, tensor in content.items():
-        if name.endswith("_proj.weight") and not keep(name):
+        if name.endswith(("_proj.weight", "lm_head.weight" if with_head else " ")) and not keep(name):
             tensors, content[name] = quantize(tensor)
             del stored[name]
             stored |= {name.removesuffix("weight") + end: each.contiguous() for end, each in tensors.items()}
