@@ -60,6 +60,20 @@ def test_the_accuracy_of_quantised_weights_is_printed(tmp_path: Path) -> None:
 # bench.py
 
 
+def test_bench_counts_the_bytes_of_quantised_weights() -> None:
+    arguments = "--json --device cpu --model tiny --workload mixed --num-seqs 2 --runs 2 --quantization int8"
+    done = run_script("bench.py", *arguments.split())
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["engine"]["quantization"] == "int8"
+    layers, table = 4 * 256 * (512 + 256 + 3 * 512), 512 * 256  # the table is float32
+    assert report["results"][0]["weight_bytes_per_step"] == pytest.approx(layers + 4 * table, rel=0.5)
+    assert report["results"][0]["weight_bytes_per_step"] < 2 * (layers + table)
+    refused = run_script("bench.py", *arguments.split(), "--compare", "transformers")
+    assert refused.returncode == 1
+    assert "--compare transformers is for unquantised weights" in refused.stderr
+
+
 def test_bench_json_is_one_line_and_adds_up() -> None:
     arguments = "--json --device cpu --model tiny --workload mixed shared --num-seqs 3 --runs 3 --seed 7"
     done = run_script("bench.py", *arguments.split())
