@@ -30,6 +30,7 @@ from nanovllm.utils.torch_files import TorchFile
 FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors spells them
 _COMPUTED = ".rotary_emb.inv_freq"  # older transformers saved this buffer, which every model computes itself
 _HEAD = "lm_head.weight"
+_QUANTIZED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")  # ends of names
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _MOST_LISTED = 10  # names in an error
 _MAX_TEXT = 300  # characters of another library's error
@@ -379,9 +380,11 @@ def _compare(
     faults = {"missing from the checkpoint": missing, "unknown to the model": unknown, "of another form": wrong}
     if any(faults.values()):
         listed = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
-        way_out = (
-            " hf_overrides={'tie_word_embeddings': True} takes the embedding for it." if missing == [_HEAD] else ""
-        )
+        way_out = ""
+        if missing == [_HEAD]:
+            way_out = " hf_overrides={'tie_word_embeddings': True} takes the embedding for it."
+        elif any(name.endswith(_QUANTIZED) for name in others) and not any(name.endswith(_QUANTIZED) for name in needs):
+            way_out = " The weights are quantised: config.json needs a quantization_config that says how."
         raise ModelLoadError(f"{folder} does not fit the model: {listed}.{way_out}")
 
 

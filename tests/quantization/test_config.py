@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanovllm import LLM, InvalidArgumentError, ModelLoadError
+from nanovllm import LLM, InvalidArgumentError, ModelLoadError, SamplingParams
 from nanovllm.layers.linear_method import LinearLayer
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.quantization.head import DequantizedHead
@@ -104,6 +105,31 @@ def test_a_regular_expression_that_is_none() -> None:
     with pytest.raises(ModelLoadError, match=r"the name 're:\(xx.*no regular expression") as caught:
         quantization.format_of(["model.layers.0.mlp.down_proj"])
     assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("regex", ["(a+)+", r"(\w+.)*x", ".*.*.*.*.*.*.*x", "(a|b){30}"])
+def test_a_regular_expression_that_could_take_for_ever(regex: str) -> None:
+    with pytest.raises(ModelLoadError, match="may take for ever to match: at most 6 repetitions"):
+        matches("model.layers.0.self_attn.q_proj", [f"re:{regex}"])
+
+
+@pytest.mark.parametrize(
+    ("quantize", "config"),
+    [
+        (fp8_blocks, FP8_BLOCKS),
+        (partial(fp8_tensor, input_scale=True), FP8 | {"activation_scheme": "static"}),
+        (gptq, GPTQ | {"desc_act": True}),
+        (int8_channels, compressed(ignore=["lm_head"])),
+    ],
+)
+def test_random_weights_in_the_form_of_a_checkpoint(quantize: Any, config: Any, tmp_path: Path) -> None:
+    _, folder = make_quantized(tmp_path, quantize, config, **WIDE)
+    (folder / "model.safetensors").unlink()
+    with LLM(str(folder), device="cpu", load_format="dummy", skip_tokenizer_init=True, num_kvcache_blocks=8) as llm:
+        assert llm.llm_engine.resolved.quantization == config["quant_method"]
+        output = llm.generate([[5, 6, 7]], SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)[0]
+        assert output.error is None
+        assert len(output["token_ids"]) == 4
 
 
 @pytest.mark.parametrize("config", [FP8_BLOCKS, AWQ | {"group_size": 128}, GPTQ, compressed()])
@@ -310,5 +336,5 @@ def test_what_a_file_may_have_besides(tmp_path: Path) -> None:
 def test_a_quantised_file_without_a_quantization_config(tmp_path: Path) -> None:
     _, folder = make_quantized(tmp_path, fp8_blocks, FP8_BLOCKS)
     change_config(folder, quantization_config=None)
-    with pytest.raises(ModelLoadError, match="weight has dtype F8_E4M3"):
+    with pytest.raises(ModelLoadError, match="weight has dtype F8_E4M3.*config.json needs a quantization_config"):
         load_model(folder)
