@@ -22,7 +22,8 @@ _LARGEST = 15
 
 
 class Int4Linear(QuantizedLinear):
-    """Parameters: `weight` as `pack_int4` makes it, `weight_scale`, and `weight_zeros` unless all are 8.
+    """Parameters: `weight` as `pack_int4` makes it, `weight_scale` [groups, outputs], and `weight_zeros` unless all
+    are 8.
 
     group_size: inputs that share a scale, or WHOLE_ROW. Where groups are not neighbouring inputs, the buffer
     `input_order` says which input each column of the weight belongs to.
@@ -37,11 +38,11 @@ class Int4Linear(QuantizedLinear):
 
     def create_weights(self, layer: LinearLayer) -> None:
         outputs, inputs = layer.num_outputs, layer.inputs.size
-        packed = pack_int4(torch.empty(outputs, inputs, dtype=torch.int8, device="meta"))
-        layer.weight = empty_parameter(*packed.shape, dtype=packed.dtype)
-        shape = (outputs, 1 if self.group_size == WHOLE_ROW else inputs // self.group_size)
-        layer.weight_scale = empty_parameter(*shape, dtype=layer.dtype)
-        zeros = empty_parameter(*shape, dtype=torch.uint8) if self.has_zeros else None
+        row = pack_int4(torch.zeros(1, inputs, dtype=torch.int8))  # on a meta tensor it would import much of torch
+        layer.weight = empty_parameter(outputs, row.shape[1], dtype=row.dtype)
+        shape = (1 if self.group_size == WHOLE_ROW else inputs // self.group_size, outputs)
+        layer.weight_scale = empty_parameter(*shape, dtype=torch.float32)
+        zeros = empty_parameter(*shape, dtype=torch.float32) if self.has_zeros else None
         layer.register_parameter("weight_zeros", zeros)
         layer.register_buffer("input_order", None, persistent=False)
 
@@ -63,10 +64,10 @@ class Int4Linear(QuantizedLinear):
 
     def fill(self, layer: LinearLayer, matrices: Sequence[QuantizedMatrix]) -> None:
         layer.weight.copy_(pack_int4(torch.cat([each.values for each in matrices])))
-        cast(torch.Tensor, layer.weight_scale).copy_(torch.cat([each.scale for each in matrices]))
+        cast(torch.Tensor, layer.weight_scale).copy_(torch.cat([each.scale for each in matrices]).T)
         if self.has_zeros:
             zeros = torch.cat([cast(torch.Tensor, each.zeros) for each in matrices])
-            cast(torch.Tensor, layer.weight_zeros).copy_(zeros)
+            cast(torch.Tensor, layer.weight_zeros).copy_(zeros.T)
         order = matrices[0].order
         for piece, matrix in zip(layer.pieces, matrices, strict=True):
             if not _same_order(matrix.order, order):
@@ -85,7 +86,8 @@ class Int4Linear(QuantizedLinear):
         if (order := _order(layer)) is not None:
             hidden = hidden.index_select(1, order)
         scale, zeros = cast(torch.Tensor, layer.weight_scale), cast("torch.Tensor | None", layer.weight_zeros)
-        return int4_linear(hidden, layer.weight, scale, zeros, bias, group_size=self.group_size, **fused)
+        zeros = None if zeros is None else zeros.T
+        return int4_linear(hidden, layer.weight, scale.T, zeros, bias, group_size=self.group_size, **fused)
 
 
 def make_int4(layer: LinearLayer, formats: Sequence[Format]) -> Int4Linear:
