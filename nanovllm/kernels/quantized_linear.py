@@ -110,7 +110,8 @@ def int4_linear(
 ) -> torch.Tensor:
     """Returns act(rms_norm(hidden) · ((weight − zeros) · scale)ᵀ + bias) + residual.
 
-    weight: from `pack_int4`. scale [outputs, inputs / group_size], zeros of the same shape, from 0 to 15; None: 8. group_size −1: all inputs.
+    weight: from `pack_int4`. scale [outputs, inputs / group_size] of any float dtype, zeros of the same shape uint8,
+    from 0 to 16; None: 8. group_size −1: all inputs.
     → [num_tokens, outputs, or half as many if gated], of hidden's dtype.
     """
     group_size = hidden.shape[1] if group_size == -1 else group_size
