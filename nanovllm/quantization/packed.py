@@ -13,7 +13,7 @@ from nanovllm.quantization.matrix import MatrixPart, QuantizedMatrix
 INT32 = ("I32",)
 NIBBLES = 8  # 4-bit integers of a word
 SYMMETRIC_ZERO = 8
-_MAX_GROUP = 1 << 20  # inputs; no published model has as many
+_GROUP_SIZES = (32, 64, 128)  # inputs
 
 
 def unpack(words: torch.Tensor, dim: int, num_bits: int, order: Sequence[int] | None = None) -> torch.Tensor:
@@ -64,12 +64,8 @@ def _check_groups(part: MatrixPart, group_index: torch.Tensor, num_groups: int) 
 
 def read_group_size(fields: Fields) -> int | None:
     """Returns the inputs that share a scale; None: all."""
-    value = fields.get("group_size")
-    if value == -1:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 32 <= value <= _MAX_GROUP or value % 32:
-        raise fields.unsupported("group_size", "32, 64, 128 or another multiple of 32, or -1 for one group")
-    return value
+    size: int = fields.choice("group_size", (*_GROUP_SIZES, -1))  # -1: one group
+    return None if size == -1 else size
 
 
 def check_divides(part: MatrixPart, group_size: int) -> None:

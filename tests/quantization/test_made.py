@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from nanovllm.layers.linear_method import LinearLayer, UnquantizedLinear
 from nanovllm.layers.parallel import Shard
 from nanovllm.quantization.registry import MADE
 from nanovllm.utils.loader import materialise
+from tests.end_to_end.test_families import prompts_that_share, random_schedule
 from tests.end_to_end.test_oracle import engine_tokens, random_prompts, reference_tokens
 from tests.models.checkpoints import FAMILIES, make_checkpoint
 from tests.models.paged_model import CPU, load_model
@@ -103,6 +105,17 @@ def test_greedy_tokens_of_every_family(family: str, tmp_path: Path) -> None:
         }
         save_file(rounded, path, {"format": "pt"})
     assert tokens == reference_tokens(folder, prompts, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])  # activations are not rounded
+def test_the_same_tokens_under_any_schedule(quantization: str, tmp_path: Path) -> None:
+    rng = random.Random(quantization)
+    folder = make_qwen3_checkpoint(tmp_path, attention_bias=True, num_key_value_heads=4)
+    prompts = prompts_that_share(rng)
+    expected = engine_tokens(folder, prompts, NUM_TOKENS, quantization=quantization)
+    for _ in range(2):
+        schedule = random_schedule(rng)
+        assert engine_tokens(folder, prompts, NUM_TOKENS, quantization=quantization, **schedule) == expected, schedule
 
 
 @pytest.mark.parametrize("quantization", MADE)
