@@ -145,6 +145,7 @@ def test_the_command_line_has_every_argument() -> None:
         ("--engine-process false --fast-start", {"engine_process": False, "fast_start": True}),
         ("--enforce-eager=False --no-enable-prefix-caching false", {}),
         ("--task generate --pipeline-parallel-size 1", {}),
+        ("--quantization fp8 --load-format dummy", {"quantization": "fp8", "load_format": "dummy"}),
     ],
 )
 def test_options_are_arguments(line: str, arguments: dict[str, Any]) -> None:
