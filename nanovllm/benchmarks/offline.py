@@ -27,6 +27,9 @@ from nanovllm.utils import env
 
 def run_benchmark(settings: BenchmarkSettings, plan: Plan, say: Say, started: float) -> dict[str, Any]:
     """Starts an engine and runs the plan. Returns the JSON report. `started` is when the command began."""
+    is_quantized = settings.engine_options.get("quantization") or plan.model_config.quantization_config
+    if settings.compare_with_transformers and is_quantized:
+        raise WorkloadError("--compare transformers is for unquantised weights: it runs the model in one dtype.")
     load = load_average()  # before this process adds its own
     arguments = _llm_arguments(settings, plan)
     start_time = time.perf_counter()
@@ -60,9 +63,11 @@ def _started_report(
     engine.add_request("first output", [0] * 16, SamplingParams(max_tokens=1, ignore_eos=True))
     while engine.has_unfinished_requests():
         engine.step()
+    memory = engine.diagnostics.memory_report()
     return {
         **_header(settings, plan),
         "engine": asdict(engine.resolved),
+        "weight_bytes": sum(rank.weights for rank in (memory, *memory.others)),
         "load_average": load,
         "start_seconds": start_seconds,
         "first_output_seconds": time.perf_counter() - started,

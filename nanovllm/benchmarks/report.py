@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,10 @@ def result_of(
     itemsize = getattr(torch, report["engine"]["dtype"]).itemsize
     fp8_cache = report["engine"]["kv_cache_dtype"] == "fp8_e4m3"
     needed = traffic(config, itemsize, requests, fp8_cache=fp8_cache)
+    is_quantized = report["engine"]["quantization"] is not None
+    if is_quantized:
+        embedding = 0 if config.tie_word_embeddings else itemsize * config.vocab_size * config.embedding_size
+        needed = replace(needed, weight_bytes=report["weight_bytes"] - embedding)
     reached = needed.total(best.num_steps) / best.seconds
     peers = peers_of(report["model"], name, len(requests.prompts), fp8_cache=fp8_cache)
     return {
@@ -60,7 +64,7 @@ def result_of(
         "bytes_moved": needed.total(best.num_steps),
         "bytes_per_second": reached,
         "share_of_copy_bandwidth": reached / report["copy_bytes_per_second"],
-        "peers_seconds": dict(peers) if report["tensor_parallel_size"] == 1 else {},
+        "peers_seconds": {} if is_quantized or report["tensor_parallel_size"] > 1 else dict(peers),
     }
 
 
@@ -76,7 +80,8 @@ def introduce(report: dict[str, Any], say: Say) -> None:
     engine, found = report["engine"], report["versions"]
     say(
         f"nanovllm {found['nanovllm']}, torch {found['torch']} on {report['device_name']}\n"
-        f"model {report['model']} (load_format={report['load_format']}) in {engine['dtype']}; attention: prefill "
+        f"model {report['model']} (load_format={report['load_format']}) in {engine['dtype']}, "
+        f"weights in {engine['quantization'] or engine['dtype']}; attention: prefill "
         f"{engine['prefill_backend']}, decode {engine['decode_backend']}, pages of {engine['block_size']} tokens "
         f"in {engine['kv_cache_dtype']}; "
         f"CUDA graphs: {'yes' if engine['use_cuda_graphs'] else 'no'}; temperature {report['temperature']}; "

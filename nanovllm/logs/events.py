@@ -32,7 +32,9 @@ cpu_threads = Event(
 runner_init = Event(
     "runner.init", INFO, "engine.model_runner", "Initializing ModelRunner (rank {rank})", in_summary=False
 )
-model_ignored = Event("model.ignored", WARNING, "models.model_config", "{ignored} is ignored: {why}")
+model_ignored = Event(
+    "model.ignored", WARNING, "models.model_config quantization.compressed_tensors", "{ignored} is ignored: {why}"
+)
 attention_selected = Event(
     "attention.selected",
     INFO,
@@ -55,7 +57,7 @@ quantization_chosen = Event(
     "quantization.chosen",
     INFO,
     "quantization.scheme",
-    "Quantization {quantization}, {origin}. Linear layers: {layers}",
+    "Quantization {quantization}, {origin}: {gigabytes:.2f}GB of weights, linear layers: {layers}",
 )
 model_weights = Event(
     "model.weights",

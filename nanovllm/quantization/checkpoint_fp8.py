@@ -12,7 +12,7 @@ from nanovllm.layers.linear_method import LinearLayer
 from nanovllm.quantization.fields import Fields
 from nanovllm.quantization.fp8 import Fp8Linear, blocks_fit
 from nanovllm.quantization.matrix import MatrixPart, QuantizedMatrix
-from nanovllm.quantization.scheme import Group, Quantization
+from nanovllm.quantization.scheme import EVERY_LINEAR_LAYER, Group, Quantization
 from nanovllm.utils.loader import Source
 
 _E4M3 = ("F8_E4M3",)
@@ -61,4 +61,6 @@ def read_fp8(fields: Fields) -> Quantization:
     if block is not None and is_static:
         raise fields.unsupported("activation_scheme", "'dynamic' beside weight_block_size")
     form = Fp8Format(None if block is None else "weight_scale_inv", is_static)
-    return Quantization("fp8", (Group(("Linear",), form),), fields.names("modules_to_not_convert", "ignored_layers"))
+    return Quantization(
+        "fp8", (Group(EVERY_LINEAR_LAYER, form),), fields.names("modules_to_not_convert", "ignored_layers")
+    )

@@ -73,10 +73,11 @@ def quantize_fp8(weight: torch.Tensor, block: tuple[int, int]) -> QuantizedMatri
 
 
 def blocks_fit(layer: LinearLayer) -> bool:
-    """Returns whether blocks of this rank's weight are blocks of the checkpoint's matrices.
+    """Returns whether blocks of each rank's weight are blocks of the checkpoint's matrices; the same on every rank.
 
     The pieces are stacked, and each must begin where a block does, in the checkpoint and in the stack.
     """
-    if layer.inputs.is_cut:
-        return layer.inputs.start % FP8_BLOCK == 0
-    return all(piece.row % FP8_BLOCK == 0 and piece.outputs.start % FP8_BLOCK == 0 for piece in layer.pieces)
+    cuts = [layer.inputs] if layer.inputs.is_cut else [piece.outputs for piece in layer.pieces]
+    return all(not cut.is_cut or cut.size % FP8_BLOCK == 0 for cut in cuts) and all(
+        piece.row % FP8_BLOCK == 0 for piece in layer.pieces
+    )

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 
+from nanovllm.errors import ModelLoadError
 from nanovllm.kernels.quantized_linear import int4_linear, pack_int4
 from nanovllm.layers.linear_method import LinearLayer
 from nanovllm.layers.parameter import empty_parameter
@@ -24,19 +25,16 @@ class Int4Linear(QuantizedLinear):
     """Parameters: `weight` as `pack_int4` makes it, `weight_scale` [groups, outputs], and `weight_zeros` unless all
     are 8.
 
-    group_size: inputs that share a scale. is_permuted: groups are not neighbouring inputs; the buffer `input_order`
-    says which input each column of the weight belongs to.
+    group_size: inputs that share a scale, or WHOLE_ROW. Where groups are not neighbouring inputs, the buffer
+    `input_order` says which input each column of the weight belongs to.
     """
 
     kept_as = "int4"
 
-    def __init__(
-        self, formats: Sequence[Format], group_size: int, *, has_zeros: bool, is_permuted: bool = False
-    ) -> None:
+    def __init__(self, formats: Sequence[Format], group_size: int, *, has_zeros: bool) -> None:
         super().__init__(formats)
         self.group_size = group_size
         self.has_zeros = has_zeros
-        self.is_permuted = is_permuted
 
     def create_weights(self, layer: LinearLayer) -> None:
         outputs, inputs = layer.num_outputs, layer.inputs.size
@@ -46,6 +44,7 @@ class Int4Linear(QuantizedLinear):
         layer.weight_scale = empty_parameter(*shape, dtype=torch.float32)
         zeros = empty_parameter(*shape, dtype=torch.float32) if self.has_zeros else None
         layer.register_parameter("weight_zeros", zeros)
+        layer.register_buffer("input_order", None, persistent=False)
 
     def quantize(self, weight: torch.Tensor) -> QuantizedMatrix:
         """Returns integers of which 0 and 15 are the smallest and the largest value of a group."""
@@ -69,10 +68,23 @@ class Int4Linear(QuantizedLinear):
         if self.has_zeros:
             zeros = torch.cat([cast(torch.Tensor, each.zeros) for each in matrices])
             cast(torch.Tensor, layer.weight_zeros).copy_(zeros.T)
+        order = matrices[0].order
+        for piece, matrix in zip(layer.pieces, matrices, strict=True):
+            if not _same_order(matrix.order, order):
+                raise ModelLoadError(
+                    f"g_idx of {piece.name} is not that of {layer.pieces[0].name}. The two are multiplied together, "
+                    "which needs the same order of inputs: take a checkpoint without activation order (desc_act)."
+                )
+        layer.register_buffer("input_order", order, persistent=False)
+
+    def fuses(self, layer: LinearLayer, hidden: torch.Tensor) -> bool:
+        return _order(layer) is None and super().fuses(layer, hidden)
 
     def product(
         self, layer: LinearLayer, hidden: torch.Tensor, bias: torch.Tensor | None, **fused: Any
     ) -> torch.Tensor:
+        if (order := _order(layer)) is not None:
+            hidden = hidden.index_select(1, order)
         scale, zeros = cast(torch.Tensor, layer.weight_scale), cast("torch.Tensor | None", layer.weight_zeros)
         zeros = None if zeros is None else zeros.T
         return int4_linear(hidden, layer.weight, scale.T, zeros, bias, group_size=self.group_size, **fused)
@@ -80,8 +92,31 @@ class Int4Linear(QuantizedLinear):
 
 def make_int4(layer: LinearLayer, formats: Sequence[Format]) -> Int4Linear:
     """Returns the method of a layer whose unquantised weight becomes INT4: groups of 128, or what the inputs allow."""
-    size = math.gcd(layer.inputs.size, _GROUP)
-    return Int4Linear(formats, size if size >= MIN_GROUP else WHOLE_ROW, has_zeros=True)
+    return int4_method(layer, formats, _GROUP, has_zeros=True) or Int4Linear(formats, WHOLE_ROW, has_zeros=True)
+
+
+def int4_method(
+    layer: LinearLayer, formats: Sequence[Format], group_size: int, *, has_zeros: bool
+) -> Int4Linear | None:
+    """Returns the method of a layer with groups of `group_size` inputs; None if this rank's part has too small ones.
+
+    Where a part begins or ends within a group, groups are smaller, and several have the same scale.
+    """
+    inputs = layer.inputs
+    size = math.gcd(group_size, inputs.start, inputs.size)
+    if size == inputs.size:
+        return Int4Linear(formats, WHOLE_ROW, has_zeros=has_zeros)
+    return Int4Linear(formats, size, has_zeros=has_zeros) if size >= MIN_GROUP else None
+
+
+def _order(layer: LinearLayer) -> torch.Tensor | None:
+    return cast("torch.Tensor | None", layer.input_order)
+
+
+def _same_order(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
 
 
 def _nonzero(scale: torch.Tensor) -> torch.Tensor:

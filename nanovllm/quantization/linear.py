@@ -25,11 +25,16 @@ class _FromFormats:
 
     def sources(self, layer: LinearLayer, prefix: str) -> list[Source]:
         parts = zip(self.formats, matrix_parts(layer, prefix), strict=True)
-        return [source for form, part in parts for source in form.sources(part)]
+        sources = [source for form, part in parts for source in form.sources(part)]
+        return [each for each in sources if layer.bias is None or not each.name.endswith(".bias")]
 
     def read(self, layer: LinearLayer, prefix: str, tensors: Mapping[str, torch.Tensor]) -> list[Matrix]:
         parts = zip(self.formats, matrix_parts(layer, prefix), strict=True)
         return [form.read(part, tensors) for form, part in parts]
+
+    def empty_unquantized(self, layer: LinearLayer) -> torch.Tensor:
+        shape = (layer.num_outputs, layer.inputs.size)
+        return torch.empty(shape, dtype=layer.dtype, device=layer.weight.device)
 
 
 def matrix_parts(layer: LinearLayer, prefix: str) -> list[MatrixPart]:

@@ -61,6 +61,13 @@ class MatrixPart:
         scale = tensors[f"{self.name}.weight_scale"].float().reshape(-1, 1)
         return scale.expand(self.outputs.total, 1)[self.outputs.start : self.outputs.stop]
 
+    def trim(self, entries: torch.Tensor, dim: int, per_word: int) -> torch.Tensor:
+        """Returns the entries of this part, of those that were unpacked along `dim` from words of `per_word` each."""
+        cut, shard = self.cut
+        if dim == cut:
+            return entries.narrow(dim, shard.start % per_word, shard.size)
+        return entries.narrow(dim, 0, self.inputs.total if dim == 1 else self.outputs.total)
+
     def align(self, entries: torch.Tensor, block: tuple[int, int]) -> tuple[torch.Tensor, tuple[int, int]]:
         """Returns entries for blocks that begin and end with this part, and the size of these blocks.
 
@@ -69,7 +76,7 @@ class MatrixPart:
         """
         dim, shard = self.cut
         size = math.gcd(block[dim], shard.start, shard.size)
-        if size == block[dim] or (shard.start % block[dim] == 0 and shard.stop == shard.total):
+        if size == block[dim] or not shard.is_cut:
             return entries, block
         first = shard.start % block[dim] // size
         entries = entries.repeat_interleave(block[dim] // size, dim).narrow(dim, first, shard.size // size)

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from nanovllm.errors import ModelLoadError, shown
 
 _REGEX = "re:"
+_MAX_REPETITIONS = 6  # of a regular expression; with more, or nested, one can take for ever on a name of 40 letters
+_REPETITION, _REPEATED_GROUP = re.compile(r"[*+{]"), re.compile(r"\)[*+{]")
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -22,8 +24,14 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 def _matches(name: str, pattern: str) -> bool:
     if not pattern.startswith(_REGEX):
         return f".{pattern}." in f".{name}."
+    regex = pattern.removeprefix(_REGEX)
+    if len(_REPETITION.findall(regex)) > _MAX_REPETITIONS or _REPEATED_GROUP.search(regex):
+        raise ModelLoadError(
+            f"config.json: quantization_config has the name {shown(pattern)}, which may take for ever to match: at "
+            f"most {_MAX_REPETITIONS} repetitions are allowed, and none of a group."
+        )
     try:
-        return re.match(pattern.removeprefix(_REGEX), name) is not None
+        return re.match(regex, name) is not None
     except (re.error, RecursionError, OverflowError) as error:
         raise ModelLoadError(
             f"config.json: quantization_config has the name {shown(pattern)}, which is no regular expression: {error}."

@@ -7,14 +7,17 @@ from typing import Any
 
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.layers.linear_method import LinearLayer
+from nanovllm.quantization.awq import read_awq
 from nanovllm.quantization.checkpoint_fp8 import read_fp8
+from nanovllm.quantization.compressed_tensors import read_compressed_tensors
 from nanovllm.quantization.fields import Fields
 from nanovllm.quantization.fp8 import Fp8Linear
+from nanovllm.quantization.gptq import read_gptq
 from nanovllm.quantization.int4 import make_int4
 from nanovllm.quantization.int8 import Int8Linear
 from nanovllm.quantization.linear import QuantizedLinear
 from nanovllm.quantization.matrix import Format
-from nanovllm.quantization.scheme import Group, Quantization
+from nanovllm.quantization.scheme import EVERY_LINEAR_LAYER, Group, Quantization
 from nanovllm.quantization.unquantized import UnquantizedFormat
 
 
@@ -27,7 +30,12 @@ def _int8(layer: LinearLayer, formats: Sequence[Format]) -> QuantizedLinear:
 
 
 # `quant_method` → what reads such a quantization_config.
-CHECKPOINTS: Mapping[str, Callable[[Fields], Quantization]] = {"fp8": read_fp8}
+CHECKPOINTS: Mapping[str, Callable[[Fields], Quantization]] = {
+    "fp8": read_fp8,
+    "compressed-tensors": read_compressed_tensors,
+    "awq": read_awq,
+    "gptq": read_gptq,
+}
 # `quantization` → what makes the method of a layer from unquantised weights.
 MADE: Mapping[str, Callable[[LinearLayer, Sequence[Format]], QuantizedLinear]] = {
     "fp8": _fp8,
@@ -72,4 +80,4 @@ def _made(asked: str) -> Quantization:
             f"{' or '.join(map(repr, MADE))} for this checkpoint",
             f"Its weights are not quantised, and {asked!r} is not made when they are loaded.",
         )
-    return Quantization(asked, (Group(("Linear",), UnquantizedFormat(MADE[asked])),), is_made=True)
+    return Quantization(asked, (Group(EVERY_LINEAR_LAYER, UnquantizedFormat(MADE[asked])),), is_made=True)

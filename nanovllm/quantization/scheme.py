@@ -9,20 +9,23 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.errors import ModelLoadError
+from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.linear import QKVParallelLinear
 from nanovllm.layers.linear_method import LinearLayer, LinearMethod
 from nanovllm.logs import events
 from nanovllm.models.causal_lm import CausalLM
+from nanovllm.quantization.head import DequantizedHead
 from nanovllm.quantization.linear import DequantizedLinear, matrix_parts
 from nanovllm.quantization.matrix import Format
 from nanovllm.quantization.module_names import matches
 from nanovllm.quantization.unquantized import UNQUANTIZED
+from nanovllm.utils.device_memory import GB
 from nanovllm.utils.loader import CheckpointForm
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
-_EVERY_LINEAR_LAYER = "Linear"
+EVERY_LINEAR_LAYER = ("Linear",)
 # Scales of a KV cache that some checkpoints have. The FP8 cache measures its own, for each token and head.
 _CACHE_SCALES = ("k_scale", "v_scale", "attn.k_scale", "attn.v_scale", "k_proj.k_scale", "v_proj.v_scale")
 
@@ -37,18 +40,25 @@ class Group:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the matrices of a model are stored. The first group that has a module counts; others are not quantised."""
+    """How the matrices of a model are stored.
+
+    A group that names a module counts before one that has every linear layer. Modules of no group are not quantised.
+    """
 
     name: str  # as `quantization` and `quant_method` spell it
     groups: tuple[Group, ...]
     ignore: tuple[str, ...] = ()
+    has_head: bool = False  # the LM head is one of these matrices, unless it is the embedding
     is_made: bool = False  # from unquantised weights, when they are loaded
 
     def format_of(self, names: Sequence[str]) -> Format:
         """Returns the format of a module, which may have several names."""
         if not any(matches(name, self.ignore) for name in names):
             for group in self.groups:
-                if _EVERY_LINEAR_LAYER in group.targets or any(matches(name, group.targets) for name in names):
+                if any(matches(name, group.targets) for name in names):
+                    return group.format
+            for group in self.groups:
+                if EVERY_LINEAR_LAYER[0] in group.targets:
                     return group.format
         return UNQUANTIZED
 
@@ -58,16 +68,20 @@ class Quantization:
         Raises ModelLoadError when the device cannot multiply by such weights.
         """
         methods: Counter[str] = Counter()
-        for prefix, layer in model.named_modules():
-            if isinstance(layer, LinearLayer):
-                method = self._method(layer, prefix, model.checkpoint_form)
+        for prefix, module in model.named_modules():
+            if isinstance(module, LinearLayer):
+                method = self._method(module, prefix, model.checkpoint_form)
                 if method is not None:
-                    del layer.weight
-                    layer.method = method
-                    method.create_weights(layer)
-                methods[getattr(layer.method, "kept_as", "unquantized")] += 1
-            if isinstance(layer, QKVParallelLinear):
+                    del module.weight
+                    module.method = method
+                    method.create_weights(module)
+                methods[getattr(module.method, "kept_as", "unquantized")] += 1
+            if isinstance(module, QKVParallelLinear):
                 model.redundant_weights |= {f"{prefix.rpartition('.')[0]}.{name}" for name in _CACHE_SCALES}
+            if self.has_head and prefix == "lm_head" and isinstance(module, VocabParallelEmbedding):  # not tied
+                form = self.format_of(_stored_names(prefix, model.checkpoint_form))
+                if form != UNQUANTIZED:
+                    module.method = DequantizedHead(form)
         if methods["fp8"] and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             raise ModelLoadError(
                 f"FP8 weights cannot run on {torch.cuda.get_device_name(device)}: FP8 begins with compute capability "
@@ -77,6 +91,7 @@ class Quantization:
             logger,
             quantization=self.name,
             origin="made from unquantized weights" if self.is_made else "as the checkpoint has it",
+            gigabytes=sum(parameter.nbytes for parameter in model.parameters()) / GB,
             layers=", ".join(f"{count} {kept_as}" for kept_as, count in sorted(methods.items())),
         )
 

@@ -30,6 +30,7 @@ from nanovllm.utils.torch_files import TorchFile
 FLOATS = ("BF16", "F16", "F32", "F64")  # as safetensors spells them
 _COMPUTED = ".rotary_emb.inv_freq"  # older transformers saved this buffer, which every model computes itself
 _HEAD = "lm_head.weight"
+_QUANTIZED = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")  # ends of names
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 _MOST_LISTED = 10  # names in an error
 _MAX_TEXT = 300  # characters of another library's error
@@ -75,8 +76,12 @@ class ConvertsWeights(Protocol):
         """Fills the parameters from what was read of each source, by its name; all are on the module's device."""
         ...
 
+    def empty_unquantized(self, module: Any) -> torch.Tensor:
+        """Returns an unquantised weight [outputs, inputs] of this rank without values, on the module's device."""
+        ...
+
     def store_unquantized(self, module: Any, weight: torch.Tensor) -> None:
-        """Fills the parameters from a weight [outputs, inputs] of this rank."""
+        """Fills the parameters from such a weight."""
         ...
 
 
@@ -163,9 +168,8 @@ def load_dummy_weights(model: nn.Module, device: torch.device, seed: int = 0) ->
         else:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     for _, module, method in _converted(model):
-        shape = (module.num_outputs, module.inputs.size)
-        weight = torch.empty(shape, dtype=module.dtype, device=device)  # [num_outputs, inputs]
-        method.store_unquantized(module, weight.normal_(0.0, shape[1] ** -0.5, generator=generator))
+        weight = method.empty_unquantized(module)  # [outputs, inputs]
+        method.store_unquantized(module, weight.normal_(0.0, weight.shape[1] ** -0.5, generator=generator))
     return _report(parameters, 0, started)
 
 
@@ -347,11 +351,11 @@ def _locate(files: Mapping[Path, Any], form: CheckpointForm) -> dict[str, _Store
 
 def _needs(model: nn.Module, plan: Mapping[str, Sequence[WeightPart]]) -> dict[str, Source]:
     """Returns the tensors that fill the model's parameters, by name. Only their whole forms matter here."""
-    parts = [part for parts in plan.values() for part in parts]
-    needs = {part.name: Source(part.name, (part.shape,)) for part in parts if part.name is not None}
+    needs: dict[str, Source] = {}
     for prefix, module, method in _converted(model):
         needs |= {source.name: source for source in method.sources(module, prefix)}
-    return needs
+    parts = [part for parts in plan.values() for part in parts]
+    return needs | {part.name: Source(part.name, (part.shape,)) for part in parts if part.name is not None}
 
 
 def _compare(
@@ -376,9 +380,11 @@ def _compare(
     faults = {"missing from the checkpoint": missing, "unknown to the model": unknown, "of another form": wrong}
     if any(faults.values()):
         listed = "; ".join(f"{fault}: {_listed(names)}" for fault, names in faults.items() if names)
-        way_out = (
-            " hf_overrides={'tie_word_embeddings': True} takes the embedding for it." if missing == [_HEAD] else ""
-        )
+        way_out = ""
+        if missing == [_HEAD]:
+            way_out = " hf_overrides={'tie_word_embeddings': True} takes the embedding for it."
+        elif any(name.endswith(_QUANTIZED) for name in others) and not any(name.endswith(_QUANTIZED) for name in needs):
+            way_out = " The weights are quantised: config.json needs a quantization_config that says how."
         raise ModelLoadError(f"{folder} does not fit the model: {listed}.{way_out}")
 
 

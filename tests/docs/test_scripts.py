@@ -42,7 +42,36 @@ def test_example_names_a_model_that_is_not_there() -> None:
     assert "model='./nowhere': there is no such folder" in done.stderr
 
 
+# tools/measure_quantization.py
+
+
+def test_the_accuracy_of_quantised_weights_is_printed(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("27 + 58 = 85. 3, 4, 5, 6, 7, 8. I am the tiny Qwen3 model.", encoding="utf-8")
+    done = run_script("tools/measure_quantization.py", "--device", "cpu", "--text", str(text))
+    assert done.returncode == 0, done.stderr
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines()[4:]]
+    assert [row[0] for row in rows] == ["unquantised", "fp8", "int8", "int4", "unquantised, in bfloat16"]
+    size, error = ([float(row[column].rstrip("%")) for row in rows] for column in (1, 2))
+    assert size[3] < size[1] <= size[2] < size[0]
+    assert error[0] == 0 < error[2] < error[1] < error[3]
+
+
 # bench.py
+
+
+def test_bench_counts_the_bytes_of_quantised_weights() -> None:
+    arguments = "--json --device cpu --model tiny --workload mixed --num-seqs 2 --runs 2 --quantization int8"
+    done = run_script("bench.py", *arguments.split())
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["engine"]["quantization"] == "int8"
+    layers, table = 4 * 256 * (512 + 256 + 3 * 512), 512 * 256  # the table is float32
+    assert report["results"][0]["weight_bytes_per_step"] == pytest.approx(layers + 4 * table, rel=0.5)
+    assert report["results"][0]["weight_bytes_per_step"] < 2 * (layers + table)
+    refused = run_script("bench.py", *arguments.split(), "--compare", "transformers")
+    assert refused.returncode == 1
+    assert "--compare transformers is for unquantised weights" in refused.stderr
 
 
 def test_bench_json_is_one_line_and_adds_up() -> None:

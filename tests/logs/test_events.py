@@ -207,6 +207,11 @@ def spans(monkeypatch: pytest.MonkeyPatch) -> None:
     make_engine()[0].exit()
 
 
+def quantized_weights(_: pytest.MonkeyPatch) -> None:
+    with load(quantization="int8"):
+        pass
+
+
 def arguments_of_vllm(_: pytest.MonkeyPatch) -> None:
     SamplingParams(skip_clone=True)  # type: ignore[call-arg]  # it has no effect
 
@@ -242,6 +247,7 @@ WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [
     a_wrong_level,
     a_profile,
     spans,
+    quantized_weights,
     arguments_of_vllm,
     a_recommendation_that_is_not_allowed,
     lines_of_one_s_own,

@@ -16,6 +16,7 @@ from nanovllm.models.causal_lm import CausalLM
 from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.model_context import ModelContext
 from nanovllm.models.registry import get_model_class
+from nanovllm.quantization.registry import read_quantization
 from nanovllm.utils.loader import load_weights
 
 CPU = torch.device("cpu")
@@ -36,10 +37,12 @@ def fp32_context(
     )
 
 
-def load_model(folder: Path, parallel: TensorParallel | None = None) -> CausalLM:
+def load_model(folder: Path, parallel: TensorParallel | None = None, quantization: str | None = None) -> CausalLM:
     """The model of a folder on the CPU, in fp32, with the torch backend."""
     config = ModelConfig.from_folder(folder)
     model = get_model_class(config.architecture)(fp32_context(config, parallel))
+    if (quantized := read_quantization(quantization, config.quantization_config)) is not None:
+        quantized.apply(model, CPU)
     load_weights(model, folder, CPU, model.redundant_weights, form=model.checkpoint_form)
     return model
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def make_quantized(
     config: dict[str, Any],
     *,
     keep: Callable[[str], bool] = lambda name: False,
+    with_head: bool = False,
     sharded: bool = False,
     **shape: Any,
 ) -> tuple[Path, Path]:
@@ -38,7 +40,7 @@ def make_quantized(
     content = load_file(plain / "model.safetensors")
     stored = dict(content)
     for name, tensor in content.items():
-        if name.endswith("_proj.weight") and not keep(name):
+        if name.endswith(("_proj.weight", "lm_head.weight" if with_head else " ")) and not keep(name):
             tensors, content[name] = quantize(tensor)
             del stored[name]
             stored |= {name.removesuffix("weight") + end: each.contiguous() for end, each in tensors.items()}
@@ -100,6 +102,82 @@ def fp8_channels(weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> tu
     scale = (weight.abs().amax(1, keepdim=True) / 448).to(dtype)
     values, dense = to_fp8(weight, scale.float())
     return {"weight": values, "weight_scale": scale}, dense
+
+
+# ---- INT8 and INT4
+
+
+def int8_channels(weight: torch.Tensor, input_scale: bool = False) -> tuple[Tensors, torch.Tensor]:
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    values = (weight / scale).round()
+    static = {"input_scale": torch.tensor([0.02])} if input_scale else {}
+    return {"weight": values.to(torch.int8), "weight_scale": scale} | static, values * scale
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A matrix as integers from 0 to 15, with scales and zero points for groups of inputs."""
+
+    values: torch.Tensor  # [outputs, inputs]
+    scale: torch.Tensor  # [outputs, groups] float16
+    zeros: torch.Tensor  # [outputs, groups]
+    group_of: torch.Tensor  # [inputs]
+
+    @property
+    def dense(self) -> torch.Tensor:
+        return (self.values - self.zeros[:, self.group_of]).float() * self.scale[:, self.group_of].float()
+
+
+def to_groups(weight: torch.Tensor, size: int, *, symmetric: bool, order: torch.Tensor | None = None) -> Groups:
+    """order: the inputs of the first group, then those of the second, and so on."""
+    outputs, inputs = weight.shape
+    order = torch.arange(inputs) if order is None else order
+    group_of = torch.empty(inputs, dtype=torch.int64)
+    group_of[order] = torch.arange(inputs) // size
+    groups = weight[:, order].view(outputs, -1, size)
+    if symmetric:
+        scale = (groups.abs().amax(-1) / 7).half()
+        zeros = torch.full(scale.shape, 8)
+    else:
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scale = ((high - low) / 15).half()
+        zeros = (-low / scale.float()).round().long().clamp(0, 15)
+    values = (weight / scale[:, group_of].float()).round().long() + zeros[:, group_of]
+    return Groups(values.clamp(0, 15), scale, zeros, group_of)
+
+
+def pack(values: torch.Tensor, order: Sequence[int] = range(8)) -> torch.Tensor:
+    """Packs eight neighbours of the last dimension into a word; `order[i]` of them is the i-th from the lowest bits."""
+    words = torch.zeros(*values.shape[:-1], values.shape[-1] // 8, dtype=torch.int64)
+    for position, neighbour in enumerate(order):
+        words |= values[..., neighbour::8].long() << 4 * position
+    return torch.where(words < 2**31, words, words - 2**32).to(torch.int32)
+
+
+def awq(weight: torch.Tensor, size: int = 32) -> tuple[Tensors, torch.Tensor]:
+    """AutoAWQ's version "gemm": words along the outputs, whose eight numbers are interleaved."""
+    groups = to_groups(weight, weight.shape[1] if size == -1 else size, symmetric=False)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    return {
+        "qweight": pack(groups.values.T, order),
+        "qzeros": pack(groups.zeros.T, order),
+        "scales": groups.scale.T,
+    }, groups.dense
+
+
+def gptq(
+    weight: torch.Tensor, size: int = 32, *, symmetric: bool = True, version: int = 1, desc_act: bool = False
+) -> tuple[Tensors, torch.Tensor]:
+    """AutoGPTQ's words along the inputs. The first version stores zero points minus 1."""
+    inputs = weight.shape[1]
+    order = torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs)) if desc_act else None
+    groups = to_groups(weight, inputs if size == -1 else size, symmetric=symmetric, order=order)
+    return {
+        "qweight": pack(groups.values).T,
+        "qzeros": pack((groups.zeros.T - int(version == 1)) % 16),
+        "scales": groups.scale.T,
+        "g_idx": groups.group_of.int(),
+    }, groups.dense
 
 
 # ---- activations

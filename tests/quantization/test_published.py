@@ -19,12 +19,14 @@ from tests.end_to_end.test_oracle import engine_tokens, random_prompts, referenc
 from tests.quantization.published import (
     WIDE,
     Quantize,
+    awq,
     fp8_blocks,
     fp8_channels,
     fp8_groups,
     fp8_rows,
     fp8_static,
     fp8_tensor,
+    gptq,
     make_quantized,
     rounded_inputs,
 )
@@ -47,6 +49,8 @@ class Published:
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic"}
 FP8_STATIC = FP8 | {"activation_scheme": "static"}
 FP8_BLOCKS = FP8 | {"weight_block_size": [128, 128]}
+AWQ = {"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": True}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
 FORMATS = {
     "fp8_blocks": Published(fp8_blocks, FP8_BLOCKS, fp8_groups),
     "fp8_blocks_sharded": Published(fp8_blocks, FP8_BLOCKS, fp8_groups, sharded=True),
@@ -55,6 +59,18 @@ FORMATS = {
     "fp8_tensor_of_one_dimension": Published(partial(fp8_tensor, shape=(1,)), FP8, fp8_rows),
     "fp8_static": Published(partial(fp8_tensor, input_scale=True), FP8_STATIC, fp8_static),
     "fp8_channels": Published(fp8_channels, FP8, fp8_rows, {"attention_bias": True}),
+    "awq": Published(awq, AWQ | {"group_size": 32}, shape={}),
+    "awq_one_group": Published(partial(awq, size=-1), AWQ | {"group_size": -1, "version": "GEMM"}, shape={}),
+    "awq_groups_of_64": Published(partial(awq, size=64), AWQ | {"group_size": 64}, sharded=True),
+    "gptq": Published(gptq, GPTQ, shape={"attention_bias": True}),
+    "gptq_one_group": Published(partial(gptq, size=-1), GPTQ | {"group_size": -1}, shape={}),
+    "gptq_zeros": Published(partial(gptq, symmetric=False), GPTQ | {"sym": False}, shape={}),
+    "gptq_v2": Published(
+        partial(gptq, symmetric=False, version=2), GPTQ | {"sym": False, "checkpoint_format": "gptq_v2"}, shape={}
+    ),
+    "gptq_desc_act": Published(
+        partial(gptq, symmetric=False, desc_act=True), GPTQ | {"sym": False, "desc_act": True}, shape={}
+    ),
 }
 
 

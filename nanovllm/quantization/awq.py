@@ -1,0 +1,60 @@
+"""The format "awq" in its version "gemm" (Lin et al., 2023, arXiv:2306.00978): `qweight`, `qzeros` and `scales`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.layers.linear_method import LinearLayer, LinearMethod
+from nanovllm.quantization.fields import Fields
+from nanovllm.quantization.int4 import int4_method
+from nanovllm.quantization.matrix import MatrixPart, QuantizedMatrix
+from nanovllm.quantization.packed import INT32, NIBBLES, check_divides, grouped, read_group_size, unpack
+from nanovllm.quantization.scheme import EVERY_LINEAR_LAYER, Group, Quantization
+from nanovllm.utils.loader import Source
+
+_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the position in a word of each of eight neighbouring outputs
+
+
+@dataclass(frozen=True)
+class AwqFormat:
+    """INT4 values with zero points. `qweight` [inputs, outputs / 8], `qzeros` [groups, outputs / 8], `scales`.
+
+    group_size: inputs; None: all.
+    """
+
+    group_size: int | None
+
+    def sources(self, part: MatrixPart) -> list[Source]:
+        size = self.group_size or part.inputs.total
+        check_divides(part, size)
+        return [
+            part.source("qweight", (NIBBLES, 1), INT32, transposed=True),
+            part.source("qzeros", (NIBBLES, size), INT32, transposed=True),
+            part.source("scales", (1, size), transposed=True),
+        ]
+
+    def read(self, part: MatrixPart, tensors: Mapping[str, torch.Tensor]) -> QuantizedMatrix:
+        values, zeros = (
+            part.trim(unpack(tensors[f"{part.name}.{name}"], 1, 4, _ORDER).T, 0, NIBBLES)
+            for name in ("qweight", "qzeros")
+        )
+        size = self.group_size or part.inputs.total
+        return grouped(part, values, tensors[f"{part.name}.scales"].T, zeros, size)
+
+    def linear_method(self, layer: LinearLayer) -> LinearMethod | None:
+        size = self.group_size or layer.inputs.total
+        return int4_method(layer, [self] * len(layer.pieces), size, has_zeros=True)
+
+
+def read_awq(fields: Fields) -> Quantization:
+    """Returns what a quantization_config with quant_method "awq" describes."""
+    fields.choice("bits", (4,))
+    version = fields.get("version")
+    if not isinstance(version, str) or version.lower() != "gemm":
+        raise fields.unsupported("version", "'gemm'")
+    fields.choice("zero_point", (True,), True)
+    group = Group(EVERY_LINEAR_LAYER, AwqFormat(read_group_size(fields)))
+    return Quantization("awq", (group,), fields.names("modules_to_not_convert"))

@@ -1,0 +1,139 @@
+"""Weights that are quantised when they are loaded: `quantization="fp8"`, "int8" or "int4"."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear_method import LinearLayer, UnquantizedLinear
+from nanovllm.layers.parallel import Shard
+from nanovllm.quantization.registry import MADE
+from nanovllm.utils.loader import materialise
+from tests.end_to_end.test_oracle import engine_tokens, random_prompts, reference_tokens
+from tests.models.checkpoints import FAMILIES, make_checkpoint
+from tests.models.paged_model import CPU, load_model
+from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
+from tests.models.test_families import WITH_MOST_PARTS
+from tests.quantization.published import fp8_rows, int8_channels
+from tests.quantization.test_published import NUM_TOKENS
+
+
+def quantized_layer(outputs: int, weight: torch.Tensor, quantization: str) -> tuple[LinearLayer, torch.Tensor]:
+    """A layer of two matrices with a bias, and the weight that its parameters stand for."""
+    inputs = weight.shape[1]
+    pieces = {"one": Shard.whole(outputs), "two": Shard.whole(len(weight) - outputs)}
+    layer = LinearLayer(pieces, Shard.whole(inputs), method=UnquantizedLinear(), dtype=torch.float32, bias=True)
+    layer.method = method = MADE[quantization](layer, [])
+    method.create_weights(layer)
+    materialise(nn.ModuleList([layer]), CPU)
+    layer.bias.copy_(torch.randn(len(weight)))
+    method.store_unquantized(layer, weight)
+    return layer, torch.cat(
+        [method.quantize(rows).dequantized() for rows in weight.split([outputs, len(weight) - outputs])]
+    )
+
+
+@pytest.mark.parametrize("quantization", MADE)
+@pytest.mark.parametrize(("outputs", "inputs"), [(3, 16), (128, 128), (7, 96), (64, 200), (30, 384), (1, 64)])
+def test_the_product_is_that_of_the_dequantised_weight(quantization: str, outputs: int, inputs: int) -> None:
+    torch.manual_seed(outputs)
+    weight = torch.randn(2 * outputs, inputs) * torch.rand(2 * outputs, 1)
+    weight[0] = 0.0
+    layer, dense = quantized_layer(outputs, weight, quantization)
+    hidden, residual = torch.randn(5, inputs), torch.randn(5, outputs)
+    norm = RMSNorm(inputs, 1e-6, torch.float32)
+    norm.weight = nn.Parameter(torch.rand(inputs), requires_grad=False)
+    rounded = fp8_rows if quantization == "fp8" else lambda activations: activations
+
+    def product(activations: torch.Tensor) -> torch.Tensor:
+        return rounded(activations).double() @ dense.double().T + layer.bias
+
+    method = layer.method
+    torch.testing.assert_close(
+        method.multiply(layer, hidden, layer.bias).double(), product(hidden), rtol=1e-5, atol=1e-4
+    )
+    gate, up = product(norm(hidden)[0]).chunk(2, dim=1)
+    expected = torch.nn.functional.silu(gate) * up + residual
+    fused = method.multiply_fused(layer, hidden, layer.bias, norm=norm, gated=True, residual=residual)
+    torch.testing.assert_close(fused.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_weights_are_rounded_to_the_nearest_value(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [32, 64, 96, 128, 256][seed % 5]
+    weight = torch.randn(12, inputs, generator=generator) * 10.0 ** torch.randint(-4, 4, (12, 1), generator=generator)
+    weight += 3 * weight.mean(1, keepdim=True)
+    for quantization in MADE:
+        matrix = quantized_layer(6, weight, quantization)[0].method.quantize(weight)
+        step = matrix.scale.repeat_interleave(matrix.block[1], 1)
+        if quantization == "fp8":  # three bits after the leading one; the smallest numbers are 2⁻⁹ apart
+            step = torch.maximum(weight.abs() / 8, step / 512)
+        assert bool(((matrix.dequantized() - weight).abs() <= step * 0.5001).all()), quantization
+
+
+def test_zeros_and_single_values_stay() -> None:
+    for quantization in MADE:
+        weight = torch.zeros(4, 64)
+        weight[1, 3], weight[2, 5] = 0.75, -1e-3
+        assert torch.allclose(quantized_layer(2, weight, quantization)[1], weight, rtol=1e-6), quantization
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_of_every_family(family: str, tmp_path: Path) -> None:
+    """With INT8 weights, whose rounding is simple: those of transformers with the rounded weights."""
+    folder = make_checkpoint(tmp_path, family, WITH_MOST_PARTS[family])
+    prompts = random_prompts(320)
+    tokens = engine_tokens(folder, prompts, NUM_TOKENS, quantization="int8")
+    for path in folder.glob("*.safetensors"):
+        rounded = {
+            name: int8_channels(tensor)[1]
+            if tensor.dim() == 2 and "embed" not in name and "lm_head" not in name
+            else tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(rounded, path, {"format": "pt"})
+    assert tokens == reference_tokens(folder, prompts, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("quantization", MADE)
+def test_a_layer_at_a_time(quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than one layer's unquantised weights are in memory."""
+    folder = make_qwen3_checkpoint(tmp_path)
+    alive: list[weakref.ref[torch.Tensor]] = []
+    load_model(folder, quantization=quantization)
+    method_class = type(MADE[quantization](quantized_layer(1, torch.ones(2, 32), quantization)[0], []))
+    store = method_class.store
+
+    def watched(self: Any, layer: LinearLayer, prefix: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        assert not any(each() is not None for each in alive), "the layer before is still in memory"
+        alive.extend(map(weakref.ref, tensors.values()))
+        store(self, layer, prefix, tensors)
+
+    monkeypatch.setattr(method_class, "store", watched)
+    model = load_model(folder, quantization=quantization)
+    assert len(alive) == 2 * 7  # matrices
+    layers = [layer for layer in model.modules() if isinstance(layer, LinearLayer)]
+    unquantized = sum(4 * layer.num_outputs * layer.inputs.size for layer in layers)
+    kept = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+    assert kept < unquantized * (0.29 if quantization != "int4" else 0.21)
+
+
+@pytest.mark.parametrize("quantization", MADE)
+def test_random_weights_are_quantised_too(quantization: str) -> None:
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    tokens = []
+    for _ in range(2):
+        with LLM("tiny", device="cpu", load_format="dummy", quantization=quantization, num_kvcache_blocks=16) as llm:
+            assert llm.llm_engine.resolved.quantization == quantization
+            tokens.append(llm.generate([[5, 6, 7]], params, use_tqdm=False)[0]["token_ids"])
+    assert tokens[0] == tokens[1]
