@@ -1,9 +1,10 @@
-"""Matrix products of few rows with 4-bit weights, in integers.
+"""Matrix products of one row with 4-bit weights, in integers.
 
 With four bits a weight there is time for three instructions from one weight to the next, and converting a weight to
-multiply it as a float takes that many. So the input is converted instead, once for all outputs of a program: each 128
-inputs share a scale and become integers of 16 bits, which is more exact than bf16, and an instruction multiplies four
-weights by four halves of such integers. Otherwise as in `skinny_linear`.
+multiply it as a float takes that many. So the input is converted instead: each 128 inputs share a scale and become
+integers of 16 bits, which is more exact than bf16, and an instruction multiplies four weights by four halves of such
+integers. A program converts the input once and then takes one group of outputs after another; it loads the next
+group's weights while it multiplies. Otherwise as in `skinny_linear`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from nanovllm.kernels.triton_support import (
     INTERPRETED,
     constant,
     jit,
-    jit_with_varying,
     let_next_kernel_start,
+    multiprocessor_count,
     next_power_of_2,
     pdl_options,
     tl,
     wait_for_previous_kernel,
 )
 
-MAX_TOKENS = 8
+_MAX_TOKENS = 1
 _BLOCK_SIZE = constant(BLOCK_SIZE)
 _PLANE_SIZE = constant(PLANE_SIZE)
 _WORDS = constant(BLOCK_SIZE // 8)  # of 32 bits in a block: each has two neighbouring inputs of each plane
@@ -93,10 +94,7 @@ def _load_rows(
     position = row[:, None] * row_stride + (block * _BLOCK_SIZE // GROUP_SIZE)[None, :] * group_stride
     mask = row_mask[:, None] & (block < NUM_BLOCKS)[None, :]
     scale = tl.load(scale_ptr + position, mask=mask, other=0.0)
-    if HAS_ZEROS:
-        zero = tl.load(zero_ptr + position, mask=mask, other=0.0)
-    else:
-        zero = tl.full([1, 1], 8.0, tl.float32)
+    zero = tl.load(zero_ptr + position, mask=mask, other=0.0) if HAS_ZEROS else tl.full([1, 1], 8.0, tl.float32)
     return words, scale, zero
 
 
@@ -111,23 +109,21 @@ def _sum_products(
     upper_b: tl.tensor,
     total: tl.tensor,
     x_scale: tl.tensor,
-    BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr,
 ) -> tl.tensor:
     """Returns the products of rows of the weight with the input: [rows].
 
-    a: the inputs of the words' lower halves of bytes, b: of the upper ones. total [blocks, words]: the sum of both.
+    a: the inputs of the words' lower halves of bytes, b: of the upper ones. total, x_scale [blocks]: the sum of a
+    block's inputs, and their scale.
     """
     low, high = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
     zeros = tl.zeros_like(words)
     upper = _add_products(high, upper_b[None, :, :], _add_products(low, upper_a[None, :, :], zeros))
     lower = _add_products(high, lower_b[None, :, :], _add_products(low, lower_a[None, :, :], zeros))
-    dot = (upper * 256 + lower).to(tl.float32) - zero[:, :, None] * total[None, :, :]
-    scaled = dot * (scale * x_scale[None, :])[:, :, None]
-    return tl.sum(tl.reshape(scaled, [BLOCK_N, BLOCKS * _WORDS]), axis=1)
+    dot = tl.sum(upper * 256 + lower, axis=2).to(tl.float32)  # [rows, blocks]
+    return tl.sum((dot - zero * total[None, :]) * (scale * x_scale[None, :]), axis=1)
 
 
-@jit_with_varying("num_tokens")
+@jit
 def _int4_skinny_linear_kernel(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
@@ -141,7 +137,6 @@ def _int4_skinny_linear_kernel(
     residual_stride: tl.tensor,
     scale_row_stride: tl.tensor,
     scale_group_stride: tl.tensor,
-    num_tokens: tl.tensor,
     eps: tl.tensor,
     HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -151,82 +146,95 @@ def _int4_skinny_linear_kernel(
     GROUP_SIZE: tl.constexpr,
     OUTPUT_SIZE: tl.constexpr,
     INPUT_SIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCKS: tl.constexpr,
+    NUM_PROGRAMS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Program (outputs, tokens): BLOCK_M tokens, one after another, times the weights of BLOCK_N outputs.
+    """Program (index, token): every NUM_PROGRAMS-th group of BLOCK_N outputs of a token.
 
     x and the norm's weight are read as words of two numbers; x_stride counts words.
     """
     NUM_BLOCKS: tl.constexpr = (INPUT_SIZE + _BLOCK_SIZE - 1) // _BLOCK_SIZE
+    NUM_GROUPS: tl.constexpr = (OUTPUT_SIZE + BLOCK_N - 1) // BLOCK_N
     let_next_kernel_start(PDL)
-    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    output_mask = output < OUTPUT_SIZE
-    words, scale, zero = _load_rows(
-        weight_ptr, scale_ptr, zero_ptr, output, output_mask, scale_row_stride, scale_group_stride,
+    first_group = tl.program_id(0)
+    next_output = first_group * BLOCK_N + tl.arange(0, BLOCK_N)
+    next_words, next_scale, next_zero = _load_rows(
+        weight_ptr, scale_ptr, zero_ptr, next_output, next_output < OUTPUT_SIZE, scale_row_stride, scale_group_stride,
         HAS_ZEROS, GROUP_SIZE, NUM_BLOCKS, BLOCKS,
     )  # fmt: skip
     if IS_GATED:
-        up_words, up_scale, up_zero = _load_rows(
-            weight_ptr, scale_ptr, zero_ptr, OUTPUT_SIZE + output, output_mask, scale_row_stride, scale_group_stride,
-            HAS_ZEROS, GROUP_SIZE, NUM_BLOCKS, BLOCKS,
+        next_up_words, next_up_scale, next_up_zero = _load_rows(
+            weight_ptr, scale_ptr, zero_ptr, OUTPUT_SIZE + next_output, next_output < OUTPUT_SIZE,
+            scale_row_stride, scale_group_stride, HAS_ZEROS, GROUP_SIZE, NUM_BLOCKS, BLOCKS,
         )  # fmt: skip
     wait_for_previous_kernel(PDL)
 
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    # In pairs: the first plane's number `pair` is input `column` of the block.
+    token = tl.program_id(1).to(tl.int64)
+    # Pairs of inputs: the first plane's, a plane is PLANE pairs further.
     pair = tl.arange(0, BLOCKS)[:, None] * (_BLOCK_SIZE // 2) + tl.arange(0, _WORDS)[None, :]
     PLANE: tl.constexpr = _PLANE_SIZE // 2
-    for index in tl.static_range(BLOCK_M):
-        token = (tl.program_id(1) * BLOCK_M + index).to(tl.int64)
-        is_token = token < num_tokens
-        mask_0 = (pair < INPUT_SIZE // 2) & is_token
-        mask_1 = (pair + PLANE < INPUT_SIZE // 2) & is_token
-        mask_2 = (pair + 2 * PLANE < INPUT_SIZE // 2) & is_token
-        mask_3 = (pair + 3 * PLANE < INPUT_SIZE // 2) & is_token
-        row_ptr = x_ptr + token * x_stride + pair
-        x_0, x_1 = _load_pair(row_ptr, mask_0, dtype)
-        x_2, x_3 = _load_pair(row_ptr + PLANE, mask_1, dtype)
-        x_4, x_5 = _load_pair(row_ptr + 2 * PLANE, mask_2, dtype)
-        x_6, x_7 = _load_pair(row_ptr + 3 * PLANE, mask_3, dtype)
-        if HAS_NORM:
-            squares = (x_0 * x_0 + x_1 * x_1) + (x_2 * x_2 + x_3 * x_3)
-            squares += (x_4 * x_4 + x_5 * x_5) + (x_6 * x_6 + x_7 * x_7)
-            mean_square = tl.sum(tl.reshape(squares, [BLOCKS * _WORDS]), axis=0) / INPUT_SIZE
-            w_0, w_1 = _load_pair(norm_weight_ptr + pair, mask_0, dtype)
-            w_2, w_3 = _load_pair(norm_weight_ptr + pair + PLANE, mask_1, dtype)
-            w_4, w_5 = _load_pair(norm_weight_ptr + pair + 2 * PLANE, mask_2, dtype)
-            w_6, w_7 = _load_pair(norm_weight_ptr + pair + 3 * PLANE, mask_3, dtype)
-            x_0, x_1, x_2, x_3 = x_0 * w_0, x_1 * w_1, x_2 * w_2, x_3 * w_3
-            x_4, x_5, x_6, x_7 = x_4 * w_4, x_5 * w_5, x_6 * w_6, x_7 * w_7
-        largest = tl.maximum(tl.maximum(tl.abs(x_0), tl.abs(x_1)), tl.maximum(tl.abs(x_2), tl.abs(x_3)))
-        largest = tl.maximum(largest, tl.maximum(tl.abs(x_4), tl.abs(x_5)))
-        largest = tl.maximum(largest, tl.maximum(tl.abs(x_6), tl.abs(x_7)))
-        largest = tl.maximum(tl.max(largest, axis=1), 1e-30)  # [BLOCKS]
-        inverse = (1.0 / largest * _LARGEST)[:, None]
-        # A word's bytes, from the lowest: planes 0 and 1, planes 2 and 3, and both for the next input.
-        lower_a, upper_a = _to_bytes(x_0, x_4, x_1, x_5, inverse)
-        lower_b, upper_b = _to_bytes(x_2, x_6, x_3, x_7, inverse)
-        ones = tl.full([1, 1], 0x01010101, tl.int32)
-        nothing = tl.zeros_like(lower_a)
-        upper = _add_products(upper_b, ones, _add_products(upper_a, ones, nothing))
-        total = (upper * 256 + _add_products(lower_b, ones, _add_products(lower_a, ones, nothing))).to(tl.float32)
-        x_scale = largest / _LARGEST
-        if HAS_NORM:
-            x_scale *= 1.0 / tl.sqrt(mean_square + eps)
+    mask_0 = pair < INPUT_SIZE // 2
+    mask_1 = pair + PLANE < INPUT_SIZE // 2
+    mask_2 = pair + 2 * PLANE < INPUT_SIZE // 2
+    mask_3 = pair + 3 * PLANE < INPUT_SIZE // 2
+    row_ptr = x_ptr + token * x_stride + pair
+    x_0, x_1 = _load_pair(row_ptr, mask_0, dtype)
+    x_2, x_3 = _load_pair(row_ptr + PLANE, mask_1, dtype)
+    x_4, x_5 = _load_pair(row_ptr + 2 * PLANE, mask_2, dtype)
+    x_6, x_7 = _load_pair(row_ptr + 3 * PLANE, mask_3, dtype)
+    if HAS_NORM:
+        squares = (x_0 * x_0 + x_1 * x_1) + (x_2 * x_2 + x_3 * x_3)
+        squares += (x_4 * x_4 + x_5 * x_5) + (x_6 * x_6 + x_7 * x_7)
+        mean_square = tl.sum(tl.sum(squares, axis=1), axis=0) / INPUT_SIZE
+        w_0, w_1 = _load_pair(norm_weight_ptr + pair, mask_0, dtype)
+        w_2, w_3 = _load_pair(norm_weight_ptr + pair + PLANE, mask_1, dtype)
+        w_4, w_5 = _load_pair(norm_weight_ptr + pair + 2 * PLANE, mask_2, dtype)
+        w_6, w_7 = _load_pair(norm_weight_ptr + pair + 3 * PLANE, mask_3, dtype)
+        x_0, x_1, x_2, x_3 = x_0 * w_0, x_1 * w_1, x_2 * w_2, x_3 * w_3
+        x_4, x_5, x_6, x_7 = x_4 * w_4, x_5 * w_5, x_6 * w_6, x_7 * w_7
+    largest = tl.maximum(tl.maximum(tl.abs(x_0), tl.abs(x_1)), tl.maximum(tl.abs(x_2), tl.abs(x_3)))
+    largest = tl.maximum(largest, tl.maximum(tl.abs(x_4), tl.abs(x_5)))
+    largest = tl.maximum(largest, tl.maximum(tl.abs(x_6), tl.abs(x_7)))
+    largest = tl.maximum(tl.max(largest, axis=1), 1e-30)  # [BLOCKS]
+    inverse = (1.0 / largest * _LARGEST)[:, None]
+    # A word's bytes, from the lowest: planes 0 and 1, planes 2 and 3, and both for the next input.
+    lower_a, upper_a = _to_bytes(x_0, x_4, x_1, x_5, inverse)
+    lower_b, upper_b = _to_bytes(x_2, x_6, x_3, x_7, inverse)
+    ones = tl.full([1, 1], 0x01010101, tl.int32)
+    upper = _add_products(upper_b, ones, _add_products(upper_a, ones, tl.zeros_like(lower_a)))
+    lower = _add_products(lower_b, ones, _add_products(lower_a, ones, tl.zeros_like(lower_a)))
+    total = tl.sum(upper * 256 + lower, axis=1).to(tl.float32)  # [BLOCKS]
+    x_scale = largest / _LARGEST
+    if HAS_NORM:
+        x_scale *= 1.0 / tl.sqrt(mean_square + eps)
+    else:  # NaN and infinity, which integers lose and the mean square keeps
+        x_scale += 0.0 * tl.sum(((x_0 + x_1) + (x_2 + x_3)) + ((x_4 + x_5) + (x_6 + x_7)), axis=1)
 
-        mask = output_mask & is_token
-        out = _sum_products(words, scale, zero, lower_a, upper_a, lower_b, upper_b, total, x_scale, BLOCK_N, BLOCKS)
-        if HAS_BIAS:
-            out += tl.load(bias_ptr + output, mask=output_mask, other=0.0).to(tl.float32)
+    for group in tl.range(first_group, NUM_GROUPS, NUM_PROGRAMS):
+        output = group * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = output < OUTPUT_SIZE
+        words, scale, zero = next_words, next_scale, next_zero
+        next_output = output + NUM_PROGRAMS * BLOCK_N
+        next_words, next_scale, next_zero = _load_rows(
+            weight_ptr, scale_ptr, zero_ptr, next_output, next_output < OUTPUT_SIZE,
+            scale_row_stride, scale_group_stride, HAS_ZEROS, GROUP_SIZE, NUM_BLOCKS, BLOCKS,
+        )  # fmt: skip
         if IS_GATED:
-            up = _sum_products(
-                up_words, up_scale, up_zero, lower_a, upper_a, lower_b, upper_b, total, x_scale, BLOCK_N, BLOCKS
-            )
+            up_words, up_scale, up_zero = next_up_words, next_up_scale, next_up_zero
+            next_up_words, next_up_scale, next_up_zero = _load_rows(
+                weight_ptr, scale_ptr, zero_ptr, OUTPUT_SIZE + next_output, next_output < OUTPUT_SIZE,
+                scale_row_stride, scale_group_stride, HAS_ZEROS, GROUP_SIZE, NUM_BLOCKS, BLOCKS,
+            )  # fmt: skip
+        out = _sum_products(words, scale, zero, lower_a, upper_a, lower_b, upper_b, total, x_scale)
+        if HAS_BIAS:
+            out += tl.load(bias_ptr + output, mask=mask, other=0.0).to(tl.float32)
+        if IS_GATED:
+            up = _sum_products(up_words, up_scale, up_zero, lower_a, upper_a, lower_b, upper_b, total, x_scale)
             if HAS_BIAS:
-                up += tl.load(bias_ptr + OUTPUT_SIZE + output, mask=output_mask, other=0.0).to(tl.float32)
+                up += tl.load(bias_ptr + OUTPUT_SIZE + output, mask=mask, other=0.0).to(tl.float32)
             out = out / (1.0 + tl.exp(-out)) * up
         if HAS_RESIDUAL:
             out += tl.load(residual_ptr + token * residual_stride + output, mask=mask, other=0.0).to(tl.float32)
@@ -237,12 +245,12 @@ def suits_int4_skinny_linear(x: torch.Tensor, group_size: int) -> bool:
     """Returns whether `int4_skinny_linear` can multiply x [num_tokens, inputs]: pairs of numbers, groups of blocks."""
     num_tokens, input_size = x.shape
     whole = group_size % BLOCK_SIZE == 0 or group_size >= input_size
-    return num_tokens <= MAX_TOKENS and input_size % 2 == 0 and x.stride(0) % 2 == 0 and whole
+    return num_tokens <= _MAX_TOKENS and input_size % 2 == 0 and x.stride(0) % 2 == 0 and whole
 
 
-def _choose_tile(num_blocks: int, gated: bool) -> tuple[int, int]:
-    """Returns (outputs of a program, its warps)."""
-    return (8 if num_blocks <= 32 else 4) // (1 + gated), 4 if num_blocks <= 32 else 8
+def _choose_tile(num_blocks: int, gated: bool) -> tuple[int, int, int]:
+    """Returns (outputs of a group, warps of a program, programs of a multiprocessor)."""
+    return (8 if num_blocks <= 32 else 4) // (1 + gated), 4 if num_blocks <= 32 else 8, 3
 
 
 def int4_skinny_linear(
@@ -269,10 +277,10 @@ def int4_skinny_linear(
     if num_tokens == 0:
         return out
     num_blocks = weight.shape[1] * NUM_PLANES // BLOCK_SIZE
-    block_m = min(next_power_of_2(num_tokens), 4)
-    block_n, num_warps = _choose_tile(num_blocks, gated)
+    block_n, num_warps, programs = _choose_tile(num_blocks, gated)
+    num_programs = min(programs * multiprocessor_count(x.device), -(-output_size // block_n))
     words = x.view(torch.int32)
-    _int4_skinny_linear_kernel[(-(-output_size // block_n), -(-num_tokens // block_m))](
+    _int4_skinny_linear_kernel[(num_programs, num_tokens)](
         x_ptr=words,
         weight_ptr=weight.view(torch.int32),
         scale_ptr=scale,
@@ -285,7 +293,6 @@ def int4_skinny_linear(
         residual_stride=0 if residual is None else residual.stride(0),
         scale_row_stride=scale.stride(0),
         scale_group_stride=scale.stride(1),
-        num_tokens=num_tokens,
         eps=eps,
         HAS_ZEROS=zeros is not None,
         HAS_BIAS=bias is not None,
@@ -295,9 +302,9 @@ def int4_skinny_linear(
         GROUP_SIZE=max(group_size, BLOCK_SIZE),
         OUTPUT_SIZE=output_size,
         INPUT_SIZE=input_size,
-        BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCKS=next_power_of_2(num_blocks),
+        NUM_PROGRAMS=num_programs,
         num_warps=num_warps,
         num_stages=1,
         **pdl_options(x.device),

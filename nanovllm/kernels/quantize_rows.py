@@ -31,7 +31,7 @@ def _round_to(x: tl.tensor, step: tl.tensor) -> tl.tensor:
     return (x + large) - large
 
 
-@jit_with_varying("num_tokens")
+@jit_with_varying("num_rows")
 def _quantize_rows_kernel(
     x_ptr: tl.tensor,
     norm_weight_ptr: tl.tensor,
@@ -40,7 +40,7 @@ def _quantize_rows_kernel(
     scale_ptr: tl.tensor,
     x_stride: tl.tensor,
     hidden_size: tl.tensor,
-    num_tokens: tl.tensor,
+    num_rows: tl.tensor,
     num_groups: tl.tensor,
     eps: tl.tensor,
     HAS_NORM: tl.constexpr,
@@ -76,7 +76,7 @@ def _quantize_rows_kernel(
         scaled = _round_to(scaled, tl.exp2((tl.maximum(exponent, 121) - 130).to(tl.float32)))
     quantized = scaled.to(quantized_ptr.dtype.element_ty)
     tl.store(quantized_ptr + token * hidden_size + column, quantized, mask=mask)
-    tl.store(scale_ptr + group * num_tokens + token, scale, mask=group < num_groups)
+    tl.store(scale_ptr + group * num_rows + token, scale, mask=group < num_groups)
 
 
 def quantize_rows_reference(
@@ -109,23 +109,27 @@ def quantize_rows(
     *,
     group_size: int | None = None,
     input_scale: torch.Tensor | None = None,
+    num_rows: int | None = None,
     norm_weight: torch.Tensor | None = None,
     eps: float = 0.0,
     use_triton: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (x / scale in `dtype`, scale): [num_tokens, hidden_size] and [num_tokens, groups] float32.
 
-    A group's scales lie side by side in memory, as the product reads them. dtype: float8_e4m3fn or int8. group_size None: a row has one scale. The scale is the largest magnitude of the group
-    over the largest number of `dtype`, or `input_scale` [1] if given. norm_weight: x is RMS-normed first.
+    The scales of a group lie side by side in memory, as the product reads them. dtype: float8_e4m3fn or int8.
+    group_size None: a row has one scale. The scale is the largest magnitude of the group over the largest number of
+    `dtype`, or `input_scale` [1] if given. num_rows: of the results, which may have more than x; the rest is not
+    written. norm_weight: x is RMS-normed first.
     """
     if not runs_triton(x, use_triton):
         return quantize_rows_reference(
             x, dtype, group_size=group_size, input_scale=input_scale, norm_weight=norm_weight, eps=eps
         )
     num_tokens, hidden_size = x.shape
+    num_rows = num_rows or num_tokens
     num_groups = 1 if group_size is None else -(-hidden_size // group_size)
-    quantized = torch.empty(num_tokens, hidden_size, dtype=dtype, device=x.device)  # [num_tokens, hidden_size]
-    scale = torch.empty(num_groups, num_tokens, dtype=torch.float32, device=x.device).T  # [num_tokens, num_groups]
+    quantized = torch.empty(num_rows, hidden_size, dtype=dtype, device=x.device)  # [num_rows, hidden_size]
+    scale = torch.empty(num_groups, num_rows, dtype=torch.float32, device=x.device).T  # [num_rows, num_groups]
     if num_tokens == 0:
         return quantized, scale
     block_size = next_power_of_2(hidden_size)
@@ -137,7 +141,7 @@ def quantize_rows(
         scale_ptr=scale,
         x_stride=x.stride(0),
         hidden_size=hidden_size,
-        num_tokens=num_tokens,
+        num_rows=num_rows,
         num_groups=num_groups,
         eps=eps,
         HAS_NORM=norm_weight is not None,

@@ -25,7 +25,10 @@ _ALIGNMENT = 16  # bytes, of a row that the tensor memory accelerator reads
 _MAX_SKINNY_TOKENS = 4
 _MAX_EXTRA_PRODUCTS = 1 << 23  # multiplications for the tokens after the first
 _MAX_ROW = 32768
+_TORCH_SCALES_BLOCKS = torch.version.cuda is not None and tuple(map(int, torch.version.cuda.split("."))) >= (12, 9)
 _MAX_CONVERTED_TOKENS = 128  # with more, the BLAS gains more than one conversion of the whole weight costs
+_MAX_BLOCK_TOKENS = 64  # with more, or here if gated, torch's product with block scales is faster
+_MAX_GATED_BLOCK_TOKENS = 32
 _MIN_TILE_TOKENS = 16
 _FEW_TOKENS = 256
 _MANY_TOKENS = 1024
@@ -62,11 +65,23 @@ def fp8_product(
         return skinny_linear(
             hidden, weight, bias, scale=scale, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
         )
-    group_size = GROUP_SIZE if scales_blocks(scale, weight) else 0
+    has_blocks = scales_blocks(scale, weight)
+    if has_blocks and len(hidden) > (_MAX_GATED_BLOCK_TOKENS if gated else _MAX_BLOCK_TOKENS):
+        return _many_rows_block_product(
+            hidden,
+            weight,
+            scale,
+            bias,
+            input_scale=input_scale,
+            norm_weight=norm_weight,
+            eps=eps,
+            gated=gated,
+            residual=residual,
+        )
     x, x_scale = quantize_rows(
         hidden,
         weight.dtype,
-        group_size=group_size or None,
+        group_size=GROUP_SIZE if has_blocks else None,
         input_scale=input_scale,
         norm_weight=norm_weight,
         eps=eps,
@@ -77,12 +92,42 @@ def fp8_product(
         scale,
         bias,
         x_scale=x_scale,
-        group_size=group_size,
+        group_size=GROUP_SIZE if has_blocks else 0,
         gated=gated,
         residual=residual,
         dtype=hidden.dtype,
-        tile=_choose_tile(hidden, weight, gated=gated),
+        tile=_choose_tile(hidden, weight, gated=gated, has_blocks=has_blocks),
     )
+
+
+def _many_rows_block_product(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    input_scale: torch.Tensor | None,
+    norm_weight: torch.Tensor | None,
+    eps: float,
+    gated: bool,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """`fp8_linear` with block scales, by torch's own product where it has one for them."""
+    if not (_TORCH_SCALES_BLOCKS and weight.shape[0] % GROUP_SIZE == 0 and weight.shape[1] % GROUP_SIZE == 0):
+        dense = dequantize_weight(weight, scale, hidden.dtype, input_size=weight.shape[1], group_size=GROUP_SIZE)
+        return _dense_product(hidden, dense, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
+    num_tokens = len(hidden)
+    x, x_scale = quantize_rows(
+        hidden,
+        weight.dtype,
+        group_size=GROUP_SIZE,
+        input_scale=input_scale,
+        num_rows=-(-num_tokens // _ALIGNMENT) * _ALIGNMENT,
+        norm_weight=norm_weight,
+        eps=eps,
+    )
+    out = torch._scaled_mm(x, weight.T, scale_a=x_scale, scale_b=scale.T, out_dtype=hidden.dtype)[:num_tokens]
+    return _finished(out, bias, gated=gated, residual=residual)
 
 
 def int8_product(
@@ -186,10 +231,18 @@ def _dense_product(
     x = _normed(hidden, norm_weight, eps)
     if residual is not None and bias is None and not gated:
         return torch.addmm(residual, x, weight.T)
-    out = F.linear(x, weight, bias)
+    return _finished(F.linear(x, weight), bias, gated=gated, residual=residual)
+
+
+def _finished(
+    product: torch.Tensor, bias: torch.Tensor | None, *, gated: bool, residual: torch.Tensor | None
+) -> torch.Tensor:
+    """Returns the product with what follows it."""
+    if bias is not None:
+        product = product + bias
     if gated:
-        out = silu_and_mul(out)
-    return out if residual is None else out + residual
+        product = silu_and_mul(product)
+    return product if residual is None else product + residual
 
 
 def _is_skinny(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -199,7 +252,7 @@ def _is_skinny(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
     return num_tokens <= _MAX_SKINNY_TOKENS and extra_products <= _MAX_EXTRA_PRODUCTS and input_size <= _MAX_ROW
 
 
-def _choose_tile(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> Tile:
+def _choose_tile(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool, has_blocks: bool = False) -> Tile:
     """Returns the tile that was fastest, or nearly so, at the shapes of Qwen3-8B on an H200."""
     num_tokens, input_size = hidden.shape
     if num_tokens > _MANY_TOKENS:
@@ -212,4 +265,4 @@ def _choose_tile(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> 
     most, splits = 2 * multiprocessor_count(hidden.device), 1
     while splits < _MAX_SPLITS and 2 * splits * programs <= most and input_size >= 2 * splits * _MIN_SPLIT_INPUTS:
         splits *= 2
-    return Tile(outputs, tokens, 256 if tokens == _MIN_TILE_TOKENS else 128, splits=splits)
+    return Tile(outputs, tokens, 128 if tokens == 128 or has_blocks else 256, splits=splits)

@@ -165,7 +165,7 @@ def _choose_tile(block_k: int, gated: bool, itemsize: int) -> tuple[int, int]:
     num_warps = 1 if block_k <= _MAX_COLUMNS_OF_ONE_WARP else 4
     weights = _WEIGHTS_OF_ONE_WARP if num_warps == 1 else _WEIGHTS_OF_FOUR_WARPS
     if itemsize == 1:
-        weights *= 2  # as many bytes as of 16-bit weights
+        weights *= 2 if num_warps == 1 else 4
     return max(weights // block_k // (1 + gated), 1), num_warps
 
 
