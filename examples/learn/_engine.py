@@ -11,7 +11,8 @@ from nanovllm.diagnostics import make_diagnostics
 from nanovllm.engine.in_process_executor import InProcessExecutor
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.model_runner import ModelRunner
-from nanovllm.engine_factory import default_observers
+from nanovllm.engine.observer import EngineObserver
+from nanovllm.engine_factory import default_observers, make_speculation
 
 
 class OpenExecutor(InProcessExecutor):
@@ -23,11 +24,16 @@ class OpenExecutor(InProcessExecutor):
         return self._runner
 
 
-def open_engine(**settings: Any) -> tuple[LLMEngine, ModelRunner]:
-    """Returns an engine, which is a context manager, and the runner of its one rank. `settings`: LLM's arguments."""
+def open_engine(observers: Sequence[EngineObserver] = (), **settings: Any) -> tuple[LLMEngine, ModelRunner]:
+    """Returns an engine, which is a context manager, and the runner of its one rank.
+
+    observers: further ones. settings: LLM's arguments.
+    """
     config = EngineConfig("tiny", **{"device": "cpu", **settings})
     executor = OpenExecutor(config, make_diagnostics=make_diagnostics)
-    return LLMEngine(config, lambda config, stopwatch: executor, default_observers(config)), executor.runner
+    all_observers = [*default_observers(config), *observers]
+    engine = LLMEngine(config, lambda config, stopwatch: executor, all_observers, make_speculation=make_speculation)
+    return engine, executor.runner
 
 
 def run(

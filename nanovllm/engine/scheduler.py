@@ -331,11 +331,12 @@ class Scheduler:
         token_ids = result.token_ids[tokens]
         invalid = sampled[~rows.stopped[sampled] & (token_ids == INVALID_TOKEN)]
         rows.stopped[invalid] = True
-        rows.num_computed[sampled] += drafted
         live = ~rows.stopped[sampled]  # the tokens of all others are dropped
         sampled, tokens, token_ids = sampled[live], tokens[live], token_ids[live]
         self._record_logprobs(sampled, tokens, result)
-        if not drafted:
+        if drafted:
+            rows.num_computed[sampled] += 1
+        else:
             gaps = now - rows.last_token[sampled]
             self._observer.tokens_sampled(SampledStep(batch, rows, sampled, gaps, now, result.gpu_ms, self.load))
         rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids

@@ -33,6 +33,7 @@ _SHARED = (
     "prompt_logprobs",
     "skip_special_tokens",
     "detokenize",
+    "speculate",
 )
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 
@@ -54,7 +55,7 @@ FIELDS: Mapping[str, Unsupported] = {
     "modalities": Unsupported(_only(None, ["text"]), _TEXT_ALONE, "audio"),
     "service_tier": Unsupported(_only(None, "auto", "default"), "there is one tier", "other service tiers"),
     "store": Unsupported(_OFF, "nothing is stored", "stored answers"),
-    "prediction": Unsupported(_NONE, "each step computes one token a row", "predicted outputs"),
+    "prediction": Unsupported(_NONE, "drafts come from the prompt and from outputs", "predicted outputs"),
     "web_search_options": Unsupported(_NONE, "the server reads no web pages", "web search"),
     "functions": Unsupported(_NONE, "tools has replaced it", "functions", "Use tools."),
     "function_call": Unsupported(_NONE, "tool_choice has replaced it", "function_call", "Use tool_choice."),

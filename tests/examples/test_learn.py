@@ -297,6 +297,22 @@ def test_scheduler_trace_tells_every_kind_of_decision(tmp_path: Path) -> None:
     assert again.split("--- 2.")[1].split("--- 3.")[0] == trace
 
 
+@pytest.mark.parametrize("arguments", [(), ("--method", "ngram", "--temperature", "0.8", "--draft", "4")])
+def test_speculation_shows_drafts_and_the_same_tokens(arguments: tuple[str, ...]) -> None:
+    text = lesson("step3_speculation", *arguments)
+    again, changed = text.split("--- 2.")[0], text.split("--- 2.")[1].split("--- 3.")[0]
+    assert "✓" in again
+    assert "✗" in changed
+    assert "same with and without drafts: True" in one_line(text)
+    rows = re.findall(r"^  (\w[\w ]*?) +(\d+) +(\d+) +(\d+) +(\d+) +(\d+)$", text, re.MULTILINE)
+    assert [row[0] for row in rows] == ["the primes", "the primes again", "more primes", "counting"]
+    for name, *figures in rows:
+        tokens, plain, steps, drafted, right = map(int, figures)
+        assert plain == tokens
+        assert right <= drafted
+        assert steps <= tokens if name == "counting" else steps < tokens
+
+
 def test_scheduler_trace_refuses_a_log_without_steps(tmp_path: Path) -> None:
     log = tmp_path / "run.jsonl"
     log.write_text('{"event": "engine.init", "mono": 1.0}\n')

@@ -30,8 +30,9 @@ class CountDrafts(EngineObserver):
 
 def make_engine(seed: int, max_draft: int, observer: EngineObserver, **changes: object) -> LLMEngine:
     executor = SimulatedExecutor(make_config(**changes))
+    speculative = {"method": "ngram", "num_speculative_tokens": max_draft}
     return LLMEngine(
-        EngineConfig("simulated", skip_tokenizer_init=True),
+        EngineConfig("simulated", skip_tokenizer_init=True, speculative_config=speculative),
         lambda config, stopwatch: executor,
         [observer],
         make_speculation=guessing(truth, seed, max_draft),

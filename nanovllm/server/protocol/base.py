@@ -72,6 +72,7 @@ class GenerationRequest(ApiModel):
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
     detokenize: bool | None = None
+    speculate: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | bool | None = None
