@@ -74,6 +74,7 @@ def test_a_mistake_in_an_option(line: str, message: str, capsys: pytest.CaptureF
         ("--allowed-origins '[\"*\"]'", "Use --cors-origin."),
         ("--enable-log-outputs", "Set NANOVLLM_LOG_PROMPTS=1."),
         ("--lora-modules a=b", "Not supported: LoRA"),
+        ("--enable-auto-tool-choice", "tool_call_parser=None is not allowed: it must be given with"),
     ],
 )
 def test_options_of_vllm_that_ask_for_what_is_not_there(line: str, message: str) -> None:
