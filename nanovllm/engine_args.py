@@ -107,7 +107,7 @@ def _add_option(group: argparse._ArgumentGroup, declared: Argument, type_hint: A
                 value = json.loads(text)
             else:
                 value = _read_integer(text) if kinds[0] is int else kinds[0](text)
-        except ValueError:
+        except (ValueError, OverflowError):
             value = text
         if not declared.rule.accepts(value):
             raise argparse.ArgumentTypeError(f"{text!r} is not {declared.rule.allowed}")

@@ -55,6 +55,8 @@ def parse_arguments(arguments: Sequence[str], prog: str) -> argparse.Namespace:
     add("--max-tokens", type=int, metavar="N", help="tokens of an answer (default: as many as the model has)")
     add("--temperature", type=float, metavar="X", help="0 is greedy (default: the checkpoint's)")
     args = EngineArgs.add_cli_args(parser).parse_args(arguments)
+    if args.url is not None and not args.url.startswith(("http://", "https://")):
+        parser.error(f"argument --url: {args.url!r} does not begin with http:// or https://")
     if args.model_tag is not None:
         args.model = args.model_tag
     return args
@@ -116,6 +118,8 @@ def _remote(args: argparse.Namespace) -> Answer:
                 yield from _pieces(response)
         except urllib.error.HTTPError as error:
             raise OSError(f"{url} answers {error.code}: {error.read(1000).decode(errors='replace')}") from None
+        except urllib.error.URLError as error:
+            raise OSError(f"{url} cannot be reached: {error.reason}. `nanovllm serve` starts a server.") from None
 
     return answer
 

@@ -54,6 +54,10 @@ def serve(settings: ServerSettings, engine_args: EngineConfig) -> int:
         server.run()
     except SystemExit:  # uvicorn has said why it cannot listen
         server.status, server.outcome = 1, "error"
+    except OSError as error:  # of the certificate, or the folder of the socket
+        problem = f"cannot listen: {error.strerror or error}. Check --uds, --ssl-certfile and --ssl-keyfile."
+        print(f"nanovllm serve: {problem}", file=sys.stderr)
+        server.status, server.outcome = 1, "error"
     finally:
         if server.engine is not None:
             server.engine.exit()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanovllm.errors import NanoVLLMError
+from nanovllm.errors import InvalidArgumentError, NanoVLLMError
 from nanovllm.sampling_params import SamplingParams
 from nanovllm.server.parsers import REASONING_PARSERS, TOOL_PARSERS
 from nanovllm.utils.arguments import (
@@ -143,3 +143,5 @@ class ServerSettings:
 
     def __post_init__(self) -> None:
         check_arguments(self)
+        if self.enable_auto_tool_choice and self.tool_call_parser is None:
+            raise InvalidArgumentError("tool_call_parser", None, "given with enable_auto_tool_choice")

@@ -23,3 +23,13 @@ def test_a_server() -> None:
         wrong = run_python("-m", "nanovllm", "chat", "--url", f"{server.url}/v1", stdin="a\n")
         assert wrong.returncode == 1
         assert "answers 401" in wrong.stderr
+
+
+def test_no_server_is_one_line() -> None:
+    nobody = run_python("-m", "nanovllm", "chat", "--url", "http://127.0.0.1:9", stdin="a\n")
+    assert nobody.returncode == 1
+    (line,) = nobody.stderr.splitlines()
+    assert line.startswith("nanovllm chat: http://127.0.0.1:9/v1/chat/completions cannot be reached: ")
+    wrong = run_python("-m", "nanovllm", "chat", "--url", "localhost:8000", stdin="a\n")
+    assert (wrong.returncode, len(wrong.stderr.splitlines())) == (2, 1)
+    assert "'localhost:8000' does not begin with http://" in wrong.stderr

@@ -55,6 +55,7 @@ def test_options_as_vllm_writes_them(line: str, arguments: dict[str, Any]) -> No
     ("line", "message"),
     [
         ("tiny --max-model-len 1.5", "'1.5' is not an integer ≥ 1"),
+        ("tiny --max-model-len infk", "'infk' is not an integer ≥ 1"),
         ("tiny --max-model-len 1.0005k", "'1.0005k' is not an integer ≥ 1"),
         ("tiny --chat-template nowhere.jinja", "'nowhere.jinja' is not a file with a Jinja template, or a template"),
         ("tiny --override-generation-config.temperature 3", "is not an object with values of temperature, top_p"),
@@ -74,6 +75,7 @@ def test_a_mistake_in_an_option(line: str, message: str, capsys: pytest.CaptureF
         ("--allowed-origins '[\"*\"]'", "Use --cors-origin."),
         ("--enable-log-outputs", "Set NANOVLLM_LOG_PROMPTS=1."),
         ("--lora-modules a=b", "Not supported: LoRA"),
+        ("--enable-auto-tool-choice", "tool_call_parser=None is not allowed: it must be given with"),
     ],
 )
 def test_options_of_vllm_that_ask_for_what_is_not_there(line: str, message: str) -> None:

@@ -168,6 +168,17 @@ def test_an_engine_that_dies(exit_on_death: bool, engine_process: bool) -> None:
         assert (server.should_exit, server.status) == (False, 0)
 
 
+@pytest.mark.parametrize(
+    "options", [["--uds", "/no/such/folder/socket"], ["--ssl-certfile", "/no/such/file", "--ssl-keyfile", "/no/such"]]
+)
+def test_what_cannot_be_listened_to_is_one_line(options: list[str]) -> None:
+    process = start_python("-m", "nanovllm", "serve", "tiny", *OPTIONS, *options, NANOVLLM_LOG_LEVEL="WARNING")
+    _, errors = process.communicate(timeout=WATCHDOG)
+    assert process.returncode == 1
+    (line,) = errors.splitlines()
+    assert line.startswith("nanovllm serve: cannot listen: No such file or directory.")
+
+
 def test_the_options_are_listed_with_their_defaults() -> None:
     process = start_python("-m", "nanovllm", "serve", "--help")
     text, _ = process.communicate(timeout=WATCHDOG)
