@@ -57,8 +57,8 @@ def _sort_by_expert_kernel(
     before = tl.zeros([BLOCK_EXPERTS], tl.int32)
     for first in range(0, num_blocks, BLOCK_BLOCKS):
         other = first + tl.arange(0, BLOCK_BLOCKS)
-        mask = (other < num_blocks)[:, None] & (expert < NUM_EXPERTS)[None, :]
-        counts = tl.load(block_counts_ptr + other[:, None] * NUM_EXPERTS + expert[None, :], mask=mask, other=0)
+        counted = (other < num_blocks)[:, None] & (expert < NUM_EXPERTS)[None, :]
+        counts = tl.load(block_counts_ptr + other[:, None] * NUM_EXPERTS + expert[None, :], mask=counted, other=0)
         total += tl.sum(counts, axis=0)
         before += tl.sum(tl.where((other < block)[:, None], counts, 0), axis=0)
     starts = tl.cumsum(total, axis=0) - total
@@ -80,10 +80,10 @@ def _sort_by_expert_kernel(
         of = tl.minimum(of, NUM_EXPERTS - 1)
         row = tl.gather(rows, of, axis=0) + tile * BLOCK_ROWS
         end = tl.where(is_empty, 0, tl.gather(starts + total, of, axis=0))
-        mask = tile < max_tiles
-        tl.store(tiles_ptr + tile * 3, of, mask=mask)
-        tl.store(tiles_ptr + tile * 3 + 1, row, mask=mask)
-        tl.store(tiles_ptr + tile * 3 + 2, end, mask=mask)
+        exists = tile < max_tiles
+        tl.store(tiles_ptr + tile * 3, of, mask=exists)
+        tl.store(tiles_ptr + tile * 3 + 1, row, mask=exists)
+        tl.store(tiles_ptr + tile * 3 + 2, end, mask=exists)
 
 
 def sort_by_expert(routing: Routing, block_rows: int) -> ExpertTiles:
