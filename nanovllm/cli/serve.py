@@ -34,7 +34,10 @@ def main(arguments: Sequence[str], prog: str) -> int:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2
     try:
-        from nanovllm.server.serve import serve
+        if settings.api_server_count > 1:
+            from nanovllm.server.supervisor import supervise as serve
+        else:
+            from nanovllm.server.serve import serve
     except ImportError as error:
         print(f"{prog}: {error}. The server needs the extra: pip install '.[server]'", file=sys.stderr)
         return 2

@@ -137,7 +137,11 @@ def _serve(start: StartApi, supervisor: Supervisor) -> None:
     def make_engine() -> AsyncLLM:
         return connected(start.config, EngineClient(start.config, Connection(start.engine)))
 
-    server = ApiServer(service, make_engine, supervisor)
+    engine: AsyncLLM | None = None
+    if start.is_successor:  # connections wait for it, rather than get status 503
+        engine = make_engine()
+        service.start(engine)
+    server = ApiServer(service, lambda: engine or make_engine(), supervisor)
     server.run(sockets=[socket.socket(fileno=start.listener)])
     if server.engine is not None:
         server.engine.exit()

@@ -21,6 +21,7 @@ class StartApi:
     config: EngineConfig
     levels: dict[str, int]  # of the package's loggers, by name
     process: int  # its index
+    is_successor: bool  # of one that has ended
     engine: int
     listener: int
     counts: int

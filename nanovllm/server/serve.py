@@ -44,10 +44,6 @@ def serve(settings: ServerSettings, engine_args: EngineConfig) -> int:
     0: a signal ended it, and the requests that ran have ended. 1: it cannot listen, the engine did not start, or it has
     died under `exit_on_death`. 128 + the signal's number: a second signal ended it.
     """
-    if settings.api_server_count > 1:
-        from nanovllm.server.supervisor import supervise  # imports this module
-
-        return supervise(settings, engine_args)
     service = Service(settings)
     server = HttpServer(service, partial(AsyncLLM.from_engine_args, engine_args))
     try:

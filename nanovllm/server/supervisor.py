@@ -103,7 +103,7 @@ class _Supervisor:
         self._counts_file, self._counts = counts_file, counts
         self._address = address_of(settings, listeners[0])
         self._engine = EngineProcess(self._config, serves=False)
-        self._has_engine = self._has_started = self._is_ending = False
+        self._has_engine = self._is_dead = self._has_started = self._is_ending = False
         self._num_signals = 0
         self._status, self._outcome = 0, "clean"
         self._processes: dict[int, ApiProcess] = {}  # by index
@@ -164,7 +164,7 @@ class _Supervisor:
         else:
             self._has_engine = True
 
-    def _start(self, index: int) -> None:
+    def _start(self, index: int, is_successor: bool = False) -> None:
         """Starts an API process."""
         ours, theirs = Pipe()
         listener = self._listeners[index % len(self._listeners)]
@@ -176,6 +176,7 @@ class _Supervisor:
                 config=self._config,
                 levels=levels(),
                 process=index,
+                is_successor=is_successor,
                 engine=engine.fileno(),
                 listener=listener.fileno(),
                 counts=self._counts_file,
@@ -232,14 +233,14 @@ class _Supervisor:
         del self._processes[process.index]
         process.close()
         self._counts.clear(process.index)
-        if self._is_ending:
+        if self._is_ending or self._is_dead:
             if len(self._listeners) > 1:  # else the others share it
                 self._listeners[process.index].close()
             return
         problem = f"API process {process.process.pid} {ending(process.process.returncode)}"
         events.api_process_lost.log(logger, problem=problem)
         if process.is_ready:
-            self._start(process.index)
+            self._start(process.index, is_successor=True)
         else:
             self._end(1, "an API process did not start")
 
@@ -250,6 +251,7 @@ class _Supervisor:
         self._end(1, "the engine did not start")
 
     def _take_death(self) -> None:
+        self._is_dead = True
         if self._settings.exit_on_death:
             self._end(1, "the engine has died")
 
