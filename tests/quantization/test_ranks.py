@@ -32,7 +32,9 @@ def matrix_of(layer: LinearLayer) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("shape", [{}, WIDE, FOUR_HEADS, ODD], ids=["small", "wide", "four_heads", "odd"])
-@pytest.mark.parametrize("name", ["fp8_blocks", "fp8_static", "fp8_channels", "awq", "gptq_zeros", "gptq_desc_act"])
+@pytest.mark.parametrize(
+    "name", ["fp8_blocks", "fp8_static", "fp8_channels", "awq", "gptq_zeros", "gptq_desc_act", "packed_actorder"]
+)
 def test_ranks_have_their_parts(name: str, shape: dict[str, Any], size: int, tmp_path: Path) -> None:
     published = FORMATS[name]
     plain, quantized = make_quantized(tmp_path, published.quantize, published.config, **shape)
