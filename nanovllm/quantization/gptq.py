@@ -61,8 +61,8 @@ def _check_in_order(part: MatrixPart, index: torch.Tensor, group_size: int) -> N
     first, stop = part.inputs.start, part.inputs.stop
     if not torch.equal(index, torch.arange(first, stop, device=index.device) // group_size):
         raise ModelLoadError(
-            f"{part.name}.g_idx has groups of inputs that are not neighbours, and config.json says "
-            "quantization_config.desc_act=false. hf_overrides can replace quantization_config."
+            f"{part.name}.g_idx has groups of inputs that are not neighbours, but quantization_config in config.json "
+            "has desc_act=false: change it to true."
         )
 
 
@@ -92,9 +92,8 @@ def _targets(fields: Fields) -> tuple[str, ...]:
     lists = fields.get("modules_in_block_to_quantize")
     if lists is None:
         return EVERY_LINEAR_LAYER
-    if not isinstance(lists, list) or not all(isinstance(inner, list) for inner in lists):
-        raise fields.unsupported("modules_in_block_to_quantize", "a list of lists of names of modules")
-    names = [name for inner in lists for name in inner]
-    if not all(isinstance(name, str) for name in names):
+    are_lists = isinstance(lists, list) and all(isinstance(inner, list) for inner in lists)
+    names = [name for inner in lists for name in inner] if are_lists else []
+    if not names or not all(isinstance(name, str) for name in names):
         raise fields.unsupported("modules_in_block_to_quantize", "a list of lists of names of modules")
     return tuple(names)
