@@ -293,7 +293,7 @@ CASES = [
     (gptq, GPTQ, with_tensor("mlp.up_proj.qmeta", ZEROS), "unknown to the model: .*qmeta"),
     (gptq, GPTQ | {"desc_act": True}, without("g_idx"), "missing .*g_idx"),
     (gptq, GPTQ, changed("g_idx", lambda index: index.flip(0)), "g_idx has groups .* not neighbours.*desc_act=false"),
-    (gptq, GPTQ | {"desc_act": True}, changed("g_idx", lambda index: index + 1), "g_idx names groups from 0 to"),
+    (gptq, GPTQ | {"desc_act": True}, changed("g_idx", lambda index: index + 1), "g_idx names other groups than 0 to"),
     (gptq, GPTQ | {"desc_act": True}, changed("g_idx", lambda index: index * 0), "do not have group_size=32 inputs"),
     (
         gptq,

@@ -86,8 +86,17 @@ def test_weights_are_rounded_to_the_nearest_value(seed: int) -> None:
 def test_zeros_and_single_values_stay() -> None:
     for quantization in MADE:
         weight = torch.zeros(4, 64)
-        weight[1, 3], weight[2, 5] = 0.75, -1e-3
+        weight[1, 3], weight[2, 5], weight[3, 0] = 0.75, -1e-3, 1e-44
         assert torch.allclose(quantized_layer(2, weight, quantization)[1], weight, rtol=1e-6), quantization
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_stay_seen(value: float) -> None:
+    for quantization in MADE:
+        weight = torch.ones(4, 64)
+        weight[1, 3] = value
+        rows = quantized_layer(2, weight, quantization)[1].isfinite().all(1)
+        assert rows.tolist() == [True, False, True, True], quantization
 
 
 @pytest.mark.parametrize("family", FAMILIES)
