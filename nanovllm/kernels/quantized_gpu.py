@@ -257,7 +257,7 @@ def _is_skinny(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
 def _choose_tile(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool, inputs: int = GROUP_SIZE) -> Tile:
     """Returns the tile that was fastest, or nearly so, at the shapes of Qwen3-8B on an H200.
 
-    inputs: that a program may take at a time, if it has few tokens.
+    inputs: that a program may take at a time, if it has few tokens; _INPUTS where both factors have 8 bits.
     """
     num_tokens, input_size = hidden.shape
     if num_tokens > _MANY_TOKENS:
@@ -265,7 +265,7 @@ def _choose_tile(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool, inp
     if num_tokens > _FEW_TOKENS:
         return Tile(128, 128, num_warps=8)
     tokens = min(max(next_power_of_2(num_tokens), _MIN_TILE_TOKENS), _MAX_TILE_TOKENS)
-    if gated and tokens == _MAX_TILE_TOKENS:
+    if gated and tokens == _MAX_TILE_TOKENS and inputs == _INPUTS:
         return Tile(128, tokens, num_warps=8)
     outputs = 64
     programs = -(-weight.shape[0] // (outputs * (1 + gated))) * -(-num_tokens // tokens)
