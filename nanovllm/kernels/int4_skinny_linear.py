@@ -25,6 +25,7 @@ from nanovllm.kernels.triton_support import (
 )
 
 _MAX_TOKENS = 1
+_MAX_BLOCKS_OF_EIGHT_WARPS = 64  # of a row
 _BLOCK_SIZE = constant(BLOCK_SIZE)
 _PLANE_SIZE = constant(PLANE_SIZE)
 _WORDS = constant(BLOCK_SIZE // 8)  # of 32 bits in a block: each has two neighbouring inputs of each plane
@@ -250,7 +251,9 @@ def suits_int4_skinny_linear(x: torch.Tensor, group_size: int) -> bool:
 
 def _choose_tile(num_blocks: int, gated: bool) -> tuple[int, int, int]:
     """Returns (outputs of a group, warps of a program, programs of a multiprocessor)."""
-    return (8 if num_blocks <= 32 else 4) // (1 + gated), 4 if num_blocks <= 32 else 8, 3
+    if num_blocks > _MAX_BLOCKS_OF_EIGHT_WARPS:
+        return 4 // (1 + gated), 16, 1
+    return 8 // (1 + gated), 8, 2
 
 
 def int4_skinny_linear(

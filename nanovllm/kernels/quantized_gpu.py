@@ -30,6 +30,8 @@ _MAX_CONVERTED_TOKENS = 128  # with more, the BLAS gains more than one conversio
 _MAX_BLOCK_TOKENS = 64  # with more, or here if gated, torch's product with block scales is faster
 _MAX_GATED_BLOCK_TOKENS = 32
 _MIN_TILE_TOKENS = 16
+_MAX_TILE_TOKENS = 128  # of up to 256 tokens
+_INPUTS = 256
 _FEW_TOKENS = 256
 _MANY_TOKENS = 1024
 _MAX_SPLITS = 4
@@ -96,7 +98,7 @@ def fp8_product(
         gated=gated,
         residual=residual,
         dtype=hidden.dtype,
-        tile=_choose_tile(hidden, weight, gated=gated, has_blocks=has_blocks),
+        tile=_choose_tile(hidden, weight, gated=gated, inputs=GROUP_SIZE if has_blocks else _INPUTS),
     )
 
 
@@ -163,7 +165,7 @@ def int8_product(
         gated=gated,
         residual=residual,
         dtype=hidden.dtype,
-        tile=_choose_tile(hidden, weight, gated=gated),
+        tile=_choose_tile(hidden, weight, gated=gated, inputs=_INPUTS if quantize_input else GROUP_SIZE),
     )
 
 
@@ -252,17 +254,22 @@ def _is_skinny(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
     return num_tokens <= _MAX_SKINNY_TOKENS and extra_products <= _MAX_EXTRA_PRODUCTS and input_size <= _MAX_ROW
 
 
-def _choose_tile(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool, has_blocks: bool = False) -> Tile:
-    """Returns the tile that was fastest, or nearly so, at the shapes of Qwen3-8B on an H200."""
+def _choose_tile(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool, inputs: int = GROUP_SIZE) -> Tile:
+    """Returns the tile that was fastest, or nearly so, at the shapes of Qwen3-8B on an H200.
+
+    inputs: that a program may take at a time, if it has few tokens; _INPUTS where both factors have 8 bits.
+    """
     num_tokens, input_size = hidden.shape
     if num_tokens > _MANY_TOKENS:
         return Tile(64 if gated else 128, 256, num_warps=8, num_stages=3)
     if num_tokens > _FEW_TOKENS:
         return Tile(128, 128, num_warps=8)
-    tokens = min(max(next_power_of_2(num_tokens), _MIN_TILE_TOKENS), 128)
+    tokens = min(max(next_power_of_2(num_tokens), _MIN_TILE_TOKENS), _MAX_TILE_TOKENS)
+    if gated and tokens == _MAX_TILE_TOKENS and inputs == _INPUTS:
+        return Tile(128, tokens, num_warps=8)
     outputs = 64
     programs = -(-weight.shape[0] // (outputs * (1 + gated))) * -(-num_tokens // tokens)
     most, splits = 2 * multiprocessor_count(hidden.device), 1
     while splits < _MAX_SPLITS and 2 * splits * programs <= most and input_size >= 2 * splits * _MIN_SPLIT_INPUTS:
         splits *= 2
-    return Tile(outputs, tokens, 128 if tokens == 128 or has_blocks else 256, splits=splits)
+    return Tile(outputs, tokens, GROUP_SIZE if tokens == _MAX_TILE_TOKENS else inputs, splits=splits)

@@ -1,0 +1,84 @@
+"""Products with quantised weights on a GPU, by the kernels that the number of rows chooses."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+
+from nanovllm.kernels.quantized_linear import fp8_linear, int4_linear, int8_linear, pack_int4, suits_fused
+from tests.kernels.inputs import relative_error
+from tests.kernels.test_skinny_linear import random_fp8_weight, random_product
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+INPUTS = 512
+# FP8 activations are within a sixteenth; a token alone is not rounded, but the reference's is.
+TOLERANCES = {"fp8": 4e-2, "fp8-blocks": 4e-2, "int8-w8a16": 1e-2, "int8-w8a8": 2e-2, "int4": 1e-2, "int4-32": 1e-2}
+
+
+def random_quantized_product(generator, device, kind, outputs):
+    """A product of the input and what surrounds it, on a device."""
+    if kind.startswith("fp8"):
+        shape = "blocks" if kind == "fp8-blocks" else "outputs"
+        weight, scale = random_fp8_weight(generator, device, outputs, INPUTS, shape)
+        return partial(fp8_linear, weight=weight, scale=scale)
+    if kind.startswith("int8"):
+        weight = torch.randint(-127, 128, (outputs, INPUTS), generator=generator, dtype=torch.int8).to(device)
+        scale = (torch.rand(outputs, 1, generator=generator) * 1e-3).to(device)
+        return partial(int8_linear, weight=weight, scale=scale, quantize_input=kind == "int8-w8a8")
+    group_size = 32 if kind == "int4-32" else 128
+    values = torch.randint(0, 16, (outputs, INPUTS), generator=generator)
+    scale = (torch.rand(INPUTS // group_size, outputs, generator=generator) * 1e-2).to(device).T
+    zeros = torch.randint(0, 16, (INPUTS // group_size, outputs), generator=generator).float().to(device).T
+    return partial(int4_linear, weight=pack_int4(values).to(device), scale=scale, zeros=zeros, group_size=group_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", TOLERANCES)
+@pytest.mark.parametrize("num_tokens", [1, 2, 17, 40, 100, 130, 300, 1100])
+@pytest.mark.parametrize(("outputs", "gated"), [(512, False), (512, True), (384, False)])
+def test_every_number_of_rows(generator, dtype, kind, num_tokens, outputs, gated):
+    x, _, bias, norm_weight = random_product(generator, "cpu", dtype, num_tokens, INPUTS, outputs)
+    residual = torch.randn(num_tokens, outputs // (1 + gated), generator=generator).to(dtype)
+    state = generator.get_state()
+    expected = random_quantized_product(generator, "cpu", kind, outputs)(
+        x, bias=bias, norm_weight=norm_weight, eps=0.1, gated=gated, residual=residual
+    )
+    generator.set_state(state)
+    product = random_quantized_product(generator, "cuda", kind, outputs)
+    got = product(
+        x.cuda(), bias=bias.cuda(), norm_weight=norm_weight.cuda(), eps=0.1, gated=gated, residual=residual.cuda()
+    )
+    assert suits_fused(x.cuda(), product.keywords["weight"])
+    assert got.dtype == dtype
+    assert relative_error(got.cpu(), expected) < TOLERANCES[kind]
+
+
+@pytest.mark.parametrize("kind", TOLERANCES)
+@pytest.mark.parametrize("num_tokens", [1, 5, 40, 300])
+def test_chained_products_in_a_graph_see_what_the_ones_before_wrote(generator, kind, num_tokens):
+    products = [random_quantized_product(generator, "cuda", kind, INPUTS) for _ in range(20)]
+    norm_weight = torch.ones(INPUTS, dtype=torch.bfloat16, device="cuda")
+    x = torch.randn(num_tokens, INPUTS, generator=generator).to("cuda", torch.bfloat16)
+
+    def run():
+        hidden = x
+        for product in products:
+            hidden = product(hidden, norm_weight=norm_weight, eps=1e-6, residual=hidden)
+        return hidden
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    graph.replay()
+    first = out.clone()
+    assert bool(first.isfinite().all())
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(out, first)
