@@ -115,9 +115,9 @@ class Scheduler:
         plan = _StepPlan()
         self._speculation.watch(self.rows)
         decode_rows, shares_prefix = self._prefix_groups.arrange(self._schedule_decode(plan), self._step)
-        if self.waiting or self._prefilling is not None:
-            start = 0 if self._prefilling is None else int(self.rows.num_computed[self._row(self._prefilling)])
-            self._schedule_prefill(plan, self.policy.budget(self.rows, decode_rows, start))
+        next_prompt = self._prefilling or self._first_waiting()
+        if next_prompt is not None:
+            self._schedule_prefill(plan, self.policy.budget(self.rows, decode_rows, next_prompt, self.now))
         if not plan.chunks and not len(decode_rows):
             return None
         room = self.policy.max_num_batched_tokens - len(decode_rows) - plan.num_prompt_tokens
