@@ -82,7 +82,10 @@ class LLMEngine(UnsupportedMethods):
             self._grammars = GrammarCompiler(self.tokenizer, self.resolved)
             self.preparation = RequestPreparation(self.tokenizer, self.resolved, self._grammars)
             self._output_builder = output_builder(self.tokenizer)
-            self._make_speculation = partial(make_speculation, config, self.resolved, self._observers)
+            speculation = partial(make_speculation, config, self.resolved, self._observers)
+            self._make_scheduler = partial(
+                Scheduler, self.resolved, self._observers, clock, make_speculation=speculation
+            )
             self.scheduler = self._make_scheduler()
             stopwatch.lap("tokenizer")
             self._observers.engine_started(
@@ -340,7 +343,7 @@ class LLMEngine(UnsupportedMethods):
         Ctrl-C may break this off, too: then the next step does it again.
         """
         lost = list(dict.fromkeys(self._unfinished.started_sequences()))
-        scheduler = self._make_scheduler(self.scheduler.last_step)
+        scheduler = self._make_scheduler(last_step=self.scheduler.last_step)
         self._unfinished.lose(error, request_ids)
         self.scheduler = scheduler
         try:
@@ -399,9 +402,6 @@ class LLMEngine(UnsupportedMethods):
         self.exit()
 
     # Helpers
-
-    def _make_scheduler(self, last_step: int = 0) -> Scheduler:
-        return Scheduler(self.resolved, self._observers, self.clock, last_step, self._make_speculation())
 
     def _check_alive(self) -> None:
         self.owner.check()

@@ -66,13 +66,13 @@ class Scheduler:
         observer: EngineObserver | None = None,
         clock: Callable[[], float] = time.monotonic,
         last_step: int = 0,
-        speculation: Speculation | None = None,
+        make_speculation: Callable[[], Speculation] = Speculation,
     ) -> None:
         self.now = 0.0  # seconds of `clock`, which each `schedule` and each `update` reads once
         self._clock = clock
         self._observer = observer or EngineObserver()
         self.policy = PrefillPolicy(config)
-        self._speculation = speculation or Speculation()
+        self._speculation = make_speculation()
         self._is_eos: BoolArray = np.zeros(config.vocab_size, dtype=np.bool_)
         self._is_eos[[token_id for token_id in config.eos_token_ids if 0 <= token_id < config.vocab_size]] = True
         self.block_manager = BlockManager(

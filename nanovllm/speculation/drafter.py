@@ -25,7 +25,7 @@ from nanovllm.utils.logger import setup_logger
 logger = setup_logger(__name__)
 
 _MAX_ROWS = 128  # where more rows decode, a draft costs as much as it saves
-_READ_EACH = 4096  # tokens that are read between two steps, so that long prompts hold up none
+_READ_EACH = 2048  # tokens that are read between two steps, so that long prompts hold up none
 
 
 @dataclass
@@ -72,6 +72,7 @@ class Drafter(Speculation):
         while self._others is not None and self._ended and left > 0:
             left -= len(self._ended[0])
             self._others.add(self._ended.popleft())
+        longest = self._num_draft_rows // max(int(np.count_nonzero(rows.speculates)), 1)
         fresh = np.flatnonzero(rows.decoding & (rows.num_tokens != self._seen))
         self._seen[fresh] = rows.num_tokens[fresh]
         for row in fresh.tolist():
@@ -84,7 +85,7 @@ class Drafter(Speculation):
                 state.rate.observe(num_right=int(is_right), num_wrong=int(not is_right))
             left -= state.proposer.read(tokens, max(left, 1))
             state.proposal, state.num_tokens = state.proposer.propose(tokens, self._config.max_draft), len(tokens)
-            state.length = self._length(state.rate.share, num_rows, len(state.proposal))
+            state.length = self._length(state.rate.share, num_rows, min(len(state.proposal), longest))
             rows.speculates[row] = state.length > 0
 
     def _state_of(self, sequence: Sequence) -> _State | None:
@@ -152,47 +153,57 @@ class Drafter(Speculation):
         return int(rows.num_blocks[row]) * blocks.block_size
 
     def rounds(self, batch: ScheduledBatch, token_ids: IntArray, rows: RowTable) -> Iterator[tuple[IntArray, RowArray]]:
-        drafts = batch.section("drafts")
-        right = _right_tokens(batch, drafts, token_ids)
-        sequences = {row: rows.sequence(row) for row in right}
-        num_drafted = dict.fromkeys(right, 0)
-        for row in drafts["source"].tolist():
-            num_drafted[row] += 1
-        for row, sequence in sequences.items():
+        verified = _verify(batch, token_ids, rows)
+        for row, one in verified.items():
             self._in_flight[row] = False
-            num_right = len(right[row])
-            sequence.num_draft_tokens += num_drafted[row]
-            sequence.num_accepted_tokens += num_right
-            if (state := self._states.get(sequence)) is not None:
-                state.rate.observe(num_right=num_right, num_wrong=int(num_right < num_drafted[row]))
+            one.sequence.num_draft_tokens += one.num_drafted
+            one.sequence.num_accepted_tokens += len(one.right)
+            if (state := self._states.get(one.sequence)) is not None:
+                state.rate.observe(num_right=len(one.right), num_wrong=int(len(one.right) < one.num_drafted))
         yield batch.sampled_rows, batch.sampled_tokens
-        gained = dict.fromkeys(right, 0)
-        while taking := [
-            row
-            for row, number in gained.items()
-            if number < len(right[row]) and rows.sequences[row] is not None and not rows.stopped[row]
-        ]:
-            yield np.array(taking, dtype=np.int32), np.array([right[row][gained[row]] for row in taking])
-            for row in taking:
-                gained[row] += 1
-        if right:
-            accepted = [len(tokens) for tokens in right.values()]
-            taken = [(sequences[row], number) for row, number in gained.items()]
-            self._observer.drafts_verified(VerifiedDrafts(list(num_drafted.values()), accepted, taken))
+        taking = verified
+        while taking := {
+            row: one
+            for row, one in taking.items()
+            if one.num_taken < len(one.right) and rows.sequences[row] is not None and not rows.stopped[row]
+        }:
+            yield np.array([*taking], dtype=np.int32), np.array([one.right[one.num_taken] for one in taking.values()])
+            for one in taking.values():
+                one.num_taken += 1
+        if verified:
+            drafts = verified.values()
+            self._observer.drafts_verified(
+                VerifiedDrafts(
+                    num_drafted=[one.num_drafted for one in drafts],
+                    num_accepted=[len(one.right) for one in drafts],
+                    gained=[(one.sequence, one.num_taken) for one in drafts],
+                )
+            )
 
 
-def _right_tokens(batch: ScheduledBatch, drafts: RecordArray, token_ids: IntArray) -> dict[int, list[int]]:
-    """Returns, for each row with a draft, where in `token_ids` the tokens after its right drafted ones are."""
-    right: dict[int, list[int]] = {}
+@dataclass
+class _Verified:
+    """What became of the draft of a row."""
+
+    sequence: Sequence
+    num_drafted: int = 0
+    right: list[int] = field(default_factory=list)  # where in the result the tokens after its right tokens are
+    num_taken: int = 0  # of these
+
+
+def _verify(batch: ScheduledBatch, token_ids: IntArray, rows: RowTable) -> dict[int, _Verified]:
+    """Compares drafts with what was sampled. Returns the outcome for each row that has one."""
+    drafts, verified = batch.section("drafts"), dict[int, _Verified]()
     if not len(drafts):
-        return right
-    places = dict(zip(batch.decode_rows.tolist(), range(len(batch.decode_rows)), strict=True))
-    sampled, place, goes_on = token_ids.tolist(), len(batch.decode_rows), False
-    for _, source, offset, _, token_id in drafts.tolist():
+        return verified
+    places = {row: place for place, row in enumerate(batch.decode_rows.tolist())}
+    sampled, is_right = token_ids.tolist(), False
+    for place, (_, source, offset, _, token_id) in enumerate(drafts.tolist(), start=len(batch.decode_rows)):
+        if offset == 0:
+            verified[source] = _Verified(rows.sequence(source))
         before = places[source] if offset == 0 else place - 1
-        goes_on = (goes_on or offset == 0) and sampled[before] == token_id
-        tokens = right.setdefault(source, [])
-        if goes_on:
-            tokens.append(place)
-        place += 1
-    return right
+        is_right = (is_right or offset == 0) and sampled[before] == token_id
+        verified[source].num_drafted += 1
+        if is_right:
+            verified[source].right.append(place)
+    return verified

@@ -62,6 +62,7 @@ SAMPLING_PARAMS: Table = {
     "include_stop_str_in_output": (SWITCH, NO_SWITCH),
     "detokenize": (SWITCH, NO_SWITCH),
     "skip_special_tokens": (SWITCH, NO_SWITCH),
+    "speculate": (SWITCH, NO_SWITCH),
     "output_kind": ("a RequestOutputKind, or None", ["DELTA", 1, True]),
     "structured_outputs": (
         "a StructuredOutputsParams, a dictionary of its fields, or None",
@@ -111,6 +112,7 @@ ENGINE_CONFIG: Table = {
     "trust_remote_code": (SWITCH, NO_SWITCH),
     "revision": ("a tag, a branch or a commit, or None", [5, "", ["main"]]),
     "hf_overrides": ("a dictionary of fields of config.json, or None", [5, "x", [1], {1: 2}]),
+    "speculative_config": ("a dictionary with 'method', or None", [5, "ngram", ["ngram"], {}, {1: 2, "method": "x"}]),
     "pipeline_depth": (f"{COUNT}, or None", NO_COUNT),
     "max_prefill_tokens_beside_decode": (f"{COUNT}, or None", NO_COUNT),
     "inter_token_latency_target_ms": (

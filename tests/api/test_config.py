@@ -38,6 +38,7 @@ DEFAULTS = {
     "trust_remote_code": False,
     "revision": None,
     "hf_overrides": None,
+    "speculative_config": None,
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 from nanovllm import InvalidArgumentError, SamplingParams, StructuredOutputsParams, UnknownArgumentError
 
 PENALTIES = ("presence_penalty", "frequency_penalty")
-SWITCHES = ("include_stop_str_in_output", "detokenize", "skip_special_tokens")
+SWITCHES = ("include_stop_str_in_output", "detokenize", "skip_special_tokens", "speculate")
 
 
 def test_defaults_are_those_of_nano_vllm() -> None:
@@ -41,6 +41,7 @@ def test_defaults_are_those_of_nano_vllm() -> None:
         "structured_outputs": None,
         "prompt_logprobs": None,
         "n": 1,
+        "speculate": True,
         "output_kind": None,
     }
 
