@@ -1,0 +1,89 @@
+"""A pytest plugin that compiles the kernels that tests launch, for a Hopper GPU, on a machine without one.
+
+Triton's interpreter accepts code that the compiler refuses. Here a launch compiles its kernel and runs nothing, so the
+results of most tests are wrong and do not matter. COMPILED names the file for the outcome: a JSON object with the names
+of all kernels, of those that were compiled, and the error of each that was not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import nanovllm.kernels
+from nanovllm.kernels import triton_support
+
+_VARIANTS = 1  # compiled of each kernel, and tests that run of each function
+
+# Defined before the suite's conftest asks for the interpreter.
+_KERNELS = {
+    name
+    for module in pkgutil.iter_modules(nanovllm.kernels.__path__)
+    for name, value in vars(importlib.import_module(f"nanovllm.kernels.{module.name}")).items()
+    if type(value) is JITFunction and name.endswith("_kernel")
+}
+triton_support.INTERPRETED = True  # so that tests launch kernels with tensors of the CPU
+
+_tried: Counter[str] = Counter()
+_errors: dict[str, str] = {}
+
+
+class _Hopper:
+    """What the compiler asks of a driver."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+_launch = JITFunction.run
+
+
+def _compile(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+    name = self.fn.__name__
+    _tried[name] += 1
+    if _tried[name] > _VARIANTS:
+        return
+    try:
+        _launch(self, *args, grid=grid, warmup=True, **options)
+    except Exception as error:
+        _errors.setdefault(name, f"{type(error).__name__}: {error}")
+
+
+driver.set_active(_Hopper())  # type: ignore[no-untyped-call]
+JITFunction.run = _compile  # type: ignore[method-assign, assignment]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    functions: Counter[str] = Counter()
+    kept = []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        functions[function] += 1
+        if functions[function] <= _VARIANTS:
+            kept.append(item)
+    items[:] = kept
+
+
+def pytest_sessionfinish() -> None:
+    outcome = {"kernels": sorted(_KERNELS), "compiled": sorted(set(_tried) - set(_errors)), "errors": _errors}
+    Path(os.environ["COMPILED"]).write_text(json.dumps(outcome))
