@@ -6,7 +6,8 @@
 `--streams` clients send requests one after another, each as soon as its last one has ended, to `/v1/completions` or
 `/v1/chat/completions` (`--chat`). Their lengths are random around `--tokens`, so that they do not end together. The
 clients run in `--clients` processes, which read the stream and parse no JSON. With `AsyncLLM` alone, coroutines in one
-process read the deltas. Each line of the table covers `--seconds`, after as many seconds of warm-up.
+process read the deltas. All start together, and are then measured one after another, `--rounds` times. Each line of the
+table covers `--seconds`, after as many seconds of warm-up.
 
 CPU is the time of the processes in microseconds a token: of the engine, and of all others without the clients, with
 the part of it in the system's calls. `busy` is the share of the time in which the busiest API process ran.
@@ -25,7 +26,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -246,6 +247,31 @@ def quantile(values: list[float], share: float) -> float:
     return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
 
 
+@dataclass
+class Started:
+    """A process that is measured. url: of a server."""
+
+    name: str
+    process: subprocess.Popen[str]
+    url: str | None = None
+
+    def wait(self) -> None:
+        """Waits until it takes requests."""
+        if self.process.stderr is None:
+            assert self.process.stdout is not None
+            assert self.process.stdout.readline() == "ready\n", "AsyncLLM has not started"
+            return
+        told = []
+        for line in self.process.stderr:
+            told.append(line)
+            found = re.search(r"http://[\d.]+:\d+", line)
+            if found is not None:
+                threading.Thread(target=self.process.stderr.read, daemon=True).start()
+                self.url = found.group()
+                return
+        raise SystemExit("The server has ended:\n" + "".join(told[-20:]))
+
+
 class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
@@ -258,52 +284,32 @@ class Bench:
         values |= {"prompt_tokens": given.prompt_tokens, "start": start, "end": start + given.seconds}
         return Load(**{**values, **changes})
 
-    def engine_alone(self) -> None:
-        process = python("--as-engine", *self._common, stderr=subprocess.DEVNULL)
-        with self._ending(process):
-            assert process.stdout is not None
-            assert process.stdin is not None
-            assert process.stdout.readline() == "ready\n"
-            load = self.load()
-            print(json.dumps(asdict(load)), file=process.stdin, flush=True)
-            self._report("AsyncLLM", load, process.pid, [process])
-
-    def server(self, num_processes: int) -> None:
-        several = ["--api-server-count", str(num_processes)] if num_processes > 1 else []
-        process = python("--as-server", *self._common, *several, stderr=subprocess.PIPE)
-        with self._ending(process):
-            url = self._wait_for(process)
-            share = self._options.streams // self._options.clients
-            load = self.load(url=url, num_streams=share)
-            clients = []
-            for number in range(self._options.clients):
-                clients.append(python("--as-client"))
-                stdin = clients[-1].stdin
-                assert stdin is not None
-                print(json.dumps({**asdict(load), "seed": number}), file=stdin, flush=True)
-            self._report(f"server, {num_processes} API", load, process.pid, clients)
-
-    @staticmethod
-    def _wait_for(process: subprocess.Popen[str]) -> str:
-        """Returns the URL of a server once it takes requests."""
-        assert process.stderr is not None
-        told = []
-        for line in process.stderr:
-            told.append(line)
-            found = re.search(r"http://[\d.]+:\d+", line)
-            if found is not None:
-                threading.Thread(target=process.stderr.read, daemon=True).start()
-                return found.group()
-        raise SystemExit("The server has ended:\n" + "".join(told[-20:]))
-
-    @staticmethod
     @contextmanager
-    def _ending(process: subprocess.Popen[str]) -> Iterator[None]:
+    def started(self, num_processes: int) -> Iterator[Started]:
+        """Starts a server with so many API processes; 0: a process with AsyncLLM."""
+        if num_processes == 0:
+            started = Started("AsyncLLM", python("--as-engine", *self._common, stderr=subprocess.DEVNULL))
+        else:
+            several = ["--api-server-count", str(num_processes)] if num_processes > 1 else []
+            process = python("--as-server", *self._common, *several, stderr=subprocess.PIPE)
+            started = Started(f"server, {num_processes} API", process)
         try:
-            yield
+            yield started
         finally:
-            process.terminate()
-            process.wait()
+            started.process.terminate()
+            started.process.wait()
+
+    def measure(self, started: Started) -> None:
+        """Prints a line of the table."""
+        if started.url is None:
+            clients, load = [started.process], self.load()
+        else:
+            clients = [python("--as-client") for _ in range(self._options.clients)]
+            load = self.load(url=started.url, num_streams=self._options.streams // len(clients))
+        for number, client in enumerate(clients):
+            assert client.stdin is not None
+            print(json.dumps({**asdict(load), "seed": number}), file=client.stdin, flush=True)
+        self._report(started.name, load, started.process.pid, clients)
 
     def _report(self, name: str, load: Load, pid: int, clients: list[subprocess.Popen[str]]) -> None:
         time.sleep(max(load.start - time.monotonic(), 0))
@@ -334,8 +340,8 @@ def be_engine(options: argparse.Namespace) -> None:
     given = parser.parse_args(["--model", options.model, "--engine-process", "true", *options.engine_options])
     with AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(given)) as engine:
         print("ready", flush=True)
-        load = Load(**json.loads(sys.stdin.readline()))
-        print(json.dumps(asdict(uvloop.run(ask_engine(engine, load)))), flush=True)
+        for line in sys.stdin:
+            print(json.dumps(asdict(uvloop.run(ask_engine(engine, Load(**json.loads(line)))))), flush=True)
 
 
 def be_client() -> None:
@@ -386,13 +392,14 @@ def main() -> int:
         return 0
     if options.as_server:
         return be_server(options)
-    print(_ROW.format(*_TITLES))
     bench = Bench(options)
-    for number in options.rounds * options.servers.split(","):
-        if int(number):
-            bench.server(int(number))
-        else:
-            bench.engine_alone()
+    with ExitStack() as stack:
+        targets = [stack.enter_context(bench.started(int(number))) for number in options.servers.split(",")]
+        for each in targets:
+            each.wait()
+        print(_ROW.format(*_TITLES), flush=True)
+        for each in options.rounds * targets:
+            bench.measure(each)
     return 0
 
 

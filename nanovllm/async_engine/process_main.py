@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import threading
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 
@@ -181,8 +182,8 @@ class _Reading:
             elif isinstance(message, AskMetrics):
                 self.send_metrics(client)
             elif isinstance(message, AddClient):
-                added = Connection(recv_handle(client.connection))
-                self._add(added)
+                with suppress(EOFError, OSError, RuntimeError):  # the parent has ended before it was passed
+                    self._add(Connection(recv_handle(client.connection)))
             elif not isinstance(message, StartEngine):
                 self._loop.send(message)
         if client is self._clients.parent:

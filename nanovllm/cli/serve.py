@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from nanovllm.compat.unsupported import SERVER_ARGUMENTS, without_effect
 from nanovllm.engine_args import AsyncEngineArgs, add_options, add_options_without_effect
-from nanovllm.errors import NanoVLLMError
+from nanovllm.errors import InvalidArgumentError, NanoVLLMError
 from nanovllm.server.settings import ServerSettings
 from nanovllm.utils import env
 from nanovllm.utils.argparse_utils import FlexibleArgumentParser
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str], prog: str) -> int:
     try:
         settings = read_settings(args)
         engine_args = AsyncEngineArgs.from_cli_args(args)
+        if settings.api_server_count > 1 and engine_args.engine_process is False:
+            raise InvalidArgumentError("engine_process", False, "left out or true with several API processes")
     except NanoVLLMError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from multiprocessing import Pipe
@@ -125,7 +125,8 @@ class _Supervisor:
             for listener in self._listeners:
                 listener.close()
             if self._settings.uds is not None:
-                os.unlink(self._settings.uds)
+                with suppress(OSError):
+                    os.unlink(self._settings.uds)
             if self._has_engine:
                 self._engine.stop()
             logging.getLogger(PACKAGE).removeHandler(self._recent_events)

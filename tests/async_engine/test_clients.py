@@ -12,7 +12,7 @@ import pytest
 from nanovllm import LLM, AsyncLLM, EngineDeadError, RequestOutput, SamplingParams
 from nanovllm.async_engine.engine_client import EngineClient
 from nanovllm.async_engine.engine_process import EngineProcess
-from nanovllm.async_engine.messages import Event, Logprobs, RequestRefused, RequestsLost, StepNews
+from nanovllm.async_engine.messages import Answer, EngineEnded, Event, Logprobs, RequestRefused, RequestsLost, StepNews
 from nanovllm.async_engine.routing import client_of, first_number, parts
 from nanovllm.async_llm import connected
 from nanovllm.config import EngineConfig
@@ -145,6 +145,9 @@ def test_news_are_divided() -> None:
     }
     refused = RequestRefused(other + 3, ValueError("a"))
     assert list(parts(refused, [0, 1, 2])) == [(2, refused)]
+    answer, ended = Answer(one + 3, "a"), EngineEnded(ValueError("a"))
+    assert list(parts(answer, [0, 1, 2])) == [(1, answer)]
+    assert list(parts(ended, [0, 2])) == [(0, ended), (2, ended)]
     lost = dict(parts(RequestsLost([one, other, one + 1], ValueError("a"), goes_on=True), [0, 1, 2]))
     assert {number: part.numbers for number, part in lost.items() if isinstance(part, RequestsLost)} == {
         0: [],

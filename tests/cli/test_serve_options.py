@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nanovllm import InvalidArgumentError
-from nanovllm.cli.serve import make_parser, read_settings
+from nanovllm.cli.serve import main, make_parser, read_settings
 from nanovllm.engine_args import AsyncEngineArgs
 
 
@@ -81,6 +81,11 @@ def test_a_mistake_in_an_option(line: str, message: str, capsys: pytest.CaptureF
 def test_options_of_vllm_that_ask_for_what_is_not_there(line: str, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         read_settings(make_parser("nanovllm serve").parse_args(["tiny", *shlex.split(line)]))
+
+
+def test_several_api_processes_need_a_process_of_the_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(shlex.split("tiny --api-server-count 2 --engine-process false"), "nanovllm serve") == 2
+    assert capsys.readouterr().err.startswith("nanovllm serve: engine_process=False is not allowed")
 
 
 def test_a_file_of_options(tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ def test_the_death_of_the_engine_reaches_all(tmp_path: Path, options: tuple[str,
             for each in (lines, others):
                 *_, last = each
                 assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
-        assert len(server.records("engine_process.lost")) == 1
+        assert until(lambda: len(server.records("engine_process.lost")) == 1)
         if options:
             assert server.end() == 1
         else:
