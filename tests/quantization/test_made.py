@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import weakref
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear_method import LinearLayer, UnquantizedLinear
 from nanovllm.layers.parallel import Shard
+from nanovllm.models.checkpoint import TINY_MODEL_FOLDER
 from nanovllm.quantization.registry import MADE
 from nanovllm.utils.loader import materialise
 from tests.end_to_end.test_families import prompts_that_share, random_schedule
@@ -148,6 +150,16 @@ def test_a_layer_at_a_time(quantization: str, tmp_path: Path, monkeypatch: pytes
     unquantized = sum(4 * layer.num_outputs * layer.inputs.size for layer in layers)
     kept = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
     assert kept < unquantized * (0.29 if quantization != "int4" else 0.25)
+
+
+def test_the_log_says_what_runs_and_how_large_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="nanovllm"):
+        load_model(TINY_MODEL_FOLDER, quantization="int4")
+    (record,) = (record for record in caplog.records if getattr(record, "event", "") == "quantization.chosen")
+    size = record.fields["gigabytes"]
+    expected = f"Quantization int4, made from unquantised weights: {size:.2f}GB of weights, linear layers: 16 int4"
+    assert record.getMessage() == expected
+    assert 4 * 512 * 256 < size * 1e9 < 4 * 512 * 256 + 0.6 * 4 * 256 * (512 + 256 + 3 * 512)  # the table is float32
 
 
 @pytest.mark.parametrize("quantization", MADE)
