@@ -17,6 +17,7 @@ import torch
 
 from nanovllm.kernels.int4_packing import BLOCK_SIZE, NUM_PLANES, PLANE_SIZE, convert, load_group, unpack_planes
 from nanovllm.kernels.triton_support import (
+    HostDescriptor,
     constant,
     jit,
     jit_with_varying,
@@ -26,11 +27,6 @@ from nanovllm.kernels.triton_support import (
     tl,
     wait_for_previous_kernel,
 )
-
-try:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-except ImportError:
-    TensorDescriptor = None
 
 _BLOCK_K = constant(BLOCK_SIZE)
 _NUM_PLANES = constant(NUM_PLANES)
@@ -318,6 +314,35 @@ def _add_splits_kernel(
     )  # fmt: skip
 
 
+def _common_arguments(
+    out: torch.Tensor,
+    partial: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    x_scale: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    tile: Tile,
+) -> dict[str, Any]:
+    """Returns arguments of both kernels. Parts that are left out are not read."""
+    return {
+        "x_scale_ptr": scale if x_scale is None else x_scale,
+        "scale_ptr": scale,
+        "bias_ptr": out if bias is None else bias,
+        "residual_ptr": out if residual is None else residual,
+        "out_ptr": out,
+        "partial_ptr": partial,
+        "residual_stride": 0 if residual is None else residual.stride(0),
+        "HAS_X_SCALE": x_scale is not None,
+        "HAS_BIAS": bias is not None,
+        "HAS_RESIDUAL": residual is not None,
+        "SCALE_STRIDE": 0 if len(scale) == 1 else 1,
+        "OUTPUT_SIZE": out.shape[1],
+        "SPLITS": tile.splits,
+        **pdl_options(out.device),
+    }
+
+
 def quantized_matmul(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -348,30 +373,13 @@ def quantized_matmul(
     if tile.splits > 1:
         shape = (tile.splits, num_tokens, weight.shape[0])
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)  # [splits, num_tokens, rows]
-    pointers: dict[str, Any] = {
-        "x_scale_ptr": scale if x_scale is None else x_scale,  # parts that are left out are not read
-        "scale_ptr": scale,
-        "bias_ptr": x if bias is None else bias,
-        "residual_ptr": x if residual is None else residual,
-        "out_ptr": out,
-        "partial_ptr": partial,
-        "residual_stride": 0 if residual is None else residual.stride(0),
-        "num_tokens": num_tokens,
-        "HAS_SCALE": group_size == 0,
-        "HAS_X_SCALE": x_scale is not None,
-        "HAS_BIAS": bias is not None,
-        "HAS_RESIDUAL": residual is not None,
-        "IS_GATED": gated,
-        "SCALE_STRIDE": 0 if len(scale) == 1 else 1,
-        "OUTPUT_SIZE": output_size,
-        "SPLITS": tile.splits,
-        **pdl_options(x.device),
-    }
+    arguments = _common_arguments(out, partial, scale, bias, x_scale=x_scale, residual=residual, tile=tile)
+    arguments |= {"HAS_SCALE": group_size == 0, "IS_GATED": gated, "num_tokens": num_tokens}
     weight_columns = PLANE_SIZE if is_int4 else tile.inputs
     tiles = -(-output_size // tile.outputs) * -(-num_tokens // tile.tokens)
     _quantized_matmul_kernel[(tiles, tile.splits)](
-        x_desc=TensorDescriptor.from_tensor(x, [tile.tokens, PLANE_SIZE if is_int4 else tile.inputs]),
-        weight_desc=TensorDescriptor.from_tensor(weight, [tile.outputs, weight_columns]),
+        x_desc=HostDescriptor.from_tensor(x, [tile.tokens, PLANE_SIZE if is_int4 else tile.inputs]),
+        weight_desc=HostDescriptor.from_tensor(weight, [tile.outputs, weight_columns]),
         zero_ptr=scale if zeros is None else zeros,
         HAS_ZEROS=zeros is not None,
         IS_INT4=is_int4,
@@ -384,9 +392,9 @@ def quantized_matmul(
         BLOCK_K=BLOCK_SIZE if is_int4 else tile.inputs,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **pointers,
+        **arguments,
     )
     if tile.splits > 1:
         block_n = 512
-        _add_splits_kernel[(-(-output_size // block_n), num_tokens)](BLOCK_N=block_n, **pointers)
+        _add_splits_kernel[(-(-output_size // block_n), num_tokens)](BLOCK_N=block_n, **arguments)
     return out

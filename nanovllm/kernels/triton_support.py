@@ -20,12 +20,13 @@ try:
     import triton.language as tl
     from triton.language.extra import libdevice
     from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.tools.tensor_descriptor import TensorDescriptor as HostDescriptor
 
     HAS_TRITON = True
     # Fixed when the kernels are defined, as Triton itself fixes it: TRITON_INTERPRET=1 before the first import.
     INTERPRETED = bool(triton.knobs.runtime.interpret)
 except ImportError:
-    tl = libdevice = gdc_launch_dependents = gdc_wait = None
+    tl = libdevice = gdc_launch_dependents = gdc_wait = HostDescriptor = None
     HAS_TRITON = False
     INTERPRETED = False
 
@@ -52,6 +53,7 @@ __all__ = [
     "HAS_TRITON",
     "INTERPRETED",
     "LOG2_E",
+    "HostDescriptor",
     "TensorDescriptor",
     "constant",
     "fence_async_shared",
