@@ -27,9 +27,10 @@ class StepDrafts(NamedTuple):
 
     tokens: list[Draft]
     blocks: list[RecordArray]  # of BLOCKS, each [num_new]
+    shares_prefix: bool  # whether attention should look for what draft rows have in common
 
 
-NO_DRAFTS = StepDrafts([], [])
+NO_DRAFTS = StepDrafts([], [], False)
 
 
 class Speculation:

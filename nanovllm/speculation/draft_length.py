@@ -6,10 +6,11 @@ _START = 0.7  # the share that is assumed of a row that has had no draft
 _STEP = 1 / 8  # weight of the latest token
 # What one more row adds to a decode step, as a share of what the step takes without any.
 _ROW_COST = 0.03
-# Tokens that a step with a draft must bring on average: more than one, since it takes longer. A row that has drafts is
-# not in the step that is planned while its last one runs, so with several steps in flight it runs half as often.
+# Tokens that a step with a draft must bring on average, beside what its rows cost. A row that has drafts is not in the
+# step that is planned while its last one runs, so with several steps in flight it runs half as often, and the device
+# waits for the host.
 _WORTH_A_STEP = 1.25
-_WORTH_TWO_STEPS = 2.25
+_WORTH_TWO_STEPS = 2.5
 
 
 class DraftRate:
@@ -36,4 +37,5 @@ def draft_length(share: float, num_rows: int, longest: int, *, overlaps: bool) -
     length, expected, probability = 0, 1.0, share
     while length < longest and probability >= cost:
         length, expected, probability = length + 1, expected + probability, probability * share
-    return length if expected >= (_WORTH_TWO_STEPS if overlaps else _WORTH_A_STEP) else 0
+    given_up = _WORTH_TWO_STEPS if overlaps else _WORTH_A_STEP
+    return length if expected >= given_up + cost * length else 0
