@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from nanovllm.async_engine.consumers import REQUEST_ID, AsyncRequest, Consumers
+from nanovllm.async_engine.consumers import REQUEST_ID, AsyncRequest, Consumers, EngineConnection
 from nanovllm.async_engine.messages import ResetPrefixCache
 from nanovllm.async_engine.selection import make_connection
 from nanovllm.compat.interface import VllmInterface
@@ -45,7 +45,17 @@ class AsyncLLM(VllmInterface):
 
     @takes_engine_arguments
     def __init__(self, config: EngineConfig) -> None:
-        self._connection = make_connection(config.with_fast_start(False))
+        self._start(make_connection(config.with_fast_start(False)))
+
+    @classmethod
+    def from_connection(cls, connection: EngineConnection) -> AsyncLLM:
+        """Returns an AsyncLLM over the engine that `connection` starts."""
+        engine = cls.__new__(cls)
+        engine._start(connection)
+        return engine
+
+    def _start(self, connection: EngineConnection) -> None:
+        self._connection = connection
         self._counter = itertools.count()
         self._chat = ChatRenderer()
         # One thread, so that requests arrive in the order of the calls.
@@ -107,12 +117,16 @@ class AsyncLLM(VllmInterface):
         return self._outputs(prepare, sampling_params, request_id, delta)
 
     def _outputs(
-        self, prepare: _Prepare, params: SamplingParams | None, request_id: str | None, delta: bool | None
+        self, prepare: Prepare, params: SamplingParams | None, request_id: str | None, delta: bool | None
     ) -> AsyncGenerator[RequestOutput, None]:
         request_id = f"async-{next(self._counter)}" if request_id is None else request_id
         if not isinstance(request_id, str):
             raise InvalidArgumentError("request_id", request_id, REQUEST_ID)
-        return _Outputs(self._consumers, prepare, AsyncRequest(request_id, kind_of(delta, params)))
+        return self.stream(AsyncRequest(request_id, kind_of(delta, params)), prepare)
+
+    def stream(self, request: AsyncRequest, prepare: Prepare) -> AsyncGenerator[RequestOutput, None]:
+        """Returns the outputs of a request that `prepare` tokenises and checks."""
+        return _Outputs(self._consumers, prepare, request)
 
     async def _prepare(self, prompt: Prompt, params: SamplingParams | None) -> PreparedRequest:
         """Tokenises and checks a request, while the event loop goes on."""
@@ -188,7 +202,7 @@ class AsyncLLM(VllmInterface):
         self.exit()
 
 
-_Prepare = Callable[[], Awaitable[PreparedRequest]]
+Prepare = Callable[[], Awaitable[PreparedRequest]]
 
 
 class _Outputs(AsyncGenerator[RequestOutput, None]):
@@ -197,7 +211,7 @@ class _Outputs(AsyncGenerator[RequestOutput, None]):
     Not an async generator function: Python would close such a one in a task of its event loop, which may end before.
     """
 
-    def __init__(self, consumers: Consumers, prepare: _Prepare, request: AsyncRequest) -> None:
+    def __init__(self, consumers: Consumers, prepare: Prepare, request: AsyncRequest) -> None:
         self._consumers, self._prepare, self._request = consumers, prepare, request
         self._is_open, self._is_closed = False, False
 

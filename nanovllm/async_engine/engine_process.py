@@ -11,7 +11,7 @@ import logging
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing import Pipe
 from typing import TYPE_CHECKING
@@ -39,6 +39,7 @@ from nanovllm.metrics import MetricsSnapshot
 from nanovllm.requests.grammar_compiler import GrammarCompiler
 from nanovllm.requests.preparation import RequestPreparation
 from nanovllm.requests.tokenization import load_tokenizer
+from nanovllm.utils import env
 from nanovllm.utils.child_process import NO_PROCESS_HINT, blocked_interrupts, start_interpreter
 from nanovllm.utils.logger import configure_logging, setup_logger
 
@@ -61,14 +62,18 @@ class EngineProcess:
     """An engine in a process of its own (an `EngineConnection`).
 
     It holds no reference to its AsyncLLM, so that this can be garbage-collected.
+    variables: environment variables of the process that differ from those of this one. replica: its number, which is
+    the `engine_id` of its log records and begins their sentences; None if it is the only engine.
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
     preparation: RequestPreparation
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._config = config
-        self._engine_id = next(engine_ids)  # in the records of the log
+    def __init__(
+        self, config: EngineConfig, variables: Mapping[str, str] | None = None, replica: int | None = None
+    ) -> None:
+        self._config, self._variables, self._replica = config, variables or {}, replica
+        self._engine_id = next(engine_ids) if replica is None else replica  # in the records of the log
         self._connection, self._theirs = Pipe()
         self._outbox = Outbox(self._connection)
         self._asking = threading.Lock()  # one question at a time
@@ -94,7 +99,7 @@ class EngineProcess:
     def _start_process(self) -> None:
         try:
             with blocked_interrupts():  # only this process handles Ctrl-C
-                self._process = start_interpreter(_MAIN, self._theirs)
+                self._process = start_interpreter(_MAIN, self._theirs, env=env.environment_with(self._variables))
         except OSError as error:
             problem = f"The engine's process cannot be started ({error.strerror}). {NO_PROCESS_HINT}"
             raise EngineDeadError(problem) from error
@@ -158,6 +163,8 @@ class EngineProcess:
         record = logging.makeLogRecord(message.attributes)
         if getattr(record, "engine_id", None) is not None:
             record.engine_id = self._engine_id
+        if self._replica is not None and getattr(record, "event", "") != events.rule.name:
+            record.msg = f"[Replica {self._replica}] {record.msg}"
         record_logger = logging.getLogger(record.name)
         if record_logger.isEnabledFor(record.levelno):
             with suppress(OSError, ValueError):  # a handler's stream is closed
@@ -168,7 +175,8 @@ class EngineProcess:
         assert self._process is not None, "it was started"
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_EXIT_SECONDS)
-        problem = f"the engine's process {self._process.pid} {_ending(self._process.returncode)}"
+        whose = "the engine's process" if self._replica is None else f"the process of replica {self._replica},"
+        problem = f"{whose} {self._process.pid} {_ending(self._process.returncode)}"
         events.engine_process_lost.log(logger, problem=problem)
         return EngineDeadError(problem)
 

@@ -49,6 +49,12 @@ class ServerSettings:
     ssl_keyfile: str | None = argument(None, _TEXT.or_none(), "Key file of the TLS certificate.")
     ssl_certfile: str | None = argument(None, _TEXT.or_none(), "File of the TLS certificate.")
     root_path: str = argument("", _ROOT_PATH, "Path under which a reverse proxy serves the API.")
+    data_parallel_size: int = argument(
+        1,
+        COUNT,
+        "Number of engines that share the requests, each with its own process, copy of the model and GPUs, or share of "
+        "the CPU's cores. One that dies is started again.",
+    )
     served_model_name: tuple[str, ...] = argument(
         (), _TEXTS, "Names of the model in the API; answers have the first. None given: the argument `model`."
     )

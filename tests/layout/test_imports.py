@@ -22,6 +22,7 @@ LEVELS = [
     ("nanovllm.server",),
     ("nanovllm.benchmarks",),
     ("nanovllm", "nanovllm.entrypoints", "nanovllm.v1", "nanovllm.engine.async_llm_engine", "nanovllm.report"),
+    ("nanovllm.data_parallel",),
     ("nanovllm.llm", "nanovllm.async_llm"),
     ("nanovllm.async_engine",),
     ("nanovllm.streaming",),
@@ -174,6 +175,7 @@ OPTIONAL = {
     "nanovllm.diagnostics": {"nanovllm.llm", "nanovllm.async_llm", "nanovllm.engine_factory"},
     "nanovllm.tracing": {"nanovllm.engine_factory"},
     "nanovllm.report": {"nanovllm.cli.report"},
+    "nanovllm.data_parallel": {"nanovllm.server.serve", "nanovllm.server.service"},
     "nanovllm.server": {"nanovllm.cli.generate", "nanovllm.cli.serve"},
 }
 
