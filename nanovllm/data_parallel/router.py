@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from nanovllm.engine.batch import IntArray
 from nanovllm.engine.block_manager import block_hash, tokens_of_blocks
 
-TOKENS_PER_REQUEST = 256  # cached tokens that make up for one more request in the queue
+TOKENS_PER_REQUEST = 128  # cached tokens that make up for one more request in the queue
 MAX_LEAD = 16  # requests that a queue may be longer than the shortest one because of a cached prefix
 _MAX_BLOCKS = 1024  # of a prompt that are looked up
 
