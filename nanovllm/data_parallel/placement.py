@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from nanovllm.async_engine.selection import has_gpu
 from nanovllm.config import EngineConfig
@@ -23,9 +23,21 @@ def place_replicas(config: EngineConfig, num_replicas: int) -> list[Placement]:
     """Returns the placement of each replica.
 
     On GPUs each replica sees the next `tensor_parallel_size` of the visible ones. On a CPU each one uses an equal share
-    of the cores, unless OMP_NUM_THREADS or MKL_NUM_THREADS is set. Raises InvalidArgumentError if there are too few
-    visible GPUs.
+    of the cores, unless OMP_NUM_THREADS or MKL_NUM_THREADS is set. Each one writes its traces to files of its own.
+    Raises InvalidArgumentError for an engine in a thread, and if there are too few visible GPUs.
     """
+    if config.engine_process is False:
+        raise InvalidArgumentError("engine_process", False, "True or None with several replicas: each is a process")
+    placements = _on_devices(config, num_replicas)
+    return [replace(each, variables={**each.variables, **_traces(index)}) for index, each in enumerate(placements)]
+
+
+def _traces(index: int) -> dict[str, str]:
+    files = {each.name: each() for each in (env.trace_file, env.trace_function)}
+    return {name: f"{path}.replica{index}" for name, path in files.items() if path is not None}
+
+
+def _on_devices(config: EngineConfig, num_replicas: int) -> list[Placement]:
     visible = env.visible_gpus()
     if config.device.startswith("cuda") or (config.device == "auto" and visible != [] and has_gpu()):
         return _on_gpus(config, num_replicas, visible)

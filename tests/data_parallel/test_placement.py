@@ -67,3 +67,20 @@ def test_cores_are_shared_out(replicas: int, threads: str, monkeypatch: pytest.M
 def test_a_number_of_threads_that_was_set_is_kept(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(variable, "3")
     assert place_replicas(EngineConfig("tiny", device="cpu"), 2)[0].variables == {}
+
+
+def test_each_replica_writes_traces_to_files_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOVLLM_TRACE_FILE", "run/trace.json")
+    monkeypatch.setenv("NANOVLLM_TRACE_FUNCTION", "1")
+    files = [
+        (each.variables["NANOVLLM_TRACE_FILE"], each.variables["NANOVLLM_TRACE_FUNCTION"])
+        for each in place_replicas(EngineConfig("tiny", device="cpu"), 2)
+    ]
+    assert files == [
+        (f"run/trace.json.replica{index}", f"nanovllm_trace_rank0.txt.replica{index}") for index in range(2)
+    ]
+
+
+def test_an_engine_in_a_thread_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="engine_process=False"):
+        place_replicas(EngineConfig("tiny", device="cpu", engine_process=False), 2)

@@ -77,8 +77,8 @@ def test_an_idle_replica_with_the_prefix_is_chosen() -> None:
 
 def test_the_longest_of_several_prefixes_is_chosen() -> None:
     router = Router(3, BLOCK_SIZE, 1000)
-    for prompt in ([1, 2], [1, 2, 3, 4], [1]):
-        assert router.choose(prompt) is not None
+    for replica, blocks in enumerate(([1, 2], [1, 2, 3, 4], [1])):
+        router._remember(replica, blocks)
     route = router.choose([1, 2, 3, 4, 5])
     assert route is not None
     assert (route.replica, route.num_cached_blocks) == (1, 4)
