@@ -45,7 +45,7 @@ class AsyncLLM(VllmInterface):
 
     @takes_engine_arguments
     def __init__(self, config: EngineConfig) -> None:
-        self._start(make_connection(config.with_fast_start(False)))
+        self._start(make_connection(config.for_serving()))
 
     @classmethod
     def from_connection(cls, connection: EngineConnection) -> AsyncLLM:

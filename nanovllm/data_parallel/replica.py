@@ -69,7 +69,7 @@ class Replica:
             self.engine.exit()
 
     def _make_engine(self) -> tuple[EngineProcess, AsyncLLM]:
-        config = self._placement.config.with_fast_start(False)
+        config = self._placement.config.for_serving()
         connection = EngineProcess(config, self._placement.variables, self.index)
         return connection, AsyncLLM.from_connection(connection)
 
