@@ -122,9 +122,9 @@ class AsyncLLM(VllmInterface):
         request_id = f"async-{next(self._counter)}" if request_id is None else request_id
         if not isinstance(request_id, str):
             raise InvalidArgumentError("request_id", request_id, REQUEST_ID)
-        return self.stream(AsyncRequest(request_id, kind_of(delta, params)), prepare)
+        return self.outputs_of(AsyncRequest(request_id, kind_of(delta, params)), prepare)
 
-    def stream(self, request: AsyncRequest, prepare: Prepare) -> AsyncGenerator[RequestOutput, None]:
+    def outputs_of(self, request: AsyncRequest, prepare: Prepare) -> AsyncGenerator[RequestOutput, None]:
         """Returns the outputs of a request that `prepare` tokenises and checks."""
         return _Outputs(self._consumers, prepare, request)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from nanovllm.data_parallel.router import BLOCK_SIZE
 from tools.cluster_routing import Routing
 from tools.cluster_traffic import Requests
 from tools.simulate_load import Device
@@ -143,25 +144,27 @@ class BatchedReplicas:
 
 
 def simulate_batched(
-    requests: Requests, routing: Routing, num_replicas: int, num_blocks: int, block_size: int, device: Device
+    requests: Requests, routing: Routing, num_replicas: int, capacity: int, block_size: int, device: Device
 ) -> Served:
-    """Serves all requests. Those of one window are routed before the replicas take its steps."""
+    """Serves all requests. Those of one window are routed before the replicas take its steps.
+
+    capacity: tokens that a replica's cache holds, in blocks of `block_size`.
+    """
     replicas = BatchedReplicas(num_replicas, device, requests)
-    caches = [CachedPrompts(num_blocks * block_size) for _ in range(num_replicas)]
+    caches = [CachedPrompts(capacity) for _ in range(num_replicas)]
     chosen, cached = np.zeros(len(requests), np.int64), np.zeros(len(requests), np.int64)
     index, now = 0, 0.0
     while index < len(requests) or replicas.num_busy.any():
         now += WINDOW
         while index < len(requests) and requests.arrivals[index] < now:
             prefix = int(requests.prefixes[index])
-            shared = int(requests.prefix_lens[prefix]) // block_size
-            own = int(requests.suffix_lens[index] + requests.output_lens[index])
-            hashes = [prefix << 16 | block for block in range(shared)]
-            hashes += [(1 << 62) + (index << 12) + block for block in range(own // block_size)]
+            shared = int(requests.prefix_lens[prefix]) // block_size * block_size
+            own = int(requests.suffix_lens[index])
+            hashes = [prefix << 16 | block for block in range(shared // BLOCK_SIZE)]
+            hashes += [(1 << 62) + (index << 12) + block for block in range(own // BLOCK_SIZE)]
             replica = chosen[index] = routing.choose(hashes)
-            hit = caches[replica].use(prefix, shared * block_size)
-            caches[replica].use(-1 - index, own)
-            cached[index] = shared * block_size if hit else 0
+            cached[index] = shared if caches[replica].use(prefix, shared) else 0
+            caches[replica].use(-1 - index, own + int(requests.output_lens[index]))
             replicas.add(int(replica), index, int(cached[index]))
             index += 1
         for _, replica in replicas.advance(now):

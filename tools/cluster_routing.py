@@ -52,7 +52,8 @@ class QueueRouting:
         self._router.ended(replica)
 
 
-def make_routing(policy: str, num_replicas: int, block_size: int, num_blocks: int) -> RandomRouting | QueueRouting:
+def make_routing(policy: str, num_replicas: int, capacity: int) -> RandomRouting | QueueRouting:
+    """capacity: tokens that a replica's cache holds."""
     if policy == "random":
         return RandomRouting(num_replicas)
-    return QueueRouting(Router(num_replicas, block_size, num_blocks), uses_prefixes=policy == "prefix")
+    return QueueRouting(Router(num_replicas, capacity), uses_prefixes=policy == "prefix")

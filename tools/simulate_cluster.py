@@ -38,6 +38,7 @@ from tools.cluster_traffic import Requests, Traffic
 from tools.simulate_load import Clock, Device, SimulatedDevice, resolve
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 20_000  # about what an 8B model leaves of 80 GB
+CAPACITY = BLOCK_SIZE * NUM_BLOCKS
 LARGEST_EXACT = 64
 
 
@@ -91,7 +92,7 @@ def simulate_exact(requests: Requests, routing: Routing, num_replicas: int, devi
     for index, arrival in enumerate(requests.arrivals.tolist()):
         advance(arrival)
         tokens = requests.tokens(index)
-        replica = replicas[routing.choose(prefix_hashes(tokens, BLOCK_SIZE))]
+        replica = replicas[routing.choose(prefix_hashes(tokens))]
         if not replica.engine.has_unfinished_requests():
             replica.clock.now = max(replica.clock.now, arrival)
             heapq.heappush(busy, (replica.clock.now, replica.index))
@@ -139,11 +140,11 @@ def simulate(run: Run) -> Outcome:
     os.environ.setdefault("NANOVLLM_LOG_LEVEL", "ERROR")
     seconds = run.seconds * max(1, 8 // run.num_replicas)  # enough requests for quantiles
     requests = Traffic(run.num_replicas, run.rate, seconds, seed=run.seed).draw()
-    routing = make_routing(run.policy, run.num_replicas, BLOCK_SIZE, NUM_BLOCKS)
+    routing = make_routing(run.policy, run.num_replicas, CAPACITY)
     if run.is_exact:
         served = simulate_exact(requests, routing, run.num_replicas, Device())
     else:
-        served = simulate_batched(requests, routing, run.num_replicas, NUM_BLOCKS * BLOCK_SIZE, BLOCK_SIZE, Device())
+        served = simulate_batched(requests, routing, run.num_replicas, CAPACITY, BLOCK_SIZE, Device())
     begins, ends = seconds / 3, float(requests.arrivals[-1])
     measured = requests.arrivals >= begins
     lens = requests.prefix_lens[requests.prefixes] + requests.suffix_lens
@@ -215,7 +216,7 @@ def main() -> None:
     add = parser.add_argument
     add("--replicas", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1000])
     add("--rates", type=float, nargs="+", default=[15.0, 30.0], help="requests a second for each replica")
-    add("--seconds", type=float, default=12.0, help="in which requests arrive; eight times as long for one replica")
+    add("--seconds", type=float, default=6.0, help="in which requests arrive; eight times as long for one replica")
     add("--processes", type=int, default=2)
     add("--plot", type=Path, help="SVG file to write")
     add("--seed", type=int, default=0)

@@ -58,16 +58,18 @@ class DataParallelLLM:
         self._lock = threading.Lock()  # of the router
         self.replicas = [Replica(index, each) for index, each in enumerate(place_replicas(config, num_replicas))]
         with ThreadPoolExecutor(num_replicas, "nanovllm-start") as pool:
-            starts = [pool.submit(each.start, self) for each in self.replicas]
+            starts = [pool.submit(each.start) for each in self.replicas]
         if errors := [error for start in starts if (error := start.exception()) is not None]:
             for replica, start in zip(self.replicas, starts, strict=True):
                 if start.exception() is None:
                     replica.exit()
             raise errors[0]
-        resolved = self.replicas[0].connection.preparation.resolved
         # A finalizer, so that the engines also end when Python ends.
         self._exit = weakref.finalize(self, _exit_all, self.replicas)
-        self._router = Router(num_replicas, resolved.block_size, resolved.num_blocks)
+        resolved = self.replicas[0].engine.resolved
+        self._router = Router(num_replicas, resolved.block_size * resolved.num_blocks)
+        for replica in self.replicas:
+            replica.watch(self)
 
     async def generate(
         self,
@@ -99,7 +101,7 @@ class DataParallelLLM:
                 request = AsyncRequest(name, kind)
                 request.arrival = arrival
                 try:
-                    async with aclosing(replica.engine.stream(request, prepare)) as outputs:
+                    async with aclosing(replica.engine.outputs_of(request, prepare)) as outputs:
                         async for output in outputs:
                             has_output = True
                             yield output
@@ -119,13 +121,11 @@ class DataParallelLLM:
 
     def _prepare(self, prompt: Prompt, params: SamplingParams | None) -> _Prepared:
         """Tokenises and checks a request, in a thread."""
-        preparation = self._any.connection.preparation
-        request = preparation.prepare(prompt, params)
+        request = self._any.connection.preparation.prepare(prompt, params)
         if request.params.seed is None:
             word = next(self._seeds).to_bytes(8, "little")
             request.params.seed = xxhash.xxh3_64_intdigest(word, seed=self._seed) % (MAX_SEED - request.params.n)
-        hashes = prefix_hashes(request.token_ids, preparation.resolved.block_size, request.cache_salt)
-        return _Prepared(request, hashes)
+        return _Prepared(request, prefix_hashes(request.token_ids, request.cache_salt))
 
     def _choose(self, request_id: str, hashes: list[int]) -> Replica:
         with self._lock:

@@ -30,7 +30,7 @@ class ReplicaObserver(Protocol):
 
 
 class Replica:
-    """Engine number `index`, with what its process has. `start` raises what starting an engine raises."""
+    """Engine number `index`, with the connection to its process. Both are there once `start` has returned."""
 
     engine: AsyncLLM
     connection: EngineProcess
@@ -41,9 +41,12 @@ class Replica:
         self._lock = threading.Lock()  # of the attributes that change when an engine is started again
         self._counts = MetricsSnapshot()  # of earlier engines, and of the requests that were lost with them
 
-    def start(self, observer: ReplicaObserver) -> None:
-        """Starts the engine, and watches it from then on."""
+    def start(self) -> None:
+        """Starts the engine. Raises what that raises."""
         self.connection, self.engine = self._make_engine()
+
+    def watch(self, observer: ReplicaObserver) -> None:
+        """Starts the engine again, from now on, whenever it has died."""
         name = f"nanovllm-replica-{self.index}"
         threading.Thread(target=self._watch, args=(observer,), name=name, daemon=True).start()
 
@@ -60,7 +63,8 @@ class Replica:
     def metrics(self) -> MetricsSnapshot:
         """Returns the figures of its engine, with the counts of those before it."""
         with self._lock:
-            return self._counts + self._metrics_of_engine()
+            counts, connection, engine = self._counts, self.connection, self.engine
+        return counts + _metrics_of(connection, engine)  # waits for a step
 
     def exit(self) -> None:
         """Ends the engine. Calling it again does nothing."""
@@ -73,14 +77,7 @@ class Replica:
         connection = EngineProcess(config, self._placement.variables, self.index)
         return connection, AsyncLLM.from_connection(connection)
 
-    def _metrics_of_engine(self) -> MetricsSnapshot:
-        snapshot = self.connection.metrics()
-        if self.is_alive:
-            return snapshot
-        return replace(snapshot, num_running=0, num_waiting=0, used_blocks=0, num_blocks=0)
-
     def _watch(self, observer: ReplicaObserver) -> None:
-        """Starts the engine again whenever it has died, until `exit` is called."""
         while not self._closing.wait(_LOOK_SECONDS):
             if not self.is_alive:
                 observer.lost(self)
@@ -100,9 +97,17 @@ class Replica:
                 delay = min(2 * delay, _LONGEST_DELAY)
                 continue
             with self._lock:
-                self._counts += self._metrics_of_engine()
+                self._counts += _metrics_of(self.connection, self.engine)
                 self.connection, self.engine = connection, engine
                 if self._closing.is_set():
                     engine.exit()
             return not self._closing.is_set()
         return False
+
+
+def _metrics_of(connection: EngineProcess, engine: AsyncLLM) -> MetricsSnapshot:
+    """Returns the figures of an engine. One that is dead uses nothing."""
+    snapshot = connection.metrics()
+    if not engine.is_dead:
+        return snapshot
+    return replace(snapshot, num_running=0, num_waiting=0, used_blocks=0, num_blocks=0)

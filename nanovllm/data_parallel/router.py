@@ -1,13 +1,13 @@
 """Router: chooses the replica of each request, by the prefix that it has cached and by the length of its queue.
 
-    router = Router(num_replicas=4, block_size=16, capacity=2000)
-    route = router.choose(prefix_hashes(token_ids, 16))
+    router = Router(num_replicas=4, capacity=100_000)
+    route = router.choose(prefix_hashes(token_ids))
     ...
     router.ended(route.replica)
 
 A queue is the number of unfinished requests. The router remembers, for each replica, the blocks of the prompts that it
 has sent there, and forgets the least recently used ones beyond the replica's capacity. This index is an approximation:
-it knows neither when blocks are computed nor what the replica evicts.
+it knows neither when blocks are computed nor what the replica evicts, and its blocks have a size of their own.
 
 Sets of replicas are integers with a bit for each replica, so that a choice among a thousand takes microseconds.
 """
@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from nanovllm.engine.batch import IntArray
 from nanovllm.engine.block_manager import block_hash, tokens_of_blocks
 
+BLOCK_SIZE = 64  # tokens
 TOKENS_PER_REQUEST = 128  # cached tokens that make up for one more request in the queue
 MAX_LEAD = 16  # requests that a queue may be longer than the shortest one because of a cached prefix
-_MAX_BLOCKS = 1024  # of a prompt that are looked up
+_MAX_BLOCKS = 512  # of a prompt that are looked up
 
 
 @dataclass(frozen=True)
@@ -35,27 +36,27 @@ class Route:
     queue: int
 
 
-def prefix_hashes(token_ids: IntArray, block_size: int, salt: bytes = b"") -> list[int]:
-    """Returns the hash of each block of a prompt that can be cached, as the prefix cache computes it."""
-    num_blocks = min((len(token_ids) - 1) // block_size, _MAX_BLOCKS)
+def prefix_hashes(token_ids: IntArray, salt: bytes = b"") -> list[int]:
+    """Returns the hash of each block of a prompt that can be cached, made as those of the prefix cache are."""
+    num_blocks = min((len(token_ids) - 1) // BLOCK_SIZE, _MAX_BLOCKS)
     hashes: list[int] = []
     parent = 0
-    for tokens in tokens_of_blocks(token_ids, block_size, 0, num_blocks, salt):
+    for tokens in tokens_of_blocks(token_ids, BLOCK_SIZE, 0, num_blocks, salt):
         parent = block_hash(parent, tokens)
         hashes.append(parent)
     return hashes
 
 
 class Router:
-    """Chooses among `num_replicas`, all available at first. capacity: blocks that a replica's cache holds.
+    """Chooses among `num_replicas`, all available at first. capacity: tokens that a replica's cache holds.
 
     A request goes to the replica with the lowest cost: the length of its queue, minus one for each TOKENS_PER_REQUEST
     tokens of the prompt that it has cached, but at most MAX_LEAD. So a popular prefix cannot make a queue more than
     MAX_LEAD longer than the shortest one. Among equals, replicas take turns.
     """
 
-    def __init__(self, num_replicas: int, block_size: int, capacity: int) -> None:
-        self._num_replicas, self._block_size, self._capacity = num_replicas, block_size, capacity
+    def __init__(self, num_replicas: int, capacity: int) -> None:
+        self._num_replicas, self._capacity = num_replicas, capacity // BLOCK_SIZE
         self._queues = [0] * num_replicas
         self._by_queue: dict[int, int] = {0: (1 << num_replicas) - 1}  # replicas by the length of their queue
         self._available = (1 << num_replicas) - 1
@@ -77,7 +78,7 @@ class Router:
             candidates &= self._holders.get(key, 0)
             if not candidates:
                 break
-            cost = self._shortest(candidates, lengths) - min(depth * self._block_size // TOKENS_PER_REQUEST, MAX_LEAD)
+            cost = self._shortest(candidates, lengths) - min(depth * BLOCK_SIZE // TOKENS_PER_REQUEST, MAX_LEAD)
             if cost <= lowest:  # the longer prefix among equals
                 lowest, num_cached, best = cost, depth, candidates
         queue = self._shortest(best, lengths)

@@ -110,7 +110,7 @@ FIELDS: Mapping[str, Field] = {
     "move_ms": Field(float, "the rest of `elapsed_ms`: copying"),
     "needed": Field(int, "blocks that the decoding sequences needed in the step"),
     "new": Field(int, "free blocks taken"),
-    "num_blocks": Field(int, "number of blocks of the sequence, or of the whole KV cache"),
+    "num_blocks": Field(int, "number of blocks of the sequence, of the prompt, or of the whole KV cache"),
     "num_cached_tokens": Field(int, "prompt tokens found in the prefix cache"),
     "num_captured": Field(int, "CUDA graphs captured so far"),
     "num_decode_seqs": Field(int, "sequences that decode in the step"),

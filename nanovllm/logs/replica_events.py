@@ -30,7 +30,7 @@ request_routed = Event(
     DEBUG,
     "data_parallel.engines",
     "Request {request_id} goes to replica {replica}, which has {queue} unfinished requests and "
-    "{cached_blocks} of its {num_blocks} blocks",
+    "{cached_blocks} of the prompt's {num_blocks} blocks of 64 tokens",
     unseen=_REPLICAS,
 )
 request_repeated = Event(

@@ -104,11 +104,11 @@ def test_requests_without_a_seed_differ(engines: DataParallelLLM) -> None:
 
 def test_a_cached_prefix_attracts_unless_it_is_forgotten(engines: DataParallelLLM) -> None:
     async def num_cached(salt: str) -> int:
-        output = await final(engines, prompt={"prompt": PROMPT, "cache_salt": salt})
+        output = await final(engines, prompt={"prompt": f"{PROMPT}, {PROMPT}, {PROMPT}", "cache_salt": salt})
         return output.num_cached_tokens
 
     async def test() -> None:
-        assert [await num_cached("ours") for _ in range(3)] == [0, 32, 32]
+        assert [await num_cached("ours") for _ in range(3)] == [0, 80, 80]
         assert await num_cached("theirs") == 0
         engines.reset_prefix_cache()
         assert await num_cached("ours") == 0

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm.data_parallel.router import MAX_LEAD, TOKENS_PER_REQUEST, Router, prefix_hashes
+from nanovllm.data_parallel.router import BLOCK_SIZE, MAX_LEAD, TOKENS_PER_REQUEST, Router, prefix_hashes
 from tests.properties import examples
 
-BLOCK_SIZE = 64
 PROMPTS = [[family * 1000 + block for block in range(length)] for family in range(4) for length in (0, 1, 9, 40, 90)]
 
 ACTIONS = st.lists(
@@ -29,7 +28,7 @@ def test_every_choice_is_within_the_bounds(
     actions: list[tuple[str, list[int] | int]], num_replicas: int, capacity: int
 ) -> None:
     """Against a model of queues and of everything that was ever sent to a replica."""
-    router = Router(num_replicas, BLOCK_SIZE, capacity)
+    router = Router(num_replicas, capacity * BLOCK_SIZE)
     queues, available = [0] * num_replicas, set(range(num_replicas))
     sent: list[set[int]] = [set() for _ in range(num_replicas)]
     running: list[int] = []
@@ -64,7 +63,7 @@ def test_every_choice_is_within_the_bounds(
 
 
 def test_an_idle_replica_with_the_prefix_is_chosen() -> None:
-    router = Router(8, BLOCK_SIZE, 1000)
+    router = Router(8, 1000 * BLOCK_SIZE)
     first = router.choose(PROMPTS[3])
     assert first is not None
     router.ended(first.replica)
@@ -76,7 +75,7 @@ def test_an_idle_replica_with_the_prefix_is_chosen() -> None:
 
 
 def test_the_longest_of_several_prefixes_is_chosen() -> None:
-    router = Router(3, BLOCK_SIZE, 1000)
+    router = Router(3, 1000 * BLOCK_SIZE)
     for replica, blocks in enumerate(([1, 2], [1, 2, 3, 4], [1])):
         router._remember(replica, blocks)
     route = router.choose([1, 2, 3, 4, 5])
@@ -86,7 +85,7 @@ def test_the_longest_of_several_prefixes_is_chosen() -> None:
 
 @pytest.mark.parametrize("num_replicas", [2, 5, 64])
 def test_a_popular_prefix_fills_all_replicas(num_replicas: int) -> None:
-    router = Router(num_replicas, BLOCK_SIZE, 1000)
+    router = Router(num_replicas, 1000 * BLOCK_SIZE)
     for _ in range(40 * num_replicas):
         assert router.choose(PROMPTS[4]) is not None
     queues = [router.queue(replica) for replica in range(num_replicas)]
@@ -94,13 +93,13 @@ def test_a_popular_prefix_fills_all_replicas(num_replicas: int) -> None:
 
 
 def test_without_a_prefix_replicas_take_turns() -> None:
-    router = Router(3, BLOCK_SIZE, 1000)
+    router = Router(3, 1000 * BLOCK_SIZE)
     routes = [router.choose([]) for _ in range(6)]
     assert [route.replica for route in routes if route is not None] == [0, 1, 2, 0, 1, 2]
 
 
 def test_a_replica_that_was_taken_out_has_no_cache_when_it_is_back() -> None:
-    router = Router(2, BLOCK_SIZE, 1000)
+    router = Router(2, 1000 * BLOCK_SIZE)
     assert router.choose(PROMPTS[3]) is not None
     router.take_out(0)
     router.ended(0)
@@ -111,11 +110,11 @@ def test_a_replica_that_was_taken_out_has_no_cache_when_it_is_back() -> None:
 
 
 def test_hashes_are_those_of_whole_blocks_and_depend_on_salt_and_prefix() -> None:
-    tokens = np.arange(33, dtype=np.int32)
-    hashes = prefix_hashes(tokens, 16)
+    tokens = np.arange(2 * BLOCK_SIZE + 1, dtype=np.int32)
+    hashes = prefix_hashes(tokens)
     assert len(hashes) == 2
-    assert len(prefix_hashes(tokens[:32], 16)) == 1, "the last token is always computed"
-    assert prefix_hashes(tokens[:20], 16) == hashes[:1]
-    assert not set(hashes) & set(prefix_hashes(tokens, 16, b"salt"))
-    assert prefix_hashes(np.concatenate([tokens[16:], tokens]), 16)[:1] != hashes[1:]
-    assert prefix_hashes(tokens[:0], 16) == prefix_hashes(tokens[:1], 16) == []
+    assert len(prefix_hashes(tokens[:-1])) == 1, "the last token is always computed"
+    assert prefix_hashes(tokens[: BLOCK_SIZE + 4]) == hashes[:1]
+    assert not set(hashes) & set(prefix_hashes(tokens, b"salt"))
+    assert prefix_hashes(np.concatenate([tokens[BLOCK_SIZE:], tokens]))[:1] != hashes[1:]
+    assert prefix_hashes(tokens[:0]) == prefix_hashes(tokens[:1]) == []

@@ -10,7 +10,7 @@ import pytest
 from tools.batched_replicas import simulate_batched
 from tools.cluster_routing import POLICIES, make_routing
 from tools.cluster_traffic import Traffic
-from tools.simulate_cluster import BLOCK_SIZE, NUM_BLOCKS, Run, runs_of, simulate, simulate_exact
+from tools.simulate_cluster import BLOCK_SIZE, CAPACITY, Run, runs_of, simulate, simulate_exact
 from tools.simulate_load import Device
 
 TRAFFIC = Traffic(num_replicas=3, rate=12, seconds=2, seed=1)
@@ -20,7 +20,7 @@ TRAFFIC = Traffic(num_replicas=3, rate=12, seconds=2, seed=1)
 @pytest.mark.parametrize("is_exact", [True, False])
 def test_every_request_ends_once_and_its_replica_is_told(policy: str, is_exact: bool) -> None:
     requests = TRAFFIC.draw()
-    routing = make_routing(policy, 3, BLOCK_SIZE, NUM_BLOCKS)
+    routing = make_routing(policy, 3, CAPACITY)
     ended: list[int] = []
 
     class Recording:
@@ -34,7 +34,7 @@ def test_every_request_ends_once_and_its_replica_is_told(policy: str, is_exact: 
     if is_exact:
         served = simulate_exact(requests, Recording(), 3, Device())  # type: ignore[arg-type]
     else:
-        served = simulate_batched(requests, Recording(), 3, NUM_BLOCKS, BLOCK_SIZE, Device())  # type: ignore[arg-type]
+        served = simulate_batched(requests, Recording(), 3, CAPACITY, BLOCK_SIZE, Device())  # type: ignore[arg-type]
     assert np.bincount(ended, minlength=3).tolist() == np.bincount(served.replicas, minlength=3).tolist()
     assert len(ended) == len(requests) == 72
     assert (served.ttft > 0).all()
