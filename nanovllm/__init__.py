@@ -41,6 +41,7 @@ _MODULE_OF = {
     "NanoVLLMError": "nanovllm.errors",
     "NotSupportedError": "nanovllm.errors",
     "OutOfMemoryError": "nanovllm.errors",
+    "ReplicaLostError": "nanovllm.errors",
     "RequestTooLargeError": "nanovllm.errors",
     "StepFailedError": "nanovllm.errors",
     "UnknownArgumentError": "nanovllm.errors",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:  # "import X as X" marks a name as public
     from nanovllm.errors import NanoVLLMError as NanoVLLMError
     from nanovllm.errors import NotSupportedError as NotSupportedError
     from nanovllm.errors import OutOfMemoryError as OutOfMemoryError
+    from nanovllm.errors import ReplicaLostError as ReplicaLostError
     from nanovllm.errors import RequestTooLargeError as RequestTooLargeError
     from nanovllm.errors import StepFailedError as StepFailedError
     from nanovllm.errors import UnknownArgumentError as UnknownArgumentError

@@ -122,7 +122,7 @@ class AsyncLLM(VllmInterface):
 
     def _outputs(
         self,
-        prepare: _Prepare,
+        prepare: Prepare,
         params: SamplingParams | None,
         request_id: str | None,
         delta: bool | None,
@@ -133,7 +133,10 @@ class AsyncLLM(VllmInterface):
             raise InvalidArgumentError("request_id", request_id, REQUEST_ID)
         if client_request_id is not None and not CLIENT_REQUEST_ID.accepts(client_request_id):
             raise InvalidArgumentError("client_request_id", client_request_id, CLIENT_REQUEST_ID.allowed)
-        request = AsyncRequest(request_id, kind_of(delta, params), client_request_id)
+        return self.outputs_of(AsyncRequest(request_id, kind_of(delta, params), client_request_id), prepare)
+
+    def outputs_of(self, request: AsyncRequest, prepare: Prepare) -> AsyncGenerator[RequestOutput, None]:
+        """Returns the outputs of a request that `prepare` tokenises and checks."""
         return _Outputs(self._consumers, prepare, request)
 
     async def _prepare(self, prompt: Prompt, params: SamplingParams | None) -> PreparedRequest:
@@ -237,7 +240,7 @@ def connected(config: EngineConfig, connection: EngineConnection) -> AsyncLLM:
     return engine
 
 
-_Prepare = Callable[[], Awaitable[PreparedRequest]]
+Prepare = Callable[[], Awaitable[PreparedRequest]]
 
 
 class _Outputs(AsyncGenerator[RequestOutput, None]):
@@ -246,7 +249,7 @@ class _Outputs(AsyncGenerator[RequestOutput, None]):
     Not an async generator function: Python would close such a one in a task of its event loop, which may end before.
     """
 
-    def __init__(self, consumers: Consumers, prepare: _Prepare, request: AsyncRequest) -> None:
+    def __init__(self, consumers: Consumers, prepare: Prepare, request: AsyncRequest) -> None:
         self._consumers, self._prepare, self._request = consumers, prepare, request
         self._is_open, self._is_closed = False, False
 

@@ -13,6 +13,7 @@
     ├── StepFailedError                          a step failed: its requests are aborted, the engine continues
     ├── ChannelError                             a message between processes was not delivered
     ├── WorkerError                              the process of a rank died, failed, or did not start
+    ├── ReplicaLostError                         the replica that ran a request has ended; the others go on
     └── EngineDeadError                          the engine has ended, by an error or by exit()
 
 A message names the field, its value, what is allowed, and what to do.
@@ -38,6 +39,7 @@ __all__ = [
     "NanoVLLMError",
     "NotSupportedError",
     "OutOfMemoryError",
+    "ReplicaLostError",
     "RequestTooLargeError",
     "StepFailedError",
     "UnknownArgumentError",
@@ -177,6 +179,17 @@ class WorkerError(NanoVLLMError):
 
     def __reduce__(self) -> tuple[type[WorkerError], tuple[int, str, str]]:
         return type(self), (self.rank, self.problem, self.traceback)
+
+
+class ReplicaLostError(NanoVLLMError):
+    """The replica that ran a request has ended. The other replicas continue, and it is started again."""
+
+    @classmethod
+    def after(cls, replica: int, cause: BaseException) -> ReplicaLostError:
+        """Returns the error of a request that was lost with a replica which `cause` ended."""
+        error = cls(f"Replica {replica} has ended ({cause}), and with it this request; send it again.")
+        error.__cause__ = cause
+        return error
 
 
 class EngineDeadError(NanoVLLMError):

@@ -82,7 +82,7 @@ class AsyncRequest:
         self.context = contextvars.copy_context()  # its consumer's, with the current span if there is one
         self.news = asyncio.Event()  # set in the event loop only
         self.loop: asyncio.AbstractEventLoop | None = None  # the consumer's, once it has begun
-        self.arrival = 0.0
+        self.arrival = 0.0  # when its consumer began, unless it is set before
         self.is_aborted = False
         self.when_ended: list[Callable[[], object]] = []
         self.started: StartedRequest | None = None
@@ -188,7 +188,7 @@ class Consumers:
                 self._drop_loop(closed)
             if request.request_id in self._open:
                 raise InvalidArgumentError("request_id", request.request_id, REQUEST_ID)
-            request.loop, request.arrival = loop, time.monotonic()
+            request.loop, request.arrival = loop, request.arrival or time.monotonic()
             self._loops.add(loop)
             self._open[request.request_id] = request
 

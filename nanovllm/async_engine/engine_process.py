@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -23,6 +23,7 @@ from nanovllm.engine.observer import engine_ids
 from nanovllm.errors import EngineDeadError, InvalidArgumentError
 from nanovllm.logs import events
 from nanovllm.logs.configuration import PACKAGE
+from nanovllm.utils import env
 from nanovllm.utils.child_process import NO_PROCESS_HINT, blocked_interrupts, start_interpreter
 from nanovllm.utils.logger import configure_logging, setup_logger
 
@@ -41,14 +42,24 @@ _LOOK_SECONDS = 0.3  # between looks at the process
 class EngineProcess(EngineClient):
     """An engine in a process that belongs to this one. This one is its first client; `add_client` makes others.
 
-    serves: False if only the others ask for tokens, so that this process loads no tokenizer.
+    serves: False if only the others ask for tokens, so that this process loads no tokenizer. variables: environment
+    variables of the process that differ from those of this one. replica: its number, which is the `engine_id` of its
+    log records and begins their sentences; None if it is the only engine.
     """
 
-    def __init__(self, config: EngineConfig, serves: bool = True) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        serves: bool = True,
+        *,
+        variables: Mapping[str, str] | None = None,
+        replica: int | None = None,
+    ) -> None:
         ours, self._theirs = Pipe()
         super().__init__(config, ours)
         self._serves = serves
-        self._engine_id = next(engine_ids)  # in the records of the log
+        self._variables, self._replica = variables or {}, replica
+        self._engine_id = next(engine_ids) if replica is None else replica  # in the records of the log
         self._process: subprocess.Popen[bytes] | None = None
 
     def launch(self) -> None:
@@ -70,7 +81,7 @@ class EngineProcess(EngineClient):
     def _start_process(self) -> None:
         try:
             with blocked_interrupts():  # only this process handles Ctrl-C
-                self._process = start_interpreter(_MAIN, self._theirs)
+                self._process = start_interpreter(_MAIN, self._theirs, env=env.environment_with(self._variables))
         except OSError as error:
             problem = f"The engine's process cannot be started ({error.strerror}). {NO_PROCESS_HINT}"
             raise EngineDeadError(problem) from error
@@ -100,14 +111,15 @@ class EngineProcess(EngineClient):
                 return EngineEnded(self._lost())
             if not isinstance(message, LogRecord):
                 return message
-            write_record(message, self._engine_id)
+            write_record(message, self._engine_id, "" if self._replica is None else f"[Replica {self._replica}] ")
 
     def _lost(self) -> EngineDeadError:
         """Returns the error for a process that ended without a word, and logs it."""
         assert self._process is not None, "it was started"
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_EXIT_SECONDS)
-        problem = f"the engine's process {self._process.pid} {ending(self._process.returncode)}"
+        whose = "the engine's process" if self._replica is None else f"the process of replica {self._replica},"
+        problem = f"{whose} {self._process.pid} {ending(self._process.returncode)}"
         events.engine_process_lost.log(logger, problem=problem)
         return EngineDeadError(problem)
 

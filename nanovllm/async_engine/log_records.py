@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from nanovllm.async_engine.encoding import LogRecord
+from nanovllm.logs import events
 from nanovllm.logs.formats import strict_json
 
 
@@ -26,11 +27,16 @@ class RecordSender(logging.Handler):
         self._send(LogRecord(json.loads(strict_json(attributes))))
 
 
-def write_record(message: LogRecord, engine_id: int | None) -> None:
-    """Logs a record of another process here. engine_id: what this process calls the engine that a record is of."""
+def write_record(message: LogRecord, engine_id: int | None, prefix: str = "") -> None:
+    """Logs a record of another process here. engine_id: what this process calls the engine that a record is of.
+
+    prefix: begins its sentence.
+    """
     record = logging.makeLogRecord(message.attributes)
     if getattr(record, "engine_id", None) is not None:
         record.engine_id = engine_id
+    if prefix and getattr(record, "event", "") != events.rule.name:
+        record.msg = f"{prefix}{record.msg}"
     logger = logging.getLogger(record.name)
     if logger.isEnabledFor(record.levelno):
         with suppress(OSError, ValueError):  # a handler's stream is closed

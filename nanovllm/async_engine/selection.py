@@ -19,10 +19,10 @@ def make_connection(config: EngineConfig) -> EngineConnection:
     if chosen is None:
         chosen = env.engine_process()
     if chosen is None:  # a step on a CPU leaves the interpreter to others for most of its time
-        chosen = config.device.startswith("cuda") or (config.device == "auto" and _has_gpu())
+        chosen = config.device.startswith("cuda") or (config.device == "auto" and has_gpu())
     return EngineProcess(config) if chosen else EngineThread(config)
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
     """Returns whether this machine seems to have a GPU. Loads no torch, which takes seconds."""
     return any(path for pattern in _GPUS for path in Path("/dev").glob(pattern))

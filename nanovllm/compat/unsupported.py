@@ -86,7 +86,10 @@ ENGINE_ARGUMENTS: Mapping[str, Unsupported] = {
         _ONE, "each rank has all layers", "pipeline parallelism", "Use tensor_parallel_size."
     ),
     "data_parallel_size": Unsupported(
-        _ONE, "there is one replica", "data parallelism", "Start one engine a GPU, with device='cuda:N'."
+        _ONE,
+        "there is one replica",
+        "data parallelism in one object",
+        "Use `nanovllm serve --data-parallel-size`, or an engine for each GPU, with device='cuda:N'.",
     ),
     "enable_expert_parallel": Unsupported(_FALSE, "there are no experts", "expert parallelism"),
     "distributed_executor_backend": Unsupported(

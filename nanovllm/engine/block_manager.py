@@ -144,9 +144,9 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return
         first, end = table.num_registered, len(token_ids) // self.block_size
-        for index, tokens in enumerate(self._tokens_of_blocks(token_ids, first, end, table.salt), start=first):
+        for index, tokens in enumerate(tokens_of_blocks(token_ids, self.block_size, first, end, table.salt), first):
             parent = table.last_registered
-            prefix_hash = self._hash(parent, tokens)
+            prefix_hash = block_hash(self._root_hash if parent is None else parent.prefix_hash, tokens)
             known = self._by_hash.get(prefix_hash)
             if known is None or known.tokens != tokens or known.parent is not parent:
                 if known is not None:  # a hash collision, or a block that no prefix reaches since its parent is gone
@@ -216,24 +216,27 @@ class BlockManager:
             return []
         shared: list[CachedBlock] = []
         parent: CachedBlock | None = None
-        for tokens in self._tokens_of_blocks(token_ids, 0, (len(token_ids) - 1) // self.block_size, salt):
-            cached = self._by_hash.get(self._hash(parent, tokens))
+        for tokens in tokens_of_blocks(token_ids, self.block_size, 0, (len(token_ids) - 1) // self.block_size, salt):
+            cached = self._by_hash.get(block_hash(self._root_hash if parent is None else parent.prefix_hash, tokens))
             if cached is None or cached.tokens != tokens or cached.parent is not parent:
                 break
             shared.append(cached)
             parent = cached
         return shared
 
-    def _tokens_of_blocks(self, token_ids: IntArray, first: int, end: int, salt: bytes) -> Iterator[bytes]:
-        """Yields the tokens of blocks `first` to before `end` as bytes, cut from one copy; block 0 has the salt."""
-        tokens = token_ids[first * self.block_size : end * self.block_size].tobytes()
-        size = self.block_size * token_ids.itemsize
-        for start in range(0, len(tokens), size):
-            yield (b"" if first or start else salt) + tokens[start : start + size]
-
-    def _hash(self, parent: CachedBlock | None, tokens: bytes) -> int:
-        return xxhash.xxh3_64_intdigest(tokens, seed=self._root_hash if parent is None else parent.prefix_hash)
-
     def _forget(self, cached: CachedBlock) -> None:
         del self._by_hash[cached.prefix_hash]
         del self._by_block[cached.block]
+
+
+def tokens_of_blocks(token_ids: IntArray, block_size: int, first: int, end: int, salt: bytes) -> Iterator[bytes]:
+    """Yields the tokens of blocks `first` to before `end` as bytes, cut from one copy; block 0 has the salt."""
+    tokens = token_ids[first * block_size : end * block_size].tobytes()
+    size = block_size * token_ids.itemsize
+    for start in range(0, len(tokens), size):
+        yield (b"" if first or start else salt) + tokens[start : start + size]
+
+
+def block_hash(parent: int, tokens: bytes) -> int:
+    """Returns the hash of a block and of all before it. parent: the hash of the block before it."""
+    return xxhash.xxh3_64_intdigest(tokens, seed=parent)

@@ -12,6 +12,7 @@ from logging import DEBUG, ERROR, INFO, WARNING
 
 from nanovllm.logs.device_events import *  # noqa: F403 - declared there, for the size of this file
 from nanovllm.logs.records import Event
+from nanovllm.logs.replica_events import *  # noqa: F403
 
 SCHEMA = 1  # the version of the events and their fields: a change that a reader of logs notices raises it
 

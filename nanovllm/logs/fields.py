@@ -33,6 +33,7 @@ FIELDS: Mapping[str, Field] = {
     "budget_reason": Field(str, "the setting that decides `budget`"),
     "bytes": Field(int, "size of the message"),
     "cache_hits": Field(int, "blocks found in the prefix cache"),
+    "cached_blocks": Field(int, "blocks of the prompt that the replica probably has in its prefix cache"),
     "callee": Field(str, "class or method that was called"),
     "cause": Field(
         str,
@@ -113,7 +114,7 @@ FIELDS: Mapping[str, Field] = {
     "needed": Field(int, "blocks that the decoding sequences needed in the step"),
     "new": Field(int, "free blocks taken"),
     "num_accepted_tokens": Field(int, "drafted tokens that were right"),
-    "num_blocks": Field(int, "number of blocks of the sequence, or of the whole KV cache"),
+    "num_blocks": Field(int, "number of blocks of the sequence, of the prompt, or of the whole KV cache"),
     "num_cached_tokens": Field(int, "prompt tokens found in the prefix cache"),
     "num_captured": Field(int, "CUDA graphs captured so far"),
     "num_decode_seqs": Field(int, "sequences that decode in the step"),
@@ -126,6 +127,7 @@ FIELDS: Mapping[str, Field] = {
     "num_heads": Field(int, "query heads (in `attention.store`: heads stored)"),
     "num_kv_heads": Field(int, "key-value heads"),
     "num_layers": Field(int, "decoder layers"),
+    "num_live": Field(int, "replicas that take requests"),
     "num_logprobs": Field(
         int | None, "number of most likely tokens with log-probabilities; null: no request asks for them"
     ),
@@ -142,6 +144,7 @@ FIELDS: Mapping[str, Field] = {
     ),
     "num_prompts": Field(int, "number of prompts of the call"),
     "num_refused": Field(int, "requests that were not allowed"),
+    "num_replicas": Field(int, "replicas of the server"),
     "num_requests": Field(int, "requests that the failure ended"),
     "num_rows": Field(int, "sampled rows of the graph"),
     "num_running": Field(int, "running sequences"),
@@ -184,11 +187,13 @@ FIELDS: Mapping[str, Field] = {
     "prompt_tokens_per_second": Field(float, "prompt tokens computed per second since the last such event"),
     "q": Field(SHAPE, "shape of the queries"),
     "quantization": Field(str, "how weights are quantised, as the argument `quantization` spells it"),
+    "queue": Field(int, "unfinished requests of the replica"),
     "queue_ms": Field(float | None, "from arrival to the first step; null: never scheduled"),
     "queue_s": Field(float, "seconds from arrival to the first step, or to the end if it never ran"),
     "queued_behind": Field(int, "requests that waited when it arrived"),
     "rank": Field(int, "rank of the process that logs"),
     "reason": Field(str, "eos, stop, max_tokens (also when the model's length is reached), abort or failed"),
+    "replica": Field(int, "number of the replica, from 0"),
     "request_id": Field(str | None, "the request; with n > 1, a completion's is `ID/0`, `ID/1`, …; null: none"),
     "request_ids": Field(list[str], "the requests, at most 64"),
     "reserved_bytes": Field(int, "GPU memory reserved by torch in this process"),
@@ -196,7 +201,9 @@ FIELDS: Mapping[str, Field] = {
     "saved_tokens": Field(int, "tokens that a step reads once instead of once for each row"),
     "schema": Field(int, "version of the events and fields; a change that programs notice raises it"),
     "seconds": Field(
-        float | dict[str, float], "time taken; in `engine.startup`, by part; in `engine.statistics`, the time it covers"
+        float | dict[str, float],
+        "time taken; in `engine.startup`, by part; in `engine.statistics`, the time it covers; in "
+        "`replica.not_started`, the time to the next attempt",
     ),
     "section": Field(str, "what is timed"),
     "seq_id": Field(int, "number of the sequence, in order of arrival"),

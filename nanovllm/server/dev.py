@@ -6,6 +6,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response
 
+from nanovllm.async_llm import AsyncLLM
+from nanovllm.data_parallel.engines import DataParallelLLM
 from nanovllm.errors import InvalidStateError
 from nanovllm.server.errors import ApiError
 from nanovllm.server.protocol.base import ApiModel
@@ -40,7 +42,7 @@ async def reset_prefix_cache(request: Request) -> Response:
 async def start_profile(request: Request) -> Response:
     """Records the engine's work with torch's profiler until /stop_profile."""
     try:
-        await service_of(request).engine.start_profile()
+        await _only_engine(request).start_profile()
     except InvalidStateError:  # its text may have a path
         message = "No profile was started: one runs already, or a rank cannot record. POST /stop_profile ends it."
         raise ApiError(400, message, code="invalid_state") from None
@@ -50,7 +52,7 @@ async def start_profile(request: Request) -> Response:
 @router.post("/stop_profile")
 async def stop_profile(request: Request) -> Response:
     """Writes the profile. Answers its tables and the names of its files. folder: null if no option names it."""
-    engine = service_of(request).engine
+    engine = _only_engine(request)
     try:
         table = await engine.stop_profile()
     except InvalidStateError:
@@ -60,3 +62,10 @@ async def stop_profile(request: Request) -> Response:
     files = [f"profile_rank{rank}.{ending}" for rank in ranks for ending in ("json", "txt")]
     folder = (engine.config.profiler_config or {}).get("torch_profiler_dir")
     return JsonResponse({"folder": folder, "files": files, "table": table})
+
+
+def _only_engine(request: Request) -> AsyncLLM:
+    engine = service_of(request).engine
+    if isinstance(engine, DataParallelLLM):
+        raise ApiError(400, "A server with several replicas records no profile. Start one without data_parallel_size.")
+    return engine

@@ -20,6 +20,7 @@ from nanovllm.errors import (
     InvalidArgumentError,
     InvalidLogitsError,
     NanoVLLMError,
+    ReplicaLostError,
     RequestTooLargeError,
     UnknownArgumentError,
 )
@@ -108,6 +109,8 @@ def as_api_error(error: Exception) -> ApiError:
         return _of_argument(error)
     if isinstance(error, EngineDeadError):
         return ApiError(500, "The engine has ended.", code="engine_dead")
+    if isinstance(error, ReplicaLostError):
+        return ApiError(500, "The replica that ran this request has ended. Send it again.", code="replica_lost")
     if isinstance(error, InvalidLogitsError):
         return ApiError(500, "The model computed NaN or infinity for this request.", code="invalid_logits")
     if isinstance(error, UnknownArgumentError):

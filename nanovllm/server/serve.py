@@ -22,12 +22,13 @@ import uvicorn
 
 from nanovllm.async_llm import AsyncLLM
 from nanovllm.config import EngineConfig
+from nanovllm.data_parallel.engines import DataParallelLLM
 from nanovllm.errors import NanoVLLMError
 from nanovllm.logs import events
 from nanovllm.logs.configuration import PACKAGE
 from nanovllm.server.app import make_app
 from nanovllm.server.http_protocol import HttpProtocol
-from nanovllm.server.service import Service
+from nanovllm.server.service import Engine, Service
 from nanovllm.server.settings import ServerSettings
 from nanovllm.utils.garbage_collection import existing_objects_exempt
 from nanovllm.utils.logger import setup_logger
@@ -45,7 +46,7 @@ def serve(settings: ServerSettings, engine_args: EngineConfig) -> int:
     died under `exit_on_death`. 128 + the signal's number: a second signal ended it.
     """
     service = Service(settings)
-    server = HttpServer(service, partial(AsyncLLM.from_engine_args, engine_args))
+    server = HttpServer(service, partial(_make_engine, engine_args, settings.data_parallel_size))
     try:
         server.run()
     except SystemExit:  # uvicorn has said why it cannot listen
@@ -61,10 +62,16 @@ def serve(settings: ServerSettings, engine_args: EngineConfig) -> int:
     return server.status
 
 
+def _make_engine(engine_args: EngineConfig, num_replicas: int) -> Engine:
+    if num_replicas == 1:
+        return AsyncLLM.from_engine_args(engine_args)
+    return DataParallelLLM(engine_args, num_replicas)
+
+
 class HttpServer(uvicorn.Server):
     """A uvicorn server with an engine, whose end it waits for."""
 
-    def __init__(self, service: Service, make_engine: Callable[[], AsyncLLM]) -> None:
+    def __init__(self, service: Service, make_engine: Callable[[], Engine]) -> None:
         settings = service.settings
         super().__init__(
             uvicorn.Config(
@@ -85,7 +92,7 @@ class HttpServer(uvicorn.Server):
                 timeout_graceful_shutdown=_CLOSE_SECONDS,
             )
         )
-        self.engine: AsyncLLM | None = None
+        self.engine: Engine | None = None
         self.status = 0
         self.outcome = "clean"
         self._service, self._make_engine = service, make_engine
@@ -110,7 +117,7 @@ class HttpServer(uvicorn.Server):
 
     async def _start_engine(self) -> None:
         loop = asyncio.get_running_loop()
-        started: asyncio.Future[AsyncLLM] = loop.create_future()
+        started: asyncio.Future[Engine] = loop.create_future()
 
         def start() -> None:
             try:

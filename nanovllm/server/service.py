@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 from starlette.requests import Request
 
 from nanovllm.async_llm import AsyncLLM
+from nanovllm.data_parallel.engines import DataParallelLLM
 from nanovllm.logs import events
 from nanovllm.logs.recent_events import RecentEvents
+from nanovllm.metrics import MetricsSnapshot
 from nanovllm.outputs import RequestOutput
 from nanovllm.requests.chat import ChatOptions, ChatRenderer
 from nanovllm.requests.tokenization import Prompt, TemplatedText
@@ -25,6 +27,7 @@ from nanovllm.utils.logger import setup_logger
 logger = setup_logger(__name__)
 
 T = TypeVar("T")
+Engine: TypeAlias = "AsyncLLM | DataParallelLLM"
 State = Literal["starting", "ready", "draining"]
 
 _RETRY_SECONDS = 1
@@ -38,21 +41,21 @@ class Service:
     serve the same engine.
     """
 
-    def __init__(self, settings: ServerSettings, engine: AsyncLLM | None = None, counts: Counts | None = None) -> None:
+    def __init__(self, settings: ServerSettings, engine: Engine | None = None, counts: Counts | None = None) -> None:
         self.settings = settings
         self.state: State = "starting"
         self.counts = Counts() if counts is None else counts
         self.recent_events = RecentEvents()  # is a handler of the log while the server runs
         self.latest_events = self.recent_events.latest
         self._running: dict[str, Exchange] = {}  # by the engine's request ids
-        self._engine: AsyncLLM | None = None
+        self._engine: Engine | None = None
         self._chat = ChatRenderer()
         self._ignored: set[str] = set()
         self.defaults = SamplingParams()
         if engine is not None:
             self.start(engine)
 
-    def start(self, engine: AsyncLLM) -> None:
+    def start(self, engine: Engine) -> None:
         """Takes requests from now on."""
         self._engine = engine
         if self.settings.generation_config == "auto":
@@ -72,7 +75,7 @@ class Service:
         return self.counts.own_requests
 
     @property
-    def engine(self) -> AsyncLLM:
+    def engine(self) -> Engine:
         """The engine. Raises ApiError while it starts, and when it has died."""
         if self._engine is None:
             raise ApiError(503, "The engine is starting.", code="starting", headers=_retry())
@@ -84,6 +87,18 @@ class Service:
     def is_dead(self) -> bool:
         """Whether the engine has died."""
         return self._engine is not None and self._engine.is_dead
+
+    def metrics(self) -> list[MetricsSnapshot]:
+        """Returns the figures of each replica. Waits for the running steps: call it in a thread."""
+        engine = self.engine
+        return engine.replica_metrics() if isinstance(engine, DataParallelLLM) else [engine.metrics]
+
+    def load(self) -> dict[str, Any]:
+        """Returns what GET /load answers: the requests that are being answered, and the state of several replicas."""
+        load: dict[str, Any] = {"server_load": self.counts.requests - 1}  # without the one that asks
+        if isinstance(self._engine, DataParallelLLM):
+            load |= {"degraded": self._engine.is_degraded, "replicas": self._engine.states()}
+        return load
 
     @property
     def model(self) -> str:
@@ -143,9 +158,11 @@ class Service:
         A request to complete several prompts counts once for each of them.
         """
         names = [name for name, exchange in self._running.items() if exchange.request_id in request_ids]
-        await self.engine.abort(names)
-        of_others = 0 if self.settings.api_server_count == 1 else await self.engine.abort_named(request_ids)
-        return len(names) + of_others
+        engine = self.engine
+        await engine.abort(names)
+        if self.settings.api_server_count == 1 or isinstance(engine, DataParallelLLM):
+            return len(names)
+        return len(names) + await engine.abort_named(request_ids)
 
     def aborted(self) -> ApiError:
         """Returns the error of a request that was aborted, for the APIs whose answers have no other form for it."""

@@ -78,6 +78,12 @@ class ServerSettings:
     ssl_keyfile: str | None = argument(None, _TEXT.or_none(), "Key file of the TLS certificate.")
     ssl_certfile: str | None = argument(None, _TEXT.or_none(), "File of the TLS certificate.")
     root_path: str = argument("", _ROOT_PATH, "Path under which a reverse proxy serves the API.")
+    data_parallel_size: int = argument(
+        1,
+        COUNT,
+        "Number of engines that share the requests, each with its own process, copy of the model and GPUs, or share of "
+        "the CPU's cores. One that dies is started again.",
+    )
     served_model_name: tuple[str, ...] = argument(
         (), _TEXTS, "Names of the model in the API; answers have the first. None given: the argument `model`."
     )
@@ -145,3 +151,6 @@ class ServerSettings:
         check_arguments(self)
         if self.enable_auto_tool_choice and self.tool_call_parser is None:
             raise InvalidArgumentError("tool_call_parser", None, "given with enable_auto_tool_choice")
+        if self.api_server_count > 1 and self.data_parallel_size > 1:
+            hint = "Each API process would choose replicas without knowing of the others' requests."
+            raise InvalidArgumentError("api_server_count", self.api_server_count, "1 with several replicas", hint)

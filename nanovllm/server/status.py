@@ -37,14 +37,18 @@ async def version() -> Response:
 
 @router.get("/load")
 async def load(request: Request) -> Response:
-    """Answers how many requests are being answered, this one not counted."""
-    return JsonResponse({"server_load": service_of(request).counts.requests - 1})
+    """Answers how many requests are being answered, this one not counted, and the state of several replicas."""
+    return JsonResponse(service_of(request).load())
 
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    """Answers the engine's metrics in Prometheus' text format."""
+    """Answers the metrics of each engine in Prometheus' text format."""
     service = service_of(request)
-    engine = service.engine
-    snapshot = await service.in_thread(lambda: engine.metrics)  # asks the engine's process, and waits for its step
-    return Response(exposition(snapshot.metrics(model_name=service.model, engine="0")), media_type=CONTENT_TYPE)
+    snapshots = await service.in_thread(service.metrics)  # asks the engines' processes, and waits for their steps
+    metrics = [
+        metric
+        for index, snapshot in enumerate(snapshots)
+        for metric in snapshot.metrics(model_name=service.model, engine=str(index))
+    ]
+    return Response(exposition(metrics), media_type=CONTENT_TYPE)

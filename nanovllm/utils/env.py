@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -255,6 +255,14 @@ nccl_socket_ifname = Variable(
     "lo, while several ranks start",
 )
 
+cuda_visible_devices = Variable(
+    "CUDA_VISIBLE_DEVICES",
+    TEXT,
+    None,
+    "The GPUs that `nanovllm serve --data-parallel-size` gives to its replicas, in this order, by index or UUID.",
+    "all GPUs",
+)
+
 VARIABLES = tuple(value for value in list(globals().values()) if isinstance(value, Variable))
 
 
@@ -290,6 +298,23 @@ def nccl_stays_on_this_machine() -> Iterator[None]:
         yield
     finally:
         del _environment[nccl_socket_ifname.name]
+
+
+def visible_gpus() -> list[str] | None:
+    """Returns the GPUs in CUDA_VISIBLE_DEVICES as they are written there; None if it is not set.
+
+    CUDA ignores those after a -1.
+    """
+    text = _environment.get(cuda_visible_devices.name)
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    return names[: names.index("-1")] if "-1" in names else names
+
+
+def environment_with(changes: Mapping[str, str]) -> dict[str, str]:
+    """Returns the environment of this process with `changes`, for a process that it starts."""
+    return {**_environment, **changes}
 
 
 def unknown_variables() -> list[str]:

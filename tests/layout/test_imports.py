@@ -22,6 +22,7 @@ LEVELS = [
     ("nanovllm.server",),
     ("nanovllm.benchmarks",),
     ("nanovllm", "nanovllm.entrypoints", "nanovllm.v1", "nanovllm.engine.async_llm_engine", "nanovllm.report"),
+    ("nanovllm.data_parallel",),
     ("nanovllm.llm", "nanovllm.async_llm"),
     ("nanovllm.async_engine",),
     ("nanovllm.streaming",),
@@ -179,6 +180,7 @@ OPTIONAL = {
     "nanovllm.tracing": {"nanovllm.engine_factory"},
     "nanovllm.quantization": {"nanovllm.runner.model_plan"},
     "nanovllm.report": {"nanovllm.cli.report"},
+    "nanovllm.data_parallel": {"nanovllm.server.serve", "nanovllm.server.service"},
     "nanovllm.server": {"nanovllm.cli.generate", "nanovllm.cli.serve"},
 }
 
