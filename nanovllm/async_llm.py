@@ -45,7 +45,7 @@ class AsyncLLM(VllmInterface):
 
     @takes_engine_arguments
     def __init__(self, config: EngineConfig) -> None:
-        self._connection = make_connection(config.with_fast_start(False))
+        self._connection = make_connection(config.for_serving())
         self._counter = itertools.count()
         self._chat = ChatRenderer()
         # One thread, so that requests arrive in the order of the calls.

@@ -75,9 +75,10 @@ class TorchBackend:
         window: int | None = None,
     ) -> torch.Tensor:
         """Returns the output for query [num_seqs, num_heads, head_dim]. Sequences of similar length attend together."""
-        if self._planned is None or self._planned[0] is not metadata:
-            self._planned = (metadata, {})
-        plans = self._planned[1]
+        planned = self._planned  # read once: kernels are compiled by steps in several threads
+        if planned is None or planned[0] is not metadata:
+            self._planned = planned = (metadata, {})
+        plans = planned[1]
         if window not in plans:
             plans[window] = _DecodePlan.of(metadata, kv_cache.key.shape[1], query.dtype, window)
         plan = plans[window]

@@ -65,6 +65,8 @@ ENGINE_OPTIONS = (
     "max_num_batched_tokens",
     "max_num_seqs",
     "pipeline_depth",
+    "max_prefill_tokens_beside_decode",
+    "inter_token_latency_target_ms",
     "quantization",
 )
 
@@ -227,6 +229,18 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="steps in flight (default: 2 on a GPU, 1 on a CPU)",
     )
+    add(
+        "--max-prefill-tokens-beside-decode",
+        type=positive,
+        metavar="N",
+        help="prompt tokens in a step that also decodes (default: no limit)",
+    )
+    add(
+        "--inter-token-latency-target-ms",
+        type=latency_target,
+        metavar="MS",
+        help="target for the time of a step that also decodes: 'auto', or 0 for none (default: that of the engine)",
+    )
     add("--tensor-parallel-size", type=positive, default=1, metavar="N", help="GPUs, or processes on a CPU (default 1)")
     add("--enforce-eager", action="store_true", help="no CUDA graphs")
     add("--no-prefix-caching", action="store_true", help="share nothing between requests")
@@ -348,6 +362,11 @@ def above_zero(text: str) -> float:
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number > 0")
     return value
+
+
+def latency_target(text: str) -> float | str:
+    """Returns 'auto' or a number ≥ 0, for argparse."""
+    return text if text == "auto" else 0.0 if text == "0" else above_zero(text)
 
 
 def lengths(text: str) -> Lengths:

@@ -117,9 +117,9 @@ class Scheduler:
         self.now, self._step = self._clock(), self.last_step + 1
         plan = _StepPlan()
         decode_rows, shares_prefix = self._group_by_prefix(self._schedule_decode(plan))
-        if self.waiting or self._prefilling is not None:
-            start = 0 if self._prefilling is None else int(self.rows.num_computed[self._row(self._prefilling)])
-            self._schedule_prefill(plan, self.policy.budget(self.rows, decode_rows, start))
+        next_prompt = self._prefilling or self._first_waiting()
+        if next_prompt is not None:
+            self._schedule_prefill(plan, self.policy.budget(self.rows, decode_rows, next_prompt, self.now))
         if not plan.chunks and not len(decode_rows):
             return None
         # Only the last chunk can stop before the end of its prompt, so the final ones come first, as batches need.

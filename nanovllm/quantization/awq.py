@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.layers.linear_method import LinearLayer, LinearMethod
 from nanovllm.quantization.fields import Fields
-from nanovllm.quantization.int4 import int4_method
 from nanovllm.quantization.matrix import MatrixPart, QuantizedMatrix
-from nanovllm.quantization.packed import INT32, NIBBLES, check_divides, grouped, read_group_size, unpack
+from nanovllm.quantization.packed import INT32, NIBBLES, GroupedFormat, read_group_size, unpack
 from nanovllm.quantization.scheme import EVERY_LINEAR_LAYER, Group, Quantization
 from nanovllm.utils.loader import Source
 
@@ -19,17 +17,11 @@ _ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # the position in a word of each of eight nei
 
 
 @dataclass(frozen=True)
-class AwqFormat:
-    """INT4 values with zero points. `qweight` [inputs, outputs / 8], `qzeros` [groups, outputs / 8], `scales`.
-
-    group_size: inputs; None: all.
-    """
-
-    group_size: int | None
+class AwqFormat(GroupedFormat):
+    """`qweight` [inputs, outputs / 8], `qzeros` [groups, outputs / 8], `scales` [groups, outputs]."""
 
     def sources(self, part: MatrixPart) -> list[Source]:
-        size = self.group_size or part.inputs.total
-        check_divides(part, size)
+        size = self.size(part)
         return [
             part.source("qweight", (NIBBLES, 1), INT32, transposed=True),
             part.source("qzeros", (NIBBLES, size), INT32, transposed=True),
@@ -41,12 +33,7 @@ class AwqFormat:
             part.trim(unpack(tensors[f"{part.name}.{name}"], 1, 4, _ORDER).T, 0, NIBBLES)
             for name in ("qweight", "qzeros")
         )
-        size = self.group_size or part.inputs.total
-        return grouped(part, values, tensors[f"{part.name}.scales"].T, zeros, size)
-
-    def linear_method(self, layer: LinearLayer) -> LinearMethod | None:
-        size = self.group_size or layer.inputs.total
-        return int4_method(layer, [self] * len(layer.pieces), size, has_zeros=True)
+        return self.matrix(part, values, tensors[f"{part.name}.scales"].T, zeros, None)
 
 
 def read_awq(fields: Fields) -> Quantization:

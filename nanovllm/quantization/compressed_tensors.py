@@ -10,18 +10,15 @@ import torch
 from nanovllm.errors import ModelLoadError
 from nanovllm.kernels.quantized_linear import FP8_BLOCK
 from nanovllm.layers.linear_method import LinearLayer, LinearMethod
-from nanovllm.layers.parallel import Shard
 from nanovllm.logs import events
 from nanovllm.quantization.checkpoint_fp8 import Fp8Format
 from nanovllm.quantization.fields import Fields
-from nanovllm.quantization.int4 import int4_method
 from nanovllm.quantization.int8 import Int8Linear
 from nanovllm.quantization.matrix import Format, MatrixPart, QuantizedMatrix
 from nanovllm.quantization.packed import (
     INT32,
     NIBBLES,
-    check_divides,
-    grouped,
+    GroupedFormat,
     read_group_size,
     unpack,
 )
@@ -66,21 +63,14 @@ class Int8Format:
 
 
 @dataclass(frozen=True)
-class PackedInt4Format:
-    """Integers of 4 bits: `weight_packed` [outputs, inputs / 8] in int32 words, `weight_scale` [outputs, groups].
+class PackedInt4Format(GroupedFormat):
+    """`weight_packed` [outputs, inputs / 8] in int32 words, `weight_scale` [outputs, groups], `weight_shape`.
 
-    group_size: inputs; None: all. Unless is_symmetric, `weight_zero_point` [outputs / 8, groups] has the zero points.
-    has_order: `weight_g_idx` says which group each input belongs to.
+    Unless it is symmetric, `weight_zero_point` [outputs / 8, groups]; with an order, `weight_g_idx` [inputs].
     """
 
-    group_size: int | None
-    is_symmetric: bool
-    has_order: bool
-
     def sources(self, part: MatrixPart) -> list[Source]:
-        size = self.group_size or part.inputs.total
-        check_divides(part, size)
-        inputs, groups = part.inputs, self._groups_part(part)
+        size, groups = self.size(part), self.groups_part(part)
         sources = [
             part.source("weight_packed", (1, NIBBLES), INT32),
             groups.source("weight_scale", (1, size)),
@@ -89,30 +79,17 @@ class PackedInt4Format:
         if not self.is_symmetric:
             sources.append(groups.source("weight_zero_point", (NIBBLES, size), INT32))
         if self.has_order:
-            start, stop = (inputs.start, inputs.stop) if inputs.is_cut else (0, None)
-            sources.append(Source(f"{part.name}.weight_g_idx", ((inputs.total,),), INT32, start=start, stop=stop))
+            sources.append(self.index_source(part, "weight_g_idx"))
         return sources
 
     def read(self, part: MatrixPart, tensors: Mapping[str, torch.Tensor]) -> QuantizedMatrix:
         _check_shape(part, tensors)
         values = part.trim(unpack(tensors[f"{part.name}.weight_packed"], 1, 4), 1, NIBBLES)
-        scale = tensors[f"{part.name}.weight_scale"]
-        if self.is_symmetric:
-            zeros = torch.full(scale.shape, 8, dtype=torch.uint8, device=scale.device)
-        else:
-            zeros = part.trim(unpack(tensors[f"{part.name}.weight_zero_point"], 0, 4), 0, NIBBLES)
-        index = tensors[f"{part.name}.weight_g_idx"].long() if self.has_order else None
-        return grouped(part, values, scale, zeros, self.group_size or part.inputs.total, index)
-
-    def linear_method(self, layer: LinearLayer) -> LinearMethod | None:
-        if self.has_order and layer.inputs.is_cut:
-            return None  # the inputs of a group are on several ranks
-        size = self.group_size or layer.inputs.total
-        return int4_method(layer, [self] * len(layer.pieces), size, has_zeros=not self.is_symmetric)
-
-    def _groups_part(self, part: MatrixPart) -> MatrixPart:
-        """Returns the part for which scales and zeros are read: with an order, those of all inputs."""
-        return MatrixPart(part.name, part.outputs, Shard.whole(part.inputs.total)) if self.has_order else part
+        zeros = tensors.get(f"{part.name}.weight_zero_point")
+        if zeros is not None:
+            zeros = part.trim(unpack(zeros, 0, 4), 0, NIBBLES)
+        scale, index = tensors[f"{part.name}.weight_scale"], tensors.get(f"{part.name}.weight_g_idx")
+        return self.matrix(part, values, scale, zeros, index)
 
 
 def _shape_source(part: MatrixPart) -> Source:
@@ -173,7 +150,9 @@ def _read_float(weights: Fields, activations: Fields | None) -> Fp8Format:
         return Fp8Format(is_static=is_static)
     if weights.get("block_structure") not in ([FP8_BLOCK, FP8_BLOCK], f"{FP8_BLOCK}x{FP8_BLOCK}"):
         raise weights.unsupported("block_structure", f"[{FP8_BLOCK}, {FP8_BLOCK}]")
-    return Fp8Format("weight_scale", is_static)
+    if activations is not None and is_static:
+        raise activations.unsupported("dynamic", "true with blocks")
+    return Fp8Format("weight_scale")
 
 
 def _read_int(weights: Fields, activations: Fields | None, is_packed: bool = False) -> Int8Format:

@@ -11,7 +11,7 @@ from nanovllm.kernels.quantized_linear import FP8_BLOCK, FP8_MAX, fp8_linear
 from nanovllm.layers.linear_method import LinearLayer
 from nanovllm.layers.parameter import empty_parameter
 from nanovllm.quantization.linear import QuantizedLinear
-from nanovllm.quantization.matrix import Format, QuantizedMatrix
+from nanovllm.quantization.matrix import Format, QuantizedMatrix, nonzero
 
 _BLOCK = (FP8_BLOCK, FP8_BLOCK)
 
@@ -66,8 +66,7 @@ def quantize_fp8(weight: torch.Tensor, block: tuple[int, int]) -> QuantizedMatri
     rows, columns = block
     padded = torch.nn.functional.pad(weight.float(), (0, -inputs % columns, 0, -outputs % rows))
     blocks = padded.view(-(-outputs // rows), rows, -(-inputs // columns), columns)
-    largest = blocks.abs().amax((1, 3), keepdim=True)
-    scale = torch.where(largest == 0, 1.0, largest / FP8_MAX)
+    scale = nonzero(blocks.abs().amax((1, 3), keepdim=True) / FP8_MAX)
     values = (blocks / scale).clamp_(-FP8_MAX, FP8_MAX).view(padded.shape)[:outputs, :inputs]
     return QuantizedMatrix(values.to(torch.float8_e4m3fn), scale[:, 0, :, 0], block)
 

@@ -13,7 +13,7 @@ from nanovllm.kernels.quantized_linear import int4_linear, pack_int4
 from nanovllm.layers.linear_method import LinearLayer
 from nanovllm.layers.parameter import empty_parameter
 from nanovllm.quantization.linear import QuantizedLinear
-from nanovllm.quantization.matrix import Format, QuantizedMatrix
+from nanovllm.quantization.matrix import Format, QuantizedMatrix, nonzero
 
 MIN_GROUP = 32  # inputs
 WHOLE_ROW = -1  # one group of all inputs
@@ -22,8 +22,7 @@ _LARGEST = 15
 
 
 class Int4Linear(QuantizedLinear):
-    """Parameters: `weight` as `pack_int4` makes it, `weight_scale` [groups, outputs], and `weight_zeros` unless all
-    are 8.
+    """Parameters: `weight` from `pack_int4`, `weight_scale` [groups, outputs], and `weight_zeros` unless all are 8.
 
     group_size: inputs that share a scale, or WHOLE_ROW. Where groups are not neighbouring inputs, the buffer
     `input_order` says which input each column of the weight belongs to.
@@ -38,8 +37,8 @@ class Int4Linear(QuantizedLinear):
 
     def create_weights(self, layer: LinearLayer) -> None:
         outputs, inputs = layer.num_outputs, layer.inputs.size
-        packed = pack_int4(torch.empty(outputs, inputs, dtype=torch.int8, device="meta"))
-        layer.weight = empty_parameter(*packed.shape, dtype=packed.dtype)
+        row = pack_int4(torch.zeros(1, inputs, dtype=torch.int8))  # on a meta tensor it would import much of torch
+        layer.weight = empty_parameter(outputs, row.shape[1], dtype=row.dtype)
         shape = (1 if self.group_size == WHOLE_ROW else inputs // self.group_size, outputs)
         layer.weight_scale = empty_parameter(*shape, dtype=torch.float32)
         zeros = empty_parameter(*shape, dtype=torch.float32) if self.has_zeros else None
@@ -54,10 +53,10 @@ class Int4Linear(QuantizedLinear):
         groups = weight.view(outputs, -1, size)
         if self.has_zeros:
             low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)  # [outputs, groups]
-            scale = _nonzero((high - low) / _LARGEST)
+            scale = nonzero((high - low) / _LARGEST)
             zeros = (-low / scale).round_()
         else:
-            scale = _nonzero(groups.abs().amax(-1) / 7)
+            scale = nonzero(groups.abs().amax(-1) / 7)
             zeros = torch.full_like(scale, 8.0)
         values = ((groups / scale.unsqueeze(-1)).round_() + zeros.unsqueeze(-1)).clamp_(0, _LARGEST)
         return QuantizedMatrix(values.flatten(1).to(torch.int8), scale, (1, size), zeros.to(torch.uint8))
@@ -117,7 +116,3 @@ def _same_order(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
     if one is None or other is None:
         return one is other
     return torch.equal(one, other)
-
-
-def _nonzero(scale: torch.Tensor) -> torch.Tensor:
-    return torch.where(scale == 0, 1.0, scale)

@@ -11,7 +11,7 @@ from nanovllm.kernels.quantized_linear import int8_linear
 from nanovllm.layers.linear_method import LinearLayer
 from nanovllm.layers.parameter import empty_parameter
 from nanovllm.quantization.linear import QuantizedLinear
-from nanovllm.quantization.matrix import Format, QuantizedMatrix
+from nanovllm.quantization.matrix import Format, QuantizedMatrix, nonzero
 
 _LARGEST = 127
 
@@ -32,8 +32,7 @@ class Int8Linear(QuantizedLinear):
     def quantize(self, weight: torch.Tensor) -> QuantizedMatrix:
         """Returns integers of which the largest of an output is 127."""
         weight = weight.float()
-        largest = weight.abs().amax(1, keepdim=True)
-        scale = torch.where(largest == 0, 1.0, largest / _LARGEST)  # [outputs, 1]
+        scale = nonzero(weight.abs().amax(1, keepdim=True) / _LARGEST)  # [outputs, 1]
         return QuantizedMatrix((weight / scale).round_().to(torch.int8), scale, (1, weight.shape[1]))
 
     def fill(self, layer: LinearLayer, matrices: Sequence[QuantizedMatrix]) -> None:

@@ -121,6 +121,11 @@ class QuantizedMatrix:
         return rows.repeat_interleave(self.block[1], 1)[:, :inputs]
 
 
+def nonzero(scale: torch.Tensor) -> torch.Tensor:
+    """Returns the scale, with 1 instead of 0: where all values are 0, any scale is right."""
+    return torch.where(scale == 0, 1.0, scale)
+
+
 Matrix: TypeAlias = DenseMatrix | QuantizedMatrix
 
 

@@ -75,7 +75,7 @@ class Quantization:
                     del module.weight
                     module.method = method
                     method.create_weights(module)
-                methods[getattr(module.method, "kept_as", "unquantized")] += 1
+                methods[getattr(module.method, "kept_as", "unquantised")] += 1
             if isinstance(module, QKVParallelLinear):
                 model.redundant_weights |= {f"{prefix.rpartition('.')[0]}.{name}" for name in _CACHE_SCALES}
             if self.has_head and prefix == "lm_head" and isinstance(module, VocabParallelEmbedding):  # not tied
@@ -90,7 +90,7 @@ class Quantization:
         events.quantization_chosen.log(
             logger,
             quantization=self.name,
-            origin="made from unquantized weights" if self.is_made else "as the checkpoint has it",
+            origin="made from unquantised weights" if self.is_made else "as the checkpoint has it",
             gigabytes=sum(parameter.nbytes for parameter in model.parameters()) / GB,
             layers=", ".join(f"{count} {kept_as}" for kept_as, count in sorted(methods.items())),
         )

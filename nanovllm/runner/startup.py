@@ -362,7 +362,7 @@ class Startup:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_prefill_tokens_beside_decode=config.max_prefill_tokens_beside_decode,
-            inter_token_latency_target_ms=config.inter_token_latency_target_ms,
+            inter_token_latency_target_ms=config.inter_token_latency_target_ms or None,
             block_size=self.attention.block_size,
             num_blocks=num_blocks,
             kv_cache_dtype=plan.kv_cache_dtype_name,

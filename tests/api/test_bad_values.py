@@ -114,8 +114,8 @@ ENGINE_CONFIG: Table = {
     "pipeline_depth": (f"{COUNT}, or None", NO_COUNT),
     "max_prefill_tokens_beside_decode": (f"{COUNT}, or None", NO_COUNT),
     "inter_token_latency_target_ms": (
-        "a number of milliseconds > 0, at most 60000 (a minute), or None",
-        [0, -1, math.nan, math.inf, 60_001, "20", True],
+        "'auto', a number of milliseconds from 0 to 60000 (a minute), or None",
+        [-1, math.nan, math.inf, 60_001, "20", True],
     ),
     "profiler_config": (
         "{'profiler': 'torch', 'torch_profiler_dir': a folder}, or None",

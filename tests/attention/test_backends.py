@@ -141,3 +141,31 @@ def test_flash_attn_4(generator, block_size):
     *arguments, oracle = prefill_case(device, generator, dtype, block_size, *heads, shapes, 0, window=100)
     arguments[1].key.nan_to_num_(), arguments[1].value.nan_to_num_()
     check_close(FlashAttention4Prefill().prefill(*arguments, window=100), oracle, dtype)
+
+
+class Interrupted(TorchBackend):
+    """A backend in which another thread's step comes whenever a step has begun its plan, as while kernels compile."""
+
+    other: object = None
+
+    @property
+    def _planned(self):
+        return self._current
+
+    @_planned.setter
+    def _planned(self, planned):
+        self._current = planned
+        other, self.other = self.other, None
+        if other is not None:
+            self.decode(*other)
+
+
+def test_steps_of_several_threads_do_not_take_each_others_plans(generator):
+    def case(lengths):
+        return decode_case(torch.device("cpu"), generator, torch.float32, 16, 4, 2, 32, lengths)
+
+    backend = Interrupted()
+    *few, oracle = case([3, 40])
+    *many, _ = case([5] * 40)
+    backend.other = many
+    check_close(backend.decode(*few), oracle, torch.float32)

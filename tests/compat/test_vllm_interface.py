@@ -143,6 +143,7 @@ def test_the_command_line_has_every_argument() -> None:
         ("--block-size 32 --tensor-parallel-size 2", {"block_size": 32, "tensor_parallel_size": 2}),
         ("--swap-space 4 --enable-chunked-prefill --no-enable-lora --disable-log-stats", {}),
         ("--task generate --pipeline-parallel-size 1", {}),
+        ("--quantization fp8 --load-format dummy", {"quantization": "fp8", "load_format": "dummy"}),
     ],
 )
 def test_options_are_arguments(line: str, arguments: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import random
 from nanovllm.config import ResolvedConfig
 from nanovllm.engine.prefill_policy import PrefillBudget, PrefillPolicy
 from nanovllm.engine.row_table import RowArray, RowTable
+from nanovllm.engine.sequence import Sequence
 
 
 class RandomPolicy(PrefillPolicy):
@@ -17,8 +18,8 @@ class RandomPolicy(PrefillPolicy):
         self._random, self._sizes = random.Random(seed), sizes
         self.watermark = self._random.randrange(3)
 
-    def budget(self, rows: RowTable, decode_rows: RowArray, start: int) -> PrefillBudget:
-        most = super().budget(rows, decode_rows, start).num_tokens
+    def budget(self, rows: RowTable, decode_rows: RowArray, prompt: Sequence, now: float) -> PrefillBudget:
+        most = super().budget(rows, decode_rows, prompt, now).num_tokens
         sizes = [size - len(decode_rows) for size in self._sizes]
         drawn = self._random.choice([1, self._random.randint(1, max(most, 1)), *sizes])
         return PrefillBudget(min(max(drawn, 1), most), "drawn")

@@ -114,6 +114,44 @@ def test_a_target_that_no_step_meets_still_lets_prompts_go_on() -> None:
     assert [prefill(driver, gpu_ms=7.0) for _ in range(5)] == [MIN_PREFILL_TOKENS] * 5
 
 
+def lengths_beside_decoding(decode_ms: float, waited: float = 0.0) -> int:
+    """Returns the most tokens of a long prompt that a step computes, with the target "auto".
+
+    A step takes `decode_ms`, and 10 µs for each prompt token. waited: seconds for which the prompt is there.
+    """
+    now = 0.0
+    driver = Driver(clock=lambda: now, **ROOMY, inter_token_latency_target_ms="auto")
+    driver.add(3, max_tokens=1000)
+    for _ in range(3):
+        driver.launch()
+        driver.collect(gpu_ms=decode_ms)
+    driver.add(LONG)
+    now += waited
+    lengths = []
+    for _ in range(9):
+        batch = driver.launch()
+        assert batch is not None
+        lengths.append(batch.num_prefill_tokens)
+        driver.collect(gpu_ms=decode_ms + 0.01 * lengths[-1])
+    return max(lengths)
+
+
+def test_auto_a_step_takes_a_multiple_of_the_time_of_decoding() -> None:
+    assert lengths_beside_decoding(10.0) == pytest.approx(1200, rel=0.01)  # 22 ms
+    assert lengths_beside_decoding(8.0) == pytest.approx(960, rel=0.01)  # 17.6 ms
+
+
+def test_auto_short_steps_may_take_12_ms() -> None:
+    assert lengths_beside_decoding(2.0) == pytest.approx(1000, rel=0.01)
+    assert lengths_beside_decoding(4.0) == pytest.approx(800, rel=0.01)
+
+
+def test_auto_prompts_that_have_waited_get_longer_steps() -> None:
+    assert lengths_beside_decoding(8.0, waited=0.1) == pytest.approx(960, rel=0.01)
+    assert lengths_beside_decoding(8.0, waited=0.28) == pytest.approx(2000, rel=0.01)  # 28 ms
+    assert lengths_beside_decoding(4.0, waited=100.0) == pytest.approx(3200, rel=0.01)  # three times 12 ms
+
+
 # ---- whose the tokens are
 
 

@@ -99,7 +99,7 @@ def test_a_slow_first_step_is_forgotten_by_the_next_ones() -> None:
 def test_a_lasting_change_is_followed(factor: float) -> None:
     model = StepTimeModel()
     observe(model, 300)
-    observe(model, 100, factor=factor)
+    observe(model, 400, factor=factor)
     assert model.seconds(size_of(40_000, 500)) == pytest.approx(factor * seconds(40_000, 500), rel=0.15)
 
 
@@ -108,6 +108,14 @@ def test_what_prompts_cost_is_known_after_a_long_time_without_any() -> None:
     observe(model, 300)
     for _ in range(10_000):
         model.observe(size_of(40_000, 0), seconds(40_000, 0))
+    assert model.num_prompt_tokens(40_000, 0, 0.03, MOST) == pytest.approx(EXPECTED, rel=0.05)
+
+
+def test_what_long_prompts_cost_is_known_after_some_short_ones() -> None:
+    model = StepTimeModel()
+    observe(model, 300)
+    for context in range(20_000, 70_000, 500):
+        model.observe(size_of(context, 10), seconds(context, 10))
     assert model.num_prompt_tokens(40_000, 0, 0.03, MOST) == pytest.approx(EXPECTED, rel=0.05)
 
 

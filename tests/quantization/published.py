@@ -180,6 +180,19 @@ def gptq(
     }, groups.dense
 
 
+def packed_groups(weight: torch.Tensor, size: int = 32) -> tuple[Tensors, torch.Tensor]:
+    """compressed-tensors' pack-quantized with zero points and `actorder` "group"."""
+    order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(1))
+    groups = to_groups(weight, size, symmetric=False, order=order)
+    return {
+        "weight_packed": pack(groups.values),
+        "weight_zero_point": pack(groups.zeros.T).T,
+        "weight_scale": groups.scale,
+        "weight_shape": torch.tensor(weight.shape),
+        "weight_g_idx": groups.group_of.int(),
+    }, groups.dense
+
+
 # ---- activations
 
 

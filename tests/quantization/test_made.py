@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import random
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +18,10 @@ from nanovllm import LLM, SamplingParams
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear_method import LinearLayer, UnquantizedLinear
 from nanovllm.layers.parallel import Shard
+from nanovllm.models.checkpoint import TINY_MODEL_FOLDER
 from nanovllm.quantization.registry import MADE
 from nanovllm.utils.loader import materialise
+from tests.end_to_end.test_families import prompts_that_share, random_schedule
 from tests.end_to_end.test_oracle import engine_tokens, random_prompts, reference_tokens
 from tests.models.checkpoints import FAMILIES, make_checkpoint
 from tests.models.paged_model import CPU, load_model
@@ -84,8 +88,17 @@ def test_weights_are_rounded_to_the_nearest_value(seed: int) -> None:
 def test_zeros_and_single_values_stay() -> None:
     for quantization in MADE:
         weight = torch.zeros(4, 64)
-        weight[1, 3], weight[2, 5] = 0.75, -1e-3
+        weight[1, 3], weight[2, 5], weight[3, 0] = 0.75, -1e-3, 1e-44
         assert torch.allclose(quantized_layer(2, weight, quantization)[1], weight, rtol=1e-6), quantization
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_stay_seen(value: float) -> None:
+    for quantization in MADE:
+        weight = torch.ones(4, 64)
+        weight[1, 3] = value
+        rows = quantized_layer(2, weight, quantization)[1].isfinite().all(1)
+        assert rows.tolist() == [True, False, True, True], quantization
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,6 +116,17 @@ def test_greedy_tokens_of_every_family(family: str, tmp_path: Path) -> None:
         }
         save_file(rounded, path, {"format": "pt"})
     assert tokens == reference_tokens(folder, prompts, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])  # activations are not rounded
+def test_the_same_tokens_under_any_schedule(quantization: str, tmp_path: Path) -> None:
+    rng = random.Random(quantization)
+    folder = make_qwen3_checkpoint(tmp_path, attention_bias=True, num_key_value_heads=4)
+    prompts = prompts_that_share(rng)
+    expected = engine_tokens(folder, prompts, NUM_TOKENS, quantization=quantization)
+    for _ in range(2):
+        schedule = random_schedule(rng)
+        assert engine_tokens(folder, prompts, NUM_TOKENS, quantization=quantization, **schedule) == expected, schedule
 
 
 @pytest.mark.parametrize("quantization", MADE)
@@ -126,6 +150,16 @@ def test_a_layer_at_a_time(quantization: str, tmp_path: Path, monkeypatch: pytes
     unquantized = sum(4 * layer.num_outputs * layer.inputs.size for layer in layers)
     kept = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
     assert kept < unquantized * (0.29 if quantization != "int4" else 0.25)
+
+
+def test_the_log_says_what_runs_and_how_large_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="nanovllm"):
+        load_model(TINY_MODEL_FOLDER, quantization="int4")
+    (record,) = (record for record in caplog.records if getattr(record, "event", "") == "quantization.chosen")
+    size = record.fields["gigabytes"]
+    expected = f"Quantization int4, made from unquantised weights: {size:.2f}GB of weights, linear layers: 16 int4"
+    assert record.getMessage() == expected
+    assert 4 * 512 * 256 < size * 1e9 < 4 * 512 * 256 + 0.6 * 4 * 256 * (512 + 256 + 3 * 512)  # the table is float32
 
 
 @pytest.mark.parametrize("quantization", MADE)

@@ -28,6 +28,7 @@ from tests.quantization.published import (
     fp8_tensor,
     gptq,
     make_quantized,
+    packed_groups,
     rounded_inputs,
 )
 
@@ -51,6 +52,13 @@ FP8_STATIC = FP8 | {"activation_scheme": "static"}
 FP8_BLOCKS = FP8 | {"weight_block_size": [128, 128]}
 AWQ = {"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True, "desc_act": False}
+PACKED_GROUPS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": False}
+PACKED = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": PACKED_GROUPS | {"actorder": "group"}}},
+    "ignore": ["lm_head"],
+}
 FORMATS = {
     "fp8_blocks": Published(fp8_blocks, FP8_BLOCKS, fp8_groups),
     "fp8_blocks_sharded": Published(fp8_blocks, FP8_BLOCKS, fp8_groups, sharded=True),
@@ -68,6 +76,7 @@ FORMATS = {
     "gptq_v2": Published(
         partial(gptq, symmetric=False, version=2), GPTQ | {"sym": False, "checkpoint_format": "gptq_v2"}, shape={}
     ),
+    "packed_actorder": Published(packed_groups, PACKED, shape={}),
     "gptq_desc_act": Published(
         partial(gptq, symmetric=False, desc_act=True), GPTQ | {"sym": False, "desc_act": True}, shape={}
     ),

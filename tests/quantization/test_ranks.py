@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from nanovllm.layers.linear_method import LinearLayer
-from nanovllm.layers.parallel import TensorParallel
+from nanovllm.layers.linear_method import LinearLayer, UnquantizedLinear
+from nanovllm.layers.parallel import Shard, TensorParallel
 from nanovllm.models.model_config import ModelConfig
+from nanovllm.quantization.linear import DequantizedLinear
+from nanovllm.quantization.registry import read_quantization
+from nanovllm.utils.loader import materialise
 from tests.end_to_end.test_oracle import engine_tokens, random_prompts, reference_tokens
-from tests.models.paged_model import PagedModel, load_model
+from tests.models.paged_model import CPU, PagedModel, load_model
 from tests.models.ranks import logits_of_ranks
 from tests.quantization.published import WIDE, gptq, make_quantized
 from tests.quantization.test_published import FORMATS, GPTQ, NUM_TOKENS
@@ -32,7 +37,9 @@ def matrix_of(layer: LinearLayer) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("shape", [{}, WIDE, FOUR_HEADS, ODD], ids=["small", "wide", "four_heads", "odd"])
-@pytest.mark.parametrize("name", ["fp8_blocks", "fp8_static", "fp8_channels", "awq", "gptq_zeros", "gptq_desc_act"])
+@pytest.mark.parametrize(
+    "name", ["fp8_blocks", "fp8_static", "fp8_channels", "awq", "gptq_zeros", "gptq_desc_act", "packed_actorder"]
+)
 def test_ranks_have_their_parts(name: str, shape: dict[str, Any], size: int, tmp_path: Path) -> None:
     published = FORMATS[name]
     plain, quantized = make_quantized(tmp_path, published.quantize, published.config, **shape)
@@ -41,6 +48,45 @@ def test_ranks_have_their_parts(name: str, shape: dict[str, Any], size: int, tmp
         for prefix, layer in load_model(quantized, TensorParallel(rank, size)).named_modules():
             if isinstance(layer, LinearLayer):
                 torch.testing.assert_close(matrix_of(layer), exact[prefix].weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_parts_of_random_matrices(seed: int) -> None:
+    """One to three matrices of random sizes, side by side in a layer, cut by outputs or by inputs."""
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    name = rng.choice(
+        ["fp8_blocks", "fp8_channels", "fp8_tensor", "awq", "gptq_zeros", "gptq_desc_act", "packed_actorder"]
+    )
+    published = FORMATS[name]
+    num_ranks, by_outputs = rng.choice([1, 2, 3]), rng.random() < 0.5
+    inputs = 32 * num_ranks * rng.randint(1, 5)
+    outputs = [8 * rng.randint(1, 40) for _ in range(rng.randint(1, 3) if by_outputs else 1)]
+    matrices = {f"matrix_{index}": torch.randn(size, inputs) for index, size in enumerate(outputs)}
+    stored = {key: published.quantize(matrix) for key, matrix in matrices.items()}
+    tensors = {f"model.{key}.{end}": tensor for key, (ends, _) in stored.items() for end, tensor in ends.items()}
+    form = read_quantization(None, published.config).groups[0].format
+    for rank in range(num_ranks):
+        shares = {
+            key: Shard(size, rank * size // num_ranks, (rank + 1) * size // num_ranks)
+            if by_outputs
+            else Shard.whole(size)
+            for key, size in zip(matrices, outputs, strict=True)
+        }
+        part = inputs // num_ranks
+        cut = Shard.whole(inputs) if by_outputs else Shard(inputs, rank * part, rank * part + part)
+        layer = LinearLayer(shares, cut, method=UnquantizedLinear(), dtype=torch.float32, bias=False)
+        layer.method = form.linear_method(layer) or DequantizedLinear([form] * len(outputs))
+        layer.method.create_weights(layer)
+        materialise(nn.ModuleList([layer]), CPU)
+        sources = [source for source in layer.method.sources(layer, "model.layer") if source.name in tensors]
+        assert all(tuple(tensors[source.name].shape) in source.shapes for source in sources)
+        read = {each.name: tensors[each.name][each.index if tensors[each.name].dim() else ...] for each in sources}
+        layer.method.store(layer, "model.layer", read)
+        exact = [
+            dense[shares[key].start : shares[key].stop, cut.start : cut.stop] for key, (_, dense) in stored.items()
+        ]
+        torch.testing.assert_close(matrix_of(layer), torch.cat(exact), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kept", "shape", "size"), [("fp8", FOUR_HEADS, 1), ("fp8", FOUR_HEADS, 2), (None, ODD, 2)])
