@@ -82,10 +82,8 @@ class LLMEngine(UnsupportedMethods):
             self._grammars = GrammarCompiler(self.tokenizer, self.resolved)
             self.preparation = RequestPreparation(self.tokenizer, self.resolved, self._grammars)
             self._output_builder = output_builder(self.tokenizer)
-            speculation = partial(make_speculation, config, self.resolved, self._observers)
-            self._make_scheduler = partial(
-                Scheduler, self.resolved, self._observers, clock, make_speculation=speculation
-            )
+            drafts = partial(make_speculation, config, self.resolved, self._observers)
+            self._make_scheduler = partial(Scheduler, self.resolved, self._observers, clock, make_speculation=drafts)
             self.scheduler = self._make_scheduler()
             stopwatch.lap("tokenizer")
             self._observers.engine_started(

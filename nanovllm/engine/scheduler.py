@@ -137,7 +137,7 @@ class Scheduler:
             prompt_logprobs=plan.prompt_logprobs,
             drafts=drafts.tokens,
             decode_rows=decode_rows,
-            needs=self.rows.needs(sampled, shares_prefix or drafts.shares_prefix),
+            needs=self.rows.needs(sampled, shares_prefix),
         )
         self._closed = []
         self.rows.steps_in_flight[decode_rows] += 1

@@ -27,10 +27,9 @@ class StepDrafts(NamedTuple):
 
     tokens: list[Draft]
     blocks: list[RecordArray]  # of BLOCKS, each [num_new]
-    shares_prefix: bool  # whether attention should look for what draft rows have in common
 
 
-NO_DRAFTS = StepDrafts([], [], False)
+NO_DRAFTS = StepDrafts([], [])
 
 
 class Speculation:

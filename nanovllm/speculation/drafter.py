@@ -25,7 +25,6 @@ from nanovllm.utils.logger import setup_logger
 logger = setup_logger(__name__)
 
 _MAX_ROWS = 64  # where more rows decode, a draft costs as much as it saves
-_MIN_TOKENS_SAVED = 2048  # attention reads what draft rows have in common once if that saves reading so many tokens
 _READ_EACH = 2048  # tokens that are read between two steps, so that long prompts hold up none
 
 
@@ -132,8 +131,7 @@ class Drafter(Speculation):
                 drafts.append(Draft(self._first_row + len(drafts), row, offset, start + offset, token_id))
             state.proposal = []
             self._in_flight[row] = True
-        saved = sum(draft.position for draft in drafts if draft.offset)
-        return StepDrafts(drafts, new_blocks, saved >= _MIN_TOKENS_SAVED)
+        return StepDrafts(drafts, new_blocks)
 
     def _make_room(
         self, rows: RowTable, row: int, num_tokens: int, blocks: BlockManager, new_blocks: list[RecordArray]
