@@ -148,12 +148,15 @@ def simulate(run: Run) -> Outcome:
     begins, ends = seconds / 3, float(requests.arrivals[-1])
     measured = requests.arrivals >= begins
     lens = requests.prefix_lens[requests.prefixes] + requests.suffix_lens
-    in_time = (served.finished >= begins) & (served.finished < ends)
+    first = requests.arrivals + served.ttft
+    decoding = served.finished - first
+    in_time = np.clip(np.minimum(served.finished, ends) - np.maximum(first, begins), 0, None)
+    tokens = requests.output_lens * np.divide(in_time, decoding, out=np.zeros_like(decoding), where=decoding > 0)
     counts = np.bincount(served.replicas[measured], minlength=run.num_replicas)
     is_timed = isinstance(routing, QueueRouting)
     return Outcome(
         *np.quantile(served.ttft[measured], [0.5, 0.99]).tolist(),
-        tokens_per_second=float(requests.output_lens[in_time].sum()) / (ends - begins) / run.num_replicas,
+        tokens_per_second=float(tokens.sum()) / (ends - begins) / run.num_replicas,
         cached=float(served.num_cached[measured].sum() / lens[measured].sum()),
         largest_share=float(counts.max() / counts.mean()),
         choice_us=routing.seconds / routing.num_choices * 1e6 if is_timed else None,  # type: ignore[union-attr]
@@ -197,7 +200,7 @@ def plot(outcomes: dict[Run, Outcome], path: Path) -> None:
             points = [
                 (run.num_replicas, done.ttft_p99, done.tokens_per_second)
                 for run, done in outcomes.items()
-                if (run.rate, run.policy) == (rate, policy) and (run.is_exact or run.num_replicas > LARGEST_EXACT)
+                if (run.rate, run.policy) == (rate, policy) and run.is_exact == (run.num_replicas < LARGEST_EXACT)
             ]
             replicas, ttft, throughput = zip(*points, strict=True)
             axes[0][column].plot(replicas, ttft, marker="o", label=policy)

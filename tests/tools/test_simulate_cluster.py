@@ -47,7 +47,7 @@ def test_the_batched_model_is_close_to_the_engine(policy: str) -> None:
     exact, batched = simulate(run), simulate(replace(run, is_exact=False))
     assert batched.ttft_p50 == pytest.approx(exact.ttft_p50, rel=0.2)
     assert batched.tokens_per_second == pytest.approx(exact.tokens_per_second, rel=0.05)
-    assert batched.cached == pytest.approx(exact.cached, abs=0.05)
+    assert batched.cached == pytest.approx(exact.cached, abs=0.1)
 
 
 def test_the_router_finds_more_in_the_caches_than_chance_and_the_figures_are_repeatable() -> None:
