@@ -172,7 +172,18 @@ def test_an_engine_that_dies(exit_on_death: bool, engine_process: bool) -> None:
     "options", [["--uds", "/no/such/folder/socket"], ["--ssl-certfile", "/no/such/file", "--ssl-keyfile", "/no/such"]]
 )
 def test_what_cannot_be_listened_to_is_one_line(options: list[str]) -> None:
-    process = start_python("-m", "nanovllm", "serve", "tiny", *OPTIONS, *options, NANOVLLM_LOG_LEVEL="WARNING")
+    process = start_python(
+        "-m",
+        "nanovllm",
+        "serve",
+        "tiny",
+        "--device",
+        "cpu",
+        "--max-model-len",
+        "512",
+        *options,
+        NANOVLLM_LOG_LEVEL="WARNING",
+    )
     _, errors = process.communicate(timeout=WATCHDOG)
     assert process.returncode == 1
     (line,) = errors.splitlines()
