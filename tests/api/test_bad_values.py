@@ -128,6 +128,7 @@ ENGINE_CONFIG: Table = {
 TEXT_OR_IDS = "a text or a list of token ids from 0 to 511"
 MESSAGES = "a list of messages, each {'role': …, 'content': …}"
 REQUEST_ID = "a text, unique among the unfinished requests"
+CLIENT_REQUEST_ID = "a text of 1 to 128 printable characters"
 
 DICTIONARY = "a dictionary with 'prompt' (a text) or 'prompt_token_ids' (a list), no other key"
 ONE = "at least one token long"
@@ -191,6 +192,7 @@ ASYNC = [
     *refused("prompt", f"{TEXT_OR_IDS}.", 7, None, b"ab", [1.5], [True], [True, 5], (5, np.True_)),
     *refused("request_id", f"{REQUEST_ID}.", 5, ["a"]),
     *refused("delta", "True, False, or None for what output_kind says.", 1, 0, "yes"),
+    *refused("client_request_id", f"{CLIENT_REQUEST_ID}.", 5, "", "a\n", ["a"]),
 ]
 
 

@@ -38,6 +38,7 @@ VALUES: dict[str, list[Any]] = {
     "stop_token_ids": [[5, 60], [261, 262, 263, 264]],
     "include_stop_str_in_output": [True],
     "detokenize": [False],
+    "speculate": [False],
     "skip_special_tokens": [False],
     "presence_penalty": [1.5, -0.5],
     "frequency_penalty": [0.7],

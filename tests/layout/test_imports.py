@@ -180,7 +180,7 @@ OPTIONAL = {
     "nanovllm.tracing": {"nanovllm.engine_factory"},
     "nanovllm.quantization": {"nanovllm.runner.model_plan"},
     "nanovllm.report": {"nanovllm.cli.report"},
-    "nanovllm.data_parallel": {"nanovllm.server.serve", "nanovllm.server.service"},
+    "nanovllm.data_parallel": {"nanovllm.server.dev", "nanovllm.server.serve", "nanovllm.server.service"},
     "nanovllm.server": {"nanovllm.cli.generate", "nanovllm.cli.serve"},
 }
 

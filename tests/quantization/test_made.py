@@ -101,9 +101,9 @@ def test_values_that_are_not_finite_stay_seen(value: float) -> None:
         assert rows.tolist() == [True, False, True, True], quantization
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_moe"])
 def test_greedy_tokens_of_every_family(family: str, tmp_path: Path) -> None:
-    """With INT8 weights, whose rounding is simple: those of transformers with the rounded weights."""
+    """With INT8 weights, whose rounding is simple: those of transformers with the rounded weights. Not of experts."""
     folder = make_checkpoint(tmp_path, family, WITH_MOST_PARTS[family])
     prompts = random_prompts(320)
     tokens = engine_tokens(folder, prompts, NUM_TOKENS, quantization="int8")

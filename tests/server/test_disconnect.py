@@ -27,8 +27,8 @@ def test_a_client_that_leaves_frees_its_blocks(
     connection.close()
     assert until(server.is_idle)
     assert until(lambda: server.service.num_requests == 0)
-    (log,) = [record.fields for record in caplog.records if getattr(record, "event", "") == "http.request"]
-    assert log["status"] == 499
+    logs = [record.fields for record in caplog.records if getattr(record, "event", "") == "http.request"]
+    assert [log["status"] for log in logs if log["status"] != 200] == [499]  # another test's answer may be logged late
     causes = [record.fields["cause"] for record in caplog.records if getattr(record, "event", "") == "request.finished"]
     assert set(causes) == {"left"}
 

@@ -363,7 +363,6 @@ def test_a_collector_that_does_not_answer_holds_nobody_up(
 SCRIPT = """
 import sys
 from tests.engine.test_llm_engine import greedy, make_engine, run
-from tests.server.running_server import running_server
 engine, _ = make_engine()
 engine.add_request("a", [1], greedy(2))
 run(engine)
