@@ -22,18 +22,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import nanovllm.kernels
-from nanovllm.kernels import triton_support
 
 _VARIANTS = 1  # compiled of each kernel, and tests that run of each function
-
-# Defined before the suite's conftest asks for the interpreter.
-_KERNELS = {
-    name
-    for module in pkgutil.iter_modules(nanovllm.kernels.__path__)
-    for name, value in vars(importlib.import_module(f"nanovllm.kernels.{module.name}")).items()
-    if type(value) is JITFunction and name.endswith("_kernel")
-}
-triton_support.INTERPRETED = True  # so that tests launch kernels with tensors of the CPU
 
 _tried: Counter[str] = Counter()
 _errors: dict[str, str] = {}
@@ -71,6 +61,16 @@ def _compile(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **opti
 
 driver.set_active(_Hopper())  # type: ignore[no-untyped-call]
 JITFunction.run = _compile  # type: ignore[method-assign, assignment]
+
+# Defined here, since later the suite's conftest asks for the interpreter.
+_KERNELS = {
+    name
+    for module in pkgutil.iter_modules(nanovllm.kernels.__path__)
+    for name, value in vars(importlib.import_module(f"nanovllm.kernels.{module.name}")).items()
+    if type(value) is JITFunction and name.startswith("_") and name.endswith("_kernel")
+}
+# So that tests launch kernels with tensors of the CPU.
+importlib.import_module("nanovllm.kernels.triton_support").INTERPRETED = True  # type: ignore[attr-defined]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
