@@ -49,9 +49,12 @@ def test_the_queue_grows_and_the_time_between_tokens_does_not(outcomes: dict[flo
         assert (np.quantile(outcomes[load].itl, [0.5, 0.99]) <= 1.25 * at_saturation).all()
 
 
-def test_hardly_anything_is_computed_twice(outcomes: dict[float, Outcome], saturation: float) -> None:
+def test_hardly_anything_is_computed_twice(
+    request: pytest.FixtureRequest, outcomes: dict[float, Outcome], saturation: float
+) -> None:
+    most = 0.06 if "adapts" in request.node.name else 0.05  # with other seeds 0.06 without a target, too
     for outcome in outcomes.values():
-        assert outcome.num_recomputed <= 0.07 * outcome.num_prompt_tokens  # 0.06 with other seeds, without a target
+        assert outcome.num_recomputed <= most * outcome.num_prompt_tokens
     without = simulate(LOAD, 2 * saturation, Device(), without_watermark, num_blocks=NUM_BLOCKS)
     assert without.num_recomputed > 5 * outcomes[2.0].num_recomputed
 
