@@ -96,7 +96,8 @@ def test_actors_side_by_side_in_other_threads_and_with_gpus_as_given(folder: Pat
         assert answers[-1]["same"] == [True, True], "signal handlers and environment"
         has_children = kind["is_async"] or kind["size"] > 1
         assert answers[-1]["children"] == (["CUDA_VISIBLE_DEVICES=GPU-5ab,3"] if has_children else [])
-        assert not session_of(actor.pid)
+        # The resource tracker that multiprocessing starts ends a moment after its parent.
+        assert until(lambda pid=actor.pid: not session_of(pid))  # type: ignore[misc]
     assert len({tuple(answer["tokens"]) for answer in answers}) == 1
 
 

@@ -158,7 +158,7 @@ def test_a_process_that_is_killed_takes_its_requests_along(tmp_path: Path) -> No
         assert server.end() == 0
         assert len(server.records("server.draining")) == len(server.records("server.stopped")) == 1
         assert len(server.records("server.started")) == 1
-        assert session_of(server.process.pid) == []
+        assert until(lambda: session_of(server.process.pid) == [])
         assert "secret" not in (tmp_path / "log").read_text() + "".join(server.errors)
 
 
@@ -185,7 +185,7 @@ def test_the_death_of_the_engine_reaches_all(tmp_path: Path, options: tuple[str,
                 assert error_of(client.get("/health"), 503)["code"] == "engine_dead"
             server.process.send_signal(signal.SIGTERM)
             assert server.end() == 0
-        assert session_of(server.process.pid) == []
+        assert until(lambda: session_of(server.process.pid) == [])
 
 
 @pytest.mark.heavy("starts a server")
@@ -203,7 +203,7 @@ def test_a_second_signal_ends_all_at_once(tmp_path: Path) -> None:
             assert until(lambda: bool(server.records("server.draining")))
             server.process.send_signal(signal.SIGINT)
             assert server.end() == 128 + signal.SIGINT
-        assert session_of(server.process.pid) == []
+        assert until(lambda: session_of(server.process.pid) == [])
 
 
 @pytest.mark.heavy("starts a server")
