@@ -15,7 +15,7 @@ from torch import nn
 from nanovllm.kernels.chosen_experts import suits_chosen_experts
 from nanovllm.kernels.expert_routing import Routing
 from nanovllm.kernels.experts import experts_mlp
-from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.layernorm import RMSNorm, norm_arguments
 from nanovllm.layers.parallel import Shard
 from nanovllm.layers.parameter import WeightPart, empty_parameter
 
@@ -129,8 +129,7 @@ class UnquantizedExperts:
         num_experts, hidden_size, inner_size = layer.num_experts, layer.hidden_size, layer.inner.size
         gate_up = layer.gate_up_proj.view(num_experts, 2 * inner_size, hidden_size)
         down = layer.down_proj.view(num_experts, hidden_size, inner_size)
-        norm_weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        return experts_mlp(hidden, gate_up, down, routing, residual, norm_weight=norm_weight, eps=eps)
+        return experts_mlp(hidden, gate_up, down, routing, residual, **norm_arguments(norm))
 
 
 def finish_loading_experts(model: nn.Module) -> None:

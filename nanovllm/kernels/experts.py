@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels.chosen_experts import MAX_FEW_TOKENS, chosen_experts
+from nanovllm.kernels.expert_matrices import ExpertMatrices
 from nanovllm.kernels.expert_routing import Routing
 from nanovllm.kernels.grouped_experts import grouped_experts
 from nanovllm.kernels.rms_norm import rms_norm_reference
@@ -15,15 +16,15 @@ from nanovllm.kernels.triton_support import runs_triton
 
 def experts_mlp_reference(
     x: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.Tensor | ExpertMatrices,
+    down: torch.Tensor | ExpertMatrices,
     routing: Routing,
     residual: torch.Tensor | None = None,
     *,
     norm_weight: torch.Tensor | None = None,
     eps: float = 0.0,
 ) -> torch.Tensor:
-    """Reference for `experts_mlp` in plain torch; also used on CPUs."""
+    """Reference for `experts_mlp` and `quantized_experts_mlp` in plain torch; also used on CPUs."""
     if norm_weight is not None:
         x = rms_norm_reference(x, norm_weight, eps)
     expert_ids, pairs = routing.topk_ids.flatten().sort(stable=True)  # [num_pairs]
@@ -32,8 +33,8 @@ def experts_mlp_reference(
     outputs = torch.empty_like(rows)  # [num_pairs, hidden_size], in the order of the pairs
     for expert, (some, of) in enumerate(zip(rows.split(counts), pairs.split(counts), strict=True)):
         if len(some):
-            inner = silu_and_mul_reference(F.linear(some, gate_up[expert]))
-            outputs[of] = F.linear(inner, down[expert])
+            inner = silu_and_mul_reference(F.linear(some, gate_up[expert].to(x.dtype)))
+            outputs[of] = F.linear(inner, down[expert].to(x.dtype))
     weighted = outputs.view(-1, routing.top_k, x.shape[1]).float() * routing.topk_weights.unsqueeze(-1)
     out = weighted.sum(dim=1)  # [num_tokens, hidden_size]
     return (out if residual is None else out + residual.float()).to(x.dtype)

@@ -182,6 +182,24 @@ def _multiply(
     )
 
 
+def sum_pairs(outputs: torch.Tensor, routing: Routing, residual: torch.Tensor | None) -> torch.Tensor:
+    """Returns the sum of each token's outputs [num_pairs, hidden_size], + residual: [num_tokens, hidden_size]."""
+    num_tokens, hidden_size = routing.num_tokens, outputs.shape[1]
+    out = outputs.new_empty(num_tokens, hidden_size)  # [num_tokens, hidden_size]
+    _sum_pairs_kernel[(num_tokens, -(-hidden_size // _SUM_BLOCK))](
+        pairs_ptr=outputs,
+        residual_ptr=outputs if residual is None else residual,
+        out_ptr=out,
+        residual_stride=0 if residual is None else residual.stride(0),
+        HAS_RESIDUAL=residual is not None,
+        TOP_K=routing.top_k,
+        SIZE=hidden_size,
+        BLOCK_SIZE=_SUM_BLOCK,
+        **pdl_options(outputs.device),
+    )
+    return out
+
+
 def rows_of_a_tile(num_pairs: int, num_experts: int) -> int:
     """Returns the size of tiles: most experts fit into one where their rows are few."""
     return min(max(next_power_of_2(max(num_pairs * 3 // (num_experts * 2), 1)), min(_TILINGS)), max(_TILINGS))
@@ -198,7 +216,7 @@ def grouped_experts(
     tilings: tuple[Tiling, Tiling] | None = None,
 ) -> torch.Tensor:
     """The kernels of `kernels.experts.experts_mlp` for many tokens. block_rows, tilings: None chooses."""
-    num_tokens, hidden_size = x.shape
+    hidden_size = x.shape[1]
     num_experts, _, inner_size = down.shape
     num_pairs = routing.topk_ids.numel()
     block_rows = block_rows or rows_of_a_tile(num_pairs, num_experts)
@@ -208,16 +226,4 @@ def grouped_experts(
     _multiply(x, gate_up, inner, order, routing, gated=True, tiling=gated_tiling)
     outputs = x.new_empty(num_pairs, hidden_size)  # [num_pairs, hidden_size]
     _multiply(inner, down, outputs, order, routing, gated=False, tiling=tiling)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)  # [num_tokens, hidden_size]
-    _sum_pairs_kernel[(num_tokens, -(-hidden_size // _SUM_BLOCK))](
-        pairs_ptr=outputs,
-        residual_ptr=x if residual is None else residual,
-        out_ptr=out,
-        residual_stride=0 if residual is None else residual.stride(0),
-        HAS_RESIDUAL=residual is not None,
-        TOP_K=routing.top_k,
-        SIZE=hidden_size,
-        BLOCK_SIZE=_SUM_BLOCK,
-        **pdl_options(x.device),
-    )
-    return out
+    return sum_pairs(outputs, routing, residual)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,3 +31,8 @@ class RMSNorm(nn.Module):
 
     def weight_parts(self, prefix: str) -> Mapping[str, Sequence[WeightPart]]:
         return {f"{prefix}.weight": [WeightPart(f"{prefix}.weight", tuple(self.weight.shape))]}
+
+
+def norm_arguments(norm: RMSNorm | None) -> dict[str, Any]:
+    """Returns the arguments of a kernel that norms its input first, if there is a norm."""
+    return {"norm_weight": None, "eps": 0.0} if norm is None else {"norm_weight": norm.weight, "eps": norm.eps}

@@ -16,7 +16,7 @@ from torch import nn
 
 from nanovllm.kernels.linear import linear, pack_weight
 from nanovllm.kernels.skinny_linear import skinny_linear, suits_skinny_linear
-from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.layernorm import RMSNorm, norm_arguments
 from nanovllm.layers.parallel import Shard
 from nanovllm.layers.parameter import WeightPart, empty_parameter
 
@@ -183,15 +183,7 @@ class UnquantizedLinear:
         gated: bool = False,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return skinny_linear(
-            hidden,
-            layer.weight,
-            bias,
-            norm_weight=None if norm is None else norm.weight,
-            eps=0.0 if norm is None else norm.eps,
-            gated=gated,
-            residual=residual,
-        )
+        return skinny_linear(hidden, layer.weight, bias, gated=gated, residual=residual, **norm_arguments(norm))
 
 
 def finish_loading(model: nn.Module) -> None:

@@ -198,11 +198,8 @@ class ModelConfig:
 
 
 def _refuse_unsupported(fields: ConfigFields) -> None:
-    if "quantization_config" in fields:
-        if not isinstance(fields.get("quantization_config"), Mapping):
-            raise fields.unsupported("quantization_config", "an object")
-        if fields.architecture in WITH_EXPERTS:
-            raise fields.unsupported("quantization_config", "absent (the weights of experts are not read quantised)")
+    if "quantization_config" in fields and not isinstance(fields.get("quantization_config"), Mapping):
+        raise fields.unsupported("quantization_config", "an object")
     for name in EXPERT_COUNTS:
         if fields.architecture not in WITH_EXPERTS and fields.get(name):
             raise fields.unsupported(name, "absent (this architecture is dense)")

@@ -11,6 +11,8 @@ from nanovllm.kernels.quantized_linear import FP8_BLOCK
 from nanovllm.layers.linear_method import LinearLayer
 from nanovllm.quantization.fields import Fields
 from nanovllm.quantization.fp8 import Fp8Linear, blocks_fit
+from nanovllm.quantization.int4 import MIN_GROUP
+from nanovllm.quantization.linear import matrix_parts
 from nanovllm.quantization.matrix import MatrixPart, QuantizedMatrix
 from nanovllm.quantization.scheme import EVERY_LINEAR_LAYER, Group, Quantization
 from nanovllm.utils.loader import Source
@@ -48,7 +50,15 @@ class Fp8Format:
         has_blocks = self.block_scale is not None
         if has_blocks and not blocks_fit(layer):
             return None
-        return Fp8Linear([self] * len(layer.pieces), has_blocks=has_blocks, is_static=self.is_static)
+        blocks = _BLOCK if has_blocks else None
+        return Fp8Linear([self] * len(layer.pieces), blocks=blocks, is_static=self.is_static)
+
+    def expert_method(self, layer: LinearLayer) -> Fp8Linear | None:
+        formats = [self] * len(layer.pieces)
+        if self.block_scale is None:
+            return Fp8Linear(formats)
+        blocks = matrix_parts(layer, "")[0].aligned_block(_BLOCK)
+        return Fp8Linear(formats, blocks=blocks) if blocks[1] >= min(MIN_GROUP, layer.inputs.size) else None
 
 
 def read_fp8(fields: Fields) -> Quantization:

@@ -61,6 +61,9 @@ class Int8Format:
     def linear_method(self, layer: LinearLayer) -> LinearMethod:
         return Int8Linear([self] * len(layer.pieces), quantize_input=self.quantize_input)
 
+    def expert_method(self, layer: LinearLayer) -> LinearMethod:
+        return Int8Linear([self] * len(layer.pieces))
+
 
 @dataclass(frozen=True)
 class PackedInt4Format(GroupedFormat):

@@ -13,8 +13,6 @@ from nanovllm.layers.parameter import empty_parameter
 from nanovllm.quantization.linear import QuantizedLinear
 from nanovllm.quantization.matrix import Format, QuantizedMatrix, nonzero
 
-_BLOCK = (FP8_BLOCK, FP8_BLOCK)
-
 
 class Fp8Linear(QuantizedLinear):
     """Parameters: `weight`, `weight_scale` and, with static activations, `input_scale` [1].
@@ -25,28 +23,31 @@ class Fp8Linear(QuantizedLinear):
 
     kept_as = "fp8"
 
-    def __init__(self, formats: Sequence[Format], *, has_blocks: bool = False, is_static: bool = False) -> None:
+    def __init__(
+        self, formats: Sequence[Format], *, blocks: tuple[int, int] | None = None, is_static: bool = False
+    ) -> None:
+        """blocks: outputs and inputs that share a scale; `product` takes 128 of each. None: a scale for each output."""
         super().__init__(formats)
-        self.has_blocks = has_blocks
+        self.blocks = blocks
         self.is_static = is_static
 
     def create_weights(self, layer: LinearLayer) -> None:
         outputs, inputs = layer.num_outputs, layer.inputs.size
         layer.weight = empty_parameter(outputs, inputs, dtype=torch.float8_e4m3fn)
-        shape = (-(-outputs // FP8_BLOCK), -(-inputs // FP8_BLOCK)) if self.has_blocks else (outputs, 1)
-        layer.weight_scale = empty_parameter(*shape, dtype=torch.float32)
+        rows, columns = self.block(inputs)
+        num_rows = sum(-(-piece.outputs.size // rows) for piece in layer.pieces)
+        layer.weight_scale = empty_parameter(num_rows, -(-inputs // columns), dtype=torch.float32)
         layer.register_parameter("input_scale", empty_parameter(1, dtype=torch.float32) if self.is_static else None)
 
+    def block(self, num_inputs: int) -> tuple[int, int]:
+        return self.blocks or (1, num_inputs)
+
     def quantize(self, weight: torch.Tensor) -> QuantizedMatrix:
-        return quantize_fp8(weight, _BLOCK if self.has_blocks else (1, weight.shape[1]))
+        return quantize_fp8(weight, self.block(weight.shape[1]))
 
     def fill(self, layer: LinearLayer, matrices: Sequence[QuantizedMatrix]) -> None:
-        weight_scale = cast(torch.Tensor, layer.weight_scale)
-        for piece, matrix in zip(layer.pieces, matrices, strict=True):
-            rows = len(matrix.values)
-            layer.weight[piece.row : piece.row + rows] = matrix.values
-            first, num_scales = (piece.row // FP8_BLOCK, len(matrix.scale)) if self.has_blocks else (piece.row, rows)
-            weight_scale[first : first + num_scales] = matrix.scale
+        layer.weight.copy_(torch.cat([each.values for each in matrices]))
+        cast(torch.Tensor, layer.weight_scale).copy_(torch.cat([each.scale for each in matrices]))
         if self.is_static:
             # One scale for the inputs that the pieces share: the largest, which cuts off none of them.
             scales = [torch.ones(1) if each.input_scale is None else each.input_scale.cpu() for each in matrices]

@@ -29,6 +29,7 @@ class Int4Linear(QuantizedLinear):
     """
 
     kept_as = "int4"
+    scale_dims = (1, 0)
 
     def __init__(self, formats: Sequence[Format], group_size: int, *, has_zeros: bool) -> None:
         super().__init__(formats)
@@ -45,11 +46,14 @@ class Int4Linear(QuantizedLinear):
         layer.register_parameter("weight_zeros", zeros)
         layer.register_buffer("input_order", None, persistent=False)
 
+    def block(self, num_inputs: int) -> tuple[int, int]:
+        return 1, num_inputs if self.group_size == WHOLE_ROW else self.group_size
+
     def quantize(self, weight: torch.Tensor) -> QuantizedMatrix:
         """Returns integers of which 0 and 15 are the smallest and the largest value of a group."""
         weight = weight.float()
         outputs, inputs = weight.shape
-        size = inputs if self.group_size == WHOLE_ROW else self.group_size
+        size = self.block(inputs)[1]
         groups = weight.view(outputs, -1, size)
         if self.has_zeros:
             low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)  # [outputs, groups]

@@ -29,6 +29,9 @@ class Int8Linear(QuantizedLinear):
         layer.weight = empty_parameter(layer.num_outputs, layer.inputs.size, dtype=torch.int8)
         layer.weight_scale = empty_parameter(layer.num_outputs, 1, dtype=torch.float32)
 
+    def block(self, num_inputs: int) -> tuple[int, int]:
+        return 1, num_inputs
+
     def quantize(self, weight: torch.Tensor) -> QuantizedMatrix:
         """Returns integers of which the largest of an output is 127."""
         weight = weight.float()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nanovllm.kernels.quantized_linear import suits_fused
-from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.layernorm import RMSNorm, norm_arguments
 from nanovllm.layers.linear_method import LinearLayer, UnquantizedLinear
 from nanovllm.layers.parameter import WeightPart
 from nanovllm.quantization.matrix import DenseMatrix, Format, Matrix, MatrixPart, QuantizedMatrix
@@ -46,9 +46,14 @@ class QuantizedLinear(_FromFormats, ABC):
     """A linear method that keeps the weight quantised."""
 
     kept_as: str  # "fp8", "int8" or "int4"
+    scale_dims = (0, 1)  # of weight_scale: those that count blocks of outputs, and blocks of inputs
 
     @abstractmethod
     def create_weights(self, layer: LinearLayer) -> None: ...
+
+    @abstractmethod
+    def block(self, num_inputs: int) -> tuple[int, int]:
+        """Returns how many outputs and inputs share a scale, in rows of `num_inputs`."""
 
     @abstractmethod
     def quantize(self, weight: torch.Tensor) -> QuantizedMatrix:
@@ -94,15 +99,7 @@ class QuantizedLinear(_FromFormats, ABC):
         gated: bool = False,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return self.product(
-            layer,
-            hidden,
-            bias,
-            norm_weight=None if norm is None else norm.weight,
-            eps=0.0 if norm is None else norm.eps,
-            gated=gated,
-            residual=residual,
-        )
+        return self.product(layer, hidden, bias, gated=gated, residual=residual, **norm_arguments(norm))
 
 
 class DequantizedLinear(_FromFormats, UnquantizedLinear):

@@ -75,12 +75,18 @@ class MatrixPart:
         blocks become smaller, and several have the same entry.
         """
         dim, shard = self.cut
-        size = math.gcd(block[dim], shard.start, shard.size)
-        if size == block[dim] or not shard.is_cut:
+        aligned = self.aligned_block(block)
+        if aligned == block:
             return entries, block
+        size = aligned[dim]
         first = shard.start % block[dim] // size
-        entries = entries.repeat_interleave(block[dim] // size, dim).narrow(dim, first, shard.size // size)
-        return entries, (size, block[1]) if dim == 0 else (block[0], size)
+        return entries.repeat_interleave(block[dim] // size, dim).narrow(dim, first, shard.size // size), aligned
+
+    def aligned_block(self, block: tuple[int, int]) -> tuple[int, int]:
+        """Returns the size of the blocks of `align`; the same on every rank."""
+        dim, shard = self.cut
+        size = math.gcd(block[dim], shard.start, shard.size) if shard.is_cut else block[dim]
+        return (size, block[1]) if dim == 0 else (block[0], size)
 
 
 @dataclass(frozen=True)
@@ -142,4 +148,8 @@ class Format(Protocol):
 
     def linear_method(self, layer: LinearLayer) -> LinearMethod | None:
         """Returns the method that keeps matrices of this format; None if it cannot keep this rank's part of them."""
+        ...
+
+    def expert_method(self, layer: LinearLayer) -> LinearMethod | None:
+        """Returns the method that keeps an expert's matrices, which are the layer's; None as from `linear_method`."""
         ...

@@ -18,12 +18,13 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     A pattern is a full name, the name of a module around it, or some of its neighbouring parts, such as "lm_head",
     "model.layers.0" or "mlp.down_proj". "re:…" is a regular expression for the beginning of a full name.
     """
-    return any(_matches(name, pattern) for pattern in patterns)
+    parts = name.split(".")
+    neighbours = {".".join(parts[start:stop]) for stop in range(len(parts) + 1) for start in range(stop)}
+    return any(_matches(name, each) if each.startswith(_REGEX) else each in neighbours for each in patterns)
 
 
 def _matches(name: str, pattern: str) -> bool:
-    if not pattern.startswith(_REGEX):
-        return f".{pattern}." in f".{name}."
+    """Returns whether a regular expression matches the beginning of a name."""
     regex = pattern.removeprefix(_REGEX)
     if len(_REPETITION.findall(regex)) > _MAX_REPETITIONS or _REPEATED_GROUP.search(regex):
         raise ModelLoadError(

@@ -98,6 +98,15 @@ class GroupedFormat(ABC):
         size = self.group_size or layer.inputs.total
         return int4_method(layer, [self] * len(layer.pieces), size, has_zeros=not self.is_symmetric)
 
+    def expert_method(self, layer: LinearLayer) -> LinearMethod | None:
+        if self.has_order:
+            raise ModelLoadError(
+                "config.json: quantization_config has desc_act=true or actorder='group', an order of inputs that is "
+                "not supported for experts: take a checkpoint without it, or the unquantised one and "
+                "quantization='int4'."
+            )
+        return self.linear_method(layer)
+
 
 def unpack(words: torch.Tensor, dim: int, num_bits: int, order: Sequence[int] | None = None) -> torch.Tensor:
     """Returns the unsigned integers in int32 words, 32 / num_bits along `dim` for each word, as int32.

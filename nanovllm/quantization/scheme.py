@@ -1,4 +1,4 @@
-"""Quantization: which linear layers of a model are quantised, and how."""
+"""Quantization: which linear layers and experts of a model are quantised, and how."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.errors import ModelLoadError
+from nanovllm.experts.experts_method import Experts, ExpertsMethod
+from nanovllm.experts.sparse_moe import TopKRouter
 from nanovllm.layers.embed_head import VocabParallelEmbedding
 from nanovllm.layers.linear import QKVParallelLinear
 from nanovllm.layers.linear_method import LinearLayer, LinearMethod
 from nanovllm.logs import events
 from nanovllm.models.causal_lm import CausalLM
+from nanovllm.quantization.experts import DequantizedExperts, expert_parts, quantized_experts
 from nanovllm.quantization.head import DequantizedHead
 from nanovllm.quantization.linear import DequantizedLinear, matrix_parts
 from nanovllm.quantization.matrix import Format
@@ -63,26 +66,35 @@ class Quantization:
         return UNQUANTIZED
 
     def apply(self, model: CausalLM, device: torch.device) -> None:
-        """Gives each linear layer of a model without weights its method.
+        """Gives each linear layer of a model without weights, and the experts of each layer, their method.
 
         Raises ModelLoadError when the device cannot multiply by such weights.
         """
-        methods: Counter[str] = Counter()
+        linear_layers: Counter[str] = Counter()
+        experts: Counter[str] = Counter()
         for prefix, module in model.named_modules():
-            if isinstance(module, LinearLayer):
+            if isinstance(module, Experts):
+                experts_method = self._experts_method(module, prefix, model.checkpoint_form)
+                if experts_method is not None:
+                    del module.gate_up_proj, module.down_proj
+                    module.method = experts_method
+                    experts_method.create_weights(module)
+                experts[_kept_as(module.method)] += 1
+            if isinstance(module, LinearLayer) and not isinstance(module, TopKRouter):
                 method = self._method(module, prefix, model.checkpoint_form)
                 if method is not None:
                     del module.weight
                     module.method = method
                     method.create_weights(module)
-                methods[getattr(module.method, "kept_as", "unquantised")] += 1
+                linear_layers[_kept_as(module.method)] += 1
             if isinstance(module, QKVParallelLinear):
                 model.redundant_weights |= {f"{prefix.rpartition('.')[0]}.{name}" for name in _CACHE_SCALES}
             if self.has_head and prefix == "lm_head" and isinstance(module, VocabParallelEmbedding):  # not tied
                 form = self.format_of(_stored_names(prefix, model.checkpoint_form))
                 if form != UNQUANTIZED:
                     module.method = DequantizedHead(form)
-        if methods["fp8"] and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        has_fp8 = "fp8" in linear_layers or "fp8" in experts
+        if has_fp8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
             raise ModelLoadError(
                 f"FP8 weights cannot run on {torch.cuda.get_device_name(device)}: FP8 begins with compute capability "
                 "8.9 (Ada, Hopper). quantization='int8' or 'int4' makes other weights from a checkpoint in bfloat16."
@@ -92,7 +104,7 @@ class Quantization:
             quantization=self.name,
             origin="made from unquantised weights" if self.is_made else "as the checkpoint has it",
             gigabytes=sum(parameter.nbytes for parameter in model.parameters()) / GB,
-            layers=", ".join(f"{count} {kept_as}" for kept_as, count in sorted(methods.items())),
+            layers=_counts(linear_layers) + (f"; layers with experts: {_counts(experts)}" if experts else ""),
         )
 
     def _method(self, layer: LinearLayer, prefix: str, form: CheckpointForm) -> LinearMethod | None:
@@ -102,6 +114,26 @@ class Quantization:
             return None
         method = formats[0].linear_method(layer) if len(set(formats)) == 1 else None
         return method or DequantizedLinear(formats)
+
+    def _experts_method(self, experts: Experts, prefix: str, form: CheckpointForm) -> ExpertsMethod | None:
+        """Returns the method of a layer's experts; None if they are not quantised."""
+        formats = [
+            {stack: [self.format_of(_stored_names(part.name, form)) for part in parts] for stack, parts in each.items()}
+            for each in expert_parts(experts, prefix)
+        ]
+        found = {form for each in formats for stack in each.values() for form in stack}
+        if found == {UNQUANTIZED}:
+            return None
+        method = quantized_experts(experts, found.pop()) if len(found) == 1 else None
+        return method or DequantizedExperts(formats)
+
+
+def _kept_as(method: object) -> str:
+    return getattr(method, "kept_as", "unquantised")
+
+
+def _counts(methods: Counter[str]) -> str:
+    return ", ".join(f"{count} {kept_as}" for kept_as, count in sorted(methods.items()))
 
 
 def _stored_names(name: str, form: CheckpointForm) -> list[str]:

@@ -28,5 +28,8 @@ class UnquantizedFormat:
     def linear_method(self, layer: LinearLayer) -> QuantizedLinear | None:
         return None if self.make is None else self.make(layer, [self] * len(layer.pieces))
 
+    def expert_method(self, layer: LinearLayer) -> QuantizedLinear | None:
+        return self.linear_method(layer)
+
 
 UNQUANTIZED = UnquantizedFormat()

@@ -172,9 +172,6 @@ def _resolve_kv_cache_dtype(wanted: str, dtype: torch.dtype, device: torch.devic
 def _resolve_quantization(wanted: str | None, model_config: ModelConfig) -> Quantization | None:
     if wanted is None and model_config.quantization_config is None:
         return None
-    if model_config.experts is not None:
-        hint = "The weights of experts are kept in the model's dtype only."
-        raise InvalidArgumentError("quantization", wanted, "None for a model with experts", hint)
     from nanovllm.quantization.registry import read_quantization
 
     return read_quantization(wanted, model_config.quantization_config)

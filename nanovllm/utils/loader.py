@@ -85,6 +85,15 @@ class ConvertsWeights(Protocol):
         ...
 
 
+@runtime_checkable
+class StacksLayers(Protocol):
+    """A method of a module whose parameters stack those of layers, which have methods that convert weights."""
+
+    def layers(self, module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        """Yields the name and each layer, whose parameters are parts of the module's. It is used before the next."""
+        ...
+
+
 @dataclass(frozen=True)
 class CheckpointForm:
     """How the files of a model differ from the usual: safetensors whose tensors are named as the modules are."""
@@ -194,7 +203,9 @@ def _converted(model: nn.Module) -> Iterator[tuple[str, Any, ConvertsWeights]]:
     """Yields the name, the module and the method of each layer whose method computes the parameters of its weight."""
     for prefix, module in model.named_modules():
         method = getattr(module, "method", None)
-        if isinstance(method, ConvertsWeights):
+        if isinstance(method, StacksLayers):
+            yield from ((name, layer, layer.method) for name, layer in method.layers(module, prefix))
+        elif isinstance(method, ConvertsWeights):
             yield prefix, module, method
 
 
@@ -202,7 +213,8 @@ def _computed_names(model: nn.Module) -> set[str]:
     """Returns the names of the parameters that are computed: of a converted layer all but the bias."""
     return {
         f"{prefix}.{name}"
-        for prefix, module, _ in _converted(model)
+        for prefix, module in model.named_modules()
+        if isinstance(getattr(module, "method", None), (ConvertsWeights, StacksLayers))
         for name, _ in module.named_parameters(recurse=False)
         if name != "bias"
     }

@@ -28,14 +28,18 @@ def make_quantized(
     quantize: Quantize,
     config: dict[str, Any],
     *,
+    make: Callable[..., object] = make_qwen3_checkpoint,
     keep: Callable[[str], bool] = lambda name: False,
     with_head: bool = False,
     sharded: bool = False,
     **shape: Any,
 ) -> tuple[Path, Path]:
-    """Returns a quantised checkpoint, and one with the weights that it stands for. keep: matrices that stay."""
+    """Returns a quantised checkpoint, and one with the weights that it stands for.
+
+    make: saves the unquantised checkpoint. keep: matrices that stay.
+    """
     plain, quantized = folder / "plain", folder / "quantized"
-    make_qwen3_checkpoint(plain, **shape)
+    make(plain, **shape)
     shutil.copytree(plain, quantized)
     content = load_file(plain / "model.safetensors")
     stored = dict(content)

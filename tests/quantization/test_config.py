@@ -338,8 +338,3 @@ def test_a_quantised_file_without_a_quantization_config(tmp_path: Path) -> None:
     change_config(folder, quantization_config=None)
     with pytest.raises(ModelLoadError, match="weight has dtype F8_E4M3.*config.json needs a quantization_config"):
         load_model(folder)
-
-
-def test_a_model_with_experts_is_not_quantised() -> None:
-    with pytest.raises(InvalidArgumentError, match=r"quantization='fp8'.* None for a model with experts"):
-        LLM("qwen3-30b-a3b", load_format="dummy", device="cpu", skip_tokenizer_init=True, quantization="fp8")

@@ -1,0 +1,236 @@
+"""The experts' MLP for many tokens with weights of 8 or 4 bits, which are converted in registers.
+
+The launches are those of `kernels.grouped_experts`. As in `kernels.quantized_matmul`, a weight's outputs are the rows
+of the tensor cores' product and the tokens are its columns, so that converted weights need no shared memory.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nanovllm.kernels.expert_matrices import ExpertMatrices, split_planes
+from nanovllm.kernels.expert_routing import Routing
+from nanovllm.kernels.expert_tiles import ExpertTiles, sort_by_expert
+from nanovllm.kernels.grouped_experts import Tiling, rows_of_a_tile, sum_pairs
+from nanovllm.kernels.int4_packing import BLOCK_SIZE, load_group
+from nanovllm.kernels.triton_support import (
+    jit,
+    let_next_kernel_start,
+    next_power_of_2,
+    pdl_options,
+    shared_memory,
+    tl,
+    wait_for_previous_kernel,
+)
+
+_MIN_BLOCK = 16  # of a product on the tensor cores
+# Rows of a tile → the programs of both products. Not measured.
+_TILINGS = {
+    16: Tiling(64, 128, 4, 3),
+    32: Tiling(64, 128, 4, 3),
+    64: Tiling(64, 128, 4, 3),
+    128: Tiling(128, 64, 8, 3),
+}
+
+
+@jit
+def _load_columns(ptrs: tl.tensor, column: tl.tensor, ROW_SIZE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
+    """Loads columns of some rows, with zeros past the last column."""
+    return tl.load(ptrs) if ROW_SIZE % BLOCK == 0 else tl.load(ptrs, mask=column < ROW_SIZE, other=0.0)
+
+
+@jit
+def _add_plane(
+    out: tl.tensor,
+    weight: tl.tensor,
+    x: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    scale_row: tl.tensor,
+    row_mask: tl.tensor,
+    column: tl.tensor,
+    scale_row_stride: tl.tensor,
+    scale_group_stride: tl.tensor,
+    offset: tl.constexpr,
+    IS_INT4: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    INPUT_SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tl.tensor:
+    """Returns out [outputs, rows] + weight [outputs, inputs] · xᵀ over inputs from `column` on, which share a scale.
+
+    A scale that all inputs of an output of 8 bits share is left to the end.
+    """
+    if IS_INT4:
+        scale, zero = load_group(
+            scale_ptr, zero_ptr, scale_row, row_mask, column, scale_row_stride, scale_group_stride, offset, x.dtype,
+            HAS_ZEROS, GROUP_SIZE, INPUT_SIZE,
+        )  # fmt: skip
+        out = tl.dot((weight - zero[:, None]) * scale[:, None], x.T, out, input_precision=PRECISION)
+    elif GROUP_SIZE < INPUT_SIZE:
+        scale, zero = load_group(
+            scale_ptr, zero_ptr, scale_row, row_mask, column, scale_row_stride, scale_group_stride, offset, tl.float32,
+            HAS_ZEROS, GROUP_SIZE, INPUT_SIZE,
+        )  # fmt: skip
+        out += tl.dot(weight, x.T, input_precision=PRECISION) * scale[:, None]
+    else:
+        out = tl.dot(weight, x.T, out, input_precision=PRECISION)
+    return out
+
+
+@jit
+def _quantized_grouped_product_kernel(
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    zero_ptr: tl.tensor,
+    pairs_ptr: tl.tensor,
+    tiles_ptr: tl.tensor,
+    topk_weights_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    scale_expert_stride: tl.tensor,
+    scale_row_stride: tl.tensor,
+    scale_group_stride: tl.tensor,
+    IS_GATED: tl.constexpr,
+    IS_INT4: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    OUTPUT_SIZE: tl.constexpr,
+    INPUT_SIZE: tl.constexpr,
+    ROW_SIZE: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    NUM_PLANES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """Program (outputs, tile), as `_grouped_product_kernel`; WIDTH numbers of a weight's row at a time."""
+    UP_SCALE_ROW: tl.constexpr = (OUTPUT_SIZE + SCALE_ROWS - 1) // SCALE_ROWS
+    HAS_ROW_SCALE: tl.constexpr = GROUP_SIZE >= INPUT_SIZE and not IS_INT4
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    # The down product starts after the gated one has waited for the tiles, and may read them before it waits itself.
+    if IS_GATED:
+        wait_for_previous_kernel(PDL)
+    let_next_kernel_start(PDL)
+    tile_ptr = tiles_ptr + tl.program_id(1) * 3
+    expert = tl.load(tile_ptr, cache_modifier=".cg").to(tl.int64)
+    first = tl.load(tile_ptr + 1, cache_modifier=".cg")
+    end = tl.load(tile_ptr + 2, cache_modifier=".cg")
+    if not IS_GATED:
+        wait_for_previous_kernel(PDL)
+    if first < end:
+        row = first + tl.arange(0, BLOCK_M)
+        in_tile = row < end
+        row = tl.minimum(row, end - 1)  # rows past the end are computed and not stored
+        pair = tl.load(pairs_ptr + row)
+        source = (pair // TOP_K if IS_GATED else row).to(tl.int64)
+        output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        output_mask = output < OUTPUT_SIZE
+        weight_row = expert * (OUTPUT_SIZE * (1 + IS_GATED)) + output % OUTPUT_SIZE
+        scale_row = output // SCALE_ROWS
+        scale_ptr += expert * scale_expert_stride
+        zero_ptr += expert * scale_expert_stride
+        lane = tl.arange(0, WIDTH)
+        x_ptrs = x_ptr + source[:, None] * x_stride + lane[None, :]
+        weight_ptrs = weight_ptr + weight_row[:, None] * ROW_SIZE + lane[None, :]
+        out = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        if IS_GATED:
+            up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for start in range(0, ROW_SIZE, WIDTH):
+            number = start + lane[None, :]
+            planes, offset = split_planes(_load_columns(weight_ptrs + start, number, ROW_SIZE, WIDTH), dtype, IS_INT4)
+            if IS_GATED:
+                up_ptrs = weight_ptrs + OUTPUT_SIZE * ROW_SIZE + start
+                up_planes, offset = split_planes(_load_columns(up_ptrs, number, ROW_SIZE, WIDTH), dtype, IS_INT4)
+            for plane in tl.static_range(NUM_PLANES):
+                column = start * NUM_PLANES + plane * WIDTH
+                x = _load_columns(x_ptrs + column, column + lane[None, :], INPUT_SIZE, NUM_PLANES * WIDTH)
+                out = _add_plane(
+                    out, planes[plane], x, scale_ptr, zero_ptr, scale_row, output_mask, column, scale_row_stride,
+                    scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, INPUT_SIZE, PRECISION,
+                )  # fmt: skip
+                if IS_GATED:
+                    up = _add_plane(
+                        up, up_planes[plane], x, scale_ptr, zero_ptr, UP_SCALE_ROW + scale_row, output_mask, column,
+                        scale_row_stride, scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, INPUT_SIZE,
+                        PRECISION,
+                    )  # fmt: skip
+        if HAS_ROW_SCALE:
+            scale_ptrs = scale_ptr + scale_row * scale_row_stride
+            out *= tl.load(scale_ptrs, mask=output_mask, other=0.0)[:, None]
+            if IS_GATED:
+                up_scale = tl.load(scale_ptrs + UP_SCALE_ROW * scale_row_stride, mask=output_mask, other=0.0)
+                up *= up_scale[:, None]
+        if IS_GATED:
+            out = out / (1.0 + tl.exp(-out)) * up
+            target = row.to(tl.int64)
+        else:
+            out = out * tl.load(topk_weights_ptr + pair)[None, :]
+            target = pair.to(tl.int64)
+        mask = output_mask[:, None] & in_tile[None, :]
+        out_ptrs = out_ptr + target[None, :] * OUTPUT_SIZE + output[:, None]
+        tl.store(out_ptrs, out.to(dtype), mask=mask)
+
+
+def _multiply(
+    x: torch.Tensor,
+    matrices: ExpertMatrices,
+    out: torch.Tensor,
+    order: ExpertTiles,
+    routing: Routing,
+    *,
+    gated: bool,
+) -> None:
+    """Writes out [num_pairs, outputs] for x [num_tokens if gated else num_pairs, inputs]."""
+    output_size, input_size, tiling = out.shape[1], x.shape[1], _TILINGS[order.block_rows]
+    block_n = min(tiling.block_outputs, max(next_power_of_2(output_size), _MIN_BLOCK))
+    block_k = BLOCK_SIZE  # inputs
+    if not matrices.is_int4:
+        most = input_size if matrices.has_row_scale else matrices.block[1]
+        block_k = max(min(tiling.block_inputs, next_power_of_2(most)), _MIN_BLOCK)
+    stage_bytes = (order.block_rows * x.itemsize + block_n * (1 + gated)) * block_k
+    _quantized_grouped_product_kernel[(-(-output_size // block_n), len(order.tiles))](
+        x_ptr=x,
+        pairs_ptr=order.pairs,
+        tiles_ptr=order.tiles,
+        topk_weights_ptr=routing.topk_weights,
+        out_ptr=out,
+        x_stride=x.stride(0),
+        IS_GATED=gated,
+        TOP_K=routing.top_k,
+        OUTPUT_SIZE=output_size,
+        INPUT_SIZE=input_size,
+        NUM_PLANES=matrices.num_planes,
+        BLOCK_M=order.block_rows,
+        BLOCK_N=block_n,
+        WIDTH=block_k // matrices.num_planes,
+        PRECISION="ieee",
+        num_warps=tiling.num_warps,
+        num_stages=max(min(tiling.num_stages, shared_memory(x.device) // stage_bytes), 1),
+        **matrices.arguments(),
+        **pdl_options(x.device),
+    )
+
+
+def quantized_grouped_experts(
+    x: torch.Tensor,
+    gate_up: ExpertMatrices,
+    down: ExpertMatrices,
+    routing: Routing,
+    residual: torch.Tensor | None = None,
+    *,
+    block_rows: int | None = None,
+) -> torch.Tensor:
+    """The kernels of `kernels.quantized_experts.quantized_experts_mlp` for many tokens. block_rows: None chooses."""
+    num_pairs = routing.topk_ids.numel()
+    order = sort_by_expert(routing, block_rows or rows_of_a_tile(num_pairs, routing.num_experts))
+    inner = x.new_empty(num_pairs, down.num_inputs)  # [num_pairs, inner_size], sorted
+    _multiply(x, gate_up, inner, order, routing, gated=True)
+    outputs = x.new_empty(num_pairs, x.shape[1])  # [num_pairs, hidden_size]
+    _multiply(inner, down, outputs, order, routing, gated=False)
+    return sum_pairs(outputs, routing, residual)
