@@ -97,7 +97,7 @@ FIELDS: Mapping[str, Field] = {
     "kind": Field(str, "prefill, decode or mixed (PREFILL, DECODE in `runner.*`)"),
     "kv_cache_usage": Field(float, "share of the blocks in use, 0 to 1; in `request.finished`, when it arrived"),
     "last_step": Field(int | None, "the last step that was collected before the request ended; null: it never ran"),
-    "layers": Field(str, "number of linear layers, by how their weights are kept"),
+    "layers": Field(str, "number of linear layers, and of layers with experts, by how their weights are kept"),
     "logits": Field(SHAPE, "shape of the logits"),
     "longest_stall_s": Field(float | None, "longest time between two tokens, in seconds; null: fewer than two tokens"),
     "lost_rank": Field(int, "rank of the process that was lost"),

@@ -87,10 +87,10 @@ class ConvertsWeights(Protocol):
 
 @runtime_checkable
 class StacksLayers(Protocol):
-    """A method of a module whose parameters stack those of layers, which have methods that convert weights."""
+    """A method of a module whose parameters stack those of several layers. Each layer's method converts its weights."""
 
     def layers(self, module: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-        """Yields the name and each layer, whose parameters are parts of the module's. It is used before the next."""
+        """Yields each layer with its name. Its parameters are views of the module's, valid until the next layer."""
         ...
 
 

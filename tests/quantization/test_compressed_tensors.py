@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from tests.end_to_end.test_oracle import engine_tokens, random_prompts, reference_tokens
+from tests.models.checkpoints import make_checkpoint
 from tests.quantization.published import (
     WIDE,
     Tensors,
@@ -68,19 +70,29 @@ def compress(weight: torch.Tensor, scheme: Any, layout: str) -> tuple[Tensors, t
     return tensors, compressor.decompress(dict(tensors), scheme)["weight"]
 
 
-@pytest.mark.parametrize("name", SCHEMES)
-def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
+MOE = {"make": partial(make_checkpoint, family="qwen3_moe"), "hidden_size": 128, "moe_intermediate_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [*((name, WIDE) for name in SCHEMES), *((name, MOE) for name in ("W4A16", "W4A16_ASYM", "W8A16", "W8A8", "FP8"))],
+    ids=lambda value: value if isinstance(value, str) else "experts" if value is MOE else "dense",
+)
+def test_greedy_tokens_equal_transformers(name: str, shape: dict[str, Any], tmp_path: Path) -> None:
     layout, weights, activations, rounding = SCHEMES[name]
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=weights, input_activations=activations)
     config = quantization.QuantizationConfig(
-        config_groups={"group_0": scheme}, format=layout, quantization_status="compressed", ignore=["lm_head"]
+        config_groups={"group_0": scheme},
+        format=layout,
+        quantization_status="compressed",
+        ignore=["lm_head", "re:.*mlp.gate$"],
     )
     plain, quantized = make_quantized(
         tmp_path,
         lambda weight: compress(weight, scheme, layout),
         config.model_dump(mode="json"),
         sharded=name == "W4A16_ASYM",
-        **WIDE,
+        **shape,
     )
     prompts = random_prompts(320)
     with rounded_inputs(rounding):
