@@ -117,21 +117,24 @@ def _plan_draft_model(config: EngineConfig, target: ModelPlan) -> ModelPlan | No
     speculative = SpeculativeConfig.of(config.speculative_config)
     if speculative is None or speculative.model is None:
         return None
-    plan = ModelPlan.of(
-        replace(
-            config,
-            model=speculative.model,
-            revision=speculative.revision,
-            quantization=speculative.quantization,
-            dtype=target.dtype_name,
-            max_model_len=None,
-            hf_overrides=None,
-            speculative_config=None,
-            block_size=None,
-            num_gpu_blocks_override=None,
-        )
-    )
     field, name = "speculative_config.model", speculative.model
+    own = replace(
+        config,
+        model=name,
+        revision=speculative.revision,
+        quantization=speculative.quantization,
+        dtype=target.dtype_name,
+        max_model_len=None,
+        hf_overrides=None,
+        speculative_config=None,
+        block_size=None,
+        num_gpu_blocks_override=None,
+    )
+    try:
+        plan = ModelPlan.of(own)
+    except InvalidArgumentError as error:
+        hint = f"{error.hint} This is about the draft model, {field}={name!r}.".lstrip()
+        raise InvalidArgumentError(error.field, error.value, error.allowed, hint) from error
     wanted, found = target.model_config.vocab_size, plan.model_config.vocab_size
     if found != wanted:
         hint = f"Its vocab_size is {found}. Models of one family usually have the same."
