@@ -15,7 +15,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from nanovllm.compat.unsupported import ENGINE_ARGUMENTS, WRITTEN_IN, without_effect
 from nanovllm.errors import InvalidArgumentError, UnknownArgumentError
-from nanovllm.speculative_config import SpeculativeConfig
+from nanovllm.speculative_config import QUANTIZATIONS, SpeculativeConfig
 from nanovllm.utils.arguments import (
     COUNT,
     SWITCH,
@@ -36,7 +36,6 @@ T = TypeVar("T")
 
 DTYPES = ("bfloat16", "float16", "float32")
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
-QUANTIZATIONS = ("fp8", "int8", "int4", "awq", "gptq", "compressed-tensors")
 ATTENTION_BACKENDS = ("auto", "flash_attn", "triton", "torch")
 MIN_SHARED_PREFIX = 256  # tokens; looking for a shorter shared prefix costs more than reading it once for each row
 MAX_BIAS_WORDS = 8192  # int32 words on the device for the token biases of one request
@@ -101,7 +100,11 @@ _PROFILER_CONFIG = Rule(
 ).or_none()
 _SPECULATIVE_CONFIG = Rule(
     "a dictionary with 'method'",
-    lambda value: isinstance(value, Mapping) and "method" in value and all(isinstance(name, str) for name in value),
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(isinstance(name, str) for name in value)
+        and not value.keys().isdisjoint({"method", "model"})
+    ),
     hint="Such as {'method': 'ngram', 'num_speculative_tokens': 7}.",
 ).or_none()
 _COUNT_OR_NONE = COUNT.or_none()
@@ -243,8 +246,8 @@ class EngineConfig:
     speculative_config: Mapping[str, Any] | None = argument(
         None,
         _SPECULATIVE_CONFIG,
-        "Speculative decoding, in vLLM's form: {'method': 'ngram' or 'suffix', 'num_speculative_tokens': …, …} (see "
-        "docs/speculation.md). It changes no token. None: off.",
+        "Speculative decoding, in vLLM's form: {'method': 'ngram', 'suffix' or 'draft_model', "
+        "'num_speculative_tokens': …, …} (see docs/speculation.md). It changes no token. None: off.",
     )
     block_size: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of kvcache_block_size.")
     num_gpu_blocks_override: InitVar[int | None] = argument(None, _COUNT_OR_NONE, "vLLM's name of num_kvcache_blocks.")
@@ -350,3 +353,4 @@ class ResolvedConfig:
     decode_backend: str
     pipeline_depth: int
     quantization: str | None = None
+    draft_cost: float = 0.0  # of one token from the draft model, as a share of a step; 0: no draft model

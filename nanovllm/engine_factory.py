@@ -60,6 +60,10 @@ def make_speculation(config: EngineConfig, resolved: ResolvedConfig, observer: E
     speculative = SpeculativeConfig.of(config.speculative_config)
     if speculative is None:
         return Speculation()
+    if speculative.method == "draft_model":
+        from nanovllm.speculation.draft_model import ModelDrafter
+
+        return ModelDrafter(speculative, resolved, observer)
     from nanovllm.speculation.drafter import Drafter
 
     return Drafter(speculative, resolved, observer)

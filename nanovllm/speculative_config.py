@@ -20,6 +20,8 @@ from nanovllm.utils.arguments import (
 
 MAX_DRAFT = 64  # tokens
 MAX_STEP_DRAFTS = 128  # tokens that a step drafts, for all rows together, unless one row may draft more
+MAX_DRAFTING_ROWS = 64  # where more rows decode, a draft costs as much as it saves
+QUANTIZATIONS = ("fp8", "int8", "int4", "awq", "gptq", "compressed-tensors")
 _DEFAULT_LOOKUP = 5  # tokens
 
 
@@ -27,8 +29,9 @@ def _integer(low: int, high: int) -> Rule:
     return Rule(f"an integer from {low} to {high}", lambda value: is_integer(value) and low <= value <= high, int)
 
 
-_METHOD = choice("ngram", "suffix")
-_METHOD_HINT = "Not supported: draft models, EAGLE and Medusa (see docs/speculation.md)."
+_METHOD = choice("ngram", "suffix", "draft_model")
+_METHOD_HINT = "Not supported: EAGLE, MTP and Medusa (see docs/speculation.md)."
+_TEXT = Rule("a text", lambda value: isinstance(value, str) and bool(value)).or_none()
 _LENGTH = _integer(1, MAX_DRAFT)
 _LOOKUP = _LENGTH.or_none()
 _FACTOR = Rule("a number above 0", lambda value: is_number(value) and value > 0, float)
@@ -46,14 +49,14 @@ class SpeculativeConfig:
             Rule(_METHOD.allowed, _METHOD.accepts, hint=_METHOD_HINT),
             "'ngram' continues the last occurrence of the last tokens in the prompt and the output. 'suffix' looks for "
             "the longest match, also in recent outputs of other requests, and continues it as far as it was continued "
-            "the same way.",
+            "the same way. 'draft_model', the default where `model` is given, asks a smaller model.",
         )
     )
     num_speculative_tokens: int | None = argument(
         None,
         _LENGTH.or_none(),
-        "The longest draft. It is shorter where drafts were refused, and where many sequences run. Needed for 'ngram'. "
-        "None for 'suffix': suffix_decoding_max_tree_depth.",
+        "The longest draft. It is shorter where drafts were refused, and where many sequences run. Needed for 'ngram' "
+        "and 'draft_model'. None for 'suffix': suffix_decoding_max_tree_depth.",
     )
     prompt_lookup_min: int | None = argument(
         None, _LOOKUP, "'ngram': the fewest last tokens that must occur before. None: prompt_lookup_max, or 5."
@@ -77,12 +80,26 @@ class SpeculativeConfig:
     suffix_decoding_min_token_prob: float = argument(
         0.1, _PROBABILITY, "'suffix': a draft ends before a token that continued fewer of its matches than this share."
     )
+    model: str | None = argument(
+        None, _TEXT, "'draft_model': a folder or a Hugging Face id, of a model with the same vocabulary. Needed for it."
+    )
+    revision: str | None = argument(None, _TEXT, "'draft_model': version of its repository. None: the latest.")
+    quantization: str | None = argument(
+        None, choice(*QUANTIZATIONS).or_none(), "'draft_model': how its weights are quantised, as for the model itself."
+    )
 
     def __post_init__(self) -> None:
         check_arguments(self, prefix="speculative_config.")
-        if self.method == "ngram" and self.num_speculative_tokens is None:
-            hint = "It is the longest draft, and method='ngram' has no default."
+        if self.method != "suffix" and self.num_speculative_tokens is None:
+            hint = f"It is the longest draft, and method={self.method!r} has no default."
             raise InvalidArgumentError("speculative_config.num_speculative_tokens", None, _LENGTH.allowed, hint)
+        if self.method == "draft_model" and self.model is None:
+            allowed = "a folder, or a Hugging Face id, of a smaller model with the same vocabulary"
+            raise InvalidArgumentError("speculative_config.model", None, allowed)
+        for name in ("model", "revision", "quantization"):
+            if self.method != "draft_model" and (value := getattr(self, name)) is not None:
+                hint = "Only method='draft_model' loads a model."
+                raise InvalidArgumentError(f"speculative_config.{name}", value, "None", hint)
         shortest, longest = self.lookup
         if shortest > longest:
             name = "speculative_config.prompt_lookup_min"
@@ -106,4 +123,4 @@ class SpeculativeConfig:
     @classmethod
     def of(cls, values: Mapping[str, Any] | None) -> SpeculativeConfig | None:
         """Returns the value of the argument `speculative_config`; None for None."""
-        return None if values is None else cls(**values)
+        return None if values is None else cls(**{"method": "draft_model", **values})

@@ -34,7 +34,7 @@ from nanovllm.kernels.columns import (
 IntArray = npt.NDArray[np.int32]
 RecordArray = npt.NDArray[np.void]
 
-VERSION = 9
+VERSION = 10
 NO_LOGPROBS = -1  # where an integer says how many log-probabilities to return: none, not even the token's own
 NO_PENALTIES = (1.0, 0.0, 0.0)  # repetition, frequency, presence
 
@@ -78,6 +78,7 @@ SECTIONS: dict[str, np.dtype[Any]] = {
     "chunks": _integers(*Chunk._fields),
     "prompt_logprobs": _integers(*PromptLogprobs._fields),
     "drafts": DRAFTS,
+    "proposals": _integers("row", "num_tokens"),  # tokens that the draft model drafts after the step, longest first
     "decode_rows": _INTEGER,  # rows that compute their last token, then the rows of `drafts`, which do so, too
 }
 _HEADER = np.dtype(
@@ -126,12 +127,8 @@ class StepNeeds:
     @classmethod
     def from_record(cls, record: Seq[int]) -> StepNeeds:
         shares_prefix, truncates, num_logprobs, edits_logits = record
-        return cls(
-            shares_prefix=bool(shares_prefix),
-            truncates=bool(truncates),
-            num_logprobs=None if num_logprobs == NO_LOGPROBS else num_logprobs,
-            edits_logits=bool(edits_logits),
-        )
+        asked = None if num_logprobs == NO_LOGPROBS else num_logprobs
+        return cls(bool(shares_prefix), bool(truncates), asked, bool(edits_logits))
 
     @property
     def all_logits(self) -> bool:
@@ -198,6 +195,7 @@ class ScheduledBatch:
         num_final_chunks: int = 0,
         prompt_logprobs: Seq[PromptLogprobs] = (),
         drafts: Seq[tuple[int, int, int, int, int]] = (),
+        proposals: Seq[tuple[int, int]] = (),
         decode_rows: Seq[int] | npt.NDArray[np.integer[Any]] = (),
         needs: StepNeeds | None = None,
     ) -> ScheduledBatch:
@@ -221,6 +219,7 @@ class ScheduledBatch:
             "chunks": chunks,
             "prompt_logprobs": prompt_logprobs,
             "drafts": drafts,
+            "proposals": proposals,
             "decode_rows": np.append(decode_rows, [draft[0] for draft in drafts]) if drafts else decode_rows,
         }
         counts = tuple(map(len, contents.values()))
@@ -334,6 +333,7 @@ class StepResult:
     gpu_ms: float | None = None  # time on the GPU; None if it was not measured
     logprobs: StepLogprobs | None = None  # None if no row asked for them
     prompt_logprobs: tuple[StepLogprobs, ...] = ()  # one for each of the batch's `prompt_logprobs`
+    drafts: IntArray | None = None  # [num_proposals, longest], past a proposal's own length any; None: no proposals
 
 
 class StepHandle(Protocol):

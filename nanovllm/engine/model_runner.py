@@ -22,6 +22,7 @@ from nanovllm.layers.parallel import TensorParallel
 from nanovllm.runner.cuda_graph import DecodeGraphs
 from nanovllm.runner.device_batch import DeviceBatch
 from nanovllm.runner.device_rows import DeviceRows, ModelInputs
+from nanovllm.runner.draft_model import DraftSteps
 from nanovllm.runner.mixed_graphs import MixedGraphs, PaddedStep, missing_graphs
 from nanovllm.runner.out_of_memory import step_out_of_memory
 from nanovllm.runner.sampler import Sampler, prompt_logprobs
@@ -62,6 +63,7 @@ class ModelRunner:
         with torch.inference_mode(), self._on_device():
             self.model = startup.build_model()
             self.sampler = Sampler(self.parallel, self.model.lm_head.first)
+            self._drafts = DraftSteps(self)
             startup.load(self, check)
             num_blocks = startup.size_cache(self)
             max_model_len = startup.allocate(self, num_blocks)
@@ -69,8 +71,8 @@ class ModelRunner:
             if self._graphs is not None:
                 pool, null_row = self._graphs.pool, self.rows.null_row
                 self._mixed_graphs = startup.mixed_graphs(pool, self._hidden, self._sample, null_row)
-        self._missing_graphs = missing_graphs(self.device, self._graphs, self._mixed_graphs)
-        self.resolved = startup.finish(num_blocks, max_model_len)
+        self._missing_graphs = missing_graphs(self.device, *self._drafts.with_graphs(self._graphs), self._mixed_graphs)
+        self.resolved = startup.finish(self, num_blocks, max_model_len)
 
     @property
     def graph_pool(self) -> tuple[int, int] | None:
@@ -118,7 +120,7 @@ class ModelRunner:
         """Frees the device's memory. The runner cannot be used afterwards."""
         with suppress(RuntimeError):  # a CUDA error, which a step's handle has raised already
             self.synchronize()
-        del self.model, self.rows, self.kv_caches, self._graphs, self._mixed_graphs, self._missing_graphs
+        del self.model, self.rows, self.kv_caches, self._graphs, self._mixed_graphs, self._missing_graphs, self._drafts
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -137,9 +139,7 @@ class ModelRunner:
             self._log.preparing(batch)
             with self._log.forward(batch):
                 sampled = self._run(uploaded, needs)
-            if uploaded.has("drafts"):
-                self.rows.accept(uploaded)
-            return self._download(sampled, began)
+            return self._download(self._drafts.finish(uploaded, sampled), began)
 
     def _run(self, batch: DeviceBatch, needs: StepNeeds) -> SampledTokens:
         """Runs a step. Replays CUDA graphs where there are some for it."""

@@ -104,8 +104,7 @@ class Scheduler:
     @property
     def load(self) -> Load:
         blocks = self.block_manager
-        num_waiting = len(self.waiting)
-        return Load(self.rows.num_open, num_waiting, blocks.num_used_blocks, blocks.num_blocks)
+        return Load(self.rows.num_open, len(self.waiting), blocks.num_used_blocks, blocks.num_blocks)
 
     # Planning
 
@@ -136,6 +135,7 @@ class Scheduler:
             num_final_chunks=len(final_rows),
             prompt_logprobs=plan.prompt_logprobs,
             drafts=drafts.tokens,
+            proposals=drafts.proposals,
             decode_rows=decode_rows,
             needs=self.rows.needs(sampled, shares_prefix),
         )
@@ -316,7 +316,7 @@ class Scheduler:
             if not rows.stopped[planned.row]:
                 rows.sequence(planned.row).prompt_logprobs += token_logprobs(logprobs, planned.num_top)
         ended = []
-        for index, (sampled, tokens) in enumerate(self._speculation.rounds(batch, result.token_ids, rows)):
+        for index, (sampled, tokens) in enumerate(self._speculation.rounds(batch, result, rows)):
             ended += self._take_tokens(batch, result, sampled, tokens, drafted=index > 0)
         return ended
 

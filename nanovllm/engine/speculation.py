@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 from nanovllm.config import EngineConfig, ResolvedConfig
-from nanovllm.engine.batch import IntArray, RecordArray, ScheduledBatch
+from nanovllm.engine.batch import IntArray, RecordArray, ScheduledBatch, StepResult
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine.row_table import RowArray, RowTable
@@ -23,10 +24,11 @@ class Draft(NamedTuple):
 
 
 class StepDrafts(NamedTuple):
-    """The drafts of a step, and the entries of block tables that they need."""
+    """The drafts of a step, what the draft model drafts after it, and the entries of block tables that both need."""
 
     tokens: list[Draft]
     blocks: list[RecordArray]  # of BLOCKS, each [num_new]
+    proposals: Seq[tuple[int, int]] = ()  # rows and numbers of tokens, longest first
 
 
 NO_DRAFTS = StepDrafts([], [])
@@ -42,11 +44,10 @@ class Speculation:
         """Returns drafts of the rows of a step. num_tokens: how many drafted tokens the step may compute."""
         return NO_DRAFTS
 
-    def rounds(self, batch: ScheduledBatch, token_ids: IntArray, rows: RowTable) -> Iterable[tuple[IntArray, RowArray]]:
-        """Yields the rows that get a token of a step, and where in `token_ids` it is; then those that get another one.
+    def rounds(self, batch: ScheduledBatch, result: StepResult, rows: RowTable) -> Iterable[tuple[IntArray, RowArray]]:
+        """Yields the rows that get a token of a step, and where in the result it is; then those that get another one.
 
-        token_ids: those of the step's result. The caller appends the tokens before it takes the next item, so that a
-        row that ends gets no more.
+        The caller appends the tokens before it takes the next item, so that a row that ends gets no more.
         """
         return [(batch.sampled_rows, batch.sampled_tokens)]
 

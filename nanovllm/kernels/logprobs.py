@@ -37,6 +37,7 @@ class SampledTokens:
     token_ids: torch.Tensor  # [num_rows] int32
     logprobs: TokenLogprobs | None = None  # if a row asked for them
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()  # one for each `PromptLogprobs` of the batch; none from a graph
+    drafts: torch.Tensor | None = None  # [num_proposals, longest] int32, of a draft model; none from a graph
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.token_ids, *(self.logprobs.tensors() if self.logprobs else ()))
@@ -45,8 +46,12 @@ class SampledTokens:
         return self.map(lambda tensor: tensor[:num_rows])
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> SampledTokens:
-        logprobs = self.logprobs.map(function) if self.logprobs else None
-        return SampledTokens(function(self.token_ids), logprobs, tuple(x.map(function) for x in self.prompt_logprobs))
+        return SampledTokens(
+            function(self.token_ids),
+            self.logprobs.map(function) if self.logprobs else None,
+            tuple(each.map(function) for each in self.prompt_logprobs),
+            None if self.drafts is None else function(self.drafts),
+        )
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> TokenLogprobs:

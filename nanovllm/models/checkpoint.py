@@ -55,6 +55,20 @@ def resolve_model_folder(model: str, revision: str | None = None, *, with_weight
         ) from error
 
 
+def num_tokenizer_tokens(folder: Path) -> int | None:
+    """Returns the number of tokens in a folder's tokenizer.json, added ones included; None where it does not say."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    tokenizer = read_json(path)
+    model, added = tokenizer.get("model"), tokenizer.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if not isinstance(vocab, dict) or not isinstance(added, list):
+        return None
+    contents = [token.get("content") for token in added if isinstance(token, dict)]
+    return len(vocab.keys() | {content for content in contents if isinstance(content, str)})
+
+
 def _may_have_torch_files(folder: Path) -> bool:
     path = folder / "config.json"
     return path.exists() and architecture_of(read_json(path)) in WITH_TORCH_FILES

@@ -21,13 +21,17 @@ _CPU_SHARE = 0.25  # of the free memory, when NANOVLLM_CPU_KVCACHE_GB is not set
 
 @dataclass(frozen=True)
 class KVCacheShape:
-    """The shape of one rank's cache. In FP8, keys and values each have a scale for every token and KV head."""
+    """The shape of one rank's cache. In FP8, keys and values each have a scale for every token and KV head.
+
+    draft: the cache of a draft model, whose blocks have the same numbers and hold the same tokens.
+    """
 
     num_layers: int
     num_kv_heads: int
     head_dim: int
     block_size: int
     dtype: torch.dtype
+    draft: KVCacheShape | None = None
 
     @classmethod
     def of(
@@ -42,21 +46,23 @@ class KVCacheShape:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of the keys and values of one block in all layers, scales included."""
+        """Bytes of the keys and values of one block in all layers, scales and the draft model's included."""
         head_bytes = self.head_dim * self.dtype.itemsize + (_SCALE_DTYPE.itemsize if self.has_scales else 0)
-        return self.block_size * 2 * self.num_layers * self.num_kv_heads * head_bytes
+        own = self.block_size * 2 * self.num_layers * self.num_kv_heads * head_bytes
+        return own + (0 if self.draft is None else self.draft.block_bytes)
 
     def allocate(self, num_blocks: int, device: torch.device) -> list[LayerKVCache]:
-        """Returns a cache for each layer, of `num_blocks` blocks and the null block after them.
+        """Returns a cache for each layer, of `num_blocks` blocks and the null block after them. The draft's are last.
 
         They are zeroed: attention multiplies entries past the end of a sequence by zero, which NaN would survive.
         """
         blocks = (self.num_layers, 2, num_blocks + 1)
+        draft = [] if self.draft is None else self.draft.allocate(num_blocks, device)
         pages = _zeros((*blocks, self.block_size, self.num_kv_heads, self.head_dim), self.dtype, device)
         if not self.has_scales:
-            return [LayerKVCache(key, value) for key, value in pages]
+            return [LayerKVCache(key, value) for key, value in pages] + draft
         scales = _zeros((*blocks, self.num_kv_heads, self.block_size), _SCALE_DTYPE, device)
-        return [LayerKVCache(*page, *scale) for page, scale in zip(pages, scales, strict=True)]
+        return [LayerKVCache(*page, *scale) for page, scale in zip(pages, scales, strict=True)] + draft
 
 
 def _zeros(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

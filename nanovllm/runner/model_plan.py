@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,9 @@ from nanovllm.config import EngineConfig
 from nanovllm.errors import InvalidArgumentError, ModelLoadError, OutOfMemoryError
 from nanovllm.logs import events
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
-from nanovllm.models.checkpoint import resolve_model_folder
+from nanovllm.models.checkpoint import num_tokenizer_tokens, resolve_model_folder
 from nanovllm.models.model_config import ModelConfig
+from nanovllm.speculative_config import SpeculativeConfig
 from nanovllm.utils.env import overlap
 from nanovllm.utils.logger import setup_logger
 
@@ -28,6 +29,7 @@ logger = setup_logger(__name__)
 class ModelPlan:
     """The choices that follow from the configuration and the checkpoint's config.json."""
 
+    name: str  # the folder, or the name of a built-in shape
     folder: Path | None  # None for a built-in shape, which has no files
     model_config: ModelConfig
     device: torch.device
@@ -35,6 +37,7 @@ class ModelPlan:
     max_model_len: int
     kv_cache_dtype: torch.dtype
     quantization: Quantization | None  # None: all weights are in `dtype`
+    draft: ModelPlan | None = None  # of the draft model, if there is one
 
     @property
     def dtype_name(self) -> str:
@@ -70,7 +73,8 @@ class ModelPlan:
         check_tensor_parallel_size(config.tensor_parallel_size, model_config)
         device = _resolve_device(config.device)
         dtype = _resolve_dtype(config.dtype, model_config.dtype, device)
-        return cls(
+        plan = cls(
+            name=str(folder or config.model),
             folder=folder,
             model_config=model_config,
             device=device,
@@ -79,6 +83,7 @@ class ModelPlan:
             kv_cache_dtype=_resolve_kv_cache_dtype(config.kv_cache_dtype, dtype, device),
             quantization=_resolve_quantization(config.quantization, model_config),
         )
+        return replace(plan, draft=_plan_draft_model(config, plan))
 
     def pipeline_depth(self, config: EngineConfig) -> int:
         """Returns the number of steps in flight.
@@ -105,6 +110,46 @@ class ModelPlan:
         level = logging.INFO if config.max_model_len is None else logging.WARNING
         events.engine_max_model_len.log_at(level, logger, wanted=self.max_model_len, max_model_len=num_slots)
         return num_slots
+
+
+def _plan_draft_model(config: EngineConfig, target: ModelPlan) -> ModelPlan | None:
+    """Returns the plan of the draft model, on the same device and up to the same length; None without one."""
+    speculative = SpeculativeConfig.of(config.speculative_config)
+    if speculative is None or speculative.model is None:
+        return None
+    field, name = "speculative_config.model", speculative.model
+    own = replace(
+        config,
+        model=name,
+        revision=speculative.revision,
+        quantization=speculative.quantization,
+        dtype=target.dtype_name,
+        max_model_len=None,
+        hf_overrides=None,
+        speculative_config=None,
+        block_size=None,
+        num_gpu_blocks_override=None,
+    )
+    try:
+        plan = ModelPlan.of(own)
+    except InvalidArgumentError as error:
+        hint = f"{error.hint} This is about the draft model, {field}={name!r}.".lstrip()
+        raise InvalidArgumentError(error.field, error.value, error.allowed, hint) from error
+    wanted, found = target.model_config.vocab_size, plan.model_config.vocab_size
+    if found != wanted:
+        hint = f"Its vocab_size is {found}. Models of one family usually have the same."
+        raise InvalidArgumentError(
+            field, name, f"a model with the vocabulary of model={config.model!r}: {wanted}", hint
+        )
+    tokens = [None if each.folder is None else num_tokenizer_tokens(each.folder) for each in (target, plan)]
+    if None not in tokens and tokens[0] != tokens[1]:
+        hint = f"Its tokenizer has {tokens[1]} tokens, that of model={config.model!r} has {tokens[0]}."
+        raise InvalidArgumentError(field, name, "a model with the same tokenizer", hint)
+    if plan.max_model_len < target.max_model_len:
+        allowed = f"a model whose context has at least max_model_len={target.max_model_len} tokens"
+        hint = f"Its context has {plan.max_model_len}: give max_model_len={plan.max_model_len}, or another model."
+        raise InvalidArgumentError(field, name, allowed, hint)
+    return replace(plan, max_model_len=target.max_model_len)
 
 
 def check_tensor_parallel_size(size: int, model: ModelConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from nanovllm.attention.interface import LayerKVCache
-from nanovllm.attention.selection import select_attention
+from nanovllm.attention.selection import AttentionSelection, select_attention
 from nanovllm.attention.triton_backend import MIN_COPYING_QUERIES
 from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import Chunk, OpenedRow, ScheduledBatch, StepHandle, StepNeeds
@@ -21,10 +22,12 @@ from nanovllm.layers.linear_method import finish_loading
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.logs import events
 from nanovllm.models.causal_lm import CausalLM
+from nanovllm.models.model_config import ModelConfig
 from nanovllm.models.model_context import ModelContext
 from nanovllm.models.registry import get_model_class
 from nanovllm.runner.cuda_graph import DecodeGraphs, DecodeStep, GraphPool
 from nanovllm.runner.device_rows import DeviceRows
+from nanovllm.runner.draft_model import ModelWithDraft
 from nanovllm.runner.kv_cache import GPUMemory, KVCacheShape, lower_cache_size, num_cpu_blocks
 from nanovllm.runner.mixed_graphs import MixedGraphs, Model, Sample
 from nanovllm.runner.model_plan import ModelPlan
@@ -65,22 +68,26 @@ class Startup:
         self._stopwatch = stopwatch
         self.plan = plan = ModelPlan.of(config)
         self.device = plan.device
-        self.attention = select_attention(
-            config.attention_backend,
-            plan.device,
-            plan.dtype,
-            plan.model_config.head_dim,
-            config.kvcache_block_size,
-            fp8_cache=plan.has_fp8_cache,
-        )
-        self._num_kv_heads = parallel.divide_kv_heads(plan.model_config.num_kv_heads)
-        self._cache = KVCacheShape.of(
-            plan.model_config, self.attention.block_size, plan.kv_cache_dtype, self._num_kv_heads
-        )
+        self.attention = self._select_attention(plan, config.kvcache_block_size)
+        self._cache = self._cache_of(plan)
+        self._attentions = [self.attention]  # of the model, then of the draft model
+        if plan.draft is not None:
+            self._attentions.append(self._select_attention(plan.draft, self.attention.block_size))
+            self._cache = replace(self._cache, draft=self._cache_of(plan.draft))
         self._use_cuda_graphs = (
-            plan.device.type == "cuda" and not config.enforce_eager and self.attention.decode.supports_cuda_graphs
+            plan.device.type == "cuda"
+            and not config.enforce_eager
+            and all(attention.decode.supports_cuda_graphs for attention in self._attentions)
         )
         stopwatch.lap("configuration")
+
+    def _select_attention(self, plan: ModelPlan, block_size: int | None) -> AttentionSelection:
+        backend, head_dim = self._config.attention_backend, plan.model_config.head_dim
+        return select_attention(backend, plan.device, plan.dtype, head_dim, block_size, fp8_cache=plan.has_fp8_cache)
+
+    def _cache_of(self, plan: ModelPlan) -> KVCacheShape:
+        num_kv_heads = self._parallel.divide_kv_heads(plan.model_config.num_kv_heads)
+        return KVCacheShape.of(plan.model_config, self.attention.block_size, plan.kv_cache_dtype, num_kv_heads)
 
     @property
     def query_group(self) -> int | None:
@@ -89,7 +96,7 @@ class Startup:
             return None
         if None not in self.plan.model_config.windows:  # no layer attends to what lies before its window
             return None
-        return self.plan.model_config.num_heads // self._parallel.size // self._num_kv_heads
+        return self.plan.model_config.num_heads // self._parallel.size // self._cache.num_kv_heads
 
     @property
     def _starts_fast(self) -> bool:
@@ -99,8 +106,13 @@ class Startup:
     # Weights
 
     def build_model(self) -> CausalLM:
-        """Returns the model without its weights."""
-        plan = self.plan
+        """Returns the model, and the draft model if there is one, without their weights."""
+        model = self._build(self.plan, self.attention)
+        if (draft := self.plan.draft) is None:
+            return model
+        return ModelWithDraft(model, self._build(draft, self._attentions[-1]), draft.model_config.num_layers)
+
+    def _build(self, plan: ModelPlan, attention: AttentionSelection) -> CausalLM:
         needed = 3 * plan.max_model_len * plan.model_config.head_dim * torch.float32.itemsize  # the table and its parts
         if needed > (free := free_memory(self.device)):
             raise OutOfMemoryError(
@@ -110,7 +122,7 @@ class Startup:
         context = ModelContext(
             config=plan.model_config,
             max_positions=plan.max_model_len,
-            backends=self.attention,
+            backends=attention,
             parallel=self._parallel,
             dtype=plan.dtype,
             device=self.device,
@@ -121,16 +133,20 @@ class Startup:
         return model
 
     def load(self, runner: StartingRunner, check: Callable[[], None]) -> None:
-        """Loads the model's weights and, on a GPU, compiles the kernels meanwhile.
+        """Loads the weights of all models and, on a GPU, compiles the kernels meanwhile.
 
         check: called while the weights load; may raise to stop loading.
         """
-        name, rank = self.plan.folder or self._config.model, self._parallel.rank
-        events.model_loading.log(logger, rank=rank, model=str(name))
-        self._log_model()
+        rank, model = self._parallel.rank, runner.model
+        models = {model: self.plan}
+        if isinstance(model, ModelWithDraft) and self.plan.draft is not None:
+            models = {model.target: self.plan, model.draft: self.plan.draft}
         warm_up = None
-        if (folder := self._weights_folder) is not None:
-            check_weights(runner.model, folder, runner.model.redundant_weights, runner.model.checkpoint_form)
+        for each, plan in models.items():
+            events.model_loading.log(logger, rank=rank, model=plan.name)
+            self._log_model(plan.model_config)
+            if (folder := self._weights_folder(plan)) is not None:
+                check_weights(each, folder, each.redundant_weights, each.checkpoint_form)
         try:
             if self.device.type == "cuda":
                 materialise(runner.model, self.device)
@@ -141,9 +157,10 @@ class Startup:
                         runner.launch,
                         config.max_num_rows,
                         drafts=config.speculative_config is not None,
+                        draft_model=self.plan.draft is not None,
                         everything=not self._starts_fast,
                     )
-            report = self._load_weights(runner.model, check)
+            reports = [self._load_weights(each, plan, check) for each, plan in models.items()]
             finish_loading(runner.model)
             finish_loading_experts(runner.model)
         except RuntimeError as error:
@@ -151,35 +168,34 @@ class Startup:
                 raise
             num_bytes = sum(weight.nbytes for weight in runner.model.parameters())
             raise OutOfMemoryError(
-                f"The {num_bytes / GB:.2f} GB of {name}'s weights do not fit on {self.device}: {error} "
+                f"The {num_bytes / GB:.2f} GB of {self.plan.name}'s weights do not fit on {self.device}: {error} "
                 "Choose a smaller model, or end the other processes on this device."
             ) from error
         finally:
             if warm_up is not None:
                 warm_up.wait()
-        events.model_weights.log(
-            logger,
-            rank=rank,
-            num_tensors=report.num_tensors,
-            gigabytes=report.num_bytes / GB,
-            num_files=report.num_files,
-            seconds=report.seconds,
-        )
+        for report in reports:
+            events.model_weights.log(
+                logger,
+                rank=rank,
+                num_tensors=report.num_tensors,
+                gigabytes=report.num_bytes / GB,
+                num_files=report.num_files,
+                seconds=report.seconds,
+            )
         log_gpu_memory(logger, device=self.device, event=events.model_loaded)
         self._stopwatch.lap("weights")
 
-    def _load_weights(self, model: CausalLM, check: Callable[[], None]) -> LoadReport:
-        if (folder := self._weights_folder) is None:
+    def _load_weights(self, model: CausalLM, plan: ModelPlan, check: Callable[[], None]) -> LoadReport:
+        if (folder := self._weights_folder(plan)) is None:
             return load_dummy_weights(model, self.device, self._config.seed)
         return load_weights(model, folder, self.device, model.redundant_weights, check, model.checkpoint_form)
 
-    @property
-    def _weights_folder(self) -> Path | None:
-        """The folder that weights are read from; None for random weights."""
-        return None if self._config.load_format == "dummy" else self.plan.folder
+    def _weights_folder(self, plan: ModelPlan) -> Path | None:
+        """Returns the folder that weights are read from; None for random weights."""
+        return None if self._config.load_format == "dummy" else plan.folder
 
-    def _log_model(self) -> None:
-        shape = self.plan.model_config
+    def _log_model(self, shape: ModelConfig) -> None:
         events.model_config.log(
             logger,
             num_layers=shape.num_layers,
@@ -358,14 +374,14 @@ class Startup:
 
     @property
     def _has_mixed_graphs(self) -> bool:
-        return self._use_cuda_graphs and self.attention.prefill.supports_prefill_graphs
+        return self._use_cuda_graphs and all(each.prefill.supports_prefill_graphs for each in self._attentions)
 
-    def finish(self, num_blocks: int, max_model_len: int) -> ResolvedConfig:
+    def finish(self, runner: StartingRunner, num_blocks: int, max_model_len: int) -> ResolvedConfig:
         """Logs the memory in use and returns the settings that were chosen."""
         log_gpu_memory(logger, device=self.device, event=events.kv_cache_memory)
         config, plan = self._config, self.plan
         return ResolvedConfig(
-            model=str(plan.folder or config.model),
+            model=plan.name,
             device=str(self.device),
             dtype=plan.dtype_name,
             vocab_size=plan.model_config.vocab_size,
@@ -384,4 +400,5 @@ class Startup:
             decode_backend=self.attention.decode.name,
             pipeline_depth=plan.pipeline_depth(config),
             quantization=None if plan.quantization is None else plan.quantization.name,
+            draft_cost=runner.model.draft_cost if isinstance(runner.model, ModelWithDraft) else 0.0,
         )

@@ -61,6 +61,7 @@ class DeviceStepHandle:
             gpu_ms=gpu_ms,
             logprobs=logprobs,
             prompt_logprobs=tuple(map(_step_logprobs, sampled.prompt_logprobs)),
+            drafts=None if sampled.drafts is None else sampled.drafts.numpy(),
         )
 
 

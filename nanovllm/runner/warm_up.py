@@ -31,8 +31,8 @@ class WarmUp:
 
     Triton compiles a kernel when it is first launched, and lets other threads run meanwhile.
     submit: launches a step of a model runner whose rows, and a cache of the null block, are allocated.
-    drafts: also compile what steps with drafts need. everything: also compile what only some requests need, such as
-    top-k sampling and log-probabilities.
+    drafts: also compile what steps with drafts need. draft_model: also what a draft model needs. everything: also what
+    only some requests need, such as top-k sampling and log-probabilities.
     """
 
     def __init__(
@@ -41,11 +41,12 @@ class WarmUp:
         max_num_rows: int,
         *,
         drafts: bool = False,
+        draft_model: bool = False,
         everything: bool = False,
     ) -> None:
         self._submit = submit
         self._batches: queue.SimpleQueue[ScheduledBatch] = queue.SimpleQueue()
-        batches = _batches(max_num_rows, drafts, everything)
+        batches = _batches(max_num_rows, drafts=drafts, draft_model=draft_model, everything=everything)
         for batch in batches:
             self._batches.put(batch)
         self._threads = [
@@ -69,7 +70,7 @@ class WarmUp:
                 self._submit(batch).wait()
 
 
-def _batches(max_num_rows: int, drafts: bool, everything: bool) -> Sequence[ScheduledBatch]:
+def _batches(max_num_rows: int, *, drafts: bool, draft_model: bool, everything: bool) -> Sequence[ScheduledBatch]:
     """Returns steps that together launch all kernels. Those that take longest to compile come first."""
     opened = OpenedRow(0, np.zeros(_PROMPT_LEN, dtype=np.int32), temperature=1.0, seed=0)
     prefill = ScheduledBatch.build(
@@ -87,5 +88,7 @@ def _batches(max_num_rows: int, drafts: bool, everything: bool) -> Sequence[Sche
         decodes += [(1, needs) for needs in _OPTIONAL_PARTS] + [(size, StepNeeds(shares_prefix=True)) for size in sizes]
     first = [prefill]
     if drafts:
-        first.append(ScheduledBatch.build(0, drafts=[(max_num_rows - 1, 0, 0, 1, 0)], decode_rows=[0]))
+        proposals = [(0, 1)] if draft_model else []
+        draft = (max_num_rows - 1, 0, 0, 1, 0)
+        first.append(ScheduledBatch.build(0, drafts=[draft], proposals=proposals, decode_rows=[0]))
     return [*first, *(ScheduledBatch.build(0, decode_rows=range(size), needs=needs) for size, needs in decodes)]

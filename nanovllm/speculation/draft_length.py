@@ -25,15 +25,16 @@ class DraftRate:
         self.share *= (1 - _STEP) ** num_wrong
 
 
-def draft_length(share: float, num_rows: int, longest: int, *, overlaps: bool) -> int:
+def draft_length(share: float, num_rows: int, longest: int, *, overlaps: bool, token_cost: float = 0.0) -> int:
     """Returns how many tokens to draft for a row. 0: it gains nothing.
 
     The token at index i is right with the probability share^(i + 1), and then saves one of the `num_rows` tokens that
-    a step brings. It costs a row. A token that saves less than it costs is not drafted, which is why drafts are shorter
-    where many rows run.
-    overlaps: whether steps are planned before the step before them is read.
+    a step brings. It costs a row, and what it takes to draft it. A token that saves less than it costs is not drafted,
+    which is why drafts are shorter where many rows run.
+    overlaps: whether steps are planned before the step before them is read. token_cost: what drafting one token of each
+    row takes, as a share of a step.
     """
-    cost = _ROW_COST * num_rows / (1 + _ROW_COST * num_rows)
+    cost = _ROW_COST * num_rows / (1 + _ROW_COST * num_rows) + token_cost
     length, expected, probability = 0, 1.0, share
     while length < longest and probability >= cost:
         length, expected, probability = length + 1, expected + probability, probability * share

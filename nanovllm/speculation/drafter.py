@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from nanovllm.config import ResolvedConfig
-from nanovllm.engine.batch import IntArray, RecordArray, ScheduledBatch
+from nanovllm.engine.batch import IntArray, RecordArray, ScheduledBatch, StepResult
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.observer import EngineObserver, VerifiedDrafts
 from nanovllm.engine.row_table import BoolArray, RowArray, RowTable
@@ -19,17 +19,16 @@ from nanovllm.kernels.columns import BLOCKS
 from nanovllm.logs import events
 from nanovllm.speculation.draft_length import DraftRate, draft_length
 from nanovllm.speculation.proposers import Proposer, RecentOutputs, make_proposer
-from nanovllm.speculative_config import SpeculativeConfig
+from nanovllm.speculative_config import MAX_DRAFTING_ROWS, SpeculativeConfig
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
-_MAX_ROWS = 64  # where more rows decode, a draft costs as much as it saves
 _READ_EACH = 2048  # tokens that are read between two steps, so that long prompts hold up none
 
 
 @dataclass
-class _State:
+class DraftState:
     """What is known of a sequence that may have drafts."""
 
     proposer: Proposer
@@ -52,7 +51,7 @@ class Drafter(Speculation):
         self._overlaps = resolved.pipeline_depth > 1
         self._first_row = resolved.max_num_seqs
         self._num_draft_rows = config.num_draft_rows(resolved.max_num_seqs)
-        self._states: dict[Sequence, _State | None] = {}  # of unfinished sequences; None: it has no drafts
+        self._states: dict[Sequence, DraftState | None] = {}  # of unfinished sequences; None: it has no drafts
         self._seen = np.zeros(resolved.max_num_seqs, dtype=np.int32)  # tokens of each row that `watch` has seen
         self._in_flight: BoolArray = np.zeros(resolved.max_num_seqs, dtype=np.bool_)  # a step has a draft of the row
         cached = config.suffix_decoding_max_cached_requests if config.method == "suffix" else 0
@@ -65,7 +64,7 @@ class Drafter(Speculation):
             if not sequence.cache_salt:
                 self._ended.append(sequence.output_token_ids)
         num_rows = int(np.count_nonzero(rows.decoding))
-        if num_rows > _MAX_ROWS:
+        if num_rows > MAX_DRAFTING_ROWS:
             rows.speculates &= self._in_flight
             return
         left = _READ_EACH
@@ -86,9 +85,13 @@ class Drafter(Speculation):
             left -= state.proposer.read(tokens, max(left, 1))
             state.proposal, state.num_tokens = state.proposer.propose(tokens, self._config.max_draft), len(tokens)
             state.length = self._length(state.rate.share, num_rows, min(len(state.proposal), longest))
-            rows.speculates[row] = state.length > 0
+            rows.speculates[row] = self._speculates(state, num_rows, longest)
 
-    def _state_of(self, sequence: Sequence) -> _State | None:
+    def _speculates(self, state: DraftState, num_rows: int, longest: int) -> bool:
+        """Returns whether the next step of a row must wait for its last token. longest: its drafts, in tokens."""
+        return state.length > 0
+
+    def _state_of(self, sequence: Sequence) -> DraftState | None:
         """Returns the state of a sequence, None if it has no drafts, which is logged once."""
         if sequence in self._states:
             return self._states[sequence]
@@ -101,7 +104,7 @@ class Drafter(Speculation):
         if reason is not None:
             events.speculation_off.log(logger, request_id=sequence.request_id, why=reason)
         else:
-            state = _State(self._make_proposer(sequence))
+            state = DraftState(self._make_proposer(sequence))
         self._states[sequence] = state
         return state
 
@@ -152,8 +155,8 @@ class Drafter(Speculation):
             new_blocks.append(items)
         return int(rows.num_blocks[row]) * blocks.block_size
 
-    def rounds(self, batch: ScheduledBatch, token_ids: IntArray, rows: RowTable) -> Iterator[tuple[IntArray, RowArray]]:
-        verified = _verify(batch, token_ids, rows)
+    def rounds(self, batch: ScheduledBatch, result: StepResult, rows: RowTable) -> Iterator[tuple[IntArray, RowArray]]:
+        verified = _verify(batch, result.token_ids, rows)
         for row, one in verified.items():
             self._in_flight[row] = False
             one.sequence.num_draft_tokens += one.num_drafted

@@ -5,6 +5,9 @@ step recomputes, for every token it computes, the digests of the whole context t
 and fails on the first that is not there: a block freed too early, shared too early, or owned twice.
 The next token is a function of the digest, so equal prefixes give equal tokens under any schedule. A row with a mask
 draws among what the mask allows.
+
+A draft model with a cache of its own beside it computes the same tokens, and drafts after a step as the batch asks.
+Its cache is checked the same way. Some of its tokens are wrong.
 """
 
 from __future__ import annotations
@@ -74,15 +77,17 @@ def expected_output(prompt: list[int], max_tokens: int, max_model_len: int, igno
 @dataclass
 class Handle:
     token_ids: np.ndarray
+    drafts: np.ndarray | None = None
 
     def wait(self, check: Callable[[], None] | None = None) -> StepResult:
-        return StepResult(self.token_ids)
+        return StepResult(self.token_ids, drafts=self.drafts)
 
 
 class SimulatedExecutor:
     def __init__(self, config: ResolvedConfig) -> None:
         self.resolved = config
         self.slots: dict[int, int] = {}
+        self.draft_slots: dict[int, int] = {}  # of the draft model
         self.tokens: dict[int, list[int]] = {}
         self.tables: dict[int, dict[int, int]] = {}
         self.masks: dict[int, np.ndarray] = {}
@@ -125,6 +130,7 @@ class SimulatedExecutor:
         for row, start, length in work:  # every layer stores all tokens before it attends
             for position in range(start, start + length):
                 self.slots[self._slot(row, position)] = digests[row][position]
+                self.draft_slots[self._slot(row, position)] = digests[row][position]
                 self.num_tokens_computed += 1
         for row, start, length in work:
             for position in range(start + length):
@@ -145,7 +151,11 @@ class SimulatedExecutor:
         for row, start, length in batch.chunks.tolist():
             final = start + length == len(digests[row])
             assert final == (row in batch.sampled_rows), "exactly the chunks that end their tokens sample"
-        return Handle(np.array(sampled, dtype=np.int32))
+        proposals = batch.section("proposals").tolist()
+        drafts_after = [self._draft(row, num_tokens) for row, num_tokens in proposals]
+        longest = max(map(len, drafts_after), default=0)
+        padded = [tokens + [-1] * (longest - len(tokens)) for tokens in drafts_after]
+        return Handle(np.array(sampled, dtype=np.int32), np.array(padded, dtype=np.int32) if padded else None)
 
     def collect(self, handle: Handle) -> StepResult:
         return handle.wait()
@@ -164,6 +174,19 @@ class SimulatedExecutor:
             digest = extend(digest, token)
             digests.append(digest)
         return digests
+
+    def _draft(self, row: int, num_tokens: int) -> list[int]:
+        known = self.tokens[row]
+        assert len(known) + num_tokens <= self.resolved.max_model_len
+        for _ in range(num_tokens):
+            digests = self._digests(row)
+            self.draft_slots[self._slot(row, len(digests) - 1)] = digests[-1]
+            for position, digest in enumerate(digests):
+                assert self.draft_slots.get(self._slot(row, position)) == digest, "the draft model's cache is wrong"
+            is_right = digests[-1] % 6 > 0
+            self.tokens[row] = [*self.tokens[row], next_token(digests[-1]) if is_right else 0]
+        drafted, self.tokens[row] = self.tokens[row][len(known) :], known
+        return drafted
 
     def _slot(self, row: int, position: int) -> int:
         block_size = self.resolved.block_size

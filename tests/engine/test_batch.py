@@ -32,6 +32,7 @@ IN_ORDER = [
     "chunks",
     "prompt_logprobs",
     "drafts",
+    "proposals",
     "decode_rows",
 ]
 HEADER_SIZE = 7 + len(IN_ORDER)
@@ -66,6 +67,7 @@ changes = st.fixed_dictionaries(
         "chunks": st.lists(st.builds(Chunk, int32, int32, int32), max_size=4),
         "prompt_logprobs": st.lists(st.builds(PromptLogprobs, *[int32] * 5), max_size=3),
         "drafts": st.lists(st.tuples(*[int32] * 5), max_size=4),
+        "proposals": st.lists(st.tuples(int32, int32), max_size=4),
         "decode_rows": st.lists(int32, max_size=4),
     }
 )
@@ -84,6 +86,7 @@ def example() -> ScheduledBatch:
         num_final_chunks=1,
         prompt_logprobs=[PromptLogprobs(chunk_token=0, row=2, position=0, num_tokens=2, num_top=20)],
         drafts=[(8, 3, 0, 6, 99), (9, 3, 1, 7, 98)],
+        proposals=[(3, 4), (0, 2)],
         decode_rows=[0, 3],
     )
 
@@ -101,6 +104,7 @@ def test_what_is_built_is_read_back(step: int, values: dict[str, Any], num_final
         assert batch.prompt_logprobs == values["prompt_logprobs"]
         assert batch.decode_rows.tolist() == values["decode_rows"]
         assert batch.section("drafts").tolist() == values["drafts"]
+        assert batch.section("proposals").tolist() == values["proposals"]
         draft_rows = [draft[0] for draft in values["drafts"]]
         assert batch.computed_rows.tolist() == values["decode_rows"] + draft_rows
         assert batch.num_sampled == len(batch.computed_rows) + num_final
@@ -143,7 +147,7 @@ def test_sections_follow_the_header_in_the_order_in_which_they_apply() -> None:
     assert batch.buffer[:HEADER_SIZE].tolist() == [
         *[VERSION, 7, 1],
         *[0, 0, NO_LOGPROBS, 0],
-        *[1, 1, 3, 2, 5, 2, 2, 2, 1, 2, 4],
+        *[1, 1, 3, 2, 5, 2, 2, 2, 1, 2, 2, 4],
     ]
     assert batch.buffer[batch.sections["opened_tokens"].offset :].tolist() == [
         *[10, 11, 12],
@@ -154,6 +158,7 @@ def test_sections_follow_the_header_in_the_order_in_which_they_apply() -> None:
         *[2, 0, 3, 1, 4, 2],
         *[0, 2, 0, 2, 20],
         *[8, 3, 0, 6, 99, 9, 3, 1, 7, 98],
+        *[3, 4, 0, 2],
         *[0, 3, 8, 9],
     ]
     assert batch.buffer.dtype == np.int32

@@ -53,17 +53,20 @@ def use_cpu_graphs(llm: LLM) -> None:
     pool: Any = CpuGraphPool(runner.parallel.step)
     resolved, null_row = llm.llm_engine.resolved, runner.rows.null_row
     runner._graphs = DecodeGraphs(pool, runner._decode, null_row, null_row)
+    norm = getattr(runner.model, "target", runner.model).model.norm  # of the model that has a draft model beside it
     runner._mixed_graphs = MixedGraphs(
         pool,
         runner._hidden,
         runner._sample,
         max_tokens=resolved.max_num_batched_tokens,
         max_num_rows=null_row,
-        hidden_size=runner.model.model.norm.weight.shape[0],
-        dtype=runner.model.model.norm.weight.dtype,
+        hidden_size=norm.weight.shape[0],
+        dtype=norm.weight.dtype,
         null_row=null_row,
     )
-    runner._missing_graphs = missing_graphs(pool.device, runner._graphs, runner._mixed_graphs)
+    runner._missing_graphs = missing_graphs(
+        pool.device, *runner._drafts.with_graphs(runner._graphs), runner._mixed_graphs
+    )
 
 
 class GraphLoader:

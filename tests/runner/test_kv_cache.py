@@ -90,6 +90,15 @@ def test_allocation_is_zeroed_and_has_the_null_block() -> None:
     assert sum(page.nbytes for page in pages) == 6 * shape.block_bytes
 
 
+def test_a_draft_models_cache_has_blocks_of_the_same_numbers() -> None:
+    draft = KVCacheShape(num_layers=2, num_kv_heads=1, head_dim=16, block_size=4, dtype=torch.float16)
+    shape = KVCacheShape(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype=torch.float16, draft=draft)
+    caches = shape.allocate(5, torch.device("cpu"))
+    assert [cache.key.shape for cache in caches] == [(6, 4, 2, 8)] * 3 + [(6, 4, 1, 16)] * 2
+    assert sum(page.nbytes for cache in caches for page in (cache.key, cache.value)) == 6 * shape.block_bytes
+    assert shape.block_bytes == replace(shape, draft=None).block_bytes + draft.block_bytes
+
+
 def test_an_fp8_cache_has_half_the_bytes_and_a_scale_for_each_head() -> None:
     fp8 = replace(SHAPE, dtype=torch.float8_e4m3fn)
     assert fp8.block_bytes == 16 * 2 * 28 * 8 * (128 + 4) == 1_835_008 // 2 + 16 * 2 * 28 * 8 * 4

@@ -24,10 +24,13 @@ from nanovllm.utils import FlexibleArgumentParser
         ({"method": "suffix"}, (5, 5), 24),
         ({"method": "suffix", "num_speculative_tokens": 9}, (5, 5), 9),
         ({"method": "suffix", "suffix_decoding_max_tree_depth": 12}, (5, 5), 12),
+        ({"method": "draft_model", "model": "tiny", "num_speculative_tokens": 3}, (5, 5), 3),
+        ({"model": "tiny", "num_speculative_tokens": 3}, (5, 5), 3),
     ],
 )
 def test_defaults(given: dict[str, Any], lookup: tuple[int, int], max_draft: int) -> None:
-    config = SpeculativeConfig(**given)
+    config = SpeculativeConfig.of(given)
+    assert config is not None
     assert (config.lookup, config.max_draft) == (lookup, max_draft)
     assert EngineConfig("tiny", speculative_config=given).speculative_config == given
 
@@ -37,7 +40,13 @@ def test_defaults(given: dict[str, Any], lookup: tuple[int, int], max_draft: int
     [
         ("ngram", "speculative_config='ngram' is not allowed: it must be a dictionary with 'method', or None"),
         ({}, "speculative_config={} is not allowed: it must be a dictionary with 'method'"),
-        ({"method": "eagle"}, "speculative_config.method='eagle' .* one of 'ngram', 'suffix'.*EAGLE"),
+        ({"method": "eagle"}, "speculative_config.method='eagle' .* one of 'ngram', 'suffix', 'draft_model'.*EAGLE"),
+        ({"method": "draft_model", "num_speculative_tokens": 3}, "speculative_config.model=None .* a folder"),
+        ({"method": "draft_model", "model": "tiny"}, "num_speculative_tokens=None .* method='draft_model' has no"),
+        ({"model": "tiny", "num_speculative_tokens": 65}, "num_speculative_tokens=65 .* an integer from 1 to 64"),
+        ({"model": 5, "num_speculative_tokens": 3}, "speculative_config.model=5 .* a text"),
+        ({"model": "tiny", "num_speculative_tokens": 3, "quantization": "int3"}, "quantization='int3' .* 'int4'"),
+        ({"method": "suffix", "model": "tiny"}, "speculative_config.model='tiny' .* None.*Only method='draft_model'"),
         ({"method": "ngram"}, "num_speculative_tokens=None .* an integer from 1 to 64.*longest draft"),
         ({"method": "suffix", "num_speculative_tokens": 0}, "num_speculative_tokens=0 .* an integer from 1 to 64"),
         ({"method": "suffix", "num_speculative_tokens": 65}, "num_speculative_tokens=65 .* an integer from 1 to 64"),

@@ -1,0 +1,146 @@
+"""The draft model on the device: a second model whose KV cache has the blocks of the first.
+
+`ModelWithDraft` computes the tokens of every step with both models. So whatever the model has in a block of its cache,
+the draft model has in its own block of that number: chunks of prompts, cached prefixes and preempted rows need nothing
+of their own. `DraftSteps` lets the draft model decode some tokens further after a step. These are the drafts that the
+next step may verify (docs/speculation.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from nanovllm.attention.interface import AttentionMetadata, LayerKVCache
+from nanovllm.engine.batch import StepNeeds
+from nanovllm.kernels.logprobs import SampledTokens
+from nanovllm.models.causal_lm import CausalLM
+from nanovllm.runner.cuda_graph import DecodeGraphs
+from nanovllm.runner.device_batch import DeviceBatch
+from nanovllm.runner.device_rows import DeviceRows
+from nanovllm.runner.sampler import Sampler
+from nanovllm.speculative_config import MAX_DRAFTING_ROWS
+
+
+class ModelWithDraft(CausalLM):
+    """A model, and the draft model beside it, which computes the same tokens. The hidden states are the model's.
+
+    The draft model's layers have the last of the KV caches.
+    """
+
+    def __init__(self, target: CausalLM, draft: CausalLM, num_draft_layers: int) -> None:
+        torch.nn.Module.__init__(self)
+        self.target, self.draft = target, draft
+        self.lm_head = target.lm_head
+        self._num_draft_layers = num_draft_layers
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        metadata: AttentionMetadata,
+        kv_caches: Sequence[LayerKVCache],
+    ) -> torch.Tensor:
+        hidden: torch.Tensor = self.target(input_ids, positions, metadata, kv_caches[: -self._num_draft_layers])
+        if metadata.decode is not None:  # shared prefixes were looked for with the model's own number of heads
+            metadata = replace(metadata, decode=replace(metadata.decode, shared=None))
+        self.run_draft(input_ids, positions, metadata, kv_caches)
+        return hidden
+
+    def run_draft(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        metadata: AttentionMetadata,
+        kv_caches: Sequence[LayerKVCache],
+    ) -> torch.Tensor:
+        """Runs the draft model alone: arguments and result as of `forward`, in the draft model's hidden size."""
+        hidden: torch.Tensor = self.draft(input_ids, positions, metadata, kv_caches[-self._num_draft_layers :])
+        return hidden
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.target.compute_logits(hidden)
+
+    @property
+    def draft_cost(self) -> float:
+        """The draft model's weights as a share of the model's: about what a token of it takes of a step."""
+        sizes = [sum(weight.nbytes for weight in model.parameters()) for model in (self.draft, self.target)]
+        return sizes[0] / sizes[1]
+
+
+class DraftingRunner(Protocol):
+    """The part of the model runner that draft steps use."""
+
+    model: CausalLM
+    rows: DeviceRows
+    kv_caches: list[LayerKVCache]
+    sampler: Sampler
+
+
+class DraftSteps:
+    """What a step does about drafts once its tokens are sampled: it keeps the right ones, and drafts new ones."""
+
+    def __init__(self, runner: DraftingRunner) -> None:
+        self._runner = runner
+        self._graphs: DecodeGraphs | None = None
+
+    def with_graphs(self, decode_graphs: DecodeGraphs | None) -> tuple[DecodeGraphs | None, DecodeGraphs | None]:
+        """Returns the graphs of decode steps, and those of draft steps, which share their memory, if there are any."""
+        if decode_graphs is not None and isinstance(self._runner.model, ModelWithDraft):
+            null_row = self._runner.rows.null_row
+            num_rows = min(MAX_DRAFTING_ROWS, null_row)
+            self._graphs = _DraftGraphs(decode_graphs.pool, self._decode, num_rows, null_row)
+        return decode_graphs, self._graphs
+
+    def finish(self, batch: DeviceBatch, sampled: SampledTokens) -> SampledTokens:
+        """Returns what a step sampled, with the drafts that it asks for."""
+        rows = self._runner.rows
+        if batch.has("drafts"):
+            rows.accept(batch)
+        if not batch.has("proposals"):
+            return sampled
+        if self._graphs is not None:  # the graphs below write to the memory of the step's own
+            sampled = sampled.map(torch.clone)
+        needs = replace(batch.host.needs, shares_prefix=False, num_logprobs=None)
+        sizes = batch.host.section("proposals")["num_tokens"]  # largest first
+        drafting = batch.columns("proposals", contiguous=True)["row"]  # [num_proposals]
+        lengths = rows.lengths[drafting]
+        longest = int(sizes[0])
+        for size in range(longest):
+            unfinished = drafting[: int(np.count_nonzero(sizes > size))]
+            if self._graphs is None:
+                self._decode(unfinished, needs)
+            else:
+                self._graphs.replay(unfinished, needs)
+        # The drafts follow the rows' tokens, where the next tokens overwrite them.
+        positions = lengths.long().unsqueeze(1) + torch.arange(longest, device=lengths.device)
+        drafts = rows.token_ids[drafting.unsqueeze(1), positions.clamp_(max=rows.max_model_len)]
+        rows.lengths[drafting] = lengths
+        return replace(sampled, drafts=drafts)
+
+    def _decode(self, drafting: torch.Tensor, needs: StepNeeds) -> SampledTokens:
+        """Appends a token of the draft model to each of `drafting` [num_rows] int32. A CUDA graph records this.
+
+        It is drawn with the seed, temperature and edits of its row, as the model's own token at this position will be.
+        """
+        runner = self._runner
+        model, rows = runner.model, runner.rows
+        assert isinstance(model, ModelWithDraft), "a batch with proposals is for an engine with a draft model"
+        inputs = rows.decode_inputs(drafting)
+        hidden = model.run_draft(inputs.input_ids, inputs.positions, inputs.attention, runner.kv_caches)
+        draft, takes_all = model.draft, runner.sampler.takes_all_logits(needs)
+        logits = draft.compute_logits(hidden) if takes_all else draft.lm_head.logits_share(hidden)
+        sampled = runner.sampler(logits, drafting, rows, needs)
+        rows.append(drafting, sampled.token_ids)
+        return sampled
+
+
+class _DraftGraphs(DecodeGraphs):
+    """Graphs of draft steps, which never look for shared prefixes."""
+
+    def capture_missing(self, needs: StepNeeds) -> Iterator[None]:
+        return iter(()) if needs.shares_prefix else super().capture_missing(needs)
