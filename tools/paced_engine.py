@@ -20,7 +20,7 @@ from nanovllm.engine.executor import Diagnostics, StepTime, existing
 from nanovllm.engine.in_process_executor import InProcessExecutor
 from nanovllm.utils.stopwatch import Stopwatch
 
-_FIRST_TOKEN, _LAST_TOKEN = 3, 400  # of the tiny checkpoint: texts without special tokens
+_FIRST_TOKEN, _LAST_TOKEN = 256, 500  # of the tiny checkpoint: words and parts of words
 _IN_PROCESS = "import paced_engine\npaced_engine.replace_executor({step_ms})\n"
 
 

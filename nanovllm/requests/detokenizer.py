@@ -6,9 +6,13 @@ Only streams and requests with stop strings use them. Other outputs are decoded 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from nanovllm.requests.stop_search import StopMatcher, StopSearch
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 _CONTEXT = 4  # tokens decoded again before the new ones, since a token's text may depend on those to its left
 _MAX_WINDOW = 16  # tokens after which the window is cut to its context
@@ -24,17 +28,24 @@ class Detokenizer:
       context has all of them.
     - Tokens that stand for one byte each, such as `<0xE2>`. A tokenizer with byte fallback decodes a run of them at
       once, and to replacements alone if the run is not valid UTF-8. They wait for the token that ends the run.
+
+    With a byte-level tokenizer, tokens of whole characters need no window: `TokenTexts` has their texts.
     """
 
     def __init__(self, tokenizer: Any, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._texts = token_texts(tokenizer, skip_special_tokens)
         self._window: list[int] = []
         self._bytes: list[int] = []  # the run of byte tokens after the window
         self._num_shown = 0  # characters of the window's text that were returned
 
     def add(self, *token_ids: int) -> str:
         """Returns the characters that these tokens complete; "" if the character needs more tokens."""
+        if self._texts is not None and not self._window:
+            texts = [text for token_id in token_ids if (text := self._texts[token_id]) is not None]
+            if len(texts) == len(token_ids):
+                return "".join(texts)
         known = len(self._window)
         for token_id in token_ids:
             if self._is_byte(token_id):
@@ -49,7 +60,10 @@ class Detokenizer:
         text = self._decode(self._window)
         new = text[self._num_shown : len(text) - text.endswith(_REPLACEMENT)]
         self._num_shown += len(new)
-        if len(self._window) > _MAX_WINDOW:
+        if self._texts is not None and self._num_shown == len(text):
+            self._window.clear()
+            self._num_shown = 0
+        elif len(self._window) > _MAX_WINDOW:
             self._cut_window()
         return new
 
@@ -78,6 +92,39 @@ class Detokenizer:
 
     def _decode(self, token_ids: list[int]) -> str:
         return decode(self._tokenizer, token_ids, self._skip_special_tokens)
+
+
+class TokenTexts(dict[int, "str | None"]):
+    """The texts of tokens, by id, for a tokenizer that joins the bytes of its tokens. None: not whole characters.
+
+    After a whole character, such a token adds the same text wherever it stands. Ids are looked up when they are needed.
+    """
+
+    def __init__(self, backend: Tokenizer, skip_special_tokens: bool) -> None:
+        super().__init__()
+        self._backend, self._skip_special_tokens = backend, skip_special_tokens
+
+    def __missing__(self, token_id: int) -> str | None:
+        text: str = self._backend.decode([token_id], skip_special_tokens=self._skip_special_tokens)
+        self[token_id] = None if _REPLACEMENT in text else text
+        return self[token_id]
+
+
+_TOKEN_TEXTS: WeakKeyDictionary[Any, dict[bool, TokenTexts]] = WeakKeyDictionary()  # by tokenizer
+
+
+def token_texts(tokenizer: Any, skip_special_tokens: bool) -> TokenTexts | None:
+    """Returns the texts of a tokenizer's tokens; None if it does not join the bytes of its tokens."""
+    kind: type = type(tokenizer)
+    if not _decodes_in_backend(kind):
+        return None
+    from tokenizers.decoders import ByteLevel
+
+    backend = tokenizer.backend_tokenizer
+    if not isinstance(backend.decoder, ByteLevel):
+        return None
+    known = _TOKEN_TEXTS.setdefault(tokenizer, {})
+    return known.setdefault(skip_special_tokens, TokenTexts(backend, skip_special_tokens))
 
 
 class StopStrings:

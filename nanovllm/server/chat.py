@@ -46,6 +46,13 @@ class ChoiceUpdate:
     completion: CompletionOutput  # its tokens and log-probabilities
     finish_reason: FinishReason | None
 
+    @property
+    def text_alone(self) -> str:
+        """The text that is new in a message's content, if nothing else is; otherwise ""."""
+        if len(self.deltas) != 1 or self.finish_reason is not None or self.completion.logprobs:
+            return ""
+        return self.deltas[0].content
+
 
 class ChatRun:
     """A request that runs. `usage` counts its tokens; `prompt_output` is the newest output of the engine."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -23,7 +24,7 @@ from nanovllm.server.protocol.chat import (
     ToolCallPart,
 )
 from nanovllm.server.protocol.errors import RESPONSES
-from nanovllm.server.responses import DONE, event, json_answer, stream_answer
+from nanovllm.server.responses import DONE, TextEvents, event, json_answer, stream_answer
 from nanovllm.server.sampling import given_names
 from nanovllm.server.service import service_of
 
@@ -53,6 +54,8 @@ class _Answer:
     def __init__(self, run: ChatRun) -> None:
         self._run, self._body = run, run.body
         self._created = int(time.time())
+        # Whether the chunks of a choice may differ in their text alone.
+        self._may_be_text_alone = not (self._body.return_token_ids or self._body.wants_continuous_usage)
 
     async def complete(self) -> ChatCompletion:
         choices: list[ChatChoice] = []
@@ -65,19 +68,16 @@ class _Answer:
         return answer
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        run, body, begun = self._run, self._body, False
+        run, body, begun, texts = self._run, self._body, False, TextEvents("content")
         async with aclosing(run.updates()) as updates:
             async for update in updates:
                 if not begun:
                     begun = True
                     yield event(self._first_chunk())
-                choices = [choice for each in update if (choice := self._delta_choice(each)) is not None]
-                if not choices and not body.wants_continuous_usage:
-                    continue
-                chunk = self._chunk("chat.completion.chunk", choices)
-                if body.wants_continuous_usage:
-                    chunk["usage"] = run.usage.usage
-                yield event(chunk)
+                if self._may_be_text_alone and len(update) == 1 and (text := update[0].text_alone):
+                    yield texts.event(update[0].index, text, partial(self._delta_chunk, update))
+                elif (chunk := self._delta_chunk(update)) is not None:
+                    yield event(chunk)
         if body.wants_usage:
             yield event({**self._chunk("chat.completion.chunk", []), "usage": run.usage.usage})
         yield DONE
@@ -110,6 +110,16 @@ class _Answer:
             answer["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or [])
         if output is not None and self._body.return_token_ids:
             answer["prompt_token_ids"] = output.prompt_token_ids
+
+    def _delta_chunk(self, update: list[ChoiceUpdate]) -> ChatCompletion | None:
+        """Returns the chunk with what is new; None if there is nothing to tell."""
+        choices = [choice for each in update if (choice := self._delta_choice(each)) is not None]
+        if not choices and not self._body.wants_continuous_usage:
+            return None
+        chunk = self._chunk("chat.completion.chunk", choices)
+        if self._body.wants_continuous_usage:
+            chunk["usage"] = self._run.usage.usage
+        return chunk
 
     def _choice(self, update: ChoiceUpdate) -> ChatChoice:
         parsed = ParsedMessage()

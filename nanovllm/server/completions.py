@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter
@@ -20,7 +21,7 @@ from nanovllm.server.logprobs import CompletionRows, prompt_logprobs
 from nanovllm.server.merging import merged
 from nanovllm.server.protocol.completions import Completion, CompletionChoice, CompletionLogprobs, CompletionRequest
 from nanovllm.server.protocol.errors import RESPONSES
-from nanovllm.server.responses import DONE, event, json_answer, stream_answer
+from nanovllm.server.responses import DONE, TextEvents, event, json_answer, stream_answer
 from nanovllm.server.sampling import check_request, given_names, make_params
 from nanovllm.server.service import Service, service_of
 from nanovllm.server.usage import UsageCount
@@ -58,6 +59,10 @@ class _CompletionRun:
         service.admit(exchange, len(self._prompts) * self._params.n)
         self._id, self._created = exchange.name("cmpl"), int(time.time())
         self._count = UsageCount(exchange)
+        # Whether the chunks of a choice differ in their text alone, until it ends.
+        self._has_text_alone = body.logprobs is None and not (
+            body.echo or body.return_token_ids or body.wants_continuous_usage
+        )
         self._rows: dict[int, CompletionRows] = {}  # by the index of the choice; those that have begun
 
     async def answer(self) -> Completion:
@@ -70,14 +75,16 @@ class _CompletionRun:
         return {**self._chunk(choices), "usage": self._count.usage}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        body = self._body
+        body, texts = self._body, TextEvents("text")
         async with aclosing(self._outputs()) as outputs:
             async for number, output in outputs:
                 self._count.add(output)
-                chunk = self._chunk([self._choice(number, output, each) for each in output.outputs])
-                if body.wants_continuous_usage:
-                    chunk["usage"] = self._count.usage
-                yield event(chunk)
+                first = output.outputs[0]
+                if self._has_text_alone and len(output.outputs) == 1 and first.finish_reason is None:
+                    index = self._index(number, first)
+                    yield texts.event(index, first.text, partial(self._output_chunk, number, output))
+                else:
+                    yield event(self._output_chunk(number, output))
         if body.wants_usage:
             yield event({**self._chunk([]), "usage": self._count.usage})
         yield DONE
@@ -88,6 +95,17 @@ class _CompletionRun:
         )
         each = zip(self._prompts, ids, strict=True)
         return merged([self._service.generate(self._exchange, prompt, self._params, name) for prompt, name in each])
+
+    def _output_chunk(self, number: int, output: RequestOutput) -> Completion:
+        """Returns the chunk with what is new in an output. number: of the prompt."""
+        chunk = self._chunk([self._choice(number, output, each) for each in output.outputs])
+        if self._body.wants_continuous_usage:
+            chunk["usage"] = self._count.usage
+        return chunk
+
+    def _index(self, number: int, completion: CompletionOutput) -> int:
+        """Returns the index of a completion's choice. number: of the prompt."""
+        return number * self._params.n + completion.index
 
     def _chunk(self, choices: list[CompletionChoice]) -> Completion:
         return {
@@ -101,7 +119,7 @@ class _CompletionRun:
 
     def _choice(self, number: int, output: RequestOutput, completion: CompletionOutput) -> CompletionChoice:
         """Returns a completion, or what is new in it. number: of the prompt."""
-        body, index = self._body, number * self._params.n + completion.index
+        body, index = self._body, self._index(number, completion)
         begins = index not in self._rows
         if begins:
             self._rows[index] = CompletionRows(bool(body.return_tokens_as_token_ids))

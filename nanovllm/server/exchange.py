@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 from starlette.requests import Request
-from starlette.types import Scope
+from starlette.types import Scope, Send
 
 SCOPE_KEY = "nanovllm.exchange"  # of the ASGI scope
 
@@ -16,10 +16,12 @@ class Exchange:
     """One request. Endpoints fill in what they know; the access log shows it when the answer has ended.
 
     number: unique in this process. client_request_id: the client's X-Request-Id. request_id: the id in the answer and
-    of the engine's request, which endpoints that generate set with `name`.
+    of the engine's request, which endpoints that generate set with `name`. send_body: sends a part of the answer's body
+    past the layers of the framework, which look at its head alone.
     """
 
     number: str
+    send_body: Send
     client_request_id: str | None = None
     request_id: str | None = None
     status: int | None = None  # None: the answer has not started

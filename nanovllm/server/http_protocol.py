@@ -1,11 +1,11 @@
-"""HttpProtocol: uvicorn's HTTP/1.1 for hostile and for modern clients."""
+"""HttpProtocol: uvicorn's HTTP/1.1 for hostile, for modern and for old clients."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 _MAX_HEAD = 65_536  # bytes of the request line and the headers
 _HTTP_2 = re.compile(rb"(?i)\r\nupgrade:[ \t]*h2c")
@@ -14,7 +14,7 @@ _HTTP_2 = re.compile(rb"(?i)\r\nupgrade:[ \t]*h2c")
 class HttpProtocol(HttpToolsProtocol):
     """Refuses a head without end, and ignores an offer to go on with HTTP/2, as Java's clients send it.
 
-    httptools stops reading at such an offer, and the body would be lost.
+    httptools stops reading at such an offer, and the body would be lost. Streams to clients of HTTP/1.0 are not chunked.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -34,7 +34,27 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._is_in_body, self._head_size = True, 0
         super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0" and self.cycle is not None:
+            self.cycle.send = _Unchunked(self.cycle).send  # type: ignore[method-assign]
 
     def on_message_complete(self) -> None:
         self._is_in_body = False
         super().on_message_complete()
+
+
+class _Unchunked:
+    """Sends a body of unknown length as it is. The end of the connection, which uvicorn does not keep, is its end."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle, self._send = cycle, cycle.send
+        self._has_length = False
+
+    async def send(self, message: Any) -> None:
+        cycle = self._cycle
+        if message["type"] == "http.response.start":
+            self._has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not self._has_length:
+                cycle.chunked_encoding = False
+        elif not self._has_length:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await self._send(message)

@@ -50,7 +50,7 @@ class RequestMiddleware:
         if len(path) > 1 and path.endswith("/"):
             path = path.rstrip("/")
             scope["path"] = scope["path"].rstrip("/")
-        exchange = scope[SCOPE_KEY] = Exchange(uuid.uuid4().hex)
+        exchange = scope[SCOPE_KEY] = Exchange(uuid.uuid4().hex, send)
         is_counted = path not in _UNLOGGED
         self._service.counts.add(requests=is_counted)
         try:

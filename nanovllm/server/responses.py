@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from nanovllm.server.errors import ApiError, as_api_error
+from nanovllm.server.exchange import Exchange, exchange_of
 
 T = TypeVar("T")
 
@@ -36,6 +37,28 @@ class JsonResponse(Response):
 def event(data: Any) -> bytes:
     """Returns a server-sent event in OpenAI's form."""
     return b"data: " + orjson.dumps(data, option=_OPTIONS) + b"\n\n"
+
+
+class TextEvents:
+    """Makes events that differ in the text of one field. Encodes the rest once for each index.
+
+    field: its name, which no other field of the events has.
+    """
+
+    def __init__(self, field: str) -> None:
+        self._key = f'"{field}":'.encode()  # does not occur in texts, whose quotes are escaped
+        self._around: dict[int, tuple[bytes, bytes]] = {}  # what is before and after the text, by index
+
+    def event(self, index: int, text: str, make: Callable[[], Any]) -> bytes:
+        """Returns the event of an index with this text. make: returns its data; called for the first one."""
+        encoded = orjson.dumps(text)
+        if index in self._around:
+            before, after = self._around[index]
+            return before + encoded + after
+        data = event(make())
+        before, after = data.split(self._key + encoded)
+        self._around[index] = before + self._key, after
+        return data
 
 
 def named_event(data: Mapping[str, Any]) -> bytes:
@@ -87,14 +110,18 @@ async def stream_answer(
     except BaseException:
         await events.aclose()
         raise
-    return _EventStream(first, events, describe_error)
+    return _EventStream(exchange_of(request), first, events, describe_error)
 
 
 class _EventStream(Response):
     def __init__(
-        self, first: bytes, events: AsyncGenerator[bytes, None], describe_error: Callable[[ApiError], bytes]
+        self,
+        exchange: Exchange,
+        first: bytes,
+        events: AsyncGenerator[bytes, None],
+        describe_error: Callable[[ApiError], bytes],
     ) -> None:
-        self._first, self._events, self._describe_error = first, events, describe_error
+        self._exchange, self._first, self._events, self._describe_error = exchange, first, events, describe_error
         self.status_code, self.background = 200, None
         # X-Accel-Buffering: nginx passes each event on at once.
         self.init_headers({"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"})
@@ -103,16 +130,18 @@ class _EventStream(Response):
         await unless_disconnected(receive, self._send(send))
 
     async def _send(self, send: Send) -> None:
-        async def write(data: bytes) -> None:
-            # Waits while the client reads slowly. The engine merges what it does not fetch in that time.
-            await send({"type": "http.response.body", "body": data, "more_body": True})
-
         async with aclosing(self._events):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await write(self._first)
+            send = self._exchange.send_body
+            await send(_part(self._first))
             try:
                 async for data in self._events:
-                    await write(data)
+                    # Waits while the client reads slowly. The engine merges what it does not fetch in that time.
+                    await send(_part(data))
             except Exception as error:
-                await write(self._describe_error(as_api_error(error)))
+                await send(_part(self._describe_error(as_api_error(error))))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _part(data: bytes) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": True}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import nanovllm
-from nanovllm.requests.detokenizer import Detokenizer, StopStrings, decode
+from nanovllm.requests.detokenizer import Detokenizer, StopStrings, decode, token_texts
 from nanovllm.requests.stop_search import StopSearch
 from tests.properties import examples
 from tests.requests.tokenizer_kinds import BYTE_LEVEL, KINDS, LLAMA, byte_tokens
@@ -257,3 +259,19 @@ def test_a_stop_string_that_came_too_early_does_not_count_later() -> None:
 def test_a_stop_string_that_does_not_come_ends_nothing(stop: str) -> None:
     token_ids = encode("introduce yourself in two words")
     assert stopped(token_ids, stop) == (None, "", len(token_ids))
+
+
+def test_tokens_of_whole_characters_are_decoded_once() -> None:
+    """By a byte-level tokenizer, for all requests."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=BYTE_LEVEL.backend_tokenizer)
+    token_ids = tokenizer.convert_tokens_to_ids(["ab", "ðŁ", "ĺĢ", "ab"])
+    for _ in range(2):
+        detokenizer = Detokenizer(tokenizer, True)
+        assert [detokenizer.add(token_id) for token_id in token_ids] == ["ab", "", "😀", "ab"]
+        assert detokenizer.end() == ""
+    assert token_texts(tokenizer, True) == {token_ids[0]: "ab", token_ids[1]: None}
+    assert token_texts(tokenizer, False) == {}
+    gone = weakref.ref(tokenizer)
+    del tokenizer, detokenizer
+    gc.collect()
+    assert gone() is None

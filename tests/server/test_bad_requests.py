@@ -7,12 +7,13 @@ import json
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tests.processes import PATIENCE
-from tests.server.running_server import CONTINUATION, QUESTION, RunningServer, error_of
+from tests.server.running_server import CONTINUATION, PROMPT, QUESTION, RunningServer, error_of
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 SECRET = "my secret prompt"
@@ -283,6 +284,31 @@ def answer_to(server: RunningServer, data: bytes) -> bytes:
 def test_an_offer_of_http_2_is_ignored(server: RunningServer) -> None:
     offer = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQC\r\n"
     assert b'"text":" 85"' in answer_to(server, request_bytes(offer))
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_a_stream_to_a_client_of_http_1_0_is_not_chunked(server: RunningServer, path: str) -> None:
+    """It ends with the connection, even if the client asks to keep it."""
+    fields = {"prompt": PROMPT} if path == COMPLETIONS else {"messages": QUESTION}
+    body = json.dumps({**fields, "temperature": 0, "stream": True}).encode()
+    head = f"POST {path} HTTP/1.0\r\nContent-Type: application/json\r\nConnection: keep-alive\r\n"
+    head += f"Content-Length: {len(body)}\r\n\r\n"
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=PATIENCE) as connection:
+        connection.sendall(head.encode() + body)
+        answer = b"".join(iter(partial(connection.recv, 4096), b""))
+    answer_head, _, events = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in answer_head.lower()
+    assert b"connection: close" in answer_head.lower()
+    *chunks, done, end = events.decode().split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    assert all(json.loads(each.removeprefix("data: "))["object"] for each in chunks)
+
+
+def test_an_answer_to_a_client_of_http_1_0_has_its_length(server: RunningServer) -> None:
+    answer = answer_to(server, request_bytes().replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert b"content-length: " in answer.lower()
+    assert b'"text":" 85"' in answer
 
 
 def test_a_head_without_end_is_refused(server: RunningServer) -> None:
