@@ -98,12 +98,13 @@ class QuantizedExperts:
         residual: torch.Tensor | None = None,
         norm: RMSNorm | None = None,
     ) -> torch.Tensor:
-        gate_up = self._matrices(layer, "gate_up", layer.hidden_size)
-        down = self._matrices(layer, "down", layer.inner.size)
+        gate_up, down = self.matrices(layer, "gate_up"), self.matrices(layer, "down")
         return quantized_experts_mlp(hidden, gate_up, down, routing, residual, **norm_arguments(norm))
 
-    def _matrices(self, layer: Experts, stack: str, num_inputs: int) -> ExpertMatrices:
+    def matrices(self, layer: Experts, stack: str) -> ExpertMatrices:
+        """Returns a stack of every expert, as the product takes it."""
         method = self.methods[stack]
+        num_inputs = layer.inner.size if stack == "down" else layer.hidden_size
         rows, columns = (dim + 1 for dim in method.scale_dims)
         weight, scale = (getattr(layer, f"{stack}_{name}") for name in ("weight", "weight_scale"))
         zeros: torch.Tensor | None = getattr(layer, f"{stack}_weight_zeros", None)

@@ -46,8 +46,11 @@ class Fp8Linear(QuantizedLinear):
         return quantize_fp8(weight, self.block(weight.shape[1]))
 
     def fill(self, layer: LinearLayer, matrices: Sequence[QuantizedMatrix]) -> None:
-        layer.weight.copy_(torch.cat([each.values for each in matrices]))
-        cast(torch.Tensor, layer.weight_scale).copy_(torch.cat([each.scale for each in matrices]))
+        weight_scale, first = cast(torch.Tensor, layer.weight_scale), 0
+        for piece, matrix in zip(layer.pieces, matrices, strict=True):
+            layer.weight[piece.row : piece.row + len(matrix.values)] = matrix.values
+            weight_scale[first : first + len(matrix.scale)] = matrix.scale
+            first += len(matrix.scale)
         if self.is_static:
             # One scale for the inputs that the pieces share: the largest, which cuts off none of them.
             scales = [torch.ones(1) if each.input_scale is None else each.input_scale.cpu() for each in matrices]
