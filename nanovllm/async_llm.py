@@ -263,7 +263,7 @@ class _Outputs(AsyncGenerator[RequestOutput, None]):
                     if output.finished:
                         self.close()
                     return output
-                await self._request.wait()
+                await self._request.news.wait()
         except BaseException:
             self.close()
             raise
@@ -287,7 +287,7 @@ class _Outputs(AsyncGenerator[RequestOutput, None]):
 
     async def aclose(self) -> None:
         self.close()
-        self._request.wake()  # for a task that waits for the next output
+        self._request.news.set()  # for a task that waits for the next output
 
     async def asend(self, value: None) -> RequestOutput:
         return await self.__anext__()

@@ -40,37 +40,42 @@ class RequestOutputKind(enum.Enum):
     FINAL_ONLY = 2
 
 
-def _schema_text(schema: object) -> str:
-    """Returns a JSON schema as text. Raises InvalidArgumentError if it is not JSON."""
-    try:
-        text = schema if isinstance(schema, str) else json.dumps(schema)
-        json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidArgumentError(
-            "structured_outputs.json", schema, _JSON.allowed, f"Error when read as JSON: {error}."
-        ) from None
-    return text
+def _json_rule(field: str, what: str) -> Rule:
+    """Returns the rule of JSON, as a dictionary or as text. It is kept as text."""
+    allowed = f"{what}, as a dictionary or as text"
+
+    def text_of(value: object) -> str:
+        try:
+            text = value if isinstance(value, str) else json.dumps(value)
+            json.loads(text)
+        except (TypeError, ValueError, RecursionError) as error:
+            hint = f"Error when read as JSON: {error}."
+            raise InvalidArgumentError(f"structured_outputs.{field}", value, allowed, hint) from None
+        return text
+
+    return Rule(allowed, lambda value: True, text_of)
 
 
 def _is_sequence(value: object) -> bool:
     return isinstance(value, (list, tuple))
 
 
-_JSON = Rule("a JSON schema, as a dictionary or as text", lambda value: True, _schema_text)
+_JSON = _json_rule("json", "a JSON schema")
+_STRUCTURAL_TAG = _json_rule("structural_tag", "a structural tag")
 _TEXT = Rule("a text", lambda value: isinstance(value, str))
 _CHOICE = Rule(
     "a list of one or more texts",
     lambda texts: _is_sequence(texts) and len(texts) > 0 and all(isinstance(text, str) for text in texts),
     tuple,
 )
-_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 @checks_argument_names
 @lists_arguments
 @dataclass(frozen=True)
 class StructuredOutputsParams:
-    """What an output must look like. Exactly one of `json`, `regex`, `choice`, `grammar` and `json_object` is given.
+    """What an output must look like: one of `json`, `regex`, `choice`, `grammar`, `json_object` and `structural_tag`.
 
     Needs xgrammar (`pip install xgrammar`). Raises InvalidArgumentError (a ValueError), which names the field, for a
     value that is not allowed.
@@ -90,7 +95,15 @@ class StructuredOutputsParams:
     )
     json_object: bool | None = argument(None, SWITCH.or_none(), "True: any JSON object.")
     disable_any_whitespace: bool = argument(
-        False, SWITCH.or_none(), "With `json` and `json_object`: only the spaces that `json.dumps` writes."
+        False,
+        SWITCH.or_none(),
+        "With `json`, `json_object` and `structural_tag`: JSON has only the spaces that `json.dumps` writes.",
+    )
+    structural_tag: str | Mapping[str, Any] | None = argument(
+        None,
+        _STRUCTURAL_TAG.or_none(),
+        "Any text in which what stands between certain tags fits a schema or a grammar, in xgrammar's form: "
+        "{'format': …}, or {'structures': …, 'triggers': …}. It is kept as text.",
     )
 
     def __post_init__(self) -> None:

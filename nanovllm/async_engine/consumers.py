@@ -80,7 +80,7 @@ class AsyncRequest:
     def __init__(self, request_id: str, kind: RequestOutputKind, client_request_id: str | None) -> None:
         self.request_id, self.kind, self.client_request_id = request_id, kind, client_request_id
         self.context = contextvars.copy_context()  # its consumer's, with the current span if there is one
-        self._waiter: asyncio.Future[None] | None = None  # belongs to the event loop
+        self.news = asyncio.Event()  # set in the event loop only
         self.loop: asyncio.AbstractEventLoop | None = None  # the consumer's, once it has begun
         self.arrival = 0.0  # when its consumer began, unless it is set before
         self.is_aborted = False
@@ -88,17 +88,6 @@ class AsyncRequest:
         self.started: StartedRequest | None = None
         self.has_news = False  # tokens or an end that its consumer has not fetched
         self.end: RequestEnd | BaseException | None = None
-
-    async def wait(self) -> None:
-        """Waits for `wake`, which is called when there is something to fetch."""
-        if self._waiter is None or self._waiter.done():
-            self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
-
-    def wake(self) -> None:
-        """Lets `wait` return."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 class StartedRequest:
@@ -236,6 +225,7 @@ class Consumers:
 
         Raises the error that ended the request, if any.
         """
+        request.news.clear()
         if not request.has_news:  # set before the event loop is told to wake the consumer
             return None
         with self._lock:
@@ -294,7 +284,7 @@ class Consumers:
             to_wake = self._to_wake.pop(loop, [])
         for request in to_wake:
             with suppress(RuntimeError):  # its consumer went on in another loop, which is closed
-                request.wake()
+                request.news.set()
 
     # Called by the thread that receives the engine's events
 

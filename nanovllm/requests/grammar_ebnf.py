@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable
 
 Ranges = tuple[tuple[int, int], ...]  # of code points, sorted, apart, each with both ends
@@ -13,8 +14,18 @@ _MAX_DEPTH = 50  # of parentheses in an expression of texts
 _SHORT_ESCAPES = {0x22: '"', 0x5C: "\\", 8: "b", 9: "t", 10: "n", 12: "f", 13: "r"}
 
 
+_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|\[(?:[^\]\\\n]|\\.)*\]|#[^\n]*')
+
+
 class UnenforceableError(ValueError):
     """A schema, regex or grammar asks for what no grammar here can enforce. The message says what to do instead."""
+
+
+def without_lookahead(grammar: str) -> str:
+    """Returns a grammar of a request. Raises UnenforceableError if it looks ahead, which xgrammar ignores."""
+    if "(=" in _TEXTS.sub("", grammar):
+        raise UnenforceableError("Lookahead is not supported: '(=' would be ignored")
+    return grammar
 
 
 def literal(text: str) -> str:

@@ -11,25 +11,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeAlias
 
-from nanovllm.requests.grammar_ebnf import UnenforceableError, any_of
+from nanovllm.requests.grammar_ebnf import UnenforceableError, any_of, without_lookahead
 from nanovllm.requests.grammar_json import json_grammar
 from nanovllm.requests.grammar_matcher import grammar_error
 from nanovllm.requests.grammar_regex import read_regex
+from nanovllm.requests.grammar_tags import enforced_tag
 from nanovllm.sampling_params import StructuredOutputsParams
 
 Grammar: TypeAlias = Any  # xgrammar.Grammar, not compiled yet
 
-_EBNF_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|\[(?:[^\]\\\n]|\\.)*\]|#[^\n]*')
 _LARK_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|//[^\n]*|#[^\n]*')
 _reading = threading.Lock()  # stderr is the process's
 
 
 def read_grammar(params: StructuredOutputsParams) -> Grammar:
-    """Reads a schema, regex, choice or grammar. Raises InvalidArgumentError if xgrammar cannot enforce it."""
+    """Reads what an output must look like. Raises InvalidArgumentError if xgrammar cannot enforce it."""
     from xgrammar import Grammar as Reader
 
     try:
         with _warnings_raised():
+            if params.structural_tag is not None:
+                return Reader.from_structural_tag(_structural_tag(params))
             if params.grammar is not None and not re.search(r"^\s*[\w-]+\s*::=", params.grammar, re.MULTILINE):
                 return Reader.from_lark(_lark(params.grammar))
             return Reader.from_ebnf(ebnf(params))
@@ -49,10 +51,12 @@ def ebnf(params: StructuredOutputsParams) -> str:
         return f"root ::= {read_regex(params.regex).expression}"
     if params.choice is not None:
         return f"root ::= {any_of(params.choice)}"
-    text = str(params.grammar)
-    if "(=" in _EBNF_TEXTS.sub("", text):
-        raise UnenforceableError("Lookahead is not supported: '(=' would be ignored")
-    return text
+    return without_lookahead(str(params.grammar))
+
+
+def _structural_tag(params: StructuredOutputsParams) -> str:
+    given = json.loads(str(params.structural_tag), parse_constant=_refuse_constant)
+    return json.dumps(enforced_tag(given, any_whitespace=not params.disable_any_whitespace))
 
 
 def _lark(text: str) -> str:

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from nanovllm.outputs import CompletionOutput, RequestOutput
 from nanovllm.requests.chat import ChatOptions
 from nanovllm.requests.tokenization import Prompt
-from nanovllm.sampling_params import RequestOutputKind, SamplingParams
+from nanovllm.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from nanovllm.server.errors import invalid
 from nanovllm.server.exchange import Exchange
 from nanovllm.server.parsers import REASONING_PARSERS, TOOL_PARSERS
@@ -131,8 +131,9 @@ class ChatRun:
         body, settings = self.body, self.service.settings
         if is_forced(body):
             return forced_parser(body)
-        if self.params.structured_outputs is not None:  # all of the text is what was asked for
-            return PlainText()
+        wanted = self.params.structured_outputs
+        if isinstance(wanted, StructuredOutputsParams) and wanted.structural_tag is None:
+            return PlainText()  # all of the text is what was asked for
         tool_parser = _tool_parser(self.service, body)
         calls = PlainText() if tool_parser is None else tool_parser()
         if settings.reasoning_parser is None:

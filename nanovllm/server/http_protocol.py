@@ -14,7 +14,7 @@ _HTTP_2 = re.compile(rb"(?i)\r\nupgrade:[ \t]*h2c")
 class HttpProtocol(HttpToolsProtocol):
     """Refuses a head without end, and ignores an offer to go on with HTTP/2, as Java's clients send it.
 
-    httptools stops reading at such an offer, and the body would be lost. Streams to clients of HTTP/1.0 are not chunked.
+    httptools stops reading at such an offer, and the body would be lost. Clients of HTTP/1.0 get no chunks.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -120,7 +120,10 @@ def structured_outputs(body: GenerationRequest) -> StructuredOutputsParams | Non
 def given_names(body: GenerationRequest) -> dict[str, str]:
     """Returns the fields of the body that fields of SamplingParams come from, where their names differ."""
     names = {f"structured_outputs.{kind}": f"guided_{kind}" for kind in _GUIDED if getattr(body, f"guided_{kind}")}
-    return names or ({"structured_outputs.json": "response_format.json_schema.schema"} if body.response_format else {})
+    if not names and body.response_format:
+        names["structured_outputs.json"] = "response_format.json_schema.schema"
+        names["structured_outputs.structural_tag"] = "response_format"
+    return names
 
 
 _GUIDED = ("json", "regex", "choice", "grammar")
@@ -135,8 +138,11 @@ def _of_format(wanted: ResponseFormat | None) -> dict[str, Any]:
         return {}
     if wanted.type == "json_object":
         return {"json_object": True}
+    if wanted.type == "structural_tag":
+        return {"structural_tag": wanted.unknown_fields}
     if wanted.type != "json_schema":
-        raise invalid("response_format.type", "response_format.type must be 'text', 'json_object' or 'json_schema'.")
+        allowed = "'text', 'json_object', 'json_schema' or 'structural_tag'"
+        raise invalid("response_format.type", f"response_format.type must be {allowed}.")
     if wanted.json_schema is None or wanted.json_schema.schema_ is None:
         raise invalid("response_format.json_schema", "response_format.json_schema must have a 'schema'.")
     return {"json": wanted.json_schema.schema_}

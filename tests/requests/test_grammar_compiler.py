@@ -28,7 +28,20 @@ from tests.requests.grammar_gate import gate
 __all__ = ["gate"]  # a fixture
 
 EOS = (509, 507)
+TEXT = {"type": "any_text"}
+TAGS = [
+    {"type": "tag", "begin": f"<{name}>", "content": content, "end": f"</{name}>"}
+    for name, content in (
+        ("a", {"type": "json_schema", "json_schema": {"type": "integer"}, "style": "json", "excludes": []}),
+        ("b", {"type": "grammar", "grammar": 'root ::= "a" root | "b"'}),
+        ("c", {"type": "regex", "pattern": r"\d{2}"}),
+    )
+]
 VOCAB_SIZE = 520  # eight more than the tokenizer has: a padded head
+
+
+def tag(begin: str, schema: Any) -> dict[str, Any]:
+    return {"begin": begin, "schema": schema, "end": begin.replace("<", "</")}
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +157,21 @@ def takes(matcher: Follower, tokenizer: PreTrainedTokenizerBase, text: str) -> b
         ),
         ({"json": {"type": ["string", "null"], "maxLength": 1}}, ["null", '"a"'], ['"ab"']),
         ({"json": '{"enum": ["a", 1, null]}'}, ['"a"', "1", "null"], ["a", "2"]),
+        (
+            {"structural_tag": {"structures": [tag("<a>", {"type": "integer"})], "triggers": ["<"]}},
+            ["", "no tag", "1 <a>17</a> 2 <a>-3</a>"],
+            ["<b>", "<a>x</a>", "<a>17", "1 <a>1.5</a>"],
+        ),
+        (
+            {"structural_tag": {"format": {"type": "triggered_tags", "triggers": ["<"], "tags": TAGS}}},
+            ["x <a>17</a> <b>aab</b>", "<c>12</c>"],
+            ["<a>true</a>", "<b>a</b>", "<c>1</c>", "<d>"],
+        ),
+        (
+            {"structural_tag": {"format": {"type": "sequence", "elements": [TAGS[0], {**TEXT, "excludes": ["no"]}]}}},
+            ["<a>1</a>", "<a>1</a> yes"],
+            ["", " yes", "<a>1</a> no"],
+        ),
     ],
 )
 def test_what_fits(
@@ -203,6 +231,24 @@ def test_matchers_of_one_grammar_do_not_share_their_place(grammars: GrammarCompi
             "'uniqueItems': true cannot be enforced: leave it out",
         ),
         ({"json": {"type": "string", "pattern": "a+", "maxLength": 3}}, "'pattern' with 'minLength' or"),
+        ({"structural_tag": {}}, "a structural tag has a 'format', or 'structures' and 'triggers'"),
+        ({"structural_tag": "[]"}, "a structural tag has a 'format', or 'structures' and 'triggers'"),
+        ({"structural_tag": {"structures": [{"begin": "<a>"}]}}, "'begin', 'schema' and 'end'"),
+        ({"structural_tag": {"structures": [tag("<a>", {})]}}, "triggers"),
+        ({"structural_tag": {"format": None}}, "format"),
+        ({"structural_tag": {"format": {"type": "xml"}}}, "the type of a format is one of tag, triggered_tags"),
+        ({"structural_tag": {"format": {**TEXT, "exclude": ["a"]}}}, "type any_text has the fields excludes alone"),
+        ({"structural_tag": {"format": {**tag("a", {}), "type": "tag", "content": 3}}}, ""),
+        ({"structural_tag": {"format": {"type": "regex", "pattern": "(?=a)b"}}}, "Lookahead is not supported"),
+        ({"structural_tag": {"format": {"type": "grammar", "grammar": 'root ::= (="a")'}}}, "Lookahead"),
+        (
+            {"structural_tag": {"structures": [tag("<a>", {"uniqueItems": True})], "triggers": ["<"]}},
+            "'uniqueItems': true cannot be enforced",
+        ),
+        (
+            {"structural_tag": {"format": {"type": "json_schema", "json_schema": {}, "style": "qwen_xml"}}},
+            "type json_schema has the fields json_schema alone",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused_at_the_door(grammars: GrammarCompiler, asked: dict[str, Any], why: str) -> None:

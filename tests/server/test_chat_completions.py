@@ -142,6 +142,17 @@ def test_json(server: RunningServer) -> None:
     )
 
 
+def test_structural_tags(server: RunningServer) -> None:
+    structures = [{"begin": "<n>", "schema": {"enum": [17]}, "end": "</n>"}]
+    content = {"type": "json_schema", "json_schema": {"enum": [17]}}
+    one = {"type": "tag", "begin": "<n>", "content": content, "end": "</n>"}
+    for wanted, expected in (({"format": one}, "<n>17</n>"), ({"structures": structures, "triggers": ["<n>"]}, ANSWER)):
+        answer = server.chat(response_format={"type": "structural_tag", **wanted})
+        assert answer["choices"][0]["message"]["content"] == expected
+    error = error_of(server.post(PATH, messages=QUESTION, response_format={"type": "structural_tag"}), 400)
+    assert error["param"] == "response_format"
+
+
 def calls_in(chunks: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """The tool calls of a stream, put together as openai's clients do."""
     calls: dict[int, dict[str, Any]] = {}

@@ -54,6 +54,16 @@ def test_calls_follow_the_reasoning(servers: Any, form: str, streams: bool) -> N
     assert engine.params[-1].skip_special_tokens is (form == "hermes")
 
 
+def test_calls_are_found_in_structural_tags(servers: Any) -> None:
+    engine, client = servers["hermes"]
+    engine.text = f"<think>\nHmm.\n</think>\n\n{HERMES}"
+    structures = [{"begin": "<tool_call>", "schema": {"type": "object"}, "end": "</tool_call>"}]
+    form: Any = {"type": "structural_tag", "structures": structures, "triggers": ["<tool_call>"]}
+    message = client.chat.completions.create(**FIELDS, response_format=form).choices[0].message
+    assert [(call.function.name, call.function.arguments) for call in message.tool_calls] == CALLS
+    assert message.reasoning == "Hmm."
+
+
 def test_a_stream_names_the_call_first(servers: Any) -> None:
     engine, client = servers["hermes"]
     engine.text = HERMES

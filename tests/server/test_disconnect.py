@@ -77,7 +77,7 @@ def test_a_slow_reader_holds_up_nobody(server: RunningServer) -> None:
     asyncio.run(read_slowly())
     *chunks, done = b"".join(sent).decode().strip().split("\n\n")
     assert done == "data: [DONE]"
-    assert len(chunks) == 2  # all that was generated meanwhile is one chunk
+    assert len(chunks) in (2, 3)  # what was generated meanwhile is one chunk; the end may reach the server after it
     assert json.loads(chunks[-1].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
 
 

@@ -38,9 +38,9 @@ class JsonSchema(ApiModel):
 
 
 class ResponseFormat(ApiModel):
-    """What the output must look like, in OpenAI's form."""
+    """What the output must look like, in OpenAI's form, or as a structural tag in vLLM's."""
 
-    type: str = Field(description="text, json_object or json_schema")
+    type: str = Field(description="text, json_object, json_schema, or structural_tag with its fields beside")
     json_schema: JsonSchema | None = None
 
 
