@@ -46,7 +46,7 @@ def main(arguments: Sequence[str], prog: str) -> int:
     return serve(settings, engine_args)
 
 
-def make_parser(prog: str, exit_on_error: bool = True) -> argparse.ArgumentParser:
+def make_parser(prog: str, exit_on_error: bool = True) -> FlexibleArgumentParser:
     """Returns the parser of `nanovllm serve`. Without exit_on_error, a mistake raises argparse.ArgumentError."""
     parser = FlexibleArgumentParser(prog=prog, description=DESCRIPTION, exit_on_error=exit_on_error)
     parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="the same as --model")

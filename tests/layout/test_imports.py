@@ -18,6 +18,7 @@ FILES = sorted((ROOT / "nanovllm").rglob("*.py"))
 # From the public API down: a module may import from its own level and from those after it. A name stands for the
 # module, or for the whole package; the entry nearest to a module counts.
 LEVELS = [
+    ("nanovllm.integrations",),
     ("nanovllm.__main__", "nanovllm.cli"),
     ("nanovllm.server",),
     ("nanovllm.benchmarks",),
@@ -180,8 +181,8 @@ OPTIONAL = {
     "nanovllm.tracing": {"nanovllm.engine_factory"},
     "nanovllm.quantization": {"nanovllm.runner.model_plan"},
     "nanovllm.report": {"nanovllm.cli.report"},
-    "nanovllm.data_parallel": {"nanovllm.server.dev", "nanovllm.server.serve", "nanovllm.server.service"},
-    "nanovllm.server": {"nanovllm.cli.generate", "nanovllm.cli.serve"},
+    "nanovllm.data_parallel": {"nanovllm.server.dev", "nanovllm.server.service"},
+    "nanovllm.server": {"nanovllm.cli.generate", "nanovllm.cli.serve", "nanovllm.integrations.ray.serve"},
 }
 
 

@@ -1,0 +1,3 @@
+"""nanovllm in a Ray cluster."""
+
+from nanovllm.integrations.ray.serve import build_app as build_app
