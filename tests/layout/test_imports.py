@@ -18,8 +18,8 @@ FILES = sorted((ROOT / "nanovllm").rglob("*.py"))
 # From the public API down: a module may import from its own level and from those after it. A name stands for the
 # module, or for the whole package; the entry nearest to a module counts.
 LEVELS = [
-    ("nanovllm.integrations",),
     ("nanovllm.__main__", "nanovllm.cli"),
+    ("nanovllm.integrations",),
     ("nanovllm.server",),
     ("nanovllm.benchmarks",),
     ("nanovllm", "nanovllm.entrypoints", "nanovllm.v1", "nanovllm.engine.async_llm_engine", "nanovllm.report"),
