@@ -1,1 +1,1 @@
-"""What runs nanovllm inside other systems."""
+"""Other systems that run the engine. Each is a package of its own, and an extra."""

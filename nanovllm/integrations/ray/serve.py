@@ -7,6 +7,7 @@ import inspect
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from typing import Any
 
 import xxhash
@@ -14,11 +15,12 @@ from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
 
-from nanovllm.cli.serve import make_parser, read_settings
+from nanovllm.config import EngineConfig
 from nanovllm.engine_args import AsyncEngineArgs
 from nanovllm.errors import EngineDeadError, InvalidArgumentError, NanoVLLMError, UnknownArgumentError
 from nanovllm.logs.configuration import attached
 from nanovllm.server.app import make_app
+from nanovllm.server.options import make_parser, read_settings
 from nanovllm.server.service import Service, make_engine
 from nanovllm.server.settings import ServerSettings
 from nanovllm.utils.argparse_utils import option_texts
@@ -26,10 +28,7 @@ from nanovllm.utils.garbage_collection import existing_objects_exempt
 
 _DEPLOYMENT_OPTIONS = inspect.signature(serve.deployment).parameters.keys() - {"_func_or_class", "version"}
 # Serve listens, starts processes, and replaces a replica whose engine has died.
-_OPTIONS_OF_SERVE = (
-    *("host", "port", "uds", "ssl_keyfile", "ssl_certfile", "root_path"),
-    *("api_server_count", "exit_on_death"),
-)
+_NOT_HERE = ["host", "port", "uds", "ssl_keyfile", "ssl_certfile", "root_path", "api_server_count", "exit_on_death"]
 _NO_LIMIT = 10**9  # so that requests wait in the queue of an engine, and not in Serve's proxies
 _HEALTH_CHECK_SECONDS = 1.0  # Serve replaces a replica after three failures
 _EXIT_SECONDS = 10.0  # for Serve to see that no request is left, and for the engine to end
@@ -51,8 +50,8 @@ def build_app(args: Mapping[str, Any]) -> Application:
     def make_replica() -> FastAPI:
         return _replica_app(settings, engine_args)
 
-    server = serve.ingress(make_replica)(LLMServer)
-    return serve.deployment(server, **_deployment_options(given, settings, engine_args)).bind()
+    deployment = serve.deployment(**_deployment_options(given, settings, engine_args))
+    return deployment(serve.ingress(make_replica)(LLMServer)).bind()
 
 
 class LLMServer:
@@ -70,8 +69,8 @@ def _replica_app(settings: ServerSettings, engine_args: AsyncEngineArgs) -> Fast
     """Starts an engine. Returns the application that answers with it, and ends it with its lifespan."""
     # With equal seeds, the first requests of all replicas would draw the same tokens.
     replica = serve.get_replica_context().replica_tag
-    engine_args.seed = xxhash.xxh3_64_intdigest(replica.encode(), seed=engine_args.seed) >> 1
-    engine = make_engine(engine_args, settings.data_parallel_size)
+    seed = xxhash.xxh3_64_intdigest(replica.encode(), seed=engine_args.seed) >> 1
+    engine = make_engine(EngineConfig(**{**asdict(engine_args), "seed": seed}), settings.data_parallel_size)
     service = Service(settings, engine)
 
     @asynccontextmanager
@@ -86,9 +85,9 @@ def _replica_app(settings: ServerSettings, engine_args: AsyncEngineArgs) -> Fast
 
 
 def _read_options(args: Mapping[str, Any]) -> tuple[ServerSettings, AsyncEngineArgs]:
-    for name in _OPTIONS_OF_SERVE:
+    for name in _NOT_HERE:
         if name in args:
-            hint = "Ray Serve listens and starts processes. Give `http_options` to `serve.start`."
+            hint = "Ray Serve listens, and starts and replaces processes. See its http_options."
             raise InvalidArgumentError(name, args[name], "left out", hint)
     parser = make_parser("build_app", exit_on_error=False)
     known = [option.lstrip("-").replace("-", "_") for option in parser.known_options]
