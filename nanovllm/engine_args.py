@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from nanovllm.compat.unsupported import ENGINE_ARGUMENTS, WRITTEN_IN, Unsupported
 from nanovllm.config import ALIASES, EngineConfig, check_names
+from nanovllm.errors import shown
 from nanovllm.utils.argparse_utils import FlexibleArgumentParser, Switch
 from nanovllm.utils.arguments import SWITCH, Argument, arguments_of
 
@@ -110,7 +111,7 @@ def _add_option(group: argparse._ArgumentGroup, declared: Argument, type_hint: A
         except (ValueError, OverflowError):
             value = text
         if not declared.rule.accepts(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {declared.rule.allowed}")
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not {declared.rule.allowed}")
         return value
 
     metavar = {int: "N", float: "X", Mapping: "JSON"}.get(typing.get_origin(kinds[0]) or kinds[0], "TEXT")

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from nanovllm.logs.handlers import ConsoleHandler, LogFileHandler, formatter_of
 from nanovllm.logs.levels import LEVELS, levels_by_logger, parse_level_spec
 from nanovllm.utils import env
 
-__all__ = ["PACKAGE", "configure_logging", "forward_records", "warn_about_level"]
+__all__ = ["PACKAGE", "attached", "configure_logging", "forward_records", "warn_about_level"]
 
 PACKAGE = "nanovllm"
 
@@ -93,6 +94,17 @@ def forward_records() -> None:
     Is called before the rest of nanovllm is imported.
     """
     _STATE.forwards = True
+
+
+@contextmanager
+def attached(handler: logging.Handler) -> Iterator[None]:
+    """Gives a handler the package's records while the block runs."""
+    package_logger = logging.getLogger(PACKAGE)
+    package_logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        package_logger.removeHandler(handler)
 
 
 def _open_file(path: Path | None) -> None:

@@ -2,7 +2,7 @@
 
     app.py          make_app(service): the FastAPI application with its routers; `error_body` chooses the form of errors
     service.py      Service: the engine, the model's names, the limit of the queue, chat templates, the tokenizer
-    settings.py     ServerSettings: the options of `nanovllm serve` that are not the engine's
+    settings.py     ServerSettings: the options of `nanovllm serve` that are not the engine's; options.py parses all
     middleware.py   around every request: id, API key, size of the body, trace, errors, access log
     http_protocol.py    what uvicorn reads from a connection: a limit of the head, no upgrade to HTTP/2
     exchange.py     Exchange: one request, as the access log shows it

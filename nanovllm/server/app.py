@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Lifespan
 
 from nanovllm import __version__
 from nanovllm.errors import NanoVLLMError
@@ -34,9 +35,16 @@ from nanovllm.server.service import Service
 _NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}  # spans are those of the engine's requests
 
 
-def make_app(service: Service) -> FastAPI:
-    """Returns the application that answers with `service`."""
-    app = FastAPI(title="nanovllm", version=__version__, docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY)
+def make_app(service: Service, lifespan: Lifespan[FastAPI] | None = None) -> FastAPI:
+    """Returns the application that answers with `service`. lifespan: for servers that run one."""
+    app = FastAPI(
+        title="nanovllm",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        telemetry=_NO_TELEMETRY,
+        lifespan=lifespan,
+    )
     app.router.redirect_slashes = False  # the middleware takes a slash at the end away
     app.state.service = service
     for module in (completions, chat_completions, messages, responses_api, models, tokenize, status, chat_page):

@@ -7,7 +7,6 @@ requests end; a second one ends the process at once.
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import socket
 import sys
@@ -20,15 +19,13 @@ from typing import Any
 
 import uvicorn
 
-from nanovllm.async_llm import AsyncLLM
 from nanovllm.config import EngineConfig
-from nanovllm.data_parallel.engines import DataParallelLLM
 from nanovllm.errors import NanoVLLMError
 from nanovllm.logs import events
-from nanovllm.logs.configuration import PACKAGE
+from nanovllm.logs.configuration import attached
 from nanovllm.server.app import make_app
 from nanovllm.server.http_protocol import HttpProtocol
-from nanovllm.server.service import Engine, Service
+from nanovllm.server.service import Engine, Service, make_engine
 from nanovllm.server.settings import ServerSettings
 from nanovllm.utils.garbage_collection import existing_objects_exempt
 from nanovllm.utils.logger import setup_logger
@@ -46,7 +43,7 @@ def serve(settings: ServerSettings, engine_args: EngineConfig) -> int:
     died under `exit_on_death`. 128 + the signal's number: a second signal ended it.
     """
     service = Service(settings)
-    server = HttpServer(service, partial(_make_engine, engine_args, settings.data_parallel_size))
+    server = HttpServer(service, partial(make_engine, engine_args, settings.data_parallel_size))
     try:
         server.run()
     except SystemExit:  # uvicorn has said why it cannot listen
@@ -60,12 +57,6 @@ def serve(settings: ServerSettings, engine_args: EngineConfig) -> int:
             server.engine.exit()
     events.server_stopped.log(logger, outcome=server.outcome, status=server.status)
     return server.status
-
-
-def _make_engine(engine_args: EngineConfig, num_replicas: int) -> Engine:
-    if num_replicas == 1:
-        return AsyncLLM.from_engine_args(engine_args)
-    return DataParallelLLM(engine_args, num_replicas)
 
 
 class HttpServer(uvicorn.Server):
@@ -105,12 +96,8 @@ class HttpServer(uvicorn.Server):
             self._begin(self._start_engine())
 
     async def serve(self, sockets: Any = None) -> None:
-        package_logger, handler = logging.getLogger(PACKAGE), self._service.recent_events
-        package_logger.addHandler(handler)
-        try:
+        with attached(self._service.recent_events):
             await super().serve(sockets)
-        finally:
-            package_logger.removeHandler(handler)
 
     def _begin(self, work: Any) -> None:
         self._tasks.append(asyncio.ensure_future(work))

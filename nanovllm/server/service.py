@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast
 from starlette.requests import Request
 
 from nanovllm.async_llm import AsyncLLM
+from nanovllm.config import EngineConfig
 from nanovllm.data_parallel.engines import DataParallelLLM
 from nanovllm.logs import events
 from nanovllm.logs.recent_events import RecentEvents
@@ -32,6 +33,13 @@ State = Literal["starting", "ready", "draining"]
 
 _RETRY_SECONDS = 1
 _MAX_NAMES = 100  # unknown fields that are logged
+
+
+def make_engine(engine_args: EngineConfig, num_replicas: int) -> Engine:
+    """Starts an engine, or several that share the requests."""
+    if num_replicas == 1:
+        return AsyncLLM.from_engine_args(engine_args)
+    return DataParallelLLM(engine_args, num_replicas)
 
 
 class Service:

@@ -12,7 +12,6 @@ with it: its listening socket stays open here, and its successor takes the conne
 
 from __future__ import annotations
 
-import logging
 import os
 import queue
 import signal
@@ -37,7 +36,7 @@ from nanovllm.async_engine.outbox import Outbox
 from nanovllm.config import EngineConfig
 from nanovllm.errors import NanoVLLMError
 from nanovllm.logs import events
-from nanovllm.logs.configuration import PACKAGE
+from nanovllm.logs.configuration import attached
 from nanovllm.logs.recent_events import RecentEvents
 from nanovllm.server.counts import Counts, shared_table
 from nanovllm.server.process_messages import ApiReady, AskEvents, DrainApi, EndApi, LatestEvents, StartApi, ToApi
@@ -112,9 +111,8 @@ class _Supervisor:
 
     def run(self) -> tuple[int, str]:
         """Serves. Returns the exit status and its reason."""
-        logging.getLogger(PACKAGE).addHandler(self._recent_events)
         try:
-            with self._signals():
+            with attached(self._recent_events), self._signals():
                 self._begin()
                 while self._processes:
                     self._work.get()()
@@ -129,7 +127,6 @@ class _Supervisor:
                     os.unlink(self._settings.uds)
             if self._has_engine:
                 self._engine.stop()
-            logging.getLogger(PACKAGE).removeHandler(self._recent_events)
         return self._status, self._outcome
 
     @contextmanager

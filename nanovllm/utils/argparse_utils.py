@@ -6,11 +6,11 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["CommandParser", "FlexibleArgumentParser", "Switch"]
+__all__ = ["CommandParser", "FlexibleArgumentParser", "Switch", "option_texts"]
 
 _SWITCH_VALUES = ("true", "false")
 
@@ -55,6 +55,8 @@ class CommandParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
+        if not self.exit_on_error:
+            raise argparse.ArgumentError(None, message)
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
     @staticmethod
@@ -96,14 +98,7 @@ class FlexibleArgumentParser(CommandParser):
             self.error(f"argument --config: the file cannot be read ({type(error).__name__})")
         if not isinstance(options, dict):
             self.error("argument --config: the file must have a YAML mapping")
-        texts: list[str] = []
-        for name, value in options.items():
-            option = _with_dashes(f"--{name}")
-            if isinstance(value, list):
-                texts += [option, *map(str, value)]
-            elif value is not None:
-                texts.append(f"{option}={value if isinstance(value, str) else json.dumps(value)}")
-        return [*texts, *given[:at], *rest]
+        return [*option_texts(options), *given[:at], *rest]
 
     def _with_objects(self, given: list[str]) -> list[str]:
         """Returns the texts, with `--option.field value` as `--option={"field": value}`."""
@@ -149,6 +144,18 @@ class Switch(argparse.Action):
             raise argparse.ArgumentError(self, f"{values!r} is not true or false")
         is_on = str(values).lower() == "true"
         setattr(namespace, self.dest, is_on != str(option).startswith("--no-"))
+
+
+def option_texts(options: Mapping[str, Any]) -> list[str]:
+    """Returns the command line that gives options by their long names. Those that are None are left out."""
+    texts: list[str] = []
+    for name, value in options.items():
+        option = _with_dashes(f"--{name}")
+        if isinstance(value, (list, tuple)):
+            texts += [option, *map(str, value)]
+        elif value is not None:
+            texts.append(f"{option}={json.dumps(value) if isinstance(value, (bool, dict)) else value}")
+    return texts
 
 
 def _with_dashes(text: str) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from nanovllm import InvalidArgumentError
-from nanovllm.cli.serve import main, make_parser, read_settings
+from nanovllm.cli.serve import main
 from nanovllm.engine_args import AsyncEngineArgs
+from nanovllm.server.options import make_parser, read_settings
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from nanovllm.cli.serve import make_parser, read_settings
 from nanovllm.engine_args import AsyncEngineArgs
+from nanovllm.server.options import make_parser, read_settings
 from tests.processes import ROOT
 from tests.server.running_server import RunningServer, running_server
 from tools.play_endpoint_picker import REQUIRED, Endpoint, MissingMetric, main, pick, read_gauges
