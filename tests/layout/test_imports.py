@@ -19,6 +19,7 @@ FILES = sorted((ROOT / "nanovllm").rglob("*.py"))
 # module, or for the whole package; the entry nearest to a module counts.
 LEVELS = [
     ("nanovllm.__main__", "nanovllm.cli"),
+    ("nanovllm.integrations",),
     ("nanovllm.server",),
     ("nanovllm.benchmarks",),
     ("nanovllm", "nanovllm.entrypoints", "nanovllm.v1", "nanovllm.engine.async_llm_engine", "nanovllm.report"),
@@ -181,7 +182,8 @@ OPTIONAL = {
     "nanovllm.quantization": {"nanovllm.runner.model_plan"},
     "nanovllm.report": {"nanovllm.cli.report"},
     "nanovllm.data_parallel": {"nanovllm.server.dev", "nanovllm.server.serve", "nanovllm.server.service"},
-    "nanovllm.server": {"nanovllm.cli.generate", "nanovllm.cli.serve"},
+    "nanovllm.server": {"nanovllm.cli.generate", "nanovllm.cli.serve", "nanovllm.integrations.ray.serve"},
+    "nanovllm.integrations": set(),
 }
 
 
