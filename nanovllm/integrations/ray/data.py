@@ -154,10 +154,6 @@ class LLMPredictor:
         self._params = sampling_params or self._engine.get_default_sampling_params()
         self._has_output = False
 
-    def __del__(self) -> None:
-        if hasattr(self, "_engine"):  # before Ray kills the actor's child processes
-            self._engine.exit()
-
     async def __call__(self, batch: pa.Table) -> AsyncIterator[pa.Table]:
         if not isinstance(batch, pa.Table):
             hint = "Give map_batches batch_format='pyarrow', or use nanovllm.integrations.ray.generate."
