@@ -135,6 +135,13 @@ engine_process_lost = Event(
     "The engine has ended: {problem}",
     unseen="an AsyncLLM whose process is killed",
 )
+actor_ended = Event(
+    "actor.ended",
+    ERROR,
+    "integrations.ray.data",
+    "The engine has ended, and so does its actor, which Ray starts again: {error}",
+    unseen="an actor of Ray whose engine is killed",
+)
 grammar_output = Event(
     "grammar.output",
     WARNING,

@@ -336,6 +336,11 @@ def variables_in_force() -> dict[str, str]:
     return {name: "set" if name.endswith(_SECRET) else _environment[name].strip() for name in names}
 
 
+def variables_for_workers() -> dict[str, str]:
+    """Returns the variables NANOVLLM_… that are set, without secrets: for processes on other machines."""
+    return {name: text for name, text in variables_in_force().items() if not name.endswith(_SECRET)}
+
+
 def num_usable_cores() -> int:
     """Returns the number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -183,6 +183,7 @@ OPTIONAL = {
     "nanovllm.report": {"nanovllm.cli.report"},
     "nanovllm.data_parallel": {"nanovllm.server.dev", "nanovllm.server.service"},
     "nanovllm.server": {"nanovllm.cli.generate", "nanovllm.cli.serve", "nanovllm.integrations.ray.serve"},
+    "nanovllm.integrations": set(),
 }
 
 

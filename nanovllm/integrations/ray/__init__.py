@@ -13,11 +13,15 @@ if importlib.util.find_spec("ray") is None:
     raise ImportError('nanovllm.integrations.ray needs Ray, which is not installed: pip install "nanovllm[ray]"')
 
 _MODULE_OF = {
+    "LLMPredictor": "nanovllm.integrations.ray.data",
+    "generate": "nanovllm.integrations.ray.data",
     "build_app": "nanovllm.integrations.ray.serve",
 }
 __all__ = list(_MODULE_OF)
 
 if TYPE_CHECKING:  # "import X as X" marks a name as public
+    from nanovllm.integrations.ray.data import LLMPredictor as LLMPredictor
+    from nanovllm.integrations.ray.data import generate as generate
     from nanovllm.integrations.ray.serve import build_app as build_app
 
 
