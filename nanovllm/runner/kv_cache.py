@@ -121,23 +121,24 @@ def lower_cache_size(num_kvcache_blocks: int | None, free: int, block_bytes: int
     return "gpu_memory_utilization" if device.type == "cuda" else f"NANOVLLM_CPU_KVCACHE_GB below {free / GB:.2f}"
 
 
-def num_cpu_blocks(shape: KVCacheShape, max_num_seqs: int, max_model_len: int) -> int:
+def num_cpu_blocks(shape: KVCacheShape, max_num_seqs: int, max_model_len: int, num_ranks: int = 1) -> int:
     """Returns the number of blocks on a CPU. Raises OutOfMemoryError when not even one fits.
 
-    They fill NANOVLLM_CPU_KVCACHE_GB if it is set, else a quarter of the free memory, or what all rows can use if that
-    is less.
+    On all ranks together they fill NANOVLLM_CPU_KVCACHE_GB if it is set, else a quarter of the free memory, or what all
+    rows can use if that is less.
     """
     asked = env.cpu_kvcache_gb()
+    block_bytes = num_ranks * shape.block_bytes  # the ranks share the machine's memory
     if asked is None:
         blocks_of_all_rows = max_num_seqs * -(-max_model_len // shape.block_size)
-        num_blocks = min(int(free_cpu_memory() * _CPU_SHARE) // shape.block_bytes, blocks_of_all_rows)
+        num_blocks = min(int(free_cpu_memory() * _CPU_SHARE) // block_bytes, blocks_of_all_rows)
     else:
-        num_blocks = int(asked * GB) // shape.block_bytes
+        num_blocks = int(asked * GB) // block_bytes
     if num_blocks < 1:
         raise OutOfMemoryError(
-            f"The KV cache needs at least one block of {shape.block_bytes / GB:.4f} GB, and there is "
+            f"The KV cache needs at least one block of {block_bytes / GB:.4f} GB, and there is "
             f"{free_cpu_memory() * _CPU_SHARE / GB if asked is None else asked:.4f} GB for it. Raise "
-            f"NANOVLLM_CPU_KVCACHE_GB to {math.ceil(shape.block_bytes / GB * 1e4) / 1e4} or more, or lower "
+            f"NANOVLLM_CPU_KVCACHE_GB to {math.ceil(block_bytes / GB * 1e4) / 1e4} or more, or lower "
             f"kvcache_block_size={shape.block_size}."
         )
     return num_blocks

@@ -221,7 +221,8 @@ class Startup:
         if config.num_kvcache_blocks is not None:
             return config.num_kvcache_blocks
         if self.device.type == "cpu":
-            return num_cpu_blocks(self._cache, config.max_num_seqs, self.plan.max_model_len)
+            size = self._parallel.size
+            return num_cpu_blocks(self._cache, config.max_num_seqs, self.plan.max_model_len, size)
         try:
             memory = self._measure_memory(runner)
         except torch.OutOfMemoryError as error:

@@ -17,7 +17,7 @@ from tests.processes import WATCHDOG
 
 COUNT = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(COUNT < 2, reason="fewer than two GPUs")]
-SIZES = [size for size in (2, 4) if size <= COUNT]
+SIZES = [size for size in (2, 4, 8) if size <= COUNT]
 DRAWN = SamplingParams(seed=1, temperature=0.8, max_tokens=80, ignore_eos=True)
 PARAMS = [DRAWN, replace(DRAWN, temperature=0), replace(DRAWN, top_k=20, top_p=0.9, logprobs=3)]
 

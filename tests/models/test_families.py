@@ -78,6 +78,20 @@ def test_two_ranks_together_equal_one(
         assert largest_difference(result, expected) < TOLERANCE
 
 
+@pytest.mark.parametrize("num_kv_heads", [8, 4, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eight_ranks_together_equal_one(family: str, num_kv_heads: int, tmp_path: Path) -> None:
+    """Up to four ranks have the same KV head, and the last one's share of the vocabulary is smaller."""
+    fields = {"num_attention_heads": 8, "num_key_value_heads": num_kv_heads, "vocab_size": 321}
+    if family == "opt":
+        del fields["num_key_value_heads"]
+    folder = make_checkpoint(tmp_path, family, WITH_MOST_PARTS[family], **fields)
+    tokens = prompts(321)
+    expected = PagedModel(load_model(folder), ModelConfig.from_folder(folder)).step(tokens)
+    for result in logits_of_ranks(folder, 8, tokens):
+        assert largest_difference(result, expected) < TOLERANCE
+
+
 COMMON = ("vocab_size", "hidden_size", "max_position_embeddings", "tie_word_embeddings")
 
 

@@ -27,6 +27,8 @@ from tests.quantization.test_published import FORMATS, GPTQ, NUM_TOKENS
 PROBE = 1.28  # 64 times the scale of static activations: every format keeps it as it is
 ODD = {"hidden_size": 192, "intermediate_size": 192, "head_dim": 48}  # parts of 96 inputs on two ranks
 FOUR_HEADS = {**WIDE, "num_key_value_heads": 4}
+# Parts of 24 inputs and 24 outputs on eight ranks: words of 8 integers, groups of 32 and blocks of 128 are cut.
+EIGHT_HEADS = {"hidden_size": 192, "intermediate_size": 192, "head_dim": 24, "num_attention_heads": 8}
 
 
 def matrix_of(layer: LinearLayer) -> torch.Tensor:
@@ -35,8 +37,13 @@ def matrix_of(layer: LinearLayer) -> torch.Tensor:
     return layer.method.multiply(layer, PROBE * identity).T / PROBE
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("shape", [{}, WIDE, FOUR_HEADS, ODD], ids=["small", "wide", "four_heads", "odd"])
+@pytest.mark.parametrize(
+    ("size", "shape"),
+    [
+        *((size, shape) for size in (2, 4) for shape in ({}, WIDE, FOUR_HEADS, ODD)),
+        *((8, EIGHT_HEADS | {"num_key_value_heads": number}) for number in (8, 2)),
+    ],
+)
 @pytest.mark.parametrize(
     "name", ["fp8_blocks", "fp8_static", "fp8_channels", "awq", "gptq_zeros", "gptq_desc_act", "packed_actorder"]
 )
@@ -59,7 +66,7 @@ def test_parts_of_random_matrices(seed: int) -> None:
         ["fp8_blocks", "fp8_channels", "fp8_tensor", "awq", "gptq_zeros", "gptq_desc_act", "packed_actorder"]
     )
     published = FORMATS[name]
-    num_ranks, by_outputs = rng.choice([1, 2, 3]), rng.random() < 0.5
+    num_ranks, by_outputs = rng.choice([1, 2, 3, 8]), rng.random() < 0.5
     inputs = 32 * num_ranks * rng.randint(1, 5)
     outputs = [8 * rng.randint(1, 40) for _ in range(rng.randint(1, 3) if by_outputs else 1)]
     matrices = {f"matrix_{index}": torch.randn(size, inputs) for index, size in enumerate(outputs)}

@@ -127,6 +127,19 @@ def test_a_quarter_of_the_free_memory_or_what_all_rows_can_use(monkeypatch: pyte
     assert num_cpu_blocks(SHAPE, max_num_seqs=3, max_model_len=100) == 3 * 7
 
 
+def test_ranks_share_the_memory_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NANOVLLM_CPU_KVCACHE_GB", raising=False)
+    monkeypatch.setattr(kv_cache, "free_cpu_memory", lambda: 8 * GB)
+    rows = {"max_num_seqs": 512, "max_model_len": 40_960}
+    assert num_cpu_blocks(SHAPE, **rows, num_ranks=8) == 2 * GB // (8 * 1_835_008)
+    assert num_cpu_blocks(SHAPE, max_num_seqs=3, max_model_len=100, num_ranks=8) == 3 * 7
+    monkeypatch.setenv("NANOVLLM_CPU_KVCACHE_GB", "0.5")
+    assert num_cpu_blocks(SHAPE, **rows, num_ranks=8) == 500_000_000 // (8 * 1_835_008)
+    monkeypatch.setenv("NANOVLLM_CPU_KVCACHE_GB", "0.001")
+    with pytest.raises(OutOfMemoryError, match="Raise NANOVLLM_CPU_KVCACHE_GB to 0.0147"):
+        num_cpu_blocks(SHAPE, **rows, num_ranks=8)
+
+
 def test_free_memory_is_measured() -> None:
     assert 10**7 < kv_cache.free_cpu_memory() < 10**14
 
