@@ -1,4 +1,4 @@
-"""Eight ranks: the tokens of one, their logs, and their end when one of them is lost. Starts are shared: each is slow."""
+"""Eight ranks: the tokens of one, their logs, and their end when one of them is lost. Tests share the slow starts."""
 
 from __future__ import annotations
 
