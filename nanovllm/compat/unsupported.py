@@ -91,7 +91,9 @@ ENGINE_ARGUMENTS: Mapping[str, Unsupported] = {
         "data parallelism in one object",
         "Use `nanovllm serve --data-parallel-size`, or an engine for each GPU, with device='cuda:N'.",
     ),
-    "enable_expert_parallel": Unsupported(_FALSE, "there are no experts", "expert parallelism"),
+    "enable_expert_parallel": Unsupported(
+        _FALSE, "each rank has a part of every expert", "expert parallelism", "Use tensor_parallel_size."
+    ),
     "distributed_executor_backend": Unsupported(
         _only("mp", None), "ranks are processes of this host", "another executor, such as Ray's"
     ),
