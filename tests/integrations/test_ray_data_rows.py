@@ -39,7 +39,7 @@ def test_a_row_has_a_prompt_or_messages() -> None:
 def test_the_parameters_of_a_row_replace_some_of_the_defaults() -> None:
     params = read({"prompt": "Hello", "sampling_params": {"temperature": 0, "max_tokens": None, "stop": ["a"]}}).params
     assert (params.temperature, params.max_tokens, params.stop) == (0, 5, ("a",))
-    assert DEFAULTS == SamplingParams(max_tokens=5)
+    assert SamplingParams(max_tokens=5) == DEFAULTS
     biased = read({"prompt": "Hello", "sampling_params": {"logit_bias": {"17": 2.0, "18": None}}})
     assert biased.params.logit_bias == {17: 2.0}
 

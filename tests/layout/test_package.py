@@ -91,6 +91,7 @@ def test_requirements(metadata: Message) -> None:
         "examples",
         "flash-attn",
         "otel",
+        "ray",
         "server",
         "structured",
     }
