@@ -342,7 +342,7 @@ def test_every_event_is_heard(records: list[logging.LogRecord]) -> None:
     on_gpus = {"kv_cache.sizing", "graph.mixed_ready", "graph.mixed_off"}
     in_server = {event.name for event in EVENTS.values() if event.loggers.startswith("server.")}
     of_replicas = {event.name for event in EVENTS.values() if event.loggers.startswith("data_parallel.")}
-    rare = {"communication", "worker.lost", "engine_process.lost", "engine.slow", "grammar.output"}
+    rare = {"communication", "worker.lost", "engine_process.lost", "engine.slow", "grammar.output", "actor.ended"}
     assert unheard == rare | on_gpus | in_server | of_replicas
     assert all(EVENTS[name].unseen for name in unheard)
 
