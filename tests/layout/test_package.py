@@ -119,11 +119,14 @@ def test_an_installed_wheel_has_the_command(wheel: Path, tmp_path: Path) -> None
     venv.create(environment, with_pip=False)
     folder = environment / ("Scripts" if os.name == "nt" else "bin")
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "python")]
+    without_path = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     installed = subprocess.run(
-        [*pip, "install", "--no-deps", "--no-index", "--quiet", str(wheel)], capture_output=True, text=True
+        [*pip, "install", "--no-deps", "--no-index", "--quiet", str(wheel)],
+        env=without_path,
+        capture_output=True,
+        text=True,
     )
     assert installed.returncode == 0, installed.stdout + installed.stderr
-    without_path = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     for command in ("nanovllm bench --help", "nanovllm report --help", "python -m nanovllm version"):
         program, *arguments = command.split()
         done = subprocess.run(
