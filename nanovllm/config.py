@@ -168,7 +168,8 @@ class EngineConfig:
     step_timeout: float = argument(
         300.0,
         _SECONDS,
-        "Seconds that a step may take on several ranks. Then the rank that holds up the others has failed.",
+        "Seconds that a step may take on several ranks or in a replica. Then the rank that holds up the others, or the "
+        "replica, has failed.",
     )
     enforce_eager: bool = argument(False, SWITCH, "Run without CUDA graphs.")
     device: str | Any = argument(  # a name, an index, or a torch.device

@@ -61,6 +61,7 @@ class EngineProcess(EngineClient):
         self._variables, self._replica = variables or {}, replica
         self._engine_id = next(engine_ids) if replica is None else replica  # in the records of the log
         self._process: subprocess.Popen[bytes] | None = None
+        self._problem: str | None = None
 
     def launch(self) -> None:
         """Starts the process, without waiting for it."""
@@ -92,6 +93,12 @@ class EngineProcess(EngineClient):
         self._outbox.send(encode(AddClient()), passed)
         return theirs
 
+    def kill(self, problem: str) -> None:
+        """Ends the process at once. problem: why, for the log and the error of its requests."""
+        assert self._process is not None, "it was started"
+        self._problem = problem
+        self._process.kill()
+
     def stop(self, wait: bool = True) -> None:
         if not self._reader.is_alive():  # it has not started, or has ended
             self._end_process(0)
@@ -119,7 +126,7 @@ class EngineProcess(EngineClient):
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_EXIT_SECONDS)
         whose = "the engine's process" if self._replica is None else f"the process of replica {self._replica},"
-        problem = f"{whose} {self._process.pid} {ending(self._process.returncode)}"
+        problem = f"{whose} {self._process.pid} {self._problem or ending(self._process.returncode)}"
         events.engine_process_lost.log(logger, problem=problem)
         return EngineDeadError(problem)
 

@@ -1,14 +1,16 @@
-"""Replica: an engine in a process of its own, which is started again when it dies."""
+"""Replica: an engine in a process of its own, which is started again when it dies or hangs."""
 
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 from typing import Protocol
 
 from nanovllm.async_engine.engine_process import EngineProcess
 from nanovllm.async_llm import AsyncLLM, connected
 from nanovllm.data_parallel.placement import Placement
+from nanovllm.data_parallel.step_watch import StepWatch
 from nanovllm.logs import events
 from nanovllm.metrics import MetricsSnapshot
 from nanovllm.utils.logger import setup_logger
@@ -16,6 +18,7 @@ from nanovllm.utils.logger import setup_logger
 logger = setup_logger(__name__)
 
 _LOOK_SECONDS = 0.1  # between looks at the engine
+_GRACE_SECONDS = 5.0  # beyond step_timeout, for several ranks to find the one that is late
 _FIRST_DELAY, _LONGEST_DELAY = 1.0, 60.0  # seconds before another attempt to start it
 
 
@@ -46,7 +49,7 @@ class Replica:
         self.connection, self.engine = self._make_engine()
 
     def watch(self, observer: ReplicaObserver) -> None:
-        """Starts the engine again, from now on, whenever it has died."""
+        """From now on, ends the engine when it hangs, and starts it again whenever it has died."""
         name = f"nanovllm-replica-{self.index}"
         threading.Thread(target=self._watch, args=(observer,), name=name, daemon=True).start()
 
@@ -78,12 +81,24 @@ class Replica:
         return connection, connected(config, connection)
 
     def _watch(self, observer: ReplicaObserver) -> None:
-        while not self._closing.wait(_LOOK_SECONDS):
-            if not self.is_alive:
+        steps = self._watch_steps()
+        while self.is_alive or not self._closing.is_set():
+            time.sleep(_LOOK_SECONDS)
+            if self.is_alive:
+                if steps.hangs():
+                    seconds = self._placement.config.step_timeout
+                    self.connection.kill(f"made no step for step_timeout={seconds:g} s and was ended")
+            elif not self._closing.is_set():
+                steps.stop()
                 observer.lost(self)
                 self.engine.exit()
                 if self._restart():
+                    steps = self._watch_steps()
                     observer.restarted(self)
+        steps.stop()
+
+    def _watch_steps(self) -> StepWatch:
+        return StepWatch(self.connection, self._placement.config.step_timeout + _GRACE_SECONDS)
 
     def _restart(self) -> bool:
         """Makes a new engine, at the first attempt that succeeds. Returns False if `exit` was called before that."""

@@ -214,6 +214,35 @@ def test_all_dead_is_dead_until_one_is_back(engines: DataParallelLLM) -> None:
     run(test())
 
 
+@pytest.mark.heavy("waits for a step's deadline")
+def test_a_replica_that_hangs_is_ended_and_replaced(caplog: pytest.LogCaptureFixture) -> None:
+    """Its process is stopped. Requests with an output are lost, the others run elsewhere."""
+    engines = DataParallelLLM(EngineConfig("tiny", **SETTINGS, step_timeout=5.0), 2)
+
+    async def test() -> None:
+        tasks = [await begun(engines, str(index)) for index in range(2)]
+        pid = pid_of(engines, 0)
+        os.kill(pid, signal.SIGSTOP)
+        retried = [asyncio.create_task(final(engines)) for _ in range(4)]
+        for task in tasks:
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())
+        outputs = await asyncio.gather(*retried)
+        assert {len(output.outputs[0].token_ids) for output in outputs} == {12}
+        await is_true(lambda: not engines.is_degraded and pid_of(engines, 0) != pid)
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        (lost,) = [result for result in results if isinstance(result, ReplicaLostError)]
+        assert f"the process of replica 0, {pid} made no step for step_timeout=5 s and was ended" in str(lost)
+        assert not is_alive(pid)
+        assert len((await final(engines)).outputs[0].token_ids) == 12
+
+    try:
+        run(test())
+    finally:
+        engines.exit()
+    names = [getattr(record, "event", "") for record in caplog.records]
+    assert names.count("replica.lost") == names.count("replica.restarted") == 1
+
+
 def test_exit_ends_all_processes_and_is_idempotent(caplog: pytest.LogCaptureFixture) -> None:
     engines = DataParallelLLM(EngineConfig("tiny", **SETTINGS), 2)
     pids = [pid_of(engines, index) for index in range(2)]
