@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -38,12 +37,12 @@ class Engine:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that watches see."""
     now = [0.0]
     monkeypatch.setattr(step_watch, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(step_watch, "_ASK_SECONDS", 0.01)
-    yield now
+    return now
 
 
 def passes(watch: StepWatch, clock: list[float], seconds: float) -> bool:
