@@ -76,6 +76,7 @@ STRUCTURED_OUTPUTS: Table = {
     "grammar": ("a text, or None", [3, ["root"], b"root"]),
     "json_object": (f"{SWITCH}, or None", [1, "yes", {}]),
     "disable_any_whitespace": (f"{SWITCH}, or None", [1, "yes", []]),
+    "structural_tag": ("a structural tag, as a dictionary or as text", ["{", 3.5j, {1, 2}, {"type": object}]),
 }
 
 SOURCE = "a folder, a Hugging Face id, or "

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -21,8 +21,10 @@ from nanovllm.engine.sequence import Sequence
 from nanovllm.models.checkpoint import resolve_model_folder
 from nanovllm.requests import grammar_compiler
 from nanovllm.requests.grammar_compiler import GrammarCompiler
+from tests.distributed.rank_processes import is_alive
 from tests.engine.scheduler_driver import Driver
 from tests.engine.simulated_executor import make_config
+from tests.processes import until
 from tests.requests.grammar_gate import gate
 
 __all__ = ["gate"]  # a fixture
@@ -371,7 +373,9 @@ def process_of(grammars: GrammarCompiler) -> int:
 
 def test_a_process_that_is_killed_is_replaced(grammars: GrammarCompiler, tokenizer: PreTrainedTokenizerBase) -> None:
     goes_on = Follower(grammars, regex="ab")
-    os.kill(process_of(grammars), signal.SIGKILL)
+    pid = process_of(grammars)
+    os.kill(pid, signal.SIGKILL)
+    assert until(lambda: not is_alive(pid))
     a, b = tokenizer.encode("a")[0], tokenizer.encode("b")[0]
     error = goes_on.accept(a)
     if error is None:  # it had ended before the token was sent; else the token is what ended it
@@ -391,13 +395,6 @@ def test_its_memory_is_limited(tokenizer: PreTrainedTokenizerBase, monkeypatch: 
     grammars.shutdown()
 
 
-def eventually(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + 60
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
-
-
 def is_gone(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -415,7 +412,7 @@ def test_its_process_ends_with_the_engine(tokenizer: PreTrainedTokenizerBase, ex
     if exits:
         grammars.shutdown()
     del grammars
-    assert eventually(lambda: is_gone(pid))
+    assert until(lambda: is_gone(pid))
 
 
 def test_its_process_ends_when_the_engines_is_killed() -> None:
@@ -432,7 +429,7 @@ def test_its_process_ends_when_the_engines_is_killed() -> None:
         assert engine.stdout is not None
         pid = int(engine.stdout.readline())
         engine.kill()
-    assert eventually(lambda: is_gone(pid))
+    assert until(lambda: is_gone(pid))
 
 
 @pytest.mark.parametrize("name", ["xgrammar", "jsonschema"])
