@@ -77,7 +77,7 @@ def main() -> int:
         return 130
     finally:
         ray.shutdown()
-    print(f"{len(lines)} rows, of which {num_errors} have an error: {args.output / OUTPUT}", file=sys.stderr)
+    print(f"{len(lines)} rows, with errors in {num_errors}: {args.output / OUTPUT}", file=sys.stderr)
     return min(num_errors, 1)
 
 

@@ -148,7 +148,7 @@ def test_the_example_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     job = start()
     _, errors = job.communicate(timeout=WATCHDOG)
     assert job.returncode == 1, errors
-    assert f"{len(lines) - len(first)} rows, of which" in errors
+    assert f"{len(lines) - len(first)} rows, with errors in" in errors
     texts = output.read_text().splitlines()
     assert texts[: len(first)] == first
     found = {row["line_number"]: row for row in map(json.loads, texts)}
