@@ -46,9 +46,27 @@ _TILINGS = {
 
 
 @jit
-def _load_columns(ptrs: tl.tensor, column: tl.tensor, INPUT_SIZE: tl.constexpr, IS_EVEN: tl.constexpr) -> tl.tensor:
+def load_columns(ptrs: tl.tensor, column: tl.tensor, INPUT_SIZE: tl.constexpr, IS_EVEN: tl.constexpr) -> tl.tensor:
     """Loads columns of some rows, with zeros past the last column. IS_EVEN: none is past it."""
     return tl.load(ptrs) if IS_EVEN else tl.load(ptrs, mask=column < INPUT_SIZE, other=0.0)
+
+
+@jit
+def load_tile(
+    tiles_ptr: tl.tensor, IS_GATED: tl.constexpr, PDL: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Returns the expert of a program's tile, its first row and the end of its rows, once its inputs can be read."""
+    # The down product starts after the gated one has waited for the tiles, and may read them before it waits itself.
+    if IS_GATED:
+        wait_for_previous_kernel(PDL)
+    let_next_kernel_start(PDL)
+    tile_ptr = tiles_ptr + tl.program_id(1) * 3
+    expert = tl.load(tile_ptr, cache_modifier=".cg").to(tl.int64)
+    first = tl.load(tile_ptr + 1, cache_modifier=".cg")
+    end = tl.load(tile_ptr + 2, cache_modifier=".cg")
+    if not IS_GATED:
+        wait_for_previous_kernel(PDL)
+    return expert, first, end
 
 
 @jit
@@ -75,16 +93,7 @@ def _grouped_product_kernel(
     The gated product writes sorted rows; the other multiplies them by the pairs' weights, and writes them in the order
     of the pairs.
     """
-    # The down product starts after the gated one has waited for the tiles, and may read them before it waits itself.
-    if IS_GATED:
-        wait_for_previous_kernel(PDL)
-    let_next_kernel_start(PDL)
-    tile_ptr = tiles_ptr + tl.program_id(1) * 3
-    expert = tl.load(tile_ptr, cache_modifier=".cg").to(tl.int64)
-    first = tl.load(tile_ptr + 1, cache_modifier=".cg")
-    end = tl.load(tile_ptr + 2, cache_modifier=".cg")
-    if not IS_GATED:
-        wait_for_previous_kernel(PDL)
+    expert, first, end = load_tile(tiles_ptr, IS_GATED, PDL)
     if first < end:
         row = first + tl.arange(0, BLOCK_M)
         in_tile = row < end
@@ -101,12 +110,12 @@ def _grouped_product_kernel(
         if IS_GATED:
             up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, INPUT_SIZE, BLOCK_K):
-            x = _load_columns(x_ptrs + start, start + column[None, :], INPUT_SIZE, IS_EVEN)
-            weight = _load_columns(weight_ptrs + start, start + column[:, None], INPUT_SIZE, IS_EVEN)
+            x = load_columns(x_ptrs + start, start + column[None, :], INPUT_SIZE, IS_EVEN)
+            weight = load_columns(weight_ptrs + start, start + column[:, None], INPUT_SIZE, IS_EVEN)
             out = tl.dot(x, weight, out, input_precision=PRECISION)
             if IS_GATED:
                 up_ptrs = weight_ptrs + OUTPUT_SIZE * INPUT_SIZE + start
-                up_weight = _load_columns(up_ptrs, start + column[:, None], INPUT_SIZE, IS_EVEN)
+                up_weight = load_columns(up_ptrs, start + column[:, None], INPUT_SIZE, IS_EVEN)
                 up = tl.dot(x, up_weight, up, input_precision=PRECISION)
         if IS_GATED:
             out = out / (1.0 + tl.exp(-out)) * up

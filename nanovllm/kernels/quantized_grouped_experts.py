@@ -11,16 +11,14 @@ import torch
 from nanovllm.kernels.expert_matrices import ExpertMatrices, split_planes
 from nanovllm.kernels.expert_routing import Routing
 from nanovllm.kernels.expert_tiles import ExpertTiles, sort_by_expert
-from nanovllm.kernels.grouped_experts import Tiling, rows_of_a_tile, sum_pairs
+from nanovllm.kernels.grouped_experts import Tiling, load_columns, load_tile, rows_of_a_tile, sum_pairs
 from nanovllm.kernels.int4_packing import BLOCK_SIZE, load_group
 from nanovllm.kernels.triton_support import (
     jit,
-    let_next_kernel_start,
     next_power_of_2,
     pdl_options,
     shared_memory,
     tl,
-    wait_for_previous_kernel,
 )
 
 _MIN_BLOCK = 16  # of a product on the tensor cores
@@ -31,12 +29,6 @@ _TILINGS = {
     64: Tiling(64, 128, 4, 3),
     128: Tiling(128, 64, 8, 3),
 }
-
-
-@jit
-def _load_columns(ptrs: tl.tensor, column: tl.tensor, ROW_SIZE: tl.constexpr, BLOCK: tl.constexpr) -> tl.tensor:
-    """Loads columns of some rows, with zeros past the last column."""
-    return tl.load(ptrs) if ROW_SIZE % BLOCK == 0 else tl.load(ptrs, mask=column < ROW_SIZE, other=0.0)
 
 
 @jit
@@ -111,18 +103,11 @@ def _quantized_grouped_product_kernel(
 ) -> None:
     """Program (outputs, tile), as `_grouped_product_kernel`; WIDTH numbers of a weight's row at a time."""
     UP_SCALE_ROW: tl.constexpr = (OUTPUT_SIZE + SCALE_ROWS - 1) // SCALE_ROWS
+    IS_EVEN: tl.constexpr = ROW_SIZE % WIDTH == 0
+    X_IS_EVEN: tl.constexpr = INPUT_SIZE % (NUM_PLANES * WIDTH) == 0
     HAS_ROW_SCALE: tl.constexpr = GROUP_SIZE >= INPUT_SIZE and not IS_INT4
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    # The down product starts after the gated one has waited for the tiles, and may read them before it waits itself.
-    if IS_GATED:
-        wait_for_previous_kernel(PDL)
-    let_next_kernel_start(PDL)
-    tile_ptr = tiles_ptr + tl.program_id(1) * 3
-    expert = tl.load(tile_ptr, cache_modifier=".cg").to(tl.int64)
-    first = tl.load(tile_ptr + 1, cache_modifier=".cg")
-    end = tl.load(tile_ptr + 2, cache_modifier=".cg")
-    if not IS_GATED:
-        wait_for_previous_kernel(PDL)
+    expert, first, end = load_tile(tiles_ptr, IS_GATED, PDL)
     if first < end:
         row = first + tl.arange(0, BLOCK_M)
         in_tile = row < end
@@ -143,13 +128,13 @@ def _quantized_grouped_product_kernel(
             up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for start in range(0, ROW_SIZE, WIDTH):
             number = start + lane[None, :]
-            planes, offset = split_planes(_load_columns(weight_ptrs + start, number, ROW_SIZE, WIDTH), dtype, IS_INT4)
+            planes, offset = split_planes(load_columns(weight_ptrs + start, number, ROW_SIZE, IS_EVEN), dtype, IS_INT4)
             if IS_GATED:
                 up_ptrs = weight_ptrs + OUTPUT_SIZE * ROW_SIZE + start
-                up_planes, offset = split_planes(_load_columns(up_ptrs, number, ROW_SIZE, WIDTH), dtype, IS_INT4)
+                up_planes, offset = split_planes(load_columns(up_ptrs, number, ROW_SIZE, IS_EVEN), dtype, IS_INT4)
             for plane in tl.static_range(NUM_PLANES):
                 column = start * NUM_PLANES + plane * WIDTH
-                x = _load_columns(x_ptrs + column, column + lane[None, :], INPUT_SIZE, NUM_PLANES * WIDTH)
+                x = load_columns(x_ptrs + column, column + lane[None, :], INPUT_SIZE, X_IS_EVEN)
                 out = _add_plane(
                     out, planes[plane], x, scale_ptr, zero_ptr, scale_row, output_mask, column, scale_row_stride,
                     scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, INPUT_SIZE, PRECISION,
