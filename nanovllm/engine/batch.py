@@ -127,8 +127,12 @@ class StepNeeds:
     @classmethod
     def from_record(cls, record: Seq[int]) -> StepNeeds:
         shares_prefix, truncates, num_logprobs, edits_logits = record
-        asked = None if num_logprobs == NO_LOGPROBS else num_logprobs
-        return cls(bool(shares_prefix), bool(truncates), asked, bool(edits_logits))
+        return cls(
+            shares_prefix=bool(shares_prefix),
+            truncates=bool(truncates),
+            num_logprobs=None if num_logprobs == NO_LOGPROBS else num_logprobs,
+            edits_logits=bool(edits_logits),
+        )
 
     @property
     def all_logits(self) -> bool:

@@ -71,7 +71,8 @@ class ModelRunner:
             if self._graphs is not None:
                 pool, null_row = self._graphs.pool, self.rows.null_row
                 self._mixed_graphs = startup.mixed_graphs(pool, self._hidden, self._sample, null_row)
-        self._missing_graphs = missing_graphs(self.device, *self._drafts.with_graphs(self._graphs), self._mixed_graphs)
+        draft_graphs = self._drafts.make_graphs(self._graphs)
+        self._missing_graphs = missing_graphs(self.device, self._graphs, draft_graphs, self._mixed_graphs)
         self.resolved = startup.finish(self, num_blocks, max_model_len)
 
     @property

@@ -88,13 +88,13 @@ class DraftSteps:
         self._runner = runner
         self._graphs: DecodeGraphs | None = None
 
-    def with_graphs(self, decode_graphs: DecodeGraphs | None) -> tuple[DecodeGraphs | None, DecodeGraphs | None]:
-        """Returns the graphs of decode steps, and those of draft steps, which share their memory, if there are any."""
+    def make_graphs(self, decode_graphs: DecodeGraphs | None) -> DecodeGraphs | None:
+        """Returns the graphs of draft steps, which share the memory of those of decode steps; None without both."""
         if decode_graphs is not None and isinstance(self._runner.model, ModelWithDraft):
             null_row = self._runner.rows.null_row
             num_rows = min(MAX_DRAFTING_ROWS, null_row)
             self._graphs = _DraftGraphs(decode_graphs.pool, self._decode, num_rows, null_row)
-        return decode_graphs, self._graphs
+        return self._graphs
 
     def finish(self, batch: DeviceBatch, sampled: SampledTokens) -> SampledTokens:
         """Returns what a step sampled, with the drafts that it asks for."""

@@ -64,9 +64,8 @@ def use_cpu_graphs(llm: LLM) -> None:
         dtype=norm.weight.dtype,
         null_row=null_row,
     )
-    runner._missing_graphs = missing_graphs(
-        pool.device, *runner._drafts.with_graphs(runner._graphs), runner._mixed_graphs
-    )
+    draft_graphs = runner._drafts.make_graphs(runner._graphs)
+    runner._missing_graphs = missing_graphs(pool.device, runner._graphs, draft_graphs, runner._mixed_graphs)
 
 
 class GraphLoader:
