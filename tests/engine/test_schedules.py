@@ -89,26 +89,34 @@ def check_output(request: Request, expected: list[int]) -> None:
         assert request.output == expected
 
 
+def cache_sizes(block_size: int, wanted: list[Request], spare_blocks: int) -> dict[str, int]:
+    """Returns the settings of a cache. Without spare blocks it just holds the largest request: most runs preempt."""
+    largest = max(len(r.prompt) + (r.params.max_tokens or 0) for r in wanted)
+    num_blocks = -(-largest // block_size) + spare_blocks
+    return {"num_blocks": num_blocks, "max_model_len": min(64, num_blocks * block_size)}
+
+
+def check_answers(engine: LLMEngine, wanted: list[Request], policy_seed: int | None) -> None:
+    """Runs requests, which get the tokens that they should and leave no block behind. policy_seed: None: no policy."""
+    if policy_seed is not None:
+        engine.scheduler.policy = RandomPolicy(engine.resolved, policy_seed)
+    run(engine, wanted)
+    for request in wanted:
+        max_tokens, ignore_eos = request.params.max_tokens or 0, request.params.ignore_eos
+        check_output(
+            request, expected_output(request.prompt, max_tokens, engine.resolved.max_model_len, ignore_eos=ignore_eos)
+        )
+    assert engine.scheduler.block_manager.num_free_blocks == engine.resolved.num_blocks
+    assert engine.scheduler.rows.is_empty
+
+
 @settings(max_examples=examples(400), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(engines, st.lists(requests, min_size=1, max_size=12), st.integers(0, 20), st.none() | st.integers(0, 2**32))
 def test_answers_do_not_depend_on_the_schedule(
     engine_values: dict[str, int], wanted: list[Request], spare_blocks: int, policy_seed: int | None
 ) -> None:
-    # The smallest cache that holds the largest request: most runs preempt.
-    largest = max(len(r.prompt) + r.params.max_tokens for r in wanted)
-    num_blocks = -(-largest // engine_values["block_size"]) + spare_blocks
-    max_model_len = min(64, num_blocks * engine_values["block_size"])
-    engine = make_engine(**engine_values, num_blocks=num_blocks, max_model_len=max_model_len)
-    if policy_seed is not None:
-        engine.scheduler.policy = RandomPolicy(engine.resolved, policy_seed)
-    run(engine, wanted)
-    for request in wanted:
-        expected = expected_output(
-            request.prompt, request.params.max_tokens, max_model_len, ignore_eos=request.params.ignore_eos
-        )
-        check_output(request, expected)
-    assert engine.scheduler.block_manager.num_free_blocks == num_blocks
-    assert engine.scheduler.rows.is_empty
+    engine = make_engine(**engine_values, **cache_sizes(engine_values["block_size"], wanted, spare_blocks))
+    check_answers(engine, wanted, policy_seed)
 
 
 @pytest.mark.parametrize("pipeline_depth", [1, 2])

@@ -31,9 +31,9 @@ from nanovllm.speculation.draft_model import ModelProposer
 from tests.distributed.rank_processes import ONLY_LINUX
 from tests.end_to_end.test_real_schedules import DETERMINISTIC, Request
 from tests.engine.random_policy import RandomPolicy
-from tests.engine.simulated_executor import SimulatedExecutor, expected_output, make_config
+from tests.engine.simulated_executor import SimulatedExecutor, make_config
 from tests.engine.test_schedules import Request as SimulatedRequest
-from tests.engine.test_schedules import check_output, engines, run
+from tests.engine.test_schedules import cache_sizes, check_answers, engines
 from tests.engine.test_schedules import requests as simulated_requests
 from tests.models.checkpoints import make_checkpoint
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
@@ -51,10 +51,14 @@ def drafted_by(folder: Path | str, **more: Any) -> dict[str, Any]:
     return {"speculative_config": {"model": str(folder), "num_speculative_tokens": MAX_DRAFT, **more}}
 
 
+def as_long_as_possible(share: float, num_rows: int, longest: int, **settings: Any) -> int:
+    """Stands in for `draft_length`: drafts whether they pay or not."""
+    return longest
+
+
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drafts are as long as they may be, whether they pay or not."""
-    monkeypatch.setattr(draft_model, "draft_length", lambda share, num_rows, longest, **settings: longest)
+    monkeypatch.setattr(draft_model, "draft_length", as_long_as_possible)
 
 
 @dataclass(frozen=True)
@@ -139,28 +143,17 @@ def test_answers_do_not_depend_on_drafts(
     max_draft: int,
 ) -> None:
     """The simulated device also checks what the draft model's cache holds."""
-    largest = max(len(r.prompt) + (r.params.max_tokens or 0) for r in wanted)
-    num_blocks = -(-largest // engine_values["block_size"]) + spare_blocks
-    max_model_len = min(64, num_blocks * engine_values["block_size"])
-    resolved = make_config(**engine_values, num_blocks=num_blocks, max_model_len=max_model_len, draft_cost=0.1)
+    sizes = cache_sizes(engine_values["block_size"], wanted, spare_blocks)
+    resolved = make_config(**engine_values, **sizes, draft_cost=0.1)
     speculative = {"model": "simulated", "num_speculative_tokens": max_draft}
     config = EngineConfig("simulated", skip_tokenizer_init=True, speculative_config=speculative)
     with pytest.MonkeyPatch.context() as patch:
         if always_drafts:
-            patch.setattr(draft_model, "draft_length", lambda share, num_rows, longest, **settings: longest)
+            patch.setattr(draft_model, "draft_length", as_long_as_possible)
         engine = LLMEngine(
             config, lambda config, stopwatch: SimulatedExecutor(resolved), make_speculation=make_speculation
         )
-        if policy_seed is not None:
-            engine.scheduler.policy = RandomPolicy(engine.resolved, policy_seed)
-        run(engine, wanted)
-    for request in wanted:
-        expected = expected_output(
-            request.prompt, request.params.max_tokens or 0, max_model_len, ignore_eos=request.params.ignore_eos
-        )
-        check_output(request, expected)
-    assert engine.scheduler.block_manager.num_free_blocks == num_blocks
-    assert engine.scheduler.rows.is_empty
+        check_answers(engine, wanted, policy_seed)
 
 
 @pytest.mark.usefixtures("always")

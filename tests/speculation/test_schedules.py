@@ -9,9 +9,8 @@ from nanovllm import LLMEngine, SamplingParams
 from nanovllm.config import EngineConfig
 from nanovllm.engine.observer import EngineObserver, VerifiedDrafts
 from tests.engine import simulated_executor
-from tests.engine.random_policy import RandomPolicy
 from tests.engine.simulated_executor import SimulatedExecutor, expected_output, make_config
-from tests.engine.test_schedules import Request, check_output, engines, requests, run
+from tests.engine.test_schedules import Request, cache_sizes, check_answers, engines, requests, run
 from tests.properties import examples
 from tests.speculation.guessing import guessing
 
@@ -56,24 +55,13 @@ def test_answers_do_not_depend_on_drafts(
     seed: int,
     max_draft: int,
 ) -> None:
-    largest = max(len(r.prompt) + (r.params.max_tokens or 0) for r in wanted)
-    num_blocks = -(-largest // engine_values["block_size"]) + spare_blocks
-    max_model_len = min(64, num_blocks * engine_values["block_size"])
     counts = CountDrafts()
-    engine = make_engine(seed, max_draft, counts, **engine_values, num_blocks=num_blocks, max_model_len=max_model_len)
-    if policy_seed is not None:
-        engine.scheduler.policy = RandomPolicy(engine.resolved, policy_seed)
-    run(engine, wanted)
-    for request in wanted:
-        expected = expected_output(
-            request.prompt, request.params.max_tokens or 0, max_model_len, ignore_eos=request.params.ignore_eos
-        )
-        check_output(request, expected)
-    assert engine.scheduler.block_manager.num_free_blocks == num_blocks
-    assert engine.scheduler.rows.is_empty
+    sizes = cache_sizes(engine_values["block_size"], wanted, spare_blocks)
+    engine = make_engine(seed, max_draft, counts, **engine_values, **sizes)
+    check_answers(engine, wanted, policy_seed)
     for drafts in counts.verified:
-        sizes = zip(drafts.num_drafted, drafts.num_accepted, drafts.gained, strict=True)
-        for drafted, accepted, (_, gained) in sizes:
+        counted = zip(drafts.num_drafted, drafts.num_accepted, drafts.gained, strict=True)
+        for drafted, accepted, (_, gained) in counted:
             assert 1 <= drafted <= max_draft
             assert 0 <= gained <= accepted <= drafted
 
