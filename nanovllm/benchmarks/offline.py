@@ -64,10 +64,12 @@ def _started_report(
     while engine.has_unfinished_requests():
         engine.step()
     memory = engine.diagnostics.memory_report()
+    ranks = (memory, *memory.others)
     return {
         **_header(settings, plan),
         "engine": asdict(engine.resolved),
-        "weight_bytes": sum(rank.weights for rank in (memory, *memory.others)),
+        "weight_bytes": sum(rank.weights for rank in ranks),
+        "expert_bytes": sum(rank.experts for rank in ranks),
         "load_average": load,
         "start_seconds": start_seconds,
         "first_output_seconds": time.perf_counter() - started,

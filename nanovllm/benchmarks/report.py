@@ -14,7 +14,7 @@ import torch
 
 from nanovllm.benchmarks.peers import PEERS, peers_of
 from nanovllm.benchmarks.settings import Say
-from nanovllm.benchmarks.traffic import traffic
+from nanovllm.benchmarks.traffic import quantized_weight_bytes, traffic
 from nanovllm.benchmarks.workloads import Requests
 from nanovllm.models.model_config import ModelConfig
 
@@ -46,7 +46,9 @@ def result_of(
     is_quantized = report["engine"]["quantization"] is not None
     if is_quantized:
         embedding = 0 if config.tie_word_embeddings else itemsize * config.vocab_size * config.embedding_size
-        needed = replace(needed, weight_bytes=report["weight_bytes"] - embedding)
+        stored, experts = report["weight_bytes"], report["expert_bytes"]
+        weight_bytes = quantized_weight_bytes(config, requests, stored=stored, experts=experts, unread=embedding)
+        needed = replace(needed, weight_bytes=weight_bytes)
     reached = needed.total(best.num_steps) / best.seconds
     peers = peers_of(report["model"], name, len(requests.prompts), fp8_cache=fp8_cache)
     return {

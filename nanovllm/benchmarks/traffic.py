@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from nanovllm.benchmarks.workloads import Requests
 from nanovllm.models.architectures import GATES
+from nanovllm.models.expert_fields import ExpertsConfig
 from nanovllm.models.model_config import ModelConfig
 
 
@@ -30,8 +31,13 @@ def traffic(config: ModelConfig, itemsize: int, requests: Requests, *, fp8_cache
     """
     layer_bytes = kv_bytes_per_token(config, itemsize, fp8_cache=fp8_cache) // config.num_layers
     num_tokens = sum(count * _tokens_read(requests, window) for window, count in Counter(config.windows).items())
-    rows = sum(count - 1 for count in requests.output_lens) / max(max(requests.output_lens) - 1, 1)
-    return Traffic(weight_bytes=itemsize * weights_per_step(config, rows), kv_bytes=layer_bytes * num_tokens)
+    num_weights = weights_per_step(config, mean_decode_rows(requests))
+    return Traffic(weight_bytes=itemsize * num_weights, kv_bytes=layer_bytes * num_tokens)
+
+
+def mean_decode_rows(requests: Requests) -> float:
+    """Returns the mean number of rows in the steps that decode, when all requests run at once."""
+    return sum(count - 1 for count in requests.output_lens) / max(max(requests.output_lens) - 1, 1)
 
 
 def _tokens_read(requests: Requests, window: int | None) -> int:
@@ -54,7 +60,7 @@ def kv_bytes_per_token(config: ModelConfig, itemsize: int, *, fp8_cache: bool = 
 def weights_per_step(config: ModelConfig, num_rows: float = 1) -> int:
     """Returns the number of parameters that a step reads: layers and LM head, but not the embedding.
 
-    Of a layer's experts, those that `num_rows` tokens choose on average when all are equally likely.
+    Of a layer's experts, those that `num_rows` tokens choose on average.
     """
     hidden, heads = config.hidden_size, config.num_heads + 2 * config.num_kv_heads
     attention = hidden * config.head_dim * (heads + config.num_heads)
@@ -64,7 +70,22 @@ def weights_per_step(config: ModelConfig, num_rows: float = 1) -> int:
     norms = 2 * hidden + 2 * config.head_dim
     mlps = config.num_layers * mlp
     if (experts := config.experts) is not None:
-        num_read = experts.num_experts * (1 - (1 - experts.num_experts_per_tok / experts.num_experts) ** num_rows)
+        num_read = experts.num_experts * share_of_experts(experts, num_rows)
         sparse = hidden * (experts.num_experts + round(num_read * 3 * experts.moe_intermediate_size))
         mlps += len(experts.sparse_layers) * (sparse - mlp)
     return config.num_layers * (attention + norms) + mlps + hidden + config.vocab_size * config.embedding_size
+
+
+def share_of_experts(experts: ExpertsConfig, num_rows: float) -> float:
+    """Returns the share of a layer's experts that `num_rows` tokens choose on average when all are equally likely."""
+    return 1 - (1 - experts.num_experts_per_tok / experts.num_experts) ** num_rows
+
+
+def quantized_weight_bytes(config: ModelConfig, requests: Requests, *, stored: int, experts: int, unread: int) -> int:
+    """Returns the bytes of quantised weights that a step reads, of `stored` bytes in all.
+
+    experts: of those, the bytes of all experts. unread: of those, the bytes of what no step reads: the embedding.
+    """
+    if config.experts is not None:
+        unread += round(experts * (1 - share_of_experts(config.experts, mean_decode_rows(requests))))
+    return stored - unread

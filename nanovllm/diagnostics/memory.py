@@ -10,10 +10,11 @@ from typing import Protocol
 import torch
 
 from nanovllm.attention.interface import LayerKVCache
+from nanovllm.experts.experts_method import Experts
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.utils.device_memory import GB, describe_memory, free_cpu_memory
 
-_PACKED = struct.Struct("=8Q")
+_PACKED = struct.Struct("=9Q")
 
 
 class RankRunner(Protocol):
@@ -49,6 +50,7 @@ class MemoryReport:
         weights: Python, libraries, and the blocks written so far.
     free: free memory of the device. total: memory of the device; on a CPU, resident plus free memory.
     rank: the rank of this report; with tensor_parallel_size > 1, `others` are the reports of ranks 1, 2, …
+    experts: the part of `weights` that the experts of a mixture of experts take.
     """
 
     device: str
@@ -60,6 +62,7 @@ class MemoryReport:
     free: int
     total: int
     rank: int = 0
+    experts: int = 0
     others: tuple[MemoryReport, ...] = ()
 
     def __str__(self) -> str:
@@ -73,27 +76,27 @@ class MemoryReport:
         return "\n".join([*lines, *map(str, self.others)])
 
     def pack(self) -> bytes:
-        """Returns the report as bytes for another process: eight words and the device's name, without `others`."""
+        """Returns the report as bytes for another process: nine words and the device's name, without `others`."""
         sizes = (self.weights, self.kv_cache, self.graphs, self.activations, self.other, self.free, self.total)
-        return _PACKED.pack(self.rank, *sizes) + self.device.encode()
+        return _PACKED.pack(*sizes, self.rank, self.experts) + self.device.encode()
 
     @classmethod
     def unpack(cls, data: bytes) -> MemoryReport:
-        rank, weights, kv_cache, graphs, activations, other, free, total = _PACKED.unpack_from(data)
-        device = data[_PACKED.size :].decode()
-        return cls(device, weights, kv_cache, graphs, activations, other, free, total, rank)
+        return cls(data[_PACKED.size :].decode(), *_PACKED.unpack_from(data))
 
 
 def measure_memory(runner: RankRunner) -> MemoryReport:
     """Returns the report of the rank that `runner` computes, without waiting for the device."""
     rank, device, graph_pool = runner.parallel.rank, runner.device, runner.graph_pool
     weights = _bytes([*runner.model.parameters(), *runner.model.buffers()])
+    layers = (module for module in runner.model.modules() if isinstance(module, Experts))
+    experts = _bytes(parameter for layer in layers for parameter in layer.parameters())
     kv_cache = _bytes(tensor for cache in runner.kv_caches for tensor in vars(cache).values() if tensor is not None)
     if device.type != "cuda":
         resident = int(describe_memory(device)[1].get("resident_bytes", 0))
         free = free_cpu_memory()
         other = max(resident - weights, 0)
-        return MemoryReport(str(device), weights, kv_cache, 0, 0, other, free, resident + free, rank)
+        return MemoryReport(str(device), weights, kv_cache, 0, 0, other, free, resident + free, rank, experts)
     free, total = torch.cuda.mem_get_info(device)
     reserved = torch.cuda.memory_reserved(device)
     graphs = sum(
@@ -103,7 +106,7 @@ def measure_memory(runner: RankRunner) -> MemoryReport:
     )
     activations = reserved - weights - kv_cache - graphs
     other = total - free - reserved
-    return MemoryReport(str(device), weights, kv_cache, graphs, activations, other, free, total, rank)
+    return MemoryReport(str(device), weights, kv_cache, graphs, activations, other, free, total, rank, experts)
 
 
 def _bytes(tensors: Iterable[torch.Tensor]) -> int:

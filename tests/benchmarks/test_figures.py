@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from nanovllm.benchmarks.peers import peers_of
 from nanovllm.benchmarks.report import spread_of
-from nanovllm.benchmarks.traffic import kv_bytes_per_token, traffic, weights_per_step
+from nanovllm.benchmarks.traffic import kv_bytes_per_token, quantized_weight_bytes, traffic, weights_per_step
 from nanovllm.benchmarks.workloads import WORKLOADS, Requests
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from nanovllm.models.checkpoint import TINY_MODEL_FOLDER
@@ -74,6 +74,17 @@ def test_of_the_experts_those_that_the_rows_choose_are_read(tmp_path: Path) -> N
     assert weights_per_step(config) == whole - 6 * expert
     assert weights_per_step(config, 2) == whole - round(8 * 0.75**2 * expert)
     assert weights_per_step(config, 1000) == whole
+
+
+def test_of_quantised_experts_the_bytes_of_the_chosen_ones_are_read(tmp_path: Path) -> None:
+    config = ModelConfig.from_folder(make_checkpoint(tmp_path, "qwen3_moe", "first_layer_dense"))  # 2 of 8 experts
+    sizes = {"stored": 1000, "experts": 800, "unread": 50}
+    one, two, many = (Requests([[0] * 5] * rows, [9] * rows, shared_len=0) for rows in (1, 2, 1000))
+    assert quantized_weight_bytes(config, one, **sizes) == 150 + 200
+    assert quantized_weight_bytes(config, two, **sizes) == 150 + 350
+    assert quantized_weight_bytes(config, many, **sizes) == 150 + 800
+    dense = BUILTIN_SHAPES["qwen3-0.6b"]
+    assert quantized_weight_bytes(dense, one, **sizes | {"experts": 0}) == 950
 
 
 def test_workloads_draw_ids_that_the_model_has() -> None:

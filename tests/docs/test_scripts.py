@@ -13,6 +13,7 @@ from nanovllm.benchmarks.traffic import traffic
 from nanovllm.benchmarks.workloads import WORKLOADS
 from nanovllm.models.checkpoint import TINY_MODEL_FOLDER
 from nanovllm.models.model_config import ModelConfig
+from tests.models.checkpoints import make_checkpoint
 from tests.processes import ROOT, run_python
 
 
@@ -72,6 +73,23 @@ def test_bench_counts_the_bytes_of_quantised_weights() -> None:
     refused = run_script("bench.py", *arguments.split(), "--compare", "transformers")
     assert refused.returncode == 1
     assert "--compare transformers is for unquantised weights" in refused.stderr
+
+
+@pytest.mark.parametrize("tensor_parallel_size", ["1", "2"])
+def test_bench_counts_the_bytes_of_the_experts_that_one_row_chooses(tmp_path: Path, tensor_parallel_size: str) -> None:
+    make_checkpoint(tmp_path, "qwen3_moe", num_experts=32, moe_intermediate_size=64, max_position_embeddings=1024)
+    arguments = "--json --device cpu --load-format dummy --workload single --runs 2 --quantization int8"
+    done = run_script(
+        "bench.py", *arguments.split(), "--model", str(tmp_path), "--tensor-parallel-size", tensor_parallel_size
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    (result,) = report["results"]
+    assert result["num_seqs"] == 1
+    assert report["expert_bytes"] > 0.6 * report["weight_bytes"]
+    embedding = 4 * 320 * 64
+    others = report["weight_bytes"] - embedding - report["expert_bytes"]
+    assert result["weight_bytes_per_step"] == others + report["expert_bytes"] * 2 // 32
 
 
 def test_bench_json_is_one_line_and_adds_up() -> None:
