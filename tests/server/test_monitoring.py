@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from nanovllm import AsyncLLM
 from nanovllm.server.exposition import HELP
-from tests.server.running_server import RunningServer
+from tests.server.running_server import ENGINE, RunningServer, running_server
 from tools.generate_monitoring_docs import generate_monitoring
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 PAGE = DOCS / "monitoring.md"
 DASHBOARD = DOCS / "grafana" / "nanovllm.json"
 NAME = re.compile(r"vllm:[a-z_0-9]+")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    """One with speculative decoding, which has metrics of its own."""
+    speculative = {"method": "ngram", "num_speculative_tokens": 2}
+    with running_server(AsyncLLM("tiny", **ENGINE, speculative_config=speculative)) as running:
+        yield running
 
 
 def samples_of(server: RunningServer) -> set[str]:
