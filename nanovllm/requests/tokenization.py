@@ -88,8 +88,9 @@ class Tokenization:
         try:
             # Not verbose: transformers would warn of texts that are refused, or cut, anyway.
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
-        except (TypeError, UnicodeError) as error:  # lone surrogates, which UTF-8 cannot encode
-            raise InvalidArgumentError(field, text, f"a text that can be encoded ({error})") from None
+        except (TypeError, UnicodeError):
+            allowed = "a text without half of a surrogate pair, which UTF-8 cannot encode"
+            raise InvalidArgumentError(field, text, allowed) from None
 
     def _check_token_ids(self, prompt: Any) -> IntArray:
         allowed = f"a text or a list of token ids from 0 to {self._resolved.vocab_size - 1}"

@@ -34,7 +34,7 @@ _MAX_TOKENS = 16  # OpenAI's default
 @router.post("/v1/completions", responses={200: {"model": Completion}})
 async def create_completion(request: Request, body: CompletionRequest) -> Response:
     """Continues one or several prompts."""
-    with fields_named(given_names(body)):
+    with fields_named({**given_names(body), "prompt_token_ids": "prompt"}):
         run = _CompletionRun(service_of(request), exchange_of(request), body)
         return await (stream_answer(request, run.events()) if body.stream else json_answer(request, run.answer()))
 

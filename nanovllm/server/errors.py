@@ -31,7 +31,6 @@ logger = setup_logger(__name__)
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 499: "server_error"}
 _MESSAGES = {
-    400: "The body is not JSON in UTF-8. It must not be compressed.",
     404: "There is no such endpoint. The paths of the OpenAI API begin with /v1, and /openapi.json lists all.",
 }
 # Of fields that have values of several types: pydantic names only some of them.
@@ -98,7 +97,9 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, HTTPException):  # of the framework
         message = _MESSAGES.get(error.status_code, str(error.detail))
-        if error.status_code == 405:
+        if error.status_code == 400:  # its cause is what reading the body raised
+            message = _unreadable(error.__cause__)
+        elif error.status_code == 405:
             message = f"This endpoint takes {(error.headers or {}).get('Allow', 'other methods')} alone."
         return ApiError(error.status_code, message, headers=error.headers)
     if isinstance(error, RequestValidationError):
@@ -118,6 +119,15 @@ def as_api_error(error: Exception) -> ApiError:
     if not isinstance(error, NanoVLLMError):  # the engine has logged its own
         events.server_error.log(logger, error=type(error).__name__, traceback="".join(format_exception(error)))
     return ApiError(500, "The server failed to answer this request. Its log says why.", code="internal_error")
+
+
+def _unreadable(cause: BaseException | None) -> str:
+    """Returns what is wrong with a body that cannot be read."""
+    if isinstance(cause, RecursionError):
+        return "The body is nested too deeply."
+    if isinstance(cause, ValueError) and not isinstance(cause, UnicodeError):
+        return "The body has a number with too many digits."
+    return "The body is not JSON in UTF-8. It must not be compressed."
 
 
 def _of_argument(error: InvalidArgumentError) -> ApiError:

@@ -47,6 +47,8 @@ def serve(settings: ServerSettings, engine_args: EngineConfig) -> int:
     try:
         server.run()
     except SystemExit:  # uvicorn has said why it cannot listen
+        address = f"{settings.host}:{settings.port}"
+        print(f"nanovllm serve: cannot listen at {address}. Choose another --port or --host.", file=sys.stderr)
         server.status, server.outcome = 1, "error"
     except OSError as error:  # of the certificate, or the folder of the socket
         problem = f"cannot listen: {error.strerror or error}. Check --uds, --ssl-certfile and --ssl-keyfile."

@@ -148,7 +148,7 @@ def prompts(argument: str) -> list[Case]:
     outside = f"is not allowed: it must be {TEXT_OR_IDS}. If it came from a text, the tokenizer is not this model's."
     return [
         *refused(argument, ONE, "", {"prompt": ""}, {"prompt_token_ids": []}, field="prompt"),
-        *refused(argument, "a text that can be encoded (", "\ud800", field="prompt"),
+        *refused(argument, "a text without half of a surrogate pair", "\ud800", field="prompt"),
         *refused(argument, DICTIONARY, {}, {"a": 1}, {"prompt": 1}, {"prompt": None}, field="prompt"),
         (argument, [512], f"prompt_token_ids=512 {outside}"),
         (argument, {"prompt_token_ids": [-1]}, f"prompt_token_ids=-1 {outside}"),

@@ -142,8 +142,8 @@ BAD_BODIES: list[tuple[str, str, bytes, str | None]] = [
     ("prompt of booleans", COMPLETIONS, b'{"prompt": [true, 5]}', "prompt"),
     ("prompt of nothing", COMPLETIONS, b'{"prompt": [[]]}', "prompt"),
     ("prompt mixed", COMPLETIONS, b'{"prompt": ["a", 1]}', "prompt"),
-    ("token too large", COMPLETIONS, b'{"prompt": [512]}', "prompt_token_ids"),
-    ("token negative", COMPLETIONS, b'{"prompt": [-1]}', "prompt_token_ids"),
+    ("token too large", COMPLETIONS, b'{"prompt": [512]}', "prompt"),
+    ("token negative", COMPLETIONS, b'{"prompt": [-1]}', "prompt"),
     ("logprobs", COMPLETIONS, b'{"prompt": "a", "logprobs": 21}', "logprobs"),
     ("suffix", COMPLETIONS, b'{"prompt": "a", "suffix": "b"}', "suffix"),
     ("stream options", COMPLETIONS, b'{"prompt": "a", "stream_options": {"include_usage": true}}', "stream_options"),
@@ -215,6 +215,20 @@ def test_a_bad_body(server: RunningServer, path: str, body: bytes, param: str | 
     response = server.client.post(path, content=body, headers=JSON)
     error_of(response, 400)
     assert_bad(response, 400, param)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b'{"prompt": "\xff"}', "is not JSON in UTF-8"),
+        (b'{"prompt": ' + b"[" * 100_000, "is nested too deeply"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 10_000 + b"}", "has a number with too many digits"),
+        (b'{"prompt": "\\ud800"}', "without half of a surrogate pair"),
+    ],
+)
+def test_the_error_says_why_a_body_cannot_be_read(server: RunningServer, body: bytes, reason: str) -> None:
+    response = server.client.post(COMPLETIONS, content=body, headers=JSON)
+    assert reason in error_of(response, 400)["message"]
 
 
 def test_a_prompt_of_ten_megabytes(server: RunningServer) -> None:

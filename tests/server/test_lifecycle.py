@@ -97,6 +97,7 @@ def test_a_port_that_is_taken() -> None:
         _, errors = process.communicate(timeout=WATCHDOG)
     assert process.returncode == 1
     assert "address already in use" in errors
+    assert "nanovllm serve: cannot listen at 127.0.0.1:" in errors
 
 
 def test_requests_are_refused_until_the_engine_has_started() -> None:
