@@ -4,7 +4,8 @@
     python tools/check_model.py ~/models/Llama-3.1-8B --device cuda --dtype bfloat16
 
 Prompts of random tokens go through both. The log-probabilities of the most likely tokens at every position, and the
-greedy continuations, must agree. The script prints a verdict, and exits with status 1 if they do not agree.
+greedy continuations, must agree. The script prints a verdict, and exits with status 1 if they do not agree, and with 2
+if the model cannot be loaded here.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.errors import NanoVLLMError
 from nanovllm.models.checkpoint import resolve_model_folder
 from nanovllm.models.model_config import ModelConfig
 
@@ -119,6 +121,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32", choices=TOLERANCES, help="of both (default float32)")
     parser.add_argument("--tokens", type=int, default=32, help="length of the continuations (default 32)")
     args = parser.parse_args(arguments)
+    try:
+        return check(args)
+    except NanoVLLMError as error:
+        print(f"check_model.py: {error}", file=sys.stderr)
+        return 2
+
+
+def check(args: argparse.Namespace) -> int:
+    """Prints the comparison and the verdict. Returns the exit status."""
     folder = resolve_model_folder(args.path)
     config = ModelConfig.from_folder(folder)
     tolerance = TOLERANCES[args.dtype]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from safetensors.torch import save_file
 
 from nanovllm.benchmarks.workloads import next_tokens
 from nanovllm.models.builtin_shapes import PUBLISHED
+
+SHAPES = [name for name, config in PUBLISHED.items() if config["model_type"] == "qwen3"]  # without experts
 
 
 def make_chain_checkpoint(folder: Path, config: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> None:
@@ -64,12 +67,11 @@ def make_chain_checkpoint(folder: Path, config: dict[str, Any], dtype: torch.dty
     save_file(weights, folder / "model.safetensors")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    qwen3 = [name for name in PUBLISHED if name.startswith("qwen3")]
-    parser.add_argument("--shape", choices=qwen3, default="qwen3-0.6b")
-    args = parser.parse_args()
+    parser.add_argument("--shape", choices=SHAPES, default="qwen3-0.6b")
+    args = parser.parse_args(arguments)
     make_chain_checkpoint(args.folder, PUBLISHED[args.shape])
 
 

@@ -35,3 +35,13 @@ def test_a_model_that_differs(tmp_path: Path) -> None:
     assert compare(prompts, wrong_token, same, 1e-3).num_equal == 0
     wrong_logprob = [replace(results[-1], logprobs=[{0: 0.0}])]
     assert not compare(prompts[-1:], wrong_logprob, same, 1e-3).agrees(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["./nowhere"], "model='./nowhere': there is no such folder"), (["tiny", "--tokens", "0"], "max_tokens=0")],
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"check_model.py: {message}")
