@@ -146,8 +146,13 @@ class _CompletionRun:
     ) -> CompletionLogprobs:
         prompt = (output.prompt_logprobs or []) if self._body.echo and begins else []
         rows = (completion.logprobs or []) if self._shows_output else []
-        first = self._service.tokenizer.decode(output.prompt_token_ids[:1]) if prompt else ""
-        return self._rows[index].add([*prompt, *rows], first)
+        return self._rows[index].add([*prompt, *rows], self._first_text(output) if prompt else "")
+
+    def _first_text(self, output: RequestOutput) -> str:
+        """Returns the text of a prompt's first token, which has no log-probability."""
+        token_id = output.prompt_token_ids[0]
+        as_id = self._body.return_tokens_as_token_ids
+        return f"token_id:{token_id}" if as_id else str(self._service.tokenizer.decode([token_id]))
 
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None:

@@ -135,6 +135,9 @@ def test_tokens_as_ids(server: RunningServer) -> None:
     choice = server.complete(return_token_ids=True, logprobs=0, return_tokens_as_token_ids=True)["choices"][0]
     assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in choice["token_ids"]]
     assert len(choice["prompt_token_ids"]) == 9
+    echoed = server.complete(echo=True, logprobs=0, max_tokens=1, return_tokens_as_token_ids=True)["choices"][0]
+    expected = [*choice["prompt_token_ids"], choice["token_ids"][0]]
+    assert echoed["logprobs"]["tokens"] == [f"token_id:{token}" for token in expected]
     first, *rest = server.stream(PATH, prompt=PROMPT, return_token_ids=True)
     assert first["choices"][0]["prompt_token_ids"] == choice["prompt_token_ids"]
     assert not any("prompt_token_ids" in chunk["choices"][0] for chunk in rest)

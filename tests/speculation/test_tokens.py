@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanovllm import LLM, SamplingParams, engine_factory
+from nanovllm import LLM, RequestOutput, SamplingParams, engine_factory
 from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.sampling_params import StructuredOutputsParams
 from tests.end_to_end.test_real_schedules import DETERMINISTIC, Request
 from tests.engine.random_policy import RandomPolicy
 from tests.models.qwen3_checkpoints import make_qwen3_checkpoint
@@ -130,3 +131,65 @@ def test_methods_change_no_token(method: str, temperature: float) -> None:
             assert (statistics.num_accepted_tokens > 0) == bool(more)
             assert statistics.num_output_tokens >= 6 * 80
     assert answers[0] == answers[1] == answers[2]
+
+
+ASKED = [
+    "3, 4, 5, 6, 7, 8, 9, 3, 4, 5",
+    "copy: one two three four one two three",
+    "a b c d a b c d a b",
+    "What is 27 + 58?",
+]
+
+
+@st.composite
+def params_of_texts(draw: st.DrawFn) -> SamplingParams:
+    """Draws parameters of requests that have a text: fields that need a tokenizer, grammars and several outputs."""
+    max_tokens, temperature = draw(st.integers(1, 40)), draw(st.sampled_from([0.0, 0.6, 1.2]))
+    detokenize = draw(st.sampled_from([True, True, False]))
+    grammar = draw(st.sampled_from([None, None, None, {"regex": "[0-9, ]{5,30}"}, {"choice": ["a", "bb"]}]))
+    return SamplingParams(
+        temperature=temperature,
+        n=1 if temperature == 0 else draw(st.integers(1, 3)),
+        seed=draw(st.none() | st.integers(0, 2**40)),
+        max_tokens=max_tokens,
+        min_tokens=draw(st.integers(0, max_tokens)),
+        ignore_eos=grammar is None and draw(st.booleans()),
+        bad_words=draw(st.sampled_from([None, ["1"], ["2, 3", "4"], ["one two", "b"]])),
+        stop=draw(st.sampled_from([None, [", 9"], ["three"], ["d a", "8"]])) if detokenize else None,
+        include_stop_str_in_output=draw(st.booleans()),
+        detokenize=detokenize,
+        skip_special_tokens=draw(st.booleans()),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3])),
+        logprobs=draw(st.sampled_from([None, 0, 2])),
+        structured_outputs=None if grammar is None else StructuredOutputsParams(**grammar),
+    )
+
+
+def fields(output: RequestOutput) -> list[Any]:
+    return [(each.token_ids, each.text, each.finish_reason, each.stop_reason) for each in output.outputs]
+
+
+def logprobs(output: RequestOutput) -> list[float]:
+    rows = [row for each in output.outputs for row in each.logprobs or []]
+    return [row[token].logprob for row in rows for token in sorted(row)]
+
+
+@pytest.mark.parametrize("config", [{"method": "ngram", "prompt_lookup_min": 1}, {"method": "suffix"}], ids=str)
+def test_drafts_change_no_field_of_an_answer(config: dict[str, Any]) -> None:
+    config = {"num_speculative_tokens": 5, **config}
+    engine: dict[str, Any] = {"device": "cpu", "num_kvcache_blocks": 256, "max_num_seqs": 6}
+    with LLM("tiny", **engine) as plain, LLM("tiny", **engine, speculative_config=config) as llm:
+
+        @settings(DETERMINISTIC, max_examples=examples(10))
+        @given(st.lists(st.tuples(st.sampled_from(ASKED), params_of_texts()), min_size=1, max_size=6))
+        def check(drawn: list[tuple[str, SamplingParams]]) -> None:
+            asked, drawn_params = zip(*drawn, strict=True)
+            outputs = llm.generate(list(asked), list(drawn_params), use_tqdm=False)
+            expected = plain.generate(list(asked), list(drawn_params), use_tqdm=False)
+            for output, same in zip(outputs, expected, strict=True):
+                assert output.error is same.error is None
+                assert fields(output) == fields(same)
+                assert logprobs(output) == pytest.approx(logprobs(same), abs=1e-4)
+
+        check()
+        assert llm.llm_engine.statistics.num_accepted_tokens > 0
