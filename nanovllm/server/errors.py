@@ -148,7 +148,7 @@ def _of_validation(problems: Sequence[Any]) -> ApiError:
     if first["loc"] == ("body",):
         return ApiError(400, "The body must be a JSON object, sent with 'Content-Type: application/json'.")
     param = _field(first["loc"])
-    if (name := param.rpartition(".")[2]) in _UNIONS and first["type"] != "missing":
+    if (name := param.rpartition(".")[2]) in _UNIONS and first["loc"][-1] != name:  # it ends with a member's type
         return ApiError(400, f"{param} must be {_UNIONS[name]}.", param=param)
     # A union has a problem for each of its members.
     wrong = dict.fromkeys(each["msg"] for each in problems if _field(each["loc"]) == param)

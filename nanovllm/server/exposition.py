@@ -44,11 +44,11 @@ HELP: Mapping[str, str] = {
     "vllm:request_prompt_tokens": "Number of prompt tokens of a request.",
     "vllm:request_generation_tokens": "Number of tokens that a request generated.",
     "vllm:iteration_tokens_total": "Number of tokens computed in a step.",
-    "vllm:spec_decode_num_drafts": "Number of drafts computed. This metric and the next three are there with speculative "
-    "decoding only.",
+    "vllm:spec_decode_num_drafts": "Number of drafts computed. This metric and the next three exist only with "
+    "speculative decoding.",
     "vllm:spec_decode_num_draft_tokens": "Number of tokens drafted.",
     "vllm:spec_decode_num_accepted_tokens": "Number of drafted tokens that were right.",
-    "vllm:spec_decode_num_accepted_tokens_per_pos": "Number of drafted tokens that were right, by their position in the "
+    "vllm:spec_decode_num_accepted_tokens_per_pos": "Number of drafted tokens that were right, by position in the "
     "draft, from 0.",
 }
 

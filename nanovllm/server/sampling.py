@@ -119,7 +119,8 @@ def structured_outputs(body: GenerationRequest) -> StructuredOutputsParams | Non
 
 def given_names(body: GenerationRequest) -> dict[str, str]:
     """Returns the fields of the body that fields of SamplingParams come from, where their names differ."""
-    names = {f"structured_outputs.{kind}": f"guided_{kind}" for kind in _GUIDED if getattr(body, f"guided_{kind}")}
+    given = [kind for kind in _GUIDED if getattr(body, f"guided_{kind}") is not None]
+    names = {f"structured_outputs.{kind}": f"guided_{kind}" for kind in given}
     if not names and body.response_format:
         names["structured_outputs.json"] = "response_format.json_schema.schema"
         names["structured_outputs.structural_tag"] = "response_format"

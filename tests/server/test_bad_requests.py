@@ -89,6 +89,8 @@ BAD_VALUES: list[tuple[str, Any]] = [
     ("truncate_prompt_tokens", 5),
     ("store", True),
     ("response_format", "json"),
+    ("guided_choice", []),
+    ("guided_regex", "("),
 ]
 
 
@@ -271,6 +273,8 @@ def test_a_field_of_several_types_is_explained(server: RunningServer) -> None:
     message = error_of(server.post(COMPLETIONS, prompt=[1.5]), 400)["message"]
     assert message == "prompt must be a text, a list of token ids, or a list of several texts or lists of token ids."
     assert error_of(server.post(CHAT), 400)["message"] == "messages: Field required."
+    assert error_of(server.post(COMPLETIONS), 400)["message"] == "prompt: Field required."
+    assert error_of(server.post("/tokenize", prompt=1), 400)["message"] == "prompt: Input should be a valid string."
 
 
 def test_all_logprobs(server: RunningServer) -> None:
