@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -78,7 +79,7 @@ def weights_per_step(config: ModelConfig, num_rows: float = 1) -> int:
 
 def share_of_experts(experts: ExpertsConfig, num_rows: float) -> float:
     """Returns the share of a layer's experts that `num_rows` tokens choose on average when all are equally likely."""
-    return 1 - (1 - experts.num_experts_per_tok / experts.num_experts) ** num_rows
+    return 1 - math.pow(1 - experts.num_experts_per_tok / experts.num_experts, num_rows)
 
 
 def quantized_weight_bytes(config: ModelConfig, requests: Requests, *, stored: int, experts: int, unread: int) -> int:
