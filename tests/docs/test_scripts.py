@@ -75,13 +75,10 @@ def test_bench_counts_the_bytes_of_quantised_weights() -> None:
     assert "--compare transformers is for unquantised weights" in refused.stderr
 
 
-@pytest.mark.parametrize("tensor_parallel_size", ["1", "2"])
-def test_bench_counts_the_bytes_of_the_experts_that_one_row_chooses(tmp_path: Path, tensor_parallel_size: str) -> None:
+def test_bench_counts_the_bytes_of_the_experts_that_one_row_chooses(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "qwen3_moe", num_experts=32, moe_intermediate_size=64, max_position_embeddings=1024)
     arguments = "--json --device cpu --load-format dummy --workload single --runs 2 --quantization int8"
-    done = run_script(
-        "bench.py", *arguments.split(), "--model", str(tmp_path), "--tensor-parallel-size", tensor_parallel_size
-    )
+    done = run_script("bench.py", *arguments.split(), "--model", str(tmp_path))
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     (result,) = report["results"]
