@@ -7,8 +7,8 @@ The next token is a function of the digest, so equal prefixes give equal tokens 
 draws among what the mask allows.
 
 A draft model with a cache of its own beside it computes the same tokens, but for steps that leave it out, and drafts
-after a step as the batch asks. Its cache is checked the same way, but for cached prefixes: some of their tokens may have
-been left out. Some of its tokens are wrong.
+after a step as the batch asks. Its cache is checked the same way, but for cached prefixes, of which it may lack tokens.
+Some of its tokens are wrong.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from nanovllm import LLM, InvalidArgumentError, LLMEngine, ModelLoadError, SamplingParams
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch import ScheduledBatch
-from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine_factory import make_speculation
 from nanovllm.models.checkpoint import TINY_MODEL_FOLDER, num_tokenizer_tokens
 from nanovllm.report.__main__ import main as report
+from nanovllm.runner.draft_model import ModelWithDraft
 from nanovllm.speculation import draft_model, drafter
 from nanovllm.speculation.draft_length import DraftRate, draft_length
 from tests.distributed.rank_processes import ONLY_LINUX
@@ -101,15 +101,19 @@ def plain(loader: GraphLoader) -> Iterator[LLM]:
         yield llm
 
 
-class Watch(EngineObserver):
+class Watch:
     """Notes the batches of an engine."""
 
     def __init__(self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
         self.batches: list[ScheduledBatch] = []
-        monkeypatch.setattr(engine.scheduler, "_observer", self)
+        schedule = engine.scheduler.schedule
 
-    def batch_scheduled(self, batch: ScheduledBatch, rows: Any) -> None:
-        self.batches.append(batch)
+        def note() -> ScheduledBatch | None:
+            if (batch := schedule()) is not None:
+                self.batches.append(batch)
+            return batch
+
+        monkeypatch.setattr(engine.scheduler, "schedule", note)
 
     @property
     def runs(self) -> list[bool]:
@@ -168,14 +172,12 @@ def test_steps_without_the_draft_model_change_no_token(
     depth: int,
 ) -> None:
     """Rows are given up, and others are not, beside more rows than may draft, preemption and incomplete prefixes."""
-    monkeypatch.setattr(draft_model, "MAX_DRAFTING_ROWS", 4)
-    monkeypatch.setattr(drafter, "MAX_DRAFTING_ROWS", 4)
-    monkeypatch.setattr(draft_model, "_LAUNCH_COST", -1.0)  # the model itself can pay
-    with loader(
-        use_graphs, pipeline_depth=depth, **ENGINES["a small cache"], **drafted_by(folders.drafts[draft])
-    ) as llm:
+    monkeypatch.setattr(draft_model, "MAX_DRAFTING_ROWS", 3)
+    monkeypatch.setattr(drafter, "MAX_DRAFTING_ROWS", 3)
+    monkeypatch.setattr(ModelWithDraft, "draft_cost", 0.05)  # the model itself can pay
+    sizes = {"max_num_seqs": 8, "num_kvcache_blocks": 14}  # room for the largest request
+    with loader(use_graphs, pipeline_depth=depth, **sizes, **drafted_by(folders.drafts[draft])) as llm:
         watch = Watch(llm.llm_engine, monkeypatch)
-        most_rows = 0
 
         @settings(DETERMINISTIC, max_examples=examples(40))
         @given(seed=st.integers(0, 2**32), drawn=requests)
@@ -183,12 +185,11 @@ def test_steps_without_the_draft_model_change_no_token(
             check_answers_of(llm, plain, seed, drawn)
 
         check()
-        most_rows = max(len(batch.decode_rows) for batch in watch.batches)
         statistics = llm.llm_engine.statistics
-        assert statistics.num_draft_tokens > 100
+        assert statistics.num_draft_tokens > 100 or draft == "a random one"
         assert statistics.num_prefix_hits > 0
         assert statistics.num_preemptions > 0
-    assert most_rows > 4
+    assert max(len(batch.decode_rows) for batch in watch.batches) > 3
     decodes = [runs for runs, batch in zip(watch.runs, watch.batches, strict=True) if len(batch.decode_rows)]
     assert 0.1 < sum(decodes) / len(decodes) < 0.95
 
@@ -381,31 +382,19 @@ def test_a_row_whose_drafts_never_pay_is_given_up(
         assert_empty(llm)
 
 
-def simulated(watch_rows: list[ScheduledBatch], **changes: Any) -> LLMEngine:
-    """Returns an engine on a simulated device, with a draft model of which 5 of 6 tokens are right."""
-
-    class Note(EngineObserver):
-        def batch_scheduled(self, batch: ScheduledBatch, rows: Any) -> None:
-            watch_rows.append(batch)
-
-    resolved = make_config(draft_cost=0.01, num_blocks=2000, max_num_batched_tokens=512, **changes)
-    config = EngineConfig(
-        "simulated", skip_tokenizer_init=True, speculative_config=drafted_by("simulated")["speculative_config"]
-    )
-    return LLMEngine(
-        config, lambda config, stopwatch: SimulatedExecutor(resolved), [Note()], make_speculation=make_speculation
-    )
-
-
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("num_rows", [64, 65, 256])
-def test_many_rows_leave_the_draft_model_out(num_rows: int, depth: int) -> None:
-    batches: list[ScheduledBatch] = []
-    engine = simulated(batches, max_num_seqs=num_rows, pipeline_depth=depth)
+def test_many_rows_leave_the_draft_model_out(monkeypatch: pytest.MonkeyPatch, num_rows: int, depth: int) -> None:
+    resolved = make_config(
+        draft_cost=0.1, num_blocks=4000, max_num_batched_tokens=512, max_num_seqs=num_rows, pipeline_depth=depth
+    )
+    config = EngineConfig("simulated", skip_tokenizer_init=True, **drafted_by("simulated"))
+    engine = LLMEngine(config, lambda config, stopwatch: SimulatedExecutor(resolved), make_speculation=make_speculation)
+    watch = Watch(engine, monkeypatch)
     check_answers(engine, [simulated_request([1 + row % 40, 2], 40) for row in range(num_rows)], None)
-    decodes = [batch for batch in batches if len(batch.decode_rows) == num_rows]
+    decodes = [batch for batch in watch.batches if len(batch.decode_rows) == num_rows]
     assert len(decodes) > 10
-    assert (num_rows == 64 and depth == 1) or all(batch.needs.skips_draft_model for batch in decodes)
+    assert all(batch.needs.skips_draft_model for batch in decodes)
 
 
 def simulated_request(prompt: list[int], max_tokens: int) -> SimulatedRequest:
