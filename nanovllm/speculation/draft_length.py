@@ -24,7 +24,7 @@ class DraftRate:
         self.share = self.after(num_right)
         self.share *= (1 - _STEP) ** num_wrong
 
-    def after(self, num_right: int) -> float:
+    def after(self, num_right: float) -> float:
         """Returns what the share will be if the next `num_right` tokens are right."""
         return 1 - (1 - self.share) * (1 - _STEP) ** num_right
 

@@ -21,7 +21,9 @@ from nanovllm.speculative_config import MAX_DRAFTING_ROWS, SpeculativeConfig
 
 # What a token of the draft model takes beside reading its weights, as a share of a step: its kernels are short.
 _LAUNCH_COST = 0.1
-_MAX_TRIALS = 12  # of a sequence whose drafts do not pay
+_DO_NOT_PAY = "drafts do not pay"
+_MAX_TRIALS = 12  # tokens that are drafted of a sequence to see whether its drafts pay
+_TRIALS_EARNED = 1 / 8  # with each step whose drafts pay
 
 
 class ModelProposer:
@@ -33,7 +35,7 @@ class ModelProposer:
 
     def __init__(self) -> None:
         self.num_wanted = 0  # tokens to draft after the next step of the sequence
-        self.num_trials = 0  # since drafts paid
+        self.trials_left: float = _MAX_TRIALS
         self._drafted: list[int] = []
         self._num_tokens = 0  # of the sequence, when they were drafted
 
@@ -72,31 +74,32 @@ class ModelDrafter(Drafter):
         longest = min(self._config.max_draft, longest)
         length = self._length(state.rate.share, num_rows, longest)
         if length > 0:
-            proposer.num_trials = 0
+            proposer.trials_left = min(proposer.trials_left + _TRIALS_EARNED, _MAX_TRIALS)
         elif not self._may_pay(state, num_rows, longest):
-            self._states[sequence] = None
-        else:
-            proposer.num_trials += bool(state.proposal)
+            self._turn_off(sequence, _DO_NOT_PAY)
+        elif state.proposal:
+            proposer.trials_left -= 1
         proposer.num_wanted = max(length, 1)
         return length > 0
 
     def _may_pay(self, state: DraftState, num_rows: int, longest: int) -> bool:
-        """Returns whether drafts of a sequence pay when the trials that are left were all right."""
-        share = state.rate.after(_MAX_TRIALS - _proposer(state).num_trials)
-        return self._length(share, num_rows, longest) > 0
+        """Returns whether drafts of a sequence would pay if all the trials that are left were right."""
+        return self._length(state.rate.after(_proposer(state).trials_left), num_rows, longest) > 0
 
     def _runs_draft_model(self, rows: RowTable, decode_rows: RowArray, chunks: Seq[Chunk]) -> bool:
-        """Returns whether a step runs the draft model. If not, its sequences are given up."""
+        """Returns whether a step runs the draft model. If not, its sequences have no drafts any more."""
         num_rows = int(np.count_nonzero(rows.decoding))
         prompts = [rows.sequence(chunk.row) for chunk in chunks]
         for sequence in prompts:
             state = self._state_of(sequence)
             if state is not None and not self._may_pay(state, num_rows, self._config.max_draft):
-                self._states[sequence] = None
+                self._turn_off(sequence, _DO_NOT_PAY)
         computed = [*prompts, *map(rows.sequence, decode_rows.tolist())]
-        if num_rows <= MAX_DRAFTING_ROWS and any(self._states[sequence] is not None for sequence in computed):
-            return True
-        self._states.update(dict.fromkeys(computed))
+        drafting = [sequence for sequence in computed if self._states[sequence] is not None]
+        if num_rows <= MAX_DRAFTING_ROWS:
+            return bool(drafting)
+        for sequence in drafting:
+            self._turn_off(sequence, f"more than {MAX_DRAFTING_ROWS} sequences decode")
         return False
 
     def draft(

@@ -95,21 +95,20 @@ class Drafter(Speculation):
         return state.length > 0
 
     def _state_of(self, sequence: Sequence) -> DraftState | None:
-        """Returns the state of a sequence, None if it has no drafts, which is logged once."""
-        if sequence in self._states:
-            return self._states[sequence]
-        reason = None
-        if sequence.grammar is not None:
-            reason = "structured_outputs"
-        elif not sequence.params.speculate:
-            reason = "speculate=False"
-        state = None
-        if reason is not None:
-            events.speculation_off.log(logger, request_id=sequence.request_id, why=reason)
-        else:
-            state = DraftState(self._make_proposer(sequence))
-        self._states[sequence] = state
-        return state
+        """Returns the state of a sequence, None if it has no drafts."""
+        if sequence not in self._states:
+            if sequence.grammar is not None:
+                self._turn_off(sequence, "structured_outputs")
+            elif not sequence.params.speculate:
+                self._turn_off(sequence, "speculate=False")
+            else:
+                self._states[sequence] = DraftState(self._make_proposer(sequence))
+        return self._states[sequence]
+
+    def _turn_off(self, sequence: Sequence, why: str) -> None:
+        """Makes no drafts of a sequence until it ends."""
+        self._states[sequence] = None
+        events.speculation_off.log(logger, request_id=sequence.request_id, why=why)
 
     def _make_proposer(self, sequence: Sequence) -> Proposer:
         return make_proposer(self._config, None if sequence.cache_salt else self._others)

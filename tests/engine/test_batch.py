@@ -35,7 +35,7 @@ IN_ORDER = [
     "proposals",
     "decode_rows",
 ]
-HEADER_SIZE = 7 + len(IN_ORDER)
+HEADER_SIZE = 8 + len(IN_ORDER)
 MASK_WORDS = 2
 
 int32 = st.integers(-(2**31), 2**31 - 1)
@@ -146,7 +146,7 @@ def test_sections_follow_the_header_in_the_order_in_which_they_apply() -> None:
     assert offset == len(batch.buffer)
     assert batch.buffer[:HEADER_SIZE].tolist() == [
         *[VERSION, 7, 1],
-        *[0, 0, NO_LOGPROBS, 0],
+        *[0, 0, NO_LOGPROBS, 0, 0],
         *[1, 1, 3, 2, 5, 2, 2, 2, 1, 2, 2, 4],
     ]
     assert batch.buffer[batch.sections["opened_tokens"].offset :].tolist() == [

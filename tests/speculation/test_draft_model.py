@@ -343,9 +343,10 @@ def test_a_draft_model_that_cannot_pay_never_runs(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("num_rows", [1, 4])
 def test_a_row_whose_drafts_never_pay_is_given_up(
-    folders: Folders, monkeypatch: pytest.MonkeyPatch, num_rows: int, depth: int
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, num_rows: int, depth: int
 ) -> None:
     """After a few steps the draft model runs no more, until another request comes; a refused one does not run it."""
+    caplog.set_level(logging.INFO, logger="nanovllm")
     settings_of_draft = drafted_by(folders.drafts["a random one"])
     params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
     prompts = [[*range(20 + row, 40 + row)] for row in range(num_rows)]
@@ -370,6 +371,9 @@ def test_a_row_whose_drafts_never_pay_is_given_up(
             num_runs = 0
             watch.batches.clear()
             generate(llm, prompts, params)
+            off = [record.fields["why"] for record in caplog.records if record.event == "speculation.off"]
+            assert off == ["drafts do not pay"] * num_rows
+            caplog.clear()
             runs, num_drafted = watch.runs, sum(len(batch.section("proposals")) > 0 for batch in watch.batches)
             assert runs == sorted(runs, reverse=True), "given up once and for all"
             assert 1 < sum(runs) <= 30 < 90 < len(runs)
