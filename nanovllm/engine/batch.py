@@ -34,7 +34,7 @@ from nanovllm.kernels.columns import (
 IntArray = npt.NDArray[np.int32]
 RecordArray = npt.NDArray[np.void]
 
-VERSION = 10
+VERSION = 11
 NO_LOGPROBS = -1  # where an integer says how many log-probabilities to return: none, not even the token's own
 NO_PENALTIES = (1.0, 0.0, 0.0)  # repetition, frequency, presence
 
@@ -86,7 +86,7 @@ _HEADER = np.dtype(
         ("version", np.int32),
         ("step", np.int32),
         ("num_final_chunks", np.int32),
-        ("needs", _integers("shares_prefix", "truncates", "num_logprobs", "edits_logits")),
+        ("needs", _integers("shares_prefix", "truncates", "num_logprobs", "edits_logits", "skips_draft_model")),
         ("counts", _integers(*SECTIONS)),  # items of each section
     ]
 )
@@ -118,20 +118,22 @@ class StepNeeds:
     truncates: bool = False  # a sampled row uses top-k, top-p or min-p
     num_logprobs: int | None = None  # most likely tokens to return, at least the most that a row asks for; None: none
     edits_logits: bool = False  # a sampled row has penalties, biases, bans or a mask
+    skips_draft_model: bool = False  # the draft model, if there is one, does not compute the tokens
 
-    def record(self) -> tuple[int, int, int, int]:
+    def record(self) -> tuple[int, int, int, int, int]:
         """Returns the values of the header's field `needs`."""
         num_logprobs = NO_LOGPROBS if self.num_logprobs is None else self.num_logprobs
-        return self.shares_prefix, self.truncates, num_logprobs, self.edits_logits
+        return self.shares_prefix, self.truncates, num_logprobs, self.edits_logits, self.skips_draft_model
 
     @classmethod
     def from_record(cls, record: Seq[int]) -> StepNeeds:
-        shares_prefix, truncates, num_logprobs, edits_logits = record
+        shares_prefix, truncates, num_logprobs, edits_logits, skips_draft_model = record
         return cls(
             shares_prefix=bool(shares_prefix),
             truncates=bool(truncates),
             num_logprobs=None if num_logprobs == NO_LOGPROBS else num_logprobs,
             edits_logits=bool(edits_logits),
+            skips_draft_model=bool(skips_draft_model),
         )
 
     @property

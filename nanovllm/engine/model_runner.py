@@ -68,9 +68,7 @@ class ModelRunner:
             num_blocks = startup.size_cache(self)
             max_model_len = startup.allocate(self, num_blocks)
             self._graphs = startup.capture(self._decode, self.rows.null_row)
-            if self._graphs is not None:
-                pool, null_row = self._graphs.pool, self.rows.null_row
-                self._mixed_graphs = startup.mixed_graphs(pool, self._hidden, self._sample, null_row)
+            self._mixed_graphs = startup.mixed_graphs(self._graphs, self._hidden, self._sample, self.rows.null_row)
         draft_graphs = self._drafts.make_graphs(self._graphs)
         self._missing_graphs = missing_graphs(self.device, self._graphs, draft_graphs, self._mixed_graphs)
         self.resolved = startup.finish(self, num_blocks, max_model_len)
@@ -130,9 +128,7 @@ class ModelRunner:
 
     def launch(self, batch: ScheduledBatch) -> DeviceStepHandle:
         """Launches a step like `submit`, but raises torch's own error when memory runs out."""
-        needs = batch.needs
-        if needs.shares_prefix and self._query_group is None:
-            needs = replace(needs, shares_prefix=False)
+        needs = batch.needs if self._query_group is not None else replace(batch.needs, shares_prefix=False)
         with torch.inference_mode(), self._on_device():
             began = self._events.record(with_time=True) if self._has_timeline or self._log.is_timed else None
             uploaded = DeviceBatch(batch, self._upload(batch.buffer))
@@ -166,7 +162,7 @@ class ModelRunner:
         """Returns the hidden states of a padded step's sampled tokens. This is what a CUDA graph records."""
         inputs = self.rows.padded_inputs(step, self._shared_group(needs))
         self._log.inputs(inputs)
-        hidden: torch.Tensor = self.model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
+        hidden = self._drafts.model(needs)(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
         return hidden[inputs.sampled_tokens]
 
     def _decode(self, rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
@@ -176,7 +172,7 @@ class ModelRunner:
     def _forward(self, inputs: ModelInputs, needs: StepNeeds, batch: ScheduledBatch | None = None) -> SampledTokens:
         """Runs the model, samples, and appends the tokens to their rows. batch: None unless it has chunks."""
         self._log.inputs(inputs)
-        hidden = self.model(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
+        hidden = self._drafts.model(needs)(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
         of_prompts = self._prompt_logprobs(hidden, batch) if batch is not None else ()
         rows = inputs.sampled_rows
         if not len(rows):  # only a chunk that does not reach the end of its prompt

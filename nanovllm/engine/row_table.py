@@ -143,7 +143,7 @@ class RowTable:
         self._free_rows.append(row)
         return sequence
 
-    def needs(self, sampled: RowArray, shares_prefix: bool) -> StepNeeds:
+    def needs(self, sampled: RowArray, *, shares_prefix: bool, skips_draft_model: bool) -> StepNeeds:
         """Returns the StepNeeds of a step that samples `sampled`."""
         num_logprobs = int(self.num_logprobs[sampled].max(initial=NO_LOGPROBS))
         if 0 < num_logprobs < MAX_LOGPROBS:
@@ -154,6 +154,7 @@ class RowTable:
             truncates=bool(self.truncates[sampled].any()),
             num_logprobs=None if num_logprobs == NO_LOGPROBS else num_logprobs,
             edits_logits=bool(self.edits_logits[sampled].any()),
+            skips_draft_model=skips_draft_model,
         )
 
     def token_masks(self, sampled: RowArray) -> dict[int, IntArray]:

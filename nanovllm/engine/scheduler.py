@@ -120,7 +120,7 @@ class Scheduler:
         if not plan.chunks and not len(decode_rows):
             return None
         room = self.policy.max_num_batched_tokens - len(decode_rows) - plan.num_prompt_tokens
-        drafts = self._speculation.draft(self.rows, decode_rows, self.block_manager, room)
+        drafts = self._speculation.draft(self.rows, decode_rows, plan.chunks, self.block_manager, room)
         # Only the last chunk can stop before the end of its prompt, so the final ones come first, as batches need.
         final_rows = [chunk.row for chunk in plan.chunks if self.rows.decoding[chunk.row]]
         sampled = np.append(decode_rows, np.array(final_rows, dtype=np.intp))
@@ -137,7 +137,7 @@ class Scheduler:
             drafts=drafts.tokens,
             proposals=drafts.proposals,
             decode_rows=decode_rows,
-            needs=self.rows.needs(sampled, shares_prefix),
+            needs=self.rows.needs(sampled, shares_prefix=shares_prefix, skips_draft_model=drafts.skips_draft_model),
         )
         self._closed = []
         self.rows.steps_in_flight[decode_rows] += 1

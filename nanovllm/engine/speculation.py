@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 from nanovllm.config import EngineConfig, ResolvedConfig
-from nanovllm.engine.batch import IntArray, RecordArray, ScheduledBatch, StepResult
+from nanovllm.engine.batch import Chunk, IntArray, RecordArray, ScheduledBatch, StepResult
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine.row_table import RowArray, RowTable
@@ -29,6 +29,7 @@ class StepDrafts(NamedTuple):
     tokens: list[Draft]
     blocks: list[RecordArray]  # of BLOCKS, each [num_new]
     proposals: Seq[tuple[int, int]] = ()  # rows and numbers of tokens, longest first
+    skips_draft_model: bool = False  # the draft model does not compute the step's tokens
 
 
 NO_DRAFTS = StepDrafts([], [])
@@ -40,7 +41,9 @@ class Speculation:
     def watch(self, rows: RowTable) -> None:
         """Takes the tokens that rows got since the last call, and sets `RowTable.speculates`."""
 
-    def draft(self, rows: RowTable, decode_rows: RowArray, blocks: BlockManager, num_tokens: int) -> StepDrafts:
+    def draft(
+        self, rows: RowTable, decode_rows: RowArray, chunks: Seq[Chunk], blocks: BlockManager, num_tokens: int
+    ) -> StepDrafts:
         """Returns drafts of the rows of a step. num_tokens: how many drafted tokens the step may compute."""
         return NO_DRAFTS
 

@@ -63,7 +63,7 @@ graph_captured = Event(
     DEBUG,
     "runner.cuda_graph",
     "Captured the decode step for batch size {size} in {elapsed_ms:.0f}ms",
-    "shares_prefix truncates num_logprobs edits_logits",
+    "shares_prefix truncates num_logprobs edits_logits skips_draft_model",
     optional="step",
     unseen="a GPU, and CUDA graphs",
 )
@@ -72,7 +72,7 @@ graph_mixed_captured = Event(
     DEBUG,
     "runner.mixed_graphs",
     "Captured the {part} of steps with prompt tokens for {num_tokens} tokens and {num_rows} rows in {elapsed_ms:.0f}ms",
-    "shares_prefix truncates num_logprobs edits_logits",
+    "shares_prefix truncates num_logprobs edits_logits skips_draft_model",
     optional="step",
     unseen="a GPU, and CUDA graphs",
 )

@@ -212,6 +212,7 @@ FIELDS: Mapping[str, Field] = {
     "shapes": Field(dict[str, object] | list[object], "shapes by name, or in order"),
     "shares_prefix": Field(bool, "whether common prefixes are read once for several rows"),
     "size": Field(int, "sequences in the batch"),
+    "skips_draft_model": Field(bool, "whether the draft model is left out; false without a draft model"),
     "slow_reason": Field(str, "what the engine did in that time"),
     "slowest_step": Field(int | None, "the slowest step; null: there was none"),
     "slowest_step_decode_seqs": Field(int | None, "sequences that decoded in it"),

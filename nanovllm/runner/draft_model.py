@@ -1,14 +1,14 @@
 """The draft model on the device: a second model whose KV cache has the blocks of the first.
 
-`ModelWithDraft` computes the tokens of every step with both models. So whatever the model has in a block of its cache,
-the draft model has in its own block of that number: chunks of prompts, cached prefixes and preempted rows need nothing
-of their own. `DraftSteps` lets the draft model decode some tokens further after a step. These are the drafts that the
-next step may verify (docs/speculation.md).
+`ModelWithDraft` computes the tokens of a step with both models. So whatever the model has in a block of its cache, the
+draft model has in its own block of that number: chunks of prompts, cached prefixes and preempted rows need nothing of
+their own. A step of which no row has drafts any more runs the model alone. `DraftSteps` lets the draft model decode
+some tokens further after a step. These are the drafts that the next step may verify (docs/speculation.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -45,10 +45,21 @@ class ModelWithDraft(CausalLM):
         metadata: AttentionMetadata,
         kv_caches: Sequence[LayerKVCache],
     ) -> torch.Tensor:
-        hidden: torch.Tensor = self.target(input_ids, positions, metadata, kv_caches[: -self._num_draft_layers])
+        hidden = self.run_target(input_ids, positions, metadata, kv_caches)
         if metadata.decode is not None:  # shared prefixes were looked for with the model's own number of heads
             metadata = replace(metadata, decode=replace(metadata.decode, shared=None))
         self.run_draft(input_ids, positions, metadata, kv_caches)
+        return hidden
+
+    def run_target(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        metadata: AttentionMetadata,
+        kv_caches: Sequence[LayerKVCache],
+    ) -> torch.Tensor:
+        """Runs the model alone: arguments and result as of `forward`."""
+        hidden: torch.Tensor = self.target(input_ids, positions, metadata, kv_caches[: -self._num_draft_layers])
         return hidden
 
     def run_draft(
@@ -82,7 +93,10 @@ class DraftingRunner(Protocol):
 
 
 class DraftSteps:
-    """What a step does about drafts once its tokens are sampled: it keeps the right ones, and drafts new ones."""
+    """What a step does about drafts: which models it runs, and, once its tokens are sampled, which drafts are right.
+
+    It also makes the drafts that the next step may verify.
+    """
 
     def __init__(self, runner: DraftingRunner) -> None:
         self._runner = runner
@@ -95,6 +109,11 @@ class DraftSteps:
             num_rows = min(MAX_DRAFTING_ROWS, null_row)
             self._graphs = _DraftGraphs(decode_graphs.pool, self._decode, num_rows, null_row)
         return self._graphs
+
+    def model(self, needs: StepNeeds) -> Callable[..., torch.Tensor]:
+        """Returns the model that computes a step's tokens: called as `CausalLM.forward`, returns hidden states."""
+        model = self._runner.model
+        return model.run_target if needs.skips_draft_model and isinstance(model, ModelWithDraft) else model
 
     def finish(self, batch: DeviceBatch, sampled: SampledTokens) -> SampledTokens:
         """Returns what a step sampled, with the drafts that it asks for."""
@@ -140,7 +159,8 @@ class DraftSteps:
 
 
 class _DraftGraphs(DecodeGraphs):
-    """Graphs of draft steps, which never look for shared prefixes."""
+    """Graphs of draft steps, which never look for shared prefixes, and always run the draft model."""
 
     def capture_missing(self, needs: StepNeeds) -> Iterator[None]:
-        return iter(()) if needs.shares_prefix else super().capture_missing(needs)
+        never = needs.shares_prefix or needs.skips_draft_model
+        return iter(()) if never else super().capture_missing(needs)

@@ -33,11 +33,6 @@ _TOKENS_PER_CHUNK = 32  # a shape has room for chunks of this mean length
 _MIN_CHUNKS = 8
 _SPARE_MEMORY = 1 << 30  # bytes that graphs captured ahead of need leave free
 _ROW_SIZES = (8, 32, 128, 512)
-_USUAL_NEEDS = tuple(
-    StepNeeds(truncates=truncates, shares_prefix=shares_prefix)
-    for shares_prefix in (False, True)
-    for truncates in (False, True)
-)
 
 
 class StepShape(NamedTuple):
@@ -98,7 +93,7 @@ class MixedGraphs:
         device = pool.device
         self._words = torch.zeros(_num_words(largest), dtype=torch.int32, device=device)  # the graphs' input
         self._hidden = torch.zeros(max_num_rows, hidden_size, dtype=dtype, device=device)  # from model to sampling
-        self._models: dict[tuple[StepShape, bool], torch.cuda.CUDAGraph] = {}
+        self._models: dict[tuple[StepShape, StepNeeds], torch.cuda.CUDAGraph] = {}
         self._samplers: dict[tuple[int, StepNeeds], tuple[torch.cuda.CUDAGraph, SampledTokens]] = {}
 
     @property
@@ -129,7 +124,7 @@ class MixedGraphs:
         words = torch.from_numpy(_pack(batch, shape, self._null_row))
         if self._words.device.type == "cuda":
             words = words.pin_memory()
-        key = shape, needs.shares_prefix
+        key = shape, _needs_of_model(needs)
         if key not in self._models:
             self.capture_model(shape, needs)
         num_sampled = batch.num_sampled
@@ -151,7 +146,7 @@ class MixedGraphs:
                 yield
             for num_tokens in reversed(self._token_sizes):
                 shape = self._shape(num_tokens, num_rows)
-                if num_tokens >= num_rows and (shape, needs.shares_prefix) not in self._models:
+                if num_tokens >= num_rows and (shape, _needs_of_model(needs)) not in self._models:
                     self.capture_model(shape, needs)
                     yield
 
@@ -165,7 +160,7 @@ class MixedGraphs:
         def run() -> None:
             self._hidden[: shape.num_rows].copy_(self._model(step, needs))
 
-        self._models[shape, needs.shares_prefix], _ = self._pool.capture(run)
+        self._models[shape, _needs_of_model(needs)], _ = self._pool.capture(run)
         self._log("model", began, shape.num_tokens, shape.num_rows, needs)
 
     def capture_sampler(self, num_rows: int, needs: StepNeeds) -> None:
@@ -189,18 +184,35 @@ class MixedGraphs:
         )
 
 
-def missing_graphs(device: torch.device, *graphs: DecodeGraphs | MixedGraphs | None) -> Iterator[None]:
+def _needs_of_model(needs: StepNeeds) -> StepNeeds:
+    """Returns the part of a step's needs that the graph of its model depends on."""
+    return StepNeeds(shares_prefix=needs.shares_prefix, skips_draft_model=needs.skips_draft_model)
+
+
+def missing_graphs(
+    device: torch.device, decode: DecodeGraphs | None, drafts: DecodeGraphs | None, mixed: MixedGraphs | None
+) -> Iterator[None]:
     """Captures the graphs that the steps of most requests need and that are missing, one for each item.
 
-    Stops when little memory is left.
+    Stops when little memory is left. drafts: those of the draft model; None without one.
     """
-    present = [each for each in graphs if each is not None]
-    for needs in _USUAL_NEEDS:
+    present = [each for each in (decode, drafts, mixed) if each is not None]
+    for needs in _usual_needs(has_draft_model=drafts is not None):
         for each in present:
             for _ in each.capture_missing(needs):
                 yield
                 if free_memory(device) < _SPARE_MEMORY:
                     return
+
+
+def _usual_needs(*, has_draft_model: bool) -> list[StepNeeds]:
+    """Returns the needs of the steps of most requests, the most frequent first."""
+    return [
+        StepNeeds(truncates=truncates, shares_prefix=shares_prefix, skips_draft_model=skips_draft_model)
+        for shares_prefix in (False, True)
+        for skips_draft_model in ((False, True) if has_draft_model else (False,))
+        for truncates in (False, True)
+    ]
 
 
 def _sections(shape: StepShape) -> tuple[int, ...]:

@@ -333,15 +333,19 @@ class Startup:
         self._stopwatch.lap("CUDA graphs")
         return graphs
 
-    def mixed_graphs(self, pool: GraphPool, model: Model, sample: Sample, null_row: int) -> MixedGraphs | None:
+    def mixed_graphs(
+        self, decode_graphs: DecodeGraphs | None, model: Model, sample: Sample, null_row: int
+    ) -> MixedGraphs | None:
         """Returns the graphs of steps with chunks, or None when these run without graphs."""
+        if decode_graphs is None:
+            return None
         if not self._has_mixed_graphs:
             why = f"the prefill backend {self.attention.prefill.name} cannot be captured"
             events.graph_mixed_off.log(logger, why_eager=why)
             return None
         config = self.plan.model_config
         graphs = MixedGraphs(
-            pool,
+            decode_graphs.pool,
             model,
             sample,
             max_tokens=self._max_graph_tokens(),

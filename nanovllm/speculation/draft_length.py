@@ -21,8 +21,12 @@ class DraftRate:
 
     def observe(self, *, num_right: int, num_wrong: int) -> None:
         """Takes what became of a draft: so many tokens were right, and then a wrong one, or none."""
-        self.share = 1 - (1 - self.share) * (1 - _STEP) ** num_right
+        self.share = self.after(num_right)
         self.share *= (1 - _STEP) ** num_wrong
+
+    def after(self, num_right: float) -> float:
+        """Returns what the share will be if the next `num_right` tokens are right."""
+        return 1 - (1 - self.share) * (1 - _STEP) ** num_right
 
 
 def draft_length(share: float, num_rows: int, longest: int, *, overlaps: bool, token_cost: float = 0.0) -> int:

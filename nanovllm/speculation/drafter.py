@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from nanovllm.config import ResolvedConfig
-from nanovllm.engine.batch import IntArray, RecordArray, ScheduledBatch, StepResult
+from nanovllm.engine.batch import Chunk, IntArray, RecordArray, ScheduledBatch, StepResult
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.observer import EngineObserver, VerifiedDrafts
 from nanovllm.engine.row_table import BoolArray, RowArray, RowTable
@@ -51,7 +52,7 @@ class Drafter(Speculation):
         self._overlaps = resolved.pipeline_depth > 1
         self._first_row = resolved.max_num_seqs
         self._num_draft_rows = config.num_draft_rows(resolved.max_num_seqs)
-        self._states: dict[Sequence, DraftState | None] = {}  # of unfinished sequences; None: it has no drafts
+        self._states: dict[Sequence, DraftState | None] = {}  # of unfinished sequences; None: no drafts (any more)
         self._seen = np.zeros(resolved.max_num_seqs, dtype=np.int32)  # tokens of each row that `watch` has seen
         self._in_flight: BoolArray = np.zeros(resolved.max_num_seqs, dtype=np.bool_)  # a step has a draft of the row
         cached = config.suffix_decoding_max_cached_requests if config.method == "suffix" else 0
@@ -75,8 +76,10 @@ class Drafter(Speculation):
         fresh = np.flatnonzero(rows.decoding & (rows.num_tokens != self._seen))
         self._seen[fresh] = rows.num_tokens[fresh]
         for row in fresh.tolist():
-            state = self._state_of(rows.sequence(row))
+            sequence = rows.sequence(row)
+            state = self._state_of(sequence)
             if state is None:
+                rows.speculates[row] = False
                 continue
             tokens = rows.known_tokens(row)
             if state.proposal and len(tokens) > state.num_tokens:  # not verified by a step
@@ -85,28 +88,27 @@ class Drafter(Speculation):
             left -= state.proposer.read(tokens, max(left, 1))
             state.proposal, state.num_tokens = state.proposer.propose(tokens, self._config.max_draft), len(tokens)
             state.length = self._length(state.rate.share, num_rows, min(len(state.proposal), longest))
-            rows.speculates[row] = self._speculates(state, num_rows, longest)
+            rows.speculates[row] = self._speculates(sequence, state, num_rows, longest)
 
-    def _speculates(self, state: DraftState, num_rows: int, longest: int) -> bool:
-        """Returns whether the next step of a row must wait for its last token. longest: its drafts, in tokens."""
+    def _speculates(self, sequence: Sequence, state: DraftState, num_rows: int, longest: int) -> bool:
+        """Returns whether the next step of a sequence must wait for its last token. longest: its drafts, in tokens."""
         return state.length > 0
 
     def _state_of(self, sequence: Sequence) -> DraftState | None:
-        """Returns the state of a sequence, None if it has no drafts, which is logged once."""
-        if sequence in self._states:
-            return self._states[sequence]
-        reason = None
-        if sequence.grammar is not None:
-            reason = "structured_outputs"
-        elif not sequence.params.speculate:
-            reason = "speculate=False"
-        state = None
-        if reason is not None:
-            events.speculation_off.log(logger, request_id=sequence.request_id, why=reason)
-        else:
-            state = DraftState(self._make_proposer(sequence))
-        self._states[sequence] = state
-        return state
+        """Returns the state of a sequence, None if it has no drafts."""
+        if sequence not in self._states:
+            if sequence.grammar is not None:
+                self._turn_off(sequence, "structured_outputs")
+            elif not sequence.params.speculate:
+                self._turn_off(sequence, "speculate=False")
+            else:
+                self._states[sequence] = DraftState(self._make_proposer(sequence))
+        return self._states[sequence]
+
+    def _turn_off(self, sequence: Sequence, why: str) -> None:
+        """Makes no drafts of a sequence until it ends."""
+        self._states[sequence] = None
+        events.speculation_off.log(logger, request_id=sequence.request_id, why=why)
 
     def _make_proposer(self, sequence: Sequence) -> Proposer:
         return make_proposer(self._config, None if sequence.cache_salt else self._others)
@@ -114,7 +116,9 @@ class Drafter(Speculation):
     def _length(self, share: float, num_rows: int, longest: int) -> int:
         return draft_length(share, num_rows, longest, overlaps=self._overlaps)
 
-    def draft(self, rows: RowTable, decode_rows: RowArray, blocks: BlockManager, num_tokens: int) -> StepDrafts:
+    def draft(
+        self, rows: RowTable, decode_rows: RowArray, chunks: Seq[Chunk], blocks: BlockManager, num_tokens: int
+    ) -> StepDrafts:
         candidates = decode_rows[rows.speculates[decode_rows]].tolist()
         if not candidates:
             return NO_DRAFTS

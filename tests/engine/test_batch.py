@@ -35,7 +35,7 @@ IN_ORDER = [
     "proposals",
     "decode_rows",
 ]
-HEADER_SIZE = 7 + len(IN_ORDER)
+HEADER_SIZE = 8 + len(IN_ORDER)
 MASK_WORDS = 2
 
 int32 = st.integers(-(2**31), 2**31 - 1)
@@ -146,7 +146,7 @@ def test_sections_follow_the_header_in_the_order_in_which_they_apply() -> None:
     assert offset == len(batch.buffer)
     assert batch.buffer[:HEADER_SIZE].tolist() == [
         *[VERSION, 7, 1],
-        *[0, 0, NO_LOGPROBS, 0],
+        *[0, 0, NO_LOGPROBS, 0, 0],
         *[1, 1, 3, 2, 5, 2, 2, 2, 1, 2, 2, 4],
     ]
     assert batch.buffer[batch.sections["opened_tokens"].offset :].tolist() == [
@@ -172,11 +172,13 @@ def test_counts_of_tokens_and_samples() -> None:
     assert batch.sampled_tokens.tolist() == [0, 1, 4]  # the tokens of draft rows are between them
 
 
-@pytest.mark.parametrize("edits_logits", [False, True])
+@pytest.mark.parametrize(("edits_logits", "skips_draft_model"), [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("num_logprobs", [None, 0, 20])
 @pytest.mark.parametrize(("shares_prefix", "truncates"), [(False, False), (True, False), (False, True), (True, True)])
-def test_needs_stand_apart(shares_prefix: bool, truncates: bool, num_logprobs: int | None, edits_logits: bool) -> None:
-    needs = StepNeeds(shares_prefix, truncates, num_logprobs, edits_logits)
+def test_needs_stand_apart(
+    *, shares_prefix: bool, truncates: bool, num_logprobs: int | None, edits_logits: bool, skips_draft_model: bool
+) -> None:
+    needs = StepNeeds(shares_prefix, truncates, num_logprobs, edits_logits, skips_draft_model)
     assert needs.all_logits is (truncates or edits_logits or num_logprobs is not None)
     assert ScheduledBatch.build(1, needs=needs).needs == needs
     assert ScheduledBatch.build(1).needs == StepNeeds()

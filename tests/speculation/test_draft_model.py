@@ -1,7 +1,8 @@
-"""A draft model: the same tokens as without, whatever it drafts, and a KV cache that is always right.
+"""A draft model: the same tokens as without, whatever it drafts, and a KV cache that is right where it drafts.
 
 A draft model that equals the model drafts exactly the tokens that are sampled, at any temperature. So a wrong key in
-its cache, after chunks of prompts, prefix hits, preemption or refused drafts, shows as a draft that is refused.
+its cache, after chunks of prompts, prefix hits, preemption or refused drafts, shows as a draft that is refused. Where
+it is left out of steps, prefix hits lack tokens, and such a draft may be wrong.
 """
 
 from __future__ import annotations
@@ -9,11 +10,10 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,13 +21,12 @@ from hypothesis import strategies as st
 from nanovllm import LLM, InvalidArgumentError, LLMEngine, ModelLoadError, SamplingParams
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch import ScheduledBatch
-from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine_factory import make_speculation
 from nanovllm.models.checkpoint import TINY_MODEL_FOLDER, num_tokenizer_tokens
 from nanovllm.report.__main__ import main as report
-from nanovllm.speculation import draft_model
-from nanovllm.speculation.draft_length import draft_length
-from nanovllm.speculation.draft_model import ModelProposer
+from nanovllm.runner.draft_model import ModelWithDraft
+from nanovllm.speculation import draft_model, drafter
+from nanovllm.speculation.draft_length import DraftRate, draft_length
 from tests.distributed.rank_processes import ONLY_LINUX
 from tests.end_to_end.test_real_schedules import DETERMINISTIC, Request
 from tests.engine.random_policy import RandomPolicy
@@ -45,6 +44,15 @@ from tests.speculation.test_tokens import DEVICES, ENGINES, requests
 
 MAX_DRAFT = 5
 PROMPTS = ["a b c d e f a b c d e f a b c", "count from 3 to 30", "one two three one two three one two"]
+
+
+# Nothing leaves the draft model out of a step, so that its cache has all tokens.
+drafting_requests = requests.map(lambda drawn: [replace(each, params=speculating(each.params)) for each in drawn])
+
+
+def speculating(params: SamplingParams) -> SamplingParams:
+    params.speculate = True
+    return params.clone()
 
 
 def drafted_by(folder: Path | str, **more: Any) -> dict[str, Any]:
@@ -93,6 +101,26 @@ def plain(loader: GraphLoader) -> Iterator[LLM]:
         yield llm
 
 
+class Watch:
+    """Notes the batches of an engine."""
+
+    def __init__(self, engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[ScheduledBatch] = []
+        schedule = engine.scheduler.schedule
+
+        def note() -> ScheduledBatch | None:
+            if (batch := schedule()) is not None:
+                self.batches.append(batch)
+            return batch
+
+        monkeypatch.setattr(engine.scheduler, "schedule", note)
+
+    @property
+    def runs(self) -> list[bool]:
+        """Whether the draft model computes the tokens, of each batch."""
+        return [not batch.needs.skips_draft_model for batch in self.batches]
+
+
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize(("use_graphs", "depth"), [(True, 1), (False, 2)])
 @pytest.mark.parametrize(
@@ -106,12 +134,9 @@ def test_drafts_change_no_token(
     with loader(use_graphs, pipeline_depth=depth, **ENGINES[name], **settings_of_draft) as llm:
 
         @settings(DETERMINISTIC, max_examples=examples(40))
-        @given(seed=st.integers(0, 2**32), drawn=requests)
+        @given(seed=st.integers(0, 2**32), drawn=drafting_requests if draft == "the model itself" else requests)
         def check(seed: int, drawn: list[Request]) -> None:
-            engine = llm.llm_engine
-            engine.scheduler.policy = RandomPolicy(engine.resolved, seed, AROUND_SIZES)
-            outputs = plain.generate([r.prompt for r in drawn], [r.params for r in drawn], use_tqdm=False)
-            check_same(answers_as_they_arrive(llm, drawn), [answer(output) for output in outputs])
+            check_answers_of(llm, plain, seed, drawn)
 
         check()
         statistics = llm.llm_engine.statistics
@@ -123,6 +148,50 @@ def test_drafts_change_no_token(
     batches: list[ScheduledBatch] = [batch for batch, _, _ in loader.replays]
     if use_graphs and name != "one at a time":
         assert any(len(batch.section("proposals")) for batch in batches), "drafts after steps with prompt tokens"
+        assert any(batch.needs.skips_draft_model for batch in batches) == (draft == "a random one")
+
+
+def check_answers_of(llm: LLM, plain: LLM, seed: int, drawn: list[Request]) -> None:
+    """Requests get the tokens of an engine without drafts. seed: of a random schedule."""
+    engine = llm.llm_engine
+    engine.scheduler.policy = RandomPolicy(engine.resolved, seed, AROUND_SIZES)
+    outputs = plain.generate([r.prompt for r in drawn], [r.params for r in drawn], use_tqdm=False)
+    check_same(answers_as_they_arrive(llm, drawn), [answer(output) for output in outputs])
+
+
+@pytest.mark.parametrize(("use_graphs", "depth"), [(True, 1), (False, 2)])
+@pytest.mark.parametrize("draft", ["the model itself", "a random one"])
+def test_steps_without_the_draft_model_change_no_token(
+    loader: GraphLoader,
+    plain: LLM,
+    folders: Folders,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    draft: str,
+    use_graphs: bool,
+    depth: int,
+) -> None:
+    """Rows are given up, and others are not, beside more rows than may draft, preemption and incomplete prefixes."""
+    monkeypatch.setattr(draft_model, "MAX_DRAFTING_ROWS", 3)
+    monkeypatch.setattr(drafter, "MAX_DRAFTING_ROWS", 3)
+    monkeypatch.setattr(ModelWithDraft, "draft_cost", 0.05)  # the model itself can pay
+    sizes = {"max_num_seqs": 8, "num_kvcache_blocks": 14}  # room for the largest request
+    with loader(use_graphs, pipeline_depth=depth, **sizes, **drafted_by(folders.drafts[draft])) as llm:
+        watch = Watch(llm.llm_engine, monkeypatch)
+
+        @settings(DETERMINISTIC, max_examples=examples(40))
+        @given(seed=st.integers(0, 2**32), drawn=requests)
+        def check(seed: int, drawn: list[Request]) -> None:
+            check_answers_of(llm, plain, seed, drawn)
+
+        check()
+        statistics = llm.llm_engine.statistics
+        assert statistics.num_draft_tokens > 100 or draft == "a random one"
+        assert statistics.num_prefix_hits > 0
+        assert statistics.num_preemptions > 0
+    assert max(len(batch.decode_rows) for batch in watch.batches) > 3
+    decodes = [runs for runs, batch in zip(watch.runs, watch.batches, strict=True) if len(batch.decode_rows)]
+    assert 0.1 < sum(decodes) / len(decodes) < 0.95
 
 
 @settings(max_examples=examples(400), deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -132,6 +201,7 @@ def test_drafts_change_no_token(
     st.integers(0, 20),
     st.none() | st.integers(0, 2**32),
     st.booleans(),
+    st.sampled_from([1, 2, 64]),
     st.integers(1, 9),
 )
 def test_answers_do_not_depend_on_drafts(
@@ -140,6 +210,7 @@ def test_answers_do_not_depend_on_drafts(
     spare_blocks: int,
     policy_seed: int | None,
     always_drafts: bool,
+    max_drafting_rows: int,
     max_draft: int,
 ) -> None:
     """The simulated device also checks what the draft model's cache holds."""
@@ -148,6 +219,8 @@ def test_answers_do_not_depend_on_drafts(
     speculative = {"model": "simulated", "num_speculative_tokens": max_draft}
     config = EngineConfig("simulated", skip_tokenizer_init=True, speculative_config=speculative)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draft_model, "MAX_DRAFTING_ROWS", max_drafting_rows)
+        patch.setattr(drafter, "MAX_DRAFTING_ROWS", max_drafting_rows)
         if always_drafts:
             patch.setattr(draft_model, "draft_length", as_long_as_possible)
         engine = LLMEngine(
@@ -182,16 +255,23 @@ def load(**settings: Any) -> LLM:
 
 @ONLY_LINUX
 @pytest.mark.usefixtures("always")
-def test_two_ranks() -> None:
+def test_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     params = [
         SamplingParams(temperature=t, seed=i, max_tokens=60, ignore_eos=True) for i, t in enumerate((0, 0.3, 0.9))
     ]
     with load() as llm:
         expected = token_ids(generate(llm, PROMPTS, params))
+    refusing = [each.clone() for each in params]
+    for each in refusing:
+        each.speculate = False
     with load(tensor_parallel_size=2, pipeline_depth=2, **drafted_by("tiny")) as llm:
         assert token_ids(generate(llm, PROMPTS, params)) == expected
         statistics = llm.llm_engine.statistics
         assert statistics.num_accepted_tokens >= 0.99 * statistics.num_draft_tokens > 50
+        watch = Watch(llm.llm_engine, monkeypatch)
+        assert token_ids(generate(llm, PROMPTS, refusing)) == expected
+        assert token_ids(generate(llm, PROMPTS, [params[0], *refusing[1:]])) == expected
+        assert sorted({*watch.runs}) == [False, True], "steps with the draft model and without it"
 
 
 @pytest.mark.usefixtures("always")
@@ -248,47 +328,89 @@ def test_drafts_show_in_the_log_the_metrics_and_the_report(
     assert f"of {statistics.num_draft_tokens} drafted tokens were right" in capsys.readouterr().out
 
 
-def test_a_draft_model_that_costs_too_much_drafts_only_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A draft model of the model's own size cannot pay: the steps are those without it."""
+def test_a_draft_model_that_cannot_pay_never_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft model of the model's own size: the steps are those without it."""
     steps = []
     for more in ({}, drafted_by("tiny")):
-        batches: list[ScheduledBatch] = []
-
-        class Watch(EngineObserver):
-            def batch_scheduled(self, batch: ScheduledBatch, rows: Any, batches: Any = batches) -> None:
-                batches.append(batch)
-
         with load(**more) as llm:
-            monkeypatch.setattr(llm.llm_engine.scheduler, "_observer", Watch())
-            generate(llm, PROMPTS[0], SamplingParams(temperature=0, max_tokens=200, ignore_eos=True))
-            steps.append(len(batches))
-            trials = [batch.section("proposals")["num_tokens"].tolist() for batch in batches]
-            assert not any(len(batch.section("drafts")) for batch in batches)
+            watch = Watch(llm.llm_engine, monkeypatch)
+            generate(llm, PROMPTS[0], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+            steps.append([len(batch.buffer) for batch in watch.batches])
+            assert any(watch.runs) == (not more)
     assert steps[0] == steps[1]
-    assert {len(sizes) for sizes in trials} == {0, 1}
-    assert max(max(sizes, default=0) for sizes in trials) == 1
 
 
-def test_trials_become_rare_while_they_fail_and_frequent_while_they_succeed() -> None:
-    proposer, tokens, gaps = ModelProposer(), np.arange(1, 1000, dtype=np.int32), []
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_a_row_whose_drafts_never_pay_is_given_up(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, num_rows: int, depth: int
+) -> None:
+    """After a few steps the draft model runs no more, until another request comes; a refused one does not run it."""
+    caplog.set_level(logging.INFO, logger="nanovllm")
+    settings_of_draft = drafted_by(folders.drafts["a random one"])
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    prompts = [[*range(20 + row, 40 + row)] for row in range(num_rows)]
+    with LLM(
+        str(folders.model),
+        device="cpu",
+        skip_tokenizer_init=True,
+        max_model_len=200,
+        pipeline_depth=depth,
+        **settings_of_draft,
+    ) as llm:
+        num_runs = 0
 
-    def trial(start: int, drafted: int) -> int:
-        length = start
-        while not proposer.wants_trial(length):
-            length += 1
-        proposer.take([drafted], length)
-        assert proposer.propose(tokens[:length], 5) == [drafted]
-        assert proposer.propose(tokens[: length + 1], 5) == []
-        proposer.read(tokens[: length + 1], 100)
-        gaps.append(length - start)
-        return length + 1
+        def count(*arguments: Any) -> None:
+            nonlocal num_runs
+            num_runs += 1
 
-    length = 1
-    for _ in range(7):
-        length = trial(length, 0)  # no token of the text
-    for _ in range(6):
-        length = trial(length, next(n for n in range(length, 1000) if n >= proposer._next_trial) + 1)
-    assert gaps == [0, 1, 3, 7, 15, 31, 31, 31, 15, 7, 3, 1, 0]
+        model: Any = llm.llm_engine.executor._runner.model  # type: ignore[attr-defined]
+        model.draft.register_forward_hook(count)
+        watch = Watch(llm.llm_engine, monkeypatch)
+        for _ in range(2):  # the second time, most of the prompt is cached
+            num_runs = 0
+            watch.batches.clear()
+            generate(llm, prompts, params)
+            off = [record.fields["why"] for record in caplog.records if record.event == "speculation.off"]
+            assert off == ["drafts do not pay"] * num_rows
+            caplog.clear()
+            runs, num_drafted = watch.runs, sum(len(batch.section("proposals")) > 0 for batch in watch.batches)
+            assert runs == sorted(runs, reverse=True), "given up once and for all"
+            assert 1 < sum(runs) <= 30 < 90 < len(runs)
+            assert sum(runs) + num_drafted <= num_runs <= sum(runs) + MAX_DRAFT * num_drafted
+        num_runs = 0
+        refused = params.clone()
+        refused.speculate = False
+        generate(llm, prompts, refused)
+        assert num_runs == 0
+        assert_empty(llm)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("num_rows", [64, 65, 256])
+def test_many_rows_leave_the_draft_model_out(monkeypatch: pytest.MonkeyPatch, num_rows: int, depth: int) -> None:
+    resolved = make_config(
+        draft_cost=0.1, num_blocks=4000, max_num_batched_tokens=512, max_num_seqs=num_rows, pipeline_depth=depth
+    )
+    config = EngineConfig("simulated", skip_tokenizer_init=True, **drafted_by("simulated"))
+    engine = LLMEngine(config, lambda config, stopwatch: SimulatedExecutor(resolved), make_speculation=make_speculation)
+    watch = Watch(engine, monkeypatch)
+    check_answers(engine, [simulated_request([1 + row % 40, 2], 40) for row in range(num_rows)], None)
+    decodes = [batch for batch in watch.batches if len(batch.decode_rows) == num_rows]
+    assert len(decodes) > 10
+    assert all(batch.needs.skips_draft_model for batch in decodes)
+
+
+def simulated_request(prompt: list[int], max_tokens: int) -> SimulatedRequest:
+    return SimulatedRequest(prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True), 0)
+
+
+def test_a_share_that_cannot_be_reached_is_known_beforehand() -> None:
+    rate = DraftRate()
+    expected = rate.after(5)
+    assert rate.share < expected < rate.after(12) < 1
+    rate.observe(num_right=5, num_wrong=0)
+    assert rate.share == pytest.approx(expected)
 
 
 def test_a_draft_is_shorter_the_more_its_tokens_cost() -> None:
