@@ -1,7 +1,6 @@
 """The experts' MLP for few tokens with weights of 8 or 4 bits, which are converted in registers.
 
-The launches are those of `kernels.chosen_experts`: only the chosen experts' weights are read, as they are stored. A
-program sums the products of the inputs that share a scale first, and then the scaled sums.
+The launches are those of `kernels.chosen_experts`: only the chosen experts' weights are read, as they are stored.
 """
 
 from __future__ import annotations
@@ -20,8 +19,9 @@ from nanovllm.kernels.triton_support import (
     wait_for_previous_kernel,
 )
 
-# Not measured: twice the weights, and so as many bytes, of a program of `kernels.chosen_experts`.
-_MAX_PROGRAM_WEIGHTS = 8192  # of a gated program
+# As measured on Qwen3-30B-A3B's shape.
+_MAX_PROGRAM_WEIGHTS = 16384  # of a gated program
+_DOWN_BLOCK_N = 1  # outputs of a program of the down product
 _MAX_WEIGHTS_OF_A_WARP = 4096
 _NUM_WARPS = 4
 
@@ -36,9 +36,8 @@ def _load_rows(
 
 
 @jit
-def _add_plane(
-    out: tl.tensor,
-    weight: tl.tensor,
+def _scale_products(
+    products: tl.tensor,
     x: tl.tensor,
     scale_ptr: tl.tensor,
     zero_ptr: tl.tensor,
@@ -53,18 +52,25 @@ def _add_plane(
     GROUP_SIZE: tl.constexpr,
     INPUT_SIZE: tl.constexpr,
 ) -> tl.tensor:
-    """Returns out [rows] + the products of a plane of the weight [rows, groups, width] with x [rows or 1, …].
+    """Returns products [rows, groups, width] of weights as they are stored and of x, or sums of such, scaled.
 
-    column [groups]: the first input of each group.
+    x [rows or 1, groups, width]: what the weights were multiplied by. column [groups]: the first input of each group.
     """
     scale, zero = load_group(
         scale_ptr, zero_ptr, scale_row[:, None], row_mask[:, None], column[None, :], scale_row_stride,
         scale_group_stride, offset, tl.float32, HAS_ZEROS, GROUP_SIZE, INPUT_SIZE,
     )  # fmt: skip
-    sums = tl.sum(weight.to(tl.float32) * x, axis=2)  # [rows, groups]
     if IS_INT4:
-        sums -= zero * tl.sum(x, axis=2)
-    return out + tl.sum(sums * scale, axis=1)
+        products -= zero[:, :, None] * x
+    return products * scale[:, :, None]
+
+
+@jit
+def _sum_inputs(products: tl.tensor) -> tl.tensor:
+    """Returns the sums [rows] of products [rows, groups, width]; each thread adds up its own products first."""
+    rows: tl.constexpr = products.shape[0]
+    inputs: tl.constexpr = products.shape[1] * products.shape[2]
+    return tl.sum(tl.reshape(products, [rows, inputs]), axis=1)
 
 
 @jit
@@ -97,6 +103,7 @@ def _quantized_gate_up_kernel(
     PDL: tl.constexpr,
 ) -> None:
     """Program (outputs, pair)."""
+    PLANES_HAVE_SCALES: tl.constexpr = GROUP_SIZE < HIDDEN_SIZE and GROUP_SIZE % (NUM_PLANES * WIDTH) != 0
     UP_SCALE_ROW: tl.constexpr = (INNER_SIZE + SCALE_ROWS - 1) // SCALE_ROWS
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     wait_for_previous_kernel(PDL)
@@ -114,27 +121,45 @@ def _quantized_gate_up_kernel(
     up_planes, offset = split_planes(up_weight, dtype, IS_INT4)
     scale_ptr += expert * scale_expert_stride
     zero_ptr += expert * scale_expert_stride
-    gate = tl.zeros([BLOCK_N], tl.float32)
-    up = tl.zeros([BLOCK_N], tl.float32)
-    squares = tl.zeros([BLOCK_GROUPS], tl.float32)
+    scale_row = output // SCALE_ROWS
+    gate = tl.zeros([BLOCK_N, BLOCK_GROUPS, WIDTH], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_GROUPS, WIDTH], tl.float32)
+    x_sum = tl.zeros([1, BLOCK_GROUPS, WIDTH], tl.float32)
+    squares = tl.zeros([1, BLOCK_GROUPS, WIDTH], tl.float32)
+    first = group * (NUM_PLANES * WIDTH)
     for plane in tl.static_range(NUM_PLANES):
-        first = (group * NUM_PLANES + plane) * WIDTH
-        column = first[:, None] + lane[None, :]
+        column = (first + plane * WIDTH)[:, None] + lane[None, :]
         mask = column < HIDDEN_SIZE
-        x = tl.load(x_ptr + pair // TOP_K * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + pair // TOP_K * x_stride + column, mask=mask, other=0.0).to(tl.float32)[None, :, :]
         if HAS_NORM:  # as in `kernels.skinny_linear`, the division comes after the product
-            squares += tl.sum(x * x, axis=1)
-            x = x * tl.load(norm_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        gate = _add_plane(
-            gate, gate_planes[plane], x[None, :, :], scale_ptr, zero_ptr, output // SCALE_ROWS, output_mask, first,
-            scale_row_stride, scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, HIDDEN_SIZE,
+            squares += x * x
+            x = x * tl.load(norm_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)[None, :, :]
+        gate_products = gate_planes[plane].to(tl.float32) * x
+        up_products = up_planes[plane].to(tl.float32) * x
+        if PLANES_HAVE_SCALES:
+            gate_products = _scale_products(
+                gate_products, x, scale_ptr, zero_ptr, scale_row, output_mask, first + plane * WIDTH, scale_row_stride,
+                scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, HIDDEN_SIZE,
+            )  # fmt: skip
+            up_products = _scale_products(
+                up_products, x, scale_ptr, zero_ptr, UP_SCALE_ROW + scale_row, output_mask, first + plane * WIDTH,
+                scale_row_stride, scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, HIDDEN_SIZE,
+            )  # fmt: skip
+        gate += gate_products
+        up += up_products
+        x_sum += x
+    if not PLANES_HAVE_SCALES:
+        gate = _scale_products(
+            gate, x_sum, scale_ptr, zero_ptr, scale_row, output_mask, first, scale_row_stride, scale_group_stride,
+            offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, HIDDEN_SIZE,
         )  # fmt: skip
-        up = _add_plane(
-            up, up_planes[plane], x[None, :, :], scale_ptr, zero_ptr, UP_SCALE_ROW + output // SCALE_ROWS, output_mask,
-            first, scale_row_stride, scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, HIDDEN_SIZE,
+        up = _scale_products(
+            up, x_sum, scale_ptr, zero_ptr, UP_SCALE_ROW + scale_row, output_mask, first, scale_row_stride,
+            scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, HIDDEN_SIZE,
         )  # fmt: skip
+    gate, up = _sum_inputs(gate), _sum_inputs(up)
     if HAS_NORM:
-        norm = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / HIDDEN_SIZE + eps)
+        norm = 1.0 / tl.sqrt(_sum_inputs(squares) / HIDDEN_SIZE + eps)
         gate, up = gate * norm, up * norm
     out = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out_ptr + pair * INNER_SIZE + output, out.to(dtype), mask=output_mask)
@@ -165,43 +190,59 @@ def _quantized_down_kernel(
     GROUP_SIZE: tl.constexpr,
     NUM_PLANES: tl.constexpr,
     BLOCK_TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Program (output, token): the rows of its tile are the token's choices."""
+    """Program (outputs, token): the rows of its tile are the token's choices, each with BLOCK_N outputs."""
+    PLANES_HAVE_SCALES: tl.constexpr = GROUP_SIZE < INNER_SIZE and GROUP_SIZE % (NUM_PLANES * WIDTH) != 0
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     let_next_kernel_start(PDL)
-    output = tl.program_id(0)
     token = tl.program_id(1).to(tl.int64)
-    choice = tl.arange(0, BLOCK_TOP_K)
-    choice_mask = choice < TOP_K
+    row = tl.arange(0, BLOCK_TOP_K * BLOCK_N)
+    choice = row // BLOCK_N
+    output = tl.program_id(0) * BLOCK_N + row % BLOCK_N
+    row_mask = (choice < TOP_K) & (output < HIDDEN_SIZE)
     pair = token * TOP_K + choice
     group, lane = tl.arange(0, BLOCK_GROUPS), tl.arange(0, WIDTH)
     # The kernel ahead began after these were written. They are read past the first-level cache, which may be older.
-    expert = tl.load(topk_ids_ptr + pair, mask=choice_mask, other=0, cache_modifier=".cg").to(tl.int64)
+    expert = tl.load(topk_ids_ptr + pair, mask=row_mask, other=0, cache_modifier=".cg").to(tl.int64)
     number = group[:, None] * WIDTH + lane[None, :]
-    weight = _load_rows(weight_ptr, expert * HIDDEN_SIZE + output, choice_mask, number, ROW_SIZE)
+    weight = _load_rows(weight_ptr, expert * HIDDEN_SIZE + output, row_mask, number, ROW_SIZE)
     wait_for_previous_kernel(PDL)
     planes, offset = split_planes(weight, dtype, IS_INT4)
     # The strides of scales count from each choice's expert on.
     scale_start = expert * scale_expert_stride + output // SCALE_ROWS * scale_row_stride
-    out = tl.zeros([BLOCK_TOP_K], tl.float32)
+    out = tl.zeros([BLOCK_TOP_K * BLOCK_N, BLOCK_GROUPS, WIDTH], tl.float32)
+    inner_sum = tl.zeros([BLOCK_TOP_K * BLOCK_N, BLOCK_GROUPS, WIDTH], tl.float32)
+    first = group * (NUM_PLANES * WIDTH)
     for plane in tl.static_range(NUM_PLANES):
-        first = (group * NUM_PLANES + plane) * WIDTH
-        column = first[:, None] + lane[None, :]
-        mask = choice_mask[:, None, None] & (column < INNER_SIZE)[None, :, :]
+        column = (first + plane * WIDTH)[:, None] + lane[None, :]
+        mask = row_mask[:, None, None] & (column < INNER_SIZE)[None, :, :]
         inner_ptrs = inner_ptr + pair[:, None, None] * INNER_SIZE + column[None, :, :]
         inner = tl.load(inner_ptrs, mask=mask, other=0.0).to(tl.float32)
-        out = _add_plane(
-            out, planes[plane], inner, scale_ptr, zero_ptr, scale_start, choice_mask, first, 1, scale_group_stride,
-            offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, INNER_SIZE,
+        products = planes[plane].to(tl.float32) * inner
+        if PLANES_HAVE_SCALES:
+            products = _scale_products(
+                products, inner, scale_ptr, zero_ptr, scale_start, row_mask, first + plane * WIDTH, 1,
+                scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, INNER_SIZE,
+            )  # fmt: skip
+        out += products
+        inner_sum += inner
+    if not PLANES_HAVE_SCALES:
+        out = _scale_products(
+            out, inner_sum, scale_ptr, zero_ptr, scale_start, row_mask, first, 1, scale_group_stride, offset, IS_INT4,
+            HAS_ZEROS, GROUP_SIZE, INNER_SIZE,
         )  # fmt: skip
-    out *= tl.load(topk_weights_ptr + pair, mask=choice_mask, other=0.0)
-    total = tl.sum(out, axis=0)
+    weighted = _sum_inputs(out) * tl.load(topk_weights_ptr + pair, mask=row_mask, other=0.0)
+    total = tl.sum(tl.reshape(weighted, [BLOCK_TOP_K, BLOCK_N]), axis=0)  # [BLOCK_N]
+    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = output < HIDDEN_SIZE
     if HAS_RESIDUAL:
-        total += tl.load(residual_ptr + token * residual_stride + output).to(tl.float32)
-    tl.store(out_ptr + token * HIDDEN_SIZE + output, total.to(dtype))
+        residual = tl.load(residual_ptr + token * residual_stride + output, mask=mask, other=0.0)
+        total += residual.to(tl.float32)
+    tl.store(out_ptr + token * HIDDEN_SIZE + output, total.to(dtype), mask=mask)
 
 
 def _groups(matrices: ExpertMatrices) -> dict[str, int]:
@@ -248,7 +289,8 @@ def quantized_chosen_experts(
     )
     block_top_k = next_power_of_2(routing.top_k)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)  # [num_tokens, hidden_size]
-    _quantized_down_kernel[(hidden_size, num_tokens)](
+    weights = block_top_k * _DOWN_BLOCK_N * next_power_of_2(inner_size)
+    _quantized_down_kernel[(-(-hidden_size // _DOWN_BLOCK_N), num_tokens)](
         inner_ptr=inner,
         topk_ids_ptr=routing.topk_ids,
         topk_weights_ptr=routing.topk_weights,
@@ -260,7 +302,8 @@ def quantized_chosen_experts(
         HIDDEN_SIZE=hidden_size,
         INNER_SIZE=inner_size,
         BLOCK_TOP_K=block_top_k,
-        num_warps=min(max(_NUM_WARPS, block_top_k * next_power_of_2(inner_size) // _MAX_WEIGHTS_OF_A_WARP), 16),
+        BLOCK_N=_DOWN_BLOCK_N,
+        num_warps=min(max(_NUM_WARPS, weights // _MAX_WEIGHTS_OF_A_WARP), 16),
         num_stages=1,
         **_groups(down),
         **down.arguments(),
