@@ -22,8 +22,7 @@ from nanovllm.kernels.triton_support import (
 # As measured on Qwen3-30B-A3B's shape.
 _MAX_PROGRAM_WEIGHTS = 16384  # of a gated program
 _DOWN_BLOCK_N = 1  # outputs of a program of the down product
-_MAX_WEIGHTS_OF_A_WARP = 4096
-_NUM_WARPS = 4
+_GATE_UP_WARPS, _DOWN_WARPS = 4, 4
 
 
 @jit
@@ -281,7 +280,7 @@ def quantized_chosen_experts(
         HIDDEN_SIZE=hidden_size,
         INNER_SIZE=inner_size,
         BLOCK_N=block_n,
-        num_warps=_NUM_WARPS,
+        num_warps=_GATE_UP_WARPS,
         num_stages=1,
         **_groups(gate_up),
         **gate_up.arguments(),
@@ -289,7 +288,6 @@ def quantized_chosen_experts(
     )
     block_top_k = next_power_of_2(routing.top_k)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)  # [num_tokens, hidden_size]
-    weights = block_top_k * _DOWN_BLOCK_N * next_power_of_2(inner_size)
     _quantized_down_kernel[(-(-hidden_size // _DOWN_BLOCK_N), num_tokens)](
         inner_ptr=inner,
         topk_ids_ptr=routing.topk_ids,
@@ -303,7 +301,7 @@ def quantized_chosen_experts(
         INNER_SIZE=inner_size,
         BLOCK_TOP_K=block_top_k,
         BLOCK_N=_DOWN_BLOCK_N,
-        num_warps=min(max(_NUM_WARPS, weights // _MAX_WEIGHTS_OF_A_WARP), 16),
+        num_warps=_DOWN_WARPS,
         num_stages=1,
         **_groups(down),
         **down.arguments(),
