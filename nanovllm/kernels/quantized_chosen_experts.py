@@ -1,6 +1,7 @@
 """The experts' MLP for few tokens with weights of 8 or 4 bits, which are converted in registers.
 
-The launches are those of `kernels.chosen_experts`: only the chosen experts' weights are read, as they are stored.
+The launches are those of `kernels.chosen_experts`: only the chosen experts' weights are read, as they are stored. A
+program sums the products of the inputs that share a scale first, and then the scaled sums.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from nanovllm.kernels.triton_support import (
 )
 
 # As measured on Qwen3-30B-A3B's shape.
-_MAX_PROGRAM_WEIGHTS = 16384  # of a gated program
-_DOWN_BLOCK_N = 1  # outputs of a program of the down product
-_GATE_UP_WARPS, _DOWN_WARPS = 4, 4
+_MAX_PROGRAM_WEIGHTS, _MAX_PROGRAM_INT4 = 16384, 8192  # of a gated program
+_MAX_WEIGHTS_OF_A_WARP = 4096
+_NUM_WARPS = 4
 
 
 @jit
@@ -35,7 +36,8 @@ def _load_rows(
 
 
 @jit
-def _scale_products(
+def _add_groups(
+    out: tl.tensor,
     products: tl.tensor,
     x: tl.tensor,
     scale_ptr: tl.tensor,
@@ -51,25 +53,18 @@ def _scale_products(
     GROUP_SIZE: tl.constexpr,
     INPUT_SIZE: tl.constexpr,
 ) -> tl.tensor:
-    """Returns products [rows, groups, width] of weights as they are stored and of x, or sums of such, scaled.
+    """Returns out [rows] + the scaled sums of the products of stored weights with x, [rows or 1 for x, groups, width].
 
-    x [rows or 1, groups, width]: what the weights were multiplied by. column [groups]: the first input of each group.
+    column [groups]: the first input of each group.
     """
     scale, zero = load_group(
         scale_ptr, zero_ptr, scale_row[:, None], row_mask[:, None], column[None, :], scale_row_stride,
         scale_group_stride, offset, tl.float32, HAS_ZEROS, GROUP_SIZE, INPUT_SIZE,
     )  # fmt: skip
+    sums = tl.sum(products, axis=2)  # [rows, groups]
     if IS_INT4:
-        products -= zero[:, :, None] * x
-    return products * scale[:, :, None]
-
-
-@jit
-def _sum_inputs(products: tl.tensor) -> tl.tensor:
-    """Returns the sums [rows] of products [rows, groups, width]; each thread adds up its own products first."""
-    rows: tl.constexpr = products.shape[0]
-    inputs: tl.constexpr = products.shape[1] * products.shape[2]
-    return tl.sum(tl.reshape(products, [rows, inputs]), axis=1)
+        sums -= zero * tl.sum(x, axis=2)
+    return out + tl.sum(sums * scale, axis=1)
 
 
 @jit
@@ -121,44 +116,37 @@ def _quantized_gate_up_kernel(
     scale_ptr += expert * scale_expert_stride
     zero_ptr += expert * scale_expert_stride
     scale_row = output // SCALE_ROWS
-    gate = tl.zeros([BLOCK_N, BLOCK_GROUPS, WIDTH], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_GROUPS, WIDTH], tl.float32)
-    x_sum = tl.zeros([1, BLOCK_GROUPS, WIDTH], tl.float32)
-    squares = tl.zeros([1, BLOCK_GROUPS, WIDTH], tl.float32)
-    first = group * (NUM_PLANES * WIDTH)
+    gate = tl.zeros([BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_N], tl.float32)
+    squares = tl.zeros([BLOCK_GROUPS], tl.float32)
     for plane in tl.static_range(NUM_PLANES):
-        column = (first + plane * WIDTH)[:, None] + lane[None, :]
+        first = (group * NUM_PLANES + plane) * WIDTH
+        column = first[:, None] + lane[None, :]
         mask = column < HIDDEN_SIZE
-        x = tl.load(x_ptr + pair // TOP_K * x_stride + column, mask=mask, other=0.0).to(tl.float32)[None, :, :]
+        x = tl.load(x_ptr + pair // TOP_K * x_stride + column, mask=mask, other=0.0).to(tl.float32)
         if HAS_NORM:  # as in `kernels.skinny_linear`, the division comes after the product
-            squares += x * x
-            x = x * tl.load(norm_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)[None, :, :]
-        gate_products = gate_planes[plane].to(tl.float32) * x
-        up_products = up_planes[plane].to(tl.float32) * x
-        if PLANES_HAVE_SCALES:
-            gate_products = _scale_products(
-                gate_products, x, scale_ptr, zero_ptr, scale_row, output_mask, first + plane * WIDTH, scale_row_stride,
+            squares += tl.sum(x * x, axis=1)
+            x = x * tl.load(norm_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+        x = x[None, :, :]
+        if plane == 0 or PLANES_HAVE_SCALES:
+            gate_products = gate_planes[plane].to(tl.float32) * x
+            up_products = up_planes[plane].to(tl.float32) * x
+            x_sum = x
+        else:
+            gate_products += gate_planes[plane].to(tl.float32) * x
+            up_products += up_planes[plane].to(tl.float32) * x
+            x_sum += x
+        if plane == NUM_PLANES - 1 or PLANES_HAVE_SCALES:
+            gate = _add_groups(
+                gate, gate_products, x_sum, scale_ptr, zero_ptr, scale_row, output_mask, first, scale_row_stride,
                 scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, HIDDEN_SIZE,
             )  # fmt: skip
-            up_products = _scale_products(
-                up_products, x, scale_ptr, zero_ptr, UP_SCALE_ROW + scale_row, output_mask, first + plane * WIDTH,
+            up = _add_groups(
+                up, up_products, x_sum, scale_ptr, zero_ptr, UP_SCALE_ROW + scale_row, output_mask, first,
                 scale_row_stride, scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, HIDDEN_SIZE,
             )  # fmt: skip
-        gate += gate_products
-        up += up_products
-        x_sum += x
-    if not PLANES_HAVE_SCALES:
-        gate = _scale_products(
-            gate, x_sum, scale_ptr, zero_ptr, scale_row, output_mask, first, scale_row_stride, scale_group_stride,
-            offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, HIDDEN_SIZE,
-        )  # fmt: skip
-        up = _scale_products(
-            up, x_sum, scale_ptr, zero_ptr, UP_SCALE_ROW + scale_row, output_mask, first, scale_row_stride,
-            scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, HIDDEN_SIZE,
-        )  # fmt: skip
-    gate, up = _sum_inputs(gate), _sum_inputs(up)
     if HAS_NORM:
-        norm = 1.0 / tl.sqrt(_sum_inputs(squares) / HIDDEN_SIZE + eps)
+        norm = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / HIDDEN_SIZE + eps)
         gate, up = gate * norm, up * norm
     out = gate / (1.0 + tl.exp(-gate)) * up
     tl.store(out_ptr + pair * INNER_SIZE + output, out.to(dtype), mask=output_mask)
@@ -189,59 +177,51 @@ def _quantized_down_kernel(
     GROUP_SIZE: tl.constexpr,
     NUM_PLANES: tl.constexpr,
     BLOCK_TOP_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
     WIDTH: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Program (outputs, token): the rows of its tile are the token's choices, each with BLOCK_N outputs."""
+    """Program (output, token): the rows of its tile are the token's choices."""
     PLANES_HAVE_SCALES: tl.constexpr = GROUP_SIZE < INNER_SIZE and GROUP_SIZE % (NUM_PLANES * WIDTH) != 0
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     let_next_kernel_start(PDL)
+    output = tl.program_id(0)
     token = tl.program_id(1).to(tl.int64)
-    row = tl.arange(0, BLOCK_TOP_K * BLOCK_N)
-    choice = row // BLOCK_N
-    output = tl.program_id(0) * BLOCK_N + row % BLOCK_N
-    row_mask = (choice < TOP_K) & (output < HIDDEN_SIZE)
+    choice = tl.arange(0, BLOCK_TOP_K)
+    choice_mask = choice < TOP_K
     pair = token * TOP_K + choice
     group, lane = tl.arange(0, BLOCK_GROUPS), tl.arange(0, WIDTH)
     # The kernel ahead began after these were written. They are read past the first-level cache, which may be older.
-    expert = tl.load(topk_ids_ptr + pair, mask=row_mask, other=0, cache_modifier=".cg").to(tl.int64)
+    expert = tl.load(topk_ids_ptr + pair, mask=choice_mask, other=0, cache_modifier=".cg").to(tl.int64)
     number = group[:, None] * WIDTH + lane[None, :]
-    weight = _load_rows(weight_ptr, expert * HIDDEN_SIZE + output, row_mask, number, ROW_SIZE)
+    weight = _load_rows(weight_ptr, expert * HIDDEN_SIZE + output, choice_mask, number, ROW_SIZE)
     wait_for_previous_kernel(PDL)
     planes, offset = split_planes(weight, dtype, IS_INT4)
     # The strides of scales count from each choice's expert on.
     scale_start = expert * scale_expert_stride + output // SCALE_ROWS * scale_row_stride
-    out = tl.zeros([BLOCK_TOP_K * BLOCK_N, BLOCK_GROUPS, WIDTH], tl.float32)
-    inner_sum = tl.zeros([BLOCK_TOP_K * BLOCK_N, BLOCK_GROUPS, WIDTH], tl.float32)
-    first = group * (NUM_PLANES * WIDTH)
+    out = tl.zeros([BLOCK_TOP_K], tl.float32)
     for plane in tl.static_range(NUM_PLANES):
-        column = (first + plane * WIDTH)[:, None] + lane[None, :]
-        mask = row_mask[:, None, None] & (column < INNER_SIZE)[None, :, :]
+        first = (group * NUM_PLANES + plane) * WIDTH
+        column = first[:, None] + lane[None, :]
+        mask = choice_mask[:, None, None] & (column < INNER_SIZE)[None, :, :]
         inner_ptrs = inner_ptr + pair[:, None, None] * INNER_SIZE + column[None, :, :]
         inner = tl.load(inner_ptrs, mask=mask, other=0.0).to(tl.float32)
-        products = planes[plane].to(tl.float32) * inner
-        if PLANES_HAVE_SCALES:
-            products = _scale_products(
-                products, inner, scale_ptr, zero_ptr, scale_start, row_mask, first + plane * WIDTH, 1,
-                scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, INNER_SIZE,
+        if plane == 0 or PLANES_HAVE_SCALES:
+            products = planes[plane].to(tl.float32) * inner
+            inner_sum = inner
+        else:
+            products += planes[plane].to(tl.float32) * inner
+            inner_sum += inner
+        if plane == NUM_PLANES - 1 or PLANES_HAVE_SCALES:
+            out = _add_groups(
+                out, products, inner_sum, scale_ptr, zero_ptr, scale_start, choice_mask, first, 1, scale_group_stride,
+                offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, INNER_SIZE,
             )  # fmt: skip
-        out += products
-        inner_sum += inner
-    if not PLANES_HAVE_SCALES:
-        out = _scale_products(
-            out, inner_sum, scale_ptr, zero_ptr, scale_start, row_mask, first, 1, scale_group_stride, offset, IS_INT4,
-            HAS_ZEROS, GROUP_SIZE, INNER_SIZE,
-        )  # fmt: skip
-    weighted = _sum_inputs(out) * tl.load(topk_weights_ptr + pair, mask=row_mask, other=0.0)
-    total = tl.sum(tl.reshape(weighted, [BLOCK_TOP_K, BLOCK_N]), axis=0)  # [BLOCK_N]
-    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = output < HIDDEN_SIZE
+    out *= tl.load(topk_weights_ptr + pair, mask=choice_mask, other=0.0)
+    total = tl.sum(out, axis=0)
     if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + token * residual_stride + output, mask=mask, other=0.0)
-        total += residual.to(tl.float32)
-    tl.store(out_ptr + token * HIDDEN_SIZE + output, total.to(dtype), mask=mask)
+        total += tl.load(residual_ptr + token * residual_stride + output).to(tl.float32)
+    tl.store(out_ptr + token * HIDDEN_SIZE + output, total.to(dtype))
 
 
 def _groups(matrices: ExpertMatrices) -> dict[str, int]:
@@ -267,7 +247,8 @@ def quantized_chosen_experts(
     num_tokens, hidden_size = x.shape
     inner_size, num_pairs = down.num_inputs, routing.topk_ids.numel()
     inner = x.new_empty(num_pairs, inner_size)  # [num_pairs, inner_size]
-    block_n = min(max(_MAX_PROGRAM_WEIGHTS // (2 * next_power_of_2(hidden_size)), 1), next_power_of_2(inner_size))
+    most = _MAX_PROGRAM_INT4 if gate_up.is_int4 else _MAX_PROGRAM_WEIGHTS
+    block_n = min(max(most // (2 * next_power_of_2(hidden_size)), 1), next_power_of_2(inner_size))
     _quantized_gate_up_kernel[(-(-inner_size // block_n), num_pairs)](
         x_ptr=x,
         norm_weight_ptr=x if norm_weight is None else norm_weight,
@@ -280,7 +261,7 @@ def quantized_chosen_experts(
         HIDDEN_SIZE=hidden_size,
         INNER_SIZE=inner_size,
         BLOCK_N=block_n,
-        num_warps=_GATE_UP_WARPS,
+        num_warps=_NUM_WARPS,
         num_stages=1,
         **_groups(gate_up),
         **gate_up.arguments(),
@@ -288,7 +269,7 @@ def quantized_chosen_experts(
     )
     block_top_k = next_power_of_2(routing.top_k)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)  # [num_tokens, hidden_size]
-    _quantized_down_kernel[(-(-hidden_size // _DOWN_BLOCK_N), num_tokens)](
+    _quantized_down_kernel[(hidden_size, num_tokens)](
         inner_ptr=inner,
         topk_ids_ptr=routing.topk_ids,
         topk_weights_ptr=routing.topk_weights,
@@ -300,8 +281,7 @@ def quantized_chosen_experts(
         HIDDEN_SIZE=hidden_size,
         INNER_SIZE=inner_size,
         BLOCK_TOP_K=block_top_k,
-        BLOCK_N=_DOWN_BLOCK_N,
-        num_warps=_DOWN_WARPS,
+        num_warps=min(max(_NUM_WARPS, block_top_k * next_power_of_2(inner_size) // _MAX_WEIGHTS_OF_A_WARP), 16),
         num_stages=1,
         **_groups(down),
         **down.arguments(),
