@@ -34,7 +34,7 @@ _FP8_TILINGS = {
     64: (Tiling(64, 128, 4, 3), Tiling(128, 128, 4, 3)),
     128: (Tiling(128, 128, 8, 4), Tiling(128, 128, 8, 4)),
 }
-_FP8_BLOCK_TILINGS = {**_FP8_TILINGS, 128: (Tiling(64, 128, 8, 3), Tiling(128, 128, 8, 4))}
+_FP8_BLOCK_TILINGS = {**_FP8_TILINGS, 128: (Tiling(64, 128, 8, 3), Tiling(64, 128, 4, 3))}
 _INT8_TILINGS = {
     16: (Tiling(64, 128, 4, 3), Tiling(128, 128, 4, 3)),
     32: (Tiling(64, 128, 4, 3), Tiling(64, 128, 4, 3)),
@@ -43,8 +43,8 @@ _INT8_TILINGS = {
 }
 _INT4_TILINGS = {
     16: (Tiling(128, 128, 4, 3), Tiling(128, 128, 4, 3)),
-    32: (Tiling(64, 128, 4, 3), Tiling(64, 128, 4, 3)),
-    64: (Tiling(64, 128, 4, 3), Tiling(128, 128, 8, 3)),
+    32: (Tiling(128, 128, 4, 3), Tiling(128, 128, 4, 3)),
+    64: (Tiling(128, 128, 4, 3), Tiling(128, 128, 4, 3)),
     128: (Tiling(128, 128, 8, 3), Tiling(128, 128, 8, 3)),
 }
 
