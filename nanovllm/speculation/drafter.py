@@ -24,7 +24,9 @@ from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
 
-_READ_EACH = 2048  # tokens that are read between two steps, so that long prompts hold up none
+# Between two steps at most so many tokens are read, and so many rows without drafts looked at: these hold up no step.
+_READ_EACH = 2048
+_IDLE_ROWS_EACH = 16
 
 
 @dataclass
@@ -72,9 +74,8 @@ class Drafter(Speculation):
             left -= len(self._ended[0])
             self._others.add(self._ended.popleft())
         longest = self._num_draft_rows // max(int(np.count_nonzero(rows.speculates)), 1)
-        fresh = np.flatnonzero(rows.decoding & (rows.num_tokens != self._seen))
-        self._seen[fresh] = rows.num_tokens[fresh]
-        for row in fresh.tolist():
+        for row in self._fresh_rows(rows).tolist():
+            self._seen[row] = rows.num_tokens[row]
             state = self._state_of(rows.sequence(row))
             if state is None:
                 continue
@@ -86,6 +87,14 @@ class Drafter(Speculation):
             state.proposal, state.num_tokens = state.proposer.propose(tokens, self._config.max_draft), len(tokens)
             state.length = self._length(state.rate.share, num_rows, min(len(state.proposal), longest))
             rows.speculates[row] = self._speculates(state, num_rows, longest)
+
+    def _fresh_rows(self, rows: RowTable) -> RowArray:
+        """Returns the rows with new tokens: all that have drafts, and of the others those not seen for longest."""
+        behind = np.where(rows.decoding, np.abs(rows.num_tokens - self._seen), 0)  # a new sequence may have fewer
+        idle = np.flatnonzero((behind > 0) & ~rows.speculates)
+        if len(idle) > _IDLE_ROWS_EACH:
+            idle = idle[np.argsort(-behind[idle], kind="stable")[:_IDLE_ROWS_EACH]]
+        return np.concatenate([np.flatnonzero((behind > 0) & rows.speculates), idle])
 
     def _speculates(self, state: DraftState, num_rows: int, longest: int) -> bool:
         """Returns whether the next step of a row must wait for its last token. longest: its drafts, in tokens."""
