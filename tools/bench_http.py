@@ -29,6 +29,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -320,7 +321,7 @@ class Bench:
         seen = Seen()
         for client in clients:
             assert client.stdout is not None
-            seen.add(json.loads(client.stdout.readline()))
+            seen.add(take_result(client.stdout.readline()))
         cells = [f"{seen.num_tokens / seconds:.0f}", f"{seen.num_tokens / max(seen.num_deltas, 1):.2f}"]
         for values in (seen.ttft, seen.gaps):
             cells += [f"{quantile(values, share):.1f}" for share in (0.5, 0.99)]
@@ -332,6 +333,21 @@ class Bench:
 # What the started processes do
 
 
+def give_result(seen: Seen) -> None:
+    """Prints the name of a file with the result, which is longer than what a pipe holds."""
+    with NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+        json.dump(asdict(seen), file)
+    print(file.name, flush=True)
+
+
+def take_result(line: str) -> dict[str, Any]:
+    """Returns what `give_result` wrote, and deletes its file."""
+    file = Path(line.strip())
+    result: dict[str, Any] = json.loads(file.read_text())
+    file.unlink()
+    return result
+
+
 def be_engine(options: argparse.Namespace) -> None:
     import uvloop
 
@@ -341,14 +357,14 @@ def be_engine(options: argparse.Namespace) -> None:
     with AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(given)) as engine:
         print("ready", flush=True)
         for line in sys.stdin:
-            print(json.dumps(asdict(uvloop.run(ask_engine(engine, Load(**json.loads(line)))))), flush=True)
+            give_result(uvloop.run(ask_engine(engine, Load(**json.loads(line)))))
 
 
 def be_client() -> None:
     import uvloop
 
     load = Load(**json.loads(sys.stdin.readline()))
-    print(json.dumps(asdict(uvloop.run(ask_server(load)))), flush=True)
+    give_result(uvloop.run(ask_server(load)))
 
 
 def be_server(options: argparse.Namespace) -> int:

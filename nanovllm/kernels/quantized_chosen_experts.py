@@ -20,8 +20,8 @@ from nanovllm.kernels.triton_support import (
     wait_for_previous_kernel,
 )
 
-# Not measured: twice the weights, and so as many bytes, of a program of `kernels.chosen_experts`.
-_MAX_PROGRAM_WEIGHTS = 8192  # of a gated program
+# As measured on Qwen3-30B-A3B's shape.
+_MAX_PROGRAM_WEIGHTS, _MAX_PROGRAM_INT4 = 16384, 8192  # of a gated program
 _MAX_WEIGHTS_OF_A_WARP = 4096
 _NUM_WARPS = 4
 
@@ -36,9 +36,9 @@ def _load_rows(
 
 
 @jit
-def _add_plane(
+def _add_groups(
     out: tl.tensor,
-    weight: tl.tensor,
+    products: tl.tensor,
     x: tl.tensor,
     scale_ptr: tl.tensor,
     zero_ptr: tl.tensor,
@@ -53,7 +53,7 @@ def _add_plane(
     GROUP_SIZE: tl.constexpr,
     INPUT_SIZE: tl.constexpr,
 ) -> tl.tensor:
-    """Returns out [rows] + the products of a plane of the weight [rows, groups, width] with x [rows or 1, …].
+    """Returns out [rows] + the scaled sums of the products of stored weights with x, [rows or 1 for x, groups, width].
 
     column [groups]: the first input of each group.
     """
@@ -61,7 +61,7 @@ def _add_plane(
         scale_ptr, zero_ptr, scale_row[:, None], row_mask[:, None], column[None, :], scale_row_stride,
         scale_group_stride, offset, tl.float32, HAS_ZEROS, GROUP_SIZE, INPUT_SIZE,
     )  # fmt: skip
-    sums = tl.sum(weight.to(tl.float32) * x, axis=2)  # [rows, groups]
+    sums = tl.sum(products, axis=2)  # [rows, groups]
     if IS_INT4:
         sums -= zero * tl.sum(x, axis=2)
     return out + tl.sum(sums * scale, axis=1)
@@ -97,6 +97,7 @@ def _quantized_gate_up_kernel(
     PDL: tl.constexpr,
 ) -> None:
     """Program (outputs, pair)."""
+    PLANES_HAVE_SCALES: tl.constexpr = GROUP_SIZE < HIDDEN_SIZE and GROUP_SIZE % (NUM_PLANES * WIDTH) != 0
     UP_SCALE_ROW: tl.constexpr = (INNER_SIZE + SCALE_ROWS - 1) // SCALE_ROWS
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     wait_for_previous_kernel(PDL)
@@ -114,6 +115,7 @@ def _quantized_gate_up_kernel(
     up_planes, offset = split_planes(up_weight, dtype, IS_INT4)
     scale_ptr += expert * scale_expert_stride
     zero_ptr += expert * scale_expert_stride
+    scale_row = output // SCALE_ROWS
     gate = tl.zeros([BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_GROUPS], tl.float32)
@@ -125,14 +127,24 @@ def _quantized_gate_up_kernel(
         if HAS_NORM:  # as in `kernels.skinny_linear`, the division comes after the product
             squares += tl.sum(x * x, axis=1)
             x = x * tl.load(norm_weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
-        gate = _add_plane(
-            gate, gate_planes[plane], x[None, :, :], scale_ptr, zero_ptr, output // SCALE_ROWS, output_mask, first,
-            scale_row_stride, scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, HIDDEN_SIZE,
-        )  # fmt: skip
-        up = _add_plane(
-            up, up_planes[plane], x[None, :, :], scale_ptr, zero_ptr, UP_SCALE_ROW + output // SCALE_ROWS, output_mask,
-            first, scale_row_stride, scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, HIDDEN_SIZE,
-        )  # fmt: skip
+        x = x[None, :, :]
+        if plane == 0 or PLANES_HAVE_SCALES:
+            gate_products = gate_planes[plane].to(tl.float32) * x
+            up_products = up_planes[plane].to(tl.float32) * x
+            x_sum = x
+        else:
+            gate_products += gate_planes[plane].to(tl.float32) * x
+            up_products += up_planes[plane].to(tl.float32) * x
+            x_sum += x
+        if plane == NUM_PLANES - 1 or PLANES_HAVE_SCALES:
+            gate = _add_groups(
+                gate, gate_products, x_sum, scale_ptr, zero_ptr, scale_row, output_mask, first, scale_row_stride,
+                scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, HIDDEN_SIZE,
+            )  # fmt: skip
+            up = _add_groups(
+                up, up_products, x_sum, scale_ptr, zero_ptr, UP_SCALE_ROW + scale_row, output_mask, first,
+                scale_row_stride, scale_group_stride, offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, HIDDEN_SIZE,
+            )  # fmt: skip
     if HAS_NORM:
         norm = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / HIDDEN_SIZE + eps)
         gate, up = gate * norm, up * norm
@@ -170,6 +182,7 @@ def _quantized_down_kernel(
     PDL: tl.constexpr,
 ) -> None:
     """Program (output, token): the rows of its tile are the token's choices."""
+    PLANES_HAVE_SCALES: tl.constexpr = GROUP_SIZE < INNER_SIZE and GROUP_SIZE % (NUM_PLANES * WIDTH) != 0
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     let_next_kernel_start(PDL)
     output = tl.program_id(0)
@@ -193,10 +206,17 @@ def _quantized_down_kernel(
         mask = choice_mask[:, None, None] & (column < INNER_SIZE)[None, :, :]
         inner_ptrs = inner_ptr + pair[:, None, None] * INNER_SIZE + column[None, :, :]
         inner = tl.load(inner_ptrs, mask=mask, other=0.0).to(tl.float32)
-        out = _add_plane(
-            out, planes[plane], inner, scale_ptr, zero_ptr, scale_start, choice_mask, first, 1, scale_group_stride,
-            offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, INNER_SIZE,
-        )  # fmt: skip
+        if plane == 0 or PLANES_HAVE_SCALES:
+            products = planes[plane].to(tl.float32) * inner
+            inner_sum = inner
+        else:
+            products += planes[plane].to(tl.float32) * inner
+            inner_sum += inner
+        if plane == NUM_PLANES - 1 or PLANES_HAVE_SCALES:
+            out = _add_groups(
+                out, products, inner_sum, scale_ptr, zero_ptr, scale_start, choice_mask, first, 1, scale_group_stride,
+                offset, IS_INT4, HAS_ZEROS, GROUP_SIZE, INNER_SIZE,
+            )  # fmt: skip
     out *= tl.load(topk_weights_ptr + pair, mask=choice_mask, other=0.0)
     total = tl.sum(out, axis=0)
     if HAS_RESIDUAL:
@@ -227,7 +247,8 @@ def quantized_chosen_experts(
     num_tokens, hidden_size = x.shape
     inner_size, num_pairs = down.num_inputs, routing.topk_ids.numel()
     inner = x.new_empty(num_pairs, inner_size)  # [num_pairs, inner_size]
-    block_n = min(max(_MAX_PROGRAM_WEIGHTS // (2 * next_power_of_2(hidden_size)), 1), next_power_of_2(inner_size))
+    most = _MAX_PROGRAM_INT4 if gate_up.is_int4 else _MAX_PROGRAM_WEIGHTS
+    block_n = min(max(most // (2 * next_power_of_2(hidden_size)), 1), next_power_of_2(inner_size))
     _quantized_gate_up_kernel[(-(-inner_size // block_n), num_pairs)](
         x_ptr=x,
         norm_weight_ptr=x if norm_weight is None else norm_weight,

@@ -26,11 +26,14 @@ _MAX_SKINNY_TOKENS = 4
 _MAX_EXTRA_PRODUCTS = 1 << 23  # multiplications for the tokens after the first
 _MAX_ROW = 32768
 _TORCH_SCALES_BLOCKS = torch.version.cuda is not None and tuple(map(int, torch.version.cuda.split("."))) >= (12, 9)
-_MAX_CONVERTED_TOKENS = 128  # with more, the BLAS gains more than one conversion of the whole weight costs
+# With more, the BLAS gains more than one conversion of the whole weight costs.
+_MAX_INT8_TOKENS = 128
+_MAX_INT4_TOKENS = 256
 _MAX_BLOCK_TOKENS = 64  # with more, or here if gated, torch's product with block scales is faster
 _MAX_GATED_BLOCK_TOKENS = 32
 _MIN_TILE_TOKENS = 16
 _MAX_TILE_TOKENS = 128  # of up to 256 tokens
+_MAX_GATED_INT4_TILE_TOKENS = 64
 _INPUTS = 256
 _FEW_TOKENS = 256
 _MANY_TOKENS = 1024
@@ -151,7 +154,7 @@ def int8_product(
         )
     if quantize_input:
         x, x_scale = quantize_rows(hidden, weight.dtype, norm_weight=norm_weight, eps=eps)
-    elif len(hidden) > _MAX_CONVERTED_TOKENS:
+    elif len(hidden) > _MAX_INT8_TOKENS:
         dense = dequantize_weight(weight, scale, hidden.dtype, input_size=hidden.shape[1])
         return _dense_product(hidden, dense, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
     else:
@@ -196,7 +199,7 @@ def int4_product(
             gated=gated,
             residual=residual,
         )
-    if len(hidden) > _MAX_CONVERTED_TOKENS:
+    if len(hidden) > _MAX_INT4_TOKENS:
         dense = dequantize_weight(
             weight, scale, hidden.dtype, input_size=hidden.shape[1], zeros=zeros, group_size=group_size
         )
@@ -265,11 +268,19 @@ def _choose_tile(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool, inp
     if num_tokens > _FEW_TOKENS:
         return Tile(128, 128, num_warps=8)
     tokens = min(max(next_power_of_2(num_tokens), _MIN_TILE_TOKENS), _MAX_TILE_TOKENS)
-    if gated and tokens == _MAX_TILE_TOKENS and inputs == _INPUTS:
-        return Tile(128, tokens, num_warps=8)
-    outputs = 64
+    outputs, num_stages, most_programs = 64, 4, 2 * multiprocessor_count(hidden.device)
+    if weight.dtype is torch.int16:
+        tokens = min(tokens, _MAX_GATED_INT4_TILE_TOKENS) if gated else tokens
+        num_stages = 4 if 32 < num_tokens <= 64 else 3
+    elif inputs == _INPUTS and tokens >= 64:
+        most_programs //= 2  # their blocks fill a multiprocessor's shared memory
+        if gated:
+            inputs, num_stages = _INPUTS if num_tokens > tokens else GROUP_SIZE, 3
+    elif tokens == _MAX_TILE_TOKENS:
+        inputs = GROUP_SIZE
     programs = -(-weight.shape[0] // (outputs * (1 + gated))) * -(-num_tokens // tokens)
-    most, splits = 2 * multiprocessor_count(hidden.device), 1
-    while splits < _MAX_SPLITS and 2 * splits * programs <= most and input_size >= 2 * splits * _MIN_SPLIT_INPUTS:
+    splits = 1
+    most_splits = min(_MAX_SPLITS, most_programs // programs, input_size // _MIN_SPLIT_INPUTS)
+    while 2 * splits <= most_splits:
         splits *= 2
-    return Tile(outputs, tokens, GROUP_SIZE if tokens == _MAX_TILE_TOKENS else inputs, splits=splits)
+    return Tile(outputs, tokens, inputs, splits=splits, num_stages=num_stages)

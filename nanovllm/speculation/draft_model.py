@@ -59,6 +59,8 @@ class ModelDrafter(Drafter):
     then lacks the step's tokens, which makes drafts worse, but changes no token.
     """
 
+    max_idle_rows = MAX_DRAFTING_ROWS  # a trial is compared with the token after it, which takes no time
+
     def __init__(self, config: SpeculativeConfig, resolved: ResolvedConfig, observer: EngineObserver) -> None:
         super().__init__(config, resolved, observer)
         self._token_cost = resolved.draft_cost + _LAUNCH_COST

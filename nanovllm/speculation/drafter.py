@@ -47,6 +47,8 @@ class Drafter(Speculation):
     all the same: this tells, at no cost on the device, when drafts begin to pay.
     """
 
+    max_idle_rows = 16  # without drafts, that are looked at between two steps: looking for repetitions takes long
+
     def __init__(self, config: SpeculativeConfig, resolved: ResolvedConfig, observer: EngineObserver) -> None:
         self._config, self._observer = config, observer
         self._overlaps = resolved.pipeline_depth > 1
@@ -73,9 +75,8 @@ class Drafter(Speculation):
             left -= len(self._ended[0])
             self._others.add(self._ended.popleft())
         longest = self._num_draft_rows // max(int(np.count_nonzero(rows.speculates)), 1)
-        fresh = np.flatnonzero(rows.decoding & (rows.num_tokens != self._seen))
-        self._seen[fresh] = rows.num_tokens[fresh]
-        for row in fresh.tolist():
+        for row in self._fresh_rows(rows).tolist():
+            self._seen[row] = rows.num_tokens[row]
             sequence = rows.sequence(row)
             state = self._state_of(sequence)
             if state is None:
@@ -89,6 +90,14 @@ class Drafter(Speculation):
             state.proposal, state.num_tokens = state.proposer.propose(tokens, self._config.max_draft), len(tokens)
             state.length = self._length(state.rate.share, num_rows, min(len(state.proposal), longest))
             rows.speculates[row] = self._speculates(sequence, state, num_rows, longest)
+
+    def _fresh_rows(self, rows: RowTable) -> RowArray:
+        """Returns the rows with new tokens: all that have drafts, and of the others those not seen for longest."""
+        behind = np.where(rows.decoding, np.abs(rows.num_tokens - self._seen), 0)  # a new sequence may have fewer
+        idle = np.flatnonzero((behind > 0) & ~rows.speculates)
+        if len(idle) > self.max_idle_rows:
+            idle = idle[np.argsort(-behind[idle], kind="stable")[: self.max_idle_rows]]
+        return np.concatenate([np.flatnonzero((behind > 0) & rows.speculates), idle])
 
     def _speculates(self, sequence: Sequence, state: DraftState, num_rows: int, longest: int) -> bool:
         """Returns whether the next step of a sequence must wait for its last token. longest: its drafts, in tokens."""

@@ -13,6 +13,7 @@ from nanovllm.kernels.int4_packing import pack_int4
 from nanovllm.kernels.quantized_chosen_experts import quantized_chosen_experts
 from nanovllm.kernels.quantized_experts import quantized_experts_mlp
 from nanovllm.kernels.quantized_grouped_experts import quantized_grouped_experts
+from nanovllm.kernels.quantized_linear import fp8_activations
 from nanovllm.kernels.rms_norm import rms_norm_reference
 from tests.kernels.inputs import DTYPES, TOLERANCES, relative_error
 from tests.kernels.test_experts import ROUNDINGS, oracle
@@ -89,10 +90,38 @@ def test_the_product_is_that_of_the_dequantised_weights(device, generator, schem
         assert relative_error(got, expected) <= ROUNDINGS * TOLERANCES[torch.float32]
 
 
+def oracle_with_fp8_activations(x, gate_up, down, routing, residual):
+    """Each token and expert on its own; activations are rounded as those of linear layers."""
+    out = residual.double().cpu()
+    inputs = fp8_activations(x.cpu(), gate_up.block[1]).double()
+    for token, (experts, weights) in enumerate(zip(routing.topk_ids.tolist(), routing.topk_weights.cpu(), strict=True)):
+        for expert, weight in zip(experts, weights, strict=True):
+            gate, up = (gate_up[expert].double().cpu() @ inputs[token]).chunk(2)
+            inner = (torch.nn.functional.silu(gate) * up).to(x.dtype)
+            inner = fp8_activations(inner[None], down.block[1])[0].double()
+            out[token] += weight.double() * (down[expert].double().cpu() @ inner)
+    return out
+
+
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("scheme", ["fp8 blocks", "int8", "int4 zeros"])
-@pytest.mark.parametrize(("kernel", "num_tokens"), [(KERNELS[0], 2), (KERNELS[1], 9)])
-def test_16_bit_activations_without_a_residual(device, generator, dtype, scheme, kernel, num_tokens):
+@pytest.mark.parametrize("block_rows", [16, 128])
+@pytest.mark.parametrize("scheme", [name for name in BLOCKS if name.startswith("fp8")])
+def test_fp8_weights_are_multiplied_by_fp8_activations_of_many_tokens(device, generator, dtype, block_rows, scheme):
+    x, gate_up, down, routing, residual = random_layer(generator, device, dtype, scheme, 33)
+    got = quantized_grouped_experts(x, gate_up, down, routing, residual, block_rows=block_rows)
+    assert got.dtype == dtype
+    expected = oracle_with_fp8_activations(x, gate_up, down, routing, residual)
+    assert relative_error(got.cpu(), expected) <= ROUNDINGS * TOLERANCES[dtype]
+    assert relative_error(got.cpu(), oracle(x, dense(gate_up), dense(down), routing, residual).cpu()) < 4e-2
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(
+    ("kernel", "num_tokens", "scheme"),
+    [(KERNELS[0], 2, scheme) for scheme in ("fp8 blocks", "int8", "int4 zeros")]
+    + [(KERNELS[1], 9, scheme) for scheme in ("int8", "int4 zeros")],
+)
+def test_16_bit_activations_without_a_residual(device, generator, dtype, kernel, num_tokens, scheme):
     x, gate_up, down, routing, _ = random_layer(generator, device, dtype, scheme, num_tokens)
     got = kernel(x, gate_up, down, routing)
     assert got.dtype == dtype

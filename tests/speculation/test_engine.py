@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -10,7 +11,11 @@ from typing import Any
 import pytest
 
 from nanovllm import LLM, AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams
+from nanovllm.engine.batch import IntArray
+from nanovllm.engine.row_table import RowTable
 from nanovllm.metrics import Counter
+from nanovllm.speculation.drafter import Drafter
+from nanovllm.speculation.proposers import NgramProposer
 from tests.distributed.rank_processes import ONLY_LINUX
 
 SUFFIX = {"method": "suffix", "num_speculative_tokens": 6}
@@ -137,3 +142,28 @@ def test_metrics() -> None:
     assert values["vllm:generation_tokens", None] == sum(map(len, tokens_of(outputs)))
     with load() as llm:
         assert not [metric for metric in llm.get_metrics() if "spec_decode" in metric.name]
+
+
+def test_rows_without_drafts_are_looked_at_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many rows, each with a new token after every step, would otherwise hold up the steps."""
+    looks: list[list[NgramProposer]] = []
+
+    def watch(self: Drafter, rows: RowTable) -> None:
+        looks.append([])
+        watch_all(self, rows)
+
+    def propose(self: NgramProposer, tokens: IntArray, limit: int) -> list[int]:
+        looks[-1].append(self)
+        return []
+
+    watch_all = Drafter.watch
+    monkeypatch.setattr(Drafter, "watch", watch)
+    monkeypatch.setattr(NgramProposer, "propose", propose)
+    config = {"method": "ngram", "num_speculative_tokens": 4}
+    with load(speculative_config=config, max_num_seqs=40, num_kvcache_blocks=400) as llm:
+        params = SamplingParams(max_tokens=20, ignore_eos=True)
+        llm.generate([[1, token] for token in range(40)], params, use_tqdm=False)
+    assert max(map(len, looks)) == 16
+    counts = collections.Counter(id(proposer) for each in looks for proposer in each)
+    assert len(counts) == 40
+    assert min(counts.values()) >= 5
