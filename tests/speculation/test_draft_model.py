@@ -46,13 +46,14 @@ MAX_DRAFT = 5
 PROMPTS = ["a b c d e f a b c d e f a b c", "count from 3 to 30", "one two three one two three one two"]
 
 
-# Nothing leaves the draft model out of a step, so that its cache has all tokens.
-drafting_requests = requests.map(lambda drawn: [replace(each, params=speculating(each.params)) for each in drawn])
+def speculating(params: SamplingParams, speculate: bool) -> SamplingParams:
+    params = params.clone()
+    params.speculate = speculate
+    return params
 
 
-def speculating(params: SamplingParams) -> SamplingParams:
-    params.speculate = True
-    return params.clone()
+# No request refuses drafts, so that no step leaves the draft model out, and its cache has all tokens.
+drafting_requests = requests.map(lambda drawn: [replace(each, params=speculating(each.params, True)) for each in drawn])
 
 
 def drafted_by(folder: Path | str, **more: Any) -> dict[str, Any]:
@@ -261,9 +262,7 @@ def test_two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     with load() as llm:
         expected = token_ids(generate(llm, PROMPTS, params))
-    refusing = [each.clone() for each in params]
-    for each in refusing:
-        each.speculate = False
+    refusing = [speculating(each, False) for each in params]
     with load(tensor_parallel_size=2, pipeline_depth=2, **drafted_by("tiny")) as llm:
         assert token_ids(generate(llm, PROMPTS, params)) == expected
         statistics = llm.llm_engine.statistics
@@ -379,9 +378,7 @@ def test_a_row_whose_drafts_never_pay_is_given_up(
             assert 1 < sum(runs) <= 30 < 90 < len(runs)
             assert sum(runs) + num_drafted <= num_runs <= sum(runs) + MAX_DRAFT * num_drafted
         num_runs = 0
-        refused = params.clone()
-        refused.speculate = False
-        generate(llm, prompts, refused)
+        generate(llm, prompts, speculating(params, False))
         assert num_runs == 0
         assert_empty(llm)
 
