@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 _START = 0.7  # the share that is assumed of a row that has had no draft
 _STEP = 1 / 8  # weight of the latest token
 # What one more row adds to a decode step, as a share of what the step takes without any.
@@ -26,7 +28,7 @@ class DraftRate:
 
     def after(self, num_right: float) -> float:
         """Returns what the share will be if the next `num_right` tokens are right."""
-        return 1 - (1 - self.share) * (1 - _STEP) ** num_right
+        return 1 - (1 - self.share) * math.pow(1 - _STEP, num_right)
 
 
 def draft_length(share: float, num_rows: int, longest: int, *, overlaps: bool, token_cost: float = 0.0) -> int:
