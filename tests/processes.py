@@ -21,9 +21,9 @@ PATIENCE = 120.0  # shorter than the deadlines that an engine has unless a test 
 def until(condition: Callable[[], bool]) -> bool:
     """Waits for a condition, and returns whether it came to hold before the test counts as hung."""
     deadline = time.monotonic() + PATIENCE
-    while not condition() and time.monotonic() < deadline:
+    while not (holds := condition()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return condition()
+    return holds  # asked once more, a condition that held for a moment would not hold
 
 
 def environment(**variables: str) -> dict[str, str]:
