@@ -23,7 +23,7 @@ def until(condition: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + PATIENCE
     while not (holds := condition()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return holds  # asked once more, a condition that held for a moment would not hold
+    return holds  # not asked again: it may hold for a moment only
 
 
 def environment(**variables: str) -> dict[str, str]:

@@ -22,18 +22,20 @@ _MAX_WRITE = 1 << 18  # bytes at once, so that `send` is short even if the clien
 class ClientSender:
     """Sends whole messages in order, from any thread. The client reads them with `Connection.recv_bytes`.
 
-    The socket usually takes a message at once. A thread sends what it does not take, and looks once a second whether
-    the client keeps up: it has taken something, and at most MAX_UNSENT bytes are left. The client is dropped after
-    PATIENCE looks in a row at which it does not, or at once if it has done neither. Looks are counted, rather than
-    seconds, because all processes may have been suspended together.
+    The socket usually takes a message at once. A thread sends the rest, and looks once a second whether the client
+    keeps up, that is, whether it has taken anything and at most MAX_UNSENT bytes are left. The client is dropped after
+    PATIENCE looks in a row at which it does not keep up, or at the first one at which both conditions fail. Looks are
+    counted, not seconds, because all processes may have been suspended together.
 
-    A client that is dropped gets no further message but `farewell`, which it finds when it reads again. The socket
-    reports its end to the thread that reads from it. has_dropped: told how many bytes were left, and after how long.
-    Does nothing once the client has ended: the thread that reads from it reports that.
+    A dropped client gets the rest of the message that was being sent, and `farewell`, when it reads again. Whoever
+    reads from its connection here finds that it has ended. when_dropped: told how many bytes were left, and the seconds
+    in which it has not kept up.
+
+    Does nothing once the client has ended: whoever reads from its connection finds that too.
     """
 
-    def __init__(self, connection: Connection, farewell: bytes, has_dropped: Callable[[int, float], object]) -> None:
-        self._connection, self._farewell, self._has_dropped = connection, farewell, has_dropped
+    def __init__(self, connection: Connection, farewell: bytes, when_dropped: Callable[[int, float], object]) -> None:
+        self._connection, self._farewell, self._when_dropped = connection, farewell, when_dropped
         self._socket = socket.socket(fileno=os.dup(connection.fileno()))
         self._lock = threading.Lock()
         # Guarded by the lock:
@@ -128,7 +130,7 @@ class ClientSender:
             self._num_unsent = 0
             for data in begun, memoryview(_framed(self._farewell)):
                 self._append(data)
-        self._has_dropped(num_unsent, seconds)
+        self._when_dropped(num_unsent, seconds)
         with suppress(OSError):  # it has ended just now
             self._socket.shutdown(socket.SHUT_RD)
 

@@ -102,10 +102,10 @@ class _Clients:
         self._lock = threading.Lock()
 
     def add(self, connection: Connection, pid: int) -> tuple[int, _Client]:
-        def has_dropped(num_unsent: int, seconds: float) -> None:
+        def report(num_unsent: int, seconds: float) -> None:
             events.api_process_dropped.log(logger, client_pid=pid, unsent_bytes=num_unsent, seconds=seconds)
 
-        sender = ClientSender(connection, encode(ClientDropped()), has_dropped)
+        sender = ClientSender(connection, encode(ClientDropped()), report)
         with self._lock:
             number, client = self._num_added, _Client(connection, sender)
             self._num_added += 1
@@ -125,7 +125,9 @@ class _Clients:
                 clients[number].send(part)
 
     def flush(self) -> None:
-        for client in self._clients.values():
+        with self._lock:
+            clients = list(self._clients.values())
+        for client in clients:
             client.flush()
 
 

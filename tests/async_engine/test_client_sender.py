@@ -55,10 +55,10 @@ def message(number: int, size: int) -> bytes:
 
 
 def fill(sending: Sending) -> list[bytes]:
-    """Sends until the socket takes no more. Returns the messages."""
+    """Sends until the socket takes a part of a message only. Returns the messages."""
     sent: list[bytes] = []
     while not sending.sender._unsent:
-        sent.append(message(len(sent), 10_000))
+        sent.append(message(len(sent), 100_000))
         sending.sender.send(sent[-1])
     return sent
 
@@ -127,23 +127,23 @@ def test_a_client_that_reads_nothing_is_dropped_in_the_end(sending: Sending, mon
 def test_a_client_that_reads_nothing_is_dropped_when_much_is_left(
     sending: Sending, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hasten(monkeypatch, PATIENCE=10**9, MAX_UNSENT=100_000)
+    hasten(monkeypatch, PATIENCE=10**9, MAX_UNSENT=1_000_000)
     sent = fill(sending)
     assert not sending.drops
     for _ in range(20):
-        sent.append(message(len(sent), 10_000))
+        sent.append(message(len(sent), 100_000))
         sending.sender.send(sent[-1])
     dropped(sending, sent)
     ((num_unsent, _),) = sending.drops
-    assert num_unsent > 100_000
+    assert num_unsent > 1_000_000
 
 
 def test_a_client_that_reads_too_slowly_is_dropped(sending: Sending, monkeypatch: pytest.MonkeyPatch) -> None:
-    hasten(monkeypatch, PATIENCE=5, MAX_UNSENT=100_000)
+    hasten(monkeypatch, PATIENCE=5, MAX_UNSENT=1_000_000)
     sent, received = fill(sending), []
     while not sending.drops:
         for _ in range(2):
-            sent.append(message(len(sent), 10_000))
+            sent.append(message(len(sent), 100_000))
             sending.sender.send(sent[-1])
         received.append(sending.receive())
     sending.sender.close()
