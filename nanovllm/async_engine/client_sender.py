@@ -27,15 +27,17 @@ class ClientSender:
     PATIENCE looks in a row at which it does not keep up, or at the first one at which both conditions fail. Looks are
     counted, not seconds, because all processes may have been suspended together.
 
-    A dropped client gets the rest of the message that was being sent, and `farewell`, when it reads again. Whoever
-    reads from its connection here finds that it has ended. when_dropped: told how many bytes were left, and the seconds
-    in which it has not kept up.
+    A dropped client can still read the rest of the message that was being sent, and `last_message`. The thread that
+    reads from `connection` gets an EOFError, as if the client had ended. when_dropped: called with the number of bytes
+    that were left, and the seconds in which the client did not keep up.
 
-    Does nothing once the client has ended: whoever reads from its connection finds that too.
+    Messages to a client that has ended are discarded: the thread that reads from `connection` notices its end.
     """
 
-    def __init__(self, connection: Connection, farewell: bytes, when_dropped: Callable[[int, float], object]) -> None:
-        self._connection, self._farewell, self._when_dropped = connection, farewell, when_dropped
+    def __init__(
+        self, connection: Connection, last_message: bytes, when_dropped: Callable[[int, float], object]
+    ) -> None:
+        self._connection, self._last_message, self._when_dropped = connection, last_message, when_dropped
         self._socket = socket.socket(fileno=os.dup(connection.fileno()))
         self._lock = threading.Lock()
         # Guarded by the lock:
@@ -47,6 +49,7 @@ class ClientSender:
         self._thread.start()
 
     def send(self, message: bytes) -> None:
+        """Sends a message, or leaves it to the thread. Does not wait."""
         data = _framed(message)
         with self._lock:
             if self._is_closed:
@@ -63,7 +66,7 @@ class ClientSender:
                 self._has_changed.wait(left)
 
     def close(self) -> None:
-        """Closes the connection, except for sending what is left to a client that lives."""
+        """Closes the connection. The thread ends once the client has taken what is left, or has ended."""
         with self._lock:
             self._connection.close()
             self._is_closed = True
@@ -103,7 +106,7 @@ class ClientSender:
             return bool(self._unsent)
 
     def _send_for(self, seconds: float) -> bool:
-        """Sends for so many seconds, or until nothing is left. Returns whether the client has taken anything."""
+        """Sends for `seconds`, or until nothing is left. Returns whether the client has taken anything."""
         deadline, has_taken = time.monotonic() + seconds, False
         poll = select.poll()
         poll.register(self._socket, select.POLLOUT)
@@ -125,10 +128,10 @@ class ClientSender:
             if self._is_closed:
                 return
             self._is_closed = True
-            num_unsent, begun = self._num_unsent, self._unsent[0]
+            num_unsent, head = self._num_unsent, self._unsent[0]
             self._unsent.clear()
             self._num_unsent = 0
-            for data in begun, memoryview(_framed(self._farewell)):
+            for data in head, memoryview(_framed(self._last_message)):
                 self._append(data)
         self._when_dropped(num_unsent, seconds)
         with suppress(OSError):  # it has ended just now

@@ -40,7 +40,7 @@ FIELDS: Mapping[str, Field] = {
         "eos, stop (stop string or stop token), length (max_tokens or the model's length), abort, left (the caller "
         "closed its stream), refused or failed",
     ),
-    "client_pid": Field(int, "number of the API process, in the system"),
+    "client_pid": Field(int, "process id of the API process"),
     "client_request_id": Field(str | None, "the client's header X-Request-Id; null: none"),
     "coming": Field(int, "blocks that become free when steps in flight end"),
     "completions": Field(
@@ -259,7 +259,7 @@ FIELDS: Mapping[str, Field] = {
     "truncates": Field(bool, "whether rows use top-k, top-p or min-p"),
     "ttft_ms": Field(float | None, "from arrival to the first token; null: there was none"),
     "ttft_s": Field(float | None, "seconds from arrival to the first token; null: there was none"),
-    "unsent_bytes": Field(int, "messages that the process has not taken"),
+    "unsent_bytes": Field(int, "size of the messages that the process has not taken"),
     "used_blocks": Field(int, "blocks of the KV cache in use"),
     "utilization": Field(float, "the setting gpu_memory_utilization"),
     "v": Field(SHAPE, "shape of the values"),

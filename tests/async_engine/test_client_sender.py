@@ -14,7 +14,7 @@ from nanovllm.async_engine import client_sender
 from nanovllm.async_engine.client_sender import ClientSender
 from tests.processes import WATCHDOG, until
 
-FAREWELL = b"farewell"
+LAST = b"last"
 
 
 class Sending:
@@ -23,7 +23,7 @@ class Sending:
     def __init__(self) -> None:
         self.ours, self.client = Pipe()
         self.drops: list[tuple[int, float]] = []
-        self.sender = ClientSender(self.ours, FAREWELL, lambda *drop: self.drops.append(drop))
+        self.sender = ClientSender(self.ours, LAST, lambda *drop: self.drops.append(drop))
 
     def receive(self) -> bytes:
         assert self.client.poll(WATCHDOG)
@@ -98,14 +98,14 @@ def test_threads_send_whole_messages(sending: Sending) -> None:
 
 
 def dropped(sending: Sending, sent: list[bytes]) -> None:
-    """Checks what a client that was dropped finds: the first messages, whole, and the farewell."""
+    """Checks what a client that was dropped finds: the first messages, whole, and the last message."""
     assert until(lambda: bool(sending.drops))
     with pytest.raises(EOFError):  # whoever waits for the client's messages
         sending.ours.recv_bytes()
     sending.sender.send(b"ignored")
     sending.sender.close()
     *received, last = sending.receive_all()
-    assert last == FAREWELL
+    assert last == LAST
     assert 0 < len(received) < len(sent)
     assert received == sent[: len(received)]
     assert len(sending.drops) == 1
@@ -148,7 +148,7 @@ def test_a_client_that_reads_too_slowly_is_dropped(sending: Sending, monkeypatch
         received.append(sending.receive())
     sending.sender.close()
     *rest, last = sending.receive_all()
-    assert last == FAREWELL
+    assert last == LAST
     assert received + rest == sent[: len(received + rest)]
 
 
@@ -179,7 +179,7 @@ def test_descriptors_are_closed() -> None:
     before = descriptors()
     for _ in range(3):
         ours, client = Pipe()
-        sender = ClientSender(ours, FAREWELL, lambda *drop: None)
+        sender = ClientSender(ours, LAST, lambda *drop: None)
         sender.send(b"a")
         sender.close()
         assert isinstance(client, Connection)

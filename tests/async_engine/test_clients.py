@@ -6,6 +6,7 @@ import asyncio
 import os
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from multiprocessing import Pipe
 from typing import Any
 
@@ -37,10 +38,18 @@ def client(process: EngineProcess, kind: type[EngineClient] = EngineClient) -> A
 
 @pytest.fixture
 def process() -> Iterator[EngineProcess]:
+    with running() as process:
+        yield process
+
+
+@contextmanager
+def running() -> Iterator[EngineProcess]:
     process = EngineProcess(CONFIG, serves=False)
     process.start(lambda event: None)
-    yield process
-    process.stop()
+    try:
+        yield process
+    finally:
+        process.stop()
 
 
 async def texts_of(engine: AsyncLLM, prompts: list[str]) -> list[str]:
@@ -102,10 +111,20 @@ class Stalling(EngineClient):
     """A client that reads while `reads` is set."""
 
     reads = threading.Event()
+    reads.set()
 
     def _next_message(self) -> FromProcess:
         self.reads.wait()
         return super()._next_message()
+
+
+@contextmanager
+def stalled() -> Iterator[None]:
+    Stalling.reads.clear()
+    try:
+        yield
+    finally:
+        Stalling.reads.set()
 
 
 @ONLY_LINUX
@@ -115,21 +134,16 @@ def test_a_client_that_does_not_read_is_dropped(
     hasty = "from nanovllm.async_engine import client_sender\nclient_sender.PATIENCE = 2\nfrom nanovllm.async_engine."
     main = engine_process._MAIN.replace("from nanovllm.async_engine.", hasty)
     monkeypatch.setattr(engine_process, "_MAIN", main)
-    process = EngineProcess(CONFIG, serves=False)
-    process.start(lambda event: None)
-    Stalling.reads.set()
 
-    async def test() -> None:
+    async def test(process: EngineProcess) -> None:
         with client(process) as stays, client(process, Stalling) as stalls:
             streams = [stalls.generate(prompt, LONG) for prompt in "ab"]
             for stream in streams:
                 await anext(stream)
-            Stalling.reads.clear()
-            while not dropped():
-                await texts_of(stays, ["c", "d"])
-            assert until(lambda: stays.metrics.num_running == 0)
-            assert stays.metrics.used_blocks == 0
-            Stalling.reads.set()
+            with stalled():
+                while not dropped():
+                    await texts_of(stays, ["c", "d"])
+                assert until(lambda: stays.metrics.num_running == stays.metrics.used_blocks == 0)
             for stream in streams:
                 with pytest.raises(EngineDeadError, match="did not read"):
                     await last_of(stream)
@@ -139,9 +153,9 @@ def test_a_client_that_does_not_read_is_dropped(
         records = [record for record in caplog.records if getattr(record, "event", "") == "api_process.dropped"]
         return [record.fields["client_pid"] for record in records]  # type: ignore[attr-defined]
 
-    asyncio.run(asyncio.wait_for(test(), WATCHDOG))
+    with running() as process:
+        asyncio.run(asyncio.wait_for(test(process), WATCHDOG))
     assert dropped() == [os.getpid()]
-    process.stop()
 
 
 @ONLY_LINUX
