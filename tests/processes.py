@@ -21,9 +21,9 @@ PATIENCE = 120.0  # shorter than the deadlines that an engine has unless a test 
 def until(condition: Callable[[], bool]) -> bool:
     """Waits for a condition, and returns whether it came to hold before the test counts as hung."""
     deadline = time.monotonic() + PATIENCE
-    while not condition() and time.monotonic() < deadline:
+    while not (holds := condition()) and time.monotonic() < deadline:
         time.sleep(0.01)
-    return condition()
+    return holds  # not asked again: it may hold for a moment only
 
 
 def environment(**variables: str) -> dict[str, str]:

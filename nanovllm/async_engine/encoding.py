@@ -58,6 +58,8 @@ class AskMetrics:
 class AddClient:
     """Serve another process, too. Its connection follows."""
 
+    pid: int
+
 
 @dataclass(frozen=True)
 class EngineResolved:
@@ -82,6 +84,11 @@ class EngineMetrics:
 
 
 @dataclass(frozen=True)
+class ClientDropped:
+    """The engine has ended the connection, because the client did not read what it was sent."""
+
+
+@dataclass(frozen=True)
 class LogRecord:
     """A record of the process's log, as the attributes of a `logging.LogRecord`."""
 
@@ -89,7 +96,7 @@ class LogRecord:
 
 
 ToProcess: TypeAlias = "Command | StartEngine | StopEngine | AskMetrics | AddClient"
-FromProcess: TypeAlias = "Event | EngineResolved | EngineReady | EngineMetrics | LogRecord"
+FromProcess: TypeAlias = "Event | EngineResolved | EngineReady | EngineMetrics | ClientDropped | LogRecord"
 
 _TYPES: dict[str, Callable[..., Any]] = {
     each.__name__: each
@@ -102,6 +109,7 @@ _TYPES: dict[str, Callable[..., Any]] = {
         EngineResolved,
         EngineReady,
         EngineMetrics,
+        ClientDropped,
         LogRecord,
         EngineConfig,
         ResolvedConfig,

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from nanovllm.async_engine.encoding import (
     AskMetrics,
+    ClientDropped,
     EngineMetrics,
     EngineReady,
     EngineResolved,
@@ -45,6 +46,7 @@ class EngineClient:
     It holds no reference to its AsyncLLM, so that this can be garbage-collected.
     """
 
+    is_dropped = False  # whether the engine goes on without this process, which did not read what it was sent
     tokenizer: PreTrainedTokenizerBase | None = None
     preparation: RequestPreparation
     first_number = 0
@@ -139,6 +141,9 @@ class EngineClient:
             message = self._next_message()
             if isinstance(message, EngineEnded):
                 return message
+            if isinstance(message, ClientDropped):
+                self.is_dropped = True
+                return EngineEnded(EngineDeadError("for this process, which did not read what it was sent"))
             if isinstance(message, EngineMetrics):
                 self._metrics = MetricsSnapshot.from_numbers(message.numbers)
                 self._answered.set()

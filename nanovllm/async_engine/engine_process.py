@@ -87,11 +87,9 @@ class EngineProcess(EngineClient):
             problem = f"The engine's process cannot be started ({error.strerror}). {NO_PROCESS_HINT}"
             raise EngineDeadError(problem) from error
 
-    def add_client(self) -> Connection:
-        """Returns a connection for an `EngineClient` in another process."""
-        theirs, passed = Pipe()
-        self._outbox.send(encode(AddClient()), passed)
-        return theirs
+    def add_client(self, connection: Connection, pid: int) -> None:
+        """Serves an `EngineClient` in another process. connection: this end of its connection, closed here."""
+        self._outbox.send(encode(AddClient(pid)), connection)
 
     def kill(self, problem: str) -> None:
         """Ends the process at once. problem: why, for the log and the error of its requests."""

@@ -13,9 +13,11 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 
+from nanovllm.async_engine.client_sender import ClientSender
 from nanovllm.async_engine.encoding import (
     AddClient,
     AskMetrics,
+    ClientDropped,
     EngineMetrics,
     EngineReady,
     EngineResolved,
@@ -34,29 +36,31 @@ from nanovllm.async_engine.routing import first_number, parts
 from nanovllm.config import ResolvedConfig
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.errors import EngineDeadError
+from nanovllm.logs import events
 from nanovllm.logs.configuration import PACKAGE
 from nanovllm.utils.garbage_collection import existing_objects_exempt
-from nanovllm.utils.logger import configure_logging
+from nanovllm.utils.logger import configure_logging, setup_logger
+
+logger = setup_logger(__name__)
 
 _LOOK_SECONDS = 0.5  # between looks at the parent
 _EXIT_SECONDS = 10.0  # for the running step, once the parent has ended
 
 
 class _Client:
-    """A process whose requests the engine serves."""
+    """A process whose requests the engine serves. sender: sends through the connection, and closes it."""
 
-    def __init__(self, connection: Connection) -> None:
-        self.connection = connection
-        self._outbox = Outbox(connection)
+    def __init__(self, connection: Connection, sender: Outbox | ClientSender) -> None:
+        self.connection, self._sender = connection, sender
 
     def send(self, message: FromProcess) -> None:
-        self._outbox.send(encode(message))
+        self._sender.send(encode(message))
 
     def flush(self) -> None:
-        self._outbox.flush()
+        self._sender.flush()
 
     def close(self) -> None:
-        self._outbox.close()
+        self._sender.close()
 
     def next_message(self) -> ToProcess | None:
         """Waits for a message. Returns None when the client has ended."""
@@ -71,7 +75,7 @@ class _Parent(_Client, EngineObserver):
     """The process that started this one: takes messages and log records, and is told when the model is loaded."""
 
     def __init__(self, connection: Connection) -> None:
-        super().__init__(connection)
+        super().__init__(connection, Outbox(connection))
         self._pid = os.getppid()
 
     def engine_resolved(self, resolved: ResolvedConfig) -> None:
@@ -97,9 +101,13 @@ class _Clients:
         self._num_added = 1
         self._lock = threading.Lock()
 
-    def add(self, connection: Connection) -> tuple[int, _Client]:
+    def add(self, connection: Connection, pid: int) -> tuple[int, _Client]:
+        def report(num_unsent: int, seconds: float) -> None:
+            events.api_process_dropped.log(logger, client_pid=pid, unsent_bytes=num_unsent, seconds=seconds)
+
+        sender = ClientSender(connection, encode(ClientDropped()), report)
         with self._lock:
-            number, client = self._num_added, _Client(connection)
+            number, client = self._num_added, _Client(connection, sender)
             self._num_added += 1
             self._clients[number] = client
         return number, client
@@ -117,7 +125,9 @@ class _Clients:
                 clients[number].send(part)
 
     def flush(self) -> None:
-        for client in self._clients.values():
+        with self._lock:
+            clients = list(self._clients.values())
+        for client in clients:
             client.flush()
 
 
@@ -183,7 +193,7 @@ class _Reading:
                 self.send_metrics(client)
             elif isinstance(message, AddClient):
                 with suppress(EOFError, OSError, RuntimeError):  # the parent has ended before it was passed
-                    self._add(Connection(recv_handle(client.connection)))
+                    self._add(Connection(recv_handle(client.connection)), message.pid)
             elif not isinstance(message, StartEngine):
                 self._loop.send(message)
         if client is self._clients.parent:
@@ -193,7 +203,7 @@ class _Reading:
         self._clients.remove(number)
         self._loop.send(DropClient(number))
 
-    def _add(self, connection: Connection) -> None:
-        number, client = self._clients.add(connection)
+    def _add(self, connection: Connection, pid: int) -> None:
+        number, client = self._clients.add(connection, pid)
         client.send(EngineResolved(self._loop.engine.resolved))
         self.begin(number, client)

@@ -306,6 +306,14 @@ server_draining = Event(
 api_process_lost = Event(
     "api_process.lost", WARNING, "server.supervisor", "An API process has ended unexpectedly: {problem}", unseen=_SERVER
 )
+api_process_dropped = Event(
+    "api_process.dropped",
+    WARNING,
+    "async_engine.process_main",
+    "API process {client_pid} does not read what the engine sends: {unsent_bytes} bytes are left after {seconds:g}s. "
+    "The engine ends its requests and goes on without it",
+    unseen=_SERVER,
+)
 server_stopped = Event(
     "server.stopped", INFO, "server.serve server.supervisor", "Server ended: {outcome}, status {status}", unseen=_SERVER
 )

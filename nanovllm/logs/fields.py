@@ -40,6 +40,7 @@ FIELDS: Mapping[str, Field] = {
         "eos, stop (stop string or stop token), length (max_tokens or the model's length), abort, left (the caller "
         "closed its stream), refused or failed",
     ),
+    "client_pid": Field(int, "process id of the API process"),
     "client_request_id": Field(str | None, "the client's header X-Request-Id; null: none"),
     "coming": Field(int, "blocks that become free when steps in flight end"),
     "completions": Field(
@@ -203,7 +204,8 @@ FIELDS: Mapping[str, Field] = {
     "seconds": Field(
         float | dict[str, float],
         "time taken; in `engine.startup`, by part; in `engine.statistics`, the time it covers; in "
-        "`replica.not_started`, the time to the next attempt",
+        "`replica.not_started`, the time to the next attempt; in `api_process.dropped`, the time in which it did not "
+        "keep up",
     ),
     "section": Field(str, "what is timed"),
     "seq_id": Field(int, "number of the sequence, in order of arrival"),
@@ -258,6 +260,7 @@ FIELDS: Mapping[str, Field] = {
     "truncates": Field(bool, "whether rows use top-k, top-p or min-p"),
     "ttft_ms": Field(float | None, "from arrival to the first token; null: there was none"),
     "ttft_s": Field(float | None, "seconds from arrival to the first token; null: there was none"),
+    "unsent_bytes": Field(int, "size of the messages that the process has not taken"),
     "used_blocks": Field(int, "blocks of the KV cache in use"),
     "utilization": Field(float, "the setting gpu_memory_utilization"),
     "v": Field(SHAPE, "shape of the values"),

@@ -78,11 +78,13 @@ class Supervisor:
 
 
 class ApiServer(HttpServer):
-    """The server of this process. The supervisor tells it when to end."""
+    """The server of this process. It ends when the supervisor says so, or when the engine has dropped this process."""
 
-    def __init__(self, service: Service, make_engine: Callable[[], AsyncLLM], supervisor: Supervisor) -> None:
+    def __init__(
+        self, service: Service, make_engine: Callable[[], AsyncLLM], supervisor: Supervisor, client: EngineClient
+    ) -> None:
         super().__init__(service, make_engine)
-        self._supervisor = supervisor
+        self._supervisor, self._client = supervisor, client
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -103,6 +105,10 @@ class ApiServer(HttpServer):
                 loop.call_soon_threadsafe(self._end, 0, "clean")
         os._exit(1)
 
+    def _has_lost_engine(self) -> None:
+        if self._client.is_dropped:
+            self._end(1, "the engine has dropped this process")
+
     def _has_started(self) -> None:
         self._supervisor.send(ApiReady())
 
@@ -117,31 +123,35 @@ def main(descriptor: int) -> None:
     """Serves until the supervisor says stop or ends."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # for those who signal the whole group
     supervisor = Supervisor(Connection(descriptor))
+    status = 0
     start = supervisor.next_message()
     if isinstance(start, StartApi):
         logging.getLogger(PACKAGE).addHandler(RecordSender(supervisor.send))
         configure_logging()
         for name, level in start.levels.items():
             logging.getLogger(name).setLevel(level)
-        _serve(start, supervisor)
+        status = _serve(start, supervisor)
     supervisor.flush()
-    os._exit(0)  # at once: does not wait for threads of libraries
+    os._exit(status)  # at once: does not wait for threads of libraries
 
 
-def _serve(start: StartApi, supervisor: Supervisor) -> None:
+def _serve(start: StartApi, supervisor: Supervisor) -> int:
     settings = ServerSettings(**start.settings)
     table = shared_table(start.counts, settings.api_server_count)
     service = Service(settings, counts=Counts(table, start.process))
     service.latest_events = supervisor.latest_events
 
+    client = EngineClient(start.config, Connection(start.engine))
+
     def make_engine() -> AsyncLLM:
-        return connected(start.config, EngineClient(start.config, Connection(start.engine)))
+        return connected(start.config, client)
 
     engine: AsyncLLM | None = None
     if start.is_successor:  # connections wait for it, rather than get status 503
         engine = make_engine()
         service.start(engine)
-    server = ApiServer(service, lambda: engine or make_engine(), supervisor)
+    server = ApiServer(service, lambda: engine or make_engine(), supervisor, client)
     server.run(sockets=[socket.socket(fileno=start.listener)])
     if server.engine is not None:
         server.engine.exit()
+    return server.status

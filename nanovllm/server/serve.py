@@ -129,6 +129,9 @@ class HttpServer(uvicorn.Server):
         with existing_objects_exempt():
             while not self._service.is_dead:
                 await asyncio.sleep(10 * _POLL_SECONDS)
+        self._has_lost_engine()
+
+    def _has_lost_engine(self) -> None:
         if self._service.settings.exit_on_death:
             self._end(1, "the engine has died")
 

@@ -165,8 +165,9 @@ class _Supervisor:
     def _start(self, index: int, is_successor: bool = False) -> None:
         """Starts an API process."""
         ours, theirs = Pipe()
+        engine, of_engine = Pipe()
         listener = self._listeners[index % len(self._listeners)]
-        with self._engine.add_client() as engine, blocked_interrupts():
+        with engine, blocked_interrupts():
             inherited = engine.fileno(), listener.fileno(), self._counts_file
             process = ApiProcess(index, start_interpreter(_MAIN, theirs, inherited=inherited), ours)
             start = StartApi(
@@ -179,6 +180,7 @@ class _Supervisor:
                 listener=listener.fileno(),
                 counts=self._counts_file,
             )
+        self._engine.add_client(of_engine, process.process.pid)
         process.send(start)
         self._processes[index] = process
         threading.Thread(target=self._read, args=(process,), name="nanovllm-api-reader", daemon=True).start()

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from multiprocessing import Pipe
 from typing import Any
 
 import numpy as np
 import pytest
 
 from nanovllm import LLM, AsyncLLM, EngineDeadError, RequestOutput, SamplingParams
+from nanovllm.async_engine import engine_process
+from nanovllm.async_engine.encoding import FromProcess
 from nanovllm.async_engine.engine_client import EngineClient
 from nanovllm.async_engine.engine_process import EngineProcess
 from nanovllm.async_engine.messages import Answer, EngineEnded, Event, Logprobs, RequestRefused, RequestsLost, StepNews
@@ -24,16 +30,26 @@ CONFIG = EngineConfig("tiny", device="cpu", num_kvcache_blocks=512)
 LONG = SamplingParams(temperature=0, max_tokens=100_000, ignore_eos=True)
 
 
-def client(process: EngineProcess) -> AsyncLLM:
-    return connected(CONFIG, EngineClient(CONFIG, process.add_client()))
+def client(process: EngineProcess, kind: type[EngineClient] = EngineClient) -> AsyncLLM:
+    theirs, ours = Pipe()
+    process.add_client(ours, os.getpid())
+    return connected(CONFIG, kind(CONFIG, theirs))
 
 
 @pytest.fixture
 def process() -> Iterator[EngineProcess]:
+    with running() as process:
+        yield process
+
+
+@contextmanager
+def running() -> Iterator[EngineProcess]:
     process = EngineProcess(CONFIG, serves=False)
     process.start(lambda event: None)
-    yield process
-    process.stop()
+    try:
+        yield process
+    finally:
+        process.stop()
 
 
 async def texts_of(engine: AsyncLLM, prompts: list[str]) -> list[str]:
@@ -89,6 +105,57 @@ def test_a_client_that_ends_takes_its_requests_along(process: EngineProcess) -> 
             assert until(lambda: stays.metrics.used_blocks == 0)
 
     asyncio.run(asyncio.wait_for(test(), WATCHDOG))
+
+
+class Stalling(EngineClient):
+    """A client that reads while `reads` is set."""
+
+    reads = threading.Event()
+    reads.set()
+
+    def _next_message(self) -> FromProcess:
+        self.reads.wait()
+        return super()._next_message()
+
+
+@contextmanager
+def stalled() -> Iterator[None]:
+    Stalling.reads.clear()
+    try:
+        yield
+    finally:
+        Stalling.reads.set()
+
+
+@ONLY_LINUX
+def test_a_client_that_does_not_read_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hasty = "from nanovllm.async_engine import client_sender\nclient_sender.PATIENCE = 2\nfrom nanovllm.async_engine."
+    main = engine_process._MAIN.replace("from nanovllm.async_engine.", hasty)
+    monkeypatch.setattr(engine_process, "_MAIN", main)
+
+    async def test(process: EngineProcess) -> None:
+        with client(process) as stays, client(process, Stalling) as stalls:
+            streams = [stalls.generate(prompt, LONG) for prompt in "ab"]
+            for stream in streams:
+                await anext(stream)
+            with stalled():
+                while not dropped():
+                    await texts_of(stays, ["c", "d"])
+                assert until(lambda: stays.metrics.num_running == stays.metrics.used_blocks == 0)
+            for stream in streams:
+                with pytest.raises(EngineDeadError, match="did not read"):
+                    await last_of(stream)
+            assert stalls.is_dead
+
+    def dropped() -> list[int]:
+        records = [record for record in caplog.records if getattr(record, "event", "") == "api_process.dropped"]
+        return [record.fields["client_pid"] for record in records]  # type: ignore[attr-defined]
+
+    with running() as process:
+        asyncio.run(asyncio.wait_for(test(process), WATCHDOG))
+    assert dropped() == [os.getpid()]
 
 
 @ONLY_LINUX

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,52 @@ def test_a_process_that_is_killed_takes_its_requests_along(tmp_path: Path) -> No
         assert len(server.records("server.started")) == 1
         assert until(lambda: session_of(server.process.pid) == [])
         assert "secret" not in (tmp_path / "log").read_text() + "".join(server.errors)
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Suspends a process meanwhile."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.heavy("waits for half a minute")
+def test_a_process_that_is_stopped_holds_up_nobody(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path / "log", *TWO, "--num-kvcache-blocks", "2048") as server,
+        clients_of(server) as clients,
+        clients_of(server) as more,
+        ThreadPoolExecutor(1) as executor,
+    ):
+        (pid, one), (_, other) = clients.items()
+        body = {**LONG, "max_tokens": 4000, "stream": False}
+        with open_stream(one, n=4) as lines:
+            answer = executor.submit(more[pid].post, "/v1/completions", json=body)
+            assert until(lambda: metric(other, "num_requests_running") == 5)
+            with stopped(pid):
+                with open_stream(other, max_tokens=2000) as goes_on:
+                    *_, done = goes_on
+                assert done == "data: [DONE]"
+                assert until(lambda: bool(server.records("api_process.dropped")))
+                assert until(lambda: metric(other, "num_requests_running") == 0)
+                assert until(lambda: metric(other, "kv_cache_usage_perc") == 0)
+            *_, last = lines
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_dead"
+            assert error_of(answer.result(), 500)["code"] == "engine_dead"
+        (dropped,) = server.records("api_process.dropped")
+        assert dropped["client_pid"] == pid
+        assert until(lambda: bool(server.records("api_process.lost")))
+        assert f"{pid} ended with exit code 1" in server.records("api_process.lost")[0]["message"]
+        with clients_of(server) as now:
+            assert pid not in now
+            for client in now.values():
+                assert client.post("/v1/completions", json={"prompt": "a"}).status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+        assert until(lambda: session_of(server.process.pid) == [])
 
 
 def engine_of(server: Process) -> int:
