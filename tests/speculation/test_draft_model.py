@@ -178,7 +178,9 @@ def test_steps_without_the_draft_model_change_no_token(
     monkeypatch.setattr(ModelWithDraft, "draft_cost", 0.05)  # the model itself can pay
     sizes = {"max_num_seqs": 8, "num_kvcache_blocks": 14}  # room for the largest request
     with loader(use_graphs, pipeline_depth=depth, **sizes, **drafted_by(folders.drafts[draft])) as llm:
-        watch = Watch(llm.llm_engine, monkeypatch)
+        watch, ran = Watch(llm.llm_engine, monkeypatch), set[int]()
+        model: Any = llm.llm_engine.executor._runner.model  # type: ignore[attr-defined]
+        model.draft.register_forward_hook(lambda *_: ran.add(len(watch.batches) - 1))
 
         @settings(DETERMINISTIC, max_examples=examples(40))
         @given(seed=st.integers(0, 2**32), drawn=requests)
@@ -190,6 +192,7 @@ def test_steps_without_the_draft_model_change_no_token(
         assert statistics.num_draft_tokens > 100 or draft == "a random one"
         assert statistics.num_prefix_hits > 0
         assert statistics.num_preemptions > 0
+    assert ran == {step for step, runs in enumerate(watch.runs) if runs}
     assert max(len(batch.decode_rows) for batch in watch.batches) > 3
     decodes = [runs for runs, batch in zip(watch.runs, watch.batches, strict=True) if len(batch.decode_rows)]
     assert 0.1 < sum(decodes) / len(decodes) < 0.95
