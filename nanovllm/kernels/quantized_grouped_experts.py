@@ -27,6 +27,7 @@ from nanovllm.kernels.triton_support import (
 )
 
 _MIN_BLOCK = 16  # of a product on the tensor cores
+_MIN_FP8_INPUTS = 32
 # Rows of a tile → the programs of the gated product and of the other, as measured on Qwen3-30B-A3B's shape.
 _FP8_TILINGS = {
     16: (Tiling(64, 128, 4, 3), Tiling(128, 128, 4, 3)),
@@ -238,7 +239,8 @@ def _multiply(
     block_k = BLOCK_SIZE  # inputs
     if not matrices.is_int4:
         most = input_size if matrices.has_row_scale else matrices.block[1]
-        block_k = max(min(tiling.block_inputs, next_power_of_2(most)), _MIN_BLOCK)
+        least = _MIN_BLOCK if x_scale is None else _MIN_FP8_INPUTS
+        block_k = max(min(tiling.block_inputs, next_power_of_2(most)), least)
     stage_bytes = (order.block_rows * x.itemsize + block_n * (1 + gated)) * block_k
     _quantized_grouped_product_kernel[(-(-output_size // block_n), len(order.tiles))](
         x_ptr=x,
