@@ -178,7 +178,7 @@ class AsyncLLM(VllmInterface):
         return self._connection.preparation.default_params.clone()
 
     def reset_prefix_cache(self) -> None:
-        """Forgets every cached prefix before the next step."""
+        """Forgets every cached prefix, and earlier requests' outputs for drafts, before the next step."""
         self._connection.send(ResetPrefixCache())
 
     async def start_profile(self, folder: str | Path | None = None) -> None:

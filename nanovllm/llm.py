@@ -139,7 +139,7 @@ class LLM(VllmInterface):
         return engine.metrics.snapshot(engine.scheduler.load).metrics(model_name=engine.config.model, engine="0")
 
     def reset_prefix_cache(self) -> None:
-        """Forgets every cached prefix."""
+        """Forgets every cached prefix, and the outputs of earlier requests that drafts are made from."""
         self.llm_engine.reset_prefix_cache()
 
     # Debugging, see docs/debugging.md

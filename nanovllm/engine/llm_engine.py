@@ -279,6 +279,7 @@ class LLMEngine(UnsupportedMethods):
         unfinished, scheduler = self._unfinished, self.scheduler
         if self._resets_cache:
             scheduler.block_manager.reset_prefix_cache()
+            scheduler.speculation.forget_outputs()
             self._resets_cache = False
         to_abort: list[Sequence] = []
         if unfinished.has_changes:
@@ -355,7 +356,7 @@ class LLMEngine(UnsupportedMethods):
     # The rest of the public API
 
     def reset_prefix_cache(self) -> None:
-        """Forgets every cached prefix before the next step. Running requests continue."""
+        """Forgets cached prefixes, and outputs kept for drafts, before the next step. Running requests continue."""
         self._check_alive()
         self._resets_cache = True
 

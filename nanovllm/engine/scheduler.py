@@ -72,7 +72,7 @@ class Scheduler:
         self._clock = clock
         self._observer = observer or EngineObserver()
         self.policy = PrefillPolicy(config)
-        self._speculation = make_speculation()
+        self.speculation = make_speculation()
         self._is_eos: BoolArray = np.zeros(config.vocab_size, dtype=np.bool_)
         self._is_eos[[token_id for token_id in config.eos_token_ids if 0 <= token_id < config.vocab_size]] = True
         self.block_manager = BlockManager(
@@ -112,7 +112,7 @@ class Scheduler:
         """Returns the next step, or None when nothing can run before a step in flight is collected."""
         self.now, self._step = self._clock(), self.last_step + 1
         plan = _StepPlan()
-        self._speculation.watch(self.rows)
+        self.speculation.watch(self.rows)
         decode_rows, shares_prefix = self._prefix_groups.arrange(self._schedule_decode(plan), self._step)
         next_prompt = self._prefilling or self._first_waiting()
         if next_prompt is not None:
@@ -120,7 +120,7 @@ class Scheduler:
         if not plan.chunks and not len(decode_rows):
             return None
         room = self.policy.max_num_batched_tokens - len(decode_rows) - plan.num_prompt_tokens
-        drafts = self._speculation.draft(self.rows, decode_rows, plan.chunks, self.block_manager, room)
+        drafts = self.speculation.draft(self.rows, decode_rows, plan.chunks, self.block_manager, room)
         # Only the last chunk can stop before the end of its prompt, so the final ones come first, as batches need.
         final_rows = [chunk.row for chunk in plan.chunks if self.rows.decoding[chunk.row]]
         sampled = np.append(decode_rows, np.array(final_rows, dtype=np.intp))
@@ -316,7 +316,7 @@ class Scheduler:
             if not rows.stopped[planned.row]:
                 rows.sequence(planned.row).prompt_logprobs += token_logprobs(logprobs, planned.num_top)
         ended = []
-        for index, (sampled, tokens) in enumerate(self._speculation.rounds(batch, result, rows)):
+        for index, (sampled, tokens) in enumerate(self.speculation.rounds(batch, result, rows)):
             ended += self._take_tokens(batch, result, sampled, tokens, drafted=index > 0)
         return ended
 

@@ -41,6 +41,9 @@ class Speculation:
     def watch(self, rows: RowTable) -> None:
         """Takes the tokens that rows got since the last call, and sets `RowTable.speculates`."""
 
+    def forget_outputs(self) -> None:
+        """Forgets the outputs of requests that have ended."""
+
     def draft(
         self, rows: RowTable, decode_rows: RowArray, chunks: Seq[Chunk], blocks: BlockManager, num_tokens: int
     ) -> StepDrafts:

@@ -24,6 +24,7 @@ from nanovllm.kernels.triton_support import (
     join_launch_chain,
     let_next_kernel_start,
     pdl_options,
+    shared_memory,
     tl,
     wait_for_previous_kernel,
 )
@@ -376,6 +377,8 @@ def quantized_matmul(
     arguments = _common_arguments(out, partial, scale, bias, x_scale=x_scale, residual=residual, tile=tile)
     arguments |= {"HAS_SCALE": group_size == 0, "IS_GATED": gated, "num_tokens": num_tokens}
     weight_columns = PLANE_SIZE if is_int4 else tile.inputs
+    weight_bytes = tile.outputs * (1 + gated) * weight_columns * weight.itemsize
+    stage_bytes = tile.tokens * tile.inputs * x.itemsize + weight_bytes
     tiles = -(-output_size // tile.outputs) * -(-num_tokens // tile.tokens)
     _quantized_matmul_kernel[(tiles, tile.splits)](
         x_desc=HostDescriptor.from_tensor(x, [tile.tokens, PLANE_SIZE if is_int4 else tile.inputs]),
@@ -391,7 +394,7 @@ def quantized_matmul(
         BLOCK_N=tile.outputs,
         BLOCK_K=BLOCK_SIZE if is_int4 else tile.inputs,
         num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        num_stages=max(min(tile.num_stages, shared_memory(x.device) // stage_bytes), 1),
         **arguments,
     )
     if tile.splits > 1:

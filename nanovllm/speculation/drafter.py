@@ -91,6 +91,12 @@ class Drafter(Speculation):
             state.length = self._length(state.rate.share, num_rows, min(len(state.proposal), longest))
             rows.speculates[row] = self._speculates(sequence, state, num_rows, longest)
 
+    def forget_outputs(self) -> None:
+        self._states = {sequence: state for sequence, state in self._states.items() if sequence.finish_reason is None}
+        self._ended.clear()
+        if self._others is not None:
+            self._others.clear()
+
     def _fresh_rows(self, rows: RowTable) -> RowArray:
         """Returns the rows with new tokens: all that have drafts, and of the others those not seen for longest."""
         behind = np.where(rows.decoding, np.abs(rows.num_tokens - self._seen), 0)  # a new sequence may have fewer

@@ -110,6 +110,11 @@ class RecentOutputs:
         while len(self._outputs) > self._max_requests or self._num_tokens > _MAX_CACHED_TOKENS:
             self._forget_oldest()
 
+    def clear(self) -> None:
+        self._outputs.clear()
+        self._occurrences.clear()
+        self._num_tokens = 0
+
     def occurrences(self, run: bytes, limit: int) -> list[tuple[IntArray, int]]:
         """Returns the latest `limit` occurrences of a run: an output, and the position after the run."""
         return self._occurrences.get(run, [])[-limit:]

@@ -167,3 +167,17 @@ def test_rows_without_drafts_are_looked_at_in_turns(monkeypatch: pytest.MonkeyPa
     counts = collections.Counter(id(proposer) for each in looks for proposer in each)
     assert len(counts) == 40
     assert min(counts.values()) >= 5
+
+
+def test_a_reset_cache_has_no_outputs_to_draft_from() -> None:
+    with load(speculative_config=SUFFIX) as llm:
+
+        def num_drafted() -> int:
+            before = llm.llm_engine.statistics.num_draft_tokens
+            llm.generate("count from 3 to 30", PARAMS[1], use_tqdm=False)
+            return llm.llm_engine.statistics.num_draft_tokens - before
+
+        alone = num_drafted()
+        assert num_drafted() > alone, "the second run drafts from the first one's output"
+        llm.reset_prefix_cache()
+        assert num_drafted() == alone
