@@ -162,7 +162,7 @@ class ModelRunner:
         """Returns the hidden states of a padded step's sampled tokens. This is what a CUDA graph records."""
         inputs = self.rows.padded_inputs(step, self._shared_group(needs))
         self._log.inputs(inputs)
-        hidden = self._drafts.model(needs)(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
+        hidden = self._drafts.run_model(inputs, needs)
         return hidden[inputs.sampled_tokens]
 
     def _decode(self, rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
@@ -172,7 +172,7 @@ class ModelRunner:
     def _forward(self, inputs: ModelInputs, needs: StepNeeds, batch: ScheduledBatch | None = None) -> SampledTokens:
         """Runs the model, samples, and appends the tokens to their rows. batch: None unless it has chunks."""
         self._log.inputs(inputs)
-        hidden = self._drafts.model(needs)(inputs.input_ids, inputs.positions, inputs.attention, self.kv_caches)
+        hidden = self._drafts.run_model(inputs, needs)
         of_prompts = self._prompt_logprobs(hidden, batch) if batch is not None else ()
         rows = inputs.sampled_rows
         if not len(rows):  # only a chunk that does not reach the end of its prompt

@@ -8,7 +8,7 @@ some tokens further after a step. These are the drafts that the next step may ve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,7 +21,7 @@ from nanovllm.kernels.logprobs import SampledTokens
 from nanovllm.models.causal_lm import CausalLM
 from nanovllm.runner.cuda_graph import DecodeGraphs
 from nanovllm.runner.device_batch import DeviceBatch
-from nanovllm.runner.device_rows import DeviceRows
+from nanovllm.runner.device_rows import DeviceRows, ModelInputs
 from nanovllm.runner.sampler import Sampler
 from nanovllm.speculative_config import MAX_DRAFTING_ROWS
 
@@ -45,33 +45,19 @@ class ModelWithDraft(CausalLM):
         metadata: AttentionMetadata,
         kv_caches: Sequence[LayerKVCache],
     ) -> torch.Tensor:
-        hidden = self.run_target(input_ids, positions, metadata, kv_caches)
+        hidden: torch.Tensor = self.target(input_ids, positions, metadata, self.target_caches(kv_caches))
         if metadata.decode is not None:  # shared prefixes were looked for with the model's own number of heads
             metadata = replace(metadata, decode=replace(metadata.decode, shared=None))
-        self.run_draft(input_ids, positions, metadata, kv_caches)
+        self.draft(input_ids, positions, metadata, self.draft_caches(kv_caches))
         return hidden
 
-    def run_target(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        metadata: AttentionMetadata,
-        kv_caches: Sequence[LayerKVCache],
-    ) -> torch.Tensor:
-        """Runs the model alone: arguments and result as of `forward`."""
-        hidden: torch.Tensor = self.target(input_ids, positions, metadata, kv_caches[: -self._num_draft_layers])
-        return hidden
+    def target_caches(self, kv_caches: Sequence[LayerKVCache]) -> Sequence[LayerKVCache]:
+        """Returns the caches of the model alone."""
+        return kv_caches[: -self._num_draft_layers]
 
-    def run_draft(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        metadata: AttentionMetadata,
-        kv_caches: Sequence[LayerKVCache],
-    ) -> torch.Tensor:
-        """Runs the draft model alone: arguments and result as of `forward`, in the draft model's hidden size."""
-        hidden: torch.Tensor = self.draft(input_ids, positions, metadata, kv_caches[-self._num_draft_layers :])
-        return hidden
+    def draft_caches(self, kv_caches: Sequence[LayerKVCache]) -> Sequence[LayerKVCache]:
+        """Returns the caches of the draft model alone."""
+        return kv_caches[-self._num_draft_layers :]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.target.compute_logits(hidden)
@@ -110,10 +96,18 @@ class DraftSteps:
             self._graphs = _DraftGraphs(decode_graphs.pool, self._decode, num_rows, null_row)
         return self._graphs
 
-    def model(self, needs: StepNeeds) -> Callable[..., torch.Tensor]:
-        """Returns the model that computes a step's tokens: called as `CausalLM.forward`, returns hidden states."""
-        model = self._runner.model
-        return model.run_target if needs.skips_draft_model and isinstance(model, ModelWithDraft) else model
+    def run_model(self, inputs: ModelInputs, needs: StepNeeds) -> torch.Tensor:
+        """Returns the model's hidden states [num_tokens, hidden_size]. Runs the draft model, too, if there is one.
+
+        The draft model is left out of steps that need no drafts.
+        """
+        model: CausalLM = self._runner.model
+        kv_caches: Sequence[LayerKVCache] = self._runner.kv_caches
+        if needs.skips_draft_model and isinstance(model, ModelWithDraft):
+            kv_caches = model.target_caches(kv_caches)
+            model = model.target
+        hidden: torch.Tensor = model(inputs.input_ids, inputs.positions, inputs.attention, kv_caches)
+        return hidden
 
     def finish(self, batch: DeviceBatch, sampled: SampledTokens) -> SampledTokens:
         """Returns what a step sampled, with the drafts that it asks for."""
@@ -150,8 +144,9 @@ class DraftSteps:
         model, rows = runner.model, runner.rows
         assert isinstance(model, ModelWithDraft), "a batch with proposals is for an engine with a draft model"
         inputs = rows.decode_inputs(drafting)
-        hidden = model.run_draft(inputs.input_ids, inputs.positions, inputs.attention, runner.kv_caches)
         draft, takes_all = model.draft, runner.sampler.takes_all_logits(needs)
+        kv_caches = model.draft_caches(runner.kv_caches)
+        hidden = draft(inputs.input_ids, inputs.positions, inputs.attention, kv_caches)
         logits = draft.compute_logits(hidden) if takes_all else draft.lm_head.logits_share(hidden)
         sampled = runner.sampler(logits, drafting, rows, needs)
         rows.append(drafting, sampled.token_ids)
