@@ -75,10 +75,10 @@ def test_a_leak_of_another_rank_is_found(
 ) -> None:
     caplog.set_level(logging.ERROR, "nanovllm")  # pytest keeps every record
     assert llm.check_memory_leak(PROMPTS, GREEDY, num_runs=8).objects_per_run <= 5
-    monkeypatch.setattr(worker_pool, "run_worker", run_leaking_worker)  # 10 objects a step
+    monkeypatch.setattr(worker_pool, "run_worker", run_leaking_worker)  # 11 objects a step
     with load(folder, tensor_parallel_size=2) as leaking:
         check = leaking.check_memory_leak(PROMPTS, GREEDY, num_runs=8)
-        assert 55 <= check.objects_per_run <= 65  # a few others come and go
+        assert 60 <= check.objects_per_run <= 69
         assert not check.settles
 
 

@@ -105,14 +105,14 @@ def _fail_at_length(_: object) -> None:
 
 
 def run_leaking_worker(start: WorkerStart) -> None:
-    """A worker that keeps ten objects of each step."""
+    """A worker that keeps eleven objects of each step."""
     from nanovllm.engine.model_runner import ModelRunner
 
     submit = ModelRunner.submit
     kept: list[object] = []
 
     def leaking(runner: ModelRunner, batch: ScheduledBatch) -> DeviceStepHandle:
-        kept.extend([number, kept] for number in range(10))
+        kept.extend([number, kept] for number in range(11))
         return submit(runner, batch)
 
     ModelRunner.submit = leaking  # type: ignore[method-assign]
