@@ -34,6 +34,10 @@ _MAX_EXTRA_PRODUCTS = 1 << 25  # multiplications for the tokens after the first;
 _MAX_COLUMNS_OF_ONE_WARP = 1024
 _WEIGHTS_OF_ONE_WARP = 4096
 _WEIGHTS_OF_FOUR_WARPS = 8192
+# One token leaves registers for more weights, as long as enough programs remain.
+_WEIGHTS_OF_ONE_TOKEN = {1: 40960, 2: 16384}  # by the bytes of a weight; of four warps
+_MAX_ROW_BYTES_OF_FOUR_WARPS = 16384
+_MIN_PROGRAMS = 512
 SCALE_BLOCK = 128  # inputs and outputs that share a scale, where scales are of blocks
 _SCALE_BLOCK = constant(SCALE_BLOCK)
 
@@ -160,13 +164,23 @@ def suits_skinny_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return HAS_TRITON and x.is_cuda and few and input_size * weight.itemsize <= _MAX_ROW_BYTES
 
 
-def _choose_tile(block_k: int, gated: bool, itemsize: int) -> tuple[int, int]:
+def _choose_tile(num_tokens: int, weight: torch.Tensor, gated: bool) -> tuple[int, int]:
     """Returns (outputs of a program, its warps)."""
+    num_rows, input_size = weight.shape
+    block_k = next_power_of_2(input_size)
     num_warps = 1 if block_k <= _MAX_COLUMNS_OF_ONE_WARP else 4
     weights = _WEIGHTS_OF_ONE_WARP if num_warps == 1 else _WEIGHTS_OF_FOUR_WARPS
-    if itemsize == 1:
+    if weight.itemsize == 1:
         weights *= 2 if num_warps == 1 else 4
-    return max(weights // block_k // (1 + gated), 1), num_warps
+    rows = max(weights // block_k, 1 + gated)
+    if num_tokens == 1 and num_warps > 1 and weight.itemsize in _WEIGHTS_OF_ONE_TOKEN:
+        num_warps = 4 if input_size * weight.itemsize <= _MAX_ROW_BYTES_OF_FOUR_WARPS else 8
+        more_rows = min(
+            _WEIGHTS_OF_ONE_TOKEN[weight.itemsize] * num_warps // 4 // input_size, num_rows // _MIN_PROGRAMS
+        )
+        while 2 * rows <= more_rows:
+            rows *= 2
+    return rows // (1 + gated), num_warps
 
 
 def scales_blocks(scale: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -236,7 +250,7 @@ def skinny_linear(
         return out
     block_m = min(next_power_of_2(num_tokens), _MAX_TOKENS)
     block_k = next_power_of_2(input_size)
-    block_n, num_warps = _choose_tile(block_k, gated, weight.itemsize)
+    block_n, num_warps = _choose_tile(num_tokens, weight, gated)
     has_block_scale = scale is not None and scales_blocks(scale, weight)
     if has_block_scale:
         while gated and output_size % block_n:  # so that a program's outputs lie in one block
