@@ -16,33 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import nanovllm.kernels
+from tests.kernels.hopper_driver import HopperDriver
 
 _VARIANTS = 1  # compiled of each kernel, and tests that run of each function
 
 _tried: Counter[str] = Counter()
 _errors: dict[str, str] = {}
-
-
-class _Hopper:
-    """What the compiler asks of a driver."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int = 0) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 _launch = JITFunction.run
@@ -59,7 +42,7 @@ def _compile(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **opti
         _errors.setdefault(name, f"{type(error).__name__}: {error}")
 
 
-driver.set_active(_Hopper())  # type: ignore[no-untyped-call]
+driver.set_active(HopperDriver())  # type: ignore[no-untyped-call]
 JITFunction.run = _compile  # type: ignore[method-assign, assignment]
 
 # Defined here, since later the suite's conftest asks for the interpreter.
