@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nanovllm.kernels import skinny_linear as module
 from nanovllm.kernels.rms_norm import rms_norm_reference
 from nanovllm.kernels.skinny_linear import scaled_weight, skinny_linear, suits_skinny_linear
 from tests.kernels.inputs import DTYPES, check_close
@@ -50,6 +51,23 @@ def test_the_product_alone(device, generator, dtype, num_tokens, input_size, out
 def test_long_rows(device, generator, dtype, num_tokens, input_size):
     x, weight, bias, _ = random_product(generator, device, dtype, num_tokens, input_size, 10)
     check_close(skinny_linear(x, weight, bias, use_triton=True), oracle(x, weight, bias), dtype)
+
+
+@pytest.mark.parametrize("input_size", [5000, 20000])
+@pytest.mark.parametrize("itemsize", [1, 2])
+@pytest.mark.parametrize("gated", [False, True])
+def test_more_weights_a_program_for_one_token(device, generator, monkeypatch, input_size, itemsize, gated):
+    x, weight, _, norm_weight = random_product(generator, device, torch.bfloat16, 1, input_size, 14)
+    scale = None
+    if itemsize == 1:
+        weight, scale = random_fp8_weight(generator, device, 14, input_size, "outputs")
+    arguments = {"norm_weight": norm_weight, "eps": 0.1, "gated": gated}
+    few, _ = module._choose_tile(1, weight, gated)
+    monkeypatch.setattr(module, "_MIN_PROGRAMS", 1)
+    many, _ = module._choose_tile(1, weight, gated)
+    assert (many > few) is (itemsize == 1 or (input_size == 5000 and not gated))
+    got = skinny_linear(x, weight, scale=scale, **arguments, use_triton=True)
+    check_close(got, oracle(x, weight if scale is None else scaled_weight(weight, scale), **arguments), x.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
