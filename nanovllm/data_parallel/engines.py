@@ -130,9 +130,9 @@ class DataParallelLLM:
 
     def _choose(self, request_id: str, hashes: list[int]) -> Replica:
         with self._lock:
-            for replica in self.replicas:
-                if not replica.is_alive:
-                    self._router.take_out(replica.index)
+            for replica in self.replicas:  # as `is_dead` sees them, whose threads have not told yet
+                update = self._router.put_back if replica.is_alive else self._router.take_out
+                update(replica.index)
             route = self._router.choose(hashes)
         if route is None:
             raise EngineDeadError("All replicas have ended.")
@@ -216,8 +216,6 @@ class DataParallelLLM:
         events.replica_lost.log(logger, replica=replica.index, num_live=self.num_live, num_replicas=len(self.replicas))
 
     def restarted(self, replica: Replica) -> None:
-        with self._lock:
-            self._router.put_back(replica.index)
         events.replica_restarted.log(
             logger, replica=replica.index, num_live=self.num_live, num_replicas=len(self.replicas)
         )
