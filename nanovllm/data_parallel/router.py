@@ -42,7 +42,7 @@ def prefix_hashes(token_ids: IntArray, salt: bytes = b"") -> list[int]:
     hashes: list[int] = []
     parent = 0
     for tokens in tokens_of_blocks(token_ids, BLOCK_SIZE, 0, num_blocks, salt):
-        parent = block_hash(parent, tokens)
+        parent = block_hash(tokens, parent)
         hashes.append(parent)
     return hashes
 

@@ -14,7 +14,7 @@ prefix is then equal.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,6 +25,8 @@ from nanovllm.logs import events
 from nanovllm.utils.logger import setup_logger
 
 logger = setup_logger(__name__)
+
+block_hash = xxhash.xxh3_64_intdigest  # of a block's tokens and, as its seed, of all blocks before
 
 
 class BlockOwner(Protocol):
@@ -146,7 +148,7 @@ class BlockManager:
         first, end = table.num_registered, len(token_ids) // self.block_size
         for index, tokens in enumerate(tokens_of_blocks(token_ids, self.block_size, first, end, table.salt), first):
             parent = table.last_registered
-            prefix_hash = block_hash(self._root_hash if parent is None else parent.prefix_hash, tokens)
+            prefix_hash = block_hash(tokens, self._root_hash if parent is None else parent.prefix_hash)
             known = self._by_hash.get(prefix_hash)
             if known is None or known.tokens != tokens or known.parent is not parent:
                 if known is not None:  # a hash collision, or a block that no prefix reaches since its parent is gone
@@ -217,7 +219,7 @@ class BlockManager:
         shared: list[CachedBlock] = []
         parent: CachedBlock | None = None
         for tokens in tokens_of_blocks(token_ids, self.block_size, 0, (len(token_ids) - 1) // self.block_size, salt):
-            cached = self._by_hash.get(block_hash(self._root_hash if parent is None else parent.prefix_hash, tokens))
+            cached = self._by_hash.get(block_hash(tokens, self._root_hash if parent is None else parent.prefix_hash))
             if cached is None or cached.tokens != tokens or cached.parent is not parent:
                 break
             shared.append(cached)
@@ -229,14 +231,11 @@ class BlockManager:
         del self._by_block[cached.block]
 
 
-def tokens_of_blocks(token_ids: IntArray, block_size: int, first: int, end: int, salt: bytes) -> Iterator[bytes]:
-    """Yields the tokens of blocks `first` to before `end` as bytes, cut from one copy; block 0 has the salt."""
+def tokens_of_blocks(token_ids: IntArray, block_size: int, first: int, end: int, salt: bytes) -> list[bytes]:
+    """Returns the tokens of blocks `first` to before `end`, as bytes; block 0 begins with the salt."""
     tokens = token_ids[first * block_size : end * block_size].tobytes()
     size = block_size * token_ids.itemsize
-    for start in range(0, len(tokens), size):
-        yield (b"" if first or start else salt) + tokens[start : start + size]
-
-
-def block_hash(parent: int, tokens: bytes) -> int:
-    """Returns the hash of a block and of all before it. parent: the hash of the block before it."""
-    return xxhash.xxh3_64_intdigest(tokens, seed=parent)
+    blocks = [tokens[start : start + size] for start in range(0, len(tokens), size)]
+    if salt and blocks and not first:
+        blocks[0] = salt + blocks[0]
+    return blocks

@@ -48,7 +48,7 @@ class DistributionCounter:
     def __init__(self, bounds: Seq[float]) -> None:
         self._bounds = tuple(bounds)
         self._bounds_array = np.array(bounds)
-        self.counts: npt.NDArray[np.int64] = np.zeros(len(bounds) + 1, dtype=np.int64)
+        self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
     def observe(self, value: float | None) -> None:
@@ -63,15 +63,16 @@ class DistributionCounter:
             self.counts[bisect.bisect_left(self._bounds, values[0])] += len(values)
             self.sum += float(values[0]) * len(values)
             return
-        self.counts += np.bincount(self._bounds_array.searchsorted(values), minlength=len(self.counts))
+        new = np.bincount(self._bounds_array.searchsorted(values), minlength=len(self.counts))
+        self.counts = [count + added for count, added in zip(self.counts, new.tolist(), strict=True)]
         self.sum += float(values.sum())
 
     @property
     def count(self) -> int:
-        return int(self.counts.sum())
+        return sum(self.counts)
 
     def snapshot(self) -> Distribution:
-        return Distribution(self._bounds, tuple(self.counts.tolist()), self.sum)
+        return Distribution(self._bounds, tuple(self.counts), self.sum)
 
 
 class EngineMetrics(EngineObserver):

@@ -129,7 +129,7 @@ class Scheduler:
             self.last_step,
             closed=self._closed,
             opened=plan.opened,
-            blocks=np.concatenate(plan.blocks + drafts.blocks) if plan.blocks or drafts.blocks else (),
+            blocks=np.concatenate(plan.blocks + drafts.blocks, dtype=BLOCKS) if plan.blocks or drafts.blocks else (),
             token_masks=self.rows.token_masks(sampled),
             chunks=plan.chunks,
             num_final_chunks=len(final_rows),
@@ -158,7 +158,7 @@ class Scheduler:
             new_blocks = [self.block_manager.append_block(table) for table in tables]
             plan.blocks.append(_block_entries(granted, self.rows.num_blocks[granted], new_blocks))
             self.rows.num_blocks[granted] += 1
-            rows = np.setdiff1d(rows, by_arrival[len(granted) :])
+            rows = rows[~np.isin(rows, by_arrival[len(granted) :])]
         self.rows.num_computed[rows] += 1
         return rows
 

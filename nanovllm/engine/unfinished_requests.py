@@ -43,6 +43,8 @@ class Request:
     @property
     def names(self) -> dict[str, Request]:
         """Returns this request under its id and under those of its sequences."""
+        if self.parallel is None:
+            return {self.request_id: self}
         return dict.fromkeys([self.request_id, *(sequence.request_id for sequence in self.sequences)], self)
 
     def add(self, output: RequestOutput) -> RequestOutput | None:

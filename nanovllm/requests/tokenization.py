@@ -101,8 +101,10 @@ class Tokenization:
             raise InvalidArgumentError("prompt", prompt, allowed) from None
         if token_ids.size == 0 and token_ids.ndim == 1:
             return np.empty(0, dtype=np.int32)
-        has_booleans = isinstance(prompt, (list, tuple)) and not {bool, np.bool_}.isdisjoint(map(type, prompt))
-        if token_ids.ndim != 1 or token_ids.dtype.kind not in "iu" or has_booleans:  # NumPy reads [True, 5] as [1, 5]
+        if token_ids.ndim != 1 or token_ids.dtype.kind not in "iu":
+            raise InvalidArgumentError("prompt", prompt, allowed)
+        bits = np.flatnonzero(token_ids <= 1).tolist() if isinstance(prompt, (list, tuple)) else ()
+        if any(isinstance(prompt[index], (bool, np.bool_)) for index in bits):  # NumPy reads [True, 5] as [1, 5]
             raise InvalidArgumentError("prompt", prompt, allowed)
         outside = token_ids[(token_ids < 0) | (token_ids >= self._resolved.vocab_size)]
         if len(outside):
