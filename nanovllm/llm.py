@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from nanovllm.compat.interface import VllmInterface
 from nanovllm.compat.unsupported import REQUEST_ARGUMENTS, accepting
@@ -18,9 +16,11 @@ from nanovllm.diagnostics.leak_check import LeakCheck, MemoryUse, check_leak
 from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine.turns import Call
 from nanovllm.errors import InvalidArgumentError, StepFailedError
+from nanovllm.feed import Feed
 from nanovllm.generation_log import GenerationLog
 from nanovllm.metrics import Metric
-from nanovllm.outputs import RequestOutput, failed_output
+from nanovllm.outputs import RequestOutput
+from nanovllm.requests.batch_arguments import as_list
 from nanovllm.requests.chat import ChatArguments, ChatOptions, ChatRenderer, Conversation
 from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import SamplingParams
@@ -61,7 +61,7 @@ class LLM(VllmInterface):
         A request that is not allowed fails alone: its output has an `error` and no tokens, and a log line says so.
         Raises InvalidArgumentError, before anything runs, if no request of the call is allowed.
         """
-        return self._generate(_as_list(prompts), sampling_params, use_tqdm)
+        return self._generate(as_list(prompts), sampling_params, use_tqdm)
 
     @accepting(REQUEST_ARGUMENTS)
     def stream(
@@ -78,24 +78,23 @@ class LLM(VllmInterface):
         request's last output. The numbers at the end of the request ids rise in the order of the prompts. Nothing runs
         before the first output is requested. Closing the iterator, or leaving its loop, aborts the unfinished requests.
         """
-        yield from self._stream(_as_list(prompts), sampling_params)
+        yield from self._stream(as_list(prompts), sampling_params)
 
     def _stream(
         self,
         batch: Seq[Prompt | InvalidArgumentError],
         sampling_params: SamplingParams | Seq[SamplingParams] | None,
     ) -> Iterator[RequestOutput]:
-        engine = self.llm_engine
-        call = StreamCall(engine)
+        call = StreamCall(self.llm_engine)
+        feed = Feed(self.llm_engine, call, self._counter, batch, sampling_params)
         try:
             with call.running:
-                engine.open(call)
-                refused = self._add_requests(batch, sampling_params, call)
-                yield from (output for output in refused.values() if output is not None)
-                while call.request_ids:
+                self.llm_engine.open(call)
+                while feed.num_left or call.request_ids:
+                    yield from feed.advance()
                     yield from call.outputs(self._next_outputs(call))
         finally:
-            engine.close(call)
+            self.llm_engine.close(call)
 
     @accepting(REQUEST_ARGUMENTS)
     def chat(
@@ -198,39 +197,6 @@ class LLM(VllmInterface):
     def __exit__(self, *exception: object) -> None:
         self.exit()
 
-    def _add_requests(
-        self,
-        batch: Seq[Prompt | InvalidArgumentError],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None,
-        call: Call,
-    ) -> dict[str, RequestOutput | None]:
-        """Queues the requests that are allowed, as those of `call`.
-
-        Returns the outputs of the refused ones by request id, and None for the others, in the order of the prompts.
-        Raises the first error if all are refused.
-        """
-        engine = self.llm_engine
-        outputs: dict[str, RequestOutput | None] = {}
-        errors: dict[str, InvalidArgumentError] = {}
-        for prompt, params in zip(batch, _params_for_each(sampling_params, len(batch)), strict=True):
-            request_id, arrival = f"generate-{next(self._counter)}", engine.clock()
-            outputs[request_id] = None
-            try:
-                if isinstance(prompt, InvalidArgumentError):
-                    raise prompt
-                prepared = engine.prepare(prompt, params)
-            except InvalidArgumentError as error:
-                engine.refuse_request(request_id, error)
-                text = prompt if isinstance(prompt, str) else None
-                outputs[request_id], errors[request_id] = failed_output(request_id, error, prompt=text), error
-                continue
-            call.num_prompt_tokens += len(prepared.token_ids)
-            call.request_ids[request_id] = None  # before it is queued, so that Ctrl-C leaves no request without a call
-            call.queued(request_id, engine.enqueue(request_id, prepared, arrival))
-        if errors and len(errors) == len(batch):
-            raise next(iter(errors.values()))
-        return outputs
-
     def _generate(
         self,
         batch: Seq[Prompt | InvalidArgumentError],
@@ -242,14 +208,14 @@ class LLM(VllmInterface):
         if not batch:
             return []
         call = Call()
+        feed = Feed(self.llm_engine, call, self._counter, batch, sampling_params)
         try:
             with call.running:
                 self.llm_engine.open(call)
-                outputs = self._add_requests(batch, sampling_params, call)
-                outputs |= self._run(call, use_tqdm)
+                outputs = self._run(call, feed, use_tqdm)
         finally:  # including Ctrl-C: no request of this call stays behind
             self.llm_engine.close(call)
-        return [output for output in outputs.values() if output is not None]
+        return [outputs[name] for name in feed.names]
 
     def _next_outputs(self, call: Call) -> list[RequestOutput]:
         """Returns the outputs of `call` that a step brings. Raises StepFailedError if another call's step lost some."""
@@ -260,39 +226,12 @@ class LLM(VllmInterface):
             del call.request_ids[output.request_id]
         return outputs
 
-    def _run(self, call: Call, use_tqdm: bool) -> dict[str, RequestOutput]:
-        """Runs steps until the requests of `call` have ended. Returns their outputs by id."""
-        engine = self.llm_engine
-        outputs: dict[str, RequestOutput] = {}
-        with GenerationLog(engine, call, use_tqdm=use_tqdm) as log:
-            while call.request_ids:
-                for output in log.step(self._next_outputs(call)):
-                    outputs[output.request_id] = output
-            engine.drain()
+    def _run(self, call: Call, feed: Feed, use_tqdm: bool) -> dict[str, RequestOutput]:
+        """Runs steps until all requests of `call` have ended. Returns their outputs by id."""
+        outputs = {output.request_id: output for output in feed.advance()}
+        with GenerationLog(self.llm_engine, call, feed, use_tqdm=use_tqdm) as log:
+            while feed.num_left or call.request_ids:
+                ended = log.step([*self._next_outputs(call), *feed.advance()])
+                outputs |= {output.request_id: output for output in ended}
+            self.llm_engine.drain()
         return outputs
-
-
-def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
-    """Returns the prompts as a list. A single prompt (text, dictionary, token ids) becomes a list of one."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if isinstance(prompts, (bytes, Set)) or not isinstance(prompts, Iterable):  # bytes are not text, sets have no order
-        raise InvalidArgumentError("prompts", prompts, "a text, token ids, a dictionary, or a list of these")
-    batch: list[Any] = prompts.tolist() if hasattr(prompts, "tolist") else list(prompts)  # a tensor or an array
-    return [batch] if batch and all(isinstance(item, (int, np.integer)) for item in batch) else batch
-
-
-def _params_for_each(
-    sampling_params: SamplingParams | Seq[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams | None]:
-    """Returns the parameters of each of `num_prompts` prompts. None: the default ones."""
-    if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [sampling_params] * num_prompts
-    if isinstance(sampling_params, (str, bytes, Mapping, Set)) or not isinstance(sampling_params, Iterable):
-        raise InvalidArgumentError("sampling_params", sampling_params, "a SamplingParams or a list of them")
-    params: list[SamplingParams | None] = list(sampling_params)
-    if len(params) != num_prompts:
-        raise InvalidArgumentError(
-            "sampling_params", f"a list of {len(params)}", f"one for all, or one for each of the {num_prompts} prompts"
-        )
-    return params

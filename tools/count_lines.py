@@ -23,6 +23,7 @@ MAX_PATH = 2600
 # The files on the way of a request, in reading order; a folder stands for all of its files.
 PATH = (
     "llm.py",
+    "feed.py",
     "engine/llm_engine.py",
     "engine/scheduler.py",
     "engine/block_manager.py",

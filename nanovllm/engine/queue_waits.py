@@ -18,7 +18,8 @@ _TIMES = 4  # as long as a slow step: a queue moves when a request ends, not wit
 class QueueWaits(EngineObserver):
     """Calls `delayed` of `listener` once for each request that waits for long.
 
-    Requests that an idle engine gets before its first step are a batch, most of which is expected to wait.
+    Requests that an idle engine gets before its first step, or that arrive at the same time as the first of them, are a
+    batch, most of which is expected to wait.
     """
 
     def __init__(self, listener: EngineObserver) -> None:
@@ -26,19 +27,20 @@ class QueueWaits(EngineObserver):
         self._limit = _TIMES * env.log_slow_seconds()
         self._resolved: ResolvedConfig | None = None
         self._is_running = False  # whether a step was planned since the engine was idle
+        self._began = 0.0  # when the first request since then arrived
         self._waiting: dict[int, Sequence] = {}  # by seq_id, in order of arrival
 
     def engine_started(self, start: EngineStart) -> None:
         self._resolved = start.resolved
 
     def work_began(self, now: float) -> None:
-        self._is_running = False
+        self._is_running, self._began = False, now
 
     def batch_scheduled(self, batch: ScheduledBatch, rows: RowTable) -> None:
         self._is_running = True
 
     def request_added(self, sequence: Sequence) -> None:
-        if self._is_running:
+        if self._is_running and sequence.arrival > self._began:
             self._waiting[sequence.seq_id] = sequence
 
     def sequence_scheduled(self, sequence: Sequence, num_cached: int) -> None:

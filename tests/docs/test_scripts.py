@@ -193,6 +193,17 @@ def test_the_scheduler_is_measured_at_every_size() -> None:
     assert 0 < many < 20 * one, "a step's cost must hardly grow with the number of sequences"
 
 
+def test_the_time_that_a_device_waits_for_the_host_is_measured() -> None:
+    done = run_script("tools/bench_host.py", "--workload", "single", "--runs", "1")
+    assert done.returncode == 0, done.stderr
+    header, row = done.stdout.splitlines()
+    assert header.startswith("workload")
+    name, steps, device_ms, host_ms, _ = row.split()
+    assert (name, steps) == ("single", "512")
+    assert float(device_ms) == pytest.approx(511 * (1.2 + 0.0041) + 1.2 + 128 * 0.0023, abs=1)
+    assert 0 < float(host_ms) < 512 * 20
+
+
 def test_the_time_between_tokens_is_measured_for_every_limit_and_target() -> None:
     arguments = "--model tiny --load-format auto --running 2 --context 16 --prompts 2 --prompt 600"
     done = run_script("tools/bench_latency.py", *arguments.split())

@@ -27,7 +27,7 @@ OBSERVERS = (
     "engine/queue_waits.py",
     "engine/engine_log.py",
 )
-CALLS = (*ENGINE, "nanovllm/llm.py", "nanovllm/streaming.py")
+CALLS = (*ENGINE, "nanovllm/llm.py", "nanovllm/feed.py", "nanovllm/streaming.py")
 SEVERAL = SamplingParams(n=3, max_tokens=4, ignore_eos=True)
 SETTINGS = {"pipeline_depth": 2, "num_blocks": 14, "max_num_seqs": 3, "max_num_batched_tokens": 8}
 

@@ -28,6 +28,7 @@ LEVELS = [
     ("nanovllm.async_engine",),
     ("nanovllm.streaming",),
     ("nanovllm.generation_log",),
+    ("nanovllm.feed",),
     ("nanovllm.engine.llm_engine",),
     ("nanovllm.engine_factory",),
     ("nanovllm.tracing", "nanovllm.diagnostics"),

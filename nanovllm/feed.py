@@ -1,0 +1,71 @@
+"""Feed: queues the prompts of a `generate` or `stream`, the later ones while the engine computes the first.
+
+    feed = Feed(engine, call, numbers, prompts, sampling_params)
+    while feed.num_left or call.request_ids:
+        refused = feed.advance()
+        ended = engine.next_outputs(call)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+
+from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.turns import Call
+from nanovllm.errors import InvalidArgumentError
+from nanovllm.outputs import RequestOutput, failed_output
+from nanovllm.requests.batch_arguments import params_for_each
+from nanovllm.requests.tokenization import Prompt
+from nanovllm.sampling_params import SamplingParams
+
+
+class Feed:
+    """The prompts of `call`, in order. All count as arrived now, whenever they are queued.
+
+    numbers: those at the end of the request ids. A prompt may be the error that made it.
+    Raises InvalidArgumentError for `sampling_params` that are neither one for all nor one for each.
+    """
+
+    def __init__(
+        self,
+        engine: LLMEngine,
+        call: Call,
+        numbers: Iterator[int],
+        prompts: Seq[Prompt | InvalidArgumentError],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None,
+    ) -> None:
+        self.num_left, self.names = len(prompts), [f"generate-{next(numbers)}" for _ in prompts]
+        self._engine, self._call, self._arrival = engine, call, engine.clock()
+        self._requests = zip(self.names, prompts, params_for_each(sampling_params, len(prompts)), strict=True)
+        # Prompt tokens of two steps: then each step can be full. More would only delay the first one.
+        self._enough = 2 * engine.resolved.max_num_batched_tokens
+        self._first_error: InvalidArgumentError | None = None
+
+    def advance(self) -> list[RequestOutput]:
+        """Queues prompts until enough of them wait for the next steps. Returns the outputs of those that are refused.
+
+        Raises the first error if all prompts of the call are refused.
+        """
+        engine, call = self._engine, self._call
+        refused: list[RequestOutput] = []
+        num_tokens = engine.num_waiting_tokens if self.num_left else 0
+        while self.num_left and num_tokens < self._enough:
+            request_id, prompt, params = next(self._requests)
+            self.num_left -= 1
+            try:
+                if isinstance(prompt, InvalidArgumentError):
+                    raise prompt
+                request = engine.prepare(prompt, params)
+            except InvalidArgumentError as error:
+                engine.refuse_request(request_id, error)
+                refused.append(failed_output(request_id, error, prompt=prompt if isinstance(prompt, str) else None))
+                self._first_error = self._first_error or error
+                continue
+            num_tokens += len(request.token_ids)
+            call.num_prompt_tokens += len(request.token_ids)
+            call.request_ids[request_id] = None  # before it is queued, so that Ctrl-C leaves no request without a call
+            call.queued(request_id, engine.enqueue(request_id, request, self._arrival))
+        if self._first_error is not None and not self.num_left and not call.num_prompt_tokens:
+            raise self._first_error
+        return refused
