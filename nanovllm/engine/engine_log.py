@@ -177,7 +177,7 @@ class EngineLog(EngineObserver):
             logger,
             what="was interrupted" if interrupted else "failed",
             error=repr(error),
-            state="goes on" if goes_on else "can not go on",
+            state="goes on" if goes_on else "cannot go on",
             step=min(self._collected + 1, self._planned) or None if is_launched else self._planned,
             request_ids=names[:_MAX_REQUESTS],
             num_requests=len(names),

@@ -18,7 +18,7 @@ from tests.processes import start_python
 
 ONLY_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc and /dev/shm")
 SHARED_MEMORY = Path("/dev/shm")
-# More heads than ranks, KV heads on two ranks each, a vocabulary that the ranks can not share evenly.
+# More heads than ranks, KV heads on two ranks each, a vocabulary that the ranks cannot share evenly.
 SMALL = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 321, "attention_bias": True}
 
 

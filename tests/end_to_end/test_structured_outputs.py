@@ -226,7 +226,7 @@ def test_on_a_gpu_with_and_without_graphs(depth: int) -> None:
     assert sum(output.outputs[0].finish_reason == "stop" for output in outputs[0]) > 30
 
 
-# ---- requests that can not go on, or not yet
+# ---- requests that cannot go on, or not yet
 
 
 def test_what_xgrammar_can_not_read_raises_before_anything_runs(tiny: LLM) -> None:

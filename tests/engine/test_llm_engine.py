@@ -272,7 +272,7 @@ def test_a_step_that_fails_raises_aborts_what_ran_and_the_engine_goes_on(
     engine.add_request("a", [1, 2, 3, 4, 5], greedy())
     outputs = run(engine)
     assert tokens(outputs["a"]) == expected_output([1, 2, 3, 4, 5], 5, 64, ignore_eos=True)
-    assert outputs["a"].num_cached_tokens == 0, "what a failed step should have written can not be trusted"
+    assert outputs["a"].num_cached_tokens == 0, "what a failed step should have written cannot be trusted"
     assert is_empty(engine)
 
 
@@ -294,7 +294,7 @@ def test_a_device_that_is_out_of_order_ends_the_engine(caplog: pytest.LogCapture
     executor.failures = {"collect": RuntimeError("first"), "synchronize": RuntimeError("illegal access")}
     with pytest.raises(RuntimeError, match="first"):
         engine.step()
-    assert "the engine can not go on" in caplog.messages[-1]
+    assert "the engine cannot go on" in caplog.messages[-1]
     for use in (lambda: engine.step(), lambda: engine.add_request("b", [1])):
         with pytest.raises(EngineDeadError, match="first") as caught:
             use()

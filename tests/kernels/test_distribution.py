@@ -33,7 +33,7 @@ def check_chi_square(counted: list[int], probabilities: list[float]) -> None:
     expected_counts = [probability * DRAWS for probability in probabilities]
     bins = [(got, want) for got, want in zip(counted, expected_counts, strict=True) if want >= 5]
     rest = [(got, want) for got, want in zip(counted, expected_counts, strict=True) if want < 5]
-    assert not any(got for got, want in rest if want == 0), "a token that can not be drawn"
+    assert not any(got for got, want in rest if want == 0), "a token that cannot be drawn"
     if (others := sum(want for _, want in rest)) > 0:
         bins.append((sum(got for got, _ in rest), max(others, 1.0)))
     degrees = len(bins) - 1
@@ -87,5 +87,5 @@ def test_the_check_sees_a_wrong_distribution():
     check_chi_square([DRAWS // 10] * 10, probabilities)
     with pytest.raises(AssertionError):
         check_chi_square([round(DRAWS * weight / sum(wrong)) for weight in wrong], probabilities)
-    with pytest.raises(AssertionError, match="can not be drawn"):
+    with pytest.raises(AssertionError, match="cannot be drawn"):
         check_chi_square([1, DRAWS - 1], [0.0, 1.0])
