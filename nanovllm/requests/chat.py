@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
@@ -29,6 +30,8 @@ Conversation: TypeAlias = "Seq[Mapping[str, Any]]"
 _MAX_SECONDS = 10.0  # a template takes milliseconds
 _MAX_CHARACTERS = 16_000_000  # more than any model's context
 _MAX_QUOTED = 300  # characters of another library's error
+# Undefined variables and attributes. jinja names the types of objects, never their values.
+_UNDEFINED = re.compile(r"(?:'[\w. ]+' has no attribute )?'(\w+)'(?: is undefined)?")
 _END_MARK = "END_OF_THE_FINAL_MESSAGE "  # templates may strip the space, and with it those before
 _MESSAGES = "a list of messages, each {'role': …, 'content': …}"
 # Arguments of transformers' apply_chat_template that chat does not pass on, and names that it sets itself.
@@ -164,7 +167,7 @@ class ChatRenderer:
         try:
             text = template.render(variables)
         except Exception as error:  # templates raise any kind for input that they do not take
-            allowed = f"what the chat template takes ({_why(error)})"
+            allowed = f"what the chat template takes ({template.why(error)})"
             raise InvalidArgumentError("messages", conversation, allowed) from None
         return TemplatedText(_up_to_mark(conversation, text) if options.continue_final_message else text)
 
@@ -250,6 +253,10 @@ class _Template:
         environment.call_binop = _call_binop
         tree = environment.parse(source)
         self.variables = meta.find_undeclared_variables(tree)
+        texts = {const.value for const in tree.find_all(nodes.Const) if isinstance(const.value, str) and const.value}
+        self._texts = sorted(texts, key=len, reverse=True)
+        self._names = texts | {name.name for name in tree.find_all(nodes.Name)}
+        self._names |= {attribute.attr for attribute in tree.find_all(nodes.Getattr)}
         for block in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
             check = nodes.Getattr(nodes.ContextReference(), "check_time", "load")
             block.body.insert(0, nodes.ExprStmt(nodes.Call(check, [], [], None, None)).set_lineno(block.lineno))
@@ -263,6 +270,22 @@ class _Template:
                 raise _TemplateLimitError(f"it writes more than {_MAX_CHARACTERS} characters")
             pieces.append(piece)
         return "".join(pieces)
+
+    def why(self, error: Exception) -> str:
+        """Returns what an error of `render` says, in words of the template, Python and jinja alone.
+
+        Logs and the answers of a server quote it, and it might quote the conversation.
+        """
+        kind, words = type(error).__name__, str(error)
+        if isinstance(error, jinja2.UndefinedError):
+            match = _UNDEFINED.fullmatch(words)
+            is_ours = match is not None and match[1] in self._names
+        else:
+            is_ours = isinstance(error, (_TemplateLimitError, TypeError))  # these name types, never values
+        if not is_ours:  # a template's own sentence may go on with what it refuses
+            own = next((text for text in self._texts if words.startswith(text)), "")
+            words = own if own == words else f"{own.rstrip()} …".lstrip()
+        return f"{kind}: {words}"[:_MAX_QUOTED]
 
 
 def _read_messages(conversation: object) -> list[dict[str, Any]]:

@@ -93,6 +93,36 @@ def test_a_bad_conversation_fails_alone() -> None:
         assert_empty(llm)
 
 
+@pytest.mark.parametrize(
+    ("expression", "why"),
+    [
+        ("raise_exception('users only')", "TemplateError: users only"),
+        ("raise_exception(text)", "TemplateError: …"),
+        ("raise_exception('users only, not ' ~ text)", "TemplateError: users only, not …"),
+        ("raise_exception('I ' ~ text ~ ' users only')", "TemplateError: I …"),
+        ("messages[text].role", "UndefinedError: …"),
+        ("{}[text].role", "UndefinedError: …"),
+        ("messages[0].extra.role", "UndefinedError: 'dict object' has no attribute 'extra'"),
+        ("other.role", "UndefinedError: 'other' is undefined"),
+        ("text.index('users')", "ValueError: …"),
+        ("text + 1", 'TypeError: can only concatenate str (not "int") to str'),
+    ],
+)
+def test_what_a_template_says_quotes_no_prompt(caplog: pytest.LogCaptureFixture, expression: str, why: str) -> None:
+    """Neither the error nor the log: they have the template's own words."""
+    secret: Any = [{"role": "user", "content": "it's my secret"}]
+    with LLM("tiny", device="cpu") as llm:
+        template = "{% set text = messages[0].content %}{% if 'secret' in text %}{{ ? }}{% endif %}hello"
+        llm.get_tokenizer().chat_template = template.replace("?", expression)
+        fine, refused = llm.chat([[{"role": "user", "content": "a"}], secret], GREEDY, use_tqdm=False)
+    assert (fine.prompt, fine.error) == ("hello", None)
+    assert isinstance(refused.error, InvalidArgumentError)
+    assert refused.error.allowed == f"what the chat template takes ({why})"
+    (line,) = [record for record in caplog.records if record.event == "request.failed"]
+    assert refused.error.allowed in line.getMessage()
+    assert "secret" not in line.getMessage()
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("where", ["submit", "collect", "between steps"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

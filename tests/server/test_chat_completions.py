@@ -130,6 +130,9 @@ def test_templates_of_requests_are_refused_unless_trusted(
         assert answer["choices"][0]["message"]["content"] == " 85"
         endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
         assert error_of(trusting.post(PATH, **{**body, "chat_template": endless}), 400)["param"] == "messages"
+        quotes = "{{ raise_exception('not ' ~ messages[0].content) }}"
+        message = error_of(trusting.post(PATH, **{**body, "chat_template": quotes}), 400)["message"]
+        assert message == "messages must be what the chat template takes (TemplateError: not …)."
 
 
 def test_json(server: RunningServer) -> None:
