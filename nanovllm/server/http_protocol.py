@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import re
+from asyncio import TimerHandle
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 _MAX_HEAD = 65_536  # bytes of the request line and the headers
 _HTTP_2 = re.compile(rb"(?i)\r\nupgrade:[ \t]*h2c")
+_LINGER_SECONDS = 30.0  # in which a client that is answered may send the rest of its body
 
 
 class HttpProtocol(HttpToolsProtocol):
     """Refuses a head without end, and ignores an offer to go on with HTTP/2, as Java's clients send it.
 
-    httptools stops reading at such an offer, and the body would be lost. Clients of HTTP/1.0 get no chunks.
+    httptools stops reading at such an offer, and the body would be lost. Clients of HTTP/1.0 get no chunks. Clients
+    that send the whole body before they read get the answer that refuses it.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_in_body = False
         self._head_size = 0
+        self._lingering: TimerHandle | None = None  # ends it
 
     def data_received(self, data: bytes) -> None:
         if not self._is_in_body:
@@ -34,12 +38,59 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._is_in_body, self._head_size = True, 0
         super().on_headers_complete()
-        if self.parser.get_http_version() == "1.0" and self.cycle is not None:
-            self.cycle.send = _Unchunked(self.cycle).send  # type: ignore[method-assign]
+        cycle: RequestResponseCycle | None = self.cycle
+        if cycle is not None and self.parser.get_http_version() == "1.0":
+            cycle.send = _Unchunked(cycle).send  # type: ignore[method-assign]
+        if cycle is not None and not cycle.keep_alive:
+            cycle.send = _Lingering(self, cycle).send  # type: ignore[method-assign]
 
     def on_message_complete(self) -> None:
         self._is_in_body = False
         super().on_message_complete()
+        if self._lingering is not None:
+            self.transport.close()
+
+    def send_400_response(self, msg: str) -> None:
+        if self._lingering is None:
+            super().send_400_response(msg)
+        else:  # it has its answer
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._lingering is not None:
+            self._lingering.cancel()
+        super().connection_lost(exc)
+
+    @property
+    def is_in_body(self) -> bool:
+        """Whether the body of the newest request is incomplete."""
+        return self._is_in_body
+
+    def linger(self) -> None:
+        """Closes the connection once the body is complete, or after some time. The body is dropped."""
+        if self.transport.is_closing():
+            return
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._lingering = self.loop.call_later(_LINGER_SECONDS, self.transport.close)
+
+
+class _Lingering:
+    """Answers a client that asks for the end of the connection, and reads the rest of its body after that.
+
+    To close a connection with data that is not read is to reset it, and the client might lose the answer.
+    """
+
+    def __init__(self, protocol: HttpProtocol, cycle: RequestResponseCycle) -> None:
+        self._protocol, self._cycle, self._send = protocol, cycle, cycle.send
+
+    async def send(self, message: Any) -> None:
+        is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
+        lingers = is_last and self._protocol.is_in_body
+        self._cycle.keep_alive = lingers  # else the cycle closes the connection; the head was sent before
+        await self._send(message)
+        if lingers:
+            self._protocol.linger()
 
 
 class _Unchunked:

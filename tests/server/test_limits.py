@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
 from nanovllm.outputs import RequestOutput
+from nanovllm.server import http_protocol
 from tests.logs.test_events import wrong_with
-from tests.processes import until
+from tests.processes import PATIENCE, until
 from tests.server.running_server import ANSWER, PROMPT, QUESTION, RunningServer, error_of, running_server
 
 LONG: dict[str, Any] = {"prompt": "count", "ignore_eos": True, "max_tokens": 3000, "stream": True}
@@ -87,6 +93,53 @@ def test_a_body_that_is_too_large(server: RunningServer) -> None:
             response = limited.client.post("/v1/completions", content=content, headers=headers)
             assert error_of(response, 413)["code"] == "body_too_large"
         assert limited.complete("a" * 1000, max_tokens=1)
+
+
+@contextmanager
+def open_request(server: RunningServer, head: bytes, version: bytes = b"1.1") -> Iterator[socket.socket]:
+    """Yields a connection with the head of a request that asks for its end."""
+    url = urlsplit(server.url)
+    assert url.hostname is not None
+    with socket.create_connection((url.hostname, url.port), timeout=PATIENCE) as connection:
+        request = b"POST /v1/completions HTTP/%s\r\nHost: a\r\nConnection: close\r\n%s\r\n\r\n" % (version, head)
+        connection.sendall(request)
+        yield connection
+
+
+@pytest.mark.parametrize(
+    ("head", "piece", "last"),
+    [
+        (f"Content-Length: {20 * 10**6}".encode(), b" " * 10**6, b""),
+        (b"Transfer-Encoding: chunked", b"F4240\r\n" + b" " * 10**6 + b"\r\n", b"0\r\n\r\n"),
+    ],
+    ids=["with its length", "in chunks"],
+)
+def test_a_client_that_reads_last_gets_the_answer_to_a_body_that_is_too_large(
+    server: RunningServer, head: bytes, piece: bytes, last: bytes
+) -> None:
+    """The connection is closed after the body is read, and not reset, as closing it before would do."""
+    with running_server(server.engine, max_body=1) as limited:
+        for version in (b"1.1", b"1.0"):
+            with open_request(limited, head, version) as connection:
+                for _ in range(20):
+                    connection.sendall(piece)
+                connection.sendall(last)
+                answer = b"".join(iter(partial(connection.recv, 4096), b""))
+            assert answer.startswith(b"HTTP/1.1 413 "), answer
+            assert b"connection: close" in answer
+            assert b"body_too_large" in answer
+        assert until(lambda: not limited.server.server_state.connections)
+
+
+def test_a_client_that_goes_on_sending_is_not_read_for_ever(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_protocol, "_LINGER_SECONDS", 0.2)
+    head = f"Content-Length: {10**18}".encode()
+    with running_server(server.engine, max_body=1) as limited, open_request(limited, head) as connection:
+        endless = iter(partial(connection.sendall, b" " * 10**6), "")
+        with pytest.raises(OSError, match="reset|pipe"):
+            list(endless)
 
 
 def test_a_full_queue(server: RunningServer) -> None:
