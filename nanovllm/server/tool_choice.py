@@ -13,7 +13,7 @@ from nanovllm.sampling_params import StructuredOutputsParams
 from nanovllm.server.errors import invalid
 from nanovllm.server.parsing import TextParser
 from nanovllm.server.protocol.chat import ChatCompletionRequest, FunctionDefinition, NamedTool
-from nanovllm.server.tool_parsers.call_array import CallArrayParser
+from nanovllm.server.tool_parsers.call_array import RequiredCallsParser
 from nanovllm.server.tool_parsers.named_call import NamedCallParser
 
 _NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -36,9 +36,9 @@ def forced_schema(body: ChatCompletionRequest) -> StructuredOutputsParams:
 
 
 def forced_parser(body: ChatCompletionRequest) -> TextParser:
-    """Returns the parser of an output that `forced_schema` enforces."""
+    """Returns the parser of an output that `forced_schema` enforces, which may be cut off."""
     choice = body.tool_choice
-    return NamedCallParser(choice.function.name) if isinstance(choice, NamedTool) else CallArrayParser()
+    return NamedCallParser(choice.function.name) if isinstance(choice, NamedTool) else RequiredCallsParser()
 
 
 def _call(function: FunctionDefinition, place: str) -> dict[str, Any]:

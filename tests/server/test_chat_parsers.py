@@ -95,6 +95,34 @@ def test_without_parallel_calls_the_first_is_kept(servers: Any) -> None:
     assert [call.function.name for call in message.tool_calls] == ["f"]
 
 
+@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize(
+    ("cut", "calls"),
+    [
+        ('[{"name": "f", "parameters": {"a": "b', [("f", '{"a": "b')]),
+        ('[{"name": "f", "param', [("f", "")]),
+        ('[{"name": "f", "parameters": {}}, {"na', [("f", "{}")]),
+        ('[{"name": "', []),
+    ],
+)
+def test_a_required_call_that_max_tokens_cuts_is_no_content(
+    servers: Any, monkeypatch: pytest.MonkeyPatch, cut: str, calls: list[tuple[str, str]], streams: bool
+) -> None:
+    engine, client = servers["hermes"]
+    monkeypatch.setattr(engine, "text", cut)
+    monkeypatch.setattr(engine, "finish_reason", "length")
+    fields = {**FIELDS, "tool_choice": "required"}
+    answer = client.chat.completions.create(**fields, stream=streams)
+    chunks = answer if streams else [answer]
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    parts = [choice.delta if streams else choice.message for choice in choices]
+    assert not any(part.content for part in parts)
+    functions = [call.function for part in parts for call in part.tool_calls or ()]
+    assert [each.name for each in functions if each.name] == [name for name, _ in calls]
+    assert "".join(each.arguments for each in functions) == "".join(arguments for _, arguments in calls)
+    assert choices[-1].finish_reason == "length"
+
+
 def test_tool_choice_none_leaves_text(servers: Any) -> None:
     engine, client = servers["hermes"]
     engine.text = HERMES

@@ -154,6 +154,13 @@ def test_arguments_that_are_cut_off_or_wrong(
     assert message.stop_reason == "max_tokens"
 
 
+def test_a_required_call_without_arguments_yet(engine: ScriptedEngine, client: anthropic.Anthropic) -> None:
+    engine.text, engine.finish_reason = '[{"name": "weather", "param', "length"
+    message = client.messages.create(**FIELDS, tools=[WEATHER], tool_choice={"type": "any"})
+    assert [(block.type, block.name, block.input) for block in message.content] == [("tool_use", "weather", {})]
+    assert message.stop_reason == "max_tokens"
+
+
 def test_a_conversation_with_tools(engine: ScriptedEngine, client: anthropic.Anthropic) -> None:
     engine.text = "Sunny."
     messages: Any = [

@@ -81,6 +81,34 @@ def test_a_schema_that_is_nested_too_deeply_is_refused() -> None:
         forced_schema(body)
 
 
+ARGUMENTS = '{"kind": "leaf", "child": {"kind": "\\\\n}"}}'
+
+
+def test_calls_that_are_cut_off_are_calls_as_far_as_they_go() -> None:
+    """At any character, however the text arrives."""
+    text, places = "[", []
+    for name, arguments in (("plant", ARGUMENTS), ("now", "{}")):
+        text += f'{{"name": "{name}"'
+        named = len(text)
+        text += ', "parameters": '
+        places.append((name, named, slice(len(text), len(text) + len(arguments))))
+        text += f"{arguments}}}, "
+    text = text.removesuffix(", ") + "]"
+    for length in range(1, len(text) + 1):
+        cut = text[:length]
+        parsed = message(forced_parser(request(TOOLS)), [cut])
+        assert message(forced_parser(request(TOOLS)), list(cut)) == parsed
+        calls = [(call.name, call.arguments) for call in parsed.tool_calls]
+        assert calls == [(name, cut[arguments]) for name, named, arguments in places if length >= named]
+        assert parsed.content == ""
+
+
+def test_the_arguments_of_a_named_tool_that_are_cut_off() -> None:
+    for length in range(1, len(ARGUMENTS) + 1):
+        (call,) = message(forced_parser(request(TOOLS, "plant")), [ARGUMENTS[:length]]).tool_calls
+        assert (call.name, call.arguments) == ("plant", ARGUMENTS[:length])
+
+
 def test_the_model_writes_what_the_parser_reads() -> None:
     leaf = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
     tools = [tool("f", {**leaf, "additionalProperties": False})]

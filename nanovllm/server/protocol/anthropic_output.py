@@ -153,7 +153,7 @@ def message_of(events: Iterable[Event]) -> dict[str, Any]:
 def _input(arguments: str) -> orjson.Fragment:
     """Returns the arguments of a call as JSON of an object, as far as they go if they are cut off."""
     try:
-        value = from_json(arguments, allow_partial=True)
+        value = from_json(arguments or "{}", allow_partial=True)
     except ValueError:
         value = None
     if not isinstance(value, dict):

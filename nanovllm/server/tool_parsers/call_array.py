@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
+
+from nanovllm.server.parsing import Delta
 from nanovllm.server.tool_parsers.tool_parser import ToolParser
+
+_NAME = re.compile(r'\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")')
 
 
 class CallArrayParser(ToolParser):
-    """Reads an array of calls at the start of the text: what tool_choice="required" makes the model write."""
+    """Reads an array of calls at the start of the text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,3 +42,17 @@ class CallArrayParser(ToolParser):
             return self._begin_object(following)
         self._step = self._read_content
         return True
+
+
+class RequiredCallsParser(CallArrayParser):
+    """Reads what tool_choice="required" makes the model write, up to where max_tokens has cut it off.
+
+    The last call then has the arguments that are there, or none after its name. Nothing of it is content.
+    """
+
+    def finish(self) -> list[Delta]:
+        if self._step == self._read_object and (begun := _NAME.match(self._text, self._object_start)):
+            self._announce(json.loads(begun[1]))
+        if self._step in (self._read_begin, self._read_object, self._read_after_call):
+            self._text = ""
+        return super().finish()
