@@ -50,7 +50,7 @@ class ClientSender:
 
     def send(self, message: bytes) -> None:
         """Sends a message, or leaves it to the thread. Does not wait."""
-        data = _framed(message)
+        data = framed(message)
         with self._lock:
             if self._is_closed:
                 return
@@ -131,14 +131,14 @@ class ClientSender:
             num_unsent, head = self._num_unsent, self._unsent[0]
             self._unsent.clear()
             self._num_unsent = 0
-            for data in head, memoryview(_framed(self._last_message)):
+            for data in head, memoryview(framed(self._last_message)):
                 self._append(data)
         self._when_dropped(num_unsent, seconds)
         with suppress(OSError):  # it has ended just now
             self._socket.shutdown(socket.SHUT_RD)
 
 
-def _framed(message: bytes) -> bytes:
+def framed(message: bytes) -> bytes:
     """Returns a message as `Connection.send_bytes` writes it, after its length."""
     size = len(message)
     return (struct.pack("!i", size) if size <= 0x7FFFFFFF else struct.pack("!iQ", -1, size)) + message

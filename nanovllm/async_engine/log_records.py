@@ -12,6 +12,8 @@ from nanovllm.async_engine.encoding import LogRecord
 from nanovllm.logs import events
 from nanovllm.logs.formats import strict_json
 
+logger = logging.getLogger(__name__)
+
 
 class RecordSender(logging.Handler):
     """A handler of the process whose log it is. send: sends a message to the process that writes it."""
@@ -25,6 +27,11 @@ class RecordSender(logging.Handler):
         if record.exc_info:
             attributes["exc_text"] = logging.Formatter().formatException(record.exc_info)
         self._send(LogRecord(json.loads(strict_json(attributes))))
+
+
+def report_dropped(num_lost: int) -> None:
+    """Logs how many records were dropped while the process that writes the log did not read them."""
+    events.log_dropped.log(logger, num_lost=num_lost)
 
 
 def write_record(message: LogRecord, engine_id: int | None, prefix: str = "") -> None:

@@ -22,6 +22,7 @@ from nanovllm.async_engine.encoding import (
     EngineReady,
     EngineResolved,
     FromProcess,
+    LogRecord,
     StartEngine,
     StopEngine,
     ToProcess,
@@ -29,9 +30,9 @@ from nanovllm.async_engine.encoding import (
     encode,
 )
 from nanovllm.async_engine.engine_loop import EngineLoop
-from nanovllm.async_engine.log_records import RecordSender
+from nanovllm.async_engine.log_records import RecordSender, report_dropped
 from nanovllm.async_engine.messages import DropClient, EngineEnded, Event
-from nanovllm.async_engine.outbox import Outbox
+from nanovllm.async_engine.outbox import RecordOutbox
 from nanovllm.async_engine.routing import first_number, parts
 from nanovllm.config import ResolvedConfig
 from nanovllm.engine.observer import EngineObserver
@@ -50,7 +51,7 @@ _EXIT_SECONDS = 10.0  # for the running step, once the parent has ended
 class _Client:
     """A process whose requests the engine serves. sender: sends through the connection, and closes it."""
 
-    def __init__(self, connection: Connection, sender: Outbox | ClientSender) -> None:
+    def __init__(self, connection: Connection, sender: RecordOutbox | ClientSender) -> None:
         self.connection, self._sender = connection, sender
 
     def send(self, message: FromProcess) -> None:
@@ -75,8 +76,13 @@ class _Parent(_Client, EngineObserver):
     """The process that started this one: takes messages and log records, and is told when the model is loaded."""
 
     def __init__(self, connection: Connection) -> None:
-        super().__init__(connection, Outbox(connection))
+        outbox = RecordOutbox(connection, report_dropped)
+        super().__init__(connection, outbox)
+        self._outbox = outbox
         self._pid = os.getppid()
+
+    def send_record(self, record: LogRecord) -> None:
+        self._outbox.send_record(encode(record))
 
     def engine_resolved(self, resolved: ResolvedConfig) -> None:
         self.send(EngineResolved(resolved))
@@ -138,7 +144,7 @@ def main(descriptor: int) -> None:
     status = 1
     start = parent.next_message()
     if isinstance(start, StartEngine):
-        logging.getLogger(PACKAGE).addHandler(RecordSender(parent.send))
+        logging.getLogger(PACKAGE).addHandler(RecordSender(parent.send_record))
         configure_logging()
         for name, level in start.levels.items():
             logging.getLogger(name).setLevel(level)

@@ -143,6 +143,12 @@ unknown_variable = Event(
 log_lost = Event(
     "log.lost", WARNING, "logs.lost_lines", "{path} cannot be written ({error}): {num_lost} lines are lost"
 )
+log_dropped = Event(
+    "log.dropped",
+    WARNING,
+    "async_engine.log_records",
+    "The process that writes the log has not read it for a while: {num_lost} records are lost",
+)
 meters_started = Event("meters.started", INFO, "tracing.request_metrics", "Sending metrics of requests to {endpoint}")
 meters_missing = Event(
     "meters.missing",

@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 
-from nanovllm.async_engine.encoding import decode, encode
+from nanovllm.async_engine.encoding import LogRecord, decode, encode
 from nanovllm.async_engine.engine_client import EngineClient
-from nanovllm.async_engine.log_records import RecordSender
-from nanovllm.async_engine.outbox import Outbox
+from nanovllm.async_engine.log_records import RecordSender, report_dropped
+from nanovllm.async_engine.outbox import RecordOutbox
 from nanovllm.async_llm import AsyncLLM, connected
 from nanovllm.errors import NanoVLLMError
 from nanovllm.logs.configuration import PACKAGE
@@ -45,13 +45,16 @@ class Supervisor:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
-        self._outbox = Outbox(connection)
+        self._outbox = RecordOutbox(connection, report_dropped)
         self._asking = threading.Lock()  # one question at a time
         self._answered = threading.Event()
         self._events: list[RecentEvent] = []
 
     def send(self, message: FromApi) -> None:
         self._outbox.send(encode(message))
+
+    def send_record(self, record: LogRecord) -> None:
+        self._outbox.send_record(encode(record))
 
     def flush(self) -> None:
         self._outbox.flush()
@@ -126,7 +129,7 @@ def main(descriptor: int) -> None:
     status = 0
     start = supervisor.next_message()
     if isinstance(start, StartApi):
-        logging.getLogger(PACKAGE).addHandler(RecordSender(supervisor.send))
+        logging.getLogger(PACKAGE).addHandler(RecordSender(supervisor.send_record))
         configure_logging()
         for name, level in start.levels.items():
             logging.getLogger(name).setLevel(level)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from typing import Any
 
-from nanovllm.async_engine.outbox import Outbox
-from tests.processes import WATCHDOG
+import pytest
+
+from nanovllm.async_engine import outbox as outbox_module
+from nanovllm.async_engine.outbox import Outbox, RecordOutbox
+from tests.processes import WATCHDOG, until
 
 
-def test_threads_send_whole_messages() -> None:
+def make_record_outbox(connection: Any) -> RecordOutbox:
+    return RecordOutbox(connection, lambda num_dropped: None)
+
+
+@pytest.mark.parametrize("make", [Outbox, make_record_outbox])
+def test_threads_send_whole_messages(make: Callable[[Any], Outbox | RecordOutbox]) -> None:
     ours, theirs = Pipe()
-    outbox, received = Outbox(ours), []  # type: ignore[var-annotated]
+    outbox, received = make(ours), []  # type: ignore[var-annotated]
 
     def send(number: int) -> None:
         for index in range(50):
@@ -51,3 +60,88 @@ def test_a_message_that_is_sent_in_the_middle_of_another() -> None:
     outbox.send(b"first")
     outbox.flush()
     assert connection.sent == [b"first", b"second"]
+
+
+# ---- records of the log, and a process that writes it and is suspended
+
+
+class Sending:
+    """An outbox, the other end of its connection, and the numbers of dropped records that were told."""
+
+    def __init__(self) -> None:
+        self.ours, self.theirs = Pipe()
+        self.dropped: list[int] = []
+        self.outbox = RecordOutbox(self.ours, self.dropped.append)
+
+    def read(self) -> bytes:
+        assert self.theirs.poll(WATCHDOG)
+        return self.theirs.recv_bytes()
+
+    def is_late(self) -> bool:
+        """Whether a thread sends."""
+        return any(thread.name == "nanovllm-late-records" for thread in threading.enumerate())
+
+
+@pytest.fixture
+def sending() -> Iterator[Sending]:
+    sending = Sending()
+    yield sending
+    sending.theirs.close()
+    sending.outbox.close()
+    assert until(lambda: not sending.is_late())
+    assert sending.outbox._socket.fileno() == -1
+    assert sending.ours.closed
+
+
+def limit(monkeypatch: pytest.MonkeyPatch, patience: float, max_left: int) -> None:
+    monkeypatch.setattr(outbox_module, "PATIENCE", patience)
+    monkeypatch.setattr(outbox_module, "MAX_LEFT", max_left)
+
+
+def test_a_reader_that_is_slow_gets_every_record(sending: Sending, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit(monkeypatch, patience=WATCHDOG, max_left=0)
+    records = [bytes([number % 256]) * 10_000 for number in range(300)]  # more than the socket holds
+
+    def send() -> None:
+        for record in records:
+            sending.outbox.send_record(record)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    assert [sending.read() for _ in records] == records
+    thread.join()
+    assert sending.dropped == []
+
+
+def test_a_reader_that_is_suspended_holds_up_nobody(sending: Sending, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latest records are dropped. Other messages are kept, and all that was kept comes whole and in order."""
+    limit(monkeypatch, patience=0.01, max_left=20)
+    messages = [number.to_bytes(4, "big") * 2_500 for number in range(1000)]
+    for message in messages:
+        sending.outbox.send_record(message)
+    others = [b"a", b"b"]
+    for message in others:
+        sending.outbox.send(message)
+    received = []
+    while not received or received[-1] != others[-1]:
+        received.append(sending.read())
+    num_kept = len(received) - len(others)
+    assert received == messages[:num_kept] + others
+    assert 20 < num_kept < len(messages)
+    assert until(lambda: sending.dropped == [len(messages) - num_kept])
+    assert until(lambda: not sending.is_late())
+    sending.outbox.send_record(b"kept")
+    assert sending.read() == b"kept"
+    assert len(sending.dropped) == 1
+
+
+def test_a_reader_that_ends_while_it_is_waited_for(sending: Sending, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit(monkeypatch, patience=0.01, max_left=20)
+    while not sending.is_late():
+        sending.outbox.send_record(bytes(10_000))
+    sending.theirs.close()
+    assert until(lambda: not sending.is_late())
+    sending.outbox.send_record(b"to nobody")
+    sending.outbox.flush()
+    assert not sending.outbox._messages
+    assert sending.dropped == []

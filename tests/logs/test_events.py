@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nanovllm import LLM, NanoVLLMError, RequestTooLargeError, SamplingParams
+from nanovllm.async_engine.log_records import report_dropped
 from nanovllm.engine import prefix_groups, scheduler
 from nanovllm.logs import configuration
 from nanovllm.logs.events import EVENTS
@@ -186,6 +187,10 @@ def files_that_are_full(_: pytest.MonkeyPatch) -> None:
         trace.close()
 
 
+def a_log_that_another_process_did_not_read(_: pytest.MonkeyPatch) -> None:
+    report_dropped(5)
+
+
 def a_function_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setenv("NANOVLLM_TRACE_FUNCTION", f"{folder}/calls.txt")
@@ -251,6 +256,7 @@ WAYS: list[Callable[[pytest.MonkeyPatch], None]] = [
     a_start_that_fails,
     an_unknown_variable,
     files_that_are_full,
+    a_log_that_another_process_did_not_read,
     a_function_trace,
     a_wrong_level,
     a_profile,

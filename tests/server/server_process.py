@@ -20,8 +20,8 @@ LONG = {"prompt": "count", "ignore_eos": True, "stream": True, "temperature": 1}
 class Process:
     """`nanovllm serve tiny` in a process of its own."""
 
-    def __init__(self, log: Path, *options: str) -> None:
-        variables = {"NANOVLLM_LOG_FILE": str(log), "NANOVLLM_LOG_FILE_FORMAT": "json", "NANOVLLM_API_KEY": "secret"}
+    def __init__(self, log: Path, *options: str, **variables: str) -> None:
+        variables |= {"NANOVLLM_LOG_FILE": str(log), "NANOVLLM_LOG_FILE_FORMAT": "json", "NANOVLLM_API_KEY": "secret"}
         self._log = log
         self.process = start_python("-m", "nanovllm", "serve", "tiny", *OPTIONS, *options, **variables)
         self.errors: list[str] = []
@@ -49,8 +49,9 @@ class Process:
 
 
 @contextmanager
-def serving(log: Path, *options: str) -> Iterator[Process]:
-    process = Process(log, *options)
+def serving(log: Path, *options: str, **variables: str) -> Iterator[Process]:
+    """Yields a server that writes its log to a file. variables: further ones of its environment."""
+    process = Process(log, *options, **variables)
     try:
         with process.client:
             yield process

@@ -209,6 +209,24 @@ def test_a_process_that_is_stopped_holds_up_nobody(tmp_path: Path) -> None:
         assert until(lambda: session_of(server.process.pid) == [])
 
 
+@pytest.mark.heavy("starts a server")
+def test_the_process_that_writes_the_log_is_stopped_and_holds_up_nobody(tmp_path: Path) -> None:
+    level = {"NANOVLLM_LOG_LEVEL": "DEBUG"}  # more than the sockets hold
+    with serving(tmp_path / "log", *TWO, **level) as server, clients_of(server) as clients:
+        with stopped(server.process.pid):
+            for client in clients.values():
+                with open_stream(client, max_tokens=300) as lines:
+                    *_, done = lines
+                assert done == "data: [DONE]"
+        assert until(lambda: bool(server.records("log.dropped")))
+        dropped = server.records("log.dropped")[0]
+        assert dropped["num_lost"] > 0
+        assert dropped["pid"] == engine_of(server)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end() == 0
+        assert until(lambda: session_of(server.process.pid) == [])
+
+
 def engine_of(server: Process) -> int:
     """The pid of the engine's process, as its log has it."""
     return int(server.records("engine.init")[0]["pid"])
