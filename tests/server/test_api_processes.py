@@ -139,11 +139,12 @@ def test_a_process_that_is_killed_takes_its_requests_along(tmp_path: Path) -> No
     with serving(tmp_path / "log", *TWO) as server, clients_of(server) as clients, fresh(server) as either:
         (killed, one), (stays, other) = clients.items()
         with open_stream(one, n=4), open_stream(other, max_tokens=300) as goes_on:
-            assert metric(either, "num_requests_running") == 5
+            assert until(lambda: metric(either, "num_requests_running") == 5)
             os.kill(killed, signal.SIGKILL)
             assert until(lambda: metric(either, "num_requests_running") <= 1)
             *_, done = goes_on
             assert done == "data: [DONE]"
+        assert until(lambda: bool(server.records("api_process.lost")))  # the engine may notice first
         (lost,) = server.records("api_process.lost")
         assert f"{killed} was ended by SIGKILL" in lost["message"]
         with clients_of(server) as now:  # as soon as its successor listens
