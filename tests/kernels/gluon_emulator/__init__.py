@@ -1,13 +1,15 @@
 """Runs kernels written in Gluon on a CPU, for tests: Triton's interpreter does not know Gluon.
 
 `emulate(function, seed)` returns the same function, of the host or a kernel, with Gluon's names replaced in its module
-and in the modules that it takes kernels from. Kernels run as Python, on torch. The emulator looks for faults of
-synchronisation: copies and matrix products take place as late as their waits allow, or earlier at random, and warps
-take turns at random. What nobody has written yet is NaN, and so is what a copy has started to overwrite. An AssertionError
-tells of shapes that do not fit, accesses outside of a tensor, deadlocks, and work that is still in flight at the end.
+and in the modules that it takes kernels from. Kernels run as Python, on torch.
 
-It does not emulate layouts of registers, limits of memory and registers, and clusters: tests/kernels/test_compilation.py
-compiles the kernels for that.
+The emulator looks for faults of synchronisation. Copies and matrix products take place as late as their waits allow,
+or earlier at random, and warps take turns at random. What nobody has written yet is NaN, and so is what a copy has
+begun to overwrite: a missing wait, or a buffer freed too early, gives NaN under some seeds. An AssertionError tells of
+shapes that do not fit, accesses outside of a tensor, deadlocks, and work that is still in flight at the end.
+
+It does not emulate the layouts of registers, limits of memory and registers, and clusters. test_compilation.py compiles
+the kernels for that.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _LARGEST_BOX = 256  # elements of a copy in one dimension
 
 @dataclass(frozen=True)
 class NVMMASharedLayout:
-    """The layout of operands: parts as wide as the swizzle, one after another; a part is its rows, of swizzled bytes."""
+    """The layout of operands: parts as wide as the swizzle, one after another. A part is its rows, swizzled."""
 
     swizzle_byte_width: int
     element_bitwidth: int
@@ -174,8 +174,8 @@ def allocate_shared_memory(
 ) -> SharedMemory:
     shape = [int(size) for size in shape]
     num_bytes = math.prod(shape) * dtype.itemsize
-    pictures = [undefined([num_bytes], torch.uint8) for _ in range(2)]
-    memory = SharedMemory(Allocation(*pictures), dtype, places_in(shape, dtype, layout), layout)
+    allocation = Allocation(undefined([num_bytes], torch.uint8), undefined([num_bytes], torch.uint8))
+    memory = SharedMemory(allocation, dtype, places_in(shape, dtype, layout), layout)
     if value is not None:
         memory.store(value)
     return memory
@@ -332,8 +332,7 @@ def warpgroup_mma(
     max_num_imprecise_acc: int | None = None,
     is_async: bool = False,
 ) -> Any:
-    rows, columns = acc.shape
-    assert a.shape[0] == rows and a.shape[1] == b.shape[0] and b.shape[1] == columns, (a.shape, b.shape, acc.shape)
+    assert [*a.shape, *b.shape] == [acc.shape[0], a.shape[1], a.shape[1], acc.shape[1]], (a.shape, b.shape, acc.shape)
     assert isinstance(b, SharedMemory), "the second operand is in shared memory"
     assert a.dtype == b.dtype, f"a product of {a.dtype} and {b.dtype}"
     product = Product(a, b, acc, bool(use_acc))

@@ -80,6 +80,7 @@ def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
     """A number of Python becomes what Triton makes of it: int1, int32 or int64 by its size, float32."""
     if isinstance(value, Tensor):
         return value if dtype is None else value.to(dtype)
+    assert isinstance(value, bool | int | float), f"a {type(value).__name__} where a tensor or a number is needed"
     if dtype is None:
         fits = isinstance(value, int) and -(2**31) <= value < 2**31
         dtype = torch.bool if isinstance(value, bool) else torch.int32 if fits else torch.int64
@@ -187,6 +188,7 @@ def flat(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def load(pointer: Pointer, mask: Any = True, other: Any = None, **hints: Any) -> Tensor:
+    machine().pause()
     offsets, accessed = pointer.places(True if mask is None else mask)
     result = undefined(offsets.shape, pointer.dtype)
     if other is not None:
@@ -196,6 +198,7 @@ def load(pointer: Pointer, mask: Any = True, other: Any = None, **hints: Any) ->
 
 
 def store(pointer: Pointer, value: Any, mask: Any = True, **hints: Any) -> None:
+    machine().pause()
     offsets, accessed = pointer.places(True if mask is None else mask)
     value = as_tensor(value, pointer.dtype)
     check_ranks(pointer.shape, value.shape)
@@ -240,9 +243,13 @@ def unary(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], T
 
 def where(condition: Tensor, a: Any, b: Any) -> Tensor:
     dtype = common_type(a, b)
-    chosen = [condition.data.bool(), as_tensor(a, dtype).data, as_tensor(b, dtype).data]
-    check_ranks(*(data.shape for data in chosen))
-    return Tensor(torch.where(*chosen))
+    first, second = as_tensor(a, dtype).data, as_tensor(b, dtype).data
+    check_ranks(condition.shape, first.shape, second.shape)
+    return Tensor(torch.where(condition.data.bool(), first, second))
+
+
+def zeros(shape: Sequence[Any], dtype: torch.dtype, layout: Any = None) -> Tensor:
+    return full(shape, 0, dtype)
 
 
 def full(shape: Sequence[Any], value: Any, dtype: torch.dtype, layout: Any = None) -> Tensor:
@@ -281,7 +288,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "cast": lambda value, dtype, bitcast=False: as_tensor(value).to(dtype, bitcast),
     "to_tensor": as_tensor,
     "full": full,
-    "zeros": lambda shape, dtype, layout=None: full(shape, 0, dtype),
+    "zeros": zeros,
     "full_like": lambda value, number, **ignored: full(value.shape, number, value.dtype),
     "zeros_like": lambda value, **ignored: full(value.shape, 0, value.dtype),
     "arange": lambda first, end, layout=None: Tensor(torch.arange(int(first), int(end), dtype=torch.int32)),
