@@ -313,13 +313,22 @@ class Product:
     def __init__(self, a: Any, b: SharedMemory, acc: Any, use_acc: bool) -> None:
         self.a, self.b, self.acc, self.use_acc = a, b, acc, use_acc
         self.shape, self.dtype = acc.shape, acc.dtype
-        self.data: torch.Tensor | None = None
+        self.result: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise AssertionError("a matrix product is used before warpgroup_mma_wait has returned it")
 
     def take_place(self) -> None:
         a = self.a.seen_by_units() if isinstance(self.a, SharedMemory) else self.a.data
         exact = torch.float32 if a.dtype.is_floating_point else torch.int32
-        product = a.to(exact) @ self.b.seen_by_units().to(exact)
-        self.data = (product + self.acc.data if self.use_acc else product).to(self.dtype)
+        result = a.to(exact) @ self.b.seen_by_units().to(exact)
+        if self.use_acc:
+            before = self.acc.result if isinstance(self.acc, Product) else self.acc.data
+            assert before is not None  # products take place in order
+            result += before
+        self.result = result.to(self.dtype)
 
 
 def warpgroup_mma(
@@ -343,7 +352,7 @@ def warpgroup_mma(
 def warpgroup_mma_wait(num_outstanding: int = 0, deps: Sequence[Any] = ()) -> Any:
     """Returns the products that have taken place as tensors, and the rest as it is."""
     machine().finish("product", int(num_outstanding))
-    results = [Tensor(dep.data) if isinstance(dep, Product) and dep.data is not None else dep for dep in deps]
+    results = [Tensor(dep.result) if isinstance(dep, Product) and dep.result is not None else dep for dep in deps]
     return results[0] if len(results) == 1 else tuple(results)
 
 
