@@ -11,19 +11,17 @@ the parts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
+from nanovllm.kernels.add_splits import add_splits, finish, finishing_arguments
 from nanovllm.kernels.int4_packing import BLOCK_SIZE, NUM_PLANES, PLANE_SIZE, convert, load_group, unpack_planes
 from nanovllm.kernels.triton_support import (
     HostDescriptor,
     constant,
     jit,
     jit_with_varying,
-    join_launch_chain,
     let_next_kernel_start,
-    pdl_options,
     shared_memory,
     tl,
     wait_for_previous_kernel,
@@ -45,52 +43,6 @@ class Tile:
     splits: int = 1
     num_warps: int = 4
     num_stages: int = 4
-
-
-@jit
-def _finish(
-    out: tl.tensor,
-    up: tl.tensor,
-    scale_ptr: tl.tensor,
-    x_scale_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    residual_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    output: tl.tensor,
-    token: tl.tensor,
-    residual_stride: tl.tensor,
-    num_tokens: tl.tensor,
-    HAS_SCALE: tl.constexpr,
-    HAS_X_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    SCALE_STRIDE: tl.constexpr,
-    OUTPUT_SIZE: tl.constexpr,
-) -> None:
-    """Scales sums [outputs, tokens], does what follows the product, and stores them."""
-    output_mask = output < OUTPUT_SIZE
-    if HAS_SCALE:
-        out *= tl.load(scale_ptr + output * SCALE_STRIDE, mask=output_mask, other=0.0).to(tl.float32)[:, None]
-        if IS_GATED:
-            up_scale_ptr = scale_ptr + (OUTPUT_SIZE + output) * SCALE_STRIDE
-            up *= tl.load(up_scale_ptr, mask=output_mask, other=0.0).to(tl.float32)[:, None]
-        if HAS_X_SCALE:
-            x_scale = tl.load(x_scale_ptr + token, mask=token < num_tokens, other=0.0)[None, :]
-            out *= x_scale
-            up *= x_scale
-    if HAS_BIAS:
-        out += tl.load(bias_ptr + output, mask=output_mask, other=0.0).to(tl.float32)[:, None]
-        if IS_GATED:
-            up += tl.load(bias_ptr + OUTPUT_SIZE + output, mask=output_mask, other=0.0).to(tl.float32)[:, None]
-    if IS_GATED:
-        out = out / (1.0 + tl.exp(-out)) * up
-    mask = output_mask[:, None] & (token < num_tokens)[None, :]
-    row = token.to(tl.int64)[None, :]
-    if HAS_RESIDUAL:
-        residual = tl.load(residual_ptr + row * residual_stride + output[:, None], mask=mask, other=0.0)
-        out += residual.to(tl.float32)
-    tl.store(out_ptr + row * OUTPUT_SIZE + output[:, None], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -263,7 +215,7 @@ def _quantized_matmul_kernel(
 
     out, up = acc.to(tl.float32), up_acc.to(tl.float32)
     if SPLITS == 1:
-        _finish(
+        finish(
             out, up, scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, output, token, residual_stride,
             num_tokens, HAS_SCALE, HAS_X_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, SCALE_STRIDE, OUTPUT_SIZE,
         )  # fmt: skip
@@ -273,75 +225,6 @@ def _quantized_matmul_kernel(
         tl.store(partial_ptr + row + output[:, None], out, mask=mask)
         if IS_GATED:
             tl.store(partial_ptr + row + OUTPUT_SIZE + output[:, None], up, mask=mask)
-
-
-@jit_with_varying("num_tokens")
-def _add_splits_kernel(
-    x_scale_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    residual_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    partial_ptr: tl.tensor,
-    residual_stride: tl.tensor,
-    num_tokens: tl.tensor,
-    HAS_SCALE: tl.constexpr,
-    HAS_X_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    SCALE_STRIDE: tl.constexpr,
-    OUTPUT_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    """Program (outputs, token): the sum over the splits of some outputs, finished."""
-    NUM_ROWS: tl.constexpr = OUTPUT_SIZE * (2 if IS_GATED else 1)
-    join_launch_chain(PDL)
-    output = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = tl.program_id(1) + tl.arange(0, 1)
-    mask = (output < OUTPUT_SIZE)[:, None]
-    out = tl.zeros([BLOCK_N, 1], tl.float32)
-    up = tl.zeros([BLOCK_N, 1], tl.float32)
-    for split in tl.static_range(SPLITS):
-        row = (split * num_tokens + token).to(tl.int64)[None, :] * NUM_ROWS
-        out += tl.load(partial_ptr + row + output[:, None], mask=mask, other=0.0)
-        if IS_GATED:
-            up += tl.load(partial_ptr + row + OUTPUT_SIZE + output[:, None], mask=mask, other=0.0)
-    _finish(
-        out, up, scale_ptr, x_scale_ptr, bias_ptr, residual_ptr, out_ptr, output, token, residual_stride,
-        num_tokens, HAS_SCALE, HAS_X_SCALE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, SCALE_STRIDE, OUTPUT_SIZE,
-    )  # fmt: skip
-
-
-def _common_arguments(
-    out: torch.Tensor,
-    partial: torch.Tensor,
-    scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    x_scale: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    tile: Tile,
-) -> dict[str, Any]:
-    """Returns arguments of both kernels. Parts that are left out are not read."""
-    return {
-        "x_scale_ptr": scale if x_scale is None else x_scale,
-        "scale_ptr": scale,
-        "bias_ptr": out if bias is None else bias,
-        "residual_ptr": out if residual is None else residual,
-        "out_ptr": out,
-        "partial_ptr": partial,
-        "residual_stride": 0 if residual is None else residual.stride(0),
-        "HAS_X_SCALE": x_scale is not None,
-        "HAS_BIAS": bias is not None,
-        "HAS_RESIDUAL": residual is not None,
-        "SCALE_STRIDE": 0 if len(scale) == 1 else 1,
-        "OUTPUT_SIZE": out.shape[1],
-        "SPLITS": tile.splits,
-        **pdl_options(out.device),
-    }
 
 
 def quantized_matmul(
@@ -374,8 +257,17 @@ def quantized_matmul(
     if tile.splits > 1:
         shape = (tile.splits, num_tokens, weight.shape[0])
         partial = torch.empty(shape, dtype=torch.float32, device=x.device)  # [splits, num_tokens, rows]
-    arguments = _common_arguments(out, partial, scale, bias, x_scale=x_scale, residual=residual, tile=tile)
-    arguments |= {"HAS_SCALE": group_size == 0, "IS_GATED": gated, "num_tokens": num_tokens}
+    arguments = finishing_arguments(
+        out,
+        partial,
+        scale,
+        bias,
+        has_scale=group_size == 0,
+        x_scale=x_scale,
+        gated=gated,
+        residual=residual,
+        splits=tile.splits,
+    )
     weight_columns = PLANE_SIZE if is_int4 else tile.inputs
     weight_bytes = tile.outputs * (1 + gated) * weight_columns * weight.itemsize
     stage_bytes = tile.tokens * tile.inputs * x.itemsize + weight_bytes
@@ -398,6 +290,5 @@ def quantized_matmul(
         **arguments,
     )
     if tile.splits > 1:
-        block_n = 512
-        _add_splits_kernel[(-(-output_size // block_n), num_tokens)](BLOCK_N=block_n, **arguments)
+        add_splits(arguments)
     return out
