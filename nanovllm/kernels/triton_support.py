@@ -57,6 +57,8 @@ __all__ = [
     "TensorDescriptor",
     "constant",
     "fence_async_shared",
+    "gdc_launch_dependents",
+    "gdc_wait",
     "gl",
     "gluon_jit",
     "jit",

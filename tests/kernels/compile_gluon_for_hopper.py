@@ -1,4 +1,4 @@
-"""Compiles the kernel written in Gluon for a Hopper GPU, on a machine without one.
+"""Compiles the kernels written in Gluon for a Hopper GPU, on a machine without one.
 
 Prints a JSON object: what ptxas reports of each case, or the error of one that does not compile. It has no entries
 where Gluon is not enabled.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 import triton
 from triton.runtime import driver
 
-from nanovllm.kernels import paged_prefill_hopper
+from nanovllm.kernels import add_splits, int4_matmul, paged_prefill_hopper
 from nanovllm.kernels.attention_inputs import LayerKVCache, PrefillMetadata
 from nanovllm.kernels.triton_support import HAS_GLUON
 from tests.kernels.hopper_driver import HopperDriver
@@ -37,18 +38,47 @@ def compile_paged_prefill(dtype: torch.dtype, head_dim: int, window: int | None)
     )
 
 
+def compile_int4_matmul(
+    dtype: torch.dtype, num_tokens: int, group_size: int, has_zeros: bool, gated: bool, splits: int
+) -> None:
+    """With the tile that is chosen, but for the number of splits. Bias and residual follow a product without splits."""
+    input_size, outputs = 2048, 256
+    scale = torch.empty(input_size // group_size, outputs).T
+    tile = int4_matmul.choose_int4_tile(
+        num_tokens, outputs, input_size, group_size=group_size, num_programs=132, memory=227 << 10
+    )
+    int4_matmul.int4_matmul(
+        torch.empty(num_tokens, input_size, dtype=dtype),
+        torch.empty(outputs, input_size // 4, dtype=torch.int16),
+        scale,
+        torch.empty(outputs, dtype=dtype),
+        zeros=scale if has_zeros else None,
+        group_size=group_size,
+        gated=gated,
+        residual=torch.empty(num_tokens, outputs // (1 + gated), dtype=dtype),
+        tile=replace(tile, splits=splits),
+    )
+
+
 CASES = [
-    (torch.bfloat16, 64, None),
-    (torch.bfloat16, 128, 300),
-    (torch.float16, 64, 300),
-    (torch.float16, 128, None),
+    (compile_paged_prefill, (torch.bfloat16, 64, None)),
+    (compile_paged_prefill, (torch.bfloat16, 128, 300)),
+    (compile_paged_prefill, (torch.float16, 64, 300)),
+    (compile_paged_prefill, (torch.float16, 128, None)),
+    (compile_int4_matmul, (torch.bfloat16, 16, 128, True, False, 2)),
+    (compile_int4_matmul, (torch.float16, 32, 128, True, True, 1)),
+    (compile_int4_matmul, (torch.bfloat16, 64, 128, True, True, 1)),
+    (compile_int4_matmul, (torch.bfloat16, 128, 128, True, True, 1)),
+    (compile_int4_matmul, (torch.float16, 128, 64, True, False, 1)),
+    (compile_int4_matmul, (torch.bfloat16, 64, 32, True, True, 2)),
+    (compile_int4_matmul, (torch.bfloat16, 128, 2048, False, False, 1)),
 ]
 
 
-def compile_launches_of(kernel: Any) -> None:
-    """From here on, a launch of `kernel` compiles it and runs nothing."""
+def compile_launches_of(kernel: Any, **changed: Any) -> None:
+    """From here on, a launch of `kernel` compiles it, with some arguments changed, and runs nothing."""
     run = kernel.run
-    kernel.run = lambda **options: run(**options | {"warmup": True})
+    kernel.run = lambda **options: run(**options | changed | {"warmup": True})
 
 
 def main() -> None:
@@ -57,13 +87,15 @@ def main() -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True
     compile_launches_of(paged_prefill_hopper._paged_prefill_hopper_kernel)
-    for case in CASES:
+    compile_launches_of(int4_matmul._int4_matmul_kernel, PDL=True, launch_pdl=True)
+    compile_launches_of(add_splits._add_splits_kernel)
+    for compile_case, arguments in CASES:
         with redirect_stdout(StringIO()) as printed:
             try:
-                compile_paged_prefill(*case)
+                compile_case(*arguments)  # type: ignore[operator]
             except Exception as error:
                 print(f"{type(error).__name__}: {error}")
-        reports[f"paged_prefill_hopper{case}"] = printed.getvalue()
+        reports[f"{compile_case.__name__}{arguments}"] = printed.getvalue()
     print(json.dumps(reports))
 
 

@@ -26,7 +26,7 @@ def compiler_environment(tmp_path: Path) -> dict[str, str]:
 
 @pytest.mark.heavy("compiles all kernels")
 def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
-    """The one written in Gluon has a test of its own, since it compiles only with the arguments of a Hopper GPU."""
+    """Those written in Gluon have a test of their own, since they compile only with the arguments of a Hopper GPU."""
     outcome = tmp_path / "outcome.json"
     environment = {**compiler_environment(tmp_path), "COMPILED": str(outcome)}
     plugins = ["-p", "tests.kernels.compile_for_hopper", "-p", "no:xdist", "-p", "no:cacheprovider"]
@@ -46,8 +46,8 @@ def is_lossless(report: str) -> bool:
     return spilled is not None and int(spilled[1]) <= 16 and "serialized" not in report
 
 
-@pytest.mark.heavy("compiles a kernel of many instructions, four times")
-def test_the_kernel_in_gluon_compiles_for_hopper_without_loss(tmp_path: Path) -> None:
+@pytest.mark.heavy("compiles kernels of many instructions, eleven times")
+def test_the_kernels_in_gluon_compile_for_hopper_without_loss(tmp_path: Path) -> None:
     """ptxas spills no registers in a loop and does not make matrix instructions wait for one another."""
     command = [sys.executable, "-m", "tests.kernels.compile_gluon_for_hopper"]
     run = subprocess.run(command, cwd=ROOT, env=compiler_environment(tmp_path), capture_output=True, text=True)

@@ -1,0 +1,204 @@
+"""The computing warpgroups of int4_matmul.py: convert weights, multiply them with activations, finish and store sums.
+
+Weights are multiplied without their scales, and the sum of each group is scaled before it is added to the sum of all.
+That leaves one subtraction for two weights.
+"""
+
+from __future__ import annotations
+
+from nanovllm.kernels.int4_matmul_load import find_unit
+from nanovllm.kernels.int4_packing import BLOCK_SIZE, NUM_PLANES, PLANE_SIZE
+from nanovllm.kernels.triton_support import (
+    constant,
+    gdc_wait,
+    gl,
+    gluon_jit,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+_HALF_ROWS = constant(64)  # of a warpgroup: the rows of one matrix instruction
+_BLOCK = constant(BLOCK_SIZE)
+_PLANE = constant(PLANE_SIZE)
+_NUM_PLANES = constant(NUM_PLANES)
+# As in int4_packing.py; then the zero point is subtracted, to which as much was added.
+_UNPACK = """{
+    .reg .b32 shifted;
+    lop3.b32 $0, $4, 0x000F000F, LARGE, 0xEA;
+    shr.u32 shifted, $4, 4;
+    lop3.b32 $1, shifted, 0x000F000F, LARGE, 0xEA;
+    shr.u32 shifted, $4, 8;
+    lop3.b32 $2, shifted, 0x000F000F, LARGE, 0xEA;
+    shr.u32 shifted, $4, 12;
+    lop3.b32 $3, shifted, 0x000F000F, LARGE, 0xEA;
+    sub.TYPE $0, $0, $5;
+    sub.TYPE $1, $1, $6;
+    sub.TYPE $2, $2, $7;
+    sub.TYPE $3, $3, $8;
+}"""
+_UNPACK_BF16 = constant(_UNPACK.replace("LARGE", "0x43004300").replace("TYPE", "bf16x2"))
+_UNPACK_FP16 = constant(_UNPACK.replace("LARGE", "0x64006400").replace("TYPE", "f16x2"))
+_CONSTRAINTS = constant("=&r,=&r,=&r,=&r,r,r,r,r,r")
+
+
+@gluon_jit()
+def _unpack(
+    words: gl.tensor, zero_0: gl.tensor, zero_1: gl.tensor, zero_2: gl.tensor, zero_3: gl.tensor, dtype: gl.constexpr
+) -> gl.tuple:
+    """Returns the four planes of int16 words less their zero points, which are given in float32."""
+    OFFSET: gl.constexpr = 128.0 if dtype == gl.bfloat16 else 1024.0
+    zero_0, zero_1 = (zero_0 + OFFSET).to(dtype), (zero_1 + OFFSET).to(dtype)
+    zero_2, zero_3 = (zero_2 + OFFSET).to(dtype), (zero_3 + OFFSET).to(dtype)
+    if dtype == gl.bfloat16:
+        brain: gl.constexpr = (gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16)
+        planes = gl.inline_asm_elementwise(
+            _UNPACK_BF16, _CONSTRAINTS, [words, zero_0, zero_1, zero_2, zero_3], dtype=brain, is_pure=True, pack=2
+        )
+    else:
+        half: gl.constexpr = (gl.float16, gl.float16, gl.float16, gl.float16)
+        planes = gl.inline_asm_elementwise(
+            _UNPACK_FP16, _CONSTRAINTS, [words, zero_0, zero_1, zero_2, zero_3], dtype=half, is_pure=True, pack=2
+        )
+    return planes
+
+
+@gluon_jit()
+def _load_column(
+    rows: gl.shared_memory_descriptor, half: gl.constexpr, index: gl.tensor, layout: gl.constexpr
+) -> gl.tensor:
+    """Loads what belongs to a warpgroup's rows, [64, 1], from rows [groups of all stages, 128]."""
+    ours = rows.index(index).slice(half * _HALF_ROWS, _HALF_ROWS)
+    return gl.expand_dims(ours.load(gl.SliceLayout(1, layout)), 1)
+
+
+@gluon_jit()
+def _plane_inputs(
+    x: gl.shared_memory_descriptor, stage: gl.tensor, block: gl.constexpr, plane: gl.constexpr, BLOCKS: gl.constexpr
+) -> gl.shared_memory_descriptor:
+    """Returns the activations [32, tokens] of a plane of one of a stage's blocks."""
+    COLUMNS: gl.constexpr = x.shape[2]
+    COLUMN: gl.constexpr = block * _BLOCK + plane * _PLANE
+    part = x.index(stage * (BLOCKS * _BLOCK // COLUMNS) + COLUMN // COLUMNS)
+    return part.slice(COLUMN % COLUMNS, _PLANE, dim=1).permute((1, 0))
+
+
+@gluon_jit()
+def _add_stage(
+    half: gl.constexpr,
+    acc: gl.tensor,
+    stage: gl.tensor,
+    buffers: gl.tuple,
+    HAS_ZEROS: gl.constexpr,
+) -> gl.tensor:
+    """Returns acc [64, tokens] plus a stage's products."""
+    weights, scales, zeros, x = buffers
+    ACC: gl.constexpr = acc.type.layout
+    WEIGHT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    BLOCKS: gl.constexpr = weights.shape[2] // _PLANE
+    GROUPS: gl.constexpr = scales.shape[0] // (weights.shape[0] * BLOCKS)  # of a block
+    GROUP_PLANES: gl.constexpr = _NUM_PLANES // GROUPS
+    first_group = stage * (BLOCKS * GROUPS)
+    words_of_stage = weights.index(stage).slice(half * _HALF_ROWS, _HALF_ROWS)
+    products: gl.tuple = ()
+    operands: gl.tuple = ()
+    for block in gl.static_range(BLOCKS):
+        words = words_of_stage.slice(block * _PLANE, _PLANE, dim=1).load(WEIGHT)
+        zero: gl.tuple = ()
+        for group in gl.static_range(GROUPS):
+            if HAS_ZEROS:
+                zero = zero + (_load_column(zeros, half, first_group + block * GROUPS + group, WEIGHT),)  # noqa: RUF005
+            else:
+                zero = zero + (gl.full([_HALF_ROWS, 1], 8.0, gl.float32, WEIGHT),)  # noqa: RUF005
+        planes = _unpack(
+            words, zero[0], zero[1 // GROUP_PLANES], zero[2 // GROUP_PLANES], zero[3 // GROUP_PLANES], x.dtype
+        )
+        operands = operands + planes
+        for group in gl.static_range(GROUPS):
+            product = gl.zeros_like(acc)
+            for plane in gl.static_range(group * GROUP_PLANES, (group + 1) * GROUP_PLANES):
+                inputs = _plane_inputs(x, stage, block, plane, BLOCKS)
+                product = warpgroup_mma(
+                    planes[plane], inputs, product, use_acc=plane > group * GROUP_PLANES, is_async=True
+                )
+            products = products + (product,)  # noqa: RUF005
+    done = warpgroup_mma_wait(deps=products + operands)  # the tensor cores read the operands' registers until here
+    for group in gl.static_range(BLOCKS * GROUPS):
+        acc += done[group] * _load_column(scales, half, first_group + group, ACC)
+    return acc
+
+
+@gluon_jit()
+def multiply(
+    half: gl.constexpr,
+    bias_ptr: gl.tensor,
+    residual_ptr: gl.tensor,
+    out_ptr: gl.tensor,
+    residual_stride: gl.tensor,
+    num_tokens: gl.tensor,
+    num_token_tiles: gl.tensor,
+    num_units: gl.tensor,
+    buffers: gl.tuple,
+    ready: gl.shared_memory_descriptor,
+    free: gl.shared_memory_descriptor,
+    HAS_ZEROS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    IS_GATED: gl.constexpr,
+    OUTPUT_SIZE: gl.constexpr,
+    NUM_OUTPUT_TILES: gl.constexpr,
+    NUM_BLOCKS: gl.constexpr,
+    BLOCKS_A_SPLIT: gl.constexpr,
+    SPLITS: gl.constexpr,
+    PDL: gl.constexpr,
+) -> None:
+    """A computing warpgroup: rows half · 64 … of every tile."""
+    STAGES: gl.constexpr = ready.shape[0]
+    TOKENS: gl.constexpr = buffers[3].shape[1]
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    TILE_OUTPUTS: gl.constexpr = _HALF_ROWS * (1 if IS_GATED else 2)
+    if PDL:
+        gdc_wait()
+    num_seen = 0
+    for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
+        token_tile, output_tile, split = find_unit(unit, num_token_tiles, NUM_OUTPUT_TILES)
+        acc = gl.zeros([_HALF_ROWS, TOKENS], gl.float32, ACC)
+        first_block = split * BLOCKS_A_SPLIT
+        for _block in range(first_block, gl.minimum(first_block + BLOCKS_A_SPLIT, NUM_BLOCKS)):
+            stage = num_seen % STAGES
+            mbarrier.wait(ready.index(stage), num_seen // STAGES & 1)
+            acc = _add_stage(half, acc, stage, buffers, HAS_ZEROS)
+            mbarrier.arrive(free.index(stage))
+            num_seen += 1
+
+        first_output = output_tile * TILE_OUTPUTS + half * (TILE_OUTPUTS // 2)
+        index = gl.arange(0, _HALF_ROWS, gl.SliceLayout(1, ACC))
+        row = first_output + index  # of the weight
+        output = row
+        if IS_GATED:
+            output = first_output + index // 16 * 8 + index % 8
+            row = output + index // 8 % 2 * OUTPUT_SIZE
+        token = token_tile * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, ACC))
+        if SPLITS > 1:
+            place = (split * num_tokens + token).to(gl.int64) * (OUTPUT_SIZE * (2 if IS_GATED else 1))
+            mask = gl.expand_dims(output < OUTPUT_SIZE, 1) & gl.expand_dims(token < num_tokens, 0)
+            gl.store(out_ptr + gl.expand_dims(place, 0) + gl.expand_dims(row, 1), acc, mask=mask)
+        else:
+            if HAS_BIAS:
+                bias = gl.load(bias_ptr + row, mask=output < OUTPUT_SIZE, other=0.0)
+                acc += gl.expand_dims(bias.to(gl.float32), 1)
+            if IS_GATED:
+                pairs = gl.permute(gl.reshape(acc, [_HALF_ROWS // 16, 2, 8, TOKENS]), (0, 2, 3, 1))
+                gate, up = gl.split(pairs)
+                out = gl.reshape(gate / (1.0 + gl.exp(-gate)) * up, [TILE_OUTPUTS // 2, TOKENS])
+            else:
+                out = acc
+            output = first_output + gl.arange(0, TILE_OUTPUTS // 2, gl.SliceLayout(1, out.type.layout))
+            token = token_tile * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, out.type.layout))
+            mask = gl.expand_dims(output < OUTPUT_SIZE, 1) & gl.expand_dims(token < num_tokens, 0)
+            place = gl.expand_dims(token.to(gl.int64), 0)
+            output = gl.expand_dims(output, 1)
+            if HAS_RESIDUAL:
+                residual = gl.load(residual_ptr + place * residual_stride + output, mask=mask, other=0.0)
+                out += residual.to(gl.float32)
+            gl.store(out_ptr + place * OUTPUT_SIZE + output, out.to(buffers[3].dtype), mask=mask)
