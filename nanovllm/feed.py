@@ -9,48 +9,45 @@ while feed.num_left or call.request_ids:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from collections.abc import Sequence as Seq
 
 from nanovllm.engine.llm_engine import LLMEngine
+from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.engine.turns import Call
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import RequestOutput, failed_output
-from nanovllm.requests.batch_arguments import params_for_each
-from nanovllm.requests.tokenization import Prompt
-from nanovllm.sampling_params import SamplingParams
+from nanovllm.requests.batch_arguments import Params, Prompts, params_for_each
 
 
 class Feed:
     """The prompts of `call`, in order. All count as arrived now, whenever they are queued.
 
-    numbers: those at the end of the request ids. A prompt may be the error that made it.
+    numbers: those at the end of the request ids. A prompt may be an error: then it is refused.
     Raises InvalidArgumentError for `sampling_params` that are neither one for all nor one for each.
     """
 
     def __init__(
-        self,
-        engine: LLMEngine,
-        call: Call,
-        numbers: Iterator[int],
-        prompts: Seq[Prompt | InvalidArgumentError],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None,
+        self, engine: LLMEngine, call: Call, numbers: Iterator[int], prompts: Prompts, sampling_params: Params
     ) -> None:
         self.num_left, self.names = len(prompts), [f"generate-{next(numbers)}" for _ in prompts]
         self._engine, self._call, self._arrival = engine, call, engine.clock()
         self._requests = zip(self.names, prompts, params_for_each(sampling_params, len(prompts)), strict=True)
-        # Prompt tokens of two steps: then each step can be full. More would only delay the first one.
+        self._waiting: list[Sequence] = []  # of what is queued
+        # Prompts of two steps: then each step can be full. More would only delay the first one.
         self._enough = 2 * engine.resolved.max_num_batched_tokens
         self._first_error: InvalidArgumentError | None = None
 
     def advance(self) -> list[RequestOutput]:
-        """Queues prompts until enough of them wait for the next steps. Returns the outputs of those that are refused.
+        """Queues prompts until enough of this call wait for the next steps. Returns the outputs of the refused ones.
 
         Raises the first error if all prompts of the call are refused.
         """
         engine, call = self._engine, self._call
         refused: list[RequestOutput] = []
-        num_tokens = engine.num_waiting_tokens if self.num_left else 0
-        while self.num_left and num_tokens < self._enough:
+        self._waiting = [sequence for sequence in self._waiting if sequence.status is SequenceStatus.WAITING]
+        if self.num_left and call.num_prompt_tokens and not self._waiting:  # steps take more: prefixes are cached
+            self._enough *= 2
+        room = self._enough - sum(sequence.num_prompt_tokens for sequence in self._waiting)
+        while self.num_left and room > 0:
             request_id, prompt, params = next(self._requests)
             self.num_left -= 1
             try:
@@ -62,10 +59,12 @@ class Feed:
                 refused.append(failed_output(request_id, error, prompt=prompt if isinstance(prompt, str) else None))
                 self._first_error = self._first_error or error
                 continue
-            num_tokens += len(request.token_ids)
             call.num_prompt_tokens += len(request.token_ids)
             call.request_ids[request_id] = None  # before it is queued, so that Ctrl-C leaves no request without a call
-            call.queued(request_id, engine.enqueue(request_id, request, self._arrival))
+            sequences = engine.enqueue(request_id, request, self._arrival)
+            self._waiting.append(sequences[0])
+            room -= len(request.token_ids)
+            call.queued(request_id, sequences)
         if self._first_error is not None and not self.num_left and not call.num_prompt_tokens:
             raise self._first_error
         return refused

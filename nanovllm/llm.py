@@ -20,7 +20,7 @@ from nanovllm.feed import Feed
 from nanovllm.generation_log import GenerationLog
 from nanovllm.metrics import Metric
 from nanovllm.outputs import RequestOutput
-from nanovllm.requests.batch_arguments import as_list
+from nanovllm.requests.batch_arguments import Params, Prompts, as_list
 from nanovllm.requests.chat import ChatArguments, ChatOptions, ChatRenderer, Conversation
 from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import SamplingParams
@@ -76,15 +76,12 @@ class LLM(VllmInterface):
         that grew, identified by their `index`, and in the last output all of them. The parts of a request joined equal
         what `generate` returns: text that was yielded never changes. `finished` and `finish_reason` are set in a
         request's last output. The numbers at the end of the request ids rise in the order of the prompts. Nothing runs
-        before the first output is requested. Closing the iterator, or leaving its loop, aborts the unfinished requests.
+        before the first output is requested, and lists of token ids must not change before the last one. Closing the
+        iterator, or leaving its loop, aborts the unfinished requests.
         """
         yield from self._stream(as_list(prompts), sampling_params)
 
-    def _stream(
-        self,
-        batch: Seq[Prompt | InvalidArgumentError],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None,
-    ) -> Iterator[RequestOutput]:
+    def _stream(self, batch: Prompts, sampling_params: Params) -> Iterator[RequestOutput]:
         call = StreamCall(self.llm_engine)
         feed = Feed(self.llm_engine, call, self._counter, batch, sampling_params)
         try:
@@ -197,12 +194,7 @@ class LLM(VllmInterface):
     def __exit__(self, *exception: object) -> None:
         self.exit()
 
-    def _generate(
-        self,
-        batch: Seq[Prompt | InvalidArgumentError],
-        sampling_params: SamplingParams | Seq[SamplingParams] | None,
-        use_tqdm: bool,
-    ) -> list[RequestOutput]:
+    def _generate(self, batch: Prompts, sampling_params: Params, use_tqdm: bool) -> list[RequestOutput]:
         if not isinstance(use_tqdm, bool):
             raise InvalidArgumentError("use_tqdm", use_tqdm, "True or False")
         if not batch:

@@ -63,7 +63,9 @@ class RecordOutbox:
 
     A message waits until the socket has room, so that a reader who is only slow gets every record. After PATIENCE
     seconds a thread waits instead, until everything is sent. Meanwhile messages are kept, but records beyond MAX_LEFT
-    messages are dropped. when_late_ends: called after that with the number of records that were dropped, if any were.
+    messages are dropped. The others are as many as the requests of the other side bring.
+
+    when_late_ends: called after that with the number of records that were dropped, if any were.
     """
 
     def __init__(self, connection: Connection, when_late_ends: Callable[[int], object]) -> None:
@@ -103,8 +105,8 @@ class RecordOutbox:
         while self._messages and not self._is_late and self._lock.acquire(blocking=False):
             try:
                 if not self._send_all(PATIENCE):
-                    self._is_late = True
                     threading.Thread(target=self._send_late, name="nanovllm-late-records", daemon=True).start()
+                    self._is_late = True  # only now: if no thread could start, the next message tries again
             finally:
                 self._lock.release()
 

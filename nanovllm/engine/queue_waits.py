@@ -18,8 +18,8 @@ _TIMES = 4  # as long as a slow step: a queue moves when a request ends, not wit
 class QueueWaits(EngineObserver):
     """Calls `delayed` of `listener` once for each request that waits for long.
 
-    Requests that an idle engine gets before its first step, or that arrive at the same time as the first of them, are a
-    batch, most of which is expected to wait.
+    Requests that an idle engine gets before its first step are a batch, and so are those that arrived no later than the
+    first of them. Most of a batch is expected to wait.
     """
 
     def __init__(self, listener: EngineObserver) -> None:

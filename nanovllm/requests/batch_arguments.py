@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Set
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.requests.tokenization import Prompt
 from nanovllm.sampling_params import SamplingParams
+
+Prompts: TypeAlias = "Seq[Prompt | InvalidArgumentError]"  # an error stands for a prompt that could not be made
+Params: TypeAlias = "SamplingParams | Seq[SamplingParams] | None"
 
 
 def as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
@@ -23,12 +27,10 @@ def as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
     return [batch] if batch and all(isinstance(item, (int, np.integer)) for item in batch) else batch
 
 
-def params_for_each(
-    sampling_params: SamplingParams | Seq[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams | None]:
-    """Returns the parameters of each of `num_prompts` prompts. None: the default ones."""
+def params_for_each(sampling_params: Params, num_prompts: int) -> list[SamplingParams | None]:
+    """Returns copies of the parameters of each of `num_prompts` prompts. None: the default ones."""
     if sampling_params is None or isinstance(sampling_params, SamplingParams):
-        return [sampling_params] * num_prompts
+        return [copy.copy(sampling_params)] * num_prompts
     if isinstance(sampling_params, (str, bytes, Mapping, Set)) or not isinstance(sampling_params, Iterable):
         raise InvalidArgumentError("sampling_params", sampling_params, "a SamplingParams or a list of them")
     params: list[SamplingParams | None] = list(sampling_params)
@@ -36,4 +38,4 @@ def params_for_each(
         raise InvalidArgumentError(
             "sampling_params", f"a list of {len(params)}", f"one for all, or one for each of the {num_prompts} prompts"
         )
-    return params
+    return [copy.copy(each) if isinstance(each, SamplingParams) else each for each in params]

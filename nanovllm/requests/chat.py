@@ -31,7 +31,7 @@ _MAX_SECONDS = 10.0  # a template takes milliseconds
 _MAX_CHARACTERS = 16_000_000  # more than any model's context
 _MAX_QUOTED = 300  # characters of another library's error
 # Undefined variables and attributes. jinja names the types of objects, never their values.
-_UNDEFINED = re.compile(r"(?:'[\w. ]+' has no attribute )?'(\w+)'(?: is undefined)?")
+_UNDEFINED = re.compile(r"(?:'[\w. ]+' has no attribute )?'(\w+)'(?: is undefined)?|list object has no element \d{1,3}")
 _END_MARK = "END_OF_THE_FINAL_MESSAGE "  # templates may strip the space, and with it those before
 _MESSAGES = "a list of messages, each {'role': …, 'content': …}"
 # Arguments of transformers' apply_chat_template that chat does not pass on, and names that it sets itself.
@@ -274,14 +274,16 @@ class _Template:
     def why(self, error: Exception) -> str:
         """Returns what an error of `render` says, in words of the template, Python and jinja alone.
 
-        Logs and the answers of a server quote it, and it might quote the conversation.
+        Logs and HTTP answers quote the result, so it must not quote the conversation.
         """
         kind, words = type(error).__name__, str(error)
         if isinstance(error, jinja2.UndefinedError):
             match = _UNDEFINED.fullmatch(words)
-            is_ours = match is not None and match[1] in self._names
+            is_ours = match is not None and (match[1] is None or match[1] in self._names)
+        elif isinstance(error, TypeError):  # names types, never values, and perhaps keys of the conversation
+            is_ours = "keyword argument" not in words
         else:
-            is_ours = isinstance(error, (_TemplateLimitError, TypeError))  # these name types, never values
+            is_ours = isinstance(error, _TemplateLimitError)
         if not is_ours:  # a template's own sentence may go on with what it refuses
             own = next((text for text in self._texts if words.startswith(text)), "")
             words = own if own == words else f"{own.rstrip()} …".lstrip()

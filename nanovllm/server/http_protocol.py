@@ -23,6 +23,7 @@ class HttpProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_in_body = False
+        self._is_ending = False  # whether the server is
         self._head_size = 0
         self._lingering: TimerHandle | None = None  # ends it
 
@@ -61,10 +62,14 @@ class HttpProtocol(HttpToolsProtocol):
             self._lingering.cancel()
         super().connection_lost(exc)
 
+    def shutdown(self) -> None:
+        self._is_ending = True
+        super().shutdown()
+
     @property
-    def is_in_body(self) -> bool:
-        """Whether the body of the newest request is incomplete."""
-        return self._is_in_body
+    def may_linger(self) -> bool:
+        """Whether the body of the newest request is incomplete, and the server goes on."""
+        return self._is_in_body and not self._is_ending
 
     def linger(self) -> None:
         """Closes the connection once the body is complete, or after some time. The body is dropped."""
@@ -86,7 +91,7 @@ class _Lingering:
 
     async def send(self, message: Any) -> None:
         is_last = message["type"] == "http.response.body" and not message.get("more_body", False)
-        lingers = is_last and self._protocol.is_in_body
+        lingers = is_last and self._protocol.may_linger
         self._cycle.keep_alive = lingers  # else the cycle closes the connection; the head was sent before
         await self._send(message)
         if lingers:

@@ -61,6 +61,36 @@ def test_only_prompts_for_the_next_steps_are_queued(
     assert is_empty(engine)
 
 
+def test_requests_of_others_do_not_keep_a_call_from_queueing(
+    engine: LLMEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(30):
+        engine.add_request(f"other-{index}", [1, 2, 3, 4], greedy())
+    lengths = lengths_of_the_queue(engine, monkeypatch)
+    generate(llm_with(engine), PROMPTS)
+    assert lengths[0] == 30 + NUM_AHEAD
+
+
+def test_prompts_that_are_mostly_cached_fill_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes 24 tokens: two prompts, or 24 that have one block that is not cached."""
+    engine, _ = make_engine(max_num_batched_tokens=24, max_num_seqs=512, num_blocks=4096)
+    lengths = lengths_of_the_queue(engine, monkeypatch)
+    prompts = [[1, 2, 3, 4, 5, 6, 7, 8, index % 64] for index in range(300)]
+    llm_with(engine).generate(prompts, greedy(1), use_tqdm=False)
+    assert len(lengths) < 25, "nearly as few steps as if all were queued at once"
+
+
+@pytest.mark.parametrize("num_objects", [1, 20])
+def test_parameters_that_change_meanwhile_do_not_matter(engine: LLMEngine, num_objects: int) -> None:
+    params = [greedy(3) for _ in range(num_objects)]
+    num_tokens = dict.fromkeys([f"generate-{index}" for index in range(20)], 0)
+    for output in llm_with(engine).stream(PROMPTS, params if num_objects == 20 else params[0]):
+        num_tokens[output.request_id] += len(output.outputs[0].token_ids)
+        for each in params:
+            each.max_tokens = 1
+    assert set(num_tokens.values()) == {3}
+
+
 @pytest.mark.parametrize("call", [generate, stream])
 def test_a_refused_prompt_among_later_ones(call: Callable[..., list[RequestOutput]], engine: LLMEngine) -> None:
     outputs = call(llm_with(engine), [*PROMPTS[:15], [], *PROMPTS[15:]])
