@@ -1,9 +1,11 @@
 """Feed: queues the prompts of a `generate` or `stream`, the later ones while the engine computes the first.
 
-feed = Feed(engine, call, numbers, prompts, sampling_params)
-while feed.num_left or call.request_ids:
-    refused = feed.advance()
-    ended = engine.next_outputs(call)
+    feed = Feed(engine, call, numbers, prompts, sampling_params)
+    while feed.num_left or call.request_ids:
+        refused = feed.advance()
+        ended = engine.next_outputs(call)
+
+A call with a hundred thousand prompts has its first output long before the last prompt is tokenised.
 """
 
 from __future__ import annotations

@@ -26,18 +26,14 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench_scheduler import IdleExecutor
+from bench_scheduler import VOCAB_SIZE, IdleExecutor, engine_of, settings
 
 from nanovllm import LLM, SamplingParams
 from nanovllm.benchmarks.workloads import WORKLOADS, Workload
-from nanovllm.config import EngineConfig, ResolvedConfig
+from nanovllm.config import ResolvedConfig
 from nanovllm.engine.batch import ScheduledBatch, StepResult
-from nanovllm.engine.llm_engine import LLMEngine
-from nanovllm.engine_factory import default_observers
 
 STEP_SECONDS, ROW_SECONDS, PROMPT_TOKEN_SECONDS = 1.2e-3, 4.1e-6, 2.3e-6
-BLOCK_SIZE = 16
-VOCAB_SIZE = 1 << 16
 _SPIN_SECONDS = 5e-4  # before the end of a step, in which sleeping would wake too late
 
 
@@ -71,29 +67,16 @@ class SimulatedDevice(IdleExecutor):
 
 
 def make_llm(workload: Workload, slowdown: float) -> tuple[LLM, SimulatedDevice]:
-    resolved = ResolvedConfig(
-        model="none",
-        device="none",
-        dtype="none",
-        vocab_size=VOCAB_SIZE,
-        eos_token_ids=(0,),
+    resolved = settings(
         max_model_len=workload.longest + 1,
         max_num_seqs=512,
         max_num_batched_tokens=16384,
-        max_prefill_tokens_beside_decode=None,
-        inter_token_latency_target_ms=None,
-        block_size=BLOCK_SIZE,
         num_blocks=60_000,
-        kv_cache_dtype="bfloat16",
-        enable_prefix_caching=True,
-        use_cuda_graphs=False,
-        prefill_backend="none",
-        decode_backend="none",
-        pipeline_depth=2,
+        block_size=16,
     )
-    config, device = EngineConfig("none", skip_tokenizer_init=True), SimulatedDevice(resolved, slowdown)
+    device = SimulatedDevice(resolved, slowdown)
     llm = object.__new__(LLM)  # whose arguments name a model to load
-    llm.llm_engine = LLMEngine(config, lambda config, stopwatch: device, default_observers(config))
+    llm.llm_engine = engine_of(device)
     llm._counter = itertools.count()
     return llm, device
 

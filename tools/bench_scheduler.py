@@ -25,6 +25,7 @@ from nanovllm.engine.llm_engine import LLMEngine
 from nanovllm.engine_factory import default_observers
 
 PROMPT_LEN = 64
+VOCAB_SIZE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,23 @@ class IdleExecutor:
         pass
 
 
-def make_engine(num_seqs: int, num_steps: int, block_size: int) -> LLMEngine:
-    max_model_len = PROMPT_LEN + num_steps
-    resolved = ResolvedConfig(
+def settings(
+    *, max_model_len: int, max_num_seqs: int, max_num_batched_tokens: int, num_blocks: int, block_size: int
+) -> ResolvedConfig:
+    """Returns the settings of an engine without a model."""
+    return ResolvedConfig(
         model="none",
         device="none",
         dtype="none",
-        vocab_size=1 << 16,
+        vocab_size=VOCAB_SIZE,
         eos_token_ids=(0,),
         max_model_len=max_model_len,
-        max_num_seqs=num_seqs,
-        max_num_batched_tokens=num_seqs * PROMPT_LEN,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
         max_prefill_tokens_beside_decode=None,
         inter_token_latency_target_ms=None,
         block_size=block_size,
-        num_blocks=num_seqs * (-(-max_model_len // block_size) + 1),
+        num_blocks=num_blocks,
         kv_cache_dtype="bfloat16",
         enable_prefix_caching=True,
         use_cuda_graphs=False,
@@ -79,8 +82,23 @@ def make_engine(num_seqs: int, num_steps: int, block_size: int) -> LLMEngine:
         decode_backend="none",
         pipeline_depth=2,
     )
+
+
+def engine_of(executor: IdleExecutor) -> LLMEngine:
     config = EngineConfig("none", skip_tokenizer_init=True)
-    return LLMEngine(config, lambda config, stopwatch: IdleExecutor(resolved), default_observers(config))
+    return LLMEngine(config, lambda config, stopwatch: executor, default_observers(config))
+
+
+def make_engine(num_seqs: int, num_steps: int, block_size: int) -> LLMEngine:
+    max_model_len = PROMPT_LEN + num_steps
+    resolved = settings(
+        max_model_len=max_model_len,
+        max_num_seqs=num_seqs,
+        max_num_batched_tokens=num_seqs * PROMPT_LEN,
+        num_blocks=num_seqs * (-(-max_model_len // block_size) + 1),
+        block_size=block_size,
+    )
+    return engine_of(IdleExecutor(resolved))
 
 
 @dataclass(frozen=True)
@@ -93,7 +111,7 @@ class Measured:
 def measure(num_seqs: int, num_steps: int, block_size: int) -> Measured:
     engine = make_engine(num_seqs, num_steps, block_size)
     rng = np.random.default_rng(0)
-    prompts = rng.integers(1, 1 << 16, (num_seqs, PROMPT_LEN)).tolist()
+    prompts = rng.integers(1, VOCAB_SIZE, (num_seqs, PROMPT_LEN)).tolist()
     params = SamplingParams(max_tokens=num_steps, ignore_eos=True)
     started = time.perf_counter()
     for index, prompt in enumerate(prompts):

@@ -7,7 +7,14 @@ That leaves one subtraction for two weights.
 from __future__ import annotations
 
 from nanovllm.kernels.int4_matmul_load import find_unit
-from nanovllm.kernels.int4_packing import BLOCK_SIZE, NUM_PLANES, PLANE_SIZE
+from nanovllm.kernels.int4_packing import (
+    BLOCK_SIZE,
+    NUM_PLANES,
+    PLANE_SIZE,
+    TWO_LARGE_BF16,
+    TWO_LARGE_FP16,
+    unpacking,
+)
 from nanovllm.kernels.triton_support import (
     constant,
     gdc_wait,
@@ -22,23 +29,10 @@ _HALF_ROWS = constant(64)  # of a warpgroup: the rows of one matrix instruction
 _BLOCK = constant(BLOCK_SIZE)
 _PLANE = constant(PLANE_SIZE)
 _NUM_PLANES = constant(NUM_PLANES)
-# As in int4_packing.py; then the zero point is subtracted, to which as much was added.
-_UNPACK = """{
-    .reg .b32 shifted;
-    lop3.b32 $0, $4, 0x000F000F, LARGE, 0xEA;
-    shr.u32 shifted, $4, 4;
-    lop3.b32 $1, shifted, 0x000F000F, LARGE, 0xEA;
-    shr.u32 shifted, $4, 8;
-    lop3.b32 $2, shifted, 0x000F000F, LARGE, 0xEA;
-    shr.u32 shifted, $4, 12;
-    lop3.b32 $3, shifted, 0x000F000F, LARGE, 0xEA;
-    sub.TYPE $0, $0, $5;
-    sub.TYPE $1, $1, $6;
-    sub.TYPE $2, $2, $7;
-    sub.TYPE $3, $3, $8;
-}"""
-_UNPACK_BF16 = constant(_UNPACK.replace("LARGE", "0x43004300").replace("TYPE", "bf16x2"))
-_UNPACK_FP16 = constant(_UNPACK.replace("LARGE", "0x64006400").replace("TYPE", "f16x2"))
+# The zero points are subtracted, to which as much was added.
+_SUBTRACT = "".join(f"    sub.TYPE ${plane}, ${plane}, ${plane + 5};\n" for plane in range(4))
+_UNPACK_BF16 = unpacking(TWO_LARGE_BF16, _SUBTRACT.replace("TYPE", "bf16x2"))
+_UNPACK_FP16 = unpacking(TWO_LARGE_FP16, _SUBTRACT.replace("TYPE", "f16x2"))
 _CONSTRAINTS = constant("=&r,=&r,=&r,=&r,r,r,r,r,r")
 
 

@@ -26,9 +26,16 @@ _UNPACK = """{
     lop3.b32 $2, shifted, 0x000F000F, LARGE, 0xEA;
     shr.u32 shifted, $4, 12;
     lop3.b32 $3, shifted, 0x000F000F, LARGE, 0xEA;
-}"""
-_UNPACK_TO_BF16 = constant(_UNPACK.replace("LARGE", "0x43004300"))
-_UNPACK_TO_FP16 = constant(_UNPACK.replace("LARGE", "0x64006400"))
+THEN}"""
+
+
+def unpacking(large: int, then: str = "") -> tl.constexpr:
+    """Returns assembly that adds each four bits of $4 to `large`, two numbers of 16 bits, for $0 … $3, and `then`."""
+    return constant(_UNPACK.replace("LARGE", f"0x{large:08x}").replace("THEN", then))
+
+
+TWO_LARGE_BF16, TWO_LARGE_FP16 = 0x43004300, 0x64006400  # 128 and 1024, whose lowest bits count ones
+_UNPACK_TO_BF16, _UNPACK_TO_FP16 = unpacking(TWO_LARGE_BF16), unpacking(TWO_LARGE_FP16)
 
 
 def pack_int4(values: torch.Tensor) -> torch.Tensor:
