@@ -1,71 +1,25 @@
 """Decode attention over an FP8 cache: `paged_decode` with half the bytes to read, and a kernel of its own.
 
-With a bf16 cache a program's instructions leave time to spare; with half the bytes they become the limit. In the shape
-of the other kernel an H200 takes 180 µs for 256 x 850 tokens, whose bytes take 107 µs. So the products are transposed,
-keys and dimensions as their rows: a tile of 8 query heads instead of 16 wastes half as much, and fewer registers leave
-room for more programs. A program is one warp, which waits for no other, and takes 16 keys at a time. It does not read
-shared prefixes separately.
-
-Keys and values become fp16, which holds every e4m3 number, takes one instruction for two of them (bf16 takes five), and
-rounds queries and weights less than bf16 does. A value tile is read as 16-bit words of two neighbouring dimensions:
-the transposition that a matrix product needs exists for such words and not for bytes. Even and odd dimensions of the
-output are then two products. Scales are factors of scores and weights: no tile is scaled.
+Every row is split into equally many parts, or the keys of all rows into equal stretches (balanced_decode_fp8.py). It
+does not read shared prefixes separately. What a program does with its keys, and why in this shape: attend_keys_fp8.py.
 """
 
 from __future__ import annotations
 
 import torch
 
+from nanovllm.kernels.attend_keys_fp8 import BLOCK_KEYS, PROGRAMS_EACH, attend_keys_fp8, fp8_arguments, store_pairs
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
+from nanovllm.kernels.balanced_decode_fp8 import balanced_decode_fp8
 from nanovllm.kernels.dequantize_pages import dequantized
-from nanovllm.kernels.online_softmax import softmax_weights
-from nanovllm.kernels.page_slots import page_slots
 from nanovllm.kernels.paged_decode import choose_num_splits, keys_read, paged_decode_reference
-from nanovllm.kernels.partials import Partials, empty_partials, first_own_key, keys_per_split, merge_partials
-from nanovllm.kernels.triton_support import (
-    INTERPRETED,
-    LOG2_E,
-    jit,
-    multiprocessor_count,
-    next_power_of_2,
-    runs_triton,
-    tl,
-)
+from nanovllm.kernels.partials import empty_partials, first_own_key, keys_per_split, merge_partials
+from nanovllm.kernels.triton_support import jit, multiprocessor_count, runs_triton, tl
 
-_BLOCK_KEYS = 16  # keys a program reads at a time
-_NUM_STAGES = 4
-_MIN_DOT_COLUMNS = 8  # the narrowest tile of a matrix product
-_MIN_BLOCK_DIM = 32  # pairs of dimensions are the rows of a product: 16 at least
-# Weights times value scales are raised by this factor, so that they are not subnormal in fp16: a weight of 1e-6 still
-# counts where values reach 0.01. Values of 28,000 would overflow.
-_RAISE = 1024.0
-_PROGRAMS_EACH = 16  # programs of one warp that keep a multiprocessor busy
-
-
-@jit
-def _unpack(words: tl.tensor, INTERPRETED: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Unpacks int16 words of two e4m3 numbers each: (the first of each word, the second of each), in fp16."""
-    if INTERPRETED:
-        first = words.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
-        second = (words >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    else:
-        # Two words at a time: their four bytes are sorted, then one instruction converts each pair.
-        first, second = tl.inline_asm_elementwise(
-            """{
-            .reg .b32 sorted;
-            .reg .b16 firsts, seconds;
-            prmt.b32 sorted, $2, $2, 0x3120;
-            mov.b32 {firsts, seconds}, sorted;
-            cvt.rn.f16x2.e4m3x2 $0, firsts;
-            cvt.rn.f16x2.e4m3x2 $1, seconds;
-            }""",
-            "=r,=r,r",
-            [words],
-            dtype=(tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    return first, second
+# As measured on an H200. Fewer rows have many pieces each to merge; of more rows, a stretch has several, and waits for
+# the first keys of each.
+_MIN_BALANCED_ROWS = 384  # of one KV head
+_MAX_BALANCED_ROWS = 384
 
 
 @jit
@@ -96,7 +50,6 @@ def _paged_decode_fp8_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
-    RAISE: tl.constexpr,
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -115,66 +68,45 @@ def _paged_decode_fp8_kernel(
     if start >= end:
         return
 
+    even, odd, lse = attend_keys_fp8(
+        query_ptr,
+        key_ptr,
+        value_words_ptr,
+        key_scale_ptr,
+        value_scale_ptr,
+        block_tables_ptr,
+        kv_head,
+        seq,
+        start,
+        end,
+        context_len,
+        scale_log2,
+        query_seq_stride,
+        query_head_stride,
+        page_stride,
+        slot_stride,
+        kv_head_stride,
+        scale_page_stride,
+        block_table_stride,
+        BLOCK_SIZE=BLOCK_SIZE,
+        GROUP=GROUP,
+        BLOCK_GROUP=BLOCK_GROUP,
+        HEAD_DIM=HEAD_DIM,
+        BLOCK_DIM=BLOCK_DIM,
+        BLOCK_KEYS=BLOCK_KEYS,
+        WINDOW=WINDOW,
+        COMPUTE=COMPUTE,
+        PRECISION=PRECISION,
+        INTERPRETED=INTERPRETED,
+    )
     group = tl.arange(0, BLOCK_GROUP)
-    dim = tl.arange(0, BLOCK_DIM)
-    pair = tl.arange(0, BLOCK_DIM // 2)  # dimensions 2 · pair and 2 · pair + 1
-    head = kv_head * GROUP + group
-    group_mask = group < GROUP
-    dim_mask = dim < HEAD_DIM
-    pair_mask = pair < HEAD_DIM // 2
-    query = tl.load(
-        query_ptr + seq * query_seq_stride + head[None, :] * query_head_stride + dim[:, None],
-        mask=dim_mask[:, None] & group_mask[None, :],
-        other=0.0,
-    ).to(COMPUTE)  # [BLOCK_DIM, BLOCK_GROUP]
-    key_base = key_ptr + kv_head * kv_head_stride
-    value_base = value_words_ptr + kv_head * (kv_head_stride // 2)
-    table_ptr = block_tables_ptr + seq * block_table_stride
-
-    best = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
-    totals = tl.zeros([BLOCK_KEYS, BLOCK_GROUP], tl.float32)  # summed over keys after the loop
-    even = tl.zeros([BLOCK_DIM // 2, BLOCK_GROUP], tl.float32)
-    odd = tl.zeros([BLOCK_DIM // 2, BLOCK_GROUP], tl.float32)
-    for first in range(start, end, BLOCK_KEYS):
-        position = first + tl.arange(0, BLOCK_KEYS)
-        valid = position < end
-        if WINDOW:
-            valid &= position >= context_len - WINDOW
-        slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
-        # Rows past the context are read as zeros: the cache may hold NaN there.
-        key = tl.load(
-            key_base + slot[:, None] + dim[None, :], mask=valid[:, None] & dim_mask[None, :], other=0.0
-        )  # [BLOCK_KEYS, BLOCK_DIM]
-        value_words = tl.load(
-            value_base + (slot >> 1)[None, :] + pair[:, None], mask=pair_mask[:, None] & valid[None, :], other=0
-        )  # [BLOCK_DIM / 2, BLOCK_KEYS]
-        scale_at = page_slots(table_ptr, first, end, scale_page_stride, 1, BLOCK_SIZE, BLOCK_KEYS)
-        scale_at += kv_head * BLOCK_SIZE
-        key_scale = tl.load(key_scale_ptr + scale_at, mask=valid, other=0.0)
-        value_scale = tl.load(value_scale_ptr + scale_at, mask=valid, other=0.0)
-        scores = tl.dot(key.to(tl.float16).to(COMPUTE), query, input_precision=PRECISION)  # [BLOCK_KEYS, BLOCK_GROUP]
-        scores = tl.where(valid[:, None], scores * (key_scale * scale_log2)[:, None], -float("inf"))
-        weights, shrink, best = softmax_weights(scores, best, 1.0, AXIS=0)
-        totals = totals * shrink[None, :] + weights
-        weights = (weights * (value_scale * RAISE)[:, None]).to(COMPUTE)
-        even_values, odd_values = _unpack(value_words, INTERPRETED)
-        even = tl.dot(even_values.to(COMPUTE), weights, even * shrink[None, :], input_precision=PRECISION)
-        odd = tl.dot(odd_values.to(COMPUTE), weights, odd * shrink[None, :], input_precision=PRECISION)
-
-    total = tl.sum(totals, axis=0)
-    even = even / (total * RAISE)[None, :]
-    odd = odd / (total * RAISE)[None, :]
-    mask = pair_mask[:, None] & group_mask[None, :]
+    row = seq * num_heads + kv_head * GROUP + group
     if IS_SPLIT:
-        partial = (seq * num_heads + head) * num_splits + split
-        partial_ptrs = partial_out_ptr + partial[None, :] * HEAD_DIM + 2 * pair[:, None]
-        tl.store(partial_ptrs, even, mask=mask)
-        tl.store(partial_ptrs + 1, odd, mask=mask)
-        tl.store(partial_lse_ptr + partial, best + tl.log2(total), mask=group_mask)
+        partial = row * num_splits + split
+        store_pairs(partial_out_ptr, partial, even, odd, GROUP, HEAD_DIM)
+        tl.store(partial_lse_ptr + partial, lse, mask=group < GROUP)
     else:
-        out_ptrs = out_ptr + (seq * num_heads + head)[None, :] * HEAD_DIM + 2 * pair[:, None]
-        tl.store(out_ptrs, even.to(out_ptr.dtype.element_ty), mask=mask)
-        tl.store(out_ptrs + 1, odd.to(out_ptr.dtype.element_ty), mask=mask)
+        store_pairs(out_ptr, row, even, odd, GROUP, HEAD_DIM)
 
 
 def paged_decode_fp8_reference(
@@ -182,6 +114,13 @@ def paged_decode_fp8_reference(
 ) -> torch.Tensor:
     """Reference for `paged_decode_fp8`: attention over the restored cache (slow: for tests)."""
     return paged_decode_reference(query, dequantized(kv_cache), metadata, scale, window)
+
+
+def _divides_equally(query: torch.Tensor, num_kv_heads: int) -> bool:
+    """Returns whether to divide the keys of all rows equally. Only shapes decide it: a captured graph fixes it."""
+    num_seqs, num_heads, head_dim = query.shape
+    has_many = num_seqs * num_kv_heads >= _MIN_BALANCED_ROWS and num_seqs <= _MAX_BALANCED_ROWS
+    return has_many and num_heads <= 8 * num_kv_heads and head_dim <= 128
 
 
 def paged_decode_fp8(
@@ -198,7 +137,8 @@ def paged_decode_fp8(
     """Returns the result of `paged_decode` for an FP8 cache, where each head of a token has a scale.
 
     query [num_seqs, num_heads, head_dim], head_dim even → the same shape and dtype. `metadata.shared` is not used.
-    out: contiguous, where to write the result; None: a new tensor. No synchronisation: may be captured in a CUDA graph.
+    num_splits: parts of each row; None: chosen, or the keys of all rows are divided equally. out: contiguous, where to
+    write the result; None: a new tensor. No synchronisation: may be captured in a CUDA graph.
     """
     if not runs_triton(query, use_triton):
         attended = paged_decode_fp8_reference(query, kv_cache, metadata, scale, window)
@@ -208,61 +148,19 @@ def paged_decode_fp8(
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_seqs, num_heads, head_dim]
     if num_seqs == 0:
         return out
+    if num_splits is None and _divides_equally(query, num_kv_heads):
+        return balanced_decode_fp8(query, kv_cache, metadata, scale, out, window)
     if num_splits is None:
         processors = multiprocessor_count(query.device)
-        most_keys = keys_read(metadata.max_context_len, window, _BLOCK_KEYS)
-        num_splits = choose_num_splits(num_seqs, num_kv_heads, most_keys, processors, _PROGRAMS_EACH)
+        most_keys = keys_read(metadata.max_context_len, window, BLOCK_KEYS)
+        num_splits = choose_num_splits(num_seqs, num_kv_heads, most_keys, processors, PROGRAMS_EACH)
     partials = empty_partials(out, num_splits)
-    _launch(query, kv_cache, metadata, scale, out, partials, window)
-    merge_partials(partials, metadata, out, _BLOCK_KEYS, window)
-    return out
-
-
-def _launch(
-    query: torch.Tensor,
-    kv_cache: LayerKVCache,
-    metadata: DecodeMetadata,
-    scale: float,
-    out: torch.Tensor,
-    partials: Partials,
-    window: int | None,
-) -> None:
-    """Writes the attention of each part into `partials`, or into `out` where there is one part."""
-    num_seqs, num_heads, head_dim = query.shape
-    _, block_size, num_kv_heads, _ = kv_cache.key.shape
-    group = num_heads // num_kv_heads
-    is_float32 = query.dtype == torch.float32
-    _paged_decode_fp8_kernel[(num_kv_heads, partials.num_splits, num_seqs)](
-        query_ptr=query,
-        key_ptr=kv_cache.key,
-        value_words_ptr=kv_cache.value.view(torch.int16),
-        key_scale_ptr=kv_cache.key_scale,
-        value_scale_ptr=kv_cache.value_scale,
-        block_tables_ptr=metadata.block_tables,
-        context_lens_ptr=metadata.context_lens,
+    _paged_decode_fp8_kernel[(num_kv_heads, num_splits, num_seqs)](
         out_ptr=out,
         partial_out_ptr=partials.out,
         partial_lse_ptr=partials.lse,
-        scale_log2=scale * LOG2_E,
-        query_seq_stride=query.stride(0),
-        query_head_stride=query.stride(1),
-        page_stride=kv_cache.key.stride(0),
-        slot_stride=kv_cache.key.stride(1),
-        kv_head_stride=kv_cache.key.stride(2),
-        scale_page_stride=kv_cache.scale_page_stride,
-        block_table_stride=metadata.block_tables.stride(0),
-        BLOCK_SIZE=block_size,
         IS_SPLIT=partials.is_split,
-        GROUP=group,
-        BLOCK_GROUP=max(next_power_of_2(group), _MIN_DOT_COLUMNS),
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=max(next_power_of_2(head_dim), _MIN_BLOCK_DIM),
-        BLOCK_KEYS=_BLOCK_KEYS,
-        WINDOW=window or 0,
-        RAISE=_RAISE,
-        COMPUTE=tl.float32 if is_float32 else tl.float16,
-        PRECISION="ieee" if is_float32 else "tf32",
-        INTERPRETED=INTERPRETED,
-        num_warps=1,
-        num_stages=_NUM_STAGES,
+        **fp8_arguments(query, kv_cache, metadata, scale, window),
     )
+    merge_partials(partials, metadata, out, BLOCK_KEYS, window)
+    return out

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
+from nanovllm.kernels import paged_decode_fp8 as module
 from nanovllm.kernels.attention_inputs import DecodeMetadata
 from nanovllm.kernels.paged_decode_fp8 import paged_decode_fp8
 from tests.kernels.inputs import DTYPES, attention_oracle, paged_sequences, quantized, relative_error
@@ -74,6 +77,37 @@ def test_many_small_weights_of_small_values_count(device, generator):
     metadata = DecodeMetadata(pages.context_lens, pages.block_tables, length)
     got = paged_decode_fp8(query.to(device), cache.kv_cache, metadata, 1.0, num_splits=1, use_triton=True)
     assert relative_error(got, oracle) <= 5e-3
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "num_heads", "num_kv_heads", "head_dim", "balanced"),
+    [
+        (383, 1, 1, 16, False),
+        (384, 1, 1, 16, True),
+        (385, 1, 1, 16, False),
+        (47, 8, 8, 16, False),
+        (48, 8, 8, 16, True),
+        (48, 64, 8, 128, True),
+        (48, 72, 8, 16, False),
+        (48, 8, 8, 136, False),
+        (385, 8, 8, 16, False),
+    ],
+)
+def test_the_shape_decides_how_keys_are_divided(
+    device, generator, monkeypatch, num_seqs, num_heads, num_kv_heads, head_dim, balanced
+):
+    chosen = {"balanced_decode_fp8": True, "choose_num_splits": False}
+    for name in chosen:
+        monkeypatch.setattr(module, name, Mock(side_effect=RuntimeError(name)))
+    arguments, _ = decode_case(device, generator, torch.float32, 16, num_heads, num_kv_heads, head_dim, [1] * num_seqs)
+    with pytest.raises(RuntimeError) as reached:
+        paged_decode_fp8(*arguments, use_triton=True)
+    assert chosen[str(reached.value)] == balanced
+
+
+def test_many_rows(device, generator):
+    arguments, oracle = decode_case(device, generator, torch.float32, 16, 8, 8, 16, [200, *[1] * 47])
+    check(paged_decode_fp8(*arguments, use_triton=True), oracle, torch.float32)
 
 
 @pytest.mark.gpu

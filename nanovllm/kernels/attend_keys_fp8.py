@@ -1,0 +1,196 @@
+"""The core of both decode kernels of an FP8 cache: one group's queries and a stretch of one row's keys.
+
+With a bf16 cache a program's instructions leave time to spare; with half the bytes they become the limit. In the shape
+of the other kernel an H200 takes 180 µs for 256 x 850 tokens, whose bytes take 107 µs. So the products are transposed,
+keys and dimensions as their rows: a tile of 8 query heads instead of 16 wastes half as much, and fewer registers leave
+room for more programs. A program is one warp, which waits for no other, and takes 16 keys at a time.
+
+Keys and values become fp16, which holds every e4m3 number, takes one instruction for two of them (bf16 takes five), and
+rounds queries and weights less than bf16 does. A value tile is read as 16-bit words of two neighbouring dimensions:
+the transposition that a matrix product needs exists for such words and not for bytes. Even and odd dimensions of the
+output are then two products. Scales are factors of scores and weights: no tile is scaled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
+from nanovllm.kernels.online_softmax import softmax_weights
+from nanovllm.kernels.page_slots import page_slots
+from nanovllm.kernels.triton_support import INTERPRETED, LOG2_E, constant, jit, next_power_of_2, tl
+
+BLOCK_KEYS = 16  # keys a program reads at a time
+PROGRAMS_EACH = 16  # programs of one warp that keep a multiprocessor busy
+_NUM_STAGES = 4
+_MIN_DOT_COLUMNS = 8  # the narrowest tile of a matrix product
+_MIN_BLOCK_DIM = 32  # pairs of dimensions are the rows of a product: 16 at least
+# Weights times value scales are raised by this factor, so that they are not subnormal in fp16: a weight of 1e-6 still
+# counts where values reach 0.01. Values of 28,000 would overflow.
+_RAISE = constant(1024.0)
+
+
+@jit
+def _unpack(words: tl.tensor, INTERPRETED: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """Unpacks int16 words of two e4m3 numbers each: (the first of each word, the second of each), in fp16."""
+    if INTERPRETED:
+        first = words.to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+        second = (words >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        # Two words at a time: their four bytes are sorted, then one instruction converts each pair.
+        first, second = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 sorted;
+            .reg .b16 firsts, seconds;
+            prmt.b32 sorted, $2, $2, 0x3120;
+            mov.b32 {firsts, seconds}, sorted;
+            cvt.rn.f16x2.e4m3x2 $0, firsts;
+            cvt.rn.f16x2.e4m3x2 $1, seconds;
+            }""",
+            "=r,=r,r",
+            [words],
+            dtype=(tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    return first, second
+
+
+@jit
+def attend_keys_fp8(
+    query_ptr: tl.tensor,
+    key_ptr: tl.tensor,
+    value_words_ptr: tl.tensor,
+    key_scale_ptr: tl.tensor,
+    value_scale_ptr: tl.tensor,
+    block_tables_ptr: tl.tensor,
+    kv_head: tl.tensor,
+    seq: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    context_len: tl.tensor,
+    scale_log2: tl.tensor,
+    query_seq_stride: tl.tensor,
+    query_head_stride: tl.tensor,
+    page_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    kv_head_stride: tl.tensor,
+    scale_page_stride: tl.tensor,
+    block_table_stride: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Returns a row's attention to its keys at positions start … end, for the queries that share `kv_head`.
+
+    Its even dimensions and its odd ones, [BLOCK_DIM / 2, BLOCK_GROUP] each, and `lse` (see partials.py). seq: int64.
+    `start` is a multiple of BLOCK_KEYS, and before `end`.
+    """
+    dim = tl.arange(0, BLOCK_DIM)
+    pair = tl.arange(0, BLOCK_DIM // 2)  # dimensions 2 · pair and 2 · pair + 1
+    group = tl.arange(0, BLOCK_GROUP)
+    dim_mask = dim < HEAD_DIM
+    pair_mask = pair < HEAD_DIM // 2
+    query = tl.load(
+        query_ptr + seq * query_seq_stride + (kv_head * GROUP + group)[None, :] * query_head_stride + dim[:, None],
+        mask=dim_mask[:, None] & (group < GROUP)[None, :],
+        other=0.0,
+    ).to(COMPUTE)  # [BLOCK_DIM, BLOCK_GROUP]
+    key_base = key_ptr + kv_head * kv_head_stride
+    value_base = value_words_ptr + kv_head * (kv_head_stride // 2)
+    table_ptr = block_tables_ptr + seq * block_table_stride
+
+    best = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
+    totals = tl.zeros([BLOCK_KEYS, BLOCK_GROUP], tl.float32)  # summed over keys after the loop
+    even = tl.zeros([BLOCK_DIM // 2, BLOCK_GROUP], tl.float32)
+    odd = tl.zeros([BLOCK_DIM // 2, BLOCK_GROUP], tl.float32)
+    for first in range(start, end, BLOCK_KEYS):
+        position = first + tl.arange(0, BLOCK_KEYS)
+        valid = position < end
+        if WINDOW:
+            valid &= position >= context_len - WINDOW
+        slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
+        # Rows past the context are read as zeros: the cache may hold NaN there.
+        key = tl.load(
+            key_base + slot[:, None] + dim[None, :], mask=valid[:, None] & dim_mask[None, :], other=0.0
+        )  # [BLOCK_KEYS, BLOCK_DIM]
+        value_words = tl.load(
+            value_base + (slot >> 1)[None, :] + pair[:, None], mask=pair_mask[:, None] & valid[None, :], other=0
+        )  # [BLOCK_DIM / 2, BLOCK_KEYS]
+        scale_at = page_slots(table_ptr, first, end, scale_page_stride, 1, BLOCK_SIZE, BLOCK_KEYS)
+        scale_at += kv_head * BLOCK_SIZE
+        key_scale = tl.load(key_scale_ptr + scale_at, mask=valid, other=0.0)
+        value_scale = tl.load(value_scale_ptr + scale_at, mask=valid, other=0.0)
+        scores = tl.dot(key.to(tl.float16).to(COMPUTE), query, input_precision=PRECISION)  # [BLOCK_KEYS, BLOCK_GROUP]
+        scores = tl.where(valid[:, None], scores * (key_scale * scale_log2)[:, None], -float("inf"))
+        weights, shrink, best = softmax_weights(scores, best, 1.0, AXIS=0)
+        totals = totals * shrink[None, :] + weights
+        weights = (weights * (value_scale * _RAISE)[:, None]).to(COMPUTE)
+        even_values, odd_values = _unpack(value_words, INTERPRETED)
+        even = tl.dot(even_values.to(COMPUTE), weights, even * shrink[None, :], input_precision=PRECISION)
+        odd = tl.dot(odd_values.to(COMPUTE), weights, odd * shrink[None, :], input_precision=PRECISION)
+
+    total = tl.sum(totals, axis=0)
+    even = even / (total * _RAISE)[None, :]
+    odd = odd / (total * _RAISE)[None, :]
+    return even, odd, best + tl.log2(total)
+
+
+@jit
+def store_pairs(
+    ptr: tl.tensor, row: tl.tensor, even: tl.tensor, odd: tl.tensor, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr
+) -> None:
+    """Stores the first GROUP columns of even and odd [BLOCK_DIM / 2, BLOCK_GROUP] as rows `row` [BLOCK_GROUP]."""
+    pair = tl.arange(0, even.shape[0])
+    mask = (pair < HEAD_DIM // 2)[:, None] & (tl.arange(0, even.shape[1]) < GROUP)[None, :]
+    ptrs = ptr + row[None, :] * HEAD_DIM + 2 * pair[:, None]
+    tl.store(ptrs, even.to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptrs + 1, odd.to(ptr.dtype.element_ty), mask=mask)
+
+
+def fp8_arguments(
+    query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float, window: int | None
+) -> dict[str, Any]:
+    """Returns the arguments and options of a launch that both kernels have. query [num_seqs, num_heads, head_dim]."""
+    num_heads, head_dim = query.shape[1:]
+    _, block_size, num_kv_heads, _ = kv_cache.key.shape
+    group = num_heads // num_kv_heads
+    is_float32 = query.dtype == torch.float32
+    return {
+        "query_ptr": query,
+        "key_ptr": kv_cache.key,
+        "value_words_ptr": kv_cache.value.view(torch.int16),
+        "key_scale_ptr": kv_cache.key_scale,
+        "value_scale_ptr": kv_cache.value_scale,
+        "block_tables_ptr": metadata.block_tables,
+        "context_lens_ptr": metadata.context_lens,
+        "scale_log2": scale * LOG2_E,
+        "query_seq_stride": query.stride(0),
+        "query_head_stride": query.stride(1),
+        "page_stride": kv_cache.key.stride(0),
+        "slot_stride": kv_cache.key.stride(1),
+        "kv_head_stride": kv_cache.key.stride(2),
+        "scale_page_stride": kv_cache.scale_page_stride,
+        "block_table_stride": metadata.block_tables.stride(0),
+        "BLOCK_SIZE": block_size,
+        "GROUP": group,
+        "BLOCK_GROUP": max(next_power_of_2(group), _MIN_DOT_COLUMNS),
+        "HEAD_DIM": head_dim,
+        "BLOCK_DIM": max(next_power_of_2(head_dim), _MIN_BLOCK_DIM),
+        "BLOCK_KEYS": BLOCK_KEYS,
+        "WINDOW": window or 0,
+        "COMPUTE": tl.float32 if is_float32 else tl.float16,
+        "PRECISION": "ieee" if is_float32 else "tf32",
+        "INTERPRETED": INTERPRETED,
+        "num_warps": 1,
+        "num_stages": _NUM_STAGES,
+    }
