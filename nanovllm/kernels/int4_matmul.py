@@ -7,8 +7,6 @@ each, convert and multiply. While one converts, the tensor cores work for the ot
 
 There is one program for each multiprocessor. It takes one unit of work, a tile of outputs and tokens over a part of the
 inputs, after another, and the copies for the next begin before the last has ended.
-
-The engine does not choose it yet, since it has only run in an emulator: docs/experiments/README.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 - One token, FP8 and INT8: `skinny_linear` converts the weight in registers.
 - More tokens: `quantize_rows` brings activations to 8 bits, with the norm folded in, and `quantized_matmul` multiplies.
 - INT4, and INT8 with 16-bit activations: with few tokens, `int4_skinny_linear` or `skinny_linear`; with some,
-  `quantized_matmul` converts the weight block by block; with many, the weight is converted once, for the BLAS.
+  `quantized_matmul` converts the weight block by block, or on Hopper GPUs `int4_matmul`; with many, the weight is
+  converted once, for the BLAS.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels.dequantize_weight import dequantize_weight
+from nanovllm.kernels.int4_matmul import int4_matmul, suits_int4_matmul
 from nanovllm.kernels.int4_skinny_linear import int4_skinny_linear, suits_int4_skinny_linear
 from nanovllm.kernels.quantize_rows import GROUP_SIZE, quantize_rows
 from nanovllm.kernels.quantized_matmul import Tile, quantized_matmul
@@ -29,6 +31,7 @@ _TORCH_SCALES_BLOCKS = torch.version.cuda is not None and tuple(map(int, torch.v
 # With more, the BLAS gains more than one conversion of the whole weight costs.
 _MAX_INT8_TOKENS = 128
 _MAX_INT4_TOKENS = 256
+_MAX_HOPPER_INT4_TOKENS = 1536
 _MAX_BLOCK_TOKENS = 64  # with more, or here if gated, torch's product with block scales is faster
 _MAX_GATED_BLOCK_TOKENS = 32
 _MIN_TILE_TOKENS = 16
@@ -196,6 +199,18 @@ def int4_product(
             group_size=group_size,
             norm_weight=norm_weight,
             eps=eps,
+            gated=gated,
+            residual=residual,
+        )
+    has_some = len(hidden) <= _MAX_HOPPER_INT4_TOKENS
+    if has_some and suits_int4_matmul(hidden, weight, scale, group_size=group_size, gated=gated):
+        return int4_matmul(
+            _normed(hidden, norm_weight, eps),
+            weight,
+            scale,
+            bias,
+            zeros=zeros,
+            group_size=group_size,
             gated=gated,
             residual=residual,
         )
