@@ -1,17 +1,4 @@
-"""Decode attention over an FP8 cache, in stretches of equally many keys, however the lengths of the rows differ.
-
-`paged_decode_fp8` splits every row into equally many parts, so the programs of long rows end last. Here the blocks of
-all rows stand one after another, and are cut into as many stretches as there are programs at a time. A digit for each
-block:
-
-    row       0 0 0 0 0 0 0 1 1 1 1 2 2 2 2
-    stretch   0 0 0 0 0 1 1 1 1 1 2 2 2 2 2
-    piece     0 0 0 0 0 1 1 2 2 2 3 4 4 4 4
-
-A row of one piece is finished by its program; the pieces of the others are merged. Each piece begins a stretch or a
-row, so its number is the sum of both, and the pieces of a row are neighbours. Lengths are read on the device: a
-captured graph fixes the number of programs alone.
-"""
+"""Decode attention over an FP8 cache, in stretches of equally many keys (stretches.py)."""
 
 from __future__ import annotations
 
@@ -19,45 +6,13 @@ import torch
 
 from nanovllm.kernels.attend_keys_fp8 import BLOCK_KEYS, PROGRAMS_EACH, attend_keys_fp8, fp8_arguments, store_pairs
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
-from nanovllm.kernels.online_softmax import softmax_weights
 from nanovllm.kernels.partials import first_own_key
-from nanovllm.kernels.triton_support import (
-    constant,
-    jit,
-    jit_with_varying,
-    let_next_kernel_start,
-    multiprocessor_count,
-    next_power_of_2,
-    pdl_options,
-    tl,
-    wait_for_previous_kernel,
-)
+from nanovllm.kernels.stretches import divide, empty_pieces, first_piece, merge_pieces, num_blocks, suits_stretches
+from nanovllm.kernels.triton_support import jit_with_varying, multiprocessor_count, tl
 
-_BLOCK_ROWS = 512  # lengths that a program reads; where there are more rows, the kernels are compiled again
-_BLOCK_MERGED = 4  # pieces that a program merges at a time
+_MAX_ROWS = 384  # as measured on an H200
+_MAX_HEAD_DIM = 128
 _MAX_REGISTERS = 65536 // (32 * PROGRAMS_EACH)  # of a thread: all programs then run at a time
-_MIN_BLOCKS = constant(4)  # of a stretch: writing and reading a piece costs as much as a block or two
-
-
-@jit
-def _num_blocks(context_len: tl.tensor, WINDOW: tl.constexpr, BLOCK_KEYS: tl.constexpr) -> tl.tensor:
-    """Returns how many blocks of keys a row has: 0 for one without keys."""
-    return tl.cdiv(context_len - first_own_key(context_len, context_len * 0, WINDOW, BLOCK_KEYS), BLOCK_KEYS)
-
-
-@jit
-def _divide(
-    context_lens_ptr: tl.tensor,
-    num_seqs: tl.tensor,
-    num_stretches: tl.tensor,
-    WINDOW: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Returns (rows [BLOCK_ROWS], the blocks of each, the blocks of each stretch except the last)."""
-    rows = tl.arange(0, BLOCK_ROWS)
-    blocks = _num_blocks(tl.load(context_lens_ptr + rows, mask=rows < num_seqs, other=0), WINDOW, BLOCK_KEYS)
-    return rows, blocks, tl.maximum(tl.cdiv(tl.sum(blocks, axis=0), num_stretches), _MIN_BLOCKS)
 
 
 @jit_with_varying("num_seqs")
@@ -97,17 +52,13 @@ def _balanced_decode_fp8_kernel(
     kv_head = tl.program_id(0)
     stretch = tl.program_id(1)
     num_heads = tl.num_programs(0) * GROUP
-    _, blocks, per_stretch = _divide(context_lens_ptr, num_seqs, tl.num_programs(1), WINDOW, BLOCK_KEYS, BLOCK_ROWS)
-    ends = tl.cumsum(blocks, axis=0)
-    start = stretch * per_stretch
-    left = tl.minimum(per_stretch, tl.sum(blocks, axis=0) - start)  # blocks that the program has not attended to
-    row = tl.sum((ends <= start).to(tl.int32), axis=0)
-    skipped = start - tl.max(tl.where(ends <= start, ends, 0), axis=0)  # blocks of the row, in stretches before
-    while left > 0:
+    _, blocks, per_stretch = divide(context_lens_ptr, num_seqs, tl.num_programs(1), WINDOW, BLOCK_KEYS, BLOCK_ROWS)
+    row, skipped, left = first_piece(blocks, per_stretch, stretch)
+    while left > 0:  # blocks
         context_len = tl.load(context_lens_ptr + row)
         first_key = first_own_key(context_len, context_len * 0, WINDOW, BLOCK_KEYS) + skipped * BLOCK_KEYS
-        num_blocks = _num_blocks(context_len, WINDOW, BLOCK_KEYS)
-        taken = tl.minimum(num_blocks - skipped, left)
+        row_blocks = num_blocks(context_len, WINDOW, BLOCK_KEYS)
+        taken = tl.minimum(row_blocks - skipped, left)
         if taken > 0:
             even, odd, lse = attend_keys_fp8(
                 query_ptr,
@@ -142,7 +93,7 @@ def _balanced_decode_fp8_kernel(
             )
             group = tl.arange(0, BLOCK_GROUP)
             head = kv_head * GROUP + group
-            if taken == num_blocks:
+            if taken == row_blocks:
                 store_pairs(out_ptr, row * num_heads + head, even, odd, GROUP, HEAD_DIM)
             else:
                 piece = (stretch + row) * num_heads + head
@@ -153,57 +104,9 @@ def _balanced_decode_fp8_kernel(
         row += 1
 
 
-@jit_with_varying("num_seqs", "num_stretches")
-def _merge_pieces_kernel(
-    piece_out_ptr: tl.tensor,
-    piece_lse_ptr: tl.tensor,
-    context_lens_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    num_seqs: tl.tensor,
-    num_stretches: tl.tensor,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_MERGED: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    """Program (kv head, row): the pieces of a row that has several, weighted by their softmax's denominators."""
-    let_next_kernel_start(PDL)
-    row = tl.program_id(1)
-    num_heads = tl.num_programs(0) * GROUP
-    rows, blocks, per_stretch = _divide(context_lens_ptr, num_seqs, num_stretches, WINDOW, BLOCK_KEYS, BLOCK_ROWS)
-    first = tl.sum(tl.where(rows < row, blocks, 0), axis=0) // per_stretch
-    last = (tl.sum(tl.where(rows <= row, blocks, 0), axis=0) - 1) // per_stretch
-    wait_for_previous_kernel(PDL)  # every program waits: the next kernel relies on it
-    if first >= last:
-        return
-    group = tl.arange(0, BLOCK_GROUP)
-    dim = tl.arange(0, BLOCK_DIM)
-    head = tl.program_id(0) * GROUP + group
-    mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-    best = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_GROUP], tl.float32)
-    out = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
-    for begin in range(first, last + 1, BLOCK_MERGED):
-        stretch = begin + tl.arange(0, BLOCK_MERGED)
-        piece = (stretch + row)[:, None] * num_heads + head[None, :]  # [BLOCK_MERGED, BLOCK_GROUP]
-        used = (stretch <= last)[:, None]
-        lse = tl.load(piece_lse_ptr + piece, mask=used & (group < GROUP)[None, :], other=0.0)
-        lse = tl.where(used, lse, -float("inf"))
-        weights, shrink, best = softmax_weights(lse, best, 1.0, AXIS=0)
-        part = tl.load(
-            piece_out_ptr + piece[:, :, None] * HEAD_DIM + dim[None, None, :],
-            mask=used[:, :, None] & mask[None, :, :],
-            other=0.0,
-        )  # [BLOCK_MERGED, BLOCK_GROUP, BLOCK_DIM]
-        total = total * shrink + tl.sum(weights, axis=0)
-        out = out * shrink[:, None] + tl.sum(part * weights[:, :, None], axis=0)
-    target = out_ptr + (row * num_heads + head)[:, None] * HEAD_DIM + dim[None, :]
-    tl.store(target, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+def suits_balanced_decode_fp8(query: torch.Tensor, num_kv_heads: int) -> bool:
+    """Returns whether to divide the keys of all rows equally. Only shapes decide it: a captured graph fixes it."""
+    return query.shape[2] <= _MAX_HEAD_DIM and suits_stretches(query, num_kv_heads, _MAX_ROWS)
 
 
 def balanced_decode_fp8(
@@ -220,39 +123,18 @@ def balanced_decode_fp8(
     A row's result depends on the lengths of the others by rounding alone: they decide where it is cut. Rows of length 0
     are left as they are. num_stretches overrides the choice.
     """
-    num_seqs, num_heads, head_dim = query.shape
     num_kv_heads = kv_cache.key.shape[2]
     if num_stretches is None:
         num_stretches = -(-PROGRAMS_EACH * multiprocessor_count(query.device) // num_kv_heads)
-    num_pieces = num_stretches + num_seqs
-    piece_out = query.new_empty(num_pieces, num_heads, head_dim, dtype=torch.float32)  # [num_pieces, num_heads, …]
-    piece_lse = query.new_empty(num_pieces, num_heads, dtype=torch.float32)  # [num_pieces, num_heads]
-    block_rows = max(next_power_of_2(num_seqs), _BLOCK_ROWS)
+    pieces = empty_pieces(out, num_stretches)
     _balanced_decode_fp8_kernel[(num_kv_heads, num_stretches)](
         out_ptr=out,
-        piece_out_ptr=piece_out,
-        piece_lse_ptr=piece_lse,
-        num_seqs=num_seqs,
-        BLOCK_ROWS=block_rows,
+        piece_out_ptr=pieces.out,
+        piece_lse_ptr=pieces.lse,
+        num_seqs=len(query),
+        BLOCK_ROWS=pieces.block_rows,
         maxnreg=None if query.dtype == torch.float32 else _MAX_REGISTERS,
         **fp8_arguments(query, kv_cache, metadata, scale, window),
     )
-    _merge_pieces_kernel[(num_kv_heads, num_seqs)](
-        piece_out_ptr=piece_out,
-        piece_lse_ptr=piece_lse,
-        context_lens_ptr=metadata.context_lens,
-        out_ptr=out,
-        num_seqs=num_seqs,
-        num_stretches=num_stretches,
-        BLOCK_ROWS=block_rows,
-        BLOCK_MERGED=_BLOCK_MERGED,
-        GROUP=num_heads // num_kv_heads,
-        BLOCK_GROUP=next_power_of_2(num_heads // num_kv_heads),
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=max(next_power_of_2(head_dim), 16),
-        BLOCK_KEYS=BLOCK_KEYS,
-        WINDOW=window or 0,
-        num_warps=1,
-        **pdl_options(out.device),
-    )
+    merge_pieces(pieces, metadata, out, num_kv_heads, BLOCK_KEYS, window)
     return out

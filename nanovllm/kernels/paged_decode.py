@@ -1,7 +1,8 @@
 """Decode attention over the paged cache: one query per sequence, its context split over several programs.
 
 A decode step reads every key and value once and computes little, so the kernel exists to keep memory busy: all query
-heads that share a KV head are one tile, and a sequence's context is split so that small batches fill the device too.
+heads that share a KV head are one tile, and a sequence's context is split so that small batches fill the device too. Of
+many rows, the keys of all are divided equally instead (balanced_decode.py).
 Sources: Dao et al., "Flash-Decoding for long-context inference", 2023, https://pytorch.org/blog/flash-decoding/;
 Kwon et al., "PagedAttention", 2023, https://arxiv.org/abs/2309.06180.
 """
@@ -13,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
+from nanovllm.kernels.balanced_decode import balanced_decode, suits_balanced_decode
 from nanovllm.kernels.online_softmax import attend
 from nanovllm.kernels.partials import Partials, empty_partials, first_own_key, keys_per_split, merge_partials
 from nanovllm.kernels.shared_prefix import choose_num_prefix_splits, prefix_attention
@@ -187,8 +189,8 @@ def paged_decode(
     query [num_seqs, num_heads, head_dim] → the same shape and dtype. The cache has query's dtype. Prefixes in
     `metadata.shared` are read once for many rows; the result differs by rounding alone. window: how many of the last
     keys are attended to, and shared prefixes are then not used; None: all. num_splits and prefix_splits override the
-    choice. out: contiguous, where to write the result; None: a new tensor. No synchronisation: may be
-    captured in a CUDA graph.
+    choice; without num_splits, the keys of all rows may be divided equally. out: contiguous, where to write the result;
+    None: a new tensor. No synchronisation: may be captured in a CUDA graph.
     """
     if not runs_triton(query, use_triton):
         attended = paged_decode_reference(query, kv_cache, metadata, scale, window)
@@ -200,6 +202,8 @@ def paged_decode(
     num_seqs, num_kv_heads, shared = query.shape[0], kv_cache.key.shape[2], metadata.shared
     if num_seqs == 0:
         return out
+    if shared is None and num_splits is None and suits_balanced_decode(query, num_kv_heads):
+        return balanced_decode(query, kv_cache, metadata, scale, out, window)
     processors = multiprocessor_count(query.device)
     if num_splits is None:
         most_keys = keys_read(metadata.max_context_len, window, _BLOCK_KEYS)

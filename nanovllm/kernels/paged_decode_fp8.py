@@ -10,16 +10,11 @@ import torch
 
 from nanovllm.kernels.attend_keys_fp8 import BLOCK_KEYS, PROGRAMS_EACH, attend_keys_fp8, fp8_arguments, store_pairs
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
-from nanovllm.kernels.balanced_decode_fp8 import balanced_decode_fp8
+from nanovllm.kernels.balanced_decode_fp8 import balanced_decode_fp8, suits_balanced_decode_fp8
 from nanovllm.kernels.dequantize_pages import dequantized
 from nanovllm.kernels.paged_decode import choose_num_splits, keys_read, paged_decode_reference
 from nanovllm.kernels.partials import empty_partials, first_own_key, keys_per_split, merge_partials
 from nanovllm.kernels.triton_support import jit, multiprocessor_count, runs_triton, tl
-
-# As measured on an H200. Fewer rows have many pieces each to merge; of more rows, a stretch has several, and waits for
-# the first keys of each.
-_MIN_BALANCED_ROWS = 384  # of one KV head
-_MAX_BALANCED_ROWS = 384
 
 
 @jit
@@ -116,13 +111,6 @@ def paged_decode_fp8_reference(
     return paged_decode_reference(query, dequantized(kv_cache), metadata, scale, window)
 
 
-def _divides_equally(query: torch.Tensor, num_kv_heads: int) -> bool:
-    """Returns whether to divide the keys of all rows equally. Only shapes decide it: a captured graph fixes it."""
-    num_seqs, num_heads, head_dim = query.shape
-    has_many = num_seqs * num_kv_heads >= _MIN_BALANCED_ROWS and num_seqs <= _MAX_BALANCED_ROWS
-    return has_many and num_heads <= 8 * num_kv_heads and head_dim <= 128
-
-
 def paged_decode_fp8(
     query: torch.Tensor,
     kv_cache: LayerKVCache,
@@ -148,7 +136,7 @@ def paged_decode_fp8(
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)  # [num_seqs, num_heads, head_dim]
     if num_seqs == 0:
         return out
-    if num_splits is None and _divides_equally(query, num_kv_heads):
+    if num_splits is None and suits_balanced_decode_fp8(query, num_kv_heads):
         return balanced_decode_fp8(query, kv_cache, metadata, scale, out, window)
     if num_splits is None:
         processors = multiprocessor_count(query.device)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
+from nanovllm.kernels import paged_decode as module
 from nanovllm.kernels.attention_inputs import DecodeMetadata
 from nanovllm.kernels.paged_decode import choose_num_splits, paged_decode, paged_decode_reference
 from tests.kernels.inputs import DTYPES, attention_oracle, check_close, paged_sequences
@@ -69,6 +72,35 @@ def test_number_of_splits():
     assert choose_num_splits(32, 8, 8100, 132) == 2  # four programs a multiprocessor
     assert choose_num_splits(64, 8, 8100, 132) == 2  # nearly enough is not enough
     assert choose_num_splits(16, 8, 8100, 132, programs_each=16) == 16  # smaller programs: more of them
+
+
+@pytest.mark.parametrize(
+    ("num_seqs", "num_heads", "num_kv_heads", "dtype", "head_dim", "balanced"),
+    [
+        (47, 8, 8, torch.float16, 128, False),
+        (48, 8, 8, torch.float16, 128, True),
+        (48, 64, 8, torch.float16, 128, True),
+        (48, 72, 8, torch.float16, 128, False),
+        (48, 8, 8, torch.float16, 64, False),
+        (256, 2, 2, torch.float32, 64, True),
+        (257, 2, 2, torch.float32, 64, False),
+    ],
+)
+def test_the_shape_decides_how_keys_are_divided(
+    device, generator, monkeypatch, num_seqs, num_heads, num_kv_heads, dtype, head_dim, balanced
+):
+    chosen = {"balanced_decode": True, "choose_num_splits": False}
+    for name in chosen:
+        monkeypatch.setattr(module, name, Mock(side_effect=RuntimeError(name)))
+    arguments, _ = decode_case(device, generator, dtype, 16, num_heads, num_kv_heads, head_dim, [1] * num_seqs)
+    with pytest.raises(RuntimeError) as reached:
+        paged_decode(*arguments, use_triton=True)
+    assert chosen[str(reached.value)] == balanced
+
+
+def test_many_rows(device, generator):
+    arguments, oracle = decode_case(device, generator, torch.float32, 16, 8, 8, 64, [200, *[1] * 47])
+    check_close(paged_decode(*arguments, use_triton=True), oracle, torch.float32)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,182 @@
+"""The keys of all rows, cut into stretches of equally many, however the lengths of the rows differ.
+
+Rows that are split into equally many parts end at different times: the programs of long rows last. Here the blocks of
+all rows stand one after another, and are cut into as many stretches as there are programs at a time. A digit for each
+block:
+
+    row       0 0 0 0 0 0 0 1 1 1 1 2 2 2 2
+    stretch   0 0 0 0 0 1 1 1 1 1 2 2 2 2 2
+    piece     0 0 0 0 0 1 1 2 2 2 3 4 4 4 4
+
+A row of one piece is finished by its program; the pieces of the others are merged. Each piece begins a stretch or a
+row, so its number is the sum of both, and the pieces of a row are neighbours. Lengths are read on the device: a
+captured graph fixes the number of programs alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nanovllm.kernels.attention_inputs import DecodeMetadata
+from nanovllm.kernels.online_softmax import softmax_weights
+from nanovllm.kernels.partials import first_own_key
+from nanovllm.kernels.triton_support import (
+    constant,
+    jit,
+    jit_with_varying,
+    let_next_kernel_start,
+    next_power_of_2,
+    pdl_options,
+    tl,
+    wait_for_previous_kernel,
+)
+
+_BLOCK_ROWS = 512  # lengths that a program reads; where there are more rows, the kernels are compiled again
+_BLOCK_MERGED = 4  # pieces that a program merges at a time
+# As measured on an H200: fewer rows have many pieces each to merge; of more rows, whose number each kernel bounds, a
+# stretch has several, and waits for the first keys of each.
+_MIN_ROWS = 384  # of one KV head
+_MAX_GROUP = 8
+_MIN_BLOCKS = constant(4)  # of a stretch: writing and reading a piece costs as much as a block or two
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The outputs of the pieces of rows that have several."""
+
+    out: torch.Tensor  # [num_stretches + num_seqs, num_heads, head_dim] float32
+    lse: torch.Tensor  # [num_stretches + num_seqs, num_heads] float32, base-2 logarithms of the softmax's denominators
+    num_stretches: int
+    block_rows: int  # lengths that a program reads
+
+
+def suits_stretches(query: torch.Tensor, num_kv_heads: int, max_num_seqs: int) -> bool:
+    """Returns whether stretches take less time than equally many parts of each row of query [num_seqs, heads, dims]."""
+    num_seqs, num_heads, _ = query.shape
+    has_many = num_seqs * num_kv_heads >= _MIN_ROWS and num_seqs <= max_num_seqs
+    return has_many and num_heads <= _MAX_GROUP * num_kv_heads
+
+
+def empty_pieces(out: torch.Tensor, num_stretches: int) -> Pieces:
+    """Allocates the pieces of out [num_seqs, num_heads, head_dim]."""
+    num_seqs, num_heads, head_dim = out.shape
+    num_pieces = num_stretches + num_seqs
+    return Pieces(
+        out=out.new_empty(num_pieces, num_heads, head_dim, dtype=torch.float32),
+        lse=out.new_empty(num_pieces, num_heads, dtype=torch.float32),
+        num_stretches=num_stretches,
+        block_rows=max(next_power_of_2(num_seqs), _BLOCK_ROWS),
+    )
+
+
+@jit
+def num_blocks(context_len: tl.tensor, WINDOW: tl.constexpr, BLOCK_KEYS: tl.constexpr) -> tl.tensor:
+    """Returns how many blocks of keys a row has: 0 for one without keys."""
+    return tl.cdiv(context_len - first_own_key(context_len, context_len * 0, WINDOW, BLOCK_KEYS), BLOCK_KEYS)
+
+
+@jit
+def divide(
+    context_lens_ptr: tl.tensor,
+    num_seqs: tl.tensor,
+    num_stretches: tl.tensor,
+    WINDOW: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Returns (rows [BLOCK_ROWS], the blocks of each, the blocks of each stretch except the last)."""
+    rows = tl.arange(0, BLOCK_ROWS)
+    blocks = num_blocks(tl.load(context_lens_ptr + rows, mask=rows < num_seqs, other=0), WINDOW, BLOCK_KEYS)
+    return rows, blocks, tl.maximum(tl.cdiv(tl.sum(blocks, axis=0), num_stretches), _MIN_BLOCKS)
+
+
+@jit
+def first_piece(
+    blocks: tl.tensor, per_stretch: tl.tensor, stretch: tl.tensor
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Returns where a stretch begins: (row, blocks of it that lie in stretches before, blocks of the stretch)."""
+    ends = tl.cumsum(blocks, axis=0)
+    start = stretch * per_stretch
+    row = tl.sum((ends <= start).to(tl.int32), axis=0)
+    skipped = start - tl.max(tl.where(ends <= start, ends, 0), axis=0)
+    return row, skipped, tl.minimum(per_stretch, tl.sum(blocks, axis=0) - start)
+
+
+@jit_with_varying("num_seqs", "num_stretches")
+def _merge_pieces_kernel(
+    piece_out_ptr: tl.tensor,
+    piece_lse_ptr: tl.tensor,
+    context_lens_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_seqs: tl.tensor,
+    num_stretches: tl.tensor,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_MERGED: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
+) -> None:
+    """Program (kv head, row): the pieces of a row that has several, weighted by their softmax's denominators."""
+    let_next_kernel_start(PDL)
+    row = tl.program_id(1)
+    num_heads = tl.num_programs(0) * GROUP
+    rows, blocks, per_stretch = divide(context_lens_ptr, num_seqs, num_stretches, WINDOW, BLOCK_KEYS, BLOCK_ROWS)
+    first = tl.sum(tl.where(rows < row, blocks, 0), axis=0) // per_stretch
+    last = (tl.sum(tl.where(rows <= row, blocks, 0), axis=0) - 1) // per_stretch
+    wait_for_previous_kernel(PDL)  # every program waits: the next kernel relies on it
+    if first >= last:
+        return
+    group = tl.arange(0, BLOCK_GROUP)
+    dim = tl.arange(0, BLOCK_DIM)
+    head = tl.program_id(0) * GROUP + group
+    mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    best = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_GROUP], tl.float32)
+    out = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+    for begin in range(first, last + 1, BLOCK_MERGED):
+        stretch = begin + tl.arange(0, BLOCK_MERGED)
+        piece = (stretch + row)[:, None] * num_heads + head[None, :]  # [BLOCK_MERGED, BLOCK_GROUP]
+        used = (stretch <= last)[:, None]
+        lse = tl.load(piece_lse_ptr + piece, mask=used & (group < GROUP)[None, :], other=0.0)
+        lse = tl.where(used, lse, -float("inf"))
+        weights, shrink, best = softmax_weights(lse, best, 1.0, AXIS=0)
+        part = tl.load(
+            piece_out_ptr + piece[:, :, None] * HEAD_DIM + dim[None, None, :],
+            mask=used[:, :, None] & mask[None, :, :],
+            other=0.0,
+        )  # [BLOCK_MERGED, BLOCK_GROUP, BLOCK_DIM]
+        total = total * shrink + tl.sum(weights, axis=0)
+        out = out * shrink[:, None] + tl.sum(part * weights[:, :, None], axis=0)
+    target = out_ptr + (row * num_heads + head)[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(target, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def merge_pieces(
+    pieces: Pieces, metadata: DecodeMetadata, out: torch.Tensor, num_kv_heads: int, block_keys: int, window: int | None
+) -> None:
+    """Writes the rows of several pieces into out [num_seqs, num_heads, head_dim]."""
+    num_seqs, num_heads, head_dim = out.shape
+    _merge_pieces_kernel[(num_kv_heads, num_seqs)](
+        piece_out_ptr=pieces.out,
+        piece_lse_ptr=pieces.lse,
+        context_lens_ptr=metadata.context_lens,
+        out_ptr=out,
+        num_seqs=num_seqs,
+        num_stretches=pieces.num_stretches,
+        BLOCK_ROWS=pieces.block_rows,
+        BLOCK_MERGED=_BLOCK_MERGED,
+        GROUP=num_heads // num_kv_heads,
+        BLOCK_GROUP=next_power_of_2(num_heads // num_kv_heads),
+        HEAD_DIM=head_dim,
+        BLOCK_DIM=max(next_power_of_2(head_dim), 16),
+        BLOCK_KEYS=block_keys,
+        WINDOW=window or 0,
+        num_warps=1,
+        **pdl_options(out.device),
+    )
