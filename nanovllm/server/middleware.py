@@ -56,8 +56,8 @@ class RequestMiddleware:
         try:
             await self._answer(scope, receive, send, exchange)
         finally:
+            self._service.release(exchange)  # first: a server without load has room
             self._service.counts.add(requests=-is_counted)
-            self._service.release(exchange)
             if is_counted:
                 _log(scope, exchange, time.monotonic() - started)
 
