@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from nanovllm.kernels.attend_keys import PROGRAMS_EACH, attend_keys, decode_arguments, store_heads
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
-from nanovllm.kernels.online_softmax import attend
-from nanovllm.kernels.partials import first_own_key
-from nanovllm.kernels.stretches import divide, empty_pieces, first_piece, merge_pieces, num_blocks, suits_stretches
-from nanovllm.kernels.triton_support import LOG2_E, jit_with_varying, multiprocessor_count, next_power_of_2, tl
+from nanovllm.kernels.stretches import attend_stretches, find_piece, find_stretch, suits_stretches
+from nanovllm.kernels.triton_support import jit_with_varying, multiprocessor_count, tl
 
-_BLOCK_KEYS = 32  # keys a program reads at a time
-_MIN_DOT_SIZE = 16  # the smallest tile of a matrix product
 # As measured on an H200.
-_PROGRAMS_EACH = 4  # of a multiprocessor
-_NUM_STAGES = 5
-_ROW_BYTES = 256  # of a head's key, for which both were measured
+_ROW_BYTES = 256  # of a head's key
 _MAX_ROWS = 256
 
 
@@ -51,49 +46,46 @@ def _balanced_decode_kernel(
     kv_head = tl.program_id(0)
     stretch = tl.program_id(1)
     num_heads = tl.num_programs(0) * GROUP
-    group = tl.arange(0, BLOCK_GROUP)
-    dim = tl.arange(0, BLOCK_DIM)
-    head = kv_head * GROUP + group
-    mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-    _, blocks, per_stretch = divide(context_lens_ptr, num_seqs, tl.num_programs(1), WINDOW, BLOCK_KEYS, BLOCK_ROWS)
-    row, skipped, left = first_piece(blocks, per_stretch, stretch)
+    row, skipped, left = find_stretch(
+        context_lens_ptr, num_seqs, stretch, tl.num_programs(1), WINDOW, BLOCK_KEYS, BLOCK_ROWS
+    )
     while left > 0:  # blocks
-        context_len = tl.load(context_lens_ptr + row)
-        first_key = first_own_key(context_len, context_len * 0, WINDOW, BLOCK_KEYS) + skipped * BLOCK_KEYS
-        row_blocks = num_blocks(context_len, WINDOW, BLOCK_KEYS)
-        taken = tl.minimum(row_blocks - skipped, left)
+        context_len, start, end, taken, is_whole = find_piece(context_lens_ptr, row, skipped, left, WINDOW, BLOCK_KEYS)
         if taken > 0:
-            seq = row.to(tl.int64)
-            query = tl.load(
-                query_ptr + seq * query_seq_stride + head[:, None] * query_head_stride + dim[None, :],
-                mask=mask,
-                other=0.0,
-            )  # [BLOCK_GROUP, BLOCK_DIM]
-            best, total, out = attend(
-                query,
-                key_ptr + kv_head * kv_head_stride,
-                value_ptr + kv_head * kv_head_stride,
-                block_tables_ptr + seq * block_table_stride,
-                first_key,
-                tl.minimum(first_key + taken * BLOCK_KEYS, context_len),
-                context_len - WINDOW,
+            out, lse = attend_keys(
+                query_ptr,
+                key_ptr,
+                value_ptr,
+                block_tables_ptr,
+                kv_head,
+                row.to(tl.int64),
+                start,
+                end,
+                context_len,
                 scale_log2,
+                query_seq_stride,
+                query_head_stride,
                 page_stride,
                 slot_stride,
+                kv_head_stride,
+                block_table_stride,
                 BLOCK_SIZE=BLOCK_SIZE,
+                GROUP=GROUP,
+                BLOCK_GROUP=BLOCK_GROUP,
                 HEAD_DIM=HEAD_DIM,
+                BLOCK_DIM=BLOCK_DIM,
                 BLOCK_KEYS=BLOCK_KEYS,
-                HAS_WINDOW=WINDOW > 0,
+                WINDOW=WINDOW,
                 PRECISION=PRECISION,
             )
-            out = out / total[:, None]
-            if taken == row_blocks:
-                target = (seq * num_heads + head)[:, None] * HEAD_DIM + dim[None, :]
-                tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=mask)
+            group = tl.arange(0, BLOCK_GROUP)
+            head = kv_head * GROUP + group
+            if is_whole:
+                store_heads(out_ptr, row * num_heads + head, out, GROUP, HEAD_DIM)
             else:
-                piece = (stretch + seq) * num_heads + head
-                tl.store(piece_out_ptr + piece[:, None] * HEAD_DIM + dim[None, :], out, mask=mask)
-                tl.store(piece_lse_ptr + piece, best + tl.log2(total), mask=group < GROUP)
+                piece = (stretch + row) * num_heads + head
+                store_heads(piece_out_ptr, piece, out, GROUP, HEAD_DIM)
+                tl.store(piece_lse_ptr + piece, lse, mask=group < GROUP)
         left -= taken
         skipped = 0
         row += 1
@@ -119,40 +111,9 @@ def balanced_decode(
     A row's result depends on the lengths of the others by rounding alone: they decide where it is cut. Rows of length 0
     are left as they are. `metadata.shared` is not used. num_stretches overrides the choice.
     """
-    num_heads, head_dim = query.shape[1:]
-    _, block_size, num_kv_heads, _ = kv_cache.key.shape
-    group = num_heads // num_kv_heads
+    num_kv_heads = kv_cache.key.shape[2]
     if num_stretches is None:
-        num_stretches = -(-_PROGRAMS_EACH * multiprocessor_count(query.device) // num_kv_heads)
-    pieces = empty_pieces(out, num_stretches)
-    _balanced_decode_kernel[(num_kv_heads, num_stretches)](
-        query_ptr=query,
-        key_ptr=kv_cache.key,
-        value_ptr=kv_cache.value,
-        block_tables_ptr=metadata.block_tables,
-        context_lens_ptr=metadata.context_lens,
-        out_ptr=out,
-        piece_out_ptr=pieces.out,
-        piece_lse_ptr=pieces.lse,
-        num_seqs=len(query),
-        scale_log2=scale * LOG2_E,
-        query_seq_stride=query.stride(0),
-        query_head_stride=query.stride(1),
-        page_stride=kv_cache.key.stride(0),
-        slot_stride=kv_cache.key.stride(1),
-        kv_head_stride=kv_cache.key.stride(2),
-        block_table_stride=metadata.block_tables.stride(0),
-        BLOCK_SIZE=block_size,
-        BLOCK_ROWS=pieces.block_rows,
-        GROUP=group,
-        BLOCK_GROUP=max(next_power_of_2(group), _MIN_DOT_SIZE),
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=max(next_power_of_2(head_dim), _MIN_DOT_SIZE),
-        BLOCK_KEYS=_BLOCK_KEYS,
-        WINDOW=window or 0,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=2,
-        num_stages=_NUM_STAGES,
-    )
-    merge_pieces(pieces, metadata, out, num_kv_heads, _BLOCK_KEYS, window)
+        num_stretches = -(-PROGRAMS_EACH * multiprocessor_count(query.device) // num_kv_heads)
+    arguments = decode_arguments(query, kv_cache, metadata, scale, window)
+    attend_stretches(_balanced_decode_kernel, arguments, out, num_kv_heads, num_stretches)
     return out

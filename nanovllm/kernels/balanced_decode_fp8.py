@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.kernels.attend_keys_fp8 import BLOCK_KEYS, PROGRAMS_EACH, attend_keys_fp8, fp8_arguments, store_pairs
+from nanovllm.kernels.attend_keys_fp8 import PROGRAMS_EACH, attend_keys_fp8, fp8_arguments, store_pairs
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
-from nanovllm.kernels.partials import first_own_key
-from nanovllm.kernels.stretches import divide, empty_pieces, first_piece, merge_pieces, num_blocks, suits_stretches
+from nanovllm.kernels.stretches import attend_stretches, find_piece, find_stretch, suits_stretches
 from nanovllm.kernels.triton_support import jit_with_varying, multiprocessor_count, tl
 
 _MAX_ROWS = 384  # as measured on an H200
@@ -52,13 +51,11 @@ def _balanced_decode_fp8_kernel(
     kv_head = tl.program_id(0)
     stretch = tl.program_id(1)
     num_heads = tl.num_programs(0) * GROUP
-    _, blocks, per_stretch = divide(context_lens_ptr, num_seqs, tl.num_programs(1), WINDOW, BLOCK_KEYS, BLOCK_ROWS)
-    row, skipped, left = first_piece(blocks, per_stretch, stretch)
+    row, skipped, left = find_stretch(
+        context_lens_ptr, num_seqs, stretch, tl.num_programs(1), WINDOW, BLOCK_KEYS, BLOCK_ROWS
+    )
     while left > 0:  # blocks
-        context_len = tl.load(context_lens_ptr + row)
-        first_key = first_own_key(context_len, context_len * 0, WINDOW, BLOCK_KEYS) + skipped * BLOCK_KEYS
-        row_blocks = num_blocks(context_len, WINDOW, BLOCK_KEYS)
-        taken = tl.minimum(row_blocks - skipped, left)
+        context_len, start, end, taken, is_whole = find_piece(context_lens_ptr, row, skipped, left, WINDOW, BLOCK_KEYS)
         if taken > 0:
             even, odd, lse = attend_keys_fp8(
                 query_ptr,
@@ -69,8 +66,8 @@ def _balanced_decode_fp8_kernel(
                 block_tables_ptr,
                 kv_head,
                 row.to(tl.int64),
-                first_key,
-                tl.minimum(first_key + taken * BLOCK_KEYS, context_len),
+                start,
+                end,
                 context_len,
                 scale_log2,
                 query_seq_stride,
@@ -93,7 +90,7 @@ def _balanced_decode_fp8_kernel(
             )
             group = tl.arange(0, BLOCK_GROUP)
             head = kv_head * GROUP + group
-            if taken == row_blocks:
+            if is_whole:
                 store_pairs(out_ptr, row * num_heads + head, even, odd, GROUP, HEAD_DIM)
             else:
                 piece = (stretch + row) * num_heads + head
@@ -126,15 +123,7 @@ def balanced_decode_fp8(
     num_kv_heads = kv_cache.key.shape[2]
     if num_stretches is None:
         num_stretches = -(-PROGRAMS_EACH * multiprocessor_count(query.device) // num_kv_heads)
-    pieces = empty_pieces(out, num_stretches)
-    _balanced_decode_fp8_kernel[(num_kv_heads, num_stretches)](
-        out_ptr=out,
-        piece_out_ptr=pieces.out,
-        piece_lse_ptr=pieces.lse,
-        num_seqs=len(query),
-        BLOCK_ROWS=pieces.block_rows,
-        maxnreg=None if query.dtype == torch.float32 else _MAX_REGISTERS,
-        **fp8_arguments(query, kv_cache, metadata, scale, window),
-    )
-    merge_pieces(pieces, metadata, out, num_kv_heads, BLOCK_KEYS, window)
+    maxnreg = None if query.dtype == torch.float32 else _MAX_REGISTERS
+    arguments = fp8_arguments(query, kv_cache, metadata, scale, window) | {"maxnreg": maxnreg}
+    attend_stretches(_balanced_decode_fp8_kernel, arguments, out, num_kv_heads, num_stretches)
     return out

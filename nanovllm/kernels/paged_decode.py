@@ -13,30 +13,25 @@ from dataclasses import replace
 
 import torch
 
+from nanovllm.kernels.attend_keys import BLOCK_KEYS, PROGRAMS_EACH, attend_keys, decode_arguments, store_heads
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
 from nanovllm.kernels.balanced_decode import balanced_decode, suits_balanced_decode
-from nanovllm.kernels.online_softmax import attend
-from nanovllm.kernels.partials import Partials, empty_partials, first_own_key, keys_per_split, merge_partials
+from nanovllm.kernels.partials import empty_partials, first_own_key, keys_per_split, merge_partials
 from nanovllm.kernels.shared_prefix import choose_num_prefix_splits, prefix_attention
 from nanovllm.kernels.triton_support import (
-    LOG2_E,
     jit_with_varying,
     let_next_kernel_start,
     multiprocessor_count,
-    next_power_of_2,
     pdl_options,
     runs_triton,
     tl,
     wait_for_previous_kernel,
 )
 
-_BLOCK_KEYS = 32  # keys a program reads at a time
 _MAX_SPLITS = 32
-_MIN_DOT_SIZE = 16  # the smallest tile of a matrix product
 # Programs that start while the kernel ahead still runs are placed wherever it leaves room. Many of them would be spread
 # unevenly over the device, which costs more than the hidden launch.
 _MAX_DEPENDENT_SEQS = 4
-_BYTES_IN_FLIGHT = 1280  # of one key, summed over the blocks in flight: several programs then share a multiprocessor
 
 
 @jit_with_varying("num_prefix_splits")
@@ -87,47 +82,40 @@ def _paged_decode_kernel(
         return
     wait_for_previous_kernel(PDL)
 
-    group = tl.arange(0, BLOCK_GROUP)
-    dim = tl.arange(0, BLOCK_DIM)
-    head = kv_head * GROUP + group
-    group_mask = group < GROUP
-    dim_mask = dim < HEAD_DIM
-    query = tl.load(
-        query_ptr + seq * query_seq_stride + head[:, None] * query_head_stride + dim[None, :],
-        mask=group_mask[:, None] & dim_mask[None, :],
-        other=0.0,
-    )  # [BLOCK_GROUP, BLOCK_DIM]
-    key_base = key_ptr + kv_head * kv_head_stride
-    value_base = value_ptr + kv_head * kv_head_stride
-    table_ptr = block_tables_ptr + seq * block_table_stride
-
-    best, total, out = attend(
-        query,
-        key_base,
-        value_base,
-        table_ptr,
+    out, lse = attend_keys(
+        query_ptr,
+        key_ptr,
+        value_ptr,
+        block_tables_ptr,
+        kv_head,
+        seq,
         start,
         end,
-        context_len - WINDOW,
+        context_len,
         scale_log2,
+        query_seq_stride,
+        query_head_stride,
         page_stride,
         slot_stride,
+        kv_head_stride,
+        block_table_stride,
         BLOCK_SIZE=BLOCK_SIZE,
+        GROUP=GROUP,
+        BLOCK_GROUP=BLOCK_GROUP,
         HEAD_DIM=HEAD_DIM,
+        BLOCK_DIM=BLOCK_DIM,
         BLOCK_KEYS=BLOCK_KEYS,
-        HAS_WINDOW=WINDOW > 0,
+        WINDOW=WINDOW,
         PRECISION=PRECISION,
     )
-    out = out / total[:, None]
-    target = (seq * num_heads + head)[:, None] * HEAD_DIM + dim[None, :]
-    mask = group_mask[:, None] & dim_mask[None, :]
+    group = tl.arange(0, BLOCK_GROUP)
+    row = seq * num_heads + kv_head * GROUP + group
     if HAS_PARTIALS:
-        num_partials = num_prefix_splits + num_splits
-        partial = (seq * num_heads + head) * num_partials + num_prefix_splits + split
-        tl.store(partial_out_ptr + partial[:, None] * HEAD_DIM + dim[None, :], out, mask=mask)
-        tl.store(partial_lse_ptr + partial, best + tl.log2(total), mask=group_mask)
+        partial = row * (num_prefix_splits + num_splits) + num_prefix_splits + split
+        store_heads(partial_out_ptr, partial, out, GROUP, HEAD_DIM)
+        tl.store(partial_lse_ptr + partial, lse, mask=group < GROUP)
     else:
-        tl.store(out_ptr + target, out.to(out_ptr.dtype.element_ty), mask=mask)
+        store_heads(out_ptr, row, out, GROUP, HEAD_DIM)
 
 
 def paged_decode_reference(
@@ -154,7 +142,7 @@ def keys_read(max_context_len: int, window: int | None, block_keys: int) -> int:
 
 
 def choose_num_splits(
-    num_seqs: int, num_kv_heads: int, max_context_len: int, num_multiprocessors: int, programs_each: int = 4
+    num_seqs: int, num_kv_heads: int, max_context_len: int, num_multiprocessors: int, programs_each: int = PROGRAMS_EACH
 ) -> int:
     """Returns how many parts each context is split into. No tensor's values decide it: a captured graph fixes it.
 
@@ -164,12 +152,7 @@ def choose_num_splits(
     programs, filling = num_seqs * num_kv_heads, programs_each * num_multiprocessors
     if programs >= filling:
         return 1
-    return min(max(round(filling / programs), 2), -(-max_context_len // _BLOCK_KEYS), _MAX_SPLITS)
-
-
-def _num_stages(dtype: torch.dtype, block_dim: int) -> int:
-    """Returns the number of blocks of keys in flight."""
-    return max(2, min(5, _BYTES_IN_FLIGHT // (dtype.itemsize * block_dim)))
+    return min(max(round(filling / programs), 2), -(-max_context_len // BLOCK_KEYS), _MAX_SPLITS)
 
 
 def paged_decode(
@@ -206,7 +189,7 @@ def paged_decode(
         return balanced_decode(query, kv_cache, metadata, scale, out, window)
     processors = multiprocessor_count(query.device)
     if num_splits is None:
-        most_keys = keys_read(metadata.max_context_len, window, _BLOCK_KEYS)
+        most_keys = keys_read(metadata.max_context_len, window, BLOCK_KEYS)
         num_splits = choose_num_splits(num_seqs, num_kv_heads, most_keys, processors)
     if shared is None:
         prefix_splits = 0
@@ -215,55 +198,16 @@ def paged_decode(
     partials = empty_partials(out, num_splits, prefix_splits)
     if shared is not None:
         prefix_attention(query, kv_cache, metadata.block_tables, shared, partials, scale)
-    _launch(query, kv_cache, metadata, scale, out, partials, window)
-    merge_partials(partials, metadata, out, _BLOCK_KEYS, window)
-    return out
-
-
-def _launch(
-    query: torch.Tensor,
-    kv_cache: LayerKVCache,
-    metadata: DecodeMetadata,
-    scale: float,
-    out: torch.Tensor,
-    partials: Partials,
-    window: int | None,
-) -> None:
-    """Writes attention to each row's own keys into `partials`, or into `out` where there is one part."""
-    num_seqs, num_heads, head_dim = query.shape
-    _, block_size, num_kv_heads, _ = kv_cache.key.shape
-    group = num_heads // num_kv_heads
-    block_dim = max(next_power_of_2(head_dim), _MIN_DOT_SIZE)
-    shared = metadata.shared
-    _paged_decode_kernel[(num_kv_heads, partials.num_splits, num_seqs)](
-        query_ptr=query,
-        key_ptr=kv_cache.key,
-        value_ptr=kv_cache.value,
-        block_tables_ptr=metadata.block_tables,
-        context_lens_ptr=metadata.context_lens,
+    _paged_decode_kernel[(num_kv_heads, num_splits, num_seqs)](
         shared_lens_ptr=metadata.context_lens if shared is None else shared.lens,  # not read where nothing is shared
         out_ptr=out,
         partial_out_ptr=partials.out,
         partial_lse_ptr=partials.lse,
-        num_prefix_splits=partials.num_prefix_splits,
-        scale_log2=scale * LOG2_E,
-        query_seq_stride=query.stride(0),
-        query_head_stride=query.stride(1),
-        page_stride=kv_cache.key.stride(0),
-        slot_stride=kv_cache.key.stride(1),
-        kv_head_stride=kv_cache.key.stride(2),
-        block_table_stride=metadata.block_tables.stride(0),
-        BLOCK_SIZE=block_size,
+        num_prefix_splits=prefix_splits,
         HAS_SHARED=shared is not None,
         HAS_PARTIALS=partials.is_split,
-        GROUP=group,
-        BLOCK_GROUP=max(next_power_of_2(group), _MIN_DOT_SIZE),
-        HEAD_DIM=head_dim,
-        BLOCK_DIM=block_dim,
-        BLOCK_KEYS=_BLOCK_KEYS,
-        WINDOW=window or 0,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=2,
-        num_stages=_num_stages(query.dtype, block_dim),
+        **decode_arguments(query, kv_cache, metadata, scale, window),
         **pdl_options(query.device, num_seqs <= _MAX_DEPENDENT_SEQS),
     )
+    merge_partials(partials, metadata, out, BLOCK_KEYS, window)
+    return out

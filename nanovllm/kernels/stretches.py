@@ -15,11 +15,11 @@ captured graph fixes the number of programs alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
-from nanovllm.kernels.attention_inputs import DecodeMetadata
 from nanovllm.kernels.online_softmax import softmax_weights
 from nanovllm.kernels.partials import first_own_key
 from nanovllm.kernels.triton_support import (
@@ -42,16 +42,6 @@ _MAX_GROUP = 8
 _MIN_BLOCKS = constant(4)  # of a stretch: writing and reading a piece costs as much as a block or two
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """The outputs of the pieces of rows that have several."""
-
-    out: torch.Tensor  # [num_stretches + num_seqs, num_heads, head_dim] float32
-    lse: torch.Tensor  # [num_stretches + num_seqs, num_heads] float32, base-2 logarithms of the softmax's denominators
-    num_stretches: int
-    block_rows: int  # lengths that a program reads
-
-
 def suits_stretches(query: torch.Tensor, num_kv_heads: int, max_num_seqs: int) -> bool:
     """Returns whether stretches take less time than equally many parts of each row of query [num_seqs, heads, dims]."""
     num_seqs, num_heads, _ = query.shape
@@ -59,26 +49,14 @@ def suits_stretches(query: torch.Tensor, num_kv_heads: int, max_num_seqs: int) -
     return has_many and num_heads <= _MAX_GROUP * num_kv_heads
 
 
-def empty_pieces(out: torch.Tensor, num_stretches: int) -> Pieces:
-    """Allocates the pieces of out [num_seqs, num_heads, head_dim]."""
-    num_seqs, num_heads, head_dim = out.shape
-    num_pieces = num_stretches + num_seqs
-    return Pieces(
-        out=out.new_empty(num_pieces, num_heads, head_dim, dtype=torch.float32),
-        lse=out.new_empty(num_pieces, num_heads, dtype=torch.float32),
-        num_stretches=num_stretches,
-        block_rows=max(next_power_of_2(num_seqs), _BLOCK_ROWS),
-    )
-
-
 @jit
-def num_blocks(context_len: tl.tensor, WINDOW: tl.constexpr, BLOCK_KEYS: tl.constexpr) -> tl.tensor:
+def _num_blocks(context_len: tl.tensor, WINDOW: tl.constexpr, BLOCK_KEYS: tl.constexpr) -> tl.tensor:
     """Returns how many blocks of keys a row has: 0 for one without keys."""
     return tl.cdiv(context_len - first_own_key(context_len, context_len * 0, WINDOW, BLOCK_KEYS), BLOCK_KEYS)
 
 
 @jit
-def divide(
+def _divide(
     context_lens_ptr: tl.tensor,
     num_seqs: tl.tensor,
     num_stretches: tl.tensor,
@@ -88,20 +66,48 @@ def divide(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Returns (rows [BLOCK_ROWS], the blocks of each, the blocks of each stretch except the last)."""
     rows = tl.arange(0, BLOCK_ROWS)
-    blocks = num_blocks(tl.load(context_lens_ptr + rows, mask=rows < num_seqs, other=0), WINDOW, BLOCK_KEYS)
+    blocks = _num_blocks(tl.load(context_lens_ptr + rows, mask=rows < num_seqs, other=0), WINDOW, BLOCK_KEYS)
     return rows, blocks, tl.maximum(tl.cdiv(tl.sum(blocks, axis=0), num_stretches), _MIN_BLOCKS)
 
 
 @jit
-def first_piece(
-    blocks: tl.tensor, per_stretch: tl.tensor, stretch: tl.tensor
+def find_stretch(
+    context_lens_ptr: tl.tensor,
+    num_seqs: tl.tensor,
+    stretch: tl.tensor,
+    num_stretches: tl.tensor,
+    WINDOW: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Returns where a stretch begins: (row, blocks of it that lie in stretches before, blocks of the stretch)."""
+    _, blocks, per_stretch = _divide(context_lens_ptr, num_seqs, num_stretches, WINDOW, BLOCK_KEYS, BLOCK_ROWS)
     ends = tl.cumsum(blocks, axis=0)
     start = stretch * per_stretch
     row = tl.sum((ends <= start).to(tl.int32), axis=0)
     skipped = start - tl.max(tl.where(ends <= start, ends, 0), axis=0)
     return row, skipped, tl.minimum(per_stretch, tl.sum(blocks, axis=0) - start)
+
+
+@jit
+def find_piece(
+    context_lens_ptr: tl.tensor,
+    row: tl.tensor,
+    skipped: tl.tensor,
+    left: tl.tensor,
+    WINDOW: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Returns the piece of `row` after `skipped` blocks, in a stretch that has `left` more.
+
+    (the length of the row's context, the piece's first key, the key after its last, its blocks, whether it is the whole
+    row).
+    """
+    context_len = tl.load(context_lens_ptr + row)
+    start = first_own_key(context_len, context_len * 0, WINDOW, BLOCK_KEYS) + skipped * BLOCK_KEYS
+    row_blocks = _num_blocks(context_len, WINDOW, BLOCK_KEYS)
+    taken = tl.minimum(row_blocks - skipped, left)
+    return context_len, start, tl.minimum(start + taken * BLOCK_KEYS, context_len), taken, taken == row_blocks
 
 
 @jit_with_varying("num_seqs", "num_stretches")
@@ -126,7 +132,7 @@ def _merge_pieces_kernel(
     let_next_kernel_start(PDL)
     row = tl.program_id(1)
     num_heads = tl.num_programs(0) * GROUP
-    rows, blocks, per_stretch = divide(context_lens_ptr, num_seqs, num_stretches, WINDOW, BLOCK_KEYS, BLOCK_ROWS)
+    rows, blocks, per_stretch = _divide(context_lens_ptr, num_seqs, num_stretches, WINDOW, BLOCK_KEYS, BLOCK_ROWS)
     first = tl.sum(tl.where(rows < row, blocks, 0), axis=0) // per_stretch
     last = (tl.sum(tl.where(rows <= row, blocks, 0), axis=0) - 1) // per_stretch
     wait_for_previous_kernel(PDL)  # every program waits: the next kernel relies on it
@@ -157,26 +163,35 @@ def _merge_pieces_kernel(
     tl.store(target, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def merge_pieces(
-    pieces: Pieces, metadata: DecodeMetadata, out: torch.Tensor, num_kv_heads: int, block_keys: int, window: int | None
+def attend_stretches(
+    kernel: Any,
+    arguments: Mapping[str, Any],
+    out: torch.Tensor,
+    num_kv_heads: int,
+    num_stretches: int,
 ) -> None:
-    """Writes the rows of several pieces into out [num_seqs, num_heads, head_dim]."""
+    """Launches a kernel whose programs (kv head, stretch) attend to their stretches, and merges the pieces.
+
+    arguments: of the kernel, as `decode_arguments` or `fp8_arguments` returns them. out: [num_seqs, num_heads,
+    head_dim], contiguous; is written.
+    """
     num_seqs, num_heads, head_dim = out.shape
+    pieces = (num_stretches + num_seqs, num_heads)
+    of_both = {
+        **{name: arguments[name] for name in ("context_lens_ptr", "GROUP", "HEAD_DIM", "BLOCK_KEYS", "WINDOW")},
+        "out_ptr": out,
+        "piece_out_ptr": out.new_empty(*pieces, head_dim, dtype=torch.float32),
+        "piece_lse_ptr": out.new_empty(pieces, dtype=torch.float32),  # base-2 logarithms of softmax's denominators
+        "num_seqs": num_seqs,
+        "BLOCK_ROWS": max(next_power_of_2(num_seqs), _BLOCK_ROWS),
+    }
+    kernel[(num_kv_heads, num_stretches)](**{**arguments, **of_both})
     _merge_pieces_kernel[(num_kv_heads, num_seqs)](
-        piece_out_ptr=pieces.out,
-        piece_lse_ptr=pieces.lse,
-        context_lens_ptr=metadata.context_lens,
-        out_ptr=out,
-        num_seqs=num_seqs,
-        num_stretches=pieces.num_stretches,
-        BLOCK_ROWS=pieces.block_rows,
+        **of_both,
+        num_stretches=num_stretches,
         BLOCK_MERGED=_BLOCK_MERGED,
-        GROUP=num_heads // num_kv_heads,
         BLOCK_GROUP=next_power_of_2(num_heads // num_kv_heads),
-        HEAD_DIM=head_dim,
         BLOCK_DIM=max(next_power_of_2(head_dim), 16),
-        BLOCK_KEYS=block_keys,
-        WINDOW=window or 0,
         num_warps=1,
         **pdl_options(out.device),
     )

@@ -1,0 +1,119 @@
+"""The core of both decode kernels of a cache in the model's dtype: one group's queries and a stretch of one row's keys.
+
+For an FP8 cache: attend_keys_fp8.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
+from nanovllm.kernels.online_softmax import attend
+from nanovllm.kernels.triton_support import LOG2_E, jit, next_power_of_2, tl
+
+BLOCK_KEYS = 32  # keys a program reads at a time
+PROGRAMS_EACH = 4  # programs that keep a multiprocessor busy
+_MIN_DOT_SIZE = 16  # the smallest tile of a matrix product
+_BYTES_IN_FLIGHT = 1280  # of one key, summed over the blocks in flight: several programs then share a multiprocessor
+
+
+@jit
+def attend_keys(
+    query_ptr: tl.tensor,
+    key_ptr: tl.tensor,
+    value_ptr: tl.tensor,
+    block_tables_ptr: tl.tensor,
+    kv_head: tl.tensor,
+    seq: tl.tensor,
+    start: tl.tensor,
+    end: tl.tensor,
+    context_len: tl.tensor,
+    scale_log2: tl.tensor,
+    query_seq_stride: tl.tensor,
+    query_head_stride: tl.tensor,
+    page_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    kv_head_stride: tl.tensor,
+    block_table_stride: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Returns a row's attention to its keys at positions start … end, for the queries that share `kv_head`.
+
+    [BLOCK_GROUP, BLOCK_DIM] float32, and `lse` [BLOCK_GROUP] (see partials.py). seq: int64. `start` lies before `end`.
+    """
+    group = tl.arange(0, BLOCK_GROUP)
+    dim = tl.arange(0, BLOCK_DIM)
+    query = tl.load(
+        query_ptr + seq * query_seq_stride + (kv_head * GROUP + group)[:, None] * query_head_stride + dim[None, :],
+        mask=(group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :],
+        other=0.0,
+    )  # [BLOCK_GROUP, BLOCK_DIM]
+    best, total, out = attend(
+        query,
+        key_ptr + kv_head * kv_head_stride,
+        value_ptr + kv_head * kv_head_stride,
+        block_tables_ptr + seq * block_table_stride,
+        start,
+        end,
+        context_len - WINDOW,
+        scale_log2,
+        page_stride,
+        slot_stride,
+        BLOCK_SIZE=BLOCK_SIZE,
+        HEAD_DIM=HEAD_DIM,
+        BLOCK_KEYS=BLOCK_KEYS,
+        HAS_WINDOW=WINDOW > 0,
+        PRECISION=PRECISION,
+    )
+    return out / total[:, None], best + tl.log2(total)
+
+
+@jit
+def store_heads(ptr: tl.tensor, row: tl.tensor, out: tl.tensor, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr) -> None:
+    """Stores the first GROUP rows of out [BLOCK_GROUP, BLOCK_DIM] as rows `row` [BLOCK_GROUP]."""
+    dim = tl.arange(0, out.shape[1])
+    mask = (tl.arange(0, out.shape[0]) < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
+    tl.store(ptr + row[:, None] * HEAD_DIM + dim[None, :], out.to(ptr.dtype.element_ty), mask=mask)
+
+
+def decode_arguments(
+    query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float, window: int | None
+) -> dict[str, Any]:
+    """Returns the arguments and options of a launch that both kernels have. query [num_seqs, num_heads, head_dim]."""
+    num_heads, head_dim = query.shape[1:]
+    _, block_size, num_kv_heads, _ = kv_cache.key.shape
+    group = num_heads // num_kv_heads
+    block_dim = max(next_power_of_2(head_dim), _MIN_DOT_SIZE)
+    return {
+        "query_ptr": query,
+        "key_ptr": kv_cache.key,
+        "value_ptr": kv_cache.value,
+        "block_tables_ptr": metadata.block_tables,
+        "context_lens_ptr": metadata.context_lens,
+        "scale_log2": scale * LOG2_E,
+        "query_seq_stride": query.stride(0),
+        "query_head_stride": query.stride(1),
+        "page_stride": kv_cache.key.stride(0),
+        "slot_stride": kv_cache.key.stride(1),
+        "kv_head_stride": kv_cache.key.stride(2),
+        "block_table_stride": metadata.block_tables.stride(0),
+        "BLOCK_SIZE": block_size,
+        "GROUP": group,
+        "BLOCK_GROUP": max(next_power_of_2(group), _MIN_DOT_SIZE),
+        "HEAD_DIM": head_dim,
+        "BLOCK_DIM": block_dim,
+        "BLOCK_KEYS": BLOCK_KEYS,
+        "WINDOW": window or 0,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+        "num_warps": 2,
+        "num_stages": max(2, min(5, _BYTES_IN_FLIGHT // (query.itemsize * block_dim))),  # blocks of keys in flight
+    }
