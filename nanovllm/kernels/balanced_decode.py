@@ -46,7 +46,7 @@ def _balanced_decode_kernel(
     kv_head = tl.program_id(0)
     stretch = tl.program_id(1)
     num_heads = tl.num_programs(0) * GROUP
-    row, skipped, left = find_stretch(
+    row, skipped, left, _ = find_stretch(
         context_lens_ptr, num_seqs, stretch, tl.num_programs(1), WINDOW, BLOCK_KEYS, BLOCK_ROWS
     )
     while left > 0:  # blocks

@@ -56,21 +56,6 @@ def _num_blocks(context_len: tl.tensor, WINDOW: tl.constexpr, BLOCK_KEYS: tl.con
 
 
 @jit
-def _divide(
-    context_lens_ptr: tl.tensor,
-    num_seqs: tl.tensor,
-    num_stretches: tl.tensor,
-    WINDOW: tl.constexpr,
-    BLOCK_KEYS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Returns (rows [BLOCK_ROWS], the blocks of each, the blocks of each stretch except the last)."""
-    rows = tl.arange(0, BLOCK_ROWS)
-    blocks = _num_blocks(tl.load(context_lens_ptr + rows, mask=rows < num_seqs, other=0), WINDOW, BLOCK_KEYS)
-    return rows, blocks, tl.maximum(tl.cdiv(tl.sum(blocks, axis=0), num_stretches), _MIN_BLOCKS)
-
-
-@jit
 def find_stretch(
     context_lens_ptr: tl.tensor,
     num_seqs: tl.tensor,
@@ -79,14 +64,21 @@ def find_stretch(
     WINDOW: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Returns where a stretch begins: (row, blocks of it that lie in stretches before, blocks of the stretch)."""
-    _, blocks, per_stretch = _divide(context_lens_ptr, num_seqs, num_stretches, WINDOW, BLOCK_KEYS, BLOCK_ROWS)
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Returns where a stretch begins, and how long it is.
+
+    (the row, blocks of it that lie in stretches before, blocks of the stretch: none or less behind the last key, blocks
+    of every stretch before it).
+    """
+    rows = tl.arange(0, BLOCK_ROWS)
+    blocks = _num_blocks(tl.load(context_lens_ptr + rows, mask=rows < num_seqs, other=0), WINDOW, BLOCK_KEYS)
+    total = tl.sum(blocks, axis=0)
+    per_stretch = tl.maximum(tl.cdiv(total, num_stretches), _MIN_BLOCKS)
     ends = tl.cumsum(blocks, axis=0)
     start = stretch * per_stretch
     row = tl.sum((ends <= start).to(tl.int32), axis=0)
     skipped = start - tl.max(tl.where(ends <= start, ends, 0), axis=0)
-    return row, skipped, tl.minimum(per_stretch, tl.sum(blocks, axis=0) - start)
+    return row, skipped, tl.minimum(per_stretch, total - start), per_stretch
 
 
 @jit
@@ -110,14 +102,13 @@ def find_piece(
     return context_len, start, tl.minimum(start + taken * BLOCK_KEYS, context_len), taken, taken == row_blocks
 
 
-@jit_with_varying("num_seqs", "num_stretches")
+@jit_with_varying("num_seqs")
 def _merge_pieces_kernel(
     piece_out_ptr: tl.tensor,
     piece_lse_ptr: tl.tensor,
     context_lens_ptr: tl.tensor,
     out_ptr: tl.tensor,
     num_seqs: tl.tensor,
-    num_stretches: tl.tensor,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_MERGED: tl.constexpr,
     GROUP: tl.constexpr,
@@ -128,16 +119,23 @@ def _merge_pieces_kernel(
     WINDOW: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Program (kv head, row): the pieces of a row that has several, weighted by their softmax's denominators."""
+    """Program (kv head, stretch): the pieces of the row that began before the stretch and ends in it, if there is one.
+
+    They are weighted by their softmax's denominators.
+    """
     let_next_kernel_start(PDL)
-    row = tl.program_id(1)
+    last = tl.program_id(1)
     num_heads = tl.num_programs(0) * GROUP
-    rows, blocks, per_stretch = _divide(context_lens_ptr, num_seqs, num_stretches, WINDOW, BLOCK_KEYS, BLOCK_ROWS)
-    first = tl.sum(tl.where(rows < row, blocks, 0), axis=0) // per_stretch
-    last = (tl.sum(tl.where(rows <= row, blocks, 0), axis=0) - 1) // per_stretch
+    row, skipped, left, per_stretch = find_stretch(
+        context_lens_ptr, num_seqs, last, tl.num_programs(1), WINDOW, BLOCK_KEYS, BLOCK_ROWS
+    )
+    is_within_row = (left > 0) & (skipped > 0)
+    context_len = tl.load(context_lens_ptr + row, mask=is_within_row, other=0)
+    ends_here = skipped + left >= _num_blocks(context_len, WINDOW, BLOCK_KEYS)
     wait_for_previous_kernel(PDL)  # every program waits: the next kernel relies on it
-    if first >= last:
+    if not (is_within_row & ends_here):
         return
+    first = last - tl.cdiv(skipped, per_stretch)
     group = tl.arange(0, BLOCK_GROUP)
     dim = tl.arange(0, BLOCK_DIM)
     head = tl.program_id(0) * GROUP + group
@@ -186,9 +184,8 @@ def attend_stretches(
         "BLOCK_ROWS": max(next_power_of_2(num_seqs), _BLOCK_ROWS),
     }
     kernel[(num_kv_heads, num_stretches)](**{**arguments, **of_both})
-    _merge_pieces_kernel[(num_kv_heads, num_seqs)](
+    _merge_pieces_kernel[(num_kv_heads, num_stretches)](
         **of_both,
-        num_stretches=num_stretches,
         BLOCK_MERGED=_BLOCK_MERGED,
         BLOCK_GROUP=next_power_of_2(num_heads // num_kv_heads),
         BLOCK_DIM=max(next_power_of_2(head_dim), 16),
