@@ -10,6 +10,7 @@ A call with a hundred thousand prompts has its first output long before the last
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 
 from nanovllm.engine.llm_engine import LLMEngine
@@ -18,6 +19,8 @@ from nanovllm.engine.turns import Call
 from nanovllm.errors import InvalidArgumentError
 from nanovllm.outputs import RequestOutput, failed_output
 from nanovllm.requests.batch_arguments import Params, Prompts, params_for_each
+
+_PORTIONS = 16  # in which the prompts of a later step are queued: each takes less time than a step
 
 
 class Feed:
@@ -33,22 +36,28 @@ class Feed:
         self.num_left, self.names = len(prompts), [f"generate-{next(numbers)}" for _ in prompts]
         self._engine, self._call, self._arrival = engine, call, engine.clock()
         self._requests = zip(self.names, prompts, params_for_each(sampling_params, len(prompts)), strict=True)
-        self._waiting: list[Sequence] = []  # of what is queued
+        self._waiting: deque[Sequence] = deque()  # of what is queued
+        self._num_waiting_tokens = 0
         # Prompts of two steps: then each step can be full. More would only delay the first one.
         self._enough = 2 * engine.resolved.max_num_batched_tokens
+        self._portion = engine.resolved.max_num_batched_tokens // _PORTIONS
         self._first_error: InvalidArgumentError | None = None
 
     def advance(self) -> list[RequestOutput]:
-        """Queues prompts until enough of this call wait for the next steps. Returns the outputs of the refused ones.
+        """Queues prompts of this call: as many as the next step takes, and a portion of those of the step after it.
 
-        Raises the first error if all prompts of the call are refused.
+        Returns the outputs of the refused ones. Raises the first error if all prompts of the call are refused.
         """
         engine, call = self._engine, self._call
         refused: list[RequestOutput] = []
-        self._waiting = [sequence for sequence in self._waiting if sequence.status is SequenceStatus.WAITING]
-        if self.num_left and call.num_prompt_tokens and not self._waiting:  # steps take more: prefixes are cached
+        waiting = self._waiting
+        while waiting and waiting[0].status is not SequenceStatus.WAITING:
+            self._num_waiting_tokens -= waiting.popleft().num_prompt_tokens
+        is_first = not call.num_prompt_tokens
+        if not waiting and not is_first:  # steps take more: prefixes are cached
             self._enough *= 2
-        room = self._enough - sum(sequence.num_prompt_tokens for sequence in self._waiting)
+        missing = self._enough - self._num_waiting_tokens
+        room = missing if is_first else max(missing - self._enough // 2, min(missing, self._portion))
         while self.num_left and room > 0:
             request_id, prompt, params = next(self._requests)
             self.num_left -= 1
@@ -64,7 +73,8 @@ class Feed:
             call.num_prompt_tokens += len(request.token_ids)
             call.request_ids[request_id] = None  # before it is queued, so that Ctrl-C leaves no request without a call
             sequences = engine.enqueue(request_id, request, self._arrival)
-            self._waiting.append(sequences[0])
+            waiting.append(sequences[0])
+            self._num_waiting_tokens += len(request.token_ids)
             room -= len(request.token_ids)
             call.queued(request_id, sequences)
         if self._first_error is not None and not self.num_left and not call.num_prompt_tokens:
