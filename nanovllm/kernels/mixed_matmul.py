@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from nanovllm.kernels.add_splits import add_splits, finishing_arguments
-from nanovllm.kernels.int4_matmul_load import load_activations, load_weights
-from nanovllm.kernels.int4_matmul_multiply import multiply
 from nanovllm.kernels.int4_packing import BLOCK_SIZE, PLANE_SIZE
+from nanovllm.kernels.mixed_matmul_load import load_activations, load_weights
+from nanovllm.kernels.mixed_matmul_multiply import multiply
 from nanovllm.kernels.triton_support import (
     HAS_GLUON,
     TensorDescriptor,
@@ -59,7 +59,7 @@ _OF_SPLITS = {"x_scale_ptr", "scale_ptr", "out_ptr", "HAS_SCALE", "HAS_X_SCALE",
 
 
 @gluon_jit("residual_stride", "num_tokens", "num_token_tiles", "num_units")
-def _int4_matmul_kernel(
+def _mixed_matmul_kernel(
     x_desc: tma.tensor_descriptor,
     weight_desc: tma.tensor_descriptor,
     scale_desc: tma.tensor_descriptor,
@@ -151,7 +151,7 @@ def _int4_matmul_kernel(
 
 
 @dataclass(frozen=True)
-class Int4Tile:
+class MixedTile:
     """tokens: of a unit of work. blocks: of 128 inputs in a stage. splits: of the inputs."""
 
     tokens: int
@@ -188,10 +188,10 @@ def _describe_scales(scale: torch.Tensor, groups: int, gated: bool) -> TensorDes
     return TensorDescriptor(scale, shape, strides, box, _swizzle(0, 32, 4))
 
 
-def suits_int4_matmul(
+def suits_mixed_matmul(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *, group_size: int, gated: bool
 ) -> bool:
-    """Returns whether `int4_matmul` can multiply x [num_tokens, inputs] here; zeros are laid out as scale is."""
+    """Returns whether `mixed_matmul` can multiply x [num_tokens, inputs] here; zeros are laid out as scale is."""
     return (
         HAS_GLUON
         and x.is_cuda
@@ -207,7 +207,7 @@ def suits_int4_matmul(
     )
 
 
-def choose_int4_tile(
+def choose_mixed_tile(
     num_tokens: int,
     rows: int,
     input_size: int,
@@ -215,7 +215,7 @@ def choose_int4_tile(
     group_size: int,
     num_programs: int,
     memory: int,
-) -> Int4Tile:
+) -> MixedTile:
     """Returns the tile that should be fastest for a weight of `rows` rows, by an estimate.
 
     num_programs: that run at the same time; memory: bytes that one may use.
@@ -237,10 +237,10 @@ def choose_int4_tile(
         if splits > 1:
             time += _SPLIT_TIME + splits * num_tokens * rows * _SUM_TIME
         best = min(best, (splits, time), key=lambda choice: choice[1])
-    return Int4Tile(tokens, blocks, stages, best[0])
+    return MixedTile(tokens, blocks, stages, best[0])
 
 
-def int4_matmul(
+def mixed_matmul(
     x: torch.Tensor,
     weight: torch.Tensor,
     scale: torch.Tensor,
@@ -250,19 +250,19 @@ def int4_matmul(
     group_size: int,
     gated: bool = False,
     residual: torch.Tensor | None = None,
-    tile: Int4Tile | None = None,
+    tile: MixedTile | None = None,
 ) -> torch.Tensor:
     """Returns act(x · weightᵀ + bias) + residual: [num_tokens, outputs or half as many], of x's dtype.
 
     x [num_tokens, inputs] bf16 or fp16; weight [outputs, words] of `pack_int4`; scale and zeros [outputs, groups]
-    float32, transposed in memory. Needs `suits_int4_matmul`. tile: that of `choose_int4_tile`, if none is given.
+    float32, transposed in memory. Needs `suits_mixed_matmul`. tile: that of `choose_mixed_tile`, if none is given.
     """
     num_tokens, input_size = x.shape
     output_size = weight.shape[0] // (1 + gated)
     out = torch.empty(num_tokens, output_size, dtype=x.dtype, device=x.device)  # [num_tokens, output_size]
     if num_tokens == 0:
         return out
-    tile = tile or choose_int4_tile(
+    tile = tile or choose_mixed_tile(
         num_tokens,
         weight.shape[0],
         input_size,
@@ -289,7 +289,7 @@ def _launch(
     scale: torch.Tensor,
     zeros: torch.Tensor | None,
     group_size: int,
-    tile: Int4Tile,
+    tile: MixedTile,
     finishing: dict[str, Any],
 ) -> None:
     gated: bool = finishing["IS_GATED"]
@@ -297,7 +297,7 @@ def _launch(
     token_tiles = -(-len(x) // tile.tokens)
     num_units = token_tiles * -(-len(weight) // _ROWS) * tile.splits
     scale_desc = _describe_scales(scale, groups, gated)
-    _int4_matmul_kernel[(min(num_units, multiprocessor_count(x.device)),)](
+    _mixed_matmul_kernel[(min(num_units, multiprocessor_count(x.device)),)](
         x_desc=TensorDescriptor(x, [*x.shape], [*x.stride()], [tile.tokens, _COLUMNS], _swizzle(128, 16, 2)),
         weight_desc=_describe_weight(weight, tile.blocks * PLANE_SIZE, gated),
         scale_desc=scale_desc,

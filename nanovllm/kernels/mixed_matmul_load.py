@@ -1,4 +1,4 @@
-"""The loading warps of int4_matmul.py: one copies weights and their scales, the other activations.
+"""The loading warps of mixed_matmul.py: one copies weights and their scales, the other activations.
 
 Weights are never written while a step runs, so their warp begins at once, and the first stages are full when the
 kernel ahead ends. Activations are that kernel's work: their warp waits for it first.

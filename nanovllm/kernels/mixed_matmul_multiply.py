@@ -1,4 +1,4 @@
-"""The computing warpgroups of int4_matmul.py: convert weights, multiply them with activations, finish and store sums.
+"""The computing warpgroups of mixed_matmul.py: convert weights, multiply them with activations, finish and store sums.
 
 Weights are multiplied without their scales, and the sum of each group is scaled before it is added to the sum of all.
 That leaves one subtraction for two weights.
@@ -6,7 +6,6 @@ That leaves one subtraction for two weights.
 
 from __future__ import annotations
 
-from nanovllm.kernels.int4_matmul_load import find_unit
 from nanovllm.kernels.int4_packing import (
     BLOCK_SIZE,
     NUM_PLANES,
@@ -15,6 +14,7 @@ from nanovllm.kernels.int4_packing import (
     TWO_LARGE_FP16,
     unpacking,
 )
+from nanovllm.kernels.mixed_matmul_load import find_unit
 from nanovllm.kernels.triton_support import (
     constant,
     gdc_wait,

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from nanovllm.kernels import int4_matmul_multiply
+from nanovllm.kernels import mixed_matmul_multiply
 from nanovllm.kernels.add_splits import finishing_arguments
-from nanovllm.kernels.int4_matmul import Int4Tile, choose_int4_tile, int4_matmul, suits_int4_matmul
 from nanovllm.kernels.int4_packing import pack_int4
+from nanovllm.kernels.mixed_matmul import MixedTile, choose_mixed_tile, mixed_matmul, suits_mixed_matmul
 from nanovllm.kernels.rms_norm import rms_norm
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.gluon_emulator.machine import machine
@@ -33,8 +33,8 @@ def unpacked(dtype: torch.dtype) -> Callable[..., tuple[torch.Tensor, ...]]:
 
 
 ASSEMBLY = {
-    int4_matmul_multiply._UNPACK_BF16.value: unpacked(torch.bfloat16),
-    int4_matmul_multiply._UNPACK_FP16.value: unpacked(torch.float16),
+    mixed_matmul_multiply._UNPACK_BF16.value: unpacked(torch.bfloat16),
+    mixed_matmul_multiply._UNPACK_FP16.value: unpacked(torch.float16),
 }
 
 
@@ -51,9 +51,9 @@ def sum_splits(finishing: dict[str, Any]) -> None:
 
 
 def emulated(seed: int, programs: int, **replacements: Any) -> Callable[..., torch.Tensor]:
-    """`int4_matmul` on a GPU of so many multiprocessors, in the emulator."""
+    """`mixed_matmul` on a GPU of so many multiprocessors, in the emulator."""
     return emulate(
-        int4_matmul,
+        mixed_matmul,
         seed,
         assembly=ASSEMBLY,
         add_splits=sum_splits,
@@ -71,7 +71,7 @@ def new_memory_is_nan() -> Iterator[None]:
 
 
 def problem(generator, num_tokens, input_size, outputs, dtype, *, group_size=128, zeros=True, gated=False, full=True):
-    """Returns (arguments of `int4_matmul`, the result in float64)."""
+    """Returns (arguments of `mixed_matmul`, the result in float64)."""
     rows = outputs * (1 + gated)
     # x is a part of a larger tensor whose rest is NaN.
     around = torch.full((num_tokens + 3, input_size + 64), torch.nan, dtype=dtype)
@@ -102,7 +102,7 @@ def check(generator, num_tokens, input_size, outputs, dtype, tile, seed=0, progr
 @pytest.mark.parametrize("gated", [False, True])
 def test_numbers_of_tokens(generator, num_tokens, gated):
     """With the tile that is chosen for them, and another one."""
-    for tile in (None, Int4Tile(32, 1, 3)):
+    for tile in (None, MixedTile(32, 1, 3)):
         check(generator, num_tokens, 256, 72, torch.bfloat16, tile, seed=num_tokens, gated=gated)
 
 
@@ -115,7 +115,7 @@ def test_numbers_of_tokens(generator, num_tokens, gated):
 @pytest.mark.parametrize("gated", [False, True])
 def test_groups(generator, dtype, group_size, blocks, zeros, gated):
     parts = {"group_size": group_size, "zeros": zeros, "gated": gated}
-    check(generator, 19, 640, 72, dtype, Int4Tile(16, blocks, 3), seed=group_size, **parts)
+    check(generator, 19, 640, 72, dtype, MixedTile(16, blocks, 3), seed=group_size, **parts)
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -123,7 +123,7 @@ def test_groups(generator, dtype, group_size, blocks, zeros, gated):
 @pytest.mark.parametrize("splits", [2, 3, 4])
 def test_splits(generator, full, gated, splits):
     """Of five blocks of inputs: the last split has fewer, or none."""
-    check(generator, 18, 640, 136, torch.float16, Int4Tile(16, 1, 2, splits), seed=splits, gated=gated, full=full)
+    check(generator, 18, 640, 136, torch.float16, MixedTile(16, 1, 2, splits), seed=splits, gated=gated, full=full)
 
 
 @pytest.mark.parametrize("input_size", [32, 160, 400, 1024])
@@ -131,19 +131,19 @@ def test_splits(generator, full, gated, splits):
 def test_inputs_and_outputs_that_do_not_fill_tiles(generator, input_size, outputs):
     for gated in (False, True):
         parts = {"group_size": 32, "gated": gated}
-        check(generator, 3, input_size, outputs, torch.bfloat16, Int4Tile(16, 1, 4), seed=outputs, **parts)
+        check(generator, 3, input_size, outputs, torch.bfloat16, MixedTile(16, 1, 4), seed=outputs, **parts)
         parts["group_size"] = 128
-        check(generator, 3, input_size, outputs, torch.bfloat16, Int4Tile(16, 2, 4), seed=outputs, **parts)
+        check(generator, 3, input_size, outputs, torch.bfloat16, MixedTile(16, 2, 4), seed=outputs, **parts)
 
 
 def test_rows_of_whole_multiples_of_four_do(generator):
-    check(generator, 5, 256, 68, torch.bfloat16, Int4Tile(16, 2, 2))
+    check(generator, 5, 256, 68, torch.bfloat16, MixedTile(16, 2, 2))
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("programs", [1, 5])
 def test_warps_take_turns_in_any_order(generator, seed, programs):
-    check(generator, 40, 1024, 200, torch.bfloat16, Int4Tile(16, 2, 2, 2), seed=seed, programs=programs)
+    check(generator, 40, 1024, 200, torch.bfloat16, MixedTile(16, 2, 2, 2), seed=seed, programs=programs)
 
 
 def test_a_row_does_not_depend_on_its_neighbours(generator):
@@ -181,7 +181,7 @@ def test_all_that_touch_what_other_kernels_do_wait_for_the_kernel_ahead(generato
         gdc_launch_dependents=lambda: None,
         gdc_wait=wait_for_previous_kernel,
     )
-    check_close(product(*given, **arguments, tile=Int4Tile(16, 2, 2, splits)), expected, torch.bfloat16)
+    check_close(product(*given, **arguments, tile=MixedTile(16, 2, 2, splits)), expected, torch.bfloat16)
     assert waiting == {"partition 0 (multiply)", "partition 1 (multiply)", "partition 2 (load_activations)"}
 
 
@@ -195,7 +195,7 @@ def test_no_tokens_give_no_rows(generator):
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 def test_chosen_tiles_fit_in_shared_memory_and_registers(num_tokens, rows, input_size, group_size):
     memory = 227 << 10
-    tile = choose_int4_tile(num_tokens, rows, input_size, group_size=group_size, num_programs=132, memory=memory)
+    tile = choose_mixed_tile(num_tokens, rows, input_size, group_size=group_size, num_programs=132, memory=memory)
     groups = 128 // group_size
     scales = 2 * groups * 128 * 4
     assert tile.stages >= 4
@@ -229,10 +229,10 @@ def test_a_layer_on_a_gpu(generator, dtype, group_size, zeros, gated):
     parts = {"group_size": group_size, "zeros": zeros, "gated": gated}
     given, arguments, expected = problem(generator, 1024, 4096, 1032, dtype, **parts)
     given, arguments = on_gpu(given, arguments)
-    assert suits_int4_matmul(*given, group_size=group_size, gated=gated)
+    assert suits_mixed_matmul(*given, group_size=group_size, gated=gated)
     x, residual = given[0], arguments.pop("residual")
     for num_tokens in (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 256, 511, 1024):
-        got = int4_matmul(x[:num_tokens], *given[1:], **arguments, residual=residual[:num_tokens])
+        got = mixed_matmul(x[:num_tokens], *given[1:], **arguments, residual=residual[:num_tokens])
         check_close(got.cpu(), expected[:num_tokens], dtype)
 
 
@@ -252,10 +252,10 @@ def test_layers_in_a_graph_on_a_gpu(generator, num_tokens):
         hidden = x
         for _ in range(12):
             normed = rms_norm(hidden, norm, 1e-6)
-            between = int4_matmul(normed, *up, **up_arguments)
+            between = mixed_matmul(normed, *up, **up_arguments)
             if apart:
                 torch.cuda.synchronize()
-            hidden = int4_matmul(between, *down, **down_arguments | {"residual": hidden})
+            hidden = mixed_matmul(between, *down, **down_arguments | {"residual": hidden})
             if apart:
                 torch.cuda.synchronize()
         return hidden
