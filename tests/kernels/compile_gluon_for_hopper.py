@@ -43,13 +43,18 @@ def compile_mixed_matmul(
 ) -> None:
     """With the tile that is chosen, but for the number of splits. Bias and residual follow a product without splits."""
     input_size, outputs = 2048, 256
-    scale = torch.empty(input_size // group_size, outputs).T
     tile = mixed_matmul.choose_mixed_tile(
         num_tokens, outputs, input_size, group_size=group_size, num_programs=132, memory=227 << 10
     )
+    if group_size:
+        weight = torch.empty(outputs, input_size // 4, dtype=torch.int16)
+        scale = torch.empty(input_size // group_size, outputs).T
+    else:
+        weight = torch.empty(outputs, input_size, dtype=torch.int8)
+        scale = torch.empty(outputs, 1)
     mixed_matmul.mixed_matmul(
         torch.empty(num_tokens, input_size, dtype=dtype),
-        torch.empty(outputs, input_size // 4, dtype=torch.int16),
+        weight,
         scale,
         torch.empty(outputs, dtype=dtype),
         zeros=scale if has_zeros else None,
@@ -72,6 +77,9 @@ CASES = [
     (compile_mixed_matmul, (torch.float16, 128, 64, True, False, 1)),
     (compile_mixed_matmul, (torch.bfloat16, 64, 32, True, True, 2)),
     (compile_mixed_matmul, (torch.bfloat16, 128, 2048, False, False, 1)),
+    (compile_mixed_matmul, (torch.bfloat16, 16, 0, False, False, 2)),
+    (compile_mixed_matmul, (torch.float16, 64, 0, False, False, 1)),
+    (compile_mixed_matmul, (torch.bfloat16, 128, 0, False, True, 1)),
 ]
 
 
