@@ -46,9 +46,11 @@ _MAX_SPLITS = 8
 _RESERVED_MEMORY = 2048  # bytes, for barriers and alignment
 # Microseconds, estimated: a block of 128 · 128 INT4 weights at a program's share of the bandwidth, and its product with
 # each token; another launch, and a sum that is written and read. Gate and up of Qwen3-8B take 0.28 and 0.004 for the
-# first two on an H200, with which the same tiles are chosen for that model. INT8 has twice the bytes.
+# first two on an H200, with which the same tiles are chosen for that model. A block of INT8 is converted faster than
+# all programs' share of the bandwidth brings it, so fewer programs may read as much.
 _BLOCK_TIME = 0.25
-_INT8_BLOCK_TIME = 0.5
+_INT8_BLOCK_TIME = 0.35
+_INT8_READ_TIME = 0.5
 _TOKEN_TIME = 0.003
 _SPLIT_TIME = 2.5
 _SUM_TIME = 2.7e-6
@@ -244,6 +246,8 @@ def choose_mixed_tile(
         splits = -(-num_blocks // blocks_a_split)
         rounds = -(-tiles * splits // num_programs)
         time = rounds * blocks_a_split * blocks * (block_time + tokens * _TOKEN_TIME)
+        if not groups:
+            time = max(time, -(-rows // _ROWS) * num_blocks * _INT8_READ_TIME / num_programs)
         if splits > 1:
             time += _SPLIT_TIME + splits * num_tokens * rows * _SUM_TIME
         best = min(best, (splits, time), key=lambda choice: choice[1])
