@@ -175,7 +175,7 @@ def test_int8(generator, dtype, has_one_scale, gated, splits):
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)
-def test_every_int8_is_exact(generator, dtype):
+def test_every_int8_is_exact(dtype):
     weight = torch.arange(-128, 128, dtype=torch.int8).repeat(16, 1)
     product = emulated(0, 1)(torch.eye(256, dtype=dtype), weight, torch.ones(1, 1))
     assert torch.equal(product.T, weight.to(dtype))
@@ -309,6 +309,15 @@ def test_a_layer_on_a_gpu(generator, dtype, parts, gated):
     for num_tokens in (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 256, 511, 1024):
         got = mixed_matmul(x[:num_tokens], *given[1:], **arguments, residual=residual[:num_tokens])
         check_close(got.cpu(), expected[:num_tokens], dtype)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_every_int8_is_exact_on_a_gpu(dtype):
+    weight = torch.arange(-128, 128, dtype=torch.int8, device="cuda").repeat(16, 1)
+    product = mixed_matmul(torch.eye(256, dtype=dtype, device="cuda"), weight, torch.ones(1, 1, device="cuda"))
+    assert torch.equal(product.T, weight.to(dtype))
 
 
 @pytest.mark.gpu
