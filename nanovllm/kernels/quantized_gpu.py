@@ -3,7 +3,7 @@
 - One token, FP8 and INT8: `skinny_linear` converts the weight in registers.
 - More tokens: `quantize_rows` brings activations to 8 bits, with the norm folded in, and `quantized_matmul` multiplies.
 - INT4, and INT8 with 16-bit activations: with few tokens, `int4_skinny_linear` or `skinny_linear`; with some,
-  `quantized_matmul` converts the weight block by block, or on Hopper GPUs `int4_matmul`; with many, the weight is
+  `mixed_matmul` on Hopper GPUs, or `quantized_matmul`, converts the weight block by block; with many, the weight is
   converted once, for the BLAS.
 """
 
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from nanovllm.kernels.dequantize_weight import dequantize_weight
-from nanovllm.kernels.int4_matmul import int4_matmul, suits_int4_matmul
 from nanovllm.kernels.int4_skinny_linear import int4_skinny_linear, suits_int4_skinny_linear
+from nanovllm.kernels.mixed_matmul import mixed_matmul, suits_mixed_matmul
 from nanovllm.kernels.quantize_rows import GROUP_SIZE, quantize_rows
 from nanovllm.kernels.quantized_matmul import Tile, quantized_matmul
 from nanovllm.kernels.rms_norm import rms_norm
@@ -30,6 +30,7 @@ _MAX_ROW = 32768
 _TORCH_SCALES_BLOCKS = torch.version.cuda is not None and tuple(map(int, torch.version.cuda.split("."))) >= (12, 9)
 # With more, the BLAS gains more than one conversion of the whole weight costs.
 _MAX_INT8_TOKENS = 128
+_MAX_HOPPER_INT8_TOKENS = 256
 _MAX_INT4_TOKENS = 256
 _MAX_HOPPER_INT4_TOKENS = 1536
 _MAX_BLOCK_TOKENS = 64  # with more, or here if gated, torch's product with block scales is faster
@@ -155,8 +156,11 @@ def int8_product(
         return skinny_linear(
             hidden, weight, bias, scale=scale, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
         )
+    has_some = len(hidden) <= _MAX_HOPPER_INT8_TOKENS
     if quantize_input:
         x, x_scale = quantize_rows(hidden, weight.dtype, norm_weight=norm_weight, eps=eps)
+    elif has_some and suits_mixed_matmul(hidden, weight, scale, gated=gated):
+        return mixed_matmul(_normed(hidden, norm_weight, eps), weight, scale, bias, gated=gated, residual=residual)
     elif len(hidden) > _MAX_INT8_TOKENS:
         dense = dequantize_weight(weight, scale, hidden.dtype, input_size=hidden.shape[1])
         return _dense_product(hidden, dense, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
@@ -203,8 +207,8 @@ def int4_product(
             residual=residual,
         )
     has_some = len(hidden) <= _MAX_HOPPER_INT4_TOKENS
-    if has_some and suits_int4_matmul(hidden, weight, scale, group_size=group_size, gated=gated):
-        return int4_matmul(
+    if has_some and suits_mixed_matmul(hidden, weight, scale, group_size=group_size, gated=gated):
+        return mixed_matmul(
             _normed(hidden, norm_weight, eps),
             weight,
             scale,

@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.runtime import driver
 
-from nanovllm.kernels import add_splits, int4_matmul, paged_prefill_hopper
+from nanovllm.kernels import add_splits, mixed_matmul, paged_prefill_hopper
 from nanovllm.kernels.attention_inputs import LayerKVCache, PrefillMetadata
 from nanovllm.kernels.triton_support import HAS_GLUON
 from tests.kernels.hopper_driver import HopperDriver
@@ -38,18 +38,23 @@ def compile_paged_prefill(dtype: torch.dtype, head_dim: int, window: int | None)
     )
 
 
-def compile_int4_matmul(
+def compile_mixed_matmul(
     dtype: torch.dtype, num_tokens: int, group_size: int, has_zeros: bool, gated: bool, splits: int
 ) -> None:
     """With the tile that is chosen, but for the number of splits. Bias and residual follow a product without splits."""
     input_size, outputs = 2048, 256
-    scale = torch.empty(input_size // group_size, outputs).T
-    tile = int4_matmul.choose_int4_tile(
+    tile = mixed_matmul.choose_mixed_tile(
         num_tokens, outputs, input_size, group_size=group_size, num_programs=132, memory=227 << 10
     )
-    int4_matmul.int4_matmul(
+    if group_size:
+        weight = torch.empty(outputs, input_size // 4, dtype=torch.int16)
+        scale = torch.empty(input_size // group_size, outputs).T
+    else:
+        weight = torch.empty(outputs, input_size, dtype=torch.int8)
+        scale = torch.empty(outputs, 1)
+    mixed_matmul.mixed_matmul(
         torch.empty(num_tokens, input_size, dtype=dtype),
-        torch.empty(outputs, input_size // 4, dtype=torch.int16),
+        weight,
         scale,
         torch.empty(outputs, dtype=dtype),
         zeros=scale if has_zeros else None,
@@ -65,13 +70,16 @@ CASES = [
     (compile_paged_prefill, (torch.bfloat16, 128, 300)),
     (compile_paged_prefill, (torch.float16, 64, 300)),
     (compile_paged_prefill, (torch.float16, 128, None)),
-    (compile_int4_matmul, (torch.bfloat16, 16, 128, True, False, 2)),
-    (compile_int4_matmul, (torch.float16, 32, 128, True, True, 1)),
-    (compile_int4_matmul, (torch.bfloat16, 64, 128, True, True, 1)),
-    (compile_int4_matmul, (torch.bfloat16, 128, 128, True, True, 1)),
-    (compile_int4_matmul, (torch.float16, 128, 64, True, False, 1)),
-    (compile_int4_matmul, (torch.bfloat16, 64, 32, True, True, 2)),
-    (compile_int4_matmul, (torch.bfloat16, 128, 2048, False, False, 1)),
+    (compile_mixed_matmul, (torch.bfloat16, 16, 128, True, False, 2)),
+    (compile_mixed_matmul, (torch.float16, 32, 128, True, True, 1)),
+    (compile_mixed_matmul, (torch.bfloat16, 64, 128, True, True, 1)),
+    (compile_mixed_matmul, (torch.bfloat16, 128, 128, True, True, 1)),
+    (compile_mixed_matmul, (torch.float16, 128, 64, True, False, 1)),
+    (compile_mixed_matmul, (torch.bfloat16, 64, 32, True, True, 2)),
+    (compile_mixed_matmul, (torch.bfloat16, 128, 2048, False, False, 1)),
+    (compile_mixed_matmul, (torch.bfloat16, 16, 0, False, False, 2)),
+    (compile_mixed_matmul, (torch.float16, 64, 0, False, False, 1)),
+    (compile_mixed_matmul, (torch.bfloat16, 128, 0, False, True, 1)),
 ]
 
 
@@ -87,7 +95,7 @@ def main() -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True
     compile_launches_of(paged_prefill_hopper._paged_prefill_hopper_kernel)
-    compile_launches_of(int4_matmul._int4_matmul_kernel, PDL=True, launch_pdl=True)
+    compile_launches_of(mixed_matmul._mixed_matmul_kernel, PDL=True, launch_pdl=True)
     compile_launches_of(add_splits._add_splits_kernel)
     for compile_case, arguments in CASES:
         with redirect_stdout(StringIO()) as printed:

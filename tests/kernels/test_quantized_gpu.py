@@ -7,14 +7,12 @@ from functools import partial
 import pytest
 import torch
 
+from nanovllm.kernels import quantized_gpu
 from nanovllm.kernels.quantized_linear import fp8_linear, int4_linear, int8_linear, pack_int4, suits_fused
 from tests.kernels.inputs import relative_error
 from tests.kernels.test_skinny_linear import random_fp8_weight, random_product
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 INPUTS = 512
 # FP8 activations are within a sixteenth; a token alone is not rounded, but the reference's is.
 TOLERANCES = {"fp8": 4e-2, "fp8-blocks": 4e-2, "int8-w8a16": 1e-2, "int8-w8a8": 2e-2, "int4": 1e-2, "int4-32": 1e-2}
@@ -37,6 +35,44 @@ def random_quantized_product(generator, device, kind, outputs):
     return partial(int4_linear, weight=pack_int4(values).to(device), scale=scale, zeros=zeros, group_size=group_size)
 
 
+LAST_HOPPER, LAST_OTHER = quantized_gpu._MAX_HOPPER_INT8_TOKENS, quantized_gpu._MAX_INT8_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "is_hopper", "quantize_input", "kernel"),
+    [
+        (1, True, False, "skinny_linear"),
+        (2, True, False, "mixed_matmul"),
+        (LAST_HOPPER, True, False, "mixed_matmul"),
+        (LAST_HOPPER + 1, True, False, "_dense_product"),
+        (2, False, False, "quantized_matmul"),
+        (LAST_OTHER, False, False, "quantized_matmul"),
+        (LAST_OTHER + 1, False, False, "_dense_product"),
+        (2, True, True, "quantized_matmul"),
+    ],
+)
+def test_which_kernel_multiplies_by_int8(monkeypatch, num_tokens, is_hopper, quantize_input, kernel):
+    for name in ("skinny_linear", "mixed_matmul", "quantized_matmul", "_dense_product"):
+        monkeypatch.setattr(quantized_gpu, name, lambda *given, name=name, **named: name)
+    monkeypatch.setattr(quantized_gpu, "suits_mixed_matmul", lambda *given, **named: is_hopper)
+    monkeypatch.setattr(quantized_gpu, "dequantize_weight", lambda *given, **named: None)
+    monkeypatch.setattr(quantized_gpu, "quantize_rows", lambda *given, **named: (None, None))
+    chosen = quantized_gpu.int8_product(
+        torch.empty(num_tokens, 4096, dtype=torch.bfloat16),
+        torch.empty(4096, 4096, dtype=torch.int8),
+        torch.empty(4096, 1),
+        None,
+        quantize_input=quantize_input,
+        norm_weight=None,
+        eps=0.0,
+        gated=False,
+        residual=None,
+    )
+    assert chosen == kernel
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", TOLERANCES)
 @pytest.mark.parametrize("num_tokens", [1, 2, 17, 40, 100, 130, 300, 1100])
@@ -58,6 +94,8 @@ def test_every_number_of_rows(generator, dtype, kind, num_tokens, outputs, gated
     assert relative_error(got.cpu(), expected) < TOLERANCES[kind]
 
 
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("kind", TOLERANCES)
 @pytest.mark.parametrize("num_tokens", [1, 5, 40, 300])
 def test_chained_products_in_a_graph_see_what_the_ones_before_wrote(generator, kind, num_tokens):

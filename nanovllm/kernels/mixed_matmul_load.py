@@ -1,4 +1,4 @@
-"""The loading warps of int4_matmul.py: one copies weights and their scales, the other activations.
+"""The loading warps of mixed_matmul.py: one copies weights and their scales, the other activations.
 
 Weights are never written while a step runs, so their warp begins at once, and the first stages are full when the
 kernel ahead ends. Activations are that kernel's work: their warp waits for it first.
@@ -57,6 +57,7 @@ def load_weights(
     ready: gl.shared_memory_descriptor,
     free: gl.shared_memory_descriptor,
     HAS_ZEROS: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
     IS_GATED: gl.constexpr,
     BLOCK: gl.constexpr,
     GROUP_SIZE: gl.constexpr,
@@ -68,8 +69,8 @@ def load_weights(
     STAGES: gl.constexpr = weights.shape[0]
     ROWS: gl.constexpr = weights.shape[1]
     WORDS: gl.constexpr = weights.shape[2]
-    BLOCKS: gl.constexpr = WORDS * 4 // BLOCK
-    SCALE_BYTES: gl.constexpr = scales.shape[0] // STAGES * ROWS * 4
+    BLOCKS: gl.constexpr = WORDS * 4 // BLOCK  # of INT4
+    SCALE_BYTES: gl.constexpr = 0 if HAS_SCALE else scales.shape[0] // STAGES * ROWS * 4
     BYTES: gl.constexpr = ROWS * WORDS * 2 + SCALE_BYTES * (2 if HAS_ZEROS else 1)
     num_loaded = 0
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
@@ -86,14 +87,15 @@ def load_weights(
                 tma.async_copy_global_to_shared(weight_desc, [output_tile * 8, 0, 0, block * WORDS], stage_ready, to)
             else:
                 tma.async_copy_global_to_shared(weight_desc, [output_tile * ROWS, block * WORDS], stage_ready, to)
-            column = block * (WORDS * 4)
-            _load_scales(
-                scale_desc, scales, stage_ready, column, output_tile, stage, IS_GATED, BLOCKS, BLOCK, GROUP_SIZE
-            )
-            if HAS_ZEROS:
+            if not HAS_SCALE:
+                column = block * (BLOCKS * BLOCK)
                 _load_scales(
-                    zero_desc, zeros, stage_ready, column, output_tile, stage, IS_GATED, BLOCKS, BLOCK, GROUP_SIZE
+                    scale_desc, scales, stage_ready, column, output_tile, stage, IS_GATED, BLOCKS, BLOCK, GROUP_SIZE
                 )
+                if HAS_ZEROS:
+                    _load_scales(
+                        zero_desc, zeros, stage_ready, column, output_tile, stage, IS_GATED, BLOCKS, BLOCK, GROUP_SIZE
+                    )
             num_loaded += 1
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from nanovllm.kernels import int4_matmul_multiply
+from nanovllm.kernels import mixed_matmul_multiply
 from nanovllm.kernels.add_splits import finishing_arguments
-from nanovllm.kernels.int4_matmul import Int4Tile, choose_int4_tile, int4_matmul, suits_int4_matmul
 from nanovllm.kernels.int4_packing import pack_int4
+from nanovllm.kernels.mixed_matmul import MixedTile, choose_mixed_tile, mixed_matmul, suits_mixed_matmul
 from nanovllm.kernels.rms_norm import rms_norm
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.gluon_emulator.machine import machine
@@ -32,9 +33,24 @@ def unpacked(dtype: torch.dtype) -> Callable[..., tuple[torch.Tensor, ...]]:
     return unpack
 
 
+def converted(dtype: torch.dtype, assembly: str) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """What the assembly does: bytes with the sign bit inverted are bits of `dtype`, of which it makes numbers."""
+    constants = [int(bits, 16) for bits in re.findall(r"mov.b32 \w+, 0x....(....);", assembly)]
+    factor, offset = torch.tensor(constants, dtype=torch.uint16).view(dtype).double()
+
+    def convert(words: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        flipped = words.contiguous().view(torch.uint8).unflatten(1, (-1, 2)) ^ 128
+        numbers = flipped.to(torch.int16).view(dtype).double() * factor + offset
+        return numbers.to(dtype).unbind(2)
+
+    return convert
+
+
 ASSEMBLY = {
-    int4_matmul_multiply._UNPACK_BF16.value: unpacked(torch.bfloat16),
-    int4_matmul_multiply._UNPACK_FP16.value: unpacked(torch.float16),
+    mixed_matmul_multiply._UNPACK_BF16.value: unpacked(torch.bfloat16),
+    mixed_matmul_multiply._UNPACK_FP16.value: unpacked(torch.float16),
+    mixed_matmul_multiply._INT8_TO_BF16.value: converted(torch.bfloat16, mixed_matmul_multiply._INT8_TO_BF16.value),
+    mixed_matmul_multiply._INT8_TO_FP16.value: converted(torch.float16, mixed_matmul_multiply._INT8_TO_FP16.value),
 }
 
 
@@ -42,6 +58,8 @@ def sum_splits(finishing: dict[str, Any]) -> None:
     """`add_splits`, in torch."""
     sums, out, residual = finishing["partial_ptr"].sum(0), finishing["out_ptr"], finishing["residual_ptr"]
     assert sums.shape == (len(out), out.shape[1] * (1 + finishing["IS_GATED"]))
+    if finishing["HAS_SCALE"]:
+        sums *= finishing["scale_ptr"].T
     if finishing["HAS_BIAS"]:
         sums += finishing["bias_ptr"]
     if finishing["IS_GATED"]:
@@ -51,9 +69,9 @@ def sum_splits(finishing: dict[str, Any]) -> None:
 
 
 def emulated(seed: int, programs: int, **replacements: Any) -> Callable[..., torch.Tensor]:
-    """`int4_matmul` on a GPU of so many multiprocessors, in the emulator."""
+    """`mixed_matmul` on a GPU of so many multiprocessors, in the emulator."""
     return emulate(
-        int4_matmul,
+        mixed_matmul,
         seed,
         assembly=ASSEMBLY,
         add_splits=sum_splits,
@@ -70,27 +88,54 @@ def new_memory_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def problem(generator, num_tokens, input_size, outputs, dtype, *, group_size=128, zeros=True, gated=False, full=True):
-    """Returns (arguments of `int4_matmul`, the result in float64)."""
+def int4_weight(generator, rows, input_size, group_size, has_zeros):
+    """Returns (weight, scale, zeros, what they stand for in float64)."""
+    values = torch.randint(0, 16, (rows, input_size), generator=generator)
+    groups = -(-input_size // group_size)
+    scale = torch.rand(groups, rows, generator=generator).T * 0.1
+    zero = torch.randint(0, 17, (groups, rows), generator=generator).T if has_zeros else torch.full((rows, groups), 8)
+    each = group_size if groups > 1 else input_size
+    exact = (values - zero.repeat_interleave(each, 1)[:, :input_size]).double()
+    exact *= scale.double().repeat_interleave(each, 1)[:, :input_size]
+    return pack_int4(values), scale, zero.float().T.contiguous().T if has_zeros else None, exact
+
+
+def int8_weight(generator, rows, input_size, has_one_scale):
+    """Returns (weight, scale, no zeros, what they stand for in float64)."""
+    values = torch.randint(-128, 128, (rows, input_size), generator=generator, dtype=torch.int8)
+    scale = torch.rand(1 if has_one_scale else rows, 1, generator=generator) * 0.01
+    return values, scale, None, values.double() * scale.double()
+
+
+def problem(
+    generator,
+    num_tokens,
+    input_size,
+    outputs,
+    dtype,
+    *,
+    group_size=128,
+    zeros=True,
+    has_one_scale=False,
+    gated=False,
+    full=True,
+):
+    """Returns (arguments of `mixed_matmul`, the result in float64): with INT8 weights if group_size is 0."""
     rows = outputs * (1 + gated)
     # x is a part of a larger tensor whose rest is NaN.
     around = torch.full((num_tokens + 3, input_size + 64), torch.nan, dtype=dtype)
     x = around[1 : num_tokens + 1, :input_size]
     x.copy_(torch.randn(num_tokens, input_size, generator=generator))
-    values = torch.randint(0, 16, (rows, input_size), generator=generator)
-    groups = -(-input_size // group_size)
-    scale = torch.rand(groups, rows, generator=generator).T * 0.1
-    zero = torch.randint(0, 17, (groups, rows), generator=generator).T if zeros else torch.full((rows, groups), 8)
-    each = group_size if groups > 1 else input_size
-    weight = (values - zero.repeat_interleave(each, 1)[:, :input_size]).double()
-    weight *= scale.double().repeat_interleave(each, 1)[:, :input_size]
+    if group_size:
+        weight, scale, zero, exact = int4_weight(generator, rows, input_size, group_size, zeros)
+    else:
+        weight, scale, zero, exact = int8_weight(generator, rows, input_size, has_one_scale)
     bias = torch.randn(rows, generator=generator).to(dtype) if full else None
     residual = torch.full((num_tokens, outputs + 8), torch.nan, dtype=dtype)[:, :outputs]
     residual.copy_(torch.randn(num_tokens, outputs, generator=generator))
     parts = {"gated": gated, "residual": residual if full else None}
-    zeros = zero.float().T.contiguous().T if zeros else None
-    arguments = {"bias": bias, "zeros": zeros, "group_size": group_size, **parts}
-    return (x, pack_int4(values), scale), arguments, oracle(x.double(), weight, bias, **parts)
+    arguments = {"bias": bias, "zeros": zero, "group_size": group_size, **parts}
+    return (x, weight, scale), arguments, oracle(x.double(), exact, bias, **parts)
 
 
 def check(generator, num_tokens, input_size, outputs, dtype, tile, seed=0, programs=3, **parts):
@@ -100,10 +145,12 @@ def check(generator, num_tokens, input_size, outputs, dtype, tile, seed=0, progr
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127])
 @pytest.mark.parametrize("gated", [False, True])
-def test_numbers_of_tokens(generator, num_tokens, gated):
+@pytest.mark.parametrize("group_size", [0, 128])
+def test_numbers_of_tokens(generator, num_tokens, gated, group_size):
     """With the tile that is chosen for them, and another one."""
-    for tile in (None, Int4Tile(32, 1, 3)):
-        check(generator, num_tokens, 256, 72, torch.bfloat16, tile, seed=num_tokens, gated=gated)
+    parts = {"gated": gated, "group_size": group_size}
+    for tile in (None, MixedTile(32, 1, 3)):
+        check(generator, num_tokens, 256, 72, torch.bfloat16, tile, seed=num_tokens, **parts)
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)
@@ -115,39 +162,60 @@ def test_numbers_of_tokens(generator, num_tokens, gated):
 @pytest.mark.parametrize("gated", [False, True])
 def test_groups(generator, dtype, group_size, blocks, zeros, gated):
     parts = {"group_size": group_size, "zeros": zeros, "gated": gated}
-    check(generator, 19, 640, 72, dtype, Int4Tile(16, blocks, 3), seed=group_size, **parts)
+    check(generator, 19, 640, 72, dtype, MixedTile(16, blocks, 3), seed=group_size, **parts)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("has_one_scale", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_int8(generator, dtype, has_one_scale, gated, splits):
+    parts = {"group_size": 0, "has_one_scale": has_one_scale, "gated": gated}
+    check(generator, 19, 640, 72, dtype, MixedTile(16, 1, 3, splits), seed=splits, **parts)
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_every_int8_is_exact(dtype):
+    weight = torch.arange(-128, 128, dtype=torch.int8).repeat(16, 1)
+    product = emulated(0, 1)(torch.eye(256, dtype=dtype), weight, torch.ones(1, 1))
+    assert torch.equal(product.T, weight.to(dtype))
 
 
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("group_size", [0, 128])
 @pytest.mark.parametrize("splits", [2, 3, 4])
-def test_splits(generator, full, gated, splits):
+def test_splits(generator, full, gated, group_size, splits):
     """Of five blocks of inputs: the last split has fewer, or none."""
-    check(generator, 18, 640, 136, torch.float16, Int4Tile(16, 1, 2, splits), seed=splits, gated=gated, full=full)
+    parts = {"gated": gated, "full": full, "group_size": group_size}
+    check(generator, 18, 640, 136, torch.float16, MixedTile(16, 1, 2, splits), seed=splits, **parts)
 
 
 @pytest.mark.parametrize("input_size", [32, 160, 400, 1024])
 @pytest.mark.parametrize("outputs", [8, 128, 200])
 def test_inputs_and_outputs_that_do_not_fill_tiles(generator, input_size, outputs):
     for gated in (False, True):
-        parts = {"group_size": 32, "gated": gated}
-        check(generator, 3, input_size, outputs, torch.bfloat16, Int4Tile(16, 1, 4), seed=outputs, **parts)
-        parts["group_size"] = 128
-        check(generator, 3, input_size, outputs, torch.bfloat16, Int4Tile(16, 2, 4), seed=outputs, **parts)
+        for group_size, blocks in ((0, 1), (32, 1), (128, 2)):
+            parts = {"group_size": group_size, "gated": gated}
+            check(generator, 3, input_size, outputs, torch.bfloat16, MixedTile(16, blocks, 4), seed=outputs, **parts)
 
 
-def test_rows_of_whole_multiples_of_four_do(generator):
-    check(generator, 5, 256, 68, torch.bfloat16, Int4Tile(16, 2, 2))
+@pytest.mark.parametrize(("group_size", "blocks"), [(0, 1), (128, 2)])
+def test_rows_of_whole_multiples_of_four_do(generator, group_size, blocks):
+    check(generator, 5, 256, 68, torch.bfloat16, MixedTile(16, blocks, 2), group_size=group_size)
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("programs", [1, 5])
-def test_warps_take_turns_in_any_order(generator, seed, programs):
-    check(generator, 40, 1024, 200, torch.bfloat16, Int4Tile(16, 2, 2, 2), seed=seed, programs=programs)
+@pytest.mark.parametrize(("group_size", "blocks"), [(0, 1), (128, 2)])
+def test_warps_take_turns_in_any_order(generator, seed, programs, group_size, blocks):
+    tile = MixedTile(16, blocks, 2, 2)
+    check(generator, 40, 1024, 200, torch.bfloat16, tile, seed=seed, programs=programs, group_size=group_size)
 
 
-def test_a_row_does_not_depend_on_its_neighbours(generator):
-    given, arguments, _ = problem(generator, 20, 256, 64, torch.bfloat16)
+@pytest.mark.parametrize("group_size", [0, 128])
+def test_a_row_does_not_depend_on_its_neighbours(generator, group_size):
+    given, arguments, _ = problem(generator, 20, 256, 64, torch.bfloat16, group_size=group_size)
     alone = emulated(0, 2)(*given, **arguments)
     given[0][3] = torch.nan
     beside = emulated(0, 2)(*given, **arguments)
@@ -181,7 +249,7 @@ def test_all_that_touch_what_other_kernels_do_wait_for_the_kernel_ahead(generato
         gdc_launch_dependents=lambda: None,
         gdc_wait=wait_for_previous_kernel,
     )
-    check_close(product(*given, **arguments, tile=Int4Tile(16, 2, 2, splits)), expected, torch.bfloat16)
+    check_close(product(*given, **arguments, tile=MixedTile(16, 2, 2, splits)), expected, torch.bfloat16)
     assert waiting == {"partition 0 (multiply)", "partition 1 (multiply)", "partition 2 (load_activations)"}
 
 
@@ -192,14 +260,15 @@ def test_no_tokens_give_no_rows(generator):
 
 @pytest.mark.parametrize("num_tokens", [2, 17, 100, 1024])
 @pytest.mark.parametrize(("rows", "input_size"), [(6144, 4096), (24576, 4096), (4096, 12288), (512, 256), (128, 64)])
-@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("group_size", [0, 32, 64, 128])
 def test_chosen_tiles_fit_in_shared_memory_and_registers(num_tokens, rows, input_size, group_size):
     memory = 227 << 10
-    tile = choose_int4_tile(num_tokens, rows, input_size, group_size=group_size, num_programs=132, memory=memory)
-    groups = 128 // group_size
+    tile = choose_mixed_tile(num_tokens, rows, input_size, group_size=group_size, num_programs=132, memory=memory)
+    groups = 128 // group_size if group_size else 0
+    weights = 128 * (64 if group_size else 128)
     scales = 2 * groups * 128 * 4
     assert tile.stages >= 4
-    assert tile.stages * tile.blocks * (64 * 128 + tile.tokens * 128 * 2 + scales) <= memory - 1024
+    assert tile.stages * tile.blocks * (weights + tile.tokens * 128 * 2 + scales) <= memory - 1024
     registers = tile.tokens // 2 * (1 + tile.blocks * groups) + 32 * tile.blocks
     assert registers <= 224
     num_blocks = -(-input_size // (128 * tile.blocks))
@@ -222,28 +291,45 @@ def on_gpu(given, arguments):
 @pytest.mark.gpu
 @needs_hopper
 @pytest.mark.parametrize("dtype", HALF_TYPES)
-@pytest.mark.parametrize("group_size", [32, 64, 128, 4096])
-@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        *({"group_size": group_size, "zeros": zeros} for group_size in (32, 64, 128, 4096) for zeros in (False, True)),
+        *({"group_size": 0, "has_one_scale": has_one_scale} for has_one_scale in (False, True)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("gated", [False, True])
-def test_a_layer_on_a_gpu(generator, dtype, group_size, zeros, gated):
-    parts = {"group_size": group_size, "zeros": zeros, "gated": gated}
+def test_a_layer_on_a_gpu(generator, dtype, parts, gated):
+    parts = {**parts, "gated": gated}
     given, arguments, expected = problem(generator, 1024, 4096, 1032, dtype, **parts)
     given, arguments = on_gpu(given, arguments)
-    assert suits_int4_matmul(*given, group_size=group_size, gated=gated)
+    assert suits_mixed_matmul(*given, group_size=parts["group_size"], gated=gated)
     x, residual = given[0], arguments.pop("residual")
     for num_tokens in (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 256, 511, 1024):
-        got = int4_matmul(x[:num_tokens], *given[1:], **arguments, residual=residual[:num_tokens])
+        got = mixed_matmul(x[:num_tokens], *given[1:], **arguments, residual=residual[:num_tokens])
         check_close(got.cpu(), expected[:num_tokens], dtype)
 
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("num_tokens", [2, 8, 16, 32, 48, 64, 128])
-def test_layers_in_a_graph_on_a_gpu(generator, num_tokens):
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_every_int8_is_exact_on_a_gpu(dtype):
+    weight = torch.arange(-128, 128, dtype=torch.int8, device="cuda").repeat(16, 1)
+    product = mixed_matmul(torch.eye(256, dtype=dtype, device="cuda"), weight, torch.ones(1, 1, device="cuda"))
+    assert torch.equal(product.T, weight.to(dtype))
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("group_size", [0, 128])
+@pytest.mark.parametrize("num_tokens", [2, 8, 16, 32, 48, 64, 128, 256])
+def test_layers_in_a_graph_on_a_gpu(generator, group_size, num_tokens):
     """Each product reads what the kernel ahead writes, and starts before that one has ended: replays are exact."""
     dtype, width, inner = torch.bfloat16, 2048, 4096
-    up, up_arguments, _ = problem(generator, num_tokens, width, inner, dtype, gated=True, full=False)
-    down, down_arguments, _ = problem(generator, num_tokens, inner, width, dtype, full=False)
+    parts = {"group_size": group_size, "full": False}
+    up, up_arguments, _ = problem(generator, num_tokens, width, inner, dtype, gated=True, **parts)
+    down, down_arguments, _ = problem(generator, num_tokens, inner, width, dtype, **parts)
     (x, *up), up_arguments = on_gpu(up, up_arguments)
     (_, *down), down_arguments = on_gpu(down, down_arguments)
     norm = torch.ones(width, dtype=dtype, device="cuda")
@@ -252,10 +338,10 @@ def test_layers_in_a_graph_on_a_gpu(generator, num_tokens):
         hidden = x
         for _ in range(12):
             normed = rms_norm(hidden, norm, 1e-6)
-            between = int4_matmul(normed, *up, **up_arguments)
+            between = mixed_matmul(normed, *up, **up_arguments)
             if apart:
                 torch.cuda.synchronize()
-            hidden = int4_matmul(between, *down, **down_arguments | {"residual": hidden})
+            hidden = mixed_matmul(between, *down, **down_arguments | {"residual": hidden})
             if apart:
                 torch.cuda.synchronize()
         return hidden

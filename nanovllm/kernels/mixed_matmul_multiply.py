@@ -1,12 +1,11 @@
-"""The computing warpgroups of int4_matmul.py: convert weights, multiply them with activations, finish and store sums.
+"""The computing warpgroups of mixed_matmul.py: convert weights, multiply them with activations, finish and store sums.
 
-Weights are multiplied without their scales, and the sum of each group is scaled before it is added to the sum of all.
-That leaves one subtraction for two weights.
+Weights are multiplied without their scales. In INT4 the sum of each group is scaled before it is added to the sum of
+all, which leaves one subtraction for two weights. In INT8 the finished sums are scaled.
 """
 
 from __future__ import annotations
 
-from nanovllm.kernels.int4_matmul_load import find_unit
 from nanovllm.kernels.int4_packing import (
     BLOCK_SIZE,
     NUM_PLANES,
@@ -15,6 +14,7 @@ from nanovllm.kernels.int4_packing import (
     TWO_LARGE_FP16,
     unpacking,
 )
+from nanovllm.kernels.mixed_matmul_load import find_unit
 from nanovllm.kernels.triton_support import (
     constant,
     gdc_wait,
@@ -34,10 +34,29 @@ _SUBTRACT = "".join(f"    sub.TYPE ${plane}, ${plane}, ${plane + 5};\n" for plan
 _UNPACK_BF16 = unpacking(TWO_LARGE_BF16, _SUBTRACT.replace("TYPE", "bf16x2"))
 _UNPACK_FP16 = unpacking(TWO_LARGE_FP16, _SUBTRACT.replace("TYPE", "f16x2"))
 _CONSTRAINTS = constant("=&r,=&r,=&r,=&r,r,r,r,r,r")
+# Two bytes v of INT8. The bits v + 128 are the number (v + 128) · 2⁻¹³³ in bf16 and (v + 128) · 2⁻²⁴ in fp16, whose
+# exponents 0 and 1 have the same unit. One instruction then makes v / 512 of each.
+_INT8_UNIT = constant(512.0)
+_CONVERT_INT8 = """{
+    .reg .b32 bytes, factor, offset;
+    mov.b32 factor, FACTOR;
+    mov.b32 offset, OFFSET;
+    cvt.u32.u16 bytes, $2;
+    prmt.b32 bytes, bytes, 0, 0x4140;
+    xor.b32 bytes, bytes, 0x00800080;
+    fma.rn.TYPE bytes, bytes, factor, offset;
+    mov.b32 {$0, $1}, bytes;
+}"""
+_INT8_TO_BF16 = constant(
+    _CONVERT_INT8.replace("TYPE", "bf16x2").replace("FACTOR", "0x7D807D80").replace("OFFSET", "0xBE80BE80")
+)
+_INT8_TO_FP16 = constant(
+    _CONVERT_INT8.replace("TYPE", "f16x2").replace("FACTOR", "0x78007800").replace("OFFSET", "0xB400B400")
+)
 
 
 @gluon_jit()
-def _unpack(
+def _unpack_int4(
     words: gl.tensor, zero_0: gl.tensor, zero_1: gl.tensor, zero_2: gl.tensor, zero_3: gl.tensor, dtype: gl.constexpr
 ) -> gl.tuple:
     """Returns the four planes of int16 words less their zero points, which are given in float32."""
@@ -55,6 +74,18 @@ def _unpack(
             _UNPACK_FP16, _CONSTRAINTS, [words, zero_0, zero_1, zero_2, zero_3], dtype=half, is_pure=True, pack=2
         )
     return planes
+
+
+@gluon_jit()
+def _convert_int8(words: gl.tensor, dtype: gl.constexpr) -> gl.tensor:
+    """Returns the numbers [rows, 2 · words] of words that hold two INT8 numbers each."""
+    if dtype == gl.bfloat16:
+        brain: gl.constexpr = (gl.bfloat16, gl.bfloat16)
+        numbers = gl.inline_asm_elementwise(_INT8_TO_BF16, "=h,=h,h", [words], dtype=brain, is_pure=True, pack=1)
+    else:
+        half: gl.constexpr = (gl.float16, gl.float16)
+        numbers = gl.inline_asm_elementwise(_INT8_TO_FP16, "=h,=h,h", [words], dtype=half, is_pure=True, pack=1)
+    return gl.reshape(gl.join(numbers[0], numbers[1]), [words.shape[0], 2 * words.shape[1]])
 
 
 @gluon_jit()
@@ -78,7 +109,7 @@ def _plane_inputs(
 
 
 @gluon_jit()
-def _add_stage(
+def _add_int4_stage(
     half: gl.constexpr,
     acc: gl.tensor,
     stage: gl.tensor,
@@ -104,7 +135,7 @@ def _add_stage(
                 zero = zero + (_load_column(zeros, half, first_group + block * GROUPS + group, WEIGHT),)  # noqa: RUF005
             else:
                 zero = zero + (gl.full([_HALF_ROWS, 1], 8.0, gl.float32, WEIGHT),)  # noqa: RUF005
-        planes = _unpack(
+        planes = _unpack_int4(
             words, zero[0], zero[1 // GROUP_PLANES], zero[2 // GROUP_PLANES], zero[3 // GROUP_PLANES], x.dtype
         )
         operands = operands + planes
@@ -123,8 +154,31 @@ def _add_stage(
 
 
 @gluon_jit()
+def _add_int8_stage(
+    half: gl.constexpr,
+    acc: gl.tensor,
+    stage: gl.tensor,
+    weights: gl.shared_memory_descriptor,
+    x: gl.shared_memory_descriptor,
+) -> gl.tensor:
+    """Returns acc [64, tokens] plus a stage's products. While one plane is multiplied, the next is converted."""
+    ACC: gl.constexpr = acc.type.layout
+    WORDS: gl.constexpr = weights.shape[2] // _NUM_PLANES
+    words_of_stage = weights.index(stage).slice(half * _HALF_ROWS, _HALF_ROWS)
+    operands: gl.tuple = ()
+    for plane in gl.static_range(_NUM_PLANES):
+        words = words_of_stage.slice(plane * WORDS, WORDS, dim=1).load(gl.DotOperandLayout(0, ACC, 1))
+        # A thread's pairs of inputs are the words that it has loaded.
+        numbers = gl.convert_layout(_convert_int8(words, x.dtype), gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
+        acc = warpgroup_mma(numbers, _plane_inputs(x, stage, 0, plane, 1), acc, is_async=True)
+        operands = operands + (numbers,)  # noqa: RUF005
+    return warpgroup_mma_wait(deps=(acc,) + operands)[0]  # noqa: RUF005
+
+
+@gluon_jit()
 def multiply(
     half: gl.constexpr,
+    scale_ptr: gl.tensor,
     bias_ptr: gl.tensor,
     residual_ptr: gl.tensor,
     out_ptr: gl.tensor,
@@ -136,6 +190,8 @@ def multiply(
     ready: gl.shared_memory_descriptor,
     free: gl.shared_memory_descriptor,
     HAS_ZEROS: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    SCALE_STRIDE: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_RESIDUAL: gl.constexpr,
     IS_GATED: gl.constexpr,
@@ -161,10 +217,15 @@ def multiply(
         for _block in range(first_block, gl.minimum(first_block + BLOCKS_A_SPLIT, NUM_BLOCKS)):
             stage = num_seen % STAGES
             mbarrier.wait(ready.index(stage), num_seen // STAGES & 1)
-            acc = _add_stage(half, acc, stage, buffers, HAS_ZEROS)
+            if HAS_SCALE:
+                acc = _add_int8_stage(half, acc, stage, buffers[0], buffers[3])
+            else:
+                acc = _add_int4_stage(half, acc, stage, buffers, HAS_ZEROS)
             mbarrier.arrive(free.index(stage))
             num_seen += 1
 
+        if HAS_SCALE:
+            acc *= _INT8_UNIT
         first_output = output_tile * TILE_OUTPUTS + half * (TILE_OUTPUTS // 2)
         index = gl.arange(0, _HALF_ROWS, gl.SliceLayout(1, ACC))
         row = first_output + index  # of the weight
@@ -178,6 +239,9 @@ def multiply(
             mask = gl.expand_dims(output < OUTPUT_SIZE, 1) & gl.expand_dims(token < num_tokens, 0)
             gl.store(out_ptr + gl.expand_dims(place, 0) + gl.expand_dims(row, 1), acc, mask=mask)
         else:
+            if HAS_SCALE:
+                scale = gl.load(scale_ptr + row * SCALE_STRIDE, mask=output < OUTPUT_SIZE, other=0.0)
+                acc *= gl.expand_dims(scale, 1)
             if HAS_BIAS:
                 bias = gl.load(bias_ptr + row, mask=output < OUTPUT_SIZE, other=0.0)
                 acc += gl.expand_dims(bias.to(gl.float32), 1)
