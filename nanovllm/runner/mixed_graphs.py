@@ -1,6 +1,6 @@
 """MixedGraphs: CUDA graphs of steps that compute prompt tokens, beside decode rows or alone.
 
-Launched kernel by kernel from Python, such a step takes about 0.7 ms of the host per layer, whatever the prompts'
+Launched kernel by kernel from Python, such a step takes some 1 ms of the host per layer, whatever the prompts'
 lengths, and all running requests wait for it. A graph is launched at once. It is captured for a `StepShape`, and a step
 is padded to the smallest shape that it fits into: padding tokens are the null row's, and padding chunks are empty.
 
