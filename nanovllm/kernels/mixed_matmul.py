@@ -2,8 +2,8 @@
 
 As in quantized_matmul.py, a weight's outputs are the rows of the tensor cores' product and the tokens its columns, so
 that converted weights go to the tensor cores from registers. Here the warps of a program divide the work, as in
-paged_prefill_hopper.py: two warps copy weights and activations into a ring of stages, and two warpgroups, with 64 rows
-each, convert and multiply. While one converts, the tensor cores work for the other.
+paged_prefill_hopper.py: two warps copy weights and activations into a ring of stages, and two or three warpgroups, with
+64 rows each, convert and multiply. While one converts, the tensor cores work for another.
 
 There is one program for each multiprocessor. It takes one unit of work, a tile of outputs and tokens over a part of the
 inputs, after another, and the copies for the next begin before the last has ended.
@@ -11,16 +11,16 @@ inputs, after another, and the copies for the next begin before the last has end
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
 from nanovllm.kernels.add_splits import add_splits, finishing_arguments
 from nanovllm.kernels.int4_packing import BLOCK_SIZE, PLANE_SIZE
 from nanovllm.kernels.mixed_matmul_load import load_activations, load_weights
-from nanovllm.kernels.mixed_matmul_multiply import multiply
+from nanovllm.kernels.mixed_matmul_multiply import WARPGROUP_ROWS, multiply
 from nanovllm.kernels.triton_support import (
     HAS_GLUON,
     TensorDescriptor,
@@ -36,22 +36,15 @@ from nanovllm.kernels.triton_support import (
     tma,
 )
 
-_ROWS = 128  # of the weight in a tile
+_ROWS = constant(WARPGROUP_ROWS)
 _INTERLEAVED = 8  # rows of a gate, and then as many of its up: rows 8 apart are in the same thread
 _ALIGNED_BYTES = 16  # where the accelerator may begin to read
 _MIN_TOKENS = 16
-_MAX_TOKENS = 128  # of a tile: a group's sums and those of all groups are in registers
 _MAX_STAGES = 8
 _MAX_SPLITS = 8
 _RESERVED_MEMORY = 2048  # bytes, for barriers and alignment
-# Microseconds, estimated: a block of 128 · 128 INT4 weights at a program's share of the bandwidth, and its product with
-# each token; another launch, and a sum that is written and read. Gate and up of Qwen3-8B take 0.28 and 0.004 for the
-# first two on an H200, with which the same tiles are chosen for that model. A block of INT8 is converted faster than
-# all programs' share of the bandwidth brings it, so fewer programs may read as much.
-_BLOCK_TIME = 0.25
-_INT8_BLOCK_TIME = 0.35
-_INT8_READ_TIME = 0.5
-_TOKEN_TIME = 0.003
+# Microseconds, estimated: what a unit of work begins and ends with; another launch, and a sum written and read.
+_UNIT_TIME = 0.5
 _SPLIT_TIME = 2.5
 _SUM_TIME = 2.7e-6
 _COLUMNS = 64  # activations that the accelerator copies at a time: 128 bytes, the width of its swizzle
@@ -59,6 +52,19 @@ _BLOCK = constant(BLOCK_SIZE)
 _PLANE = constant(PLANE_SIZE)
 # Of `finishing_arguments`, what `add_splits` alone takes.
 _OF_SPLITS = {"x_scale_ptr", "out_ptr", "HAS_X_SCALE"}
+
+
+class _Limits(NamedTuple):
+    """Of tiles with one number of warpgroups. Times are microseconds, estimated, while all programs read."""
+
+    max_tokens: int  # whose sums, and for INT4 those of a group, fit in 240 registers a thread, or 160
+    block_time: float  # of 128 inputs
+    token_time: float  # of a block's product with one more token
+
+
+# By computing warpgroups. On an H200 these choose for Qwen3-8B what was fastest; three with INT8 were not measured.
+_INT4_LIMITS = {2: _Limits(128, 0.25, 0.0045), 3: _Limits(64, 0.5, 0.0045)}
+_INT8_LIMITS = {2: _Limits(128, 0.5, 0.003), 3: _Limits(64, 0.8, 0.0045)}
 
 
 @gluon_jit("residual_stride", "num_tokens", "num_token_tiles", "num_units")
@@ -86,12 +92,13 @@ def _mixed_matmul_kernel(
     INPUT_SIZE: gl.constexpr,
     TOKENS: gl.constexpr,
     ROWS: gl.constexpr,
-    BLOCKS: gl.constexpr,
+    WEIGHT_ROWS: gl.constexpr,
+    SCALE_ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     SPLITS: gl.constexpr,
     PDL: gl.constexpr,
 ) -> None:
-    """Allocates a ring of stages of BLOCKS · 128 inputs, and starts the warps.
+    """Allocates a ring of stages of 128 inputs, and starts the warps.
 
     HAS_SCALE: the weights are INT8, and scale_ptr has what finished sums are scaled by. Otherwise they are INT4, and
     scale_desc and zero_desc have what belongs to groups. partial_ptr: as in `finishing_arguments`.
@@ -99,49 +106,46 @@ def _mixed_matmul_kernel(
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     WORDS: gl.constexpr = weight_desc.block_type.shape[-1]
     COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
-    PARTS: gl.constexpr = BLOCKS * _BLOCK // COLUMNS
-    NUM_BLOCKS: gl.constexpr = (INPUT_SIZE + BLOCKS * _BLOCK - 1) // (BLOCKS * _BLOCK)
+    PARTS: gl.constexpr = _BLOCK // COLUMNS
+    NUM_BLOCKS: gl.constexpr = (INPUT_SIZE + _BLOCK - 1) // _BLOCK
     BLOCKS_A_SPLIT: gl.constexpr = (NUM_BLOCKS + SPLITS - 1) // SPLITS
+    WARPGROUPS: gl.constexpr = ROWS // _ROWS
     TILE_OUTPUTS: gl.constexpr = ROWS // (2 if IS_GATED else 1)
     NUM_OUTPUT_TILES: gl.constexpr = (OUTPUT_SIZE + TILE_OUTPUTS - 1) // TILE_OUTPUTS
     WEIGHT_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=2 * WORDS, element_bitwidth=16, rank=2)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     if PDL:
         gdc_launch_dependents()
-    weights = gl.allocate_shared_memory(gl.int16, [STAGES, ROWS, WORDS], WEIGHT_LAYOUT)
+    weights = gl.allocate_shared_memory(gl.int16, [STAGES * ROWS // WEIGHT_ROWS, WEIGHT_ROWS, WORDS], WEIGHT_LAYOUT)
     scales = weights
     zeros = weights
     if not HAS_SCALE:
-        GROUPS: gl.constexpr = STAGES * BLOCKS * scale_desc.block_type.shape[0]
-        scales = gl.allocate_shared_memory(gl.float32, [GROUPS, ROWS], PLAIN)
+        GROUPS: gl.constexpr = STAGES * scale_desc.block_type.shape[0]
+        scales = gl.allocate_shared_memory(gl.float32, [GROUPS, SCALE_ROWS], PLAIN)
         if HAS_ZEROS:
-            zeros = gl.allocate_shared_memory(gl.float32, [GROUPS, ROWS], PLAIN)
+            zeros = gl.allocate_shared_memory(gl.float32, [GROUPS, SCALE_ROWS], PLAIN)
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES * PARTS, TOKENS, COLUMNS], x_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=2)  # both loading warps
-        mbarrier.init(free.index(stage), count=2)  # both warpgroups
+        mbarrier.init(free.index(stage), count=WARPGROUPS)
     fence_async_shared()  # the accelerator's own arrivals see the barriers
     buffers = (weights, scales, zeros, x)
+    given = (
+        scale_ptr, bias_ptr, residual_ptr, partial_ptr, residual_stride, num_tokens, num_token_tiles, num_units,
+        buffers, ready, free,
+    )  # fmt: skip
+    SHAPE: gl.constexpr = (
+        HAS_ZEROS, HAS_SCALE, SCALE_STRIDE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, OUTPUT_SIZE, NUM_OUTPUT_TILES, NUM_BLOCKS,
+        BLOCKS_A_SPLIT, SPLITS, PDL,
+    )  # fmt: skip
+    REGISTERS: gl.constexpr = 240 if WARPGROUPS == 2 else 160  # of a computing thread
+    # The third computing warpgroup stands last, where a tile without one leaves it out.
     gl.warp_specialize(
         [
-            (
-                multiply,
-                (
-                    0, scale_ptr, bias_ptr, residual_ptr, partial_ptr, residual_stride, num_tokens, num_token_tiles,
-                    num_units, buffers, ready, free, HAS_ZEROS, HAS_SCALE, SCALE_STRIDE, HAS_BIAS, HAS_RESIDUAL,
-                    IS_GATED, OUTPUT_SIZE, NUM_OUTPUT_TILES, NUM_BLOCKS, BLOCKS_A_SPLIT, SPLITS, PDL,
-                ),
-            ),
-            (
-                multiply,
-                (
-                    1, scale_ptr, bias_ptr, residual_ptr, partial_ptr, residual_stride, num_tokens, num_token_tiles,
-                    num_units, buffers, ready, free, HAS_ZEROS, HAS_SCALE, SCALE_STRIDE, HAS_BIAS, HAS_RESIDUAL,
-                    IS_GATED, OUTPUT_SIZE, NUM_OUTPUT_TILES, NUM_BLOCKS, BLOCKS_A_SPLIT, SPLITS, PDL,
-                ),
-            ),
+            (multiply, (0,) + given + SHAPE),  # noqa: RUF005 - Gluon unpacks no tuples
+            (multiply, (1,) + given + SHAPE),  # noqa: RUF005 - Gluon unpacks no tuples
             (
                 load_activations,
                 (x_desc, num_token_tiles, num_units, x, ready, free, NUM_OUTPUT_TILES, NUM_BLOCKS, BLOCKS_A_SPLIT, PDL),
@@ -153,20 +157,36 @@ def _mixed_matmul_kernel(
                     HAS_ZEROS, HAS_SCALE, IS_GATED, _BLOCK, GROUP_SIZE, NUM_OUTPUT_TILES, NUM_BLOCKS, BLOCKS_A_SPLIT,
                 ),
             ),
-        ],
-        worker_num_warps=[4, 1, 1],
-        worker_num_regs=[240, 24, 24],
+            (multiply, (2,) + given + SHAPE),  # noqa: RUF005 - Gluon unpacks no tuples
+        ][: WARPGROUPS + 2],
+        worker_num_warps=[4, 1, 1, 4][: WARPGROUPS + 1],
+        worker_num_regs=[REGISTERS, 24, 24, REGISTERS][: WARPGROUPS + 1],
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MixedTile:
-    """tokens: of a unit of work. blocks: of 128 inputs in a stage. splits: of the inputs."""
+    """tokens: of a unit of work. stages: of 128 inputs. splits: of the inputs. warpgroups: that compute."""
 
     tokens: int
-    blocks: int
     stages: int
     splits: int = 1
+    warpgroups: int = 2
+
+    @property
+    def rows(self) -> int:
+        """Of the weight."""
+        return WARPGROUP_ROWS * self.warpgroups
+
+    @property
+    def weight_rows(self) -> int:
+        """Of a copy, whose size is a power of two: 192 rows take three copies."""
+        return self.rows & -self.rows
+
+    @property
+    def scale_rows(self) -> int:
+        """Of a copy of scales or zero points, which are so few that one may copy more than the tile's rows."""
+        return next_power_of_2(self.rows)
 
 
 @cache
@@ -174,26 +194,26 @@ def _swizzle(width: int, bits: int, rank: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
 
 
-def _describe_weight(weight: torch.Tensor, words: int, gated: bool) -> TensorDescriptor:
-    """How tiles of 128 rows are copied: if gated, 8 gates, their 8 ups, 8 gates …"""
+def _describe_weight(weight: torch.Tensor, box_rows: int, words: int, gated: bool) -> TensorDescriptor:
+    """How a tile's rows are copied: if gated, 8 gates, their 8 ups, 8 gates …"""
     rows, columns = weight.shape
     if not gated:
-        return TensorDescriptor(weight, [rows, columns], [columns, 1], [_ROWS, words], _swizzle(2 * words, 16, 2))
+        return TensorDescriptor(weight, [rows, columns], [columns, 1], [box_rows, words], _swizzle(2 * words, 16, 2))
     shape = [rows // 2 // _INTERLEAVED, 2, _INTERLEAVED, columns]
     strides = [_INTERLEAVED * columns, rows // 2 * columns, columns, 1]
-    box = [_ROWS // 2 // _INTERLEAVED, 2, _INTERLEAVED, words]
+    box = [box_rows // 2 // _INTERLEAVED, 2, _INTERLEAVED, words]
     return TensorDescriptor(weight, shape, strides, box, _swizzle(2 * words, 16, 4))
 
 
-def _describe_scales(scale: torch.Tensor, groups: int, gated: bool) -> TensorDescriptor:
+def _describe_scales(scale: torch.Tensor, box_rows: int, groups: int, gated: bool) -> TensorDescriptor:
     """The same rows of scale [rows, all groups], for `groups` groups of a block."""
     rows, all_groups = scale.shape
     stride = scale.stride(1) if all_groups > 1 else rows
     if not gated:
-        return TensorDescriptor(scale, [all_groups, rows], [stride, 1], [groups, _ROWS], _swizzle(0, 32, 2))
+        return TensorDescriptor(scale, [all_groups, rows], [stride, 1], [groups, box_rows], _swizzle(0, 32, 2))
     shape = [all_groups, rows // 2 // _INTERLEAVED, 2, _INTERLEAVED]
     strides = [stride, _INTERLEAVED, rows // 2, 1]
-    box = [groups, _ROWS // 2 // _INTERLEAVED, 2, _INTERLEAVED]
+    box = [groups, box_rows // 2 // _INTERLEAVED, 2, _INTERLEAVED]
     return TensorDescriptor(scale, shape, strides, box, _swizzle(0, 32, 4))
 
 
@@ -217,6 +237,7 @@ def suits_mixed_matmul(
     )
 
 
+@lru_cache  # a step asks for the same few shapes in every layer
 def choose_mixed_tile(
     num_tokens: int,
     rows: int,
@@ -230,28 +251,32 @@ def choose_mixed_tile(
 
     group_size: 0 for INT8. num_programs: that run at the same time; memory: bytes that one may use.
     """
-    groups = max(BLOCK_SIZE // group_size, 1) if group_size else 0
-    weight_bytes = _ROWS * BLOCK_SIZE // (2 if groups else 1)
-    block_time = _BLOCK_TIME if groups else _INT8_BLOCK_TIME
-    tokens = min(max(next_power_of_2(num_tokens), _MIN_TOKENS), _MAX_TOKENS if groups < 4 else _MAX_TOKENS // 2)
-    # Two blocks at a time if the sums of both fit in registers: one is converted while the other is multiplied.
-    blocks = 2 if groups == 1 and tokens < _MAX_TOKENS else 1
-    stage = blocks * (weight_bytes + 2 * tokens * BLOCK_SIZE + 2 * groups * _ROWS * 4)
-    stages = min((memory - _RESERVED_MEMORY) // stage, _MAX_STAGES)
-    tiles = -(-num_tokens // tokens) * -(-rows // _ROWS)
-    num_blocks = -(-input_size // (BLOCK_SIZE * blocks))
-    best = 1, float("inf")
-    for wanted in range(1, min(_MAX_SPLITS, num_blocks) + 1):
-        blocks_a_split = -(-num_blocks // wanted)
-        splits = -(-num_blocks // blocks_a_split)
-        rounds = -(-tiles * splits // num_programs)
-        time = rounds * blocks_a_split * blocks * (block_time + tokens * _TOKEN_TIME)
-        if not groups:
-            time = max(time, -(-rows // _ROWS) * num_blocks * _INT8_READ_TIME / num_programs)
-        if splits > 1:
-            time += _SPLIT_TIME + splits * num_tokens * rows * _SUM_TIME
-        best = min(best, (splits, time), key=lambda choice: choice[1])
-    return MixedTile(tokens, blocks, stages, best[0])
+    num_blocks = -(-input_size // BLOCK_SIZE)
+    candidates = []
+    for warpgroups, limits in (_INT4_LIMITS if group_size else _INT8_LIMITS).items():
+        tile = _largest_tile(warpgroups, num_tokens, group_size, memory)
+        tiles = -(-num_tokens // tile.tokens) * -(-rows // tile.rows)
+        block_time = limits.block_time + tile.tokens * limits.token_time
+        for wanted in range(1, min(_MAX_SPLITS, num_blocks) + 1):
+            blocks_a_split = -(-num_blocks // wanted)
+            splits = -(-num_blocks // blocks_a_split)
+            rounds = -(-tiles * splits // num_programs)
+            time = rounds * (blocks_a_split * block_time + _UNIT_TIME)
+            if splits > 1:
+                time += _SPLIT_TIME + splits * num_tokens * rows * _SUM_TIME
+            candidates.append((time, replace(tile, splits=splits)))
+    return min(candidates, key=lambda candidate: candidate[0])[1]
+
+
+def _largest_tile(warpgroups: int, num_tokens: int, group_size: int, memory: int) -> MixedTile:
+    """Returns the tile of one split that takes as many of the tokens at once as it can."""
+    groups = max(BLOCK_SIZE // group_size, 1) if group_size else 0  # of a block
+    most = (_INT4_LIMITS if groups else _INT8_LIMITS)[warpgroups].max_tokens
+    tokens = min(max(next_power_of_2(num_tokens), _MIN_TOKENS), most if groups < 4 else most // 2)
+    tile = MixedTile(tokens, 1, warpgroups=warpgroups)
+    weight_bytes = tile.rows * BLOCK_SIZE // (2 if groups else 1)
+    stage = weight_bytes + 2 * tokens * BLOCK_SIZE + 2 * groups * tile.scale_rows * 4
+    return replace(tile, stages=min((memory - _RESERVED_MEMORY) // stage, _MAX_STAGES))
 
 
 def mixed_matmul(
@@ -317,14 +342,14 @@ def _launch(
 ) -> None:
     gated: bool = finishing["IS_GATED"]
     token_tiles = -(-len(x) // tile.tokens)
-    num_units = token_tiles * -(-len(weight) // _ROWS) * tile.splits
+    num_units = token_tiles * -(-len(weight) // tile.rows) * tile.splits
     if group_size:
         groups = max(BLOCK_SIZE // group_size, 1)
-        weight_desc = _describe_weight(weight, tile.blocks * PLANE_SIZE, gated)
-        scale_desc = _describe_scales(scale, groups, gated)
-        zero_desc = scale_desc if zeros is None else _describe_scales(zeros, groups, gated)
+        weight_desc = _describe_weight(weight, tile.weight_rows, PLANE_SIZE, gated)
+        scale_desc = _describe_scales(scale, tile.scale_rows, groups, gated)
+        zero_desc = scale_desc if zeros is None else _describe_scales(zeros, tile.scale_rows, groups, gated)
     else:
-        weight_desc = _describe_weight(weight.view(torch.int16), BLOCK_SIZE // 2, gated)
+        weight_desc = _describe_weight(weight.view(torch.int16), tile.weight_rows, BLOCK_SIZE // 2, gated)
         scale_desc = zero_desc = weight_desc  # not read
     _mixed_matmul_kernel[(min(num_units, multiprocessor_count(x.device)),)](
         x_desc=TensorDescriptor(x, [*x.shape], [*x.stride()], [tile.tokens, _COLUMNS], _swizzle(128, 16, 2)),
@@ -337,8 +362,9 @@ def _launch(
         GROUP_SIZE=group_size,
         INPUT_SIZE=x.shape[1],
         TOKENS=tile.tokens,
-        ROWS=_ROWS,
-        BLOCKS=tile.blocks,
+        ROWS=tile.rows,
+        WEIGHT_ROWS=tile.weight_rows,
+        SCALE_ROWS=tile.scale_rows,
         STAGES=tile.stages,
         num_warps=4,
         **{name: value for name, value in finishing.items() if name not in _OF_SPLITS},

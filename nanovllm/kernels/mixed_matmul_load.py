@@ -23,25 +23,19 @@ def _load_scales(
     desc: tma.tensor_descriptor,
     scales: gl.shared_memory_descriptor,
     ready: gl.shared_memory_descriptor,
-    column: gl.tensor,
-    output_tile: gl.tensor,
+    group: gl.tensor,
+    row: gl.tensor,
     stage: gl.tensor,
     IS_GATED: gl.constexpr,
-    BLOCKS: gl.constexpr,
-    BLOCK: gl.constexpr,
-    GROUP_SIZE: gl.constexpr,
 ) -> None:
-    """Starts to copy the scales (or zero points) of a tile's rows, for the groups of the inputs from `column` on."""
+    """Starts to copy the scales (or zero points) of the tile that begins at `row`, for a block's groups."""
     GROUPS: gl.constexpr = desc.block_type.shape[0]
     BOX: gl.constexpr = [scales.shape[0] // GROUPS] + desc.block_type.shape  # noqa: RUF005 - Gluon unpacks no lists
-    boxes = scales._reinterpret(scales.dtype, BOX, desc.layout)
-    for block in gl.static_range(BLOCKS):
-        group = (column + block * BLOCK) // GROUP_SIZE
-        to = boxes.index(stage * BLOCKS + block)
-        if IS_GATED:
-            tma.async_copy_global_to_shared(desc, [group, output_tile * 8, 0, 0], ready, to)
-        else:
-            tma.async_copy_global_to_shared(desc, [group, output_tile * scales.shape[1]], ready, to)
+    to = scales._reinterpret(scales.dtype, BOX, desc.layout).index(stage)
+    if IS_GATED:
+        tma.async_copy_global_to_shared(desc, [group, row // 16, 0, 0], ready, to)
+    else:
+        tma.async_copy_global_to_shared(desc, [group, row], ready, to)
 
 
 @gluon_jit()
@@ -66,36 +60,36 @@ def load_weights(
     BLOCKS_A_SPLIT: gl.constexpr,
 ) -> None:
     """Copies the weights of all of the program's units, as far ahead as there are stages."""
-    STAGES: gl.constexpr = weights.shape[0]
-    ROWS: gl.constexpr = weights.shape[1]
+    STAGES: gl.constexpr = ready.shape[0]
+    BOXES: gl.constexpr = weights.shape[0] // STAGES
+    BOX_ROWS: gl.constexpr = weights.shape[1]
     WORDS: gl.constexpr = weights.shape[2]
-    BLOCKS: gl.constexpr = WORDS * 4 // BLOCK  # of INT4
-    SCALE_BYTES: gl.constexpr = 0 if HAS_SCALE else scales.shape[0] // STAGES * ROWS * 4
+    ROWS: gl.constexpr = BOXES * BOX_ROWS
+    SCALE_BYTES: gl.constexpr = 0 if HAS_SCALE else scales.shape[0] // STAGES * scales.shape[1] * 4
     BYTES: gl.constexpr = ROWS * WORDS * 2 + SCALE_BYTES * (2 if HAS_ZEROS else 1)
     num_loaded = 0
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
         _token_tile, output_tile, split = find_unit(unit, num_token_tiles, NUM_OUTPUT_TILES)
+        first_row = output_tile * ROWS
         first = split * BLOCKS_A_SPLIT
         for block in range(first, gl.minimum(first + BLOCKS_A_SPLIT, NUM_BLOCKS)):
             stage = num_loaded % STAGES
             mbarrier.wait(free.index(stage), num_loaded // STAGES & 1 ^ 1)
             stage_ready = ready.index(stage)
             mbarrier.expect(stage_ready, BYTES)
-            to = weights.index(stage)
-            if IS_GATED:
-                to = to._reinterpret(weights.dtype, weight_desc.block_type.shape, weight_desc.layout)
-                tma.async_copy_global_to_shared(weight_desc, [output_tile * 8, 0, 0, block * WORDS], stage_ready, to)
-            else:
-                tma.async_copy_global_to_shared(weight_desc, [output_tile * ROWS, block * WORDS], stage_ready, to)
+            for box in gl.static_range(BOXES):
+                to = weights.index(stage * BOXES + box)
+                row = first_row + box * BOX_ROWS
+                if IS_GATED:
+                    to = to._reinterpret(weights.dtype, weight_desc.block_type.shape, weight_desc.layout)
+                    tma.async_copy_global_to_shared(weight_desc, [row // 16, 0, 0, block * WORDS], stage_ready, to)
+                else:
+                    tma.async_copy_global_to_shared(weight_desc, [row, block * WORDS], stage_ready, to)
             if not HAS_SCALE:
-                column = block * (BLOCKS * BLOCK)
-                _load_scales(
-                    scale_desc, scales, stage_ready, column, output_tile, stage, IS_GATED, BLOCKS, BLOCK, GROUP_SIZE
-                )
+                group = block * BLOCK // GROUP_SIZE
+                _load_scales(scale_desc, scales, stage_ready, group, first_row, stage, IS_GATED)
                 if HAS_ZEROS:
-                    _load_scales(
-                        zero_desc, zeros, stage_ready, column, output_tile, stage, IS_GATED, BLOCKS, BLOCK, GROUP_SIZE
-                    )
+                    _load_scales(zero_desc, zeros, stage_ready, group, first_row, stage, IS_GATED)
             num_loaded += 1
 
 

@@ -25,7 +25,8 @@ from nanovllm.kernels.triton_support import (
     warpgroup_mma_wait,
 )
 
-_HALF_ROWS = constant(64)  # of a warpgroup: the rows of one matrix instruction
+WARPGROUP_ROWS = 64  # the rows of one matrix instruction
+_ROWS = constant(WARPGROUP_ROWS)
 _BLOCK = constant(BLOCK_SIZE)
 _PLANE = constant(PLANE_SIZE)
 _NUM_PLANES = constant(NUM_PLANES)
@@ -90,94 +91,86 @@ def _convert_int8(words: gl.tensor, dtype: gl.constexpr) -> gl.tensor:
 
 @gluon_jit()
 def _load_column(
-    rows: gl.shared_memory_descriptor, half: gl.constexpr, index: gl.tensor, layout: gl.constexpr
+    rows: gl.shared_memory_descriptor, warpgroup: gl.constexpr, index: gl.tensor, layout: gl.constexpr
 ) -> gl.tensor:
-    """Loads what belongs to a warpgroup's rows, [64, 1], from rows [groups of all stages, 128]."""
-    ours = rows.index(index).slice(half * _HALF_ROWS, _HALF_ROWS)
+    """Loads what belongs to a warpgroup's rows, [64, 1], from rows [groups of all stages, a tile's]."""
+    ours = rows.index(index).slice(warpgroup * _ROWS, _ROWS)
     return gl.expand_dims(ours.load(gl.SliceLayout(1, layout)), 1)
 
 
 @gluon_jit()
-def _plane_inputs(
-    x: gl.shared_memory_descriptor, stage: gl.tensor, block: gl.constexpr, plane: gl.constexpr, BLOCKS: gl.constexpr
-) -> gl.shared_memory_descriptor:
-    """Returns the activations [32, tokens] of a plane of one of a stage's blocks."""
+def _plane_inputs(x: gl.shared_memory_descriptor, stage: gl.tensor, plane: gl.constexpr) -> gl.shared_memory_descriptor:
+    """Returns the activations [32, tokens] of a plane of a stage."""
     COLUMNS: gl.constexpr = x.shape[2]
-    COLUMN: gl.constexpr = block * _BLOCK + plane * _PLANE
-    part = x.index(stage * (BLOCKS * _BLOCK // COLUMNS) + COLUMN // COLUMNS)
+    COLUMN: gl.constexpr = plane * _PLANE
+    part = x.index(stage * (_BLOCK // COLUMNS) + COLUMN // COLUMNS)
     return part.slice(COLUMN % COLUMNS, _PLANE, dim=1).permute((1, 0))
 
 
 @gluon_jit()
 def _add_int4_stage(
-    half: gl.constexpr,
+    warpgroup: gl.constexpr,
     acc: gl.tensor,
+    words: gl.shared_memory_descriptor,
     stage: gl.tensor,
     buffers: gl.tuple,
+    STAGES: gl.constexpr,
     HAS_ZEROS: gl.constexpr,
 ) -> gl.tensor:
     """Returns acc [64, tokens] plus a stage's products."""
-    weights, scales, zeros, x = buffers
+    _, scales, zeros, x = buffers
     ACC: gl.constexpr = acc.type.layout
     WEIGHT: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
-    BLOCKS: gl.constexpr = weights.shape[2] // _PLANE
-    GROUPS: gl.constexpr = scales.shape[0] // (weights.shape[0] * BLOCKS)  # of a block
+    GROUPS: gl.constexpr = scales.shape[0] // STAGES  # of a block
     GROUP_PLANES: gl.constexpr = _NUM_PLANES // GROUPS
-    first_group = stage * (BLOCKS * GROUPS)
-    words_of_stage = weights.index(stage).slice(half * _HALF_ROWS, _HALF_ROWS)
+    zero: gl.tuple = ()
+    for group in gl.static_range(GROUPS):
+        if HAS_ZEROS:
+            zero = zero + (_load_column(zeros, warpgroup, stage * GROUPS + group, WEIGHT),)  # noqa: RUF005
+        else:
+            zero = zero + (gl.full([_ROWS, 1], 8.0, gl.float32, WEIGHT),)  # noqa: RUF005
+    planes = _unpack_int4(
+        words.load(WEIGHT),
+        zero[0],
+        zero[1 // GROUP_PLANES],
+        zero[2 // GROUP_PLANES],
+        zero[3 // GROUP_PLANES],
+        x.dtype,
+    )
     products: gl.tuple = ()
-    operands: gl.tuple = ()
-    for block in gl.static_range(BLOCKS):
-        words = words_of_stage.slice(block * _PLANE, _PLANE, dim=1).load(WEIGHT)
-        zero: gl.tuple = ()
-        for group in gl.static_range(GROUPS):
-            if HAS_ZEROS:
-                zero = zero + (_load_column(zeros, half, first_group + block * GROUPS + group, WEIGHT),)  # noqa: RUF005
-            else:
-                zero = zero + (gl.full([_HALF_ROWS, 1], 8.0, gl.float32, WEIGHT),)  # noqa: RUF005
-        planes = _unpack_int4(
-            words, zero[0], zero[1 // GROUP_PLANES], zero[2 // GROUP_PLANES], zero[3 // GROUP_PLANES], x.dtype
-        )
-        operands = operands + planes
-        for group in gl.static_range(GROUPS):
-            product = gl.zeros_like(acc)
-            for plane in gl.static_range(group * GROUP_PLANES, (group + 1) * GROUP_PLANES):
-                inputs = _plane_inputs(x, stage, block, plane, BLOCKS)
-                product = warpgroup_mma(
-                    planes[plane], inputs, product, use_acc=plane > group * GROUP_PLANES, is_async=True
-                )
-            products = products + (product,)  # noqa: RUF005
-    done = warpgroup_mma_wait(deps=products + operands)  # the tensor cores read the operands' registers until here
-    for group in gl.static_range(BLOCKS * GROUPS):
-        acc += done[group] * _load_column(scales, half, first_group + group, ACC)
+    for group in gl.static_range(GROUPS):
+        product = gl.zeros_like(acc)
+        for plane in gl.static_range(group * GROUP_PLANES, (group + 1) * GROUP_PLANES):
+            inputs = _plane_inputs(x, stage, plane)
+            has_some = plane > group * GROUP_PLANES
+            product = warpgroup_mma(planes[plane], inputs, product, use_acc=has_some, is_async=True)
+        products = products + (product,)  # noqa: RUF005
+    done = warpgroup_mma_wait(deps=products + planes)  # the tensor cores read the planes' registers until here
+    for group in gl.static_range(GROUPS):
+        acc += done[group] * _load_column(scales, warpgroup, stage * GROUPS + group, ACC)
     return acc
 
 
 @gluon_jit()
 def _add_int8_stage(
-    half: gl.constexpr,
-    acc: gl.tensor,
-    stage: gl.tensor,
-    weights: gl.shared_memory_descriptor,
-    x: gl.shared_memory_descriptor,
+    acc: gl.tensor, words: gl.shared_memory_descriptor, stage: gl.tensor, x: gl.shared_memory_descriptor
 ) -> gl.tensor:
     """Returns acc [64, tokens] plus a stage's products. While one plane is multiplied, the next is converted."""
     ACC: gl.constexpr = acc.type.layout
-    WORDS: gl.constexpr = weights.shape[2] // _NUM_PLANES
-    words_of_stage = weights.index(stage).slice(half * _HALF_ROWS, _HALF_ROWS)
+    WORDS: gl.constexpr = words.shape[1] // _NUM_PLANES
     operands: gl.tuple = ()
     for plane in gl.static_range(_NUM_PLANES):
-        words = words_of_stage.slice(plane * WORDS, WORDS, dim=1).load(gl.DotOperandLayout(0, ACC, 1))
+        pairs = words.slice(plane * WORDS, WORDS, dim=1).load(gl.DotOperandLayout(0, ACC, 1))
         # A thread's pairs of inputs are the words that it has loaded.
-        numbers = gl.convert_layout(_convert_int8(words, x.dtype), gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
-        acc = warpgroup_mma(numbers, _plane_inputs(x, stage, 0, plane, 1), acc, is_async=True)
+        numbers = gl.convert_layout(_convert_int8(pairs, x.dtype), gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
+        acc = warpgroup_mma(numbers, _plane_inputs(x, stage, plane), acc, is_async=True)
         operands = operands + (numbers,)  # noqa: RUF005
     return warpgroup_mma_wait(deps=(acc,) + operands)[0]  # noqa: RUF005
 
 
 @gluon_jit()
 def multiply(
-    half: gl.constexpr,
+    warpgroup: gl.constexpr,
     scale_ptr: gl.tensor,
     bias_ptr: gl.tensor,
     residual_ptr: gl.tensor,
@@ -202,32 +195,37 @@ def multiply(
     SPLITS: gl.constexpr,
     PDL: gl.constexpr,
 ) -> None:
-    """A computing warpgroup: rows half · 64 … of every tile."""
+    """A computing warpgroup: rows warpgroup · 64 … of every tile."""
     STAGES: gl.constexpr = ready.shape[0]
     TOKENS: gl.constexpr = buffers[3].shape[1]
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
-    TILE_OUTPUTS: gl.constexpr = _HALF_ROWS * (1 if IS_GATED else 2)
+    BOXES: gl.constexpr = buffers[0].shape[0] // STAGES  # of a stage's weights
+    BOX_ROWS: gl.constexpr = buffers[0].shape[1]
+    OUTPUTS: gl.constexpr = _ROWS // (2 if IS_GATED else 1)  # of a warpgroup
+    TILE_OUTPUTS: gl.constexpr = OUTPUTS * (BOXES * BOX_ROWS // _ROWS)
+    BOX: gl.constexpr = warpgroup * _ROWS // BOX_ROWS
     if PDL:
         gdc_wait()
     num_seen = 0
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
         token_tile, output_tile, split = find_unit(unit, num_token_tiles, NUM_OUTPUT_TILES)
-        acc = gl.zeros([_HALF_ROWS, TOKENS], gl.float32, ACC)
+        acc = gl.zeros([_ROWS, TOKENS], gl.float32, ACC)
         first_block = split * BLOCKS_A_SPLIT
         for _block in range(first_block, gl.minimum(first_block + BLOCKS_A_SPLIT, NUM_BLOCKS)):
             stage = num_seen % STAGES
             mbarrier.wait(ready.index(stage), num_seen // STAGES & 1)
+            words = buffers[0].index(stage * BOXES + BOX).slice(warpgroup * _ROWS % BOX_ROWS, _ROWS)
             if HAS_SCALE:
-                acc = _add_int8_stage(half, acc, stage, buffers[0], buffers[3])
+                acc = _add_int8_stage(acc, words, stage, buffers[3])
             else:
-                acc = _add_int4_stage(half, acc, stage, buffers, HAS_ZEROS)
+                acc = _add_int4_stage(warpgroup, acc, words, stage, buffers, STAGES, HAS_ZEROS)
             mbarrier.arrive(free.index(stage))
             num_seen += 1
 
         if HAS_SCALE:
             acc *= _INT8_UNIT
-        first_output = output_tile * TILE_OUTPUTS + half * (TILE_OUTPUTS // 2)
-        index = gl.arange(0, _HALF_ROWS, gl.SliceLayout(1, ACC))
+        first_output = output_tile * TILE_OUTPUTS + warpgroup * OUTPUTS
+        index = gl.arange(0, _ROWS, gl.SliceLayout(1, ACC))
         row = first_output + index  # of the weight
         output = row
         if IS_GATED:
@@ -246,12 +244,12 @@ def multiply(
                 bias = gl.load(bias_ptr + row, mask=output < OUTPUT_SIZE, other=0.0)
                 acc += gl.expand_dims(bias.to(gl.float32), 1)
             if IS_GATED:
-                pairs = gl.permute(gl.reshape(acc, [_HALF_ROWS // 16, 2, 8, TOKENS]), (0, 2, 3, 1))
+                pairs = gl.permute(gl.reshape(acc, [_ROWS // 16, 2, 8, TOKENS]), (0, 2, 3, 1))
                 gate, up = gl.split(pairs)
-                out = gl.reshape(gate / (1.0 + gl.exp(-gate)) * up, [TILE_OUTPUTS // 2, TOKENS])
+                out = gl.reshape(gate / (1.0 + gl.exp(-gate)) * up, [OUTPUTS, TOKENS])
             else:
                 out = acc
-            output = first_output + gl.arange(0, TILE_OUTPUTS // 2, gl.SliceLayout(1, out.type.layout))
+            output = first_output + gl.arange(0, OUTPUTS, gl.SliceLayout(1, out.type.layout))
             token = token_tile * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, out.type.layout))
             mask = gl.expand_dims(output < OUTPUT_SIZE, 1) & gl.expand_dims(token < num_tokens, 0)
             place = gl.expand_dims(token.to(gl.int64), 0)

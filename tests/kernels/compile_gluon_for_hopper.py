@@ -39,13 +39,11 @@ def compile_paged_prefill(dtype: torch.dtype, head_dim: int, window: int | None)
 
 
 def compile_mixed_matmul(
-    dtype: torch.dtype, num_tokens: int, group_size: int, has_zeros: bool, gated: bool, splits: int
+    dtype: torch.dtype, num_tokens: int, group_size: int, has_zeros: bool, gated: bool, splits: int, warpgroups: int
 ) -> None:
-    """With the tile that is chosen, but for the number of splits. Bias and residual follow a product without splits."""
+    """Bias and residual follow a product without splits."""
     input_size, outputs = 2048, 256
-    tile = mixed_matmul.choose_mixed_tile(
-        num_tokens, outputs, input_size, group_size=group_size, num_programs=132, memory=227 << 10
-    )
+    tile = mixed_matmul._largest_tile(warpgroups, num_tokens, group_size, memory=227 << 10)
     if group_size:
         weight = torch.empty(outputs, input_size // 4, dtype=torch.int16)
         scale = torch.empty(input_size // group_size, outputs).T
@@ -70,16 +68,22 @@ CASES = [
     (compile_paged_prefill, (torch.bfloat16, 128, 300)),
     (compile_paged_prefill, (torch.float16, 64, 300)),
     (compile_paged_prefill, (torch.float16, 128, None)),
-    (compile_mixed_matmul, (torch.bfloat16, 16, 128, True, False, 2)),
-    (compile_mixed_matmul, (torch.float16, 32, 128, True, True, 1)),
-    (compile_mixed_matmul, (torch.bfloat16, 64, 128, True, True, 1)),
-    (compile_mixed_matmul, (torch.bfloat16, 128, 128, True, True, 1)),
-    (compile_mixed_matmul, (torch.float16, 128, 64, True, False, 1)),
-    (compile_mixed_matmul, (torch.bfloat16, 64, 32, True, True, 2)),
-    (compile_mixed_matmul, (torch.bfloat16, 128, 2048, False, False, 1)),
-    (compile_mixed_matmul, (torch.bfloat16, 16, 0, False, False, 2)),
-    (compile_mixed_matmul, (torch.float16, 64, 0, False, False, 1)),
-    (compile_mixed_matmul, (torch.bfloat16, 128, 0, False, True, 1)),
+    (compile_mixed_matmul, (torch.bfloat16, 16, 128, True, False, 2, 2)),
+    (compile_mixed_matmul, (torch.float16, 32, 128, True, True, 1, 2)),
+    (compile_mixed_matmul, (torch.bfloat16, 64, 128, True, True, 1, 2)),
+    (compile_mixed_matmul, (torch.bfloat16, 128, 128, True, True, 1, 2)),
+    (compile_mixed_matmul, (torch.float16, 128, 64, True, False, 1, 2)),
+    (compile_mixed_matmul, (torch.bfloat16, 64, 32, True, True, 2, 2)),
+    (compile_mixed_matmul, (torch.bfloat16, 128, 2048, False, False, 1, 2)),
+    (compile_mixed_matmul, (torch.bfloat16, 16, 0, False, False, 2, 2)),
+    (compile_mixed_matmul, (torch.float16, 64, 0, False, False, 1, 2)),
+    (compile_mixed_matmul, (torch.bfloat16, 128, 0, False, True, 1, 2)),
+    (compile_mixed_matmul, (torch.float16, 16, 2048, False, False, 1, 3)),
+    (compile_mixed_matmul, (torch.bfloat16, 64, 128, True, True, 1, 3)),
+    (compile_mixed_matmul, (torch.float16, 64, 64, True, True, 1, 3)),
+    (compile_mixed_matmul, (torch.bfloat16, 32, 32, True, False, 2, 3)),
+    (compile_mixed_matmul, (torch.bfloat16, 16, 0, False, True, 2, 3)),
+    (compile_mixed_matmul, (torch.bfloat16, 64, 0, False, True, 1, 3)),
 ]
 
 

@@ -12,8 +12,15 @@ import torch
 from nanovllm.kernels import mixed_matmul_multiply
 from nanovllm.kernels.add_splits import finishing_arguments
 from nanovllm.kernels.int4_packing import pack_int4
-from nanovllm.kernels.mixed_matmul import MixedTile, choose_mixed_tile, mixed_matmul, suits_mixed_matmul
+from nanovllm.kernels.mixed_matmul import (
+    MixedTile,
+    _largest_tile,
+    choose_mixed_tile,
+    mixed_matmul,
+    suits_mixed_matmul,
+)
 from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.kernels.triton_support import shared_memory
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.gluon_emulator.machine import machine
 from tests.kernels.inputs import check_close
@@ -147,31 +154,30 @@ def check(generator, num_tokens, input_size, outputs, dtype, tile, seed=0, progr
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("group_size", [0, 128])
 def test_numbers_of_tokens(generator, num_tokens, gated, group_size):
-    """With the tile that is chosen for them, and another one."""
+    """With the tile that is chosen for them, and others."""
     parts = {"gated": gated, "group_size": group_size}
-    for tile in (None, MixedTile(32, 1, 3)):
+    for tile in (None, MixedTile(32, 3), MixedTile(16, 3, warpgroups=3)):
         check(generator, num_tokens, 256, 72, torch.bfloat16, tile, seed=num_tokens, **parts)
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)
-@pytest.mark.parametrize(
-    ("group_size", "blocks"),  # sums of more groups would not fit into the registers
-    [(32, 1), (64, 1), (128, 1), (128, 2), (384, 1), (384, 2), (640, 1), (640, 2)],
-)
+@pytest.mark.parametrize("group_size", [32, 64, 128, 384, 640])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-def test_groups(generator, dtype, group_size, blocks, zeros, gated):
+@pytest.mark.parametrize("warpgroups", [2, 3])
+def test_groups(generator, dtype, group_size, zeros, gated, warpgroups):
     parts = {"group_size": group_size, "zeros": zeros, "gated": gated}
-    check(generator, 19, 640, 72, dtype, MixedTile(16, blocks, 3), seed=group_size, **parts)
+    check(generator, 19, 640, 104, dtype, MixedTile(16, 3, 1, warpgroups), seed=group_size, **parts)
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize("has_one_scale", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("splits", [1, 2])
-def test_int8(generator, dtype, has_one_scale, gated, splits):
+@pytest.mark.parametrize("warpgroups", [2, 3])
+def test_int8(generator, dtype, has_one_scale, gated, splits, warpgroups):
     parts = {"group_size": 0, "has_one_scale": has_one_scale, "gated": gated}
-    check(generator, 19, 640, 72, dtype, MixedTile(16, 1, 3, splits), seed=splits, **parts)
+    check(generator, 19, 640, 104, dtype, MixedTile(16, 3, splits, warpgroups), seed=splits, **parts)
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)
@@ -185,31 +191,37 @@ def test_every_int8_is_exact(dtype):
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("group_size", [0, 128])
 @pytest.mark.parametrize("splits", [2, 3, 4])
-def test_splits(generator, full, gated, group_size, splits):
+@pytest.mark.parametrize("warpgroups", [2, 3])
+def test_splits(generator, full, gated, group_size, splits, warpgroups):
     """Of five blocks of inputs: the last split has fewer, or none."""
     parts = {"gated": gated, "full": full, "group_size": group_size}
-    check(generator, 18, 640, 136, torch.float16, MixedTile(16, 1, 2, splits), seed=splits, **parts)
+    check(generator, 18, 640, 136, torch.float16, MixedTile(16, 2, splits, warpgroups), seed=splits, **parts)
 
 
 @pytest.mark.parametrize("input_size", [32, 160, 400, 1024])
 @pytest.mark.parametrize("outputs", [8, 128, 200])
-def test_inputs_and_outputs_that_do_not_fill_tiles(generator, input_size, outputs):
+@pytest.mark.parametrize("warpgroups", [2, 3])
+def test_inputs_and_outputs_that_do_not_fill_tiles(generator, input_size, outputs, warpgroups):
+    """With three warpgroups, of 8 outputs two have none, and of 200 a second tile has 8 in its first one."""
     for gated in (False, True):
-        for group_size, blocks in ((0, 1), (32, 1), (128, 2)):
+        for group_size in (0, 32, 128):
             parts = {"group_size": group_size, "gated": gated}
-            check(generator, 3, input_size, outputs, torch.bfloat16, MixedTile(16, blocks, 4), seed=outputs, **parts)
+            tile = MixedTile(16, 4, 1, warpgroups)
+            check(generator, 3, input_size, outputs, torch.bfloat16, tile, seed=outputs, **parts)
 
 
-@pytest.mark.parametrize(("group_size", "blocks"), [(0, 1), (128, 2)])
-def test_rows_of_whole_multiples_of_four_do(generator, group_size, blocks):
-    check(generator, 5, 256, 68, torch.bfloat16, MixedTile(16, blocks, 2), group_size=group_size)
+@pytest.mark.parametrize("group_size", [0, 128])
+@pytest.mark.parametrize("warpgroups", [2, 3])
+def test_rows_of_whole_multiples_of_four_do(generator, group_size, warpgroups):
+    check(generator, 5, 256, 68, torch.bfloat16, MixedTile(16, 2, 1, warpgroups), group_size=group_size)
 
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("programs", [1, 5])
-@pytest.mark.parametrize(("group_size", "blocks"), [(0, 1), (128, 2)])
-def test_warps_take_turns_in_any_order(generator, seed, programs, group_size, blocks):
-    tile = MixedTile(16, blocks, 2, 2)
+@pytest.mark.parametrize("group_size", [0, 128])
+@pytest.mark.parametrize("warpgroups", [2, 3])
+def test_warps_take_turns_in_any_order(generator, seed, programs, group_size, warpgroups):
+    tile = MixedTile(16, 2, 2, warpgroups)
     check(generator, 40, 1024, 200, torch.bfloat16, tile, seed=seed, programs=programs, group_size=group_size)
 
 
@@ -225,15 +237,16 @@ def test_a_row_does_not_depend_on_its_neighbours(generator, group_size):
 
 @pytest.mark.parametrize("splits", [1, 2])
 @pytest.mark.parametrize("seed", range(4))
-def test_all_that_touch_what_other_kernels_do_wait_for_the_kernel_ahead(generator, seed, splits):
-    """It writes activations and residual, and ends once both warpgroups and the warp of the activations wait for it."""
+@pytest.mark.parametrize("warpgroups", [2, 3])
+def test_all_that_touch_what_other_kernels_do_wait_for_the_kernel_ahead(generator, seed, splits, warpgroups):
+    """It writes activations and residual, and ends once all warpgroups and the warp of the activations wait for it."""
     given, arguments, expected = problem(generator, 18, 512, 136, torch.bfloat16)
     written = [(tensor, tensor.clone()) for tensor in (given[0], arguments["residual"])]
     waiting = set()
 
     def wait_for_previous_kernel() -> None:
         waiting.add(machine().running.name.partition(" of ")[0])
-        machine().pause(lambda: len(waiting) == 3, "the kernel ahead")
+        machine().pause(lambda: len(waiting) == warpgroups + 1, "the kernel ahead")
         for tensor, values in written:
             tensor.copy_(values)
 
@@ -249,8 +262,9 @@ def test_all_that_touch_what_other_kernels_do_wait_for_the_kernel_ahead(generato
         gdc_launch_dependents=lambda: None,
         gdc_wait=wait_for_previous_kernel,
     )
-    check_close(product(*given, **arguments, tile=MixedTile(16, 2, 2, splits)), expected, torch.bfloat16)
-    assert waiting == {"partition 0 (multiply)", "partition 1 (multiply)", "partition 2 (load_activations)"}
+    check_close(product(*given, **arguments, tile=MixedTile(16, 2, splits, warpgroups)), expected, torch.bfloat16)
+    computing = ["partition 0 (multiply)", "partition 1 (multiply)", "partition 4 (multiply)"]
+    assert waiting == {*computing[:warpgroups], "partition 2 (load_activations)"}
 
 
 def test_no_tokens_give_no_rows(generator):
@@ -265,14 +279,23 @@ def test_chosen_tiles_fit_in_shared_memory_and_registers(num_tokens, rows, input
     memory = 227 << 10
     tile = choose_mixed_tile(num_tokens, rows, input_size, group_size=group_size, num_programs=132, memory=memory)
     groups = 128 // group_size if group_size else 0
-    weights = 128 * (64 if group_size else 128)
-    scales = 2 * groups * 128 * 4
+    tile_rows, scale_rows, most_registers = {2: (128, 128, 224), 3: (192, 256, 128)}[tile.warpgroups]
+    stage = tile_rows * (64 if groups else 128) + tile.tokens * 128 * 2 + 2 * groups * scale_rows * 4
     assert tile.stages >= 4
-    assert tile.stages * tile.blocks * (weights + tile.tokens * 128 * 2 + scales) <= memory - 1024
-    registers = tile.tokens // 2 * (1 + tile.blocks * groups) + 32 * tile.blocks
-    assert registers <= 224
-    num_blocks = -(-input_size // (128 * tile.blocks))
+    assert tile.stages * stage <= memory - 1024
+    registers = tile.tokens // 2 * (1 + groups) + 32
+    assert registers <= most_registers
+    num_blocks = -(-input_size // 128)
     assert (tile.splits - 1) * -(-num_blocks // tile.splits) < num_blocks  # none is empty
+
+
+@pytest.mark.parametrize("group_size", [0, 128])
+def test_the_tile_that_needs_fewer_rounds_is_chosen(group_size):
+    """Of 24,576 rows on 132 multiprocessors: 128 tiles of 192 rows, not 192 of 128. Of 4,096, 128 parts of 32 tiles."""
+    options = {"group_size": group_size, "num_programs": 132, "memory": 227 << 10}
+    for num_tokens in (2, 16, 32, 64):
+        assert choose_mixed_tile(num_tokens, 24576, 4096, **options).rows == 192
+        assert choose_mixed_tile(num_tokens, 4096, 4096, **options).rows == 128
 
 
 needs_hopper = pytest.mark.skipif(
@@ -290,25 +313,30 @@ def on_gpu(given, arguments):
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize(
-    "parts",
+    ("dtype", "parts"),
     [
-        *({"group_size": group_size, "zeros": zeros} for group_size in (32, 64, 128, 4096) for zeros in (False, True)),
-        *({"group_size": 0, "has_one_scale": has_one_scale} for has_one_scale in (False, True)),
+        *((torch.bfloat16, {"group_size": size, "zeros": zeros}) for size in (32, 64, 128) for zeros in (False, True)),
+        (torch.bfloat16, {"group_size": 4096, "zeros": True}),
+        (torch.float16, {"group_size": 128, "zeros": True}),
+        (torch.bfloat16, {"group_size": 0}),
+        (torch.bfloat16, {"group_size": 0, "has_one_scale": True}),
+        (torch.float16, {"group_size": 0}),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("gated", [False, True])
 def test_a_layer_on_a_gpu(generator, dtype, parts, gated):
+    """With the chosen tiles, and with three warpgroups and as many tokens as they can have."""
     parts = {**parts, "gated": gated}
     given, arguments, expected = problem(generator, 1024, 4096, 1032, dtype, **parts)
     given, arguments = on_gpu(given, arguments)
     assert suits_mixed_matmul(*given, group_size=parts["group_size"], gated=gated)
     x, residual = given[0], arguments.pop("residual")
     for num_tokens in (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 256, 511, 1024):
-        got = mixed_matmul(x[:num_tokens], *given[1:], **arguments, residual=residual[:num_tokens])
-        check_close(got.cpu(), expected[:num_tokens], dtype)
+        for tile in (None, _largest_tile(3, num_tokens, parts["group_size"], shared_memory(x.device))):
+            got = mixed_matmul(x[:num_tokens], *given[1:], **arguments, residual=residual[:num_tokens], tile=tile)
+            check_close(got.cpu(), expected[:num_tokens], dtype)
 
 
 @pytest.mark.gpu
@@ -324,7 +352,8 @@ def test_every_int8_is_exact_on_a_gpu(dtype):
 @needs_hopper
 @pytest.mark.parametrize("group_size", [0, 128])
 @pytest.mark.parametrize("num_tokens", [2, 8, 16, 32, 48, 64, 128, 256])
-def test_layers_in_a_graph_on_a_gpu(generator, group_size, num_tokens):
+@pytest.mark.parametrize("warpgroups", [2, 3])
+def test_layers_in_a_graph_on_a_gpu(generator, group_size, num_tokens, warpgroups):
     """Each product reads what the kernel ahead writes, and starts before that one has ended: replays are exact."""
     dtype, width, inner = torch.bfloat16, 2048, 4096
     parts = {"group_size": group_size, "full": False}
@@ -333,15 +362,16 @@ def test_layers_in_a_graph_on_a_gpu(generator, group_size, num_tokens):
     (x, *up), up_arguments = on_gpu(up, up_arguments)
     (_, *down), down_arguments = on_gpu(down, down_arguments)
     norm = torch.ones(width, dtype=dtype, device="cuda")
+    tile = _largest_tile(warpgroups, num_tokens, group_size, shared_memory(x.device))
 
     def layers(apart: bool) -> torch.Tensor:
         hidden = x
         for _ in range(12):
             normed = rms_norm(hidden, norm, 1e-6)
-            between = mixed_matmul(normed, *up, **up_arguments)
+            between = mixed_matmul(normed, *up, **up_arguments, tile=tile)
             if apart:
                 torch.cuda.synchronize()
-            hidden = mixed_matmul(between, *down, **down_arguments | {"residual": hidden})
+            hidden = mixed_matmul(between, *down, **down_arguments | {"residual": hidden}, tile=tile)
             if apart:
                 torch.cuda.synchronize()
         return hidden
