@@ -30,7 +30,7 @@ _MAX_ROW = 32768
 _TORCH_SCALES_BLOCKS = torch.version.cuda is not None and tuple(map(int, torch.version.cuda.split("."))) >= (12, 9)
 # With more, the BLAS gains more than one conversion of the whole weight costs.
 _MAX_INT8_TOKENS = 128
-_MAX_HOPPER_INT8_TOKENS = 256
+_MAX_HOPPER_INT8_TOKENS = 512
 _MAX_INT4_TOKENS = 256
 _MAX_HOPPER_INT4_TOKENS = 1536
 _MAX_BLOCK_TOKENS = 64  # with more, or here if gated, torch's product with block scales is faster
