@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +60,26 @@ def test_only_prompts_for_the_next_steps_are_queued(
             expected_output(prompt, 5, 64, ignore_eos=True) for prompt in PROMPTS
         ]
     assert is_empty(engine)
+
+
+@pytest.mark.parametrize("call", [generate, stream])
+def test_prompts_of_later_steps_are_queued_a_few_at_a_time(
+    call: Callable[..., list[RequestOutput]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four rows end in the same step, and one prompt is queued with each step: a sixteenth of what one takes."""
+    engine, _ = make_engine(max_num_batched_tokens=64, max_num_seqs=4, num_blocks=64)
+    arrivals: list[int] = []
+    schedule = engine.scheduler.schedule
+
+    def watched() -> Any:
+        arrivals.append(engine._num_arrivals)
+        return schedule()
+
+    monkeypatch.setattr(engine.scheduler, "schedule", watched)
+    outputs = call(llm_with(engine), [PROMPTS[index % 20] for index in range(100)])
+    assert len(outputs) == arrivals[-1] == 100
+    assert arrivals[0] == 32  # those of two steps
+    assert max(later - earlier for earlier, later in itertools.pairwise(arrivals)) == 1
 
 
 def test_requests_of_others_do_not_keep_a_call_from_queueing(
