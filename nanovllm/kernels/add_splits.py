@@ -102,8 +102,9 @@ def _add_splits_kernel(
 
 
 def finishing_arguments(
-    out: torch.Tensor,
-    partial: torch.Tensor,
+    num_tokens: int,
+    rows: int,
+    dtype: torch.dtype,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
     *,
@@ -113,11 +114,14 @@ def finishing_arguments(
     residual: torch.Tensor | None,
     splits: int,
 ) -> dict[str, Any]:
-    """Returns arguments of a product's kernel and of `add_splits`. Parts that are left out are not read.
+    """Allocates the output, and returns arguments of a product's kernel and of `add_splits`.
 
-    out [num_tokens, outputs]; partial [splits, num_tokens, outputs, and as many ups if gated] float32, or out if there
-    are no splits; x_scale [num_tokens]. has_scale: the sums are yet to be multiplied by scale [rows, 1] or [1, 1].
+    out_ptr is [num_tokens, outputs] of `dtype`; partial_ptr [splits, num_tokens, rows] float32, or the output if there
+    are no splits. Parts that are left out are not read. rows: of the weight, twice as many as outputs if gated. x_scale
+    [num_tokens]. has_scale: the sums are yet to be multiplied by scale [rows, 1] or [1, 1].
     """
+    out = scale.new_empty(num_tokens, rows // (1 + gated), dtype=dtype)
+    partial = scale.new_empty(splits, num_tokens, rows, dtype=torch.float32) if splits > 1 else out
     return {
         "x_scale_ptr": scale if x_scale is None else x_scale,
         "scale_ptr": scale,
@@ -126,7 +130,7 @@ def finishing_arguments(
         "out_ptr": out,
         "partial_ptr": partial,
         "residual_stride": 0 if residual is None else residual.stride(0),
-        "num_tokens": len(out),
+        "num_tokens": num_tokens,
         "HAS_SCALE": has_scale,
         "HAS_X_SCALE": x_scale is not None,
         "HAS_BIAS": bias is not None,

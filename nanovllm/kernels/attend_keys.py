@@ -85,18 +85,15 @@ def store_heads(ptr: tl.tensor, row: tl.tensor, out: tl.tensor, GROUP: tl.conste
     tl.store(ptr + row[:, None] * HEAD_DIM + dim[None, :], out.to(ptr.dtype.element_ty), mask=mask)
 
 
-def decode_arguments(
+def arguments_of_any_cache(
     query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float, window: int | None
 ) -> dict[str, Any]:
-    """Returns the arguments and options of a launch that both kernels have. query [num_seqs, num_heads, head_dim]."""
+    """Returns the arguments that the decode kernels of every cache have. query [num_seqs, num_heads, head_dim]."""
     num_heads, head_dim = query.shape[1:]
     _, block_size, num_kv_heads, _ = kv_cache.key.shape
-    group = num_heads // num_kv_heads
-    block_dim = max(next_power_of_2(head_dim), _MIN_DOT_SIZE)
     return {
         "query_ptr": query,
         "key_ptr": kv_cache.key,
-        "value_ptr": kv_cache.value,
         "block_tables_ptr": metadata.block_tables,
         "context_lens_ptr": metadata.context_lens,
         "scale_log2": scale * LOG2_E,
@@ -107,13 +104,25 @@ def decode_arguments(
         "kv_head_stride": kv_cache.key.stride(2),
         "block_table_stride": metadata.block_tables.stride(0),
         "BLOCK_SIZE": block_size,
-        "GROUP": group,
-        "BLOCK_GROUP": max(next_power_of_2(group), _MIN_DOT_SIZE),
+        "GROUP": num_heads // num_kv_heads,
         "HEAD_DIM": head_dim,
-        "BLOCK_DIM": block_dim,
-        "BLOCK_KEYS": BLOCK_KEYS,
         "WINDOW": window or 0,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+    }
+
+
+def decode_arguments(
+    query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float, window: int | None
+) -> dict[str, Any]:
+    """Returns the arguments and options of a launch that both kernels have. query [num_seqs, num_heads, head_dim]."""
+    arguments = arguments_of_any_cache(query, kv_cache, metadata, scale, window)
+    block_dim = max(next_power_of_2(arguments["HEAD_DIM"]), _MIN_DOT_SIZE)
+    return {
+        **arguments,
+        "value_ptr": kv_cache.value,
+        "BLOCK_GROUP": max(next_power_of_2(arguments["GROUP"]), _MIN_DOT_SIZE),
+        "BLOCK_DIM": block_dim,
+        "BLOCK_KEYS": BLOCK_KEYS,
         "num_warps": 2,
         "num_stages": max(2, min(5, _BYTES_IN_FLIGHT // (query.itemsize * block_dim))),  # blocks of keys in flight
     }

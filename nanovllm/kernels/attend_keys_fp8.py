@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from nanovllm.kernels.attend_keys import arguments_of_any_cache
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
 from nanovllm.kernels.online_softmax import softmax_weights
 from nanovllm.kernels.page_slots import page_slots
-from nanovllm.kernels.triton_support import INTERPRETED, LOG2_E, constant, jit, next_power_of_2, tl
+from nanovllm.kernels.triton_support import INTERPRETED, constant, jit, next_power_of_2, tl
 
 BLOCK_KEYS = 16  # keys a program reads at a time
 PROGRAMS_EACH = 16  # programs of one warp that keep a multiprocessor busy
@@ -161,35 +162,17 @@ def fp8_arguments(
     query: torch.Tensor, kv_cache: LayerKVCache, metadata: DecodeMetadata, scale: float, window: int | None
 ) -> dict[str, Any]:
     """Returns the arguments and options of a launch that both kernels have. query [num_seqs, num_heads, head_dim]."""
-    num_heads, head_dim = query.shape[1:]
-    _, block_size, num_kv_heads, _ = kv_cache.key.shape
-    group = num_heads // num_kv_heads
-    is_float32 = query.dtype == torch.float32
+    arguments = arguments_of_any_cache(query, kv_cache, metadata, scale, window)
     return {
-        "query_ptr": query,
-        "key_ptr": kv_cache.key,
+        **arguments,
         "value_words_ptr": kv_cache.value.view(torch.int16),
         "key_scale_ptr": kv_cache.key_scale,
         "value_scale_ptr": kv_cache.value_scale,
-        "block_tables_ptr": metadata.block_tables,
-        "context_lens_ptr": metadata.context_lens,
-        "scale_log2": scale * LOG2_E,
-        "query_seq_stride": query.stride(0),
-        "query_head_stride": query.stride(1),
-        "page_stride": kv_cache.key.stride(0),
-        "slot_stride": kv_cache.key.stride(1),
-        "kv_head_stride": kv_cache.key.stride(2),
         "scale_page_stride": kv_cache.scale_page_stride,
-        "block_table_stride": metadata.block_tables.stride(0),
-        "BLOCK_SIZE": block_size,
-        "GROUP": group,
-        "BLOCK_GROUP": max(next_power_of_2(group), _MIN_DOT_COLUMNS),
-        "HEAD_DIM": head_dim,
-        "BLOCK_DIM": max(next_power_of_2(head_dim), _MIN_BLOCK_DIM),
+        "BLOCK_GROUP": max(next_power_of_2(arguments["GROUP"]), _MIN_DOT_COLUMNS),
+        "BLOCK_DIM": max(next_power_of_2(arguments["HEAD_DIM"]), _MIN_BLOCK_DIM),
         "BLOCK_KEYS": BLOCK_KEYS,
-        "WINDOW": window or 0,
-        "COMPUTE": tl.float32 if is_float32 else tl.float16,
-        "PRECISION": "ieee" if is_float32 else "tf32",
+        "COMPUTE": tl.float32 if query.dtype == torch.float32 else tl.float16,
         "INTERPRETED": INTERPRETED,
         "num_warps": 1,
         "num_stages": _NUM_STAGES,

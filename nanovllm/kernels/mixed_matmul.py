@@ -217,6 +217,11 @@ def _describe_scales(scale: torch.Tensor, box_rows: int, groups: int, gated: boo
     return TensorDescriptor(scale, shape, strides, box, _swizzle(0, 32, 4))
 
 
+def _num_groups(group_size: int) -> int:
+    """Returns how many groups a block of 128 inputs has scales of: 0 in INT8."""
+    return max(BLOCK_SIZE // group_size, 1) if group_size else 0
+
+
 def suits_mixed_matmul(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, *, group_size: int = 0, gated: bool
 ) -> bool:
@@ -270,7 +275,7 @@ def choose_mixed_tile(
 
 def _largest_tile(warpgroups: int, num_tokens: int, group_size: int, memory: int) -> MixedTile:
     """Returns the tile of one split that takes as many of the tokens at once as it can."""
-    groups = max(BLOCK_SIZE // group_size, 1) if group_size else 0  # of a block
+    groups = _num_groups(group_size)
     most = (_INT4_LIMITS if groups else _INT8_LIMITS)[warpgroups].max_tokens
     tokens = min(max(next_power_of_2(num_tokens), _MIN_TOKENS), most if groups < 4 else most // 2)
     tile = MixedTile(tokens, 1, warpgroups=warpgroups)
@@ -298,25 +303,20 @@ def mixed_matmul(
     `suits_mixed_matmul`. tile: that of `choose_mixed_tile`, if none is given.
     """
     num_tokens, input_size = x.shape
-    output_size = weight.shape[0] // (1 + gated)
-    out = torch.empty(num_tokens, output_size, dtype=x.dtype, device=x.device)  # [num_tokens, output_size]
     if num_tokens == 0:
-        return out
+        return x.new_empty(0, len(weight) // (1 + gated))
     tile = tile or choose_mixed_tile(
         num_tokens,
-        weight.shape[0],
+        len(weight),
         input_size,
         group_size=group_size,
         num_programs=multiprocessor_count(x.device),
         memory=shared_memory(x.device),
     )
-    sums = out
-    if tile.splits > 1:
-        shape = (tile.splits, num_tokens, weight.shape[0])
-        sums = torch.empty(shape, dtype=torch.float32, device=x.device)  # [splits, num_tokens, rows]
     finishing = finishing_arguments(
-        out,
-        sums,
+        num_tokens,
+        len(weight),
+        x.dtype,
         scale,
         bias,
         has_scale=group_size == 0,
@@ -328,6 +328,7 @@ def mixed_matmul(
     _launch(x, weight, scale, zeros, group_size, tile, finishing)
     if tile.splits > 1:
         add_splits(finishing)
+    out: torch.Tensor = finishing["out_ptr"]
     return out
 
 
@@ -344,7 +345,7 @@ def _launch(
     token_tiles = -(-len(x) // tile.tokens)
     num_units = token_tiles * -(-len(weight) // tile.rows) * tile.splits
     if group_size:
-        groups = max(BLOCK_SIZE // group_size, 1)
+        groups = _num_groups(group_size)
         weight_desc = _describe_weight(weight, tile.weight_rows, PLANE_SIZE, gated)
         scale_desc = _describe_scales(scale, tile.scale_rows, groups, gated)
         zero_desc = scale_desc if zeros is None else _describe_scales(zeros, tile.scale_rows, groups, gated)

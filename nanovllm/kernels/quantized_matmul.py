@@ -249,17 +249,10 @@ def quantized_matmul(
     """
     num_tokens, input_size = x.shape
     is_int4 = weight.dtype is torch.int16
-    output_size = weight.shape[0] // (1 + gated)
-    out = torch.empty(num_tokens, output_size, dtype=dtype, device=x.device)  # [num_tokens, output_size]
-    if num_tokens == 0:
-        return out
-    partial = out
-    if tile.splits > 1:
-        shape = (tile.splits, num_tokens, weight.shape[0])
-        partial = torch.empty(shape, dtype=torch.float32, device=x.device)  # [splits, num_tokens, rows]
     arguments = finishing_arguments(
-        out,
-        partial,
+        num_tokens,
+        len(weight),
+        dtype,
         scale,
         bias,
         has_scale=group_size == 0,
@@ -268,10 +261,13 @@ def quantized_matmul(
         residual=residual,
         splits=tile.splits,
     )
+    out: torch.Tensor = arguments["out_ptr"]
+    if num_tokens == 0:
+        return out
     weight_columns = PLANE_SIZE if is_int4 else tile.inputs
     weight_bytes = tile.outputs * (1 + gated) * weight_columns * weight.itemsize
     stage_bytes = tile.tokens * tile.inputs * x.itemsize + weight_bytes
-    tiles = -(-output_size // tile.outputs) * -(-num_tokens // tile.tokens)
+    tiles = -(-out.shape[1] // tile.outputs) * -(-num_tokens // tile.tokens)
     _quantized_matmul_kernel[(tiles, tile.splits)](
         x_desc=HostDescriptor.from_tensor(x, [tile.tokens, PLANE_SIZE if is_int4 else tile.inputs]),
         weight_desc=HostDescriptor.from_tensor(weight, [tile.outputs, weight_columns]),

@@ -33,17 +33,22 @@ def stream(llm: LLM, prompts: Sequence[Any]) -> list[RequestOutput]:
     return [last[name] for name in sorted(last, key=lambda name: int(name.removeprefix("generate-")))]
 
 
-def lengths_of_the_queue(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Returns a list that gets the number of unfinished requests before each step."""
-    lengths: list[int] = []
+def before_each_step(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, number: Callable[[], int]) -> list[int]:
+    """Returns a list that gets the number before each step."""
+    numbers: list[int] = []
     schedule = engine.scheduler.schedule
 
     def watched() -> Any:
-        lengths.append(len(engine._unfinished.requests()))
+        numbers.append(number())
         return schedule()
 
     monkeypatch.setattr(engine.scheduler, "schedule", watched)
-    return lengths
+    return numbers
+
+
+def lengths_of_the_queue(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list that gets the number of unfinished requests before each step."""
+    return before_each_step(engine, monkeypatch, lambda: len(engine._unfinished.requests()))
 
 
 @pytest.mark.parametrize("call", [generate, stream])
@@ -68,14 +73,7 @@ def test_prompts_of_later_steps_are_queued_a_few_at_a_time(
 ) -> None:
     """Four rows end in the same step, and one prompt is queued with each step: a sixteenth of what one takes."""
     engine, _ = make_engine(max_num_batched_tokens=64, max_num_seqs=4, num_blocks=64)
-    arrivals: list[int] = []
-    schedule = engine.scheduler.schedule
-
-    def watched() -> Any:
-        arrivals.append(engine._num_arrivals)
-        return schedule()
-
-    monkeypatch.setattr(engine.scheduler, "schedule", watched)
+    arrivals = before_each_step(engine, monkeypatch, lambda: engine._num_arrivals)
     outputs = call(llm_with(engine), [PROMPTS[index % 20] for index in range(100)])
     assert len(outputs) == arrivals[-1] == 100
     assert arrivals[0] == 32  # those of two steps
