@@ -80,10 +80,11 @@ def test_everything_of_one_engine_is_killed_and_the_next_starts_beside_another(f
             process = start_script(ENDLESS.format(end=end, folder=str(folder)), tmp_path)
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
+            # Counted while it lives: once it is dead, any engine that starts, as of a test beside this one, removes them.
+            assert len(segments(process.pid)) == (0 if end == "SIGKILL" else 2)
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate(timeout=PATIENCE)
             assert until(lambda session=process.pid: not session_of(session))  # type: ignore[misc]
-            assert len(segments(process.pid)) == (0 if end == "SIGKILL" else 2)
             assert token_ids(generate(other, PROMPTS)) == expected
             with load(folder, tensor_parallel_size=2) as again:
                 assert segments(process.pid) == []
