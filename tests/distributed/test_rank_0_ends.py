@@ -80,7 +80,7 @@ def test_everything_of_one_engine_is_killed_and_the_next_starts_beside_another(f
             process = start_script(ENDLESS.format(end=end, folder=str(folder)), tmp_path)
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
-            # Counted while it lives: once it is dead, any engine that starts, as of a test beside this one, removes them.
+            # Counted while it lives: once it is dead, an engine that starts, as in a test beside this, removes them.
             assert len(segments(process.pid)) == (0 if end == "SIGKILL" else 2)
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate(timeout=PATIENCE)
