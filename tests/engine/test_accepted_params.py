@@ -66,6 +66,7 @@ def test_others_keep_their_tokens(
     engine, _ = make_engine(**engine_values, num_blocks=-(-64 // engine_values["block_size"]) + 8)
     engine.add_request("before", [1, 2, 3], greedy(20))
     queued: list[str] = []
+    num_completions = 2
     outputs: dict[str, RequestOutput] = {}
     for index, params in enumerate(drawn):
         if params.n > 64:  # accepted, and tested elsewhere: each is a request of its own
@@ -74,9 +75,10 @@ def test_others_keep_their_tokens(
             queued.append(engine.add_request(str(index), prompt, params))
         except InvalidArgumentError:  # not allowed on this model
             continue
+        num_completions += params.n
         outputs.update((output.request_id, output) for output in engine.step())
     engine.add_request("after", [3, 2, 1], greedy(20))
-    for _ in range(5000):
+    for _ in range(200 * num_completions):  # one may run after another, each for up to 64 steps
         if not engine.has_unfinished_requests():
             break
         outputs.update((output.request_id, output) for output in engine.step())
