@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from nanovllm.distributed.shm_channel import ChannelReader, ChannelWriter, remove_stale_segments
 from nanovllm.errors import ChannelError
+from tests.distributed.rank_processes import SHARED_MEMORY, segments
 from tests.properties import examples
 
 STOP = 0
@@ -292,13 +293,14 @@ def test_segments_of_dead_processes_are_removed_and_no_others(channel: ChannelWr
 
 
 def test_names_are_unique_and_closing_leaves_nothing() -> None:
+    before = segments(os.getpid())
     channels = [ChannelWriter.create(1, 512) for _ in range(5)]
     names = {channel.name for channel in channels}
     assert len(names) == 5
-    assert all(Path("/dev/shm", name).exists() for name in names) or not Path("/dev/shm").is_dir()
+    assert names <= set(segments(os.getpid())) or not SHARED_MEMORY.is_dir()
     for channel in channels:
         channel.unlink()
         channel.unlink()
         channel.close()
         channel.close()
-    assert not any(Path("/dev/shm", name).exists() for name in names)
+    assert set(segments(os.getpid())) <= set(before)
