@@ -12,18 +12,27 @@ inputs, after another, and the copies for the next begin before the last has end
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
 from nanovllm.kernels.add_splits import add_splits, finishing_arguments
 from nanovllm.kernels.int4_packing import BLOCK_SIZE, PLANE_SIZE
-from nanovllm.kernels.mixed_matmul_load import load_activations, load_weights
-from nanovllm.kernels.mixed_matmul_multiply import WARPGROUP_ROWS, multiply
+from nanovllm.kernels.matmul_units import (
+    FINISHING_BYTES,
+    WARPGROUP_ROWS,
+    can_copy_activations,
+    can_copy_weight,
+    describe_activations,
+    describe_scales,
+    describe_weight,
+    load_activations,
+    load_weights,
+)
+from nanovllm.kernels.mixed_matmul_multiply import multiply
 from nanovllm.kernels.triton_support import (
     HAS_GLUON,
-    TensorDescriptor,
     constant,
     fence_async_shared,
     gdc_launch_dependents,
@@ -37,17 +46,15 @@ from nanovllm.kernels.triton_support import (
 )
 
 _ROWS = constant(WARPGROUP_ROWS)
-_INTERLEAVED = 8  # rows of a gate, and then as many of its up: rows 8 apart are in the same thread
-_ALIGNED_BYTES = 16  # where the accelerator may begin to read
+_ALIGNED_SCALES = 4  # the accelerator reads from multiples of 16 bytes
 _MIN_TOKENS = 16
 _MAX_STAGES = 8
 _MAX_SPLITS = 8
-_RESERVED_MEMORY = 2048  # bytes, for barriers and alignment
+_RESERVED_MEMORY = 1024  # bytes, for barriers and alignment
 # Microseconds, estimated: what a unit of work begins and ends with; another launch, and a sum written and read.
 _UNIT_TIME = 0.5
 _SPLIT_TIME = 2.5
 _SUM_TIME = 2.7e-6
-_COLUMNS = 64  # activations that the accelerator copies at a time: 128 bytes, the width of its swizzle
 _BLOCK = constant(BLOCK_SIZE)
 _PLANE = constant(PLANE_SIZE)
 # Of `finishing_arguments`, what `add_splits` alone takes.
@@ -64,10 +71,10 @@ class _Limits(NamedTuple):
 
 # By computing warpgroups. On an H200 these choose for Qwen3-8B what was fastest in INT4, and nearly so in INT8.
 _INT4_LIMITS = {2: _Limits(128, 0.25, 0.0045), 3: _Limits(64, 0.5, 0.0045)}
-_INT8_LIMITS = {2: _Limits(128, 0.5, 0.003), 3: _Limits(64, 0.8, 0.0045)}
+_INT8_LIMITS = {2: _Limits(128, 0.5, 0.003), 3: _Limits(128, 0.8, 0.0045)}
 
 
-@gluon_jit("residual_stride", "num_tokens", "num_token_tiles", "num_units")
+@gluon_jit("num_tokens", "num_token_tiles", "num_units")
 def _mixed_matmul_kernel(
     x_desc: tma.tensor_descriptor,
     weight_desc: tma.tensor_descriptor,
@@ -148,13 +155,17 @@ def _mixed_matmul_kernel(
             (multiply, (1,) + given + SHAPE),  # noqa: RUF005 - Gluon unpacks no tuples
             (
                 load_activations,
-                (x_desc, num_token_tiles, num_units, x, ready, free, NUM_OUTPUT_TILES, NUM_BLOCKS, BLOCKS_A_SPLIT, PDL),
+                (
+                    x_desc, x_desc, num_token_tiles, num_units, x, x, ready, free, False, NUM_OUTPUT_TILES, NUM_BLOCKS,
+                    BLOCKS_A_SPLIT, PDL,
+                ),
             ),
             (
                 load_weights,
                 (
                     weight_desc, scale_desc, zero_desc, num_token_tiles, num_units, weights, scales, zeros, ready, free,
-                    HAS_ZEROS, HAS_SCALE, IS_GATED, _BLOCK, GROUP_SIZE, NUM_OUTPUT_TILES, NUM_BLOCKS, BLOCKS_A_SPLIT,
+                    1, not HAS_SCALE, HAS_ZEROS, IS_GATED, _BLOCK, GROUP_SIZE, NUM_OUTPUT_TILES, NUM_BLOCKS,
+                    BLOCKS_A_SPLIT,
                 ),
             ),
             (multiply, (2,) + given + SHAPE),  # noqa: RUF005 - Gluon unpacks no tuples
@@ -189,34 +200,6 @@ class MixedTile:
         return next_power_of_2(self.rows)
 
 
-@cache
-def _swizzle(width: int, bits: int, rank: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
-
-
-def _describe_weight(weight: torch.Tensor, box_rows: int, words: int, gated: bool) -> TensorDescriptor:
-    """How a tile's rows are copied: if gated, 8 gates, their 8 ups, 8 gates …"""
-    rows, columns = weight.shape
-    if not gated:
-        return TensorDescriptor(weight, [rows, columns], [columns, 1], [box_rows, words], _swizzle(2 * words, 16, 2))
-    shape = [rows // 2 // _INTERLEAVED, 2, _INTERLEAVED, columns]
-    strides = [_INTERLEAVED * columns, rows // 2 * columns, columns, 1]
-    box = [box_rows // 2 // _INTERLEAVED, 2, _INTERLEAVED, words]
-    return TensorDescriptor(weight, shape, strides, box, _swizzle(2 * words, 16, 4))
-
-
-def _describe_scales(scale: torch.Tensor, box_rows: int, groups: int, gated: bool) -> TensorDescriptor:
-    """The same rows of scale [rows, all groups], for `groups` groups of a block."""
-    rows, all_groups = scale.shape
-    stride = scale.stride(1) if all_groups > 1 else rows
-    if not gated:
-        return TensorDescriptor(scale, [all_groups, rows], [stride, 1], [groups, box_rows], _swizzle(0, 32, 2))
-    shape = [all_groups, rows // 2 // _INTERLEAVED, 2, _INTERLEAVED]
-    strides = [stride, _INTERLEAVED, rows // 2, 1]
-    box = [groups, box_rows // 2 // _INTERLEAVED, 2, _INTERLEAVED]
-    return TensorDescriptor(scale, shape, strides, box, _swizzle(0, 32, 4))
-
-
 def _num_groups(group_size: int) -> int:
     """Returns how many groups a block of 128 inputs has scales of: 0 in INT8."""
     return max(BLOCK_SIZE // group_size, 1) if group_size else 0
@@ -231,13 +214,10 @@ def suits_mixed_matmul(
         and x.is_cuda
         and torch.cuda.get_device_capability(x.device) == (9, 0)
         and x.dtype in (torch.bfloat16, torch.float16)
-        and x.stride(1) == 1
-        and x.stride(0) * x.itemsize % _ALIGNED_BYTES == 0
-        and x.data_ptr() % _ALIGNED_BYTES == 0
-        and weight.is_contiguous()
-        and weight.shape[1] * weight.itemsize % _ALIGNED_BYTES == 0
+        and can_copy_activations(x)
+        and can_copy_weight(weight, gated)
         and scale.stride(0) == 1
-        and weight.shape[0] % (2 * _INTERLEAVED if gated else _ALIGNED_BYTES // scale.itemsize) == 0
+        and weight.shape[0] % _ALIGNED_SCALES == 0
         and (group_size in (32, 64) or group_size % BLOCK_SIZE == 0 or group_size >= x.shape[1])
     )
 
@@ -281,7 +261,8 @@ def _largest_tile(warpgroups: int, num_tokens: int, group_size: int, memory: int
     tile = MixedTile(tokens, 1, warpgroups=warpgroups)
     weight_bytes = tile.rows * BLOCK_SIZE // (2 if groups else 1)
     stage = weight_bytes + 2 * tokens * BLOCK_SIZE + 2 * groups * tile.scale_rows * 4
-    return replace(tile, stages=min((memory - _RESERVED_MEMORY) // stage, _MAX_STAGES))
+    left = memory - _RESERVED_MEMORY - warpgroups * FINISHING_BYTES
+    return replace(tile, stages=min(left // stage, _MAX_STAGES))
 
 
 def mixed_matmul(
@@ -346,14 +327,14 @@ def _launch(
     num_units = token_tiles * -(-len(weight) // tile.rows) * tile.splits
     if group_size:
         groups = _num_groups(group_size)
-        weight_desc = _describe_weight(weight, tile.weight_rows, PLANE_SIZE, gated)
-        scale_desc = _describe_scales(scale, tile.scale_rows, groups, gated)
-        zero_desc = scale_desc if zeros is None else _describe_scales(zeros, tile.scale_rows, groups, gated)
+        weight_desc = describe_weight(weight, tile.weight_rows, PLANE_SIZE, gated)
+        scale_desc = describe_scales(scale, tile.scale_rows, groups, gated)
+        zero_desc = scale_desc if zeros is None else describe_scales(zeros, tile.scale_rows, groups, gated)
     else:
-        weight_desc = _describe_weight(weight.view(torch.int16), tile.weight_rows, BLOCK_SIZE // 2, gated)
+        weight_desc = describe_weight(weight.view(torch.int16), tile.weight_rows, BLOCK_SIZE // 2, gated)
         scale_desc = zero_desc = weight_desc  # not read
     _mixed_matmul_kernel[(min(num_units, multiprocessor_count(x.device)),)](
-        x_desc=TensorDescriptor(x, [*x.shape], [*x.stride()], [tile.tokens, _COLUMNS], _swizzle(128, 16, 2)),
+        x_desc=describe_activations(x, tile.tokens),
         weight_desc=weight_desc,
         scale_desc=scale_desc,
         zero_desc=zero_desc,

@@ -14,7 +14,7 @@ from nanovllm.kernels.int4_packing import (
     TWO_LARGE_FP16,
     unpacking,
 )
-from nanovllm.kernels.mixed_matmul_load import find_unit
+from nanovllm.kernels.matmul_units import WARPGROUP_ROWS, find_rows, find_unit, finish_sums
 from nanovllm.kernels.triton_support import (
     constant,
     gdc_wait,
@@ -25,7 +25,6 @@ from nanovllm.kernels.triton_support import (
     warpgroup_mma_wait,
 )
 
-WARPGROUP_ROWS = 64  # the rows of one matrix instruction
 _ROWS = constant(WARPGROUP_ROWS)
 _BLOCK = constant(BLOCK_SIZE)
 _PLANE = constant(PLANE_SIZE)
@@ -169,6 +168,26 @@ def _add_int8_stage(
 
 
 @gluon_jit()
+def _store_split(
+    acc: gl.tensor,
+    first_row: gl.tensor,
+    first_token: gl.tensor,
+    split: gl.tensor,
+    out_ptr: gl.tensor,
+    num_tokens: gl.tensor,
+    IS_GATED: gl.constexpr,
+    OUTPUT_SIZE: gl.constexpr,
+) -> None:
+    """Stores a warpgroup's sums [64, tokens] of a part of the inputs for `add_splits`."""
+    ACC: gl.constexpr = acc.type.layout
+    row, has_row = find_rows(first_row, IS_GATED, OUTPUT_SIZE, ACC)
+    token = first_token + gl.arange(0, acc.shape[1], gl.SliceLayout(0, ACC))
+    place = (split * num_tokens + token).to(gl.int64) * (OUTPUT_SIZE * (2 if IS_GATED else 1))
+    mask = gl.expand_dims(has_row, 1) & gl.expand_dims(token < num_tokens, 0)
+    gl.store(out_ptr + gl.expand_dims(place, 0) + gl.expand_dims(row, 1), acc, mask=mask)
+
+
+@gluon_jit()
 def multiply(
     warpgroup: gl.constexpr,
     scale_ptr: gl.tensor,
@@ -201,8 +220,6 @@ def multiply(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     BOXES: gl.constexpr = buffers[0].shape[0] // STAGES  # of a stage's weights
     BOX_ROWS: gl.constexpr = buffers[0].shape[1]
-    OUTPUTS: gl.constexpr = _ROWS // (2 if IS_GATED else 1)  # of a warpgroup
-    TILE_OUTPUTS: gl.constexpr = OUTPUTS * (BOXES * BOX_ROWS // _ROWS)
     BOX: gl.constexpr = warpgroup * _ROWS // BOX_ROWS
     if PDL:
         gdc_wait()
@@ -224,37 +241,13 @@ def multiply(
 
         if HAS_SCALE:
             acc *= _INT8_UNIT
-        first_output = output_tile * TILE_OUTPUTS + warpgroup * OUTPUTS
-        index = gl.arange(0, _ROWS, gl.SliceLayout(1, ACC))
-        row = first_output + index  # of the weight
-        output = row
-        if IS_GATED:
-            output = first_output + index // 16 * 8 + index % 8
-            row = output + index // 8 % 2 * OUTPUT_SIZE
-        token = token_tile * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, ACC))
+        first_row = (output_tile * (BOXES * BOX_ROWS // _ROWS) + warpgroup) * _ROWS
+        first_token = token_tile * TOKENS
         if SPLITS > 1:
-            place = (split * num_tokens + token).to(gl.int64) * (OUTPUT_SIZE * (2 if IS_GATED else 1))
-            mask = gl.expand_dims(output < OUTPUT_SIZE, 1) & gl.expand_dims(token < num_tokens, 0)
-            gl.store(out_ptr + gl.expand_dims(place, 0) + gl.expand_dims(row, 1), acc, mask=mask)
+            _store_split(acc, first_row, first_token, split, out_ptr, num_tokens, IS_GATED, OUTPUT_SIZE)
         else:
-            if HAS_SCALE:
-                scale = gl.load(scale_ptr + row * SCALE_STRIDE, mask=output < OUTPUT_SIZE, other=0.0)
-                acc *= gl.expand_dims(scale, 1)
-            if HAS_BIAS:
-                bias = gl.load(bias_ptr + row, mask=output < OUTPUT_SIZE, other=0.0)
-                acc += gl.expand_dims(bias.to(gl.float32), 1)
-            if IS_GATED:
-                pairs = gl.permute(gl.reshape(acc, [_ROWS // 16, 2, 8, TOKENS]), (0, 2, 3, 1))
-                gate, up = gl.split(pairs)
-                out = gl.reshape(gate / (1.0 + gl.exp(-gate)) * up, [OUTPUTS, TOKENS])
-            else:
-                out = acc
-            output = first_output + gl.arange(0, OUTPUTS, gl.SliceLayout(1, out.type.layout))
-            token = token_tile * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, out.type.layout))
-            mask = gl.expand_dims(output < OUTPUT_SIZE, 1) & gl.expand_dims(token < num_tokens, 0)
-            place = gl.expand_dims(token.to(gl.int64), 0)
-            output = gl.expand_dims(output, 1)
-            if HAS_RESIDUAL:
-                residual = gl.load(residual_ptr + place * residual_stride + output, mask=mask, other=0.0)
-                out += residual.to(gl.float32)
-            gl.store(out_ptr + place * OUTPUT_SIZE + output, out.to(buffers[3].dtype), mask=mask)
+            finish_sums(
+                acc, acc, first_row, first_token, scale_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr,
+                residual_stride, num_tokens, False, HAS_SCALE, SCALE_STRIDE, HAS_BIAS, HAS_RESIDUAL, False, IS_GATED,
+                OUTPUT_SIZE,
+            )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -26,6 +26,7 @@ from tests.kernels.gluon_emulator.machine import machine
 from tests.kernels.inputs import check_close
 from tests.kernels.test_skinny_linear import oracle
 
+pytestmark = pytest.mark.usefixtures("new_memory_is_nan")
 HALF_TYPES = [torch.bfloat16, torch.float16]
 
 
@@ -86,13 +87,6 @@ def emulated(seed: int, programs: int, **replacements: Any) -> Callable[..., tor
         shared_memory=lambda device: 227 << 10,
         **replacements,
     )
-
-
-@pytest.fixture(autouse=True)
-def new_memory_is_nan() -> Iterator[None]:
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def int4_weight(generator, rows, input_size, group_size, has_zeros):
@@ -281,8 +275,8 @@ def test_chosen_tiles_fit_in_shared_memory_and_registers(num_tokens, rows, input
     groups = 128 // group_size if group_size else 0
     tile_rows, scale_rows, most_registers = {2: (128, 128, 224), 3: (192, 256, 128)}[tile.warpgroups]
     stage = tile_rows * (64 if groups else 128) + tile.tokens * 128 * 2 + 2 * groups * scale_rows * 4
-    assert tile.stages >= 4
-    assert tile.stages * stage <= memory - 1024
+    assert tile.stages >= 3
+    assert tile.stages * stage + tile.warpgroups * 2048 + 1024 <= memory
     registers = tile.tokens // 2 * (1 + groups) + 32
     assert registers <= most_registers
     num_blocks = -(-input_size // 128)

@@ -159,6 +159,10 @@ class Pointer:
         self.dtype = self.element_ty = memory.dtype
         self.shape = offset.shape
 
+    @property
+    def type(self) -> Pointer:
+        return self
+
     @staticmethod
     def to_tensor(tensor: torch.Tensor) -> Pointer:
         return Pointer(flat(tensor), as_tensor(0, torch.int64))
