@@ -7,6 +7,7 @@ references then do the work), so the import and the decorator are guarded in thi
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -120,16 +121,28 @@ def gluon_jit(*names: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def _compiled_once(kernel: Any) -> Any:
-    """Lets one thread at a time launch a kernel. Otherwise Triton compiles it in every thread that needs it first."""
-    if INTERPRETED:
+    """Lets one thread compile a variant of a kernel, while others wait for it or compile other variants.
+
+    Triton compiles it in every thread that needs it first; here that is left so for releases built otherwise.
+    """
+    if INTERPRETED or not hasattr(kernel, "_do_compile"):
         return kernel
-    lock, run = threading.Lock(), kernel.run
+    locks: defaultdict[tuple[int, Any], threading.Lock] = defaultdict(threading.Lock)
+    find_lock, compile_variant = threading.Lock(), kernel._do_compile
 
-    def run_alone(*args: Any, **kwargs: Any) -> Any:
+    def compile_alone(key: Any, signature: Any, device: int, *rest: Any) -> Any:
+        with find_lock:
+            lock = locks[device, key]
         with lock:
-            return run(*args, **kwargs)
+            compiled = kernel.device_caches[device][0].get(key)
+            if compiled is None:
+                compiled = compile_variant(key, signature, device, *rest)
+                is_warm_up = rest[-1]
+                if not is_warm_up:
+                    compiled._init_handles()  # otherwise another thread may launch it while this one loads it
+            return compiled
 
-    kernel.run = run_alone
+    kernel._do_compile = compile_alone
     return kernel
 
 

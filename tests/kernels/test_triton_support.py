@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import inspect
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from nanovllm.errors import BackendUnavailableError
+from nanovllm.kernels import triton_support
 from nanovllm.kernels.triton_support import next_power_of_2, pdl_options, runs_triton
 from tests.processes import run_python
 
@@ -50,3 +55,38 @@ def test_dependent_launch_is_for_hopper_gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert pdl(torch.device("cuda")).get("launch_pdl", False) is expected
         assert pdl(torch.device("cuda"), wanted=False) == {"PDL": False}
+
+
+def test_variants_of_a_kernel_compile_beside_each_other_and_each_once(monkeypatch):
+    monkeypatch.setattr(triton_support, "INTERPRETED", False)
+    both_compile = threading.Barrier(2)
+    cache, compiled, loaded = {}, [], []
+
+    def compile_variant(key, signature, device, warmup):
+        both_compile.wait(timeout=60)
+        compiled.append(key)
+        cache[key] = SimpleNamespace(name=f"{key} compiled", _init_handles=lambda: loaded.append(key))
+        return cache[key]
+
+    def launch(key, warmup):
+        results.append((kernel._do_compile(key, {}, 0, warmup).name, key in loaded))
+
+    kernel = SimpleNamespace(_do_compile=compile_variant, device_caches={0: (cache,)})
+    assert triton_support._compiled_once(kernel) is kernel
+    results = []
+    threads = [threading.Thread(target=launch, args=(key, key == "b")) for key in "aabb"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(compiled) == ["a", "b"]
+    assert sorted(results) == [("a compiled", True)] * 2 + [("b compiled", False)] * 2
+
+
+def test_triton_compiles_and_loads_where_we_wait_for_it():
+    """What `_compiled_once` replaces and calls."""
+    jit = pytest.importorskip("triton.runtime.jit")
+    compiler = pytest.importorskip("triton.compiler.compiler")
+    names = ["self", "key", "signature", "device", "constexprs", "options", "attrs", "warmup"]
+    assert list(inspect.signature(jit.JITFunction._do_compile).parameters) == names
+    assert list(inspect.signature(compiler.CompiledKernel._init_handles).parameters) == ["self"]
