@@ -7,7 +7,13 @@ import torch
 from nanovllm.kernels.attend_keys import PROGRAMS_EACH, attend_keys, decode_arguments, store_heads
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
 from nanovllm.kernels.stretches import attend_stretches, find_piece, find_stretch, suits_stretches
-from nanovllm.kernels.triton_support import jit_with_varying, multiprocessor_count, tl
+from nanovllm.kernels.triton_support import (
+    jit_with_varying,
+    let_next_kernel_start,
+    multiprocessor_count,
+    tl,
+    wait_for_previous_kernel,
+)
 
 # As measured on an H200.
 _ROW_BYTES = 256  # of a head's key
@@ -41,14 +47,17 @@ def _balanced_decode_kernel(
     BLOCK_KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Program (kv head, stretch): the group's queries and the stretch's keys, one row after another."""
+    let_next_kernel_start(PDL)
     kv_head = tl.program_id(0)
     stretch = tl.program_id(1)
     num_heads = tl.num_programs(0) * GROUP
     row, skipped, left, _ = find_stretch(
         context_lens_ptr, num_seqs, stretch, tl.num_programs(1), WINDOW, BLOCK_KEYS, BLOCK_ROWS
     )
+    wait_for_previous_kernel(PDL)  # every program waits: the next kernel relies on it
     while left > 0:  # blocks
         context_len, start, end, taken, is_whole = find_piece(context_lens_ptr, row, skipped, left, WINDOW, BLOCK_KEYS)
         if taken > 0:

@@ -7,7 +7,13 @@ import torch
 from nanovllm.kernels.attend_keys_fp8 import PROGRAMS_EACH, attend_keys_fp8, fp8_arguments, store_pairs
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
 from nanovllm.kernels.stretches import attend_stretches, find_piece, find_stretch, suits_stretches
-from nanovllm.kernels.triton_support import jit_with_varying, multiprocessor_count, tl
+from nanovllm.kernels.triton_support import (
+    jit_with_varying,
+    let_next_kernel_start,
+    multiprocessor_count,
+    tl,
+    wait_for_previous_kernel,
+)
 
 _MAX_ROWS = 384  # as measured on an H200
 _MAX_HEAD_DIM = 128
@@ -46,14 +52,17 @@ def _balanced_decode_fp8_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Program (kv head, stretch): the group's queries and the stretch's keys, one row after another."""
+    let_next_kernel_start(PDL)
     kv_head = tl.program_id(0)
     stretch = tl.program_id(1)
     num_heads = tl.num_programs(0) * GROUP
     row, skipped, left, _ = find_stretch(
         context_lens_ptr, num_seqs, stretch, tl.num_programs(1), WINDOW, BLOCK_KEYS, BLOCK_ROWS
     )
+    wait_for_previous_kernel(PDL)  # every program waits: the next kernel relies on it
     while left > 0:  # blocks
         context_len, start, end, taken, is_whole = find_piece(context_lens_ptr, row, skipped, left, WINDOW, BLOCK_KEYS)
         if taken > 0:

@@ -182,6 +182,7 @@ def attend_stretches(
         "piece_lse_ptr": out.new_empty(pieces, dtype=torch.float32),  # base-2 logarithms of softmax's denominators
         "num_seqs": num_seqs,
         "BLOCK_ROWS": max(next_power_of_2(num_seqs), _BLOCK_ROWS),
+        **pdl_options(out.device),
     }
     kernel[(num_kv_heads, num_stretches)](**{**arguments, **of_both})
     _merge_pieces_kernel[(num_kv_heads, num_stretches)](
@@ -190,5 +191,4 @@ def attend_stretches(
         BLOCK_GROUP=next_power_of_2(num_heads // num_kv_heads),
         BLOCK_DIM=max(next_power_of_2(head_dim), 16),
         num_warps=1,
-        **pdl_options(out.device),
     )
