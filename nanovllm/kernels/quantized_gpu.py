@@ -1,7 +1,8 @@
 """Products with quantised weights on a GPU: which kernel computes one, by its number of tokens.
 
 - One token, FP8 and INT8: `skinny_linear` converts the weight in registers.
-- More tokens: `quantize_rows` brings activations to 8 bits, with the norm folded in, and `quantized_matmul` multiplies.
+- More tokens: `quantize_rows` brings activations to 8 bits, with the norm folded in, and `quantized_matmul` multiplies;
+  or, on Hopper GPUs, `dense_matmul` the FP8 of a decode step.
 - INT4, and INT8 with 16-bit activations: with few tokens, `int4_skinny_linear` or `skinny_linear`; with some,
   `mixed_matmul` on Hopper GPUs, or `quantized_matmul`, converts the weight block by block; with many, the weight is
   converted once, for the BLAS.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from nanovllm.kernels.dense_matmul import dense_matmul, suits_dense_matmul
 from nanovllm.kernels.dequantize_weight import dequantize_weight
 from nanovllm.kernels.int4_skinny_linear import int4_skinny_linear, suits_int4_skinny_linear
 from nanovllm.kernels.mixed_matmul import mixed_matmul, suits_mixed_matmul
@@ -33,6 +35,8 @@ _MAX_INT8_TOKENS = 128
 _MAX_HOPPER_INT8_TOKENS = 512
 _MAX_INT4_TOKENS = 256
 _MAX_HOPPER_INT4_TOKENS = 1536
+_MAX_DENSE_TOKENS = 256
+_MAX_DENSE_BLOCK_TOKENS = 128
 _MAX_BLOCK_TOKENS = 64  # with more, or here if gated, torch's product with block scales is faster
 _MAX_GATED_BLOCK_TOKENS = 32
 _MIN_TILE_TOKENS = 16
@@ -75,7 +79,9 @@ def fp8_product(
             hidden, weight, bias, scale=scale, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
         )
     has_blocks = scales_blocks(scale, weight)
-    if has_blocks and len(hidden) > (_MAX_GATED_BLOCK_TOKENS if gated else _MAX_BLOCK_TOKENS):
+    most = _MAX_DENSE_BLOCK_TOKENS if has_blocks else _MAX_DENSE_TOKENS
+    is_dense = len(hidden) <= most and suits_dense_matmul(hidden, weight)
+    if has_blocks and not is_dense and len(hidden) > (_MAX_GATED_BLOCK_TOKENS if gated else _MAX_BLOCK_TOKENS):
         return _many_rows_block_product(
             hidden,
             weight,
@@ -92,9 +98,21 @@ def fp8_product(
         weight.dtype,
         group_size=GROUP_SIZE if has_blocks else None,
         input_scale=input_scale,
+        num_rows=-(-len(hidden) // _ALIGNMENT) * _ALIGNMENT if is_dense and has_blocks else None,
         norm_weight=norm_weight,
         eps=eps,
     )
+    if is_dense:
+        return dense_matmul(
+            x[: len(hidden)],
+            weight,
+            bias,
+            x_scale=x_scale,
+            scale=scale,
+            gated=gated,
+            residual=residual,
+            dtype=hidden.dtype,
+        )
     return quantized_matmul(
         x,
         weight,

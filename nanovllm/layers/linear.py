@@ -42,11 +42,11 @@ class ColumnParallelLinear(LinearLayer):
         hidden, residual [num_tokens, input_size] → [num_tokens, num_outputs] (this rank's outputs, piece by piece; half
         as many if gated) and [num_tokens, input_size]. norm None: the stream, which is `hidden`, is taken as it is.
         """
-        act, fuses = self.act, self.method.fuses(self, hidden)
+        act, gated = self.act, self.act is silu_and_mul  # which kernels have
+        fuses = self.method.fuses(self, hidden, gated=gated)
         folded = norm if fuses and residual is None and isinstance(norm, RMSNorm) else None
         normed, stream = (hidden, hidden) if norm is None or norm is folded else norm(hidden, residual)
         if fuses:
-            gated = act is silu_and_mul  # which the kernel has
             output = self.method.multiply_fused(self, normed, self.bias, norm=folded, gated=gated)
             act = None if gated else act
         else:

@@ -14,8 +14,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from nanovllm.kernels.fused_linear import fused_linear, suits_fused_linear
 from nanovllm.kernels.linear import linear, pack_weight
-from nanovllm.kernels.skinny_linear import skinny_linear, suits_skinny_linear
 from nanovllm.layers.layernorm import RMSNorm, norm_arguments
 from nanovllm.layers.parallel import Shard
 from nanovllm.layers.parameter import WeightPart, empty_parameter
@@ -101,10 +101,10 @@ class LinearMethod(Protocol):
         """Converts the loaded parameters to the layout that `multiply` reads; may replace them."""
         ...
 
-    def fuses(self, layer: LinearLayer, hidden: torch.Tensor) -> bool:
+    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False) -> bool:
         """Returns whether `multiply_fused` is faster than separate kernels. False: the layer calls `multiply` alone.
 
-        hidden [num_tokens, inputs of this rank].
+        hidden [num_tokens, inputs of this rank]. gated: as in `multiply_fused`.
         """
         ...
 
@@ -139,8 +139,8 @@ class HasWeight(Protocol):
 class UnquantizedLinear:
     """Stores the weight unquantised: [num_outputs, inputs] in the model's dtype.
 
-    For few tokens on a GPU it uses our own kernel, which fuses norm, gate and addition; for more tokens, the BLAS. On
-    a CPU, float32 weights are packed for oneDNN.
+    For the tokens of a decode step on a GPU it uses our own kernels, which fuse gate and addition; for more tokens, the
+    BLAS. On a CPU, float32 weights are packed for oneDNN.
     """
 
     def create_weights(self, layer: LinearLayer) -> None:
@@ -167,8 +167,8 @@ class UnquantizedLinear:
         if packed is not layer.weight:
             layer.weight = nn.Parameter(packed, requires_grad=False)
 
-    def fuses(self, layer: HasWeight, hidden: torch.Tensor) -> bool:
-        return suits_skinny_linear(hidden, layer.weight)
+    def fuses(self, layer: HasWeight, hidden: torch.Tensor, *, gated: bool = False) -> bool:
+        return suits_fused_linear(hidden, layer.weight, gated=gated)
 
     def multiply(self, layer: HasWeight, hidden: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return linear(hidden, layer.weight, bias)
@@ -183,7 +183,7 @@ class UnquantizedLinear:
         gated: bool = False,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return skinny_linear(hidden, layer.weight, bias, gated=gated, residual=residual, **norm_arguments(norm))
+        return fused_linear(hidden, layer.weight, bias, gated=gated, residual=residual, **norm_arguments(norm))
 
 
 def finish_loading(model: nn.Module) -> None:

@@ -80,7 +80,7 @@ class Int4Linear(QuantizedLinear):
                 )
         layer.register_buffer("input_order", order, persistent=False)
 
-    def fuses(self, layer: LinearLayer, hidden: torch.Tensor) -> bool:
+    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False) -> bool:
         return _order(layer) is None and super().fuses(layer, hidden)
 
     def product(

@@ -16,8 +16,9 @@ import torch
 import triton
 from triton.runtime import driver
 
-from nanovllm.kernels import add_splits, mixed_matmul, paged_prefill_hopper
+from nanovllm.kernels import dense_matmul, mixed_matmul, paged_prefill_hopper
 from nanovllm.kernels.attention_inputs import LayerKVCache, PrefillMetadata
+from nanovllm.kernels.dense_tiles import DenseTile
 from nanovllm.kernels.triton_support import HAS_GLUON
 from tests.kernels.hopper_driver import HopperDriver
 
@@ -63,6 +64,28 @@ def compile_mixed_matmul(
     )
 
 
+def compile_dense_matmul(kind: str, gated: bool, tile: DenseTile) -> None:
+    """kind: bf16, fp8, or blocks (FP8 with scales of 128 inputs)."""
+    num_tokens, input_size, outputs = 32, 2048, 256
+    groups = input_size // dense_matmul.GROUP_SIZE
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float8_e4m3fn
+    around: dict[str, Any] = {
+        "bf16": {},
+        "fp8": {"scale": torch.empty(outputs, 1), "x_scale": torch.empty(num_tokens, 1)},
+        "blocks": {"scale": torch.empty(2, groups), "x_scale": torch.empty(groups, num_tokens).T},
+    }[kind]
+    dense_matmul.dense_matmul(
+        torch.empty(num_tokens, input_size).to(dtype),
+        torch.empty(outputs, input_size).to(dtype),
+        torch.empty(outputs, dtype=torch.bfloat16),
+        gated=gated,
+        residual=None if gated else torch.empty(num_tokens, outputs, dtype=torch.bfloat16),
+        dtype=torch.bfloat16,
+        tile=tile,
+        **around,
+    )
+
+
 CASES = [
     (compile_paged_prefill, (torch.bfloat16, 64, None)),
     (compile_paged_prefill, (torch.bfloat16, 128, 300)),
@@ -83,7 +106,14 @@ CASES = [
     (compile_mixed_matmul, (torch.float16, 64, 64, True, True, 1, 3)),
     (compile_mixed_matmul, (torch.bfloat16, 32, 32, True, False, 2, 3)),
     (compile_mixed_matmul, (torch.bfloat16, 16, 0, False, True, 2, 3)),
-    (compile_mixed_matmul, (torch.bfloat16, 64, 0, False, True, 1, 3)),
+    (compile_mixed_matmul, (torch.bfloat16, 128, 0, False, True, 1, 3)),
+    (compile_dense_matmul, ("bf16", False, DenseTile(32, 9, parts=2))),
+    (compile_dense_matmul, ("bf16", True, DenseTile(128, 5, warpgroups=3))),
+    (compile_dense_matmul, ("bf16", False, DenseTile(256, 4, warpgroups=2))),
+    (compile_dense_matmul, ("fp8", False, DenseTile(256, 4, warpgroups=2))),
+    (compile_dense_matmul, ("fp8", True, DenseTile(64, 6, warpgroups=3))),
+    (compile_dense_matmul, ("blocks", True, DenseTile(64, 6, parts=2))),
+    (compile_dense_matmul, ("blocks", False, DenseTile(64, 6, warpgroups=3))),
 ]
 
 
@@ -100,7 +130,7 @@ def main() -> None:
     triton.knobs.compilation.always_compile = True
     compile_launches_of(paged_prefill_hopper._paged_prefill_hopper_kernel)
     compile_launches_of(mixed_matmul._mixed_matmul_kernel, PDL=True, launch_pdl=True)
-    compile_launches_of(add_splits._add_splits_kernel)
+    compile_launches_of(dense_matmul._dense_matmul_kernel, PDL=True, launch_pdl=True)
     for compile_case, arguments in CASES:
         with redirect_stdout(StringIO()) as printed:
             try:

@@ -71,6 +71,54 @@ def test_which_kernel_multiplies_by_int8(monkeypatch, num_tokens, is_hopper, qua
     assert chosen == kernel
 
 
+LAST_DENSE, LAST_DENSE_BLOCK = quantized_gpu._MAX_DENSE_TOKENS, quantized_gpu._MAX_DENSE_BLOCK_TOKENS
+LAST_BLOCK = quantized_gpu._MAX_BLOCK_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("has_blocks", "num_tokens", "is_hopper", "kernel"),
+    [
+        (False, 1, True, "skinny_linear"),
+        (False, 5, True, "dense_matmul"),
+        (False, LAST_DENSE, True, "dense_matmul"),
+        (False, LAST_DENSE + 1, True, "quantized_matmul"),
+        (False, LAST_BLOCK, False, "quantized_matmul"),
+        (True, 1, True, "skinny_linear"),
+        (True, 5, True, "dense_matmul"),
+        (True, LAST_DENSE_BLOCK, True, "dense_matmul"),
+        (True, LAST_DENSE_BLOCK + 1, True, "_many_rows_block_product"),
+        (True, LAST_BLOCK, False, "quantized_matmul"),
+        (True, LAST_BLOCK + 1, False, "_many_rows_block_product"),
+    ],
+)
+def test_which_kernel_multiplies_by_fp8(monkeypatch, has_blocks, num_tokens, is_hopper, kernel):
+    given = {}
+
+    def quantized(hidden, dtype, *, group_size, num_rows, **rest):
+        given["rows"] = num_rows or len(hidden)
+        return torch.empty(given["rows"], hidden.shape[1]), None
+
+    for name in ("skinny_linear", "quantized_matmul", "dense_matmul", "_many_rows_block_product"):
+        monkeypatch.setattr(quantized_gpu, name, lambda *given, name=name, **named: (name, given[0].shape[0]))
+    monkeypatch.setattr(quantized_gpu, "suits_dense_matmul", lambda *given: is_hopper)
+    monkeypatch.setattr(quantized_gpu, "quantize_rows", quantized)
+    chosen, rows = quantized_gpu.fp8_product(
+        torch.empty(num_tokens, 4096, dtype=torch.bfloat16),
+        torch.empty(4096, 4096, dtype=torch.float8_e4m3fn),
+        torch.empty((32, 32) if has_blocks else (4096, 1)),
+        None,
+        input_scale=None,
+        norm_weight=None,
+        eps=0.0,
+        gated=False,
+        residual=None,
+    )
+    assert chosen == kernel
+    assert rows == num_tokens
+    if has_blocks and chosen == "dense_matmul":
+        assert given["rows"] % 4 == 0  # scales of which the accelerator can copy parts
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -54,7 +54,7 @@ class GroupScaled(UnquantizedLinear):
         layer.quantized = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
         del layer.weight
 
-    def fuses(self, layer: LinearLayer, hidden: torch.Tensor) -> bool:
+    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False) -> bool:
         return self.folds and hidden.shape[0] <= 4
 
     def multiply(self, layer: LinearLayer, hidden: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

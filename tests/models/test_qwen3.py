@@ -82,7 +82,7 @@ def fold_in(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         calls.append(True)
         return True
 
-    monkeypatch.setattr("nanovllm.layers.linear_method.suits_skinny_linear", suits)
+    monkeypatch.setattr("nanovllm.layers.linear_method.suits_fused_linear", suits)
     monkeypatch.setattr("nanovllm.experts.experts_method.suits_chosen_experts", lambda hidden: True)
     return calls
 

@@ -1,0 +1,267 @@
+"""The kernel runs on a Hopper GPU at sizes of models, and on a CPU in the emulator at small ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from nanovllm.kernels.add_splits import finishing_arguments
+from nanovllm.kernels.dense_matmul import dense_matmul
+from nanovllm.kernels.dense_tiles import DenseTile, choose_dense_tile, possible_tiles
+from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.kernels.skinny_linear import scaled_weight
+from tests.kernels.gluon_emulator import emulate
+from tests.kernels.gluon_emulator.machine import machine
+from tests.kernels.inputs import check_close
+from tests.kernels.test_mixed_matmul import needs_hopper
+from tests.kernels.test_skinny_linear import oracle
+
+pytestmark = pytest.mark.usefixtures("new_memory_is_nan")
+HALF_TYPES = [torch.bfloat16, torch.float16]
+FP8 = torch.float8_e4m3fn
+BLOCKS = "fp8 blocks"  # with scales of 128 inputs
+SMALL_TILES = [
+    DenseTile(16, 3),
+    DenseTile(32, 4, parts=2),
+    DenseTile(16, 3, warpgroups=2),
+    DenseTile(16, 3, parts=2, warpgroups=3),
+]
+SMALL_TILES_OF_BLOCKS = [replace(tile, tokens=32) for tile in SMALL_TILES]
+
+
+def emulated(seed: int, programs: int, **replacements: Any) -> Callable[..., torch.Tensor]:
+    """`dense_matmul` on a GPU of so many multiprocessors, in the emulator."""
+    return emulate(
+        dense_matmul,
+        seed,
+        multiprocessor_count=lambda device: programs,
+        shared_memory=lambda device: 227 << 10,
+        **replacements,
+    )
+
+
+def problem(generator, num_tokens, input_size, outputs, kind, *, gated=False, full=True, has_one_scale=False):
+    """Returns (arguments of `dense_matmul`, the result in float64). kind: a type, or BLOCKS."""
+    rows = outputs * (1 + gated)
+    dtype = FP8 if kind is BLOCKS else kind
+    out_dtype = torch.bfloat16 if dtype is FP8 else dtype
+    # x is a part of a larger tensor whose rest is NaN.
+    larger = torch.full((num_tokens + 3, input_size + 64), torch.nan).to(dtype)
+    x = larger[1 : num_tokens + 1, :input_size]
+    x.copy_(torch.randn(num_tokens, input_size, generator=generator).to(dtype))
+    weight = torch.randn(rows, input_size, generator=generator).to(dtype)
+    arguments: dict[str, Any] = {"gated": gated, "dtype": out_dtype, "residual": None, "bias": None}
+    exact_x, exact_weight = x.double(), weight.double()
+    if kind is FP8:
+        arguments["scale"] = torch.rand(1 if has_one_scale else rows, 1, generator=generator) * 0.1
+        arguments["x_scale"] = torch.rand(num_tokens, 1, generator=generator)
+        exact_x, exact_weight = exact_x * arguments["x_scale"].double(), exact_weight * arguments["scale"]
+    elif kind is BLOCKS:
+        groups = -(-input_size // 128)
+        arguments["scale"] = torch.rand(-(-rows // 128), groups, generator=generator) * 0.1
+        # As `quantize_rows` lays them out, with more rows than there are tokens, which are NaN.
+        arguments["x_scale"] = torch.full((groups, -(-num_tokens // 16) * 16), torch.nan).T
+        arguments["x_scale"][:num_tokens] = torch.rand(num_tokens, groups, generator=generator)
+        exact_x *= arguments["x_scale"][:num_tokens].repeat_interleave(128, 1)[:, :input_size]
+        exact_weight = scaled_weight(weight, arguments["scale"]).double()
+    if full:
+        arguments["bias"] = torch.randn(rows, generator=generator).to(out_dtype)
+        arguments["residual"] = torch.full((num_tokens, outputs + 8), torch.nan, dtype=out_dtype)[:, :outputs]
+        arguments["residual"].copy_(torch.randn(num_tokens, outputs, generator=generator))
+    around = {"gated": gated, "residual": arguments["residual"]}
+    expected = oracle(exact_x, exact_weight, arguments["bias"], **around)
+    return (x, weight), arguments, expected
+
+
+def small_tiles(kind):
+    return SMALL_TILES_OF_BLOCKS if kind is BLOCKS else SMALL_TILES
+
+
+def check(generator, num_tokens, input_size, outputs, kind, tile, seed=0, programs=3, **parts):
+    given, arguments, expected = problem(generator, num_tokens, input_size, outputs, kind, **parts)
+    check_close(emulated(seed, programs)(*given, **arguments, tile=tile), expected, arguments["dtype"])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 5, 15, 16, 17, 31, 32, 33, 63, 65, 127, 130])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", [torch.bfloat16, FP8, BLOCKS])
+def test_numbers_of_tokens(generator, num_tokens, gated, kind):
+    """With the tile that is chosen for them, and others."""
+    for tile in (None, *small_tiles(kind)):
+        check(generator, num_tokens, 256, 72, kind, tile, seed=num_tokens, gated=gated)
+
+
+@pytest.mark.parametrize("kind", [*HALF_TYPES, FP8, BLOCKS])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+def test_bias_and_residual(generator, kind, full, gated, warpgroups):
+    input_size = 5 * (64 if kind in HALF_TYPES else 128)
+    check(generator, 18, input_size, 136, kind, DenseTile(32, 3, 1, warpgroups), gated=gated, full=full)
+
+
+@pytest.mark.parametrize("has_one_scale", [False, True])
+@pytest.mark.parametrize("tokens", [32, 64, 128, 256])
+@pytest.mark.parametrize("kind", [torch.bfloat16, FP8, BLOCKS])
+def test_many_tokens_are_finished_part_by_part(generator, has_one_scale, tokens, kind):
+    for gated in (False, True):
+        parts = {"has_one_scale": has_one_scale, "gated": gated}
+        check(generator, 150, 256, 72, kind, DenseTile(tokens, 3, warpgroups=2), **parts)
+
+
+@pytest.mark.parametrize("input_size", [16, 80, 208, 1024])
+@pytest.mark.parametrize("outputs", [8, 64, 200])
+@pytest.mark.parametrize("kind", [torch.bfloat16, FP8, BLOCKS])
+def test_inputs_and_outputs_that_do_not_fill_tiles(generator, input_size, outputs, kind):
+    for gated in (False, True):
+        for tile in small_tiles(kind):
+            check(generator, 3, input_size, outputs, kind, tile, seed=outputs, gated=gated)
+
+
+def test_rows_of_any_number_do_without_a_gate(generator):
+    check(generator, 5, 256, 67, torch.bfloat16, DenseTile(16, 3))
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("programs", [1, 5])
+@pytest.mark.parametrize("kind", [torch.bfloat16, FP8, BLOCKS])
+@pytest.mark.parametrize("index", range(len(SMALL_TILES)))
+def test_warps_take_turns_in_any_order(generator, seed, programs, kind, index):
+    check(generator, 40, 1024, 200, kind, small_tiles(kind)[index], seed=seed, programs=programs)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, BLOCKS])
+def test_a_row_does_not_depend_on_its_neighbours(generator, kind):
+    given, arguments, _ = problem(generator, 20, 256, 64, kind)
+    alone = emulated(0, 2)(*given, **arguments)
+    given[0][3] = torch.nan
+    beside = emulated(0, 2)(*given, **arguments)
+    assert beside[3].isnan().all()
+    assert torch.equal(torch.cat((alone[:3], alone[4:])), torch.cat((beside[:3], beside[4:])))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("warpgroups", [1, 2, 3])
+def test_all_that_touch_what_other_kernels_do_wait_for_the_kernel_ahead(generator, seed, warpgroups):
+    """It writes activations and residual, and ends once all warpgroups and the warp of the activations wait for it."""
+    given, arguments, expected = problem(generator, 18, 512, 136, torch.bfloat16)
+    written = [(tensor, tensor.clone()) for tensor in (given[0], arguments["residual"])]
+    waiting = set()
+
+    def wait_for_previous_kernel() -> None:
+        waiting.add(machine().running.name.partition(" of ")[0])
+        machine().pause(lambda: len(waiting) == warpgroups + 1, "the kernel ahead")
+        for tensor, values in written:
+            tensor.copy_(values)
+
+    def finishing_with_pdl(*given, **options):
+        return finishing_arguments(*given, **options) | {"PDL": True}
+
+    for tensor, _ in written:
+        tensor.fill_(torch.nan)
+    product = emulated(
+        seed,
+        1,
+        finishing_arguments=finishing_with_pdl,
+        gdc_launch_dependents=lambda: None,
+        gdc_wait=wait_for_previous_kernel,
+    )
+    tile = DenseTile(16, 3, warpgroups=warpgroups)
+    check_close(product(*given, **arguments, tile=tile), expected, torch.bfloat16)
+    computing = ["partition 0 (multiply)", "partition 3 (multiply)", "partition 4 (multiply)"]
+    assert waiting == {*computing[:warpgroups], "partition 1 (load_activations)"}
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, FP8, BLOCKS])
+def test_no_tokens_give_no_rows(generator, kind):
+    given, arguments, _ = problem(generator, 0, 256, 64, kind)
+    product = emulated(0, 2)(*given, **arguments)
+    assert product.shape == (0, 64)
+    assert product.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("num_tokens", [2, 17, 100, 1024])
+@pytest.mark.parametrize(("rows", "input_size"), [(6144, 4096), (24576, 4096), (4096, 12288), (512, 256), (128, 64)])
+@pytest.mark.parametrize("kind", [torch.bfloat16, FP8, BLOCKS])
+def test_tiles_fit_in_shared_memory_and_registers(num_tokens, rows, input_size, kind):
+    memory, registers = 227 << 10, 64 << 10
+    has_groups, itemsize = kind is BLOCKS, 1 if kind in (FP8, BLOCKS) else 2
+    tiles = list(possible_tiles(num_tokens, memory, has_groups))
+    options = {"has_groups": has_groups, "num_multiprocessors": 132, "memory": memory}
+    assert choose_dense_tile(num_tokens, rows, input_size * itemsize, **options) in tiles
+    for tile in tiles:
+        assert tile.tokens < 2 * num_tokens or tile.tokens == (32 if has_groups else 16)
+        assert tile.stages >= 3
+        assert tile.stages * tile.stage_bytes + tile.warpgroups * 2048 + 1024 <= memory
+        assert tile.registers * 128 * (tile.warpgroups + 1) <= registers
+        assert tile.computing_registers >= tile.tokens // 2 * (1 + has_groups * tile.parts) + 32
+
+
+def on_gpu(given, arguments):
+    moved = {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    return tuple(tensor.cuda() for tensor in given), moved
+
+
+GPU_TILES = [
+    DenseTile(32, 9, parts=2),
+    DenseTile(128, 8),
+    DenseTile(256, 3),
+    DenseTile(128, 6, warpgroups=2),
+    DenseTile(256, 3, warpgroups=2),
+    DenseTile(64, 6, warpgroups=3),
+    DenseTile(128, 4, warpgroups=3),
+]
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("kind", [*HALF_TYPES, FP8, BLOCKS])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tile", [None, *GPU_TILES], ids=str)
+def test_a_layer_on_a_gpu(generator, kind, gated, tile):
+    if tile is not None and kind is BLOCKS:
+        tile = replace(tile, tokens=min(tile.tokens, 64))
+    given, arguments, expected = problem(generator, 600, 4096, 1032, kind, gated=gated)
+    (x, weight), arguments = on_gpu(given, arguments)
+    by_token = {name: arguments.pop(name) for name in ("residual", "x_scale") if arguments.get(name) is not None}
+    for num_tokens in (1, 2, 5, 16, 17, 32, 33, 64, 65, 128, 129, 200, 256, 257, 511, 600):
+        given_now = {name: tensor[:num_tokens] for name, tensor in by_token.items()}
+        got = dense_matmul(x[:num_tokens], weight, **arguments, **given_now, tile=tile)
+        check_close(got.cpu(), expected[:num_tokens], arguments["dtype"])
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("num_tokens", [8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("tile", [None, *GPU_TILES], ids=str)
+def test_layers_in_a_graph_on_a_gpu(generator, num_tokens, tile):
+    """Each product reads what the kernel ahead writes, and starts before that one has ended: replays are exact."""
+    dtype, width, inner = torch.bfloat16, 2048, 4096
+    (x, up), up_arguments, _ = problem(generator, num_tokens, width, inner, dtype, gated=True, full=False)
+    (_, down), down_arguments, _ = problem(generator, num_tokens, inner, width, dtype, full=False)
+    x, up, down = x.cuda(), up.cuda() * width**-0.5, down.cuda() * inner**-0.5
+    norm = torch.ones(width, dtype=dtype, device="cuda")
+
+    def layers(apart: bool) -> torch.Tensor:
+        hidden = x
+        for _ in range(12):
+            between = dense_matmul(rms_norm(hidden, norm, 1e-6), up, **up_arguments, tile=tile)
+            if apart:
+                torch.cuda.synchronize()
+            hidden = dense_matmul(between, down, **down_arguments | {"residual": hidden}, tile=tile)
+            if apart:
+                torch.cuda.synchronize()
+        return hidden
+
+    expected = layers(apart=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layers(apart=False)
+    assert not expected.isnan().any()
+    for _ in range(50):
+        graph.replay()
+        assert torch.equal(out, expected)

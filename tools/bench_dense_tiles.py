@@ -1,0 +1,222 @@
+"""Times the tiles of `dense_matmul` at the products of a decoder layer and the LM head: needs a Hopper GPU.
+
+    python tools/bench_dense_tiles.py --model qwen3-0.6b --kinds bfloat16 --rows 16 64 256
+
+Every tile is compiled first, by as many processes as there are cores. Then each product is timed with each tile, over
+copies of the weight that together exceed the cache, as the median over replays of a CUDA graph. For each number of rows
+it prints the fastest tiles, the one that `choose_dense_tile` takes, and, to compare, what the engine would take without
+`dense_matmul`: the BLAS, with SiLU · mul after it but without the residual, which the next norm adds; or
+`quantized_matmul`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nanovllm.kernels import dense_matmul as dense
+from nanovllm.kernels.dense_tiles import DenseTile, choose_dense_tile, possible_tiles
+from nanovllm.kernels.linear import linear
+from nanovllm.kernels.quantized_gpu import _choose_tile
+from nanovllm.kernels.quantized_matmul import quantized_matmul
+from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.kernels.triton_support import multiprocessor_count, shared_memory
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
+from tools.bench_quantized_linear import CACHE_BYTES, time_calls
+
+KINDS = ("bfloat16", "fp8", "fp8-blocks")
+FP8 = torch.float8_e4m3fn
+MEMORY = 227 << 10
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A product of the layer."""
+
+    name: str
+    outputs: int  # rows of the weight
+    inputs: int
+    kind: str  # of KINDS
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.kind.startswith("fp8")
+
+    @property
+    def has_groups(self) -> bool:
+        return self.kind == "fp8-blocks"
+
+    @property
+    def gated(self) -> bool:
+        return self.name == "gate_up"
+
+    @property
+    def has_residual(self) -> bool:
+        return self.name in ("o", "down")
+
+    def arguments(self, rows: int, device: str) -> tuple[tuple[torch.Tensor, torch.Tensor], dict[str, Any]]:
+        """Returns the arguments of `dense_matmul`, with one weight."""
+        half = {"dtype": torch.bfloat16, "device": device}
+        dtype = FP8 if self.is_fp8 else torch.bfloat16
+        x = torch.randn(rows, self.inputs, **half).to(dtype)
+        weight = (torch.randn(self.outputs, self.inputs, **half) * self.inputs**-0.5).to(dtype)
+        named: dict[str, Any] = {"gated": self.gated, "dtype": torch.bfloat16}
+        if self.has_residual:
+            named["residual"] = torch.randn(rows, self.outputs, **half)
+        if self.kind == "fp8":
+            named |= {
+                "scale": torch.ones(self.outputs, 1, device=device),
+                "x_scale": torch.ones(rows, 1, device=device),
+            }
+        elif self.has_groups:
+            groups = -(-self.inputs // 128)
+            named["scale"] = torch.ones(-(-self.outputs // 128), groups, device=device)
+            named["x_scale"] = torch.ones(groups, -(-rows // 16) * 16, device=device).T
+        return (x, weight), named
+
+    def tiles(self, rows: int) -> list[DenseTile]:
+        found = possible_tiles(rows, MEMORY, self.has_groups)
+        return [tile for tile in found if rows <= 8 * tile.tokens]
+
+
+def compile_tile(shape: Shape, tile: DenseTile) -> str | None:
+    """Compiles a kernel into Triton's cache, without a GPU. Returns what went wrong."""
+    from triton.runtime import driver
+
+    from tests.kernels.hopper_driver import HopperDriver
+
+    driver.set_active(HopperDriver())
+    run = dense._dense_matmul_kernel.run
+    dense._dense_matmul_kernel.run = lambda **options: run(
+        **options | {"warmup": True, "PDL": True, "launch_pdl": True}
+    )
+    try:
+        (x, weight), named = shape.arguments(16, "cpu")
+        dense.dense_matmul(x, weight, **named, tile=tile)
+    except Exception as error:
+        return f"{shape.name} {tile}: {type(error).__name__}: {error}"
+    finally:
+        dense._dense_matmul_kernel.run = run
+    return None
+
+
+def compile_all(jobs: Sequence[tuple[Shape, DenseTile]]) -> None:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(os.cpu_count() or 1, 1), mp_context=context) as pool:
+        for error in filter(None, pool.map(compile_tile, *zip(*jobs, strict=True))):
+            print("not compiled:", error)
+
+
+def without_dense(shape: Shape, weight: torch.Tensor, named: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
+    if not shape.is_fp8:
+        out = linear(x, weight)
+        return silu_and_mul(out) if shape.gated else out
+    if shape.has_groups and len(x) > (32 if shape.gated else 64):
+        rows = named["x_scale"].shape[0]
+        x = torch.nn.functional.pad(x.view(torch.int8), (0, 0, 0, rows - len(x))).view(FP8)
+        scales = {"scale_a": named["x_scale"], "scale_b": named["scale"].T}
+        out = torch._scaled_mm(x, weight.T, **scales, out_dtype=torch.bfloat16)
+        return silu_and_mul(out) if shape.gated else out
+    tile = _choose_tile(x.view(torch.int8), weight, gated=shape.gated, inputs=128 if shape.has_groups else 256)
+    x_scale = named["x_scale"][: len(x)].T.contiguous().T
+    return quantized_matmul(
+        x, weight, tile=tile, group_size=128 if shape.has_groups else 0, **{**named, "x_scale": x_scale}
+    )
+
+
+def time_shape(shape: Shape, all_rows: Sequence[int]) -> dict[int, list[tuple[float, str]]]:
+    """Returns, for each number of rows, times in microseconds with their tiles, fastest first."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    copies = max(2, CACHE_BYTES // (shape.outputs * shape.inputs * (1 if shape.is_fp8 else 2)) + 1)
+    weights = [shape.arguments(1, "cuda")[0][1] for _ in range(copies)]
+    found: dict[int, list[tuple[float, str]]] = {}
+    for rows in all_rows:
+        (x, _), named = shape.arguments(rows, "cuda")
+
+        def timed(call: Callable[..., torch.Tensor], *, x: torch.Tensor = x) -> float:
+            return time_calls([partial(call, x, weight) for weight in weights])
+
+        times = []
+        for tile in shape.tiles(rows):
+            try:
+                times.append((timed(partial(dense.dense_matmul, **named, tile=tile)), describe(tile)))
+            except Exception as error:
+                print(f"{shape.name} {rows} {tile}: {type(error).__name__}: {error}"[:300])
+        chosen = choose_dense_tile(
+            rows,
+            shape.outputs,
+            shape.inputs * x.itemsize,
+            has_groups=shape.has_groups,
+            num_multiprocessors=multiprocessor_count(device),
+            memory=shared_memory(device),
+        )
+        times.sort()
+        times.append((timed(partial(dense.dense_matmul, **named, tile=chosen)), f"chosen {describe(chosen)}"))
+        try:
+            old = timed(lambda x, weight: without_dense(shape, weight, named, x))  # noqa: B023
+            times.append((old, "without"))
+        except Exception as error:
+            print(f"{shape.name} {rows} without: {type(error).__name__}: {error}"[:300])
+        found[rows] = times
+    return found
+
+
+def describe(tile: DenseTile) -> str:
+    return f"{tile.warpgroups}w t{tile.tokens} p{tile.parts} s{tile.stages}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(BUILTIN_SHAPES), default="qwen3-0.6b")
+    parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 128, 256])
+    parser.add_argument("--products", nargs="+", default=None, help="qkv, o, gate_up, down, head; default: all")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["bfloat16"])
+    parser.add_argument("--json", type=Path, help="where to write all times")
+    args = parser.parse_args()
+    config = BUILTIN_SHAPES[args.model]
+    attention = config.num_heads * config.head_dim
+    sizes = {
+        "qkv": (attention + 2 * config.num_kv_heads * config.head_dim, config.hidden_size),
+        "o": (config.hidden_size, attention),
+        "gate_up": (2 * config.intermediate_size, config.hidden_size),
+        "down": (config.hidden_size, config.intermediate_size),
+        "head": (config.vocab_size, config.hidden_size),
+    }
+    shapes = [
+        Shape(name, *size, kind)
+        for kind in args.kinds
+        for name, size in sizes.items()
+        if name in (args.products or sizes)
+    ]
+    compile_all(
+        [(shape, tile) for shape in shapes for tile in sorted({t for n in args.rows for t in shape.tiles(n)}, key=str)]
+    )
+    print(f"{args.model} on {torch.cuda.get_device_name()}, microseconds")
+    everything: list[dict[str, Any]] = []
+    for shape in shapes:
+        for rows, times in time_shape(shape, args.rows).items():
+            shown = [*times[:SHOWN], *times[-2:]]
+            print(
+                f"{shape.kind:13} {shape.name:8}{rows:>5}  " + "   ".join(f"{time:6.1f} {name}" for time, name in shown)
+            )
+            everything.append({**asdict(shape), "rows": rows, "times": times})
+    if args.json is not None:
+        args.json.write_text(json.dumps(everything))
+
+
+if __name__ == "__main__":
+    main()
