@@ -138,7 +138,7 @@ def without_dense(shape: Shape, weight: torch.Tensor, named: Mapping[str, Any], 
     )
 
 
-def time_shape(shape: Shape, all_rows: Sequence[int]) -> dict[int, list[tuple[float, str]]]:
+def time_shape(shape: Shape, all_rows: Sequence[int], busy_seconds: float) -> dict[int, list[tuple[float, str]]]:
     """Returns, for each number of rows, times in microseconds with their tiles, fastest first."""
     device = torch.device("cuda", torch.cuda.current_device())
     copies = max(2, CACHE_BYTES // (shape.outputs * shape.inputs * (1 if shape.is_fp8 else 2)) + 1)
@@ -148,7 +148,7 @@ def time_shape(shape: Shape, all_rows: Sequence[int]) -> dict[int, list[tuple[fl
         (x, _), named = shape.arguments(rows, "cuda")
 
         def timed(call: Callable[..., torch.Tensor], *, x: torch.Tensor = x) -> float:
-            return time_calls([partial(call, x, weight) for weight in weights])
+            return time_calls([partial(call, x, weight) for weight in weights], busy_seconds)
 
         times = []
         for tile in shape.tiles(rows):
@@ -185,6 +185,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 128, 256])
     parser.add_argument("--products", nargs="+", default=None, help="qkv, o, gate_up, down, head; default: all")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["bfloat16"])
+    parser.add_argument(
+        "--busy", type=float, default=0.0, help="seconds for which a tile is repeated before it is timed"
+    )
     parser.add_argument("--json", type=Path, help="where to write all times")
     args = parser.parse_args()
     config = BUILTIN_SHAPES[args.model]
@@ -208,7 +211,7 @@ def main() -> None:
     print(f"{args.model} on {torch.cuda.get_device_name()}, microseconds")
     everything: list[dict[str, Any]] = []
     for shape in shapes:
-        for rows, times in time_shape(shape, args.rows).items():
+        for rows, times in time_shape(shape, args.rows, args.busy).items():
             shown = [*times[:SHOWN], *times[-2:]]
             print(
                 f"{shape.kind:13} {shape.name:8}{rows:>5}  " + "   ".join(f"{time:6.1f} {name}" for time, name in shown)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -75,15 +76,22 @@ def time_product(kind: str, name: str, outputs: int, inputs: int, all_rows: Sequ
     return times
 
 
-def time_calls(calls: Sequence[Callable[[], torch.Tensor]]) -> float:
-    """Returns the microseconds of a call."""
-    for call in calls:  # the first one with a weight may allocate what a graph must not
+def time_calls(calls: Sequence[Callable[[], torch.Tensor]], busy_seconds: float = 0.0) -> float:
+    """Returns the microseconds of a call.
+
+    busy_seconds: how long the calls are repeated before. A device that has worked for a while may be clocked lower.
+    """
+    for call in calls[:2]:
         call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for call in calls:
             call()
     graph.replay()
+    until = time.perf_counter() + busy_seconds
+    while time.perf_counter() < until:
+        graph.replay()
+        torch.cuda.synchronize()
     times = []
     for _ in range(REPLAYS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
