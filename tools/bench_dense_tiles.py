@@ -121,21 +121,27 @@ def compile_all(jobs: Sequence[tuple[Shape, DenseTile]]) -> None:
             print("not compiled:", error)
 
 
-def without_dense(shape: Shape, weight: torch.Tensor, named: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor:
-    if not shape.is_fp8:
-        out = linear(x, weight)
+def without_dense(shape: Shape, x: torch.Tensor, named: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
+    """Returns the product, of any weight of the shape, as it would be without `dense_matmul`."""
+
+    def gated(out: torch.Tensor) -> torch.Tensor:
         return silu_and_mul(out) if shape.gated else out
+
+    if not shape.is_fp8:
+        return lambda weight: gated(linear(x, weight))
     if shape.has_groups and len(x) > (32 if shape.gated else 64):
         rows = named["x_scale"].shape[0]
-        x = torch.nn.functional.pad(x.view(torch.int8), (0, 0, 0, rows - len(x))).view(FP8)
+        padded = torch.nn.functional.pad(x.view(torch.int8), (0, 0, 0, rows - len(x))).view(FP8)
         scales = {"scale_a": named["x_scale"], "scale_b": named["scale"].T}
-        out = torch._scaled_mm(x, weight.T, **scales, out_dtype=torch.bfloat16)
-        return silu_and_mul(out) if shape.gated else out
-    tile = _choose_tile(x.view(torch.int8), weight, gated=shape.gated, inputs=128 if shape.has_groups else 256)
+        return lambda weight: gated(torch._scaled_mm(padded, weight.T, **scales, out_dtype=torch.bfloat16))
     x_scale = named["x_scale"][: len(x)].T.contiguous().T
-    return quantized_matmul(
-        x, weight, tile=tile, group_size=128 if shape.has_groups else 0, **{**named, "x_scale": x_scale}
-    )
+    inputs, group_size = (128, 128) if shape.has_groups else (256, 0)
+
+    def multiplied(weight: torch.Tensor) -> torch.Tensor:
+        tile = _choose_tile(x.view(torch.int8), weight, gated=shape.gated, inputs=inputs)
+        return quantized_matmul(x, weight, tile=tile, group_size=group_size, **{**named, "x_scale": x_scale})
+
+    return multiplied
 
 
 def time_shape(shape: Shape, all_rows: Sequence[int], busy_seconds: float) -> dict[int, list[tuple[float, str]]]:
@@ -147,13 +153,16 @@ def time_shape(shape: Shape, all_rows: Sequence[int], busy_seconds: float) -> di
     for rows in all_rows:
         (x, _), named = shape.arguments(rows, "cuda")
 
-        def timed(call: Callable[..., torch.Tensor], *, x: torch.Tensor = x) -> float:
-            return time_calls([partial(call, x, weight) for weight in weights], busy_seconds)
+        def timed(call: Callable[..., torch.Tensor]) -> float:
+            return time_calls([partial(call, weight) for weight in weights], busy_seconds)
+
+        def dense_with(tile: DenseTile, *, x: torch.Tensor = x, named: Mapping[str, Any] = named) -> float:
+            return timed(lambda weight: dense.dense_matmul(x, weight, **named, tile=tile))
 
         times = []
         for tile in shape.tiles(rows):
             try:
-                times.append((timed(partial(dense.dense_matmul, **named, tile=tile)), describe(tile)))
+                times.append((dense_with(tile), describe(tile)))
             except Exception as error:
                 print(f"{shape.name} {rows} {tile}: {type(error).__name__}: {error}"[:300])
         chosen = choose_dense_tile(
@@ -165,10 +174,9 @@ def time_shape(shape: Shape, all_rows: Sequence[int], busy_seconds: float) -> di
             memory=shared_memory(device),
         )
         times.sort()
-        times.append((timed(partial(dense.dense_matmul, **named, tile=chosen)), f"chosen {describe(chosen)}"))
+        times.append((dense_with(chosen), f"chosen {describe(chosen)}"))
         try:
-            old = timed(lambda x, weight: without_dense(shape, weight, named, x))  # noqa: B023
-            times.append((old, "without"))
+            times.append((timed(without_dense(shape, x, named)), "without"))
         except Exception as error:
             print(f"{shape.name} {rows} without: {type(error).__name__}: {error}"[:300])
         found[rows] = times

@@ -2,8 +2,8 @@
 
     python tools/time_decode_steps.py --model qwen3-8b --rows 24 64 128 256 [--quantization fp8 --kv-cache-dtype fp8]
 
-Two versions of a kernel that take as long as each other alone may not in a whole step, where weights are read once and
-other kernels run before and after. To compare two trees, run the script of each on one card. Figures are milliseconds
+Two versions of a kernel that are equally fast alone may differ in a whole step, where weights are read once and other
+kernels run before and after. To compare two trees, run the script of each on one card. Figures are milliseconds
 a step, the median of five groups of steps.
 """
 

@@ -2,7 +2,7 @@
 
 For the tens to hundreds of tokens of a decode step. Such a product costs little more than reading the weight, so much
 of it is the time until the first weights arrive and the last sums are stored. Here the first stages are copied before
-the kernel ahead has ended, and the residual is loaded with the first activations, not after the last.
+the kernel ahead has ended, and where registers allow it the residual is loaded with the first activations.
 
 Warps divide the work as in mixed_matmul.py: two copy weights and activations into a ring of stages, and one to three
 warpgroups, with 64 rows of the weight each, multiply.
@@ -134,8 +134,8 @@ def _dense_matmul_kernel(
     )  # fmt: skip
 
 
-def suits_dense_matmul(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Returns whether `dense_matmul` can multiply hidden [num_tokens, inputs], in FP8 if the weight is."""
+def suits_dense_matmul(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> bool:
+    """Returns whether `dense_matmul` can multiply hidden [num_tokens, inputs], brought to FP8 if the weight is."""
     is_fp8 = weight.dtype is torch.float8_e4m3fn
     return (
         HAS_GLUON
@@ -143,7 +143,7 @@ def suits_dense_matmul(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
         and torch.cuda.get_device_capability(hidden.device) == (9, 0)
         and hidden.dtype in (torch.bfloat16, torch.float16)
         and (is_fp8 or (weight.dtype is hidden.dtype and can_copy_activations(hidden)))
-        and can_copy_weight(weight, gated=True)
+        and can_copy_weight(weight, gated)
     )
 
 
@@ -159,9 +159,9 @@ def dense_matmul(
     dtype: torch.dtype | None = None,
     tile: DenseTile | None = None,
 ) -> torch.Tensor:
-    """Returns act((x · weightᵀ) · scales + bias) + residual: [num_tokens, outputs or half as many].
+    """Returns act((x · weightᵀ) · scales + bias) + residual [num_tokens, outputs or half as many].
 
-    It is of `dtype`, or x's.
+    dtype: of the result; None: x's. It must be given for FP8.
 
     x [num_tokens, inputs] and weight [outputs, inputs], both bf16, fp16 or FP8 (e4m3). scale, of the weight, float32:
     [outputs, 1] or [1, 1], with x_scale [num_tokens, 1] of the activations; or a scale for each block of 128 × 128,
@@ -170,8 +170,9 @@ def dense_matmul(
     `choose_dense_tile`, if none is given.
     """
     num_tokens, input_size = x.shape
+    dtype = dtype or x.dtype
     if num_tokens == 0:
-        return x.new_empty(0, len(weight) // (1 + gated), dtype=dtype or x.dtype)
+        return x.new_empty(0, len(weight) // (1 + gated), dtype=dtype)
     has_groups = scale is not None and scales_blocks(scale, weight)
     tile = tile or choose_dense_tile(
         num_tokens,
@@ -184,7 +185,7 @@ def dense_matmul(
     finishing = finishing_arguments(
         num_tokens,
         len(weight),
-        dtype or x.dtype,
+        dtype,
         weight if scale is None else scale,
         bias,
         has_scale=scale is not None and not has_groups,

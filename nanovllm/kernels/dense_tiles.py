@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from nanovllm.kernels.matmul_units import FINISHING_BYTES, SWIZZLE_BYTES, WARPGROUP_ROWS
+from nanovllm.kernels.matmul_units import FINISHING_BYTES, RESERVED_BYTES, SWIZZLE_BYTES, WARPGROUP_ROWS
 from nanovllm.kernels.triton_support import next_power_of_2
 
 _MIN_TOKENS = 16
@@ -15,13 +15,12 @@ _MIN_GROUPED_TOKENS = 32  # a copy of scales goes to a multiple of 128 bytes
 _MAX_GROUPED_TOKENS = 64  # with scales of 128 inputs, more are slower
 _MAX_TOKENS = {1: 256, 2: 256, 3: 128}  # by computing warpgroups: their sums fit in registers
 _MIN_STAGES, _MAX_STAGES = 3, 12
-_RESERVED_MEMORY = 1024  # bytes of a program, for barriers and alignment
 _REGISTERS = 65536  # of a multiprocessor
 _MAX_REGISTERS = 240  # of a thread
 _LOADING_REGISTERS = 24  # of a loading thread
 _THREADS = 128  # of a warpgroup, and of the loading warps, which count as one
 # What an H200 does in a microsecond, and the microseconds that a unit of work takes beside its copies and products:
-# fitted to the times of all tiles with 16 to 512 tokens, for Qwen3-0.6B and 8B, by `tools/bench_dense_tiles.py`.
+# fitted to the times of all tiles for 16 to 512 rows, for Qwen3-0.6B and 8B, by `tools/bench_dense_tiles.py`.
 _ALL_MEMORY = 4.2e6  # bytes of weights that all multiprocessors read
 _ALL_CACHE = 1.05e7  # bytes that all of them copy, most of them from the L2 cache
 _CACHE = 2.0e5  # bytes that one of them copies
@@ -76,8 +75,10 @@ def choose_dense_tile(
 ) -> DenseTile:
     """Returns the tile that should be fastest for a weight of `rows` rows, by an estimate.
 
+    It is that of the next power of two of tokens, so that few variants are compiled, and all when the engine starts.
     has_groups: of inputs, with scales. memory: bytes of shared memory that a program may use.
     """
+    num_tokens = next_power_of_2(num_tokens)
     math = _GROUPED_MATH if has_groups else _MATH
     return min(
         possible_tiles(num_tokens, memory, has_groups),
@@ -98,7 +99,7 @@ def possible_tiles(num_tokens: int, memory: int, has_groups: bool) -> Iterator[D
         # Larger stages are waited for less often, and smaller ones leave more of them.
         parts = 2 if tokens <= 64 and tokens * warpgroups <= 128 else 1
         tile = DenseTile(tokens, 1, parts, warpgroups)
-        left = memory - _RESERVED_MEMORY - warpgroups * FINISHING_BYTES
+        left = memory - RESERVED_BYTES - warpgroups * FINISHING_BYTES
         stages = min(left // tile.stage_bytes, _MAX_STAGES)
         if stages >= _MIN_STAGES:
             yield replace(tile, stages=stages)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from nanovllm.kernels.dense_matmul import dense_matmul, suits_dense_matmul
@@ -13,20 +15,27 @@ _MAX_TOKENS = 64
 _MAX_GATED_TOKENS = 128
 _MAX_TOKENS_OF_SMALL_WEIGHT = 256
 _SMALL_WEIGHT = 2**23
-_MAX_EXTRA_PRODUCTS = 2**23  # of tokens after the first, which `skinny_linear` multiplies without the tensor cores
+_MIN_WEIGHT = 2**20  # smaller ones, such as a router's, have too few rows to keep the multiprocessors busy
+_MAX_EXTRA_PRODUCTS_BESIDE_DENSE = 2**23  # of tokens after the first, which `skinny_linear` computes one by one
 
 
 def suits_fused_linear(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> bool:
     """Returns whether `fused_linear` beats the BLAS, and kernels for the rest, on hidden [num_tokens, inputs]."""
-    return suits_skinny_linear(hidden, weight) or _suits_dense(hidden, weight, gated)
+    return _choose(hidden, weight, gated) is not None
 
 
-def _suits_dense(hidden: torch.Tensor, weight: torch.Tensor, gated: bool) -> bool:
+def _choose(hidden: torch.Tensor, weight: torch.Tensor, gated: bool) -> Literal["skinny", "dense"] | None:
+    num_tokens, num_weights = len(hidden), weight.numel()
+    is_skinny = suits_skinny_linear(hidden, weight)
+    if is_skinny and (num_tokens - 1) * num_weights <= _MAX_EXTRA_PRODUCTS_BESIDE_DENSE:
+        return "skinny"
     most = _MAX_GATED_TOKENS if gated else _MAX_TOKENS
-    if weight.numel() <= _SMALL_WEIGHT:
+    if num_weights <= _SMALL_WEIGHT:
         most = _MAX_TOKENS_OF_SMALL_WEIGHT
-    is_skinny = suits_skinny_linear(hidden, weight) and (len(hidden) - 1) * weight.numel() <= _MAX_EXTRA_PRODUCTS
-    return len(hidden) <= most and not is_skinny and suits_dense_matmul(hidden, weight)
+    is_worth_it = num_weights >= _MIN_WEIGHT and num_tokens <= most
+    if is_worth_it and weight.dtype is hidden.dtype and suits_dense_matmul(hidden, weight, gated=gated):
+        return "dense"
+    return "skinny" if is_skinny else None
 
 
 def fused_linear(
@@ -44,8 +53,10 @@ def fused_linear(
     hidden [num_tokens, inputs], weight [outputs, inputs], and the rest, are as in `skinny_linear`, which computes it
     for a token or a few. Needs `suits_fused_linear`.
     """
-    if not _suits_dense(hidden, weight, gated):
+    kernel = _choose(hidden, weight, gated)
+    assert kernel is not None, "suits_fused_linear"
+    if kernel == "skinny":
         return skinny_linear(hidden, weight, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
-    # In a product's kernel the norm takes as long for 32 tokens, and longer for more: every program norms all of them.
+    # In a product's kernel every program norms all tokens, which is no faster with 32 of them and slower with more.
     normed = hidden if norm_weight is None else rms_norm(hidden, norm_weight, eps)
     return dense_matmul(normed, weight, bias, gated=gated, residual=residual)

@@ -23,10 +23,11 @@ from nanovllm.kernels.triton_support import (
 
 WARPGROUP_ROWS = 64  # of the weight: the rows of one matrix instruction
 SWIZZLE_BYTES = 128  # of a row that the accelerator copies at a time
+RESERVED_BYTES = 1024  # of shared memory, for barriers and alignment
+FINISHING_BYTES = 2048  # of it, through which a warpgroup's sums go to the threads that store them
 _INTERLEAVED = 8  # rows of a gate, and then as many of its up: rows 8 apart are in the same thread
 _ALIGNED_BYTES = 16  # where the accelerator may begin to read
 _ROWS = constant(WARPGROUP_ROWS)
-FINISHING_BYTES = 2048  # of shared memory, through which a warpgroup's sums go to the threads that store them
 _TOKENS_AT_ONCE = constant(64)  # whose sums are finished together
 
 
@@ -332,4 +333,5 @@ def can_copy_weight(weight: torch.Tensor, gated: bool) -> bool:
     """Returns whether the accelerator can copy weight [rows, columns]."""
     row_bytes = weight.shape[1] * weight.itemsize
     has_pairs = weight.shape[0] % (2 * _INTERLEAVED) == 0
-    return weight.is_contiguous() and row_bytes % _ALIGNED_BYTES == 0 and (has_pairs or not gated)
+    is_aligned = row_bytes % _ALIGNED_BYTES == 0 and weight.data_ptr() % _ALIGNED_BYTES == 0
+    return weight.is_contiguous() and is_aligned and (has_pairs or not gated)

@@ -21,6 +21,7 @@ from nanovllm.kernels.add_splits import add_splits, finishing_arguments
 from nanovllm.kernels.int4_packing import BLOCK_SIZE, PLANE_SIZE
 from nanovllm.kernels.matmul_units import (
     FINISHING_BYTES,
+    RESERVED_BYTES,
     WARPGROUP_ROWS,
     can_copy_activations,
     can_copy_weight,
@@ -46,11 +47,10 @@ from nanovllm.kernels.triton_support import (
 )
 
 _ROWS = constant(WARPGROUP_ROWS)
-_ALIGNED_SCALES = 4  # the accelerator reads from multiples of 16 bytes
+_ALIGNED_SCALES = 4  # rows: their float32 scales are 16 bytes, of which the accelerator's strides are multiples
 _MIN_TOKENS = 16
 _MAX_STAGES = 8
 _MAX_SPLITS = 8
-_RESERVED_MEMORY = 1024  # bytes, for barriers and alignment
 # Microseconds, estimated: what a unit of work begins and ends with; another launch, and a sum written and read.
 _UNIT_TIME = 0.5
 _SPLIT_TIME = 2.5
@@ -261,7 +261,7 @@ def _largest_tile(warpgroups: int, num_tokens: int, group_size: int, memory: int
     tile = MixedTile(tokens, 1, warpgroups=warpgroups)
     weight_bytes = tile.rows * BLOCK_SIZE // (2 if groups else 1)
     stage = weight_bytes + 2 * tokens * BLOCK_SIZE + 2 * groups * tile.scale_rows * 4
-    left = memory - _RESERVED_MEMORY - warpgroups * FINISHING_BYTES
+    left = memory - RESERVED_BYTES - warpgroups * FINISHING_BYTES
     return replace(tile, stages=min(left // stage, _MAX_STAGES))
 
 

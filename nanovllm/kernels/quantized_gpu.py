@@ -1,8 +1,8 @@
 """Products with quantised weights on a GPU: which kernel computes one, by its number of tokens.
 
 - One token, FP8 and INT8: `skinny_linear` converts the weight in registers.
-- More tokens: `quantize_rows` brings activations to 8 bits, with the norm folded in, and `quantized_matmul` multiplies;
-  or, on Hopper GPUs, `dense_matmul` the FP8 of a decode step.
+- More tokens: `quantize_rows` brings activations to 8 bits, with the norm folded in, and `quantized_matmul` multiplies.
+  On Hopper GPUs, `dense_matmul` multiplies FP8 with up to 256 tokens, or 128 with block scales.
 - INT4, and INT8 with 16-bit activations: with few tokens, `int4_skinny_linear` or `skinny_linear`; with some,
   `mixed_matmul` on Hopper GPUs, or `quantized_matmul`, converts the weight block by block; with many, the weight is
   converted once, for the BLAS.
@@ -37,7 +37,7 @@ _MAX_INT4_TOKENS = 256
 _MAX_HOPPER_INT4_TOKENS = 1536
 _MAX_DENSE_TOKENS = 256
 _MAX_DENSE_BLOCK_TOKENS = 128
-_MAX_BLOCK_TOKENS = 64  # with more, or here if gated, torch's product with block scales is faster
+_MAX_BLOCK_TOKENS = 64  # of `quantized_matmul`: with more, or here if gated, torch's product with scales is faster
 _MAX_GATED_BLOCK_TOKENS = 32
 _MIN_TILE_TOKENS = 16
 _MAX_TILE_TOKENS = 128  # of up to 256 tokens
@@ -80,7 +80,7 @@ def fp8_product(
         )
     has_blocks = scales_blocks(scale, weight)
     most = _MAX_DENSE_BLOCK_TOKENS if has_blocks else _MAX_DENSE_TOKENS
-    is_dense = len(hidden) <= most and suits_dense_matmul(hidden, weight)
+    is_dense = len(hidden) <= most and suits_dense_matmul(hidden, weight, gated=gated)
     if has_blocks and not is_dense and len(hidden) > (_MAX_GATED_BLOCK_TOKENS if gated else _MAX_BLOCK_TOKENS):
         return _many_rows_block_product(
             hidden,

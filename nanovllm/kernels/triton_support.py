@@ -7,7 +7,6 @@ references then do the work), so the import and the decorator are guarded in thi
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -121,28 +120,21 @@ def gluon_jit(*names: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def _compiled_once(kernel: Any) -> Any:
-    """Lets one thread compile a variant of a kernel, while others wait for it or compile other variants.
+    """Lets one thread at a time launch a variant of a kernel. Otherwise every thread that needs it first compiles it.
 
-    Triton compiles it in every thread that needs it first; here that is left so for releases built otherwise.
+    Variants, which have other constants, compile beside each other.
     """
-    if INTERPRETED or not hasattr(kernel, "_do_compile"):
+    if INTERPRETED:
         return kernel
-    locks: defaultdict[tuple[int, Any], threading.Lock] = defaultdict(threading.Lock)
-    find_lock, compile_variant = threading.Lock(), kernel._do_compile
+    locks: dict[tuple[Any, ...], threading.Lock] = {}
+    run = kernel.run
 
-    def compile_alone(key: Any, signature: Any, device: int, *rest: Any) -> Any:
-        with find_lock:
-            lock = locks[device, key]
-        with lock:
-            compiled = kernel.device_caches[device][0].get(key)
-            if compiled is None:
-                compiled = compile_variant(key, signature, device, *rest)
-                is_warm_up = rest[-1]
-                if not is_warm_up:
-                    compiled._init_handles()  # otherwise another thread may launch it while this one loads it
-            return compiled
+    def run_alone(*args: Any, **kwargs: Any) -> Any:
+        constants = tuple(value for name, value in kwargs.items() if name.isupper())
+        with locks.setdefault(constants, threading.Lock()):
+            return run(*args, **kwargs)
 
-    kernel._do_compile = compile_alone
+    kernel.run = run_alone
     return kernel
 
 

@@ -139,8 +139,8 @@ class HasWeight(Protocol):
 class UnquantizedLinear:
     """Stores the weight unquantised: [num_outputs, inputs] in the model's dtype.
 
-    For the tokens of a decode step on a GPU it uses our own kernels, which fuse gate and addition; for more tokens, the
-    BLAS. On a CPU, float32 weights are packed for oneDNN.
+    For the tokens of a decode step on a GPU it uses our own kernels, which fuse gate, addition and, for a few tokens,
+    the norm; for more tokens, the BLAS. On a CPU, float32 weights are packed for oneDNN.
     """
 
     def create_weights(self, layer: LinearLayer) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from nanovllm.kernels import dense_matmul as dense_module
 from nanovllm.kernels.add_splits import finishing_arguments
-from nanovllm.kernels.dense_matmul import dense_matmul
+from nanovllm.kernels.dense_matmul import dense_matmul, suits_dense_matmul
 from nanovllm.kernels.dense_tiles import DenseTile, choose_dense_tile, possible_tiles
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.skinny_linear import scaled_weight
@@ -144,17 +146,19 @@ def test_a_row_does_not_depend_on_its_neighbours(generator, kind):
     assert torch.equal(torch.cat((alone[:3], alone[4:])), torch.cat((beside[:3], beside[4:])))
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("warpgroups", [1, 2, 3])
-def test_all_that_touch_what_other_kernels_do_wait_for_the_kernel_ahead(generator, seed, warpgroups):
-    """It writes activations and residual, and ends once all warpgroups and the warp of the activations wait for it."""
-    given, arguments, expected = problem(generator, 18, 512, 136, torch.bfloat16)
-    written = [(tensor, tensor.clone()) for tensor in (given[0], arguments["residual"])]
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", [torch.bfloat16, FP8, BLOCKS])
+@pytest.mark.parametrize("tile", [DenseTile(32, 3), DenseTile(128, 3), DenseTile(32, 3, 1, 2), DenseTile(32, 3, 2, 3)])
+def test_all_that_touch_what_other_kernels_do_wait_for_the_kernel_ahead(generator, seed, kind, tile):
+    """It writes activations, their scales and the residual, and ends once all who touch them wait for it."""
+    given, arguments, expected = problem(generator, 18, 512, 136, kind)
+    written = [given[0], arguments["residual"], *([] if kind is torch.bfloat16 else [arguments["x_scale"]])]
+    written = [(tensor, tensor.clone()) for tensor in written]
     waiting = set()
 
     def wait_for_previous_kernel() -> None:
         waiting.add(machine().running.name.partition(" of ")[0])
-        machine().pause(lambda: len(waiting) == warpgroups + 1, "the kernel ahead")
+        machine().pause(lambda: len(waiting) == tile.warpgroups + 1, "the kernel ahead")
         for tensor, values in written:
             tensor.copy_(values)
 
@@ -170,10 +174,9 @@ def test_all_that_touch_what_other_kernels_do_wait_for_the_kernel_ahead(generato
         gdc_launch_dependents=lambda: None,
         gdc_wait=wait_for_previous_kernel,
     )
-    tile = DenseTile(16, 3, warpgroups=warpgroups)
     check_close(product(*given, **arguments, tile=tile), expected, torch.bfloat16)
     computing = ["partition 0 (multiply)", "partition 3 (multiply)", "partition 4 (multiply)"]
-    assert waiting == {*computing[:warpgroups], "partition 1 (load_activations)"}
+    assert waiting == {*computing[: tile.warpgroups], "partition 1 (load_activations)"}
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, FP8, BLOCKS])
@@ -185,20 +188,87 @@ def test_no_tokens_give_no_rows(generator, kind):
 
 
 @pytest.mark.parametrize("num_tokens", [2, 17, 100, 1024])
-@pytest.mark.parametrize(("rows", "input_size"), [(6144, 4096), (24576, 4096), (4096, 12288), (512, 256), (128, 64)])
-@pytest.mark.parametrize("kind", [torch.bfloat16, FP8, BLOCKS])
-def test_tiles_fit_in_shared_memory_and_registers(num_tokens, rows, input_size, kind):
+@pytest.mark.parametrize("has_groups", [False, True])
+def test_tiles_fit_in_shared_memory_and_registers(num_tokens, has_groups):
     memory, registers = 227 << 10, 64 << 10
-    has_groups, itemsize = kind is BLOCKS, 1 if kind in (FP8, BLOCKS) else 2
     tiles = list(possible_tiles(num_tokens, memory, has_groups))
-    options = {"has_groups": has_groups, "num_multiprocessors": 132, "memory": memory}
-    assert choose_dense_tile(num_tokens, rows, input_size * itemsize, **options) in tiles
     for tile in tiles:
         assert tile.tokens < 2 * num_tokens or tile.tokens == (32 if has_groups else 16)
         assert tile.stages >= 3
         assert tile.stages * tile.stage_bytes + tile.warpgroups * 2048 + 1024 <= memory
         assert tile.registers * 128 * (tile.warpgroups + 1) <= registers
         assert tile.computing_registers >= tile.tokens // 2 * (1 + has_groups * tile.parts) + 32
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "rows", "row_bytes", "has_groups", "fastest"),
+    [
+        (16, 4096, 2048, False, (16, 2, 1)),  # Qwen3-0.6B in bf16: qkv, o, gate and up
+        (96, 4096, 2048, False, (64, 2, 1)),
+        (256, 4096, 2048, False, (128, 1, 1)),
+        (128, 1024, 4096, False, (32, 2, 1)),
+        (256, 6144, 2048, False, (64, 1, 3)),
+        (128, 24576, 8192, False, (128, 1, 3)),  # Qwen3-8B in bf16: gate and up
+        (256, 6144, 4096, False, (64, 1, 3)),  # in FP8: qkv, down
+        (256, 4096, 12288, False, (128, 1, 1)),
+        (64, 24576, 4096, True, (64, 1, 3)),  # with blocks: gate and up, down
+        (64, 4096, 12288, True, (32, 2, 1)),
+    ],
+)
+def test_the_tile_that_was_fastest_on_an_h200_is_chosen(num_tokens, rows, row_bytes, has_groups, fastest):
+    options = {"has_groups": has_groups, "num_multiprocessors": 132, "memory": 227 << 10}
+    tile = choose_dense_tile(num_tokens, rows, row_bytes, **options)
+    assert (tile.tokens, tile.parts, tile.warpgroups) == fastest
+
+
+@pytest.mark.parametrize("rows", [2048, 4096, 6144, 24576])
+@pytest.mark.parametrize("has_groups", [False, True])
+def test_tiles_are_compiled_when_the_engine_starts(rows, has_groups):
+    """It runs steps of powers of two of rows."""
+    options = {"has_groups": has_groups, "num_multiprocessors": 132, "memory": 227 << 10}
+    tiles = [choose_dense_tile(num_tokens, rows, 4096, **options) for num_tokens in range(1, 257)]
+    assert set(tiles) == {tiles[2**power - 1] for power in range(9)}
+
+
+def is_taken(monkeypatch, *, hidden=None, weight=None, gated=False, capability=(9, 0)):
+    """Whether tensors like these would suit on a GPU of this capability."""
+    monkeypatch.setattr(dense_module, "HAS_GLUON", True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    hidden = torch.empty(20, 64, dtype=torch.bfloat16) if hidden is None else hidden
+    weight = torch.empty(128, 64, dtype=torch.bfloat16) if weight is None else weight
+    on_gpu = SimpleNamespace(
+        is_cuda=True, **{name: getattr(hidden, name) for name in ("device", "dtype", "stride", "itemsize", "data_ptr")}
+    )
+    return suits_dense_matmul(on_gpu, weight, gated=gated)
+
+
+def test_what_it_can_multiply(monkeypatch):
+    half = {"dtype": torch.bfloat16}
+    assert is_taken(monkeypatch)
+    assert is_taken(monkeypatch, weight=torch.empty(128, 64).to(FP8))
+    assert is_taken(monkeypatch, weight=torch.empty(67, 64, **half))
+    assert is_taken(monkeypatch, hidden=torch.empty(20, 72, **half)[:, :64])
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        {"capability": (8, 0)},
+        {"capability": (10, 0)},
+        {"hidden": torch.empty(20, 64)},
+        {"hidden": torch.empty(20, 64), "weight": torch.empty(128, 64)},
+        {"weight": torch.empty(128, 64, dtype=torch.float16)},
+        {"weight": torch.empty(67, 64, dtype=torch.bfloat16), "gated": True},
+        {"weight": torch.empty(128, 60, dtype=torch.bfloat16)},
+        {"weight": torch.empty(64, 128, dtype=torch.bfloat16).T},
+        {"weight": torch.empty(129 * 64, dtype=torch.bfloat16)[1 : 128 * 64 + 1].view(128, 64)},
+        {"hidden": torch.empty(20, 65, dtype=torch.bfloat16)[:, 1:]},
+        {"hidden": torch.empty(20, 68, dtype=torch.bfloat16)[:, :64]},
+        {"hidden": torch.empty(64, 20, dtype=torch.bfloat16).T},
+    ],
+)
+def test_what_it_cannot_multiply(monkeypatch, refused):
+    assert not is_taken(monkeypatch, **refused)
 
 
 def on_gpu(given, arguments):

@@ -14,7 +14,7 @@ from tests.kernels.test_skinny_linear import oracle, random_product
 LAST, LAST_GATED, LAST_OF_SMALL = module._MAX_TOKENS, module._MAX_GATED_TOKENS, module._MAX_TOKENS_OF_SMALL_WEIGHT
 
 
-SMALL, LARGE = module._SMALL_WEIGHT, module._SMALL_WEIGHT + 64
+TINY, SMALL, LARGE = module._MIN_WEIGHT - 64, module._SMALL_WEIGHT, module._SMALL_WEIGHT + 64
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,9 @@ SMALL, LARGE = module._SMALL_WEIGHT, module._SMALL_WEIGHT + 64
         (2, LARGE, False, "dense_matmul"),
         (3, SMALL, False, "dense_matmul"),
         (3, SMALL // 2, False, "skinny_linear"),
-        (5, 64, False, "dense_matmul"),
+        (3, TINY, False, "skinny_linear"),
+        (5, TINY, False, None),
+        (5, SMALL // 2, False, "dense_matmul"),
         (LAST, LARGE, False, "dense_matmul"),
         (LAST + 1, LARGE, False, None),
         (LAST_GATED, LARGE, True, "dense_matmul"),
@@ -44,7 +46,7 @@ def test_which_kernel_multiplies(monkeypatch, num_tokens, weights, gated, kernel
     for name in ("skinny_linear", "rms_norm", "dense_matmul"):
         monkeypatch.setattr(module, name, record(name))
     monkeypatch.setattr(module, "suits_skinny_linear", lambda hidden, weight: len(hidden) <= 4)
-    monkeypatch.setattr(module, "suits_dense_matmul", lambda hidden, weight: True)
+    monkeypatch.setattr(module, "suits_dense_matmul", lambda hidden, weight, gated: True)
     hidden, weight = torch.empty(num_tokens, 64), torch.empty(weights // 64, 64)
     assert suits_fused_linear(hidden, weight, gated=gated) == (kernel is not None)
     if kernel is not None:
@@ -58,7 +60,7 @@ def test_which_kernel_multiplies(monkeypatch, num_tokens, weights, gated, kernel
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 4, 5, 16, 33, LAST, LAST_GATED, LAST_OF_SMALL])
 def test_every_number_of_rows(generator, dtype, gated, num_tokens):
-    x, weight, bias, norm_weight = random_product(generator, "cuda", dtype, num_tokens, 1024, 512)
+    x, weight, bias, norm_weight = random_product(generator, "cuda", dtype, num_tokens, 2048, 512)
     residual = torch.randn(num_tokens, 512 // (1 + gated), generator=generator).to("cuda", dtype)
     around = {"norm_weight": norm_weight, "eps": 0.1, "gated": gated, "residual": residual}
     assert suits_fused_linear(x, weight, gated=gated)

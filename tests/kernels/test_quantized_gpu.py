@@ -72,26 +72,29 @@ def test_which_kernel_multiplies_by_int8(monkeypatch, num_tokens, is_hopper, qua
 
 
 LAST_DENSE, LAST_DENSE_BLOCK = quantized_gpu._MAX_DENSE_TOKENS, quantized_gpu._MAX_DENSE_BLOCK_TOKENS
-LAST_BLOCK = quantized_gpu._MAX_BLOCK_TOKENS
+LAST_BLOCK, LAST_GATED_BLOCK = quantized_gpu._MAX_BLOCK_TOKENS, quantized_gpu._MAX_GATED_BLOCK_TOKENS
 
 
 @pytest.mark.parametrize(
-    ("has_blocks", "num_tokens", "is_hopper", "kernel"),
+    ("has_blocks", "num_tokens", "is_hopper", "kernel", "gated"),
     [
-        (False, 1, True, "skinny_linear"),
-        (False, 5, True, "dense_matmul"),
-        (False, LAST_DENSE, True, "dense_matmul"),
-        (False, LAST_DENSE + 1, True, "quantized_matmul"),
-        (False, LAST_BLOCK, False, "quantized_matmul"),
-        (True, 1, True, "skinny_linear"),
-        (True, 5, True, "dense_matmul"),
-        (True, LAST_DENSE_BLOCK, True, "dense_matmul"),
-        (True, LAST_DENSE_BLOCK + 1, True, "_many_rows_block_product"),
-        (True, LAST_BLOCK, False, "quantized_matmul"),
-        (True, LAST_BLOCK + 1, False, "_many_rows_block_product"),
+        (False, 1, True, "skinny_linear", False),
+        (False, 5, True, "dense_matmul", False),
+        (False, LAST_DENSE, True, "dense_matmul", False),
+        (False, LAST_DENSE + 1, True, "quantized_matmul", False),
+        (False, LAST_BLOCK, False, "quantized_matmul", False),
+        (True, 1, True, "skinny_linear", False),
+        (True, 5, True, "dense_matmul", False),
+        (True, LAST_DENSE_BLOCK, True, "dense_matmul", False),
+        (True, LAST_DENSE_BLOCK + 1, True, "_many_rows_block_product", False),
+        (True, LAST_BLOCK, False, "quantized_matmul", False),
+        (True, LAST_BLOCK + 1, False, "_many_rows_block_product", False),
+        (True, LAST_GATED_BLOCK, False, "quantized_matmul", True),
+        (True, LAST_GATED_BLOCK + 1, False, "_many_rows_block_product", True),
+        (True, LAST_DENSE_BLOCK, True, "dense_matmul", True),
     ],
 )
-def test_which_kernel_multiplies_by_fp8(monkeypatch, has_blocks, num_tokens, is_hopper, kernel):
+def test_which_kernel_multiplies_by_fp8(monkeypatch, has_blocks, num_tokens, is_hopper, kernel, gated):
     given = {}
 
     def quantized(hidden, dtype, *, group_size, num_rows, **rest):
@@ -100,7 +103,7 @@ def test_which_kernel_multiplies_by_fp8(monkeypatch, has_blocks, num_tokens, is_
 
     for name in ("skinny_linear", "quantized_matmul", "dense_matmul", "_many_rows_block_product"):
         monkeypatch.setattr(quantized_gpu, name, lambda *given, name=name, **named: (name, given[0].shape[0]))
-    monkeypatch.setattr(quantized_gpu, "suits_dense_matmul", lambda *given: is_hopper)
+    monkeypatch.setattr(quantized_gpu, "suits_dense_matmul", lambda *given, gated: is_hopper)
     monkeypatch.setattr(quantized_gpu, "quantize_rows", quantized)
     chosen, rows = quantized_gpu.fp8_product(
         torch.empty(num_tokens, 4096, dtype=torch.bfloat16),
@@ -110,7 +113,7 @@ def test_which_kernel_multiplies_by_fp8(monkeypatch, has_blocks, num_tokens, is_
         input_scale=None,
         norm_weight=None,
         eps=0.0,
-        gated=False,
+        gated=gated,
         residual=None,
     )
     assert chosen == kernel

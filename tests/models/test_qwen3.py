@@ -78,11 +78,11 @@ def fold_in(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Every product takes the kernel for few tokens, here its reference. Returns a list that grows with each."""
     calls: list[bool] = []
 
-    def suits(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    def choose(hidden: torch.Tensor, weight: torch.Tensor, gated: bool) -> str:
         calls.append(True)
-        return True
+        return "skinny"
 
-    monkeypatch.setattr("nanovllm.layers.linear_method.suits_fused_linear", suits)
+    monkeypatch.setattr("nanovllm.kernels.fused_linear._choose", choose)
     monkeypatch.setattr("nanovllm.experts.experts_method.suits_chosen_experts", lambda hidden: True)
     return calls
 
