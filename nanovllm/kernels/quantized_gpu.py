@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -102,29 +104,12 @@ def fp8_product(
         norm_weight=norm_weight,
         eps=eps,
     )
+    given: dict[str, Any] = {"x_scale": x_scale, "gated": gated, "residual": residual, "dtype": hidden.dtype}
     if is_dense:
-        return dense_matmul(
-            x[: len(hidden)],
-            weight,
-            bias,
-            x_scale=x_scale,
-            scale=scale,
-            gated=gated,
-            residual=residual,
-            dtype=hidden.dtype,
-        )
-    return quantized_matmul(
-        x,
-        weight,
-        scale,
-        bias,
-        x_scale=x_scale,
-        group_size=GROUP_SIZE if has_blocks else 0,
-        gated=gated,
-        residual=residual,
-        dtype=hidden.dtype,
-        tile=_choose_tile(hidden, weight, gated=gated, inputs=GROUP_SIZE if has_blocks else _INPUTS),
-    )
+        return dense_matmul(x[: len(hidden)], weight, bias, scale=scale, **given)
+    inputs, group_size = (GROUP_SIZE, GROUP_SIZE) if has_blocks else (_INPUTS, 0)
+    tile = _choose_tile(hidden, weight, gated=gated, inputs=inputs)
+    return quantized_matmul(x, weight, scale, bias, group_size=group_size, tile=tile, **given)
 
 
 def _many_rows_block_product(
