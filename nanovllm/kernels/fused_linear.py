@@ -9,6 +9,7 @@ import torch
 from nanovllm.kernels.dense_matmul import dense_matmul, suits_dense_matmul
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.skinny_linear import skinny_linear, suits_skinny_linear
+from nanovllm.kernels.triton_support import next_power_of_2
 
 # As measured in whole decode steps on an H200 (docs/performance.md): more tokens are left to the BLAS.
 _MAX_TOKENS = 64
@@ -27,7 +28,8 @@ def suits_fused_linear(hidden: torch.Tensor, weight: torch.Tensor, *, gated: boo
 def _choose(hidden: torch.Tensor, weight: torch.Tensor, gated: bool) -> Literal["skinny", "dense"] | None:
     num_tokens, num_weights = len(hidden), weight.numel()
     is_skinny = suits_skinny_linear(hidden, weight)
-    if is_skinny and (num_tokens - 1) * num_weights <= _MAX_EXTRA_PRODUCTS_BESIDE_DENSE:
+    num_extra = next_power_of_2(num_tokens) - 1  # by powers of two, as kernels are compiled when the engine starts
+    if is_skinny and num_extra * num_weights <= _MAX_EXTRA_PRODUCTS_BESIDE_DENSE:
         return "skinny"
     most = _MAX_GATED_TOKENS if gated else _MAX_TOKENS
     if num_weights <= _SMALL_WEIGHT:

@@ -24,8 +24,9 @@ TINY, SMALL, LARGE = module._MIN_WEIGHT - 64, module._SMALL_WEIGHT, module._SMAL
         (2, SMALL, True, "skinny_linear"),  # whose second token needs as many products as are worth it
         (2, LARGE, False, "dense_matmul"),
         (3, SMALL, False, "dense_matmul"),
-        (3, SMALL // 2, False, "skinny_linear"),
-        (3, TINY, False, "skinny_linear"),
+        (3, SMALL // 2, False, "dense_matmul"),
+        (4, SMALL // 4, False, "skinny_linear"),
+        (4, TINY, False, "skinny_linear"),
         (5, TINY, False, None),
         (5, SMALL // 2, False, "dense_matmul"),
         (LAST, LARGE, False, "dense_matmul"),
