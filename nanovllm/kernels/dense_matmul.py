@@ -120,7 +120,7 @@ def _dense_matmul_kernel(
                 ),
             ),
             (
-                load_weights,
+                load_weights,  # without scales and zero points: `weight_desc` and `weights` stand for theirs
                 (
                     weight_desc, weight_desc, weight_desc, num_token_tiles, num_units, weights, weights, weights, ready,
                     free, PARTS, False, False, IS_GATED, BLOCK, 0, NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS,

@@ -246,6 +246,7 @@ def multiply(
         if SPLITS > 1:
             _store_split(acc, first_row, first_token, split, out_ptr, num_tokens, IS_GATED, OUTPUT_SIZE)
         else:
+            # No residual is loaded yet, and activations have no scale: `acc` and `scale_ptr` stand for theirs.
             finish_sums(
                 acc, acc, first_row, first_token, scale_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr,
                 residual_stride, num_tokens, False, HAS_SCALE, SCALE_STRIDE, HAS_BIAS, HAS_RESIDUAL, False, IS_GATED,
