@@ -237,7 +237,7 @@ def mark(engine: LLMEngine, runner: ModelRunner) -> None:
         if isinstance(module, Qwen3DecoderLayer):
             head_dim = module.self_attn.qkv_proj.head_dim
             plain = module.self_attn.attention
-            module.self_attn.attention = MarkedAttention(head_dim, plain.backends, plain.window)
+            module.self_attn.attention = MarkedAttention(head_dim, plain.backends, plain.step, plain.window)
     for part, owner, method in places:
         setattr(owner, method, marked(part, getattr(owner, method)))
 
