@@ -60,18 +60,21 @@ count:
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel
 
-# What is installed is a function of these files; the stamps make the second run start at once.
-$(VENV)/.demo: pyproject.toml constraints.txt
+# What is installed is a function of these files; the stamps make the second run start at once. The mode "compat" puts
+# the checkout on Python's path: with the hook of setuptools a script beside a checkout named nanovllm imports that
+# folder, as a package without content.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -e
+$(VENV)/.demo: pyproject.toml constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(INSTALL) .
 	touch $@
 
 $(VENV)/.server: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[server]"
+	$(INSTALL) ".[server]"
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.demo
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(INSTALL) ".[dev]"
 	touch $@
 
 # A Chromium of the system, or else playwright's own.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import importlib
+import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -322,3 +323,14 @@ def test_ambient_state_is_seen(source: str) -> None:
 def test_every_module_says_what_it_is_for(module: str) -> None:
     source = MODULES[module].read_text(encoding="utf-8")
     assert not source.strip() or ast.get_docstring(ast.parse(source)), "an empty __init__.py alone needs no docstring"
+
+
+def test_a_script_beside_a_checkout_imports_the_package(tmp_path: Path) -> None:
+    """A checkout is a folder of the package's name, and Python takes one without __init__.py for a package, too."""
+    if not list(importlib.metadata.Distribution.discover(name="nanovllm")):
+        pytest.skip("nanovllm is not installed")
+    (tmp_path / "nanovllm").mkdir()
+    script = tmp_path / "script.py"
+    script.write_text("from nanovllm import LLM\nprint(LLM.__name__)\n")
+    ended = run_python(str(script), cwd=tmp_path, PYTHONPATH="")
+    assert ended.stdout == "LLM\n", ended.stderr
