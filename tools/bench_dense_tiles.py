@@ -30,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanovllm.kernels import dense_matmul as dense
 from nanovllm.kernels.dense_tiles import DenseTile, choose_dense_tile, possible_tiles
 from nanovllm.kernels.linear import linear
-from nanovllm.kernels.quantized_gpu import _choose_tile
+from nanovllm.kernels.quantized_gpu import _INPUTS, _MAX_BLOCK_TOKENS, _MAX_GATED_BLOCK_TOKENS, GROUP_SIZE, _choose_tile
 from nanovllm.kernels.quantized_matmul import quantized_matmul
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.kernels.triton_support import multiprocessor_count, shared_memory
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
-from tools.bench_quantized_linear import CACHE_BYTES, time_calls
+from tools.bench_quantized_linear import CACHE_BYTES, layer_products, time_calls
 
 KINDS = ("bfloat16", "fp8", "fp8-blocks")
 FP8 = torch.float8_e4m3fn
@@ -93,30 +93,30 @@ class Shape:
         return [tile for tile in found if rows <= 8 * tile.tokens]
 
 
-def compile_tile(shape: Shape, tile: DenseTile) -> str | None:
-    """Compiles a kernel into Triton's cache, without a GPU. Returns what went wrong."""
+def _prepare_compiling() -> None:
+    """Lets this process compile for a Hopper GPU that it does not use."""
     from triton.runtime import driver
 
+    from tests.kernels.compile_gluon_for_hopper import compile_launches_of
     from tests.kernels.hopper_driver import HopperDriver
 
     driver.set_active(HopperDriver())
-    run = dense._dense_matmul_kernel.run
-    dense._dense_matmul_kernel.run = lambda **options: run(
-        **options | {"warmup": True, "PDL": True, "launch_pdl": True}
-    )
+    compile_launches_of(dense._dense_matmul_kernel, PDL=True, launch_pdl=True)
+
+
+def compile_tile(shape: Shape, tile: DenseTile) -> str | None:
+    """Compiles a kernel into Triton's cache. Returns what went wrong."""
     try:
         (x, weight), named = shape.arguments(16, "cpu")
         dense.dense_matmul(x, weight, **named, tile=tile)
     except Exception as error:
         return f"{shape.name} {tile}: {type(error).__name__}: {error}"
-    finally:
-        dense._dense_matmul_kernel.run = run
     return None
 
 
 def compile_all(jobs: Sequence[tuple[Shape, DenseTile]]) -> None:
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(os.cpu_count() or 1, 1), mp_context=context) as pool:
+    with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=context, initializer=_prepare_compiling) as pool:
         for error in filter(None, pool.map(compile_tile, *zip(*jobs, strict=True))):
             print("not compiled:", error)
 
@@ -129,13 +129,13 @@ def without_dense(shape: Shape, x: torch.Tensor, named: Mapping[str, Any]) -> Ca
 
     if not shape.is_fp8:
         return lambda weight: gated(linear(x, weight))
-    if shape.has_groups and len(x) > (32 if shape.gated else 64):
+    if shape.has_groups and len(x) > (_MAX_GATED_BLOCK_TOKENS if shape.gated else _MAX_BLOCK_TOKENS):
         rows = named["x_scale"].shape[0]
         padded = torch.nn.functional.pad(x.view(torch.int8), (0, 0, 0, rows - len(x))).view(FP8)
         scales = {"scale_a": named["x_scale"], "scale_b": named["scale"].T}
         return lambda weight: gated(torch._scaled_mm(padded, weight.T, **scales, out_dtype=torch.bfloat16))
     x_scale = named["x_scale"][: len(x)].T.contiguous().T
-    inputs, group_size = (128, 128) if shape.has_groups else (256, 0)
+    inputs, group_size = (GROUP_SIZE, GROUP_SIZE) if shape.has_groups else (_INPUTS, 0)
 
     def multiplied(weight: torch.Tensor) -> torch.Tensor:
         tile = _choose_tile(x.view(torch.int8), weight, gated=shape.gated, inputs=inputs)
@@ -199,14 +199,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="where to write all times")
     args = parser.parse_args()
     config = BUILTIN_SHAPES[args.model]
-    attention = config.num_heads * config.head_dim
-    sizes = {
-        "qkv": (attention + 2 * config.num_kv_heads * config.head_dim, config.hidden_size),
-        "o": (config.hidden_size, attention),
-        "gate_up": (2 * config.intermediate_size, config.hidden_size),
-        "down": (config.hidden_size, config.intermediate_size),
-        "head": (config.vocab_size, config.hidden_size),
-    }
+    sizes = layer_products(config) | {"head": (config.vocab_size, config.hidden_size)}
     shapes = [
         Shape(name, *size, kind)
         for kind in args.kinds

@@ -26,6 +26,7 @@ from nanovllm.kernels.quantized_linear import fp8_linear, int4_linear, int8_line
 from nanovllm.kernels.rms_norm import add_rms_norm
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
+from nanovllm.models.model_config import ModelConfig
 
 CACHE_BYTES = 160_000_000  # more than the L2 cache of an H200
 REPLAYS = 9
@@ -40,14 +41,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 16, 64, 256, 2048])
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     args = parser.parse_args()
-    config = BUILTIN_SHAPES[args.model]
-    attention = config.num_heads * config.head_dim
-    sizes = {
-        "qkv": (attention + 2 * config.num_kv_heads * config.head_dim, config.hidden_size),
-        "o": (config.hidden_size, attention),
-        "gate_up": (2 * config.intermediate_size, config.hidden_size),
-        "down": (config.hidden_size, config.intermediate_size),
-    }
+    sizes = layer_products(BUILTIN_SHAPES[args.model])
     print(f"{args.model} on {torch.cuda.get_device_name()}, microseconds")
     print(f"{'weights':12}{'rows':>6}" + "".join(f"{name:>10}" for name in sizes) + f"{'layer':>10}")
     for kind in args.kinds:
@@ -57,6 +51,17 @@ def main() -> None:
         for index, rows in enumerate(args.rows):
             row = [times[name][index] for name in sizes]
             print(f"{kind:12}{rows:>6}" + "".join(f"{time:>10.1f}" for time in [*row, sum(row)]))
+
+
+def layer_products(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Returns (outputs, inputs) of the four products of a decoder layer, by name."""
+    attention = config.num_heads * config.head_dim
+    return {
+        "qkv": (attention + 2 * config.num_kv_heads * config.head_dim, config.hidden_size),
+        "o": (config.hidden_size, attention),
+        "gate_up": (2 * config.intermediate_size, config.hidden_size),
+        "down": (config.hidden_size, config.intermediate_size),
+    }
 
 
 def time_product(kind: str, name: str, outputs: int, inputs: int, all_rows: Sequence[int]) -> list[float]:

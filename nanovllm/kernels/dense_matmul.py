@@ -35,6 +35,7 @@ from nanovllm.kernels.triton_support import (
     gdc_launch_dependents,
     gl,
     gluon_jit,
+    is_hopper,
     mbarrier,
     multiprocessor_count,
     shared_memory,
@@ -139,8 +140,7 @@ def suits_dense_matmul(hidden: torch.Tensor, weight: torch.Tensor, *, gated: boo
     is_fp8 = weight.dtype is torch.float8_e4m3fn
     return (
         HAS_GLUON
-        and hidden.is_cuda
-        and torch.cuda.get_device_capability(hidden.device) == (9, 0)
+        and is_hopper(hidden.device)
         and hidden.dtype in (torch.bfloat16, torch.float16)
         and (is_fp8 or (weight.dtype is hidden.dtype and can_copy_activations(hidden)))
         and can_copy_weight(weight, gated)

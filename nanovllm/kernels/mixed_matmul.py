@@ -39,6 +39,7 @@ from nanovllm.kernels.triton_support import (
     gdc_launch_dependents,
     gl,
     gluon_jit,
+    is_hopper,
     mbarrier,
     multiprocessor_count,
     next_power_of_2,
@@ -211,8 +212,7 @@ def suits_mixed_matmul(
     """Returns whether `mixed_matmul` can multiply x [num_tokens, inputs] here; zeros are laid out as scale is."""
     return (
         HAS_GLUON
-        and x.is_cuda
-        and torch.cuda.get_device_capability(x.device) == (9, 0)
+        and is_hopper(x.device)
         and x.dtype in (torch.bfloat16, torch.float16)
         and can_copy_activations(x)
         and can_copy_weight(weight, gated)

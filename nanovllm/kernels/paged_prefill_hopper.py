@@ -26,6 +26,7 @@ from nanovllm.kernels.triton_support import (
     fence_async_shared,
     gl,
     gluon_jit,
+    is_hopper,
     mbarrier,
     multiprocessor_count,
     tma,
@@ -292,11 +293,6 @@ def _paged_prefill_hopper_kernel(
 
 
 @cache
-def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-@cache
 def _swizzle(rank: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
@@ -305,7 +301,7 @@ def takes_on_hopper(device: torch.device, dtype: torch.dtype, head_dim: int, blo
     """Returns whether `paged_prefill_hopper` can run such a model, given a group size in `_GROUPS`."""
     return (
         HAS_GLUON
-        and _is_hopper(device)
+        and is_hopper(device)
         and dtype in _DTYPES
         and head_dim in _HEAD_DIMS
         and block_size >= _SMALLEST_PAGE

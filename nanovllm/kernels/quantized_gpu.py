@@ -63,6 +63,11 @@ def suits_fused(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
+def _aligned(num_tokens: int) -> int:
+    """Returns the rows of activations whose scales the accelerator, or torch, reads: a multiple of what it aligns."""
+    return -(-num_tokens // _ALIGNMENT) * _ALIGNMENT
+
+
 def fp8_product(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -100,7 +105,7 @@ def fp8_product(
         weight.dtype,
         group_size=GROUP_SIZE if has_blocks else None,
         input_scale=input_scale,
-        num_rows=-(-len(hidden) // _ALIGNMENT) * _ALIGNMENT if is_dense and has_blocks else None,
+        num_rows=_aligned(len(hidden)) if is_dense and has_blocks else None,
         norm_weight=norm_weight,
         eps=eps,
     )
@@ -134,7 +139,7 @@ def _many_rows_block_product(
         weight.dtype,
         group_size=GROUP_SIZE,
         input_scale=input_scale,
-        num_rows=-(-num_tokens // _ALIGNMENT) * _ALIGNMENT,
+        num_rows=_aligned(num_tokens),
         norm_weight=norm_weight,
         eps=eps,
     )

@@ -61,6 +61,7 @@ __all__ = [
     "gdc_wait",
     "gl",
     "gluon_jit",
+    "is_hopper",
     "jit",
     "jit_with_varying",
     "join_launch_chain",
@@ -166,6 +167,12 @@ def next_power_of_2(number: int) -> int:
 def multiprocessor_count(device: torch.device) -> int:
     """Returns the multiprocessors of a CUDA device; 1 for a CPU, where the interpreter runs one program at a time."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Returns whether `device` is one of the GPUs for which our kernels in Gluon are written."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 @cache

@@ -81,7 +81,7 @@ class Int4Linear(QuantizedLinear):
         layer.register_buffer("input_order", order, persistent=False)
 
     def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False) -> bool:
-        return _order(layer) is None and super().fuses(layer, hidden)
+        return _order(layer) is None and super().fuses(layer, hidden, gated=gated)
 
     def product(
         self, layer: LinearLayer, hidden: torch.Tensor, bias: torch.Tensor | None, **fused: Any

@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from nanovllm.kernels import dense_matmul as dense_module
-from nanovllm.kernels.add_splits import finishing_arguments
 from nanovllm.kernels.dense_matmul import dense_matmul, suits_dense_matmul
 from nanovllm.kernels.dense_tiles import DenseTile, choose_dense_tile, possible_tiles
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.skinny_linear import scaled_weight
+from nanovllm.kernels.triton_support import is_hopper
 from tests.kernels.gluon_emulator import emulate
-from tests.kernels.gluon_emulator.machine import machine
 from tests.kernels.inputs import check_close
+from tests.kernels.kernel_ahead import run_beside_the_kernel_ahead
 from tests.kernels.test_mixed_matmul import needs_hopper
 from tests.kernels.test_skinny_linear import oracle
 
@@ -153,28 +153,10 @@ def test_all_that_touch_what_other_kernels_do_wait_for_the_kernel_ahead(generato
     """It writes activations, their scales and the residual, and ends once all who touch them wait for it."""
     given, arguments, expected = problem(generator, 18, 512, 136, kind)
     written = [given[0], arguments["residual"], *([] if kind is torch.bfloat16 else [arguments["x_scale"]])]
-    written = [(tensor, tensor.clone()) for tensor in written]
-    waiting = set()
-
-    def wait_for_previous_kernel() -> None:
-        waiting.add(machine().running.name.partition(" of ")[0])
-        machine().pause(lambda: len(waiting) == tile.warpgroups + 1, "the kernel ahead")
-        for tensor, values in written:
-            tensor.copy_(values)
-
-    def finishing_with_pdl(*given, **options):
-        return finishing_arguments(*given, **options) | {"PDL": True}
-
-    for tensor, _ in written:
-        tensor.fill_(torch.nan)
-    product = emulated(
-        seed,
-        1,
-        finishing_arguments=finishing_with_pdl,
-        gdc_launch_dependents=lambda: None,
-        gdc_wait=wait_for_previous_kernel,
+    got, waiting = run_beside_the_kernel_ahead(
+        emulated, seed, written, tile.warpgroups + 1, *given, **arguments, tile=tile
     )
-    check_close(product(*given, **arguments, tile=tile), expected, torch.bfloat16)
+    check_close(got, expected, torch.bfloat16)
     computing = ["partition 0 (multiply)", "partition 3 (multiply)", "partition 4 (multiply)"]
     assert waiting == {*computing[: tile.warpgroups], "partition 1 (load_activations)"}
 
@@ -233,12 +215,13 @@ def test_tiles_are_compiled_when_the_engine_starts(rows, has_groups):
 def is_taken(monkeypatch, *, hidden=None, weight=None, gated=False, capability=(9, 0)):
     """Whether tensors like these would suit on a GPU of this capability."""
     monkeypatch.setattr(dense_module, "HAS_GLUON", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(dense_module, "is_hopper", is_hopper.__wrapped__)  # not as it is cached
     hidden = torch.empty(20, 64, dtype=torch.bfloat16) if hidden is None else hidden
     weight = torch.empty(128, 64, dtype=torch.bfloat16) if weight is None else weight
-    on_gpu = SimpleNamespace(
-        is_cuda=True, **{name: getattr(hidden, name) for name in ("device", "dtype", "stride", "itemsize", "data_ptr")}
-    )
+    same = {name: getattr(hidden, name) for name in ("dtype", "stride", "itemsize", "data_ptr")}
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), **same)
     return suits_dense_matmul(on_gpu, weight, gated=gated)
 
 

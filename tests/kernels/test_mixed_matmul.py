@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from nanovllm.kernels import mixed_matmul_multiply
-from nanovllm.kernels.add_splits import finishing_arguments
 from nanovllm.kernels.int4_packing import pack_int4
 from nanovllm.kernels.mixed_matmul import (
     MixedTile,
@@ -22,8 +21,8 @@ from nanovllm.kernels.mixed_matmul import (
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.triton_support import shared_memory
 from tests.kernels.gluon_emulator import emulate
-from tests.kernels.gluon_emulator.machine import machine
 from tests.kernels.inputs import check_close
+from tests.kernels.kernel_ahead import run_beside_the_kernel_ahead
 from tests.kernels.test_skinny_linear import oracle
 
 pytestmark = pytest.mark.usefixtures("new_memory_is_nan")
@@ -235,28 +234,9 @@ def test_a_row_does_not_depend_on_its_neighbours(generator, group_size):
 def test_all_that_touch_what_other_kernels_do_wait_for_the_kernel_ahead(generator, seed, splits, warpgroups):
     """It writes activations and residual, and ends once all warpgroups and the warp of the activations wait for it."""
     given, arguments, expected = problem(generator, 18, 512, 136, torch.bfloat16)
-    written = [(tensor, tensor.clone()) for tensor in (given[0], arguments["residual"])]
-    waiting = set()
-
-    def wait_for_previous_kernel() -> None:
-        waiting.add(machine().running.name.partition(" of ")[0])
-        machine().pause(lambda: len(waiting) == warpgroups + 1, "the kernel ahead")
-        for tensor, values in written:
-            tensor.copy_(values)
-
-    def finishing_with_pdl(*given, **options):
-        return finishing_arguments(*given, **options) | {"PDL": True}
-
-    for tensor, _ in written:
-        tensor.fill_(torch.nan)
-    product = emulated(
-        seed,
-        1,
-        finishing_arguments=finishing_with_pdl,
-        gdc_launch_dependents=lambda: None,
-        gdc_wait=wait_for_previous_kernel,
-    )
-    check_close(product(*given, **arguments, tile=MixedTile(16, 2, splits, warpgroups)), expected, torch.bfloat16)
+    written, tile = [given[0], arguments["residual"]], MixedTile(16, 2, splits, warpgroups)
+    got, waiting = run_beside_the_kernel_ahead(emulated, seed, written, warpgroups + 1, *given, **arguments, tile=tile)
+    check_close(got, expected, torch.bfloat16)
     computing = ["partition 0 (multiply)", "partition 1 (multiply)", "partition 4 (multiply)"]
     assert waiting == {*computing[:warpgroups], "partition 2 (load_activations)"}
 
