@@ -49,6 +49,7 @@ _NOT_TAKEN = {"partial_ptr", "SPLITS"}  # of `finishing_arguments`: inputs are n
 @gluon_jit("num_tokens", "num_token_tiles", "num_units")
 def _dense_matmul_kernel(
     x_desc: tma.tensor_descriptor,
+    part_desc: tma.tensor_descriptor,
     weight_desc: tma.tensor_descriptor,
     x_scale_desc: tma.tensor_descriptor,
     x_scale_ptr: gl.tensor,
@@ -116,8 +117,8 @@ def _dense_matmul_kernel(
             (
                 load_activations,
                 (
-                    x_desc, x_scale_desc, num_token_tiles, num_units, x, x_scales, ready, free, NUM_GROUPS > 0,
-                    NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS, PDL,
+                    x_desc, part_desc, x_scale_desc, num_tokens, num_token_tiles, num_units, x, x_scales, ready, free,
+                    NUM_GROUPS > 0, NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS, PDL,
                 ),
             ),
             (
@@ -196,11 +197,10 @@ def dense_matmul(
     )
     token_tiles = -(-num_tokens // tile.tokens)
     num_units = token_tiles * -(-len(weight) // tile.rows)
-    x_desc = describe_activations(x, tile.tokens)
+    descriptors = describe_activations(x, tile.tokens)
     _dense_matmul_kernel[(min(num_units, multiprocessor_count(x.device)),)](
-        x_desc=x_desc,
         weight_desc=describe_weight(weight, WARPGROUP_ROWS, SWIZZLE_BYTES // x.itemsize, gated),
-        x_scale_desc=_describe_x_scale(x_scale, tile) if has_groups else x_desc,
+        x_scale_desc=_describe_x_scale(x_scale, tile) if has_groups else descriptors["x_desc"],
         num_token_tiles=token_tiles,
         num_units=num_units,
         NUM_GROUPS=-(-input_size // GROUP_SIZE) if has_groups else 0,
@@ -211,6 +211,7 @@ def dense_matmul(
         REGISTERS=tile.computing_registers,
         num_warps=4,
         maxnreg=tile.registers,
+        **descriptors,
         **{name: value for name, value in finishing.items() if name not in _NOT_TAKEN},
     )
     out: torch.Tensor = finishing["out_ptr"]

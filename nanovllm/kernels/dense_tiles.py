@@ -19,12 +19,14 @@ _REGISTERS = 65536  # of a multiprocessor
 _MAX_REGISTERS = 240  # of a thread
 _LOADING_REGISTERS = 24  # of a loading thread
 _THREADS = 128  # of a warpgroup, and of the loading warps, which count as one
+_COUNTED_TOKENS, _MAX_COUNTED_TOKENS = 64, 512
 # What an H200 does in a microsecond, and the microseconds that a unit of work takes beside its copies and products:
-# fitted to the times of all tiles for 16 to 512 rows, for Qwen3-0.6B and 8B, by `tools/bench_dense_tiles.py`.
+# fitted to the times of all tiles for 16 to 512 rows, for Qwen3-0.6B and 8B, by `tools/bench_dense_tiles.py`, where the
+# device has worked for a while and its power limit lowers its clock.
 _ALL_MEMORY = 4.2e6  # bytes of weights that all multiprocessors read
-_ALL_CACHE = 1.05e7  # bytes that all of them copy, most of them from the L2 cache
+_ALL_CACHE = 9.5e6  # bytes that all of them copy, most of them from the L2 cache
 _CACHE = 2.0e5  # bytes that one of them copies
-_MATH = 8.2e4  # bytes of a row, times tokens, that a warpgroup's 64 rows are multiplied with
+_MATH = 6.0e4  # bytes of a row, times tokens, that a warpgroup's 64 rows are multiplied with
 _GROUPED_MATH = 4.8e4  # the same with scales of 128 inputs
 _UNIT_TIME = 2.4
 
@@ -63,6 +65,17 @@ class DenseTile:
         return min(given // self.warpgroups // 8 * 8, _MAX_REGISTERS)
 
 
+def counted_tokens(num_tokens: int) -> int:
+    """Returns the tokens, at least `num_tokens`, for which a tile is chosen: a power of two, or a multiple of 64.
+
+    They are few numbers, so that few variants are compiled, and all when the engine starts. Between two multiples of
+    64, a product has as many tiles of 64, 128 or 256 tokens.
+    """
+    if _COUNTED_TOKENS < num_tokens <= _MAX_COUNTED_TOKENS:
+        return -(-num_tokens // _COUNTED_TOKENS) * _COUNTED_TOKENS
+    return next_power_of_2(num_tokens)
+
+
 @lru_cache  # a step asks for the same few shapes in every layer
 def choose_dense_tile(
     num_tokens: int,
@@ -75,10 +88,10 @@ def choose_dense_tile(
 ) -> DenseTile:
     """Returns the tile that should be fastest for a weight of `rows` rows, by an estimate.
 
-    It is that of the next power of two of tokens, so that few variants are compiled, and all when the engine starts.
-    has_groups: of inputs, with scales. memory: bytes of shared memory that a program may use.
+    It is that of `counted_tokens`. has_groups: of inputs, with scales. memory: bytes of shared memory that a program
+    may use.
     """
-    num_tokens = next_power_of_2(num_tokens)
+    num_tokens = counted_tokens(num_tokens)
     math = _GROUPED_MATH if has_groups else _MATH
     return min(
         possible_tiles(num_tokens, memory, has_groups),

@@ -27,6 +27,7 @@ RESERVED_BYTES = 1024  # of shared memory, for barriers and alignment
 FINISHING_BYTES = 2048  # of it, through which a warpgroup's sums go to the threads that store them
 _INTERLEAVED = 8  # rows of a gate, and then as many of its up: rows 8 apart are in the same thread
 _ALIGNED_BYTES = 16  # where the accelerator may begin to read
+_MIN_COPIED_TOKENS = 8  # whose places in shared memory are swizzled together
 _ROWS = constant(WARPGROUP_ROWS)
 _TOKENS_AT_ONCE = constant(64)  # whose sums are finished together
 
@@ -125,7 +126,9 @@ def load_weights(
 @gluon_jit()
 def load_activations(
     x_desc: tma.tensor_descriptor,
+    part_desc: tma.tensor_descriptor,
     scale_desc: tma.tensor_descriptor,
+    num_tokens: gl.tensor,
     num_token_tiles: gl.tensor,
     num_units: gl.tensor,
     x: gl.shared_memory_descriptor,
@@ -138,21 +141,30 @@ def load_activations(
     BLOCKS_A_SPLIT: gl.constexpr,
     PDL: gl.constexpr,
 ) -> None:
-    """Copies the activations. What lies behind the tokens or the inputs becomes 0.
+    """Copies the activations. What lies behind the inputs becomes 0.
 
-    HAS_SCALES: each part of a block has a scale for each token.
+    x_desc: of a tile's tokens; part_desc: of some of them. HAS_SCALES: each part of a block has a scale for each token.
+
+    The last tile may be longer than there are tokens. The accelerator would make the others 0, but it reads one place
+    for all of them, so that all programs wait for it: a product of 136 tokens took twice as long as one of 256. Instead
+    tokens that do exist are copied again, and their sums are not stored.
     """
     STAGES: gl.constexpr = ready.shape[0]
     PARTS: gl.constexpr = x.shape[0] // STAGES
     TOKENS: gl.constexpr = x.shape[1]
     COLUMNS: gl.constexpr = x.shape[2]
+    COPIED: gl.constexpr = part_desc.block_type.shape[0]  # tokens
+    NUM_COPIES: gl.constexpr = TOKENS // COPIED
     BYTES: gl.constexpr = PARTS * TOKENS * (COLUMNS * x.dtype.itemsize + (4 if HAS_SCALES else 0))
+    parts_of_x = x._reinterpret(x.dtype, [STAGES * PARTS * NUM_COPIES, COPIED, COLUMNS], part_desc.layout)
     if PDL:
         gdc_wait()
     num_loaded = 0
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
         token_tile, _output_tile, split = find_unit(unit, num_token_tiles, NUM_OUTPUT_TILES)
         first_token = token_tile * TOKENS
+        # So far before a token that does not exist there is one that does: the tile before is full, or half of this.
+        distance = gl.where(token_tile > 0, TOKENS, TOKENS // 2)
         first = split * BLOCKS_A_SPLIT
         for block in range(first, gl.minimum(first + BLOCKS_A_SPLIT, NUM_BLOCKS)):
             stage = num_loaded % STAGES
@@ -160,8 +172,16 @@ def load_activations(
             stage_ready = ready.index(stage)
             mbarrier.expect(stage_ready, BYTES)
             for part in gl.static_range(PARTS):
-                at = [first_token, (block * PARTS + part) * COLUMNS]
-                tma.async_copy_global_to_shared(x_desc, at, stage_ready, x.index(stage * PARTS + part))
+                column = (block * PARTS + part) * COLUMNS
+                index = stage * PARTS + part
+                if first_token + TOKENS <= num_tokens:
+                    tma.async_copy_global_to_shared(x_desc, [first_token, column], stage_ready, x.index(index))
+                else:
+                    for copy in gl.static_range(NUM_COPIES):
+                        token = first_token + copy * COPIED
+                        token -= gl.where(token < num_tokens, 0, distance)
+                        to = parts_of_x.index(index * NUM_COPIES + copy)
+                        tma.async_copy_global_to_shared(part_desc, [token, column], stage_ready, to)
             if HAS_SCALES:
                 to = scales._reinterpret(gl.float32, [STAGES, PARTS, TOKENS], scale_desc.layout).index(stage)
                 tma.async_copy_global_to_shared(scale_desc, [block * PARTS, first_token], stage_ready, to)
@@ -317,10 +337,14 @@ def describe_scales(scale: torch.Tensor, box_rows: int, groups: int, gated: bool
     return TensorDescriptor(scale, shape, strides, box, swizzle(0, 32, 4))
 
 
-def describe_activations(x: torch.Tensor, tokens: int) -> TensorDescriptor:
-    """Returns how `tokens` tokens are copied, 128 bytes of each at a time."""
-    box = [tokens, SWIZZLE_BYTES // x.itemsize]
-    return TensorDescriptor(x, [*x.shape], [*x.stride()], box, swizzle(SWIZZLE_BYTES, 8 * x.itemsize))
+def describe_activations(x: torch.Tensor, tile_tokens: int) -> dict[str, TensorDescriptor]:
+    """Returns how a tile's tokens, and an eighth of them, are copied, 128 bytes of each at a time."""
+
+    def describe(tokens: int) -> TensorDescriptor:
+        box = [tokens, SWIZZLE_BYTES // x.itemsize]
+        return TensorDescriptor(x, [*x.shape], [*x.stride()], box, swizzle(SWIZZLE_BYTES, 8 * x.itemsize))
+
+    return {"x_desc": describe(tile_tokens), "part_desc": describe(max(tile_tokens // 8, _MIN_COPIED_TOKENS))}
 
 
 def can_copy_activations(x: torch.Tensor) -> bool:

@@ -78,6 +78,7 @@ _INT8_LIMITS = {2: _Limits(128, 0.5, 0.003), 3: _Limits(128, 0.8, 0.0045)}
 @gluon_jit("num_tokens", "num_token_tiles", "num_units")
 def _mixed_matmul_kernel(
     x_desc: tma.tensor_descriptor,
+    part_desc: tma.tensor_descriptor,
     weight_desc: tma.tensor_descriptor,
     scale_desc: tma.tensor_descriptor,
     zero_desc: tma.tensor_descriptor,
@@ -157,8 +158,8 @@ def _mixed_matmul_kernel(
             (
                 load_activations,
                 (
-                    x_desc, x_desc, num_token_tiles, num_units, x, x, ready, free, False, NUM_OUTPUT_TILES, NUM_BLOCKS,
-                    BLOCKS_A_SPLIT, PDL,
+                    x_desc, part_desc, x_desc, num_tokens, num_token_tiles, num_units, x, x, ready, free, False,
+                    NUM_OUTPUT_TILES, NUM_BLOCKS, BLOCKS_A_SPLIT, PDL,
                 ),
             ),
             (
@@ -334,7 +335,6 @@ def _launch(
         weight_desc = describe_weight(weight.view(torch.int16), tile.weight_rows, BLOCK_SIZE // 2, gated)
         scale_desc = zero_desc = weight_desc  # not read
     _mixed_matmul_kernel[(min(num_units, multiprocessor_count(x.device)),)](
-        x_desc=describe_activations(x, tile.tokens),
         weight_desc=weight_desc,
         scale_desc=scale_desc,
         zero_desc=zero_desc,
@@ -349,5 +349,6 @@ def _launch(
         SCALE_ROWS=tile.scale_rows,
         STAGES=tile.stages,
         num_warps=4,
+        **describe_activations(x, tile.tokens),
         **{name: value for name, value in finishing.items() if name not in _OF_SPLITS},
     )

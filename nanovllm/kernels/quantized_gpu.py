@@ -2,7 +2,7 @@
 
 - One token, FP8 and INT8: `skinny_linear` converts the weight in registers.
 - More tokens: `quantize_rows` brings activations to 8 bits, with the norm folded in, and `quantized_matmul` multiplies.
-  On Hopper GPUs, `dense_matmul` multiplies FP8 with up to 256 tokens, or 128 with block scales.
+  On Hopper GPUs, `dense_matmul` multiplies FP8 with up to 512 tokens, or 128 with block scales.
 - INT4, and INT8 with 16-bit activations: with few tokens, `int4_skinny_linear` or `skinny_linear`; with some,
   `mixed_matmul` on Hopper GPUs, or `quantized_matmul`, converts the weight block by block; with many, the weight is
   converted once, for the BLAS.
@@ -37,7 +37,7 @@ _MAX_INT8_TOKENS = 128
 _MAX_HOPPER_INT8_TOKENS = 512
 _MAX_INT4_TOKENS = 256
 _MAX_HOPPER_INT4_TOKENS = 1536
-_MAX_DENSE_TOKENS = 256
+_MAX_DENSE_TOKENS = 512
 _MAX_DENSE_BLOCK_TOKENS = 128
 _MAX_BLOCK_TOKENS = 64  # of `quantized_matmul`: with more, or here if gated, torch's product with scales is faster
 _MAX_GATED_BLOCK_TOKENS = 32

@@ -29,13 +29,14 @@ DecodeStep = Callable[[torch.Tensor, StepNeeds], SampledTokens]  # takes rows [s
 def graph_sizes(max_num_rows: int) -> list[int]:
     """Returns the batch sizes that get a graph, up to `max_num_rows`.
 
-    They are 1, 2, 4, 8, then multiples of 8 up to 128, then about an eighth apart.
+    They are 1, 2, 4, 8, then multiples of 8 up to 128, of 16 up to 256, of 32 up to 512 …, so that powers of two are
+    among them: products in tiles have no unused tokens then.
     """
     sizes = {1, 2, 4, max_num_rows}
     size = 8
     while size < max_num_rows:
         sizes.add(size)
-        size += max(8, size // 64 * 8)
+        size += max(8, 1 << size.bit_length() - 4)
     return sorted(size for size in sizes if size <= max_num_rows)
 
 

@@ -10,6 +10,7 @@ from threading import Thread
 import numpy as np
 
 from nanovllm.engine.batch import Chunk, OpenedRow, ScheduledBatch, StepHandle, StepNeeds
+from nanovllm.kernels.dense_tiles import counted_tokens
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.env import num_usable_cores
 
@@ -81,8 +82,8 @@ def _batches(max_num_rows: int, *, drafts: bool, draft_model: bool, everything: 
         chunks=[Chunk(row=0, start=0, length=_PROMPT_LEN)],
         num_final_chunks=1,
     )
-    # How products and attention are computed depends on the number of rows, by powers of two.
-    sizes = sorted({*(1 << power for power in range(max_num_rows.bit_length())), max_num_rows})
+    # How products and attention are computed depends on the number of rows: by powers of two, or as tiles count them.
+    sizes = sorted({min(counted_tokens(num_rows), max_num_rows) for num_rows in range(1, max_num_rows + 1)})
     decodes = [(size, StepNeeds()) for size in sizes]
     if everything:
         decodes += [(1, needs) for needs in _OPTIONAL_PARTS] + [(size, StepNeeds(shares_prefix=True)) for size in sizes]

@@ -43,7 +43,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
 def is_lossless(report: str) -> bool:
     """A warp may save a few words before its loop, which costs nothing; sums of a loop are hundreds of bytes."""
     spilled = re.search(r"(\d+) bytes spill stores", report)
-    return spilled is not None and int(spilled[1]) <= 16 and "serialized" not in report
+    return spilled is not None and int(spilled[1]) <= 32 and "serialized" not in report
 
 
 @pytest.mark.heavy("compiles kernels of many instructions, twenty times")

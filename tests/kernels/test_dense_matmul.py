@@ -16,7 +16,9 @@ from nanovllm.kernels.dense_tiles import DenseTile, choose_dense_tile, possible_
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.skinny_linear import scaled_weight
 from nanovllm.kernels.triton_support import is_hopper
+from nanovllm.runner import warm_up
 from tests.kernels.gluon_emulator import emulate
+from tests.kernels.gluon_emulator.memory import TensorDescriptor
 from tests.kernels.inputs import check_close
 from tests.kernels.kernel_ahead import run_beside_the_kernel_ahead
 from tests.kernels.test_mixed_matmul import needs_hopper
@@ -169,6 +171,27 @@ def test_no_tokens_give_no_rows(generator, kind):
     assert product.dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("tile_tokens", [16, 64, 128])
+@pytest.mark.parametrize("num_tokens", [9, 40, 100, 136])
+def test_few_tokens_that_do_not_exist_are_copied(generator, monkeypatch, num_tokens, tile_tokens):
+    """An H200 takes twice as long with them as with a tile of tokens."""
+    num_missing = []
+    block = TensorDescriptor.block
+
+    def recorded(desc, at):
+        offsets, inside = block(desc, at)
+        if desc.shape[0] == num_tokens:
+            num_missing.append(int((~inside).any(dim=1).sum()))
+        return offsets, inside
+
+    monkeypatch.setattr(TensorDescriptor, "block", recorded)
+    given, arguments, expected = problem(generator, num_tokens, 256, 192, torch.bfloat16)
+    check_close(emulated(0, 2)(*given, **arguments, tile=DenseTile(tile_tokens, 3)), expected, torch.bfloat16)
+    # Of a tile that is more than twice as large as the tokens are many, nothing better is known.
+    assert num_missing
+    assert max(num_missing) < max(tile_tokens // 8, 8) or tile_tokens > 2 * num_tokens
+
+
 @pytest.mark.parametrize("num_tokens", [2, 17, 100, 1024])
 @pytest.mark.parametrize("has_groups", [False, True])
 def test_tiles_fit_in_shared_memory_and_registers(num_tokens, has_groups):
@@ -193,6 +216,13 @@ def test_tiles_fit_in_shared_memory_and_registers(num_tokens, has_groups):
         (128, 24576, 8192, False, (128, 1, 3)),  # Qwen3-8B in bf16: gate and up
         (256, 6144, 4096, False, (64, 1, 3)),  # in FP8: qkv, down
         (256, 4096, 12288, False, (128, 1, 1)),
+        (136, 24576, 4096, False, (64, 1, 3)),  # gate and up, while the device's power limit lowers its clock
+        (192, 24576, 4096, False, (64, 1, 3)),
+        (288, 24576, 4096, False, (64, 1, 3)),
+        (384, 24576, 4096, False, (128, 1, 3)),
+        (512, 24576, 4096, False, (256, 1, 2)),
+        (288, 4096, 12288, False, (64, 1, 3)),  # down
+        (512, 4096, 12288, False, (128, 1, 2)),
         (64, 24576, 4096, True, (64, 1, 3)),  # with blocks: gate and up, down
         (64, 4096, 12288, True, (32, 2, 1)),
     ],
@@ -206,10 +236,14 @@ def test_the_tile_that_was_fastest_on_an_h200_is_chosen(num_tokens, rows, row_by
 @pytest.mark.parametrize("rows", [2048, 4096, 6144, 24576])
 @pytest.mark.parametrize("has_groups", [False, True])
 def test_tiles_are_compiled_when_the_engine_starts(rows, has_groups):
-    """It runs steps of powers of two of rows."""
     options = {"has_groups": has_groups, "num_multiprocessors": 132, "memory": 227 << 10}
-    tiles = [choose_dense_tile(num_tokens, rows, 4096, **options) for num_tokens in range(1, 257)]
-    assert set(tiles) == {tiles[2**power - 1] for power in range(9)}
+
+    def tile(num_tokens):
+        return choose_dense_tile(num_tokens, rows, 4096, **options)
+
+    batches = warm_up._batches(512, drafts=False, draft_model=False, everything=False)
+    compiled = {tile(len(batch.decode_rows)) for batch in batches if len(batch.decode_rows)}
+    assert {tile(num_tokens) for num_tokens in range(1, 513)} == compiled
 
 
 def is_taken(monkeypatch, *, hidden=None, weight=None, gated=False, capability=(9, 0)):

@@ -65,6 +65,7 @@ def test_every_batch_size_has_a_graph_that_is_not_much_larger(max_num_seqs: int)
     for size in range(1, max_num_seqs + 1):
         padded = min(captured for captured in sizes if captured >= size)
         assert padded - size < max(8, size / 7)
+    assert {1 << power for power in range(max_num_seqs.bit_length())} <= set(sizes)  # no tile has unused tokens
 
 
 @pytest.mark.parametrize("max_num_seqs", [1, 3, 8, 13])
