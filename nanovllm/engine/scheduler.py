@@ -44,6 +44,9 @@ from nanovllm.outputs import FinishReason
 
 # Log-probabilities that a step returns for a prompt with prompt_logprobs=-1: 134 MB with their token ids.
 _MAX_PROMPT_LOGPROBS = 1 << 24
+# Of a step: admitting a short prompt takes the host about as long as its tokens take the device, so the next ones are
+# admitted while these are computed.
+_MAX_ADMISSIONS = 64
 
 
 @dataclass
@@ -213,6 +216,9 @@ class Scheduler:
             while (sequence := self._admit(plan, self.policy.overtaking(self.waiting))) is not None:
                 self.policy.overtook(self._plan_chunk(plan, sequence, most))
         while plan.num_prompt_tokens < most:
+            if len(plan.opened) >= _MAX_ADMISSIONS:
+                budget = PrefillBudget(plan.num_prompt_tokens, "max_admissions")
+                break
             sequence = self._prefilling or self._admit(plan, self._first_waiting())
             if sequence is None:
                 break
@@ -277,16 +283,8 @@ class Scheduler:
         row = self.rows.open(sequence, num_cached, self._prefix_block(table))
         params = sequence.params
         truncation = (min(max(params.top_k, 0), 2**24), params.top_p, params.min_p)  # exact in float32
-        plan.opened.append(
-            OpenedRow(
-                row=row,
-                token_ids=token_ids,
-                temperature=params.temperature,
-                seed=sequence.seed,
-                truncation=truncation,
-                logit_edits=sequence.logit_edits,
-            )
-        )
+        opened = OpenedRow(row, token_ids, params.temperature, sequence.seed, truncation, sequence.logit_edits)
+        plan.opened.append(opened)
         plan.blocks.append(_block_entries(row, np.arange(len(table.blocks)), table.blocks))
         return sequence
 

@@ -30,7 +30,7 @@ FIELDS: Mapping[str, Field] = {
     "batched_tokens": Field(int, "prompt tokens that the step computes"),
     "block_size": Field(int, "tokens in a block of the KV cache"),
     "budget": Field(int, "prompt tokens that the step might compute at most"),
-    "budget_reason": Field(str, "the setting that decides `budget`"),
+    "budget_reason": Field(str, "the setting that decides `budget`, or `max_admissions`: a step admits 64 sequences"),
     "bytes": Field(int, "size of the message"),
     "cache_hits": Field(int, "blocks found in the prefix cache"),
     "cached_blocks": Field(int, "blocks of the prompt that the replica probably has in its prefix cache"),

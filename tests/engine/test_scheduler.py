@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nanovllm import SamplingParams
 from nanovllm.engine.batch import ScheduledBatch, StepResult
+from nanovllm.engine.prefill_policy import PrefillBudget
 from nanovllm.engine.sequence import Sequence, SequenceStatus
 from nanovllm.errors import InvalidLogitsError
 from nanovllm.kernels.columns import INVALID_TOKEN
@@ -116,8 +117,22 @@ def test_few_sharers_and_short_prefixes_are_left_alone(sharers: int, prefix_len:
     driver = Driver(max_num_seqs=100, max_num_batched_tokens=10_000, max_model_len=1700, num_blocks=5000)
     for index in range(sharers):
         driver.add_tokens([*range(1, prefix_len + 1), 2000 + index])
-    driver.step()
+    while driver.scheduler.waiting:
+        driver.step()
     assert driver.step().needs.shares_prefix is shares
+
+
+def test_a_step_admits_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device computes the first prompts while the host admits the next ones."""
+    monkeypatch.setattr("nanovllm.engine.scheduler._MAX_ADMISSIONS", 3)
+    driver = Driver(max_num_seqs=100, max_num_batched_tokens=10_000)
+    for index in range(8):
+        driver.add_tokens([1, 2, 3, 4 + index])
+    budgets: list[PrefillBudget] = []
+    monkeypatch.setattr(driver.scheduler._observer, "prefill_budgeted", budgets.append)
+    assert [len(driver.step().chunks) for _ in range(4)] == [3, 3, 2, 0]
+    assert budgets[:2] == [PrefillBudget(12, "max_admissions")] * 2
+    assert budgets[2].reason == "max_num_batched_tokens"
 
 
 def test_prefill_beside_decode_is_bounded_and_alone_it_is_not() -> None:
