@@ -192,7 +192,9 @@ def test_steps_without_the_draft_model_change_no_token(
         assert statistics.num_draft_tokens > 100 or draft == "a random one"
         assert statistics.num_prefix_hits > 0
         assert statistics.num_preemptions > 0
-    assert ran == {step for step, runs in enumerate(watch.runs) if runs}
+    wanted = {step for step, runs in enumerate(watch.runs) if runs}
+    has_cuda_graphs = use_graphs and loader.device == "cuda"  # whose replays run no hook
+    assert ran <= wanted if has_cuda_graphs else ran == wanted
     assert max(len(batch.decode_rows) for batch in watch.batches) > 3
     decodes = [runs for runs, batch in zip(watch.runs, watch.batches, strict=True) if len(batch.decode_rows)]
     assert 0.1 < sum(decodes) / len(decodes) < 0.95
