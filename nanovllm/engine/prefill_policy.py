@@ -36,7 +36,7 @@ _WATERMARK = 0.05
 
 @dataclass(frozen=True)
 class PrefillBudget:
-    """How many prompt tokens a step may compute, and the setting that decides it."""
+    """How many prompt tokens a step may compute, and what decides it."""
 
     num_tokens: int
     reason: str

@@ -123,7 +123,8 @@ def test_flash_attn(generator, num_heads, num_kv_heads, head_dim):
     try:
         check_close(backend.prefill(*arguments, window=100), oracle, dtype)
     except RuntimeError as error:
-        assert "build does not support local attention" in str(error)
+        if "build does not support local attention" not in str(error):
+            raise
         pytest.skip("flash-attn was built without windows; without one it is right")
     *arguments, oracle = decode_case(device, generator, dtype, 256, *heads, [1, 100, 256, 600], 0, window=100)
     check_close(backend.decode(*arguments, window=100), oracle, dtype)
