@@ -7,7 +7,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from nanovllm.kernels.matmul_units import FINISHING_BYTES, RESERVED_BYTES, SWIZZLE_BYTES, WARPGROUP_ROWS
+from nanovllm.kernels.matmul_units import (
+    FINISHING_BYTES,
+    RESERVED_BYTES,
+    SWIZZLE_BYTES,
+    WARPGROUP_ROWS,
+    counted_tokens,
+)
 from nanovllm.kernels.triton_support import next_power_of_2
 
 _MIN_TOKENS = 16
@@ -19,7 +25,6 @@ _REGISTERS = 65536  # of a multiprocessor
 _MAX_REGISTERS = 240  # of a thread
 _LOADING_REGISTERS = 24  # of a loading thread
 _THREADS = 128  # of a warpgroup, and of the loading warps, which count as one
-_COUNTED_TOKENS, _MAX_COUNTED_TOKENS = 64, 512
 # What an H200 does in a microsecond, and the microseconds that a unit of work takes beside its copies and products:
 # fitted to the times of all tiles for 16 to 512 rows, for Qwen3-0.6B and 8B, by `tools/bench_dense_tiles.py`, where the
 # device has worked for a while and its power limit lowers its clock.
@@ -63,17 +68,6 @@ class DenseTile:
         """Of a computing thread, once the loading ones have given theirs away."""
         given = self.registers * (self.warpgroups + 1) - _LOADING_REGISTERS
         return min(given // self.warpgroups // 8 * 8, _MAX_REGISTERS)
-
-
-def counted_tokens(num_tokens: int) -> int:
-    """Returns the tokens, at least `num_tokens`, for which a tile is chosen: a power of two, or a multiple of 64.
-
-    They are few numbers, so that few variants are compiled, and all when the engine starts. Between two multiples of
-    64, a product has as many tiles of 64, 128 or 256 tokens.
-    """
-    if _COUNTED_TOKENS < num_tokens <= _MAX_COUNTED_TOKENS:
-        return -(-num_tokens // _COUNTED_TOKENS) * _COUNTED_TOKENS
-    return next_power_of_2(num_tokens)
 
 
 @lru_cache  # a step asks for the same few shapes in every layer

@@ -25,6 +25,7 @@ from nanovllm.kernels.matmul_units import (
     WARPGROUP_ROWS,
     can_copy_activations,
     can_copy_weight,
+    counted_tokens,
     describe_activations,
     describe_scales,
     describe_weight,
@@ -233,10 +234,11 @@ def choose_mixed_tile(
     num_programs: int,
     memory: int,
 ) -> MixedTile:
-    """Returns the tile that should be fastest for a weight of `rows` rows, by an estimate.
+    """Returns the tile that should be fastest for a weight of `rows` rows, by an estimate for `counted_tokens`.
 
     group_size: 0 for INT8. num_programs: that run at the same time; memory: bytes that one may use.
     """
+    num_tokens = counted_tokens(num_tokens)
     num_blocks = -(-input_size // BLOCK_SIZE)
     candidates = []
     for warpgroups, limits in (_INT4_LIMITS if group_size else _INT8_LIMITS).items():

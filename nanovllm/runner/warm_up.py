@@ -10,7 +10,7 @@ from threading import Thread
 import numpy as np
 
 from nanovllm.engine.batch import Chunk, OpenedRow, ScheduledBatch, StepHandle, StepNeeds
-from nanovllm.kernels.dense_tiles import counted_tokens
+from nanovllm.kernels.matmul_units import counted_tokens
 from nanovllm.sampling_params import MAX_LOGPROBS
 from nanovllm.utils.env import num_usable_cores
 

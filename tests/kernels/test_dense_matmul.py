@@ -16,10 +16,9 @@ from nanovllm.kernels.dense_tiles import DenseTile, choose_dense_tile, possible_
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.skinny_linear import scaled_weight
 from nanovllm.kernels.triton_support import is_hopper
-from nanovllm.runner import warm_up
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.gluon_emulator.memory import TensorDescriptor
-from tests.kernels.inputs import check_close
+from tests.kernels.inputs import check_close, sizes_of_start_up
 from tests.kernels.kernel_ahead import run_beside_the_kernel_ahead
 from tests.kernels.test_mixed_matmul import needs_hopper
 from tests.kernels.test_skinny_linear import oracle
@@ -241,9 +240,7 @@ def test_tiles_are_compiled_when_the_engine_starts(rows, has_groups):
     def tile(num_tokens):
         return choose_dense_tile(num_tokens, rows, 4096, **options)
 
-    batches = warm_up._batches(512, drafts=False, draft_model=False, everything=False)
-    compiled = {tile(len(batch.decode_rows)) for batch in batches if len(batch.decode_rows)}
-    assert {tile(num_tokens) for num_tokens in range(1, 513)} == compiled
+    assert {tile(num_tokens) for num_tokens in range(1, 513)} == {tile(size) for size in sizes_of_start_up(512)}
 
 
 def is_taken(monkeypatch, *, hidden=None, weight=None, gated=False, capability=(9, 0)):

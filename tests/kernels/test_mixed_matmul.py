@@ -21,7 +21,7 @@ from nanovllm.kernels.mixed_matmul import (
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.triton_support import shared_memory
 from tests.kernels.gluon_emulator import emulate
-from tests.kernels.inputs import check_close
+from tests.kernels.inputs import check_close, sizes_of_start_up
 from tests.kernels.kernel_ahead import run_beside_the_kernel_ahead
 from tests.kernels.test_skinny_linear import oracle
 
@@ -270,6 +270,17 @@ def test_the_tile_that_needs_fewer_rounds_is_chosen(group_size):
     for num_tokens in (2, 16, 32, 64):
         assert choose_mixed_tile(num_tokens, 24576, 4096, **options).rows == 192
         assert choose_mixed_tile(num_tokens, 4096, 4096, **options).rows == 128
+
+
+@pytest.mark.parametrize(("rows", "input_size"), [(10240, 5120), (6144, 4096), (4096, 1024), (1024, 3072)])
+@pytest.mark.parametrize("group_size", [0, 128])
+def test_tiles_are_compiled_when_the_engine_starts(rows, input_size, group_size):
+    options = {"group_size": group_size, "num_programs": 132, "memory": 227 << 10}
+
+    def tile(num_tokens):
+        return choose_mixed_tile(num_tokens, rows, input_size, **options)
+
+    assert {tile(num_tokens) for num_tokens in range(1, 513)} == {tile(size) for size in sizes_of_start_up(512)}
 
 
 needs_hopper = pytest.mark.skipif(
