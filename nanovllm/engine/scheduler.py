@@ -216,15 +216,15 @@ class Scheduler:
             while (sequence := self._admit(plan, self.policy.overtaking(self.waiting))) is not None:
                 self.policy.overtook(self._plan_chunk(plan, sequence, most))
         while plan.num_prompt_tokens < most:
-            if len(plan.opened) >= _MAX_ADMISSIONS:
-                budget = PrefillBudget(plan.num_prompt_tokens, "max_admissions")
-                break
             sequence = self._prefilling or self._admit(plan, self._first_waiting())
             if sequence is None:
                 break
             self._plan_chunk(plan, sequence, most)
             if sequence.params.prompt_logprobs == -1:  # a step has memory for those of one prompt only
                 break
+        is_full = len(plan.opened) == _MAX_ADMISSIONS
+        if is_full and plan.num_prompt_tokens < most and self._first_waiting() is not None:
+            budget = PrefillBudget(plan.num_prompt_tokens, "max_admissions")
         if plan.chunks:
             self._observer.prefill_budgeted(budget)
 
@@ -257,9 +257,9 @@ class Scheduler:
     def _admit(self, plan: _StepPlan, sequence: Sequence | None) -> Sequence | None:
         """Gives a waiting sequence a row, and blocks for all its tokens, and returns it.
 
-        Returns None for None, and when no row or too few blocks are free.
+        Returns None for None, when the step admits no more, and when no row or too few blocks are free.
         """
-        if sequence is None or not self.rows.has_free_row:
+        if sequence is None or not self.rows.has_free_row or len(plan.opened) == _MAX_ADMISSIONS:
             return None
         # The log-probabilities of a prompt token exist only in the step that computes it: a cached prefix has none.
         share = not sequence.needs_prompt_logprobs

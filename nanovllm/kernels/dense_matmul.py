@@ -46,7 +46,7 @@ _ROWS = constant(WARPGROUP_ROWS)
 _NOT_TAKEN = {"partial_ptr", "SPLITS"}  # of `finishing_arguments`: inputs are not split
 
 
-@gluon_jit("num_tokens", "num_token_tiles", "num_units")
+@gluon_jit("num_tokens", "num_units")
 def _dense_matmul_kernel(
     x_desc: tma.tensor_descriptor,
     part_desc: tma.tensor_descriptor,
@@ -59,7 +59,6 @@ def _dense_matmul_kernel(
     out_ptr: gl.tensor,
     residual_stride: gl.tensor,
     num_tokens: gl.tensor,
-    num_token_tiles: gl.tensor,
     num_units: gl.tensor,
     NUM_GROUPS: gl.constexpr,
     HAS_X_SCALE: gl.constexpr,
@@ -70,6 +69,7 @@ def _dense_matmul_kernel(
     IS_GATED: gl.constexpr,
     OUTPUT_SIZE: gl.constexpr,
     INPUT_SIZE: gl.constexpr,
+    TOKENS: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr,
@@ -82,7 +82,6 @@ def _dense_matmul_kernel(
     them. REGISTERS: of a thread of the second and third warpgroup.
     """
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    TOKENS: gl.constexpr = x_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
     BLOCK: gl.constexpr = PARTS * COLUMNS
     NUM_BLOCKS: gl.constexpr = (INPUT_SIZE + BLOCK - 1) // BLOCK
@@ -103,8 +102,8 @@ def _dense_matmul_kernel(
         mbarrier.init(free.index(stage), count=WARPGROUPS)
     fence_async_shared()  # the accelerator's own arrivals see the barriers
     given = (
-        x_scale_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, residual_stride, num_tokens, num_token_tiles,
-        num_units, weights, x, x_scales, ready, free,
+        x_scale_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, residual_stride, num_tokens, num_units, weights, x,
+        x_scales, ready, free,
     )  # fmt: skip
     SHAPE: gl.constexpr = (
         NUM_GROUPS, HAS_X_SCALE, HAS_SCALE, SCALE_STRIDE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, OUTPUT_SIZE,
@@ -117,15 +116,15 @@ def _dense_matmul_kernel(
             (
                 load_activations,
                 (
-                    x_desc, part_desc, x_scale_desc, num_tokens, num_token_tiles, num_units, x, x_scales, ready, free,
-                    NUM_GROUPS > 0, NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS, PDL,
+                    x_desc, part_desc, x_scale_desc, num_tokens, num_units, x, x_scales, ready, free, NUM_GROUPS > 0,
+                    NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS, PDL,
                 ),
             ),
             (
                 load_weights,  # without scales and zero points: `weight_desc` and `weights` stand for theirs
                 (
-                    weight_desc, weight_desc, weight_desc, num_token_tiles, num_units, weights, weights, weights, ready,
-                    free, PARTS, False, False, IS_GATED, BLOCK, 0, NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS,
+                    weight_desc, weight_desc, weight_desc, num_tokens, num_units, weights, weights, weights, ready,
+                    free, TOKENS, PARTS, False, False, IS_GATED, BLOCK, 0, NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS,
                 ),
             ),
             (multiply, (1,) + given + SHAPE),  # noqa: RUF005 - Gluon unpacks no tuples
@@ -195,16 +194,15 @@ def dense_matmul(
         residual=residual,
         splits=1,
     )
-    token_tiles = -(-num_tokens // tile.tokens)
-    num_units = token_tiles * -(-len(weight) // tile.rows)
+    num_units = -(-num_tokens // tile.tokens) * -(-len(weight) // tile.rows)
     descriptors = describe_activations(x, tile.tokens)
     _dense_matmul_kernel[(min(num_units, multiprocessor_count(x.device)),)](
         weight_desc=describe_weight(weight, WARPGROUP_ROWS, SWIZZLE_BYTES // x.itemsize, gated),
         x_scale_desc=_describe_x_scale(x_scale, tile) if has_groups else descriptors["x_desc"],
-        num_token_tiles=token_tiles,
         num_units=num_units,
         NUM_GROUPS=-(-input_size // GROUP_SIZE) if has_groups else 0,
         INPUT_SIZE=input_size,
+        TOKENS=tile.tokens,
         PARTS=tile.parts,
         STAGES=tile.stages,
         WARPGROUPS=tile.warpgroups,

@@ -108,7 +108,6 @@ def multiply(
     out_ptr: gl.tensor,
     residual_stride: gl.tensor,
     num_tokens: gl.tensor,
-    num_token_tiles: gl.tensor,
     num_units: gl.tensor,
     weights: gl.shared_memory_descriptor,
     x: gl.shared_memory_descriptor,
@@ -136,9 +135,8 @@ def multiply(
         gdc_wait()
     num_seen = 0
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        token_tile, output_tile, _split = find_unit(unit, num_token_tiles, NUM_OUTPUT_TILES)
+        first_token, output_tile, _split = find_unit(unit, num_tokens, TOKENS, NUM_OUTPUT_TILES)
         first_row = (output_tile * WARPGROUPS + warpgroup) * _ROWS
-        first_token = token_tile * TOKENS
         acc = gl.zeros([_ROWS, TOKENS], gl.float32, ACC)
         residual = acc
         if LOADS_RESIDUAL:  # while the first stage is copied

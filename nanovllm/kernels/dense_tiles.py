@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from itertools import product
 
 from nanovllm.kernels.matmul_units import (
@@ -70,7 +70,7 @@ class DenseTile:
         return min(given // self.warpgroups // 8 * 8, _MAX_REGISTERS)
 
 
-@lru_cache  # a step asks for the same few shapes in every layer
+@cache  # a step asks for the same few shapes in every layer
 def choose_dense_tile(
     num_tokens: int,
     rows: int,

@@ -30,6 +30,7 @@ _INTERLEAVED = 8  # rows of a gate, and then as many of its up: rows 8 apart are
 _ALIGNED_BYTES = 16  # where the accelerator may begin to read
 _COUNTED_TOKENS, _MAX_COUNTED_TOKENS = 64, 512
 _MIN_COPIED_TOKENS = 8  # whose places in shared memory are swizzled together
+_ALIGNED_TOKENS = constant(8)
 _ROWS = constant(WARPGROUP_ROWS)
 _TOKENS_AT_ONCE = constant(64)  # whose sums are finished together
 
@@ -37,8 +38,8 @@ _TOKENS_AT_ONCE = constant(64)  # whose sums are finished together
 def counted_tokens(num_tokens: int) -> int:
     """Returns the tokens, at least `num_tokens`, for which a tile is chosen: a power of two, or a multiple of 64.
 
-    They are few numbers, so that few variants are compiled, and all when the engine starts. Between two multiples of
-    64, a product has as many tiles of 64, 128 or 256 tokens.
+    They are few numbers, so that few variants are compiled, and those of decode steps when the engine starts. Between
+    two multiples of 64, a product has as many tiles of 64, 128 or 256 tokens.
     """
     if _COUNTED_TOKENS < num_tokens <= _MAX_COUNTED_TOKENS:
         return -(-num_tokens // _COUNTED_TOKENS) * _COUNTED_TOKENS
@@ -47,11 +48,19 @@ def counted_tokens(num_tokens: int) -> int:
 
 @gluon_jit()
 def find_unit(
-    unit: gl.tensor, num_token_tiles: gl.tensor, NUM_OUTPUT_TILES: gl.constexpr
+    unit: gl.tensor, num_tokens: gl.tensor, TOKENS: gl.constexpr, NUM_OUTPUT_TILES: gl.constexpr
 ) -> tuple[gl.tensor, gl.tensor, gl.tensor]:
-    """Returns (tile of tokens, tile of outputs, split). Neighbouring programs share a weight, which L2 then holds."""
+    """Returns (first token, tile of outputs, split). Neighbouring programs share a weight, which L2 then holds.
+
+    The last tile of tokens ends with the last token, or up to 7 after it, since scales of 4 bytes are copied from a
+    multiple of 16 bytes on. So it overlaps the tile before, and both store the same results: the accelerator needs much
+    longer for tokens that do not exist.
+    """
+    num_token_tiles = (num_tokens + TOKENS - 1) // TOKENS
     rest = unit // num_token_tiles
-    return unit % num_token_tiles, rest % NUM_OUTPUT_TILES, rest // NUM_OUTPUT_TILES
+    last = gl.maximum((num_tokens - TOKENS + _ALIGNED_TOKENS - 1) // _ALIGNED_TOKENS * _ALIGNED_TOKENS, 0)
+    first_token = gl.minimum(unit % num_token_tiles * TOKENS, last)
+    return first_token, rest % NUM_OUTPUT_TILES, rest // NUM_OUTPUT_TILES
 
 
 @gluon_jit()
@@ -79,13 +88,14 @@ def load_weights(
     weight_desc: tma.tensor_descriptor,
     scale_desc: tma.tensor_descriptor,
     zero_desc: tma.tensor_descriptor,
-    num_token_tiles: gl.tensor,
+    num_tokens: gl.tensor,
     num_units: gl.tensor,
     weights: gl.shared_memory_descriptor,
     scales: gl.shared_memory_descriptor,
     zeros: gl.shared_memory_descriptor,
     ready: gl.shared_memory_descriptor,
     free: gl.shared_memory_descriptor,
+    TOKENS: gl.constexpr,
     PARTS: gl.constexpr,
     HAS_GROUPS: gl.constexpr,
     HAS_ZEROS: gl.constexpr,
@@ -110,7 +120,7 @@ def load_weights(
     BYTES: gl.constexpr = WEIGHT_BYTES + SCALE_BYTES * (2 if HAS_ZEROS else 1)
     num_loaded = 0
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        _token_tile, output_tile, split = find_unit(unit, num_token_tiles, NUM_OUTPUT_TILES)
+        _first_token, output_tile, split = find_unit(unit, num_tokens, TOKENS, NUM_OUTPUT_TILES)
         first_row = output_tile * ROWS
         first = split * BLOCKS_A_SPLIT
         for block in range(first, gl.minimum(first + BLOCKS_A_SPLIT, NUM_BLOCKS)):
@@ -142,7 +152,6 @@ def load_activations(
     part_desc: tma.tensor_descriptor,
     scale_desc: tma.tensor_descriptor,
     num_tokens: gl.tensor,
-    num_token_tiles: gl.tensor,
     num_units: gl.tensor,
     x: gl.shared_memory_descriptor,
     scales: gl.shared_memory_descriptor,
@@ -156,11 +165,9 @@ def load_activations(
 ) -> None:
     """Copies the activations. What lies behind the inputs becomes 0.
 
-    x_desc: of a tile's tokens; part_desc: of some of them. HAS_SCALES: each part of a block has a scale for each token.
-
-    The last tile may be longer than there are tokens. The accelerator would make the others 0, but it reads one place
-    for all of them, so that all programs wait for it: a product of 136 tokens took twice as long as one of 256. Instead
-    tokens that do exist are copied again, and their sums are not stored.
+    x_desc: of a tile's tokens; part_desc: of an eighth of them, or 8. If there are fewer tokens than a tile has, parts
+    that do not exist become others, whose sums are not stored: the accelerator could make them 0, and needs much longer
+    for it. HAS_SCALES: each part of a block has a scale for each token.
     """
     STAGES: gl.constexpr = ready.shape[0]
     PARTS: gl.constexpr = x.shape[0] // STAGES
@@ -174,10 +181,7 @@ def load_activations(
         gdc_wait()
     num_loaded = 0
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        token_tile, _output_tile, split = find_unit(unit, num_token_tiles, NUM_OUTPUT_TILES)
-        first_token = token_tile * TOKENS
-        # So far before a token that does not exist there is one that does: the tile before is full, or half of this.
-        distance = gl.where(token_tile > 0, TOKENS, TOKENS // 2)
+        first_token, _output_tile, split = find_unit(unit, num_tokens, TOKENS, NUM_OUTPUT_TILES)
         first = split * BLOCKS_A_SPLIT
         for block in range(first, gl.minimum(first + BLOCKS_A_SPLIT, NUM_BLOCKS)):
             stage = num_loaded % STAGES
@@ -187,12 +191,12 @@ def load_activations(
             for part in gl.static_range(PARTS):
                 column = (block * PARTS + part) * COLUMNS
                 index = stage * PARTS + part
-                if first_token + TOKENS <= num_tokens:
+                if num_tokens >= TOKENS:
                     tma.async_copy_global_to_shared(x_desc, [first_token, column], stage_ready, x.index(index))
                 else:
                     for copy in gl.static_range(NUM_COPIES):
-                        token = first_token + copy * COPIED
-                        token -= gl.where(token < num_tokens, 0, distance)
+                        token = copy * COPIED
+                        token -= gl.where(token < num_tokens, 0, TOKENS // 2)  # most tiles are more than half full
                         to = parts_of_x.index(index * NUM_COPIES + copy)
                         tma.async_copy_global_to_shared(part_desc, [token, column], stage_ready, to)
             if HAS_SCALES:

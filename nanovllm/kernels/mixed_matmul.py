@@ -12,7 +12,7 @@ inputs, after another, and the copies for the next begin before the last has end
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +76,7 @@ _INT4_LIMITS = {2: _Limits(128, 0.25, 0.0045), 3: _Limits(64, 0.5, 0.0045)}
 _INT8_LIMITS = {2: _Limits(128, 0.5, 0.003), 3: _Limits(128, 0.8, 0.0045)}
 
 
-@gluon_jit("num_tokens", "num_token_tiles", "num_units")
+@gluon_jit("num_tokens", "num_units")
 def _mixed_matmul_kernel(
     x_desc: tma.tensor_descriptor,
     part_desc: tma.tensor_descriptor,
@@ -89,7 +89,6 @@ def _mixed_matmul_kernel(
     partial_ptr: gl.tensor,
     residual_stride: gl.tensor,
     num_tokens: gl.tensor,
-    num_token_tiles: gl.tensor,
     num_units: gl.tensor,
     HAS_ZEROS: gl.constexpr,
     HAS_SCALE: gl.constexpr,
@@ -143,8 +142,7 @@ def _mixed_matmul_kernel(
     fence_async_shared()  # the accelerator's own arrivals see the barriers
     buffers = (weights, scales, zeros, x)
     given = (
-        scale_ptr, bias_ptr, residual_ptr, partial_ptr, residual_stride, num_tokens, num_token_tiles, num_units,
-        buffers, ready, free,
+        scale_ptr, bias_ptr, residual_ptr, partial_ptr, residual_stride, num_tokens, num_units, buffers, ready, free,
     )  # fmt: skip
     SHAPE: gl.constexpr = (
         HAS_ZEROS, HAS_SCALE, SCALE_STRIDE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, OUTPUT_SIZE, NUM_OUTPUT_TILES, NUM_BLOCKS,
@@ -159,15 +157,15 @@ def _mixed_matmul_kernel(
             (
                 load_activations,
                 (
-                    x_desc, part_desc, x_desc, num_tokens, num_token_tiles, num_units, x, x, ready, free, False,
-                    NUM_OUTPUT_TILES, NUM_BLOCKS, BLOCKS_A_SPLIT, PDL,
+                    x_desc, part_desc, x_desc, num_tokens, num_units, x, x, ready, free, False, NUM_OUTPUT_TILES,
+                    NUM_BLOCKS, BLOCKS_A_SPLIT, PDL,
                 ),
             ),
             (
                 load_weights,
                 (
-                    weight_desc, scale_desc, zero_desc, num_token_tiles, num_units, weights, scales, zeros, ready, free,
-                    1, not HAS_SCALE, HAS_ZEROS, IS_GATED, _BLOCK, GROUP_SIZE, NUM_OUTPUT_TILES, NUM_BLOCKS,
+                    weight_desc, scale_desc, zero_desc, num_tokens, num_units, weights, scales, zeros, ready, free,
+                    TOKENS, 1, not HAS_SCALE, HAS_ZEROS, IS_GATED, _BLOCK, GROUP_SIZE, NUM_OUTPUT_TILES, NUM_BLOCKS,
                     BLOCKS_A_SPLIT,
                 ),
             ),
@@ -224,7 +222,7 @@ def suits_mixed_matmul(
     )
 
 
-@lru_cache  # a step asks for the same few shapes in every layer
+@cache  # a step asks for the same few shapes in every layer
 def choose_mixed_tile(
     num_tokens: int,
     rows: int,
@@ -326,8 +324,7 @@ def _launch(
     finishing: dict[str, Any],
 ) -> None:
     gated: bool = finishing["IS_GATED"]
-    token_tiles = -(-len(x) // tile.tokens)
-    num_units = token_tiles * -(-len(weight) // tile.rows) * tile.splits
+    num_units = -(-len(x) // tile.tokens) * -(-len(weight) // tile.rows) * tile.splits
     if group_size:
         groups = _num_groups(group_size)
         weight_desc = describe_weight(weight, tile.weight_rows, PLANE_SIZE, gated)
@@ -340,7 +337,6 @@ def _launch(
         weight_desc=weight_desc,
         scale_desc=scale_desc,
         zero_desc=zero_desc,
-        num_token_tiles=token_tiles,
         num_units=num_units,
         HAS_ZEROS=zeros is not None,
         GROUP_SIZE=group_size,

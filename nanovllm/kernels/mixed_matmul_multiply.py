@@ -196,7 +196,6 @@ def multiply(
     out_ptr: gl.tensor,
     residual_stride: gl.tensor,
     num_tokens: gl.tensor,
-    num_token_tiles: gl.tensor,
     num_units: gl.tensor,
     buffers: gl.tuple,
     ready: gl.shared_memory_descriptor,
@@ -225,7 +224,7 @@ def multiply(
         gdc_wait()
     num_seen = 0
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        token_tile, output_tile, split = find_unit(unit, num_token_tiles, NUM_OUTPUT_TILES)
+        first_token, output_tile, split = find_unit(unit, num_tokens, TOKENS, NUM_OUTPUT_TILES)
         acc = gl.zeros([_ROWS, TOKENS], gl.float32, ACC)
         first_block = split * BLOCKS_A_SPLIT
         for _block in range(first_block, gl.minimum(first_block + BLOCKS_A_SPLIT, NUM_BLOCKS)):
@@ -242,7 +241,6 @@ def multiply(
         if HAS_SCALE:
             acc *= _INT8_UNIT
         first_row = (output_tile * (BOXES * BOX_ROWS // _ROWS) + warpgroup) * _ROWS
-        first_token = token_tile * TOKENS
         if SPLITS > 1:
             _store_split(acc, first_row, first_token, split, out_ptr, num_tokens, IS_GATED, OUTPUT_SIZE)
         else:

@@ -166,7 +166,7 @@ def _quantized_matmul_kernel(
     first_tile = token_group * _TILES_IN_A_GROUP
     group_size = tl.minimum(num_token_tiles - first_tile, _TILES_IN_A_GROUP)
     index = tile % (_TILES_IN_A_GROUP * NUM_OUTPUT_TILES)
-    # The last tile ends with the last token: the accelerator takes much longer to copy tokens that do not exist.
+    # The last tile ends with the last token: the accelerator needs much longer for tokens that do not exist.
     first_token = tl.minimum((first_tile + index % group_size) * BLOCK_M, tl.maximum(num_tokens - BLOCK_M, 0))
     first_output = index // group_size * BLOCK_N
     token = first_token + tl.arange(0, BLOCK_M)

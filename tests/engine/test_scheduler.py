@@ -126,13 +126,29 @@ def test_a_step_admits_a_bounded_number(monkeypatch: pytest.MonkeyPatch) -> None
     """The device computes the first prompts while the host admits the next ones."""
     monkeypatch.setattr("nanovllm.engine.scheduler._MAX_ADMISSIONS", 3)
     driver = Driver(max_num_seqs=100, max_num_batched_tokens=10_000)
-    for index in range(8):
+    for index in range(9):
         driver.add_tokens([1, 2, 3, 4 + index])
     budgets: list[PrefillBudget] = []
     monkeypatch.setattr(driver.scheduler._observer, "prefill_budgeted", budgets.append)
-    assert [len(driver.step().chunks) for _ in range(4)] == [3, 3, 2, 0]
+    assert [len(driver.step().chunks) for _ in range(4)] == [3, 3, 3, 0]
     assert budgets[:2] == [PrefillBudget(12, "max_admissions")] * 2
-    assert budgets[2].reason == "max_num_batched_tokens"
+    assert budgets[2].reason == "max_num_batched_tokens", "nobody waits any longer"
+
+
+def test_the_long_prompt_takes_what_the_admitted_ones_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three short prompts of 10 tokens go before it in each step, whose quarter of 40 has room for a fourth."""
+    monkeypatch.setattr("nanovllm.engine.scheduler._MAX_ADMISSIONS", 3)
+    driver = Driver(max_num_seqs=100, max_num_batched_tokens=160, max_model_len=10_000, num_blocks=5000)
+    long = driver.add(5000)
+    driver.step()
+    for index in range(20):
+        driver.add_tokens([1 + index] * 10)
+    for _ in range(4):
+        batch = driver.step()
+        *short, rest = batch.chunks["length"].tolist()
+        assert short == [10, 10, 10]
+        assert rest == 160 - 30 - len(batch.decode_rows)
+        assert batch.chunks["row"][-1] == long.row
 
 
 def test_prefill_beside_decode_is_bounded_and_alone_it_is_not() -> None:

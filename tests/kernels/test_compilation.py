@@ -41,7 +41,7 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
 
 
 def is_lossless(report: str) -> bool:
-    """A warp may save a few words before its loop, which costs nothing; sums of a loop are hundreds of bytes."""
+    """A warp may save a few words outside its inner loop, which costs nothing; sums are hundreds of bytes."""
     spilled = re.search(r"(\d+) bytes spill stores", report)
     return spilled is not None and int(spilled[1]) <= 32 and "serialized" not in report
 

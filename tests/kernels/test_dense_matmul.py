@@ -173,7 +173,7 @@ def test_no_tokens_give_no_rows(generator, kind):
 @pytest.mark.parametrize("tile_tokens", [16, 64, 128])
 @pytest.mark.parametrize("num_tokens", [9, 40, 100, 136])
 def test_few_tokens_that_do_not_exist_are_copied(generator, monkeypatch, num_tokens, tile_tokens):
-    """An H200 takes twice as long with them as with a tile of tokens."""
+    """On an H200, down of Qwen3-8B in FP8 takes twice as long with 136 tokens as with 256 if they are copied."""
     num_missing = []
     block = TensorDescriptor.block
 
@@ -186,7 +186,7 @@ def test_few_tokens_that_do_not_exist_are_copied(generator, monkeypatch, num_tok
     monkeypatch.setattr(TensorDescriptor, "block", recorded)
     given, arguments, expected = problem(generator, num_tokens, 256, 192, torch.bfloat16)
     check_close(emulated(0, 2)(*given, **arguments, tile=DenseTile(tile_tokens, 3)), expected, torch.bfloat16)
-    # Of a tile that is more than twice as large as the tokens are many, nothing better is known.
+    # A tile that holds more than twice the tokens is not chosen.
     assert num_missing
     assert max(num_missing) < max(tile_tokens // 8, 8) or tile_tokens > 2 * num_tokens
 
