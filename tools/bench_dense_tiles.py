@@ -6,7 +6,7 @@ Every tile is compiled first, by as many processes as there are cores. Then each
 copies of the weight that together exceed the cache, as the median over replays of a CUDA graph. For each number of rows
 it prints the fastest tiles, the one that `choose_dense_tile` takes, and, to compare, what the engine would take without
 `dense_matmul`: the BLAS, with SiLU · mul after it but without the residual, which the next norm adds; or
-`quantized_matmul`.
+`quantized_matmul`. With FP8 weights that have a scale for each output, it also prints torch's product, as the BLAS's.
 """
 
 from __future__ import annotations
@@ -144,12 +144,25 @@ def without_dense(shape: Shape, x: torch.Tensor, named: Mapping[str, Any]) -> Ca
     return multiplied
 
 
-def time_shape(shape: Shape, all_rows: Sequence[int], busy_seconds: float) -> dict[int, list[tuple[float, str]]]:
-    """Returns, for each number of rows, times in microseconds with their tiles, fastest first."""
+def by_torch(shape: Shape, x: torch.Tensor, named: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
+    """Returns torch's product of FP8 with scales of rows, with SiLU · mul after it but without the residual."""
+    options = {"scale_a": named["x_scale"], "scale_b": named["scale"].T.contiguous(), "out_dtype": torch.bfloat16}
+
+    def multiplied(weight: torch.Tensor) -> torch.Tensor:
+        out = torch._scaled_mm(x, weight.T, **options, use_fast_accum=True)
+        return silu_and_mul(out) if shape.gated else out
+
+    return multiplied
+
+
+def time_shape(
+    shape: Shape, all_rows: Sequence[int], busy_seconds: float
+) -> dict[int, tuple[list[tuple[float, str]], list[tuple[float, str]]]]:
+    """Returns, for each number of rows, the microseconds of all tiles, fastest first; and those to compare with."""
     device = torch.device("cuda", torch.cuda.current_device())
     copies = max(2, CACHE_BYTES // (shape.outputs * shape.inputs * (1 if shape.is_fp8 else 2)) + 1)
     weights = [shape.arguments(1, "cuda")[0][1] for _ in range(copies)]
-    found: dict[int, list[tuple[float, str]]] = {}
+    found = {}
     for rows in all_rows:
         (x, _), named = shape.arguments(rows, "cuda")
 
@@ -174,12 +187,14 @@ def time_shape(shape: Shape, all_rows: Sequence[int], busy_seconds: float) -> di
             memory=shared_memory(device),
         )
         times.sort()
-        times.append((dense_with(chosen), f"chosen {describe(chosen)}"))
-        try:
-            times.append((timed(without_dense(shape, x, named)), "without"))
-        except Exception as error:
-            print(f"{shape.name} {rows} without: {type(error).__name__}: {error}"[:300])
-        found[rows] = times
+        others = [(dense_with(chosen), f"chosen {describe(chosen)}")]
+        ways = {"without": without_dense, "torch": by_torch} if shape.kind == "fp8" else {"without": without_dense}
+        for name, way in ways.items():
+            try:
+                others.append((timed(way(shape, x, named)), name))
+            except Exception as error:
+                print(f"{shape.name} {rows} {name}: {type(error).__name__}: {error}"[:300])
+        found[rows] = times, others
     return found
 
 
@@ -212,12 +227,12 @@ def main() -> None:
     print(f"{args.model} on {torch.cuda.get_device_name()}, microseconds")
     everything: list[dict[str, Any]] = []
     for shape in shapes:
-        for rows, times in time_shape(shape, args.rows, args.busy).items():
-            shown = [*times[:SHOWN], *times[-2:]]
+        for rows, (times, others) in time_shape(shape, args.rows, args.busy).items():
+            shown = [*times[:SHOWN], *others]
             print(
                 f"{shape.kind:13} {shape.name:8}{rows:>5}  " + "   ".join(f"{time:6.1f} {name}" for time, name in shown)
             )
-            everything.append({**asdict(shape), "rows": rows, "times": times})
+            everything.append({**asdict(shape), "rows": rows, "times": [*times, *others]})
     if args.json is not None:
         args.json.write_text(json.dumps(everything))
 
