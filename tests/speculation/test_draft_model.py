@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from nanovllm import LLM, InvalidArgumentError, LLMEngine, ModelLoadError, SamplingParams
 from nanovllm.config import EngineConfig
 from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.scheduler import _MAX_ADMISSIONS
 from nanovllm.engine_factory import make_speculation
 from nanovllm.models.checkpoint import TINY_MODEL_FOLDER, num_tokenizer_tokens
 from nanovllm.report.__main__ import main as report
@@ -409,7 +410,7 @@ def test_drafts_that_are_all_wrong_cost_little(
     params = SamplingParams(max_tokens=num_tokens, ignore_eos=True)
     check_answers(engine, [SimulatedRequest([1 + row % 40, 2], params, 0) for row in range(num_rows)], None)
     num_rounds = sum(max(batch.section("proposals")["num_tokens"], default=0) for batch in watch.batches)
-    assert len(watch.batches) == num_tokens
+    assert len(watch.batches) == num_tokens + (num_rows - 1) // _MAX_ADMISSIONS  # so many steps admit before the last
     assert 0.15 * (sum(watch.runs) + num_rounds) <= 0.02 * num_tokens
     assert any(watch.runs) == (num_rows < 64)
 
