@@ -42,6 +42,8 @@ FP8 = torch.float8_e4m3fn
 MEMORY = 227 << 10
 SHOWN = 3
 
+Times = list[tuple[float, str]]  # microseconds, and what took them
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -88,6 +90,10 @@ class Shape:
             named["x_scale"] = torch.ones(groups, -(-rows // 16) * 16, device=device).T
         return (x, weight), named
 
+    def gate(self, out: torch.Tensor) -> torch.Tensor:
+        """Does what follows a product that does not include it."""
+        return silu_and_mul(out) if self.gated else out
+
     def tiles(self, rows: int) -> list[DenseTile]:
         found = possible_tiles(rows, MEMORY, self.has_groups)
         return [tile for tile in found if rows <= 8 * tile.tokens]
@@ -123,17 +129,13 @@ def compile_all(jobs: Sequence[tuple[Shape, DenseTile]]) -> None:
 
 def without_dense(shape: Shape, x: torch.Tensor, named: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
     """Returns the product, of any weight of the shape, as it would be without `dense_matmul`."""
-
-    def gated(out: torch.Tensor) -> torch.Tensor:
-        return silu_and_mul(out) if shape.gated else out
-
     if not shape.is_fp8:
-        return lambda weight: gated(linear(x, weight))
+        return lambda weight: shape.gate(linear(x, weight))
     if shape.has_groups and len(x) > (_MAX_GATED_BLOCK_TOKENS if shape.gated else _MAX_BLOCK_TOKENS):
         rows = named["x_scale"].shape[0]
         padded = torch.nn.functional.pad(x.view(torch.int8), (0, 0, 0, rows - len(x))).view(FP8)
         scales = {"scale_a": named["x_scale"], "scale_b": named["scale"].T}
-        return lambda weight: gated(torch._scaled_mm(padded, weight.T, **scales, out_dtype=torch.bfloat16))
+        return lambda weight: shape.gate(torch._scaled_mm(padded, weight.T, **scales, out_dtype=torch.bfloat16))
     x_scale = named["x_scale"][: len(x)].T.contiguous().T
     inputs, group_size = (GROUP_SIZE, GROUP_SIZE) if shape.has_groups else (_INPUTS, 0)
 
@@ -147,17 +149,10 @@ def without_dense(shape: Shape, x: torch.Tensor, named: Mapping[str, Any]) -> Ca
 def by_torch(shape: Shape, x: torch.Tensor, named: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
     """Returns torch's product of FP8 with scales of rows, with SiLU · mul after it but without the residual."""
     options = {"scale_a": named["x_scale"], "scale_b": named["scale"].T.contiguous(), "out_dtype": torch.bfloat16}
-
-    def multiplied(weight: torch.Tensor) -> torch.Tensor:
-        out = torch._scaled_mm(x, weight.T, **options, use_fast_accum=True)
-        return silu_and_mul(out) if shape.gated else out
-
-    return multiplied
+    return lambda weight: shape.gate(torch._scaled_mm(x, weight.T, **options, use_fast_accum=True))
 
 
-def time_shape(
-    shape: Shape, all_rows: Sequence[int], busy_seconds: float
-) -> dict[int, tuple[list[tuple[float, str]], list[tuple[float, str]]]]:
+def time_shape(shape: Shape, all_rows: Sequence[int], busy_seconds: float) -> dict[int, tuple[Times, Times]]:
     """Returns, for each number of rows, the microseconds of all tiles, fastest first; and those to compare with."""
     device = torch.device("cuda", torch.cuda.current_device())
     copies = max(2, CACHE_BYTES // (shape.outputs * shape.inputs * (1 if shape.is_fp8 else 2)) + 1)

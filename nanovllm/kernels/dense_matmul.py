@@ -49,7 +49,7 @@ _NOT_TAKEN = {"partial_ptr", "SPLITS"}  # of `finishing_arguments`: inputs are n
 @gluon_jit("num_tokens", "num_units")
 def _dense_matmul_kernel(
     x_desc: tma.tensor_descriptor,
-    part_desc: tma.tensor_descriptor,
+    few_desc: tma.tensor_descriptor,
     weight_desc: tma.tensor_descriptor,
     x_scale_desc: tma.tensor_descriptor,
     x_scale_ptr: gl.tensor,
@@ -116,7 +116,7 @@ def _dense_matmul_kernel(
             (
                 load_activations,
                 (
-                    x_desc, part_desc, x_scale_desc, num_tokens, num_units, x, x_scales, ready, free, NUM_GROUPS > 0,
+                    x_desc, few_desc, x_scale_desc, num_tokens, num_units, x, x_scales, ready, free, NUM_GROUPS > 0,
                     NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS, PDL,
                 ),
             ),

@@ -149,7 +149,7 @@ def load_weights(
 @gluon_jit()
 def load_activations(
     x_desc: tma.tensor_descriptor,
-    part_desc: tma.tensor_descriptor,
+    few_desc: tma.tensor_descriptor,
     scale_desc: tma.tensor_descriptor,
     num_tokens: gl.tensor,
     num_units: gl.tensor,
@@ -165,7 +165,7 @@ def load_activations(
 ) -> None:
     """Copies the activations. What lies behind the inputs becomes 0.
 
-    x_desc: of a tile's tokens; part_desc: of an eighth of them, or 8. If there are fewer tokens than a tile has, parts
+    x_desc: of a tile's tokens; few_desc: of an eighth of them, or 8. If there are fewer tokens than a tile has, those
     that do not exist become others, whose sums are not stored: the accelerator could make them 0, and needs much longer
     for it. HAS_SCALES: each part of a block has a scale for each token.
     """
@@ -173,10 +173,10 @@ def load_activations(
     PARTS: gl.constexpr = x.shape[0] // STAGES
     TOKENS: gl.constexpr = x.shape[1]
     COLUMNS: gl.constexpr = x.shape[2]
-    COPIED: gl.constexpr = part_desc.block_type.shape[0]  # tokens
-    NUM_COPIES: gl.constexpr = TOKENS // COPIED
+    FEW: gl.constexpr = few_desc.block_type.shape[0]  # tokens
+    NUM_COPIES: gl.constexpr = TOKENS // FEW
     BYTES: gl.constexpr = PARTS * TOKENS * (COLUMNS * x.dtype.itemsize + (4 if HAS_SCALES else 0))
-    parts_of_x = x._reinterpret(x.dtype, [STAGES * PARTS * NUM_COPIES, COPIED, COLUMNS], part_desc.layout)
+    few_of_x = x._reinterpret(x.dtype, [STAGES * PARTS * NUM_COPIES, FEW, COLUMNS], few_desc.layout)
     if PDL:
         gdc_wait()
     num_loaded = 0
@@ -195,10 +195,10 @@ def load_activations(
                     tma.async_copy_global_to_shared(x_desc, [first_token, column], stage_ready, x.index(index))
                 else:
                     for copy in gl.static_range(NUM_COPIES):
-                        token = copy * COPIED
+                        token = copy * FEW
                         token -= gl.where(token < num_tokens, 0, TOKENS // 2)  # most tiles are more than half full
-                        to = parts_of_x.index(index * NUM_COPIES + copy)
-                        tma.async_copy_global_to_shared(part_desc, [token, column], stage_ready, to)
+                        to = few_of_x.index(index * NUM_COPIES + copy)
+                        tma.async_copy_global_to_shared(few_desc, [token, column], stage_ready, to)
             if HAS_SCALES:
                 to = scales._reinterpret(gl.float32, [STAGES, PARTS, TOKENS], scale_desc.layout).index(stage)
                 tma.async_copy_global_to_shared(scale_desc, [block * PARTS, first_token], stage_ready, to)
@@ -361,7 +361,7 @@ def describe_activations(x: torch.Tensor, tile_tokens: int) -> dict[str, TensorD
         box = [tokens, SWIZZLE_BYTES // x.itemsize]
         return TensorDescriptor(x, [*x.shape], [*x.stride()], box, swizzle(SWIZZLE_BYTES, 8 * x.itemsize))
 
-    return {"x_desc": describe(tile_tokens), "part_desc": describe(max(tile_tokens // 8, _MIN_COPIED_TOKENS))}
+    return {"x_desc": describe(tile_tokens), "few_desc": describe(max(tile_tokens // 8, _MIN_COPIED_TOKENS))}
 
 
 def can_copy_activations(x: torch.Tensor) -> bool:

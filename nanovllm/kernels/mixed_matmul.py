@@ -79,7 +79,7 @@ _INT8_LIMITS = {2: _Limits(128, 0.5, 0.003), 3: _Limits(128, 0.8, 0.0045)}
 @gluon_jit("num_tokens", "num_units")
 def _mixed_matmul_kernel(
     x_desc: tma.tensor_descriptor,
-    part_desc: tma.tensor_descriptor,
+    few_desc: tma.tensor_descriptor,
     weight_desc: tma.tensor_descriptor,
     scale_desc: tma.tensor_descriptor,
     zero_desc: tma.tensor_descriptor,
@@ -157,7 +157,7 @@ def _mixed_matmul_kernel(
             (
                 load_activations,
                 (
-                    x_desc, part_desc, x_desc, num_tokens, num_units, x, x, ready, free, False, NUM_OUTPUT_TILES,
+                    x_desc, few_desc, x_desc, num_tokens, num_units, x, x, ready, free, False, NUM_OUTPUT_TILES,
                     NUM_BLOCKS, BLOCKS_A_SPLIT, PDL,
                 ),
             ),

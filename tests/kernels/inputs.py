@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.kernels.attention_inputs import LayerKVCache
-from nanovllm.runner import warm_up
 
 # Triton's interpreter neither rounds bf16 to nearest nor multiplies bf16 matrices: that type is for the GPU.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
@@ -147,9 +146,3 @@ def attention_oracle(
                 heads.append(weights @ value[first:visible, head // group].double())
             rows.append(torch.stack(heads))
     return torch.stack(rows)
-
-
-def sizes_of_start_up(max_num_rows: int) -> list[int]:
-    """Returns the numbers of rows of the decode steps that compile kernels when an engine starts."""
-    batches = warm_up._batches(max_num_rows, drafts=False, draft_model=False, everything=False)
-    return [len(batch.decode_rows) for batch in batches if len(batch.decode_rows)]

@@ -18,10 +18,11 @@ from nanovllm.kernels.skinny_linear import scaled_weight
 from nanovllm.kernels.triton_support import is_hopper
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.gluon_emulator.memory import TensorDescriptor
-from tests.kernels.inputs import check_close, sizes_of_start_up
+from tests.kernels.inputs import check_close
 from tests.kernels.kernel_ahead import run_beside_the_kernel_ahead
 from tests.kernels.test_mixed_matmul import needs_hopper
 from tests.kernels.test_skinny_linear import oracle
+from tests.runner.test_warm_up import steps_of
 
 pytestmark = pytest.mark.usefixtures("new_memory_is_nan")
 HALF_TYPES = [torch.bfloat16, torch.float16]
@@ -240,7 +241,8 @@ def test_tiles_are_compiled_when_the_engine_starts(rows, has_groups):
     def tile(num_tokens):
         return choose_dense_tile(num_tokens, rows, 4096, **options)
 
-    assert {tile(num_tokens) for num_tokens in range(1, 513)} == {tile(size) for size in sizes_of_start_up(512)}
+    compiled = {tile(len(step.decode_rows)) for step in steps_of(max_num_rows=512) if len(step.decode_rows)}
+    assert {tile(num_tokens) for num_tokens in range(1, 513)} == compiled
 
 
 def is_taken(monkeypatch, *, hidden=None, weight=None, gated=False, capability=(9, 0)):

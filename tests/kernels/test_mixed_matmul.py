@@ -21,9 +21,10 @@ from nanovllm.kernels.mixed_matmul import (
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.triton_support import shared_memory
 from tests.kernels.gluon_emulator import emulate
-from tests.kernels.inputs import check_close, sizes_of_start_up
+from tests.kernels.inputs import check_close
 from tests.kernels.kernel_ahead import run_beside_the_kernel_ahead
 from tests.kernels.test_skinny_linear import oracle
+from tests.runner.test_warm_up import steps_of
 
 pytestmark = pytest.mark.usefixtures("new_memory_is_nan")
 HALF_TYPES = [torch.bfloat16, torch.float16]
@@ -280,7 +281,8 @@ def test_tiles_are_compiled_when_the_engine_starts(rows, input_size, group_size)
     def tile(num_tokens):
         return choose_mixed_tile(num_tokens, rows, input_size, **options)
 
-    assert {tile(num_tokens) for num_tokens in range(1, 513)} == {tile(size) for size in sizes_of_start_up(512)}
+    compiled = {tile(len(step.decode_rows)) for step in steps_of(max_num_rows=512) if len(step.decode_rows)}
+    assert {tile(num_tokens) for num_tokens in range(1, 513)} == compiled
 
 
 needs_hopper = pytest.mark.skipif(
