@@ -5,6 +5,8 @@ before the kernel ahead has ended, because they do not depend on it; only then d
 operations around the product are fused, since a launch costs as much as the product: the RMS norm of the input,
 SiLU · mul of a gated product, and the addition to the residual stream. Weights of 8 bits are converted in registers;
 their scales multiply the sums, or the input where every 128 inputs have a scale of their own.
+
+Triton's blocks are powers of two, and 8,192 is much more than 5,120 inputs: such a row has five parts of 1,024.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from nanovllm.kernels.rms_norm import rms_norm_reference
 from nanovllm.kernels.silu_and_mul import silu_and_mul_reference
 from nanovllm.kernels.triton_support import (
     HAS_TRITON,
+    INTERPRETED,
     constant,
     jit,
     jit_with_varying,
@@ -32,6 +35,9 @@ _MAX_TOKENS = 4  # with more, the BLAS is faster
 _MAX_EXTRA_PRODUCTS = 1 << 25  # multiplications for the tokens after the first; more would cost more than is saved
 # The shape of a program, as measured: one warp handles rows of up to 1024 inputs and waits for no other.
 _MAX_COLUMNS_OF_ONE_WARP = 1024
+_MAX_EMPTY = 3 / 8  # of the inputs, by which a row of one part may be longer
+_MAX_EMPTY_OF_PARTS = 1 / 16
+_MIN_PART = 512  # inputs
 _WEIGHTS_OF_ONE_WARP = 4096
 _WEIGHTS_OF_FOUR_WARPS = 8192
 # One token leaves registers for more weights, as long as enough programs remain.
@@ -40,6 +46,18 @@ _MAX_ROW_BYTES_OF_FOUR_WARPS = 16384
 _MIN_PROGRAMS = 512
 SCALE_BLOCK = 128  # inputs and outputs that share a scale, where scales are of blocks
 _SCALE_BLOCK = constant(SCALE_BLOCK)
+_IS_INTERPRETED = constant(INTERPRETED)
+
+
+# The bits 0x4B0000uu are the number 2²³ + uu, of which v + 128 becomes v.
+_INT8_TO_FLOAT = constant(
+    "{\n.reg .b32 bytes, number;\nxor.b32 bytes, $4, 0x80808080;\n"
+    + "".join(
+        f"prmt.b32 number, bytes, 0x4B000000, 0x744{byte};\nsub.rn.f32 ${byte}, number, 0f4B000080;\n"
+        for byte in range(4)
+    )
+    + "}"
+)
 
 
 @jit
@@ -56,13 +74,52 @@ def _load_weight(
 
 
 @jit
+def _to_float(weight: tl.tensor) -> tl.tensor:
+    """Returns a weight in float32. The GPU's own conversion of integers takes four times as long as this one."""
+    if weight.dtype == tl.int8 and not _IS_INTERPRETED:
+        numbers = tl.inline_asm_elementwise(
+            _INT8_TO_FLOAT, "=&f,=&f,=&f,=&f,r", [weight], dtype=tl.float32, is_pure=True, pack=4
+        )
+    else:
+        numbers = weight.to(tl.float32)
+    return numbers
+
+
+@jit
+def _load_row(
+    ptr: tl.tensor,
+    first: tl.constexpr,
+    mask: tl.tensor,
+    BY_SIXTEEN: tl.constexpr,
+    INPUT_SIZE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tl.tensor:
+    """Loads inputs, or the norm's weight, from number `first` on: [BLOCK_K] in float32.
+
+    A thread reads 16 bytes at a time, 8 inputs, but 16 weights of 8 bits. BY_SIXTEEN: it loads twice, so that it has
+    the inputs of its weights, and threads exchange none.
+    """
+    if BY_SIXTEEN:
+        index = tl.arange(0, BLOCK_K // 2)
+        column = first + index // 8 * 16 + index % 8
+        lower = tl.load(ptr + column, mask=(column < INPUT_SIZE) & mask, other=0.0)
+        upper = tl.load(ptr + column + 8, mask=(column + 8 < INPUT_SIZE) & mask, other=0.0)
+        pairs = tl.reshape(tl.join(lower, upper), [BLOCK_K // 16, 8, 2])
+        row = tl.reshape(tl.permute(pairs, (0, 2, 1)), [BLOCK_K])
+    else:
+        column = first + tl.arange(0, BLOCK_K)
+        row = tl.load(ptr + column, mask=(column < INPUT_SIZE) & mask, other=0.0)
+    return row.to(tl.float32)
+
+
+@jit
 def _load_block_scale(
-    scale_ptr: tl.tensor, output: tl.tensor, column: tl.tensor, column_mask: tl.tensor, INPUT_SIZE: tl.constexpr
+    scale_ptr: tl.tensor, output: tl.tensor, column: tl.tensor, INPUT_SIZE: tl.constexpr
 ) -> tl.tensor:
     """Loads the scales of the blocks that hold one output's row of the weight: [BLOCK_K]."""
     NUM_BLOCKS: tl.constexpr = (INPUT_SIZE + _SCALE_BLOCK - 1) // _SCALE_BLOCK
     block = output // _SCALE_BLOCK * NUM_BLOCKS + column // _SCALE_BLOCK
-    return tl.load(scale_ptr + block, mask=column_mask, other=0.0)
+    return tl.load(scale_ptr + block, mask=column < INPUT_SIZE, other=0.0)
 
 
 @jit_with_varying("num_tokens")
@@ -90,31 +147,43 @@ def _skinny_linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
     """Program (outputs, tokens): BLOCK_M tokens, one after another, times the weights of BLOCK_N outputs.
 
     With block scales, BLOCK_N outputs lie in one block.
     """
+    HAS_BYTES: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth == 8
+    BY_SIXTEEN: tl.constexpr = HAS_BYTES and PARTS == 1 and BLOCK_K >= 16 and not HAS_BLOCK_SCALE
     let_next_kernel_start(PDL)
     first_output = tl.program_id(0) * BLOCK_N
     output = first_output + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_K)
     output_mask = output < OUTPUT_SIZE
-    column_mask = column < INPUT_SIZE
-    weight = _load_weight(weight_ptr, output, column, OUTPUT_SIZE, INPUT_SIZE)
-    if IS_GATED:
-        up_weight = _load_weight(weight_ptr + OUTPUT_SIZE * INPUT_SIZE, output, column, OUTPUT_SIZE, INPUT_SIZE)
+    weights: tl.tuple = ()
+    up_weights: tl.tuple = ()
+    block_scales: tl.tuple = ()
+    up_block_scales: tl.tuple = ()
+    norm_weights: tl.tuple = ()
+    for part in tl.static_range(PARTS):
+        column = part * BLOCK_K + tl.arange(0, BLOCK_K)
+        weights = weights + (_load_weight(weight_ptr, output, column, OUTPUT_SIZE, INPUT_SIZE),)  # noqa: RUF005
+        if IS_GATED:
+            up_weight = _load_weight(weight_ptr + OUTPUT_SIZE * INPUT_SIZE, output, column, OUTPUT_SIZE, INPUT_SIZE)
+            up_weights = up_weights + (up_weight,)  # noqa: RUF005
+        if HAS_BLOCK_SCALE:
+            block_scale = _load_block_scale(scale_ptr, first_output, column, INPUT_SIZE)
+            block_scales = block_scales + (block_scale,)  # noqa: RUF005
+            if IS_GATED:
+                up_block_scale = _load_block_scale(scale_ptr, OUTPUT_SIZE + first_output, column, INPUT_SIZE)
+                up_block_scales = up_block_scales + (up_block_scale,)  # noqa: RUF005
+        if HAS_NORM:
+            norm_weight = _load_row(norm_weight_ptr, part * BLOCK_K, True, BY_SIXTEEN, INPUT_SIZE, BLOCK_K)
+            norm_weights = norm_weights + (norm_weight,)  # noqa: RUF005
     if HAS_SCALE:
         scale = tl.load(scale_ptr + output * SCALE_STRIDE, mask=output_mask, other=0.0)
         if IS_GATED:
             up_scale = tl.load(scale_ptr + (OUTPUT_SIZE + output) * SCALE_STRIDE, mask=output_mask, other=0.0)
-    if HAS_BLOCK_SCALE:
-        block_scale = _load_block_scale(scale_ptr, first_output, column, column_mask, INPUT_SIZE)
-        if IS_GATED:
-            up_block_scale = _load_block_scale(scale_ptr, OUTPUT_SIZE + first_output, column, column_mask, INPUT_SIZE)
-    if HAS_NORM:
-        norm_weight = tl.load(norm_weight_ptr + column, mask=column_mask, other=0.0).to(tl.float32)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + output, mask=output_mask, other=0.0).to(tl.float32)
         if IS_GATED:
@@ -124,19 +193,33 @@ def _skinny_linear_kernel(
     for index in tl.static_range(BLOCK_M):
         token = (tl.program_id(1) * BLOCK_M + index).to(tl.int64)
         mask = output_mask & (token < num_tokens)
-        x_mask = column_mask & (token < num_tokens)
-        x = tl.load(x_ptr + token * x_stride + column, mask=x_mask, other=0.0).to(tl.float32)  # [BLOCK_K]
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + token * residual_stride + output, mask=mask, other=0.0).to(tl.float32)
+        xs: tl.tuple = ()
+        for part in tl.static_range(PARTS):
+            x = _load_row(x_ptr + token * x_stride, part * BLOCK_K, token < num_tokens, BY_SIXTEEN, INPUT_SIZE, BLOCK_K)
+            xs = xs + (x,)  # noqa: RUF005
         if HAS_NORM:
             # The norm's division comes after the product, so that neither sum waits for the other.
-            mean_square = tl.sum(x * x, axis=0) / INPUT_SIZE
-            x = x * norm_weight
-        gate_x = x * block_scale if HAS_BLOCK_SCALE else x
-        out = tl.sum(gate_x[None, :] * weight.to(tl.float32), axis=1)  # [BLOCK_N]
+            squares = xs[0] * xs[0]
+            for part in tl.static_range(1, PARTS):
+                squares += xs[part] * xs[part]
+            mean_square = tl.sum(squares, axis=0) / INPUT_SIZE
+        if PARTS > 1:
+            products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+            up_products = products
+        for part in tl.static_range(PARTS):
+            x = xs[part] * norm_weights[part] if HAS_NORM else xs[part]
+            gate_x = x * block_scales[part] if HAS_BLOCK_SCALE else x
+            product = gate_x[None, :] * _to_float(weights[part])
+            products = product if PARTS == 1 else products + product
+            if IS_GATED:
+                up_x = x * up_block_scales[part] if HAS_BLOCK_SCALE else x
+                product = up_x[None, :] * _to_float(up_weights[part])
+                up_products = product if PARTS == 1 else up_products + product
+        out = tl.sum(products, axis=1)  # [BLOCK_N]
         if IS_GATED:
-            up_x = x * up_block_scale if HAS_BLOCK_SCALE else x
-            up = tl.sum(up_x[None, :] * up_weight.to(tl.float32), axis=1)
+            up = tl.sum(up_products, axis=1)
         if HAS_SCALE:
             out = out * scale
             if IS_GATED:
@@ -164,15 +247,25 @@ def suits_skinny_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return HAS_TRITON and x.is_cuda and few and input_size * weight.itemsize <= _MAX_ROW_BYTES
 
 
+def _choose_parts(input_size: int) -> tuple[int, int]:
+    """Returns (inputs of a part, parts) of a row: one part, or few that leave next to nothing of them empty."""
+    part = next_power_of_2(input_size)
+    if part - input_size > _MAX_EMPTY * input_size:
+        while part > _MIN_PART and _MAX_EMPTY_OF_PARTS * input_size < -input_size % part:
+            part //= 2
+    return part, -(-input_size // part)
+
+
 def _choose_tile(num_tokens: int, weight: torch.Tensor, gated: bool) -> tuple[int, int]:
     """Returns (outputs of a program, its warps)."""
     num_rows, input_size = weight.shape
-    block_k = next_power_of_2(input_size)
-    num_warps = 1 if block_k <= _MAX_COLUMNS_OF_ONE_WARP else 4
+    part, num_parts = _choose_parts(input_size)
+    num_columns = part * num_parts
+    num_warps = 1 if num_columns <= _MAX_COLUMNS_OF_ONE_WARP else 4
     weights = _WEIGHTS_OF_ONE_WARP if num_warps == 1 else _WEIGHTS_OF_FOUR_WARPS
     if weight.itemsize == 1:
         weights *= 2 if num_warps == 1 else 4
-    rows = max(weights // block_k, 1 + gated)
+    rows = max(next_power_of_2(weights // num_columns + 1) // 2, 1 + gated)
     if num_tokens == 1 and num_warps > 1 and weight.itemsize in _WEIGHTS_OF_ONE_TOKEN:
         num_warps = 4 if input_size * weight.itemsize <= _MAX_ROW_BYTES_OF_FOUR_WARPS else 8
         more_rows = min(
@@ -249,7 +342,7 @@ def skinny_linear(
     if num_tokens == 0:
         return out
     block_m = min(next_power_of_2(num_tokens), _MAX_TOKENS)
-    block_k = next_power_of_2(input_size)
+    block_k, num_parts = _choose_parts(input_size)
     block_n, num_warps = _choose_tile(num_tokens, weight, gated)
     has_block_scale = scale is not None and scales_blocks(scale, weight)
     if has_block_scale:
@@ -280,6 +373,7 @@ def skinny_linear(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
+        PARTS=num_parts,
         num_warps=num_warps,
         num_stages=1,
         **pdl_options(x.device),

@@ -90,7 +90,7 @@ def test_norm_gate_and_residual_are_folded_in(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["outputs", "one", "blocks"])
-@pytest.mark.parametrize(("input_size", "outputs"), [(64, 24), (400, 200), (4096, 12)])
+@pytest.mark.parametrize(("input_size", "outputs"), [(64, 24), (400, 200), (2560, 12), (4096, 12)])
 @pytest.mark.parametrize("gated", [False, True])
 def test_fp8_weights_are_scaled(device, generator, dtype, kind, input_size, outputs, gated):
     x, _, bias, norm_weight = random_product(generator, device, dtype, 3, input_size, outputs)
@@ -101,11 +101,20 @@ def test_fp8_weights_are_scaled(device, generator, dtype, kind, input_size, outp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_int8_weights_are_scaled(device, generator, dtype):
-    x, _, _, _ = random_product(generator, device, dtype, 3, 400, 24)
-    weight = torch.randint(-127, 128, (24, 400), generator=generator, dtype=torch.int8).to(device)
+@pytest.mark.parametrize("input_size", [400, 2560, 4096])
+def test_int8_weights_are_scaled(device, generator, dtype, input_size):
+    x, _, _, _ = random_product(generator, device, dtype, 3, input_size, 24)
+    weight = torch.randint(-128, 128, (24, input_size), generator=generator, dtype=torch.int8).to(device)
     scale = torch.rand(24, 1, generator=generator).to(device)
     check_close(skinny_linear(x, weight, scale=scale, use_triton=True), oracle(x, weight * scale), dtype)
+
+
+@pytest.mark.parametrize(
+    ("input_size", "parts"),
+    [(100, (128, 1)), (3072, (4096, 1)), (5120, (1024, 5)), (11_008, (1024, 11)), (12_288, (16_384, 1))],
+)
+def test_a_row_has_parts_where_much_of_a_power_of_two_would_be_empty(input_size, parts):
+    assert module._choose_parts(input_size) == parts
 
 
 def test_a_scale_belongs_to_128_outputs_and_128_inputs():
