@@ -31,7 +31,7 @@ from nanovllm.kernels.triton_support import (
 _MAX_SPLITS = 32
 # Programs that start while the kernel ahead still runs are placed wherever it leaves room. Many of them would be spread
 # unevenly over the device, which costs more than the hidden launch.
-_MAX_DEPENDENT_SEQS = 4
+MAX_DEPENDENT_SEQS = 4
 
 
 @jit_with_varying("num_prefix_splits")
@@ -207,7 +207,7 @@ def paged_decode(
         HAS_SHARED=shared is not None,
         HAS_PARTIALS=partials.is_split,
         **decode_arguments(query, kv_cache, metadata, scale, window),
-        **pdl_options(query.device, num_seqs <= _MAX_DEPENDENT_SEQS),
+        **pdl_options(query.device, num_seqs <= MAX_DEPENDENT_SEQS),
     )
     merge_partials(partials, metadata, out, BLOCK_KEYS, window)
     return out

@@ -12,9 +12,22 @@ from nanovllm.kernels.attend_keys_fp8 import BLOCK_KEYS, PROGRAMS_EACH, attend_k
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
 from nanovllm.kernels.balanced_decode_fp8 import balanced_decode_fp8, suits_balanced_decode_fp8
 from nanovllm.kernels.dequantize_pages import dequantized
-from nanovllm.kernels.paged_decode import choose_num_splits, keys_read, paged_decode_reference
+from nanovllm.kernels.paged_decode import (
+    MAX_DEPENDENT_SEQS,
+    choose_num_splits,
+    keys_read,
+    paged_decode_reference,
+)
 from nanovllm.kernels.partials import empty_partials, first_own_key, keys_per_split, merge_partials
-from nanovllm.kernels.triton_support import jit, multiprocessor_count, runs_triton, tl
+from nanovllm.kernels.triton_support import (
+    jit,
+    let_next_kernel_start,
+    multiprocessor_count,
+    pdl_options,
+    runs_triton,
+    tl,
+    wait_for_previous_kernel,
+)
 
 
 @jit
@@ -48,8 +61,10 @@ def _paged_decode_fp8_kernel(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> None:
     """Program (kv head, split, sequence): the group's queries and a part of the context."""
+    let_next_kernel_start(PDL)
     kv_head = tl.program_id(0)
     split = tl.program_id(1)
     seq = tl.program_id(2).to(tl.int64)
@@ -62,6 +77,7 @@ def _paged_decode_fp8_kernel(
     end = tl.minimum(start + split_len, context_len)
     if start >= end:
         return
+    wait_for_previous_kernel(PDL)
 
     even, odd, lse = attend_keys_fp8(
         query_ptr,
@@ -149,6 +165,7 @@ def paged_decode_fp8(
         partial_lse_ptr=partials.lse,
         IS_SPLIT=partials.is_split,
         **fp8_arguments(query, kv_cache, metadata, scale, window),
+        **pdl_options(query.device, num_seqs <= MAX_DEPENDENT_SEQS),
     )
     merge_partials(partials, metadata, out, BLOCK_KEYS, window)
     return out
