@@ -112,7 +112,7 @@ def _dense_matmul_kernel(
     # Further computing warpgroups stand last, where a tile without them leaves them out.
     gl.warp_specialize(
         [
-            (multiply, (0,) + given + SHAPE),  # noqa: RUF005 - Gluon unpacks no tuples
+            (multiply, (0,) + given + SHAPE),
             (
                 load_activations,
                 (
@@ -127,8 +127,8 @@ def _dense_matmul_kernel(
                     free, TOKENS, PARTS, False, False, IS_GATED, BLOCK, 0, NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS,
                 ),
             ),
-            (multiply, (1,) + given + SHAPE),  # noqa: RUF005 - Gluon unpacks no tuples
-            (multiply, (2,) + given + SHAPE),  # noqa: RUF005 - Gluon unpacks no tuples
+            (multiply, (1,) + given + SHAPE),
+            (multiply, (2,) + given + SHAPE),
         ][: WARPGROUPS + 2],
         worker_num_warps=[1, 1, 4, 4][: WARPGROUPS + 1],
         worker_num_regs=[24, 24, REGISTERS, REGISTERS][: WARPGROUPS + 1],

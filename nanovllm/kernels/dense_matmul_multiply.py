@@ -81,7 +81,7 @@ def _sum_grouped_stages(
             group = block * PARTS + part
             mask = has_row & (group < NUM_GROUPS)
             scale = gl.load(scale_ptr + row // _GROUP * NUM_GROUPS + group, mask=mask, other=0.0)
-            scales = scales + (gl.expand_dims(scale, 1),)  # noqa: RUF005 - Gluon unpacks no tuples
+            scales = scales + (gl.expand_dims(scale, 1),)
         mbarrier.wait(ready.index(stage), num_seen // STAGES & 1)
         products: gl.tuple = ()
         for part in gl.static_range(PARTS):
@@ -89,7 +89,7 @@ def _sum_grouped_stages(
             inputs = x.index(index).permute((1, 0))  # [inputs, TOKENS]
             weight = weights.index(index * WARPGROUPS + warpgroup)
             product = warpgroup_mma(weight, inputs, gl.zeros_like(acc), use_acc=False, is_async=True)
-            products = products + (product,)  # noqa: RUF005
+            products = products + (product,)
         for part in gl.static_range(PARTS):
             x_scale = gl.expand_dims(x_scales.index(stage * PARTS + part).load(gl.SliceLayout(0, ACC)), 0)
             acc += warpgroup_mma_wait(PARTS - 1 - part, deps=(products[part],)) * (scales[part] * x_scale)

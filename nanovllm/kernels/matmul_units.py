@@ -75,7 +75,7 @@ def _load_scales(
 ) -> None:
     """Starts to copy the scales (or zero points) of the tile that begins at `row`, for a block's groups."""
     GROUPS: gl.constexpr = desc.block_type.shape[0]
-    BOX: gl.constexpr = [scales.shape[0] // GROUPS] + desc.block_type.shape  # noqa: RUF005 - Gluon unpacks no lists
+    BOX: gl.constexpr = [scales.shape[0] // GROUPS] + desc.block_type.shape
     to = scales._reinterpret(scales.dtype, BOX, desc.layout).index(stage)
     if IS_GATED:
         tma.async_copy_global_to_shared(desc, [group, row // 16, 0, 0], ready, to)

@@ -152,8 +152,8 @@ def _mixed_matmul_kernel(
     # The third computing warpgroup stands last, where a tile without one leaves it out.
     gl.warp_specialize(
         [
-            (multiply, (0,) + given + SHAPE),  # noqa: RUF005 - Gluon unpacks no tuples
-            (multiply, (1,) + given + SHAPE),  # noqa: RUF005 - Gluon unpacks no tuples
+            (multiply, (0,) + given + SHAPE),
+            (multiply, (1,) + given + SHAPE),
             (
                 load_activations,
                 (
@@ -169,7 +169,7 @@ def _mixed_matmul_kernel(
                     BLOCKS_A_SPLIT,
                 ),
             ),
-            (multiply, (2,) + given + SHAPE),  # noqa: RUF005 - Gluon unpacks no tuples
+            (multiply, (2,) + given + SHAPE),
         ][: WARPGROUPS + 2],
         worker_num_warps=[4, 1, 1, 4][: WARPGROUPS + 1],
         worker_num_regs=[REGISTERS, 24, 24, REGISTERS][: WARPGROUPS + 1],

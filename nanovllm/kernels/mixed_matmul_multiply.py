@@ -125,9 +125,9 @@ def _add_int4_stage(
     zero: gl.tuple = ()
     for group in gl.static_range(GROUPS):
         if HAS_ZEROS:
-            zero = zero + (_load_column(zeros, warpgroup, stage * GROUPS + group, WEIGHT),)  # noqa: RUF005
+            zero = zero + (_load_column(zeros, warpgroup, stage * GROUPS + group, WEIGHT),)
         else:
-            zero = zero + (gl.full([_ROWS, 1], 8.0, gl.float32, WEIGHT),)  # noqa: RUF005
+            zero = zero + (gl.full([_ROWS, 1], 8.0, gl.float32, WEIGHT),)
     planes = _unpack_int4(
         words.load(WEIGHT),
         zero[0],
@@ -143,7 +143,7 @@ def _add_int4_stage(
             inputs = _plane_inputs(x, stage, plane)
             has_some = plane > group * GROUP_PLANES
             product = warpgroup_mma(planes[plane], inputs, product, use_acc=has_some, is_async=True)
-        products = products + (product,)  # noqa: RUF005
+        products = products + (product,)
     done = warpgroup_mma_wait(deps=products + planes)  # the tensor cores read the planes' registers until here
     for group in gl.static_range(GROUPS):
         acc += done[group] * _load_column(scales, warpgroup, stage * GROUPS + group, ACC)
@@ -163,8 +163,8 @@ def _add_int8_stage(
         # A thread's pairs of inputs are the words that it has loaded.
         numbers = gl.convert_layout(_convert_int8(pairs, x.dtype), gl.DotOperandLayout(0, ACC, 2), assert_trivial=True)
         acc = warpgroup_mma(numbers, _plane_inputs(x, stage, plane), acc, is_async=True)
-        operands = operands + (numbers,)  # noqa: RUF005
-    return warpgroup_mma_wait(deps=(acc,) + operands)[0]  # noqa: RUF005
+        operands = operands + (numbers,)
+    return warpgroup_mma_wait(deps=(acc,) + operands)[0]
 
 
 @gluon_jit()

@@ -80,7 +80,7 @@ def _find_slots(
     for piece in gl.static_range(BLOCK_KEYS // ROWS):
         position = first + piece * ROWS
         page = gl.load(table_ptr + position // BLOCK_SIZE, mask=position < context_len, other=0)
-        slots = slots + (page * BLOCK_SIZE + position % BLOCK_SIZE,)  # noqa: RUF005 - Gluon unpacks no tuples
+        slots = slots + (page * BLOCK_SIZE + position % BLOCK_SIZE,)
     return slots
 
 

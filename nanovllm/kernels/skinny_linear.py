@@ -167,19 +167,19 @@ def _skinny_linear_kernel(
     norm_weights: tl.tuple = ()
     for part in tl.static_range(PARTS):
         column = part * BLOCK_K + tl.arange(0, BLOCK_K)
-        weights = weights + (_load_weight(weight_ptr, output, column, OUTPUT_SIZE, INPUT_SIZE),)  # noqa: RUF005
+        weights = weights + (_load_weight(weight_ptr, output, column, OUTPUT_SIZE, INPUT_SIZE),)
         if IS_GATED:
             up_weight = _load_weight(weight_ptr + OUTPUT_SIZE * INPUT_SIZE, output, column, OUTPUT_SIZE, INPUT_SIZE)
-            up_weights = up_weights + (up_weight,)  # noqa: RUF005
+            up_weights = up_weights + (up_weight,)
         if HAS_BLOCK_SCALE:
             block_scale = _load_block_scale(scale_ptr, first_output, column, INPUT_SIZE)
-            block_scales = block_scales + (block_scale,)  # noqa: RUF005
+            block_scales = block_scales + (block_scale,)
             if IS_GATED:
                 up_block_scale = _load_block_scale(scale_ptr, OUTPUT_SIZE + first_output, column, INPUT_SIZE)
-                up_block_scales = up_block_scales + (up_block_scale,)  # noqa: RUF005
+                up_block_scales = up_block_scales + (up_block_scale,)
         if HAS_NORM:
             norm_weight = _load_row(norm_weight_ptr, part * BLOCK_K, True, BY_SIXTEEN, INPUT_SIZE, BLOCK_K)
-            norm_weights = norm_weights + (norm_weight,)  # noqa: RUF005
+            norm_weights = norm_weights + (norm_weight,)
     if HAS_SCALE:
         scale = tl.load(scale_ptr + output * SCALE_STRIDE, mask=output_mask, other=0.0)
         if IS_GATED:
@@ -198,7 +198,7 @@ def _skinny_linear_kernel(
         xs: tl.tuple = ()
         for part in tl.static_range(PARTS):
             x = _load_row(x_ptr + token * x_stride, part * BLOCK_K, token < num_tokens, BY_SIXTEEN, INPUT_SIZE, BLOCK_K)
-            xs = xs + (x,)  # noqa: RUF005
+            xs = xs + (x,)
         if HAS_NORM:
             # The norm's division comes after the product, so that neither sum waits for the other.
             squares = xs[0] * xs[0]
