@@ -25,7 +25,6 @@ from nanovllm.kernels.triton_support import (
 )
 
 _MAX_TOKENS = 1
-_MIN_BLOCKS_OF_EIGHT_WARPS, _MAX_BLOCKS_OF_EIGHT_WARPS = 32, 64  # of a row
 _BLOCK_SIZE = constant(BLOCK_SIZE)
 _PLANE_SIZE = constant(PLANE_SIZE)
 _WORDS = constant(BLOCK_SIZE // 8)  # of 32 bits in a block: each has two neighbouring inputs of each plane
@@ -251,11 +250,13 @@ def suits_int4_skinny_linear(x: torch.Tensor, group_size: int) -> bool:
 
 def _choose_tile(num_blocks: int, gated: bool) -> tuple[int, int, int]:
     """Returns (outputs of a group, warps of a program, programs of a multiprocessor), as measured."""
-    if num_blocks < _MIN_BLOCKS_OF_EIGHT_WARPS:
+    if num_blocks < 32:
         return 4 if gated else 16, 4, 3
-    if num_blocks > _MAX_BLOCKS_OF_EIGHT_WARPS:
-        return 4 // (1 + gated), 16, 1
-    return 4 if gated or num_blocks > _MIN_BLOCKS_OF_EIGHT_WARPS else 8, 8, 2
+    if num_blocks == 32:
+        return 4 if gated else 8, 8, 2
+    if num_blocks <= 64:
+        return 4, 8, 2
+    return 2 if gated else 4, 16, 1
 
 
 def int4_skinny_linear(

@@ -79,7 +79,7 @@ def _paged_decode_kernel(
     start = first_key + split * split_len
     end = tl.minimum(start + split_len, context_len)
     if start >= end:
-        return
+        return  # without a wait, but the programs of each row's first keys wait, and no row is empty
     wait_for_previous_kernel(PDL)
 
     out, lse = attend_keys(

@@ -12,12 +12,7 @@ from nanovllm.kernels.attend_keys_fp8 import BLOCK_KEYS, PROGRAMS_EACH, attend_k
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
 from nanovllm.kernels.balanced_decode_fp8 import balanced_decode_fp8, suits_balanced_decode_fp8
 from nanovllm.kernels.dequantize_pages import dequantized
-from nanovllm.kernels.paged_decode import (
-    MAX_DEPENDENT_SEQS,
-    choose_num_splits,
-    keys_read,
-    paged_decode_reference,
-)
+from nanovllm.kernels.paged_decode import MAX_DEPENDENT_SEQS, choose_num_splits, keys_read, paged_decode_reference
 from nanovllm.kernels.partials import empty_partials, first_own_key, keys_per_split, merge_partials
 from nanovllm.kernels.triton_support import (
     jit,
@@ -76,7 +71,7 @@ def _paged_decode_fp8_kernel(
     start = first_key + split * split_len
     end = tl.minimum(start + split_len, context_len)
     if start >= end:
-        return
+        return  # without a wait, but the programs of each row's first keys wait, and no row is empty
     wait_for_previous_kernel(PDL)
 
     even, odd, lse = attend_keys_fp8(

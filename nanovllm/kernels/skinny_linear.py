@@ -6,7 +6,8 @@ operations around the product are fused, since a launch costs as much as the pro
 SiLU · mul of a gated product, and the addition to the residual stream. Weights of 8 bits are converted in registers;
 their scales multiply the sums, or the input where every 128 inputs have a scale of their own.
 
-Triton's blocks are powers of two, and 8,192 is much more than 5,120 inputs: such a row has five parts of 1,024.
+Triton's blocks are powers of two, and 8,192 is much more than 5,120 inputs: with weights of 8 bits such a row has five
+parts of 1,024.
 """
 
 from __future__ import annotations
@@ -35,9 +36,8 @@ _MAX_TOKENS = 4  # with more, the BLAS is faster
 _MAX_EXTRA_PRODUCTS = 1 << 25  # multiplications for the tokens after the first; more would cost more than is saved
 # The shape of a program, as measured: one warp handles rows of up to 1024 inputs and waits for no other.
 _MAX_COLUMNS_OF_ONE_WARP = 1024
+_MIN_COLUMNS_OF_PARTS = 4096
 _MAX_EMPTY = 3 / 8  # of the inputs, by which a row of one part may be longer
-_MAX_EMPTY_OF_PARTS = 1 / 16
-_MIN_PART = 512  # inputs
 _WEIGHTS_OF_ONE_WARP = 4096
 _WEIGHTS_OF_FOUR_WARPS = 8192
 # One token leaves registers for more weights, as long as enough programs remain.
@@ -48,8 +48,7 @@ SCALE_BLOCK = 128  # inputs and outputs that share a scale, where scales are of 
 _SCALE_BLOCK = constant(SCALE_BLOCK)
 _IS_INTERPRETED = constant(INTERPRETED)
 
-
-# The bits 0x4B0000uu are the number 2²³ + uu, of which v + 128 becomes v.
+# prmt takes the weight's byte 0 … 3 and the bytes 00 00 4B: the number 2²³ + u, of which u = v + 128 becomes v.
 _INT8_TO_FLOAT = constant(
     "{\n.reg .b32 bytes, number;\nxor.b32 bytes, $4, 0x80808080;\n"
     + "".join(
@@ -74,11 +73,14 @@ def _load_weight(
 
 
 @jit
-def _to_float(weight: tl.tensor) -> tl.tensor:
-    """Returns a weight in float32. A GPU converts integers at an eighth of the rate at which it multiplies."""
+def _to_float(weight: tl.tensor, KEEP: tl.constexpr) -> tl.tensor:
+    """Returns a weight in float32. KEEP: registers may hold the numbers for the next token.
+
+    For INT8 in fewer instructions than the GPU's own conversion, which has an eighth of a multiplication's rate.
+    """
     if weight.dtype == tl.int8 and not _IS_INTERPRETED:
         numbers = tl.inline_asm_elementwise(
-            _INT8_TO_FLOAT, "=&f,=&f,=&f,=&f,r", [weight], dtype=tl.float32, is_pure=True, pack=4
+            _INT8_TO_FLOAT, "=&f,=&f,=&f,=&f,r", [weight], dtype=tl.float32, is_pure=KEEP, pack=4
         )
     else:
         numbers = weight.to(tl.float32)
@@ -96,8 +98,8 @@ def _load_row(
 ) -> tl.tensor:
     """Loads inputs, or the norm's weight, from number `first` on: [BLOCK_K] in float32.
 
-    A thread reads 16 bytes at a time, 8 inputs, but 16 weights of 8 bits. BY_SIXTEEN: it loads twice, so that it has
-    the inputs of its weights, and threads exchange none.
+    A thread reads 16 bytes at a time: 16 weights of 8 bits, but 8 inputs. BY_SIXTEEN: it reads twice as many, those of
+    its weights, so that they need not pass through shared memory.
     """
     if BY_SIXTEEN:
         index = tl.arange(0, BLOCK_K // 2)
@@ -167,19 +169,19 @@ def _skinny_linear_kernel(
     norm_weights: tl.tuple = ()
     for part in tl.static_range(PARTS):
         column = part * BLOCK_K + tl.arange(0, BLOCK_K)
-        weights = weights + (_load_weight(weight_ptr, output, column, OUTPUT_SIZE, INPUT_SIZE),)
+        weights += (_load_weight(weight_ptr, output, column, OUTPUT_SIZE, INPUT_SIZE),)
         if IS_GATED:
             up_weight = _load_weight(weight_ptr + OUTPUT_SIZE * INPUT_SIZE, output, column, OUTPUT_SIZE, INPUT_SIZE)
-            up_weights = up_weights + (up_weight,)
+            up_weights += (up_weight,)
         if HAS_BLOCK_SCALE:
             block_scale = _load_block_scale(scale_ptr, first_output, column, INPUT_SIZE)
-            block_scales = block_scales + (block_scale,)
+            block_scales += (block_scale,)
             if IS_GATED:
                 up_block_scale = _load_block_scale(scale_ptr, OUTPUT_SIZE + first_output, column, INPUT_SIZE)
-                up_block_scales = up_block_scales + (up_block_scale,)
+                up_block_scales += (up_block_scale,)
         if HAS_NORM:
             norm_weight = _load_row(norm_weight_ptr, part * BLOCK_K, True, BY_SIXTEEN, INPUT_SIZE, BLOCK_K)
-            norm_weights = norm_weights + (norm_weight,)
+            norm_weights += (norm_weight,)
     if HAS_SCALE:
         scale = tl.load(scale_ptr + output * SCALE_STRIDE, mask=output_mask, other=0.0)
         if IS_GATED:
@@ -198,7 +200,7 @@ def _skinny_linear_kernel(
         xs: tl.tuple = ()
         for part in tl.static_range(PARTS):
             x = _load_row(x_ptr + token * x_stride, part * BLOCK_K, token < num_tokens, BY_SIXTEEN, INPUT_SIZE, BLOCK_K)
-            xs = xs + (x,)
+            xs += (x,)
         if HAS_NORM:
             # The norm's division comes after the product, so that neither sum waits for the other.
             squares = xs[0] * xs[0]
@@ -211,11 +213,11 @@ def _skinny_linear_kernel(
         for part in tl.static_range(PARTS):
             x = xs[part] * norm_weights[part] if HAS_NORM else xs[part]
             gate_x = x * block_scales[part] if HAS_BLOCK_SCALE else x
-            product = gate_x[None, :] * _to_float(weights[part])
+            product = gate_x[None, :] * _to_float(weights[part], BLOCK_M == 1)
             products = product if PARTS == 1 else products + product
             if IS_GATED:
                 up_x = x * up_block_scales[part] if HAS_BLOCK_SCALE else x
-                product = up_x[None, :] * _to_float(up_weights[part])
+                product = up_x[None, :] * _to_float(up_weights[part], BLOCK_M == 1)
                 up_products = product if PARTS == 1 else up_products + product
         out = tl.sum(products, axis=1)  # [BLOCK_N]
         if IS_GATED:
@@ -247,19 +249,21 @@ def suits_skinny_linear(x: torch.Tensor, weight: torch.Tensor) -> bool:
     return HAS_TRITON and x.is_cuda and few and input_size * weight.itemsize <= _MAX_ROW_BYTES
 
 
-def _choose_parts(input_size: int) -> tuple[int, int]:
-    """Returns (inputs of a part, parts) of a row: one part, or few that leave next to nothing of them empty."""
-    part = next_power_of_2(input_size)
-    if part - input_size > _MAX_EMPTY * input_size:
-        while part > _MIN_PART and _MAX_EMPTY_OF_PARTS * input_size < -input_size % part:
-            part //= 2
-    return part, -(-input_size // part)
+def _choose_parts(input_size: int, itemsize: int) -> tuple[int, int]:
+    """Returns (inputs of a part, parts) of a weight's row: the whole row, or as many eighths of a block as it needs.
+
+    Parts where much of the block would be empty: with 8 bits a weight multiplying takes long, with 16 reading does.
+    """
+    columns = next_power_of_2(input_size)
+    if itemsize > 1 or columns < _MIN_COLUMNS_OF_PARTS or columns - input_size <= _MAX_EMPTY * input_size:
+        return columns, 1
+    return columns // 8, -(-input_size // (columns // 8))
 
 
 def _choose_tile(num_tokens: int, weight: torch.Tensor, gated: bool) -> tuple[int, int]:
     """Returns (outputs of a program, its warps)."""
     num_rows, input_size = weight.shape
-    part, num_parts = _choose_parts(input_size)
+    part, num_parts = _choose_parts(input_size, weight.itemsize)
     num_columns = part * num_parts
     num_warps = 1 if num_columns <= _MAX_COLUMNS_OF_ONE_WARP else 4
     weights = _WEIGHTS_OF_ONE_WARP if num_warps == 1 else _WEIGHTS_OF_FOUR_WARPS
@@ -342,10 +346,11 @@ def skinny_linear(
     if num_tokens == 0:
         return out
     block_m = min(next_power_of_2(num_tokens), _MAX_TOKENS)
-    block_k, num_parts = _choose_parts(input_size)
+    block_k, num_parts = _choose_parts(input_size, weight.itemsize)
     block_n, num_warps = _choose_tile(num_tokens, weight, gated)
     has_block_scale = scale is not None and scales_blocks(scale, weight)
     if has_block_scale:
+        block_n = min(block_n, SCALE_BLOCK)
         while gated and output_size % block_n:  # so that a program's outputs lie in one block
             block_n //= 2
     grid = (-(-output_size // block_n), -(-num_tokens // block_m))

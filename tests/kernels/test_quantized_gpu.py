@@ -71,6 +71,43 @@ def test_which_kernel_multiplies_by_int8(monkeypatch, num_tokens, is_hopper, qua
     assert chosen == kernel
 
 
+LAST_ROW, LAST_HOPPER_INT4 = quantized_gpu._MAX_INT4_ROW, quantized_gpu._MAX_HOPPER_INT4_TOKENS
+LAST_OTHER_INT4 = quantized_gpu._MAX_INT4_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "input_size", "is_hopper", "kernel"),
+    [
+        (1, LAST_ROW, True, "int4_skinny_linear"),
+        (1, LAST_ROW + 128, True, "mixed_matmul"),
+        (1, LAST_ROW + 128, False, "int4_skinny_linear"),
+        (2, 4096, True, "mixed_matmul"),
+        (LAST_HOPPER_INT4, 4096, True, "mixed_matmul"),
+        (LAST_HOPPER_INT4 + 1, 4096, True, "_dense_product"),
+        (LAST_OTHER_INT4, 4096, False, "quantized_matmul"),
+        (LAST_OTHER_INT4 + 1, 4096, False, "_dense_product"),
+    ],
+)
+def test_which_kernel_multiplies_by_int4(monkeypatch, num_tokens, input_size, is_hopper, kernel):
+    for name in ("int4_skinny_linear", "mixed_matmul", "quantized_matmul", "_dense_product"):
+        monkeypatch.setattr(quantized_gpu, name, lambda *given, name=name, **named: name)
+    monkeypatch.setattr(quantized_gpu, "suits_mixed_matmul", lambda *given, **named: is_hopper)
+    monkeypatch.setattr(quantized_gpu, "dequantize_weight", lambda *given, **named: None)
+    chosen = quantized_gpu.int4_product(
+        torch.empty(num_tokens, input_size, dtype=torch.bfloat16),
+        torch.empty(256, input_size // 4, dtype=torch.int16),
+        torch.empty(256, input_size // 128),
+        None,
+        None,
+        group_size=128,
+        norm_weight=None,
+        eps=0.0,
+        gated=False,
+        residual=None,
+    )
+    assert chosen == kernel
+
+
 LAST_DENSE, LAST_DENSE_BLOCK = quantized_gpu._MAX_DENSE_TOKENS, quantized_gpu._MAX_DENSE_BLOCK_TOKENS
 LAST_BLOCK, LAST_GATED_BLOCK = quantized_gpu._MAX_BLOCK_TOKENS, quantized_gpu._MAX_GATED_BLOCK_TOKENS
 

@@ -6,6 +6,7 @@ import torch
 from nanovllm.kernels import skinny_linear as module
 from nanovllm.kernels.rms_norm import rms_norm_reference
 from nanovllm.kernels.skinny_linear import scaled_weight, skinny_linear, suits_skinny_linear
+from nanovllm.kernels.triton_support import next_power_of_2
 from tests.kernels.inputs import DTYPES, check_close
 
 
@@ -90,7 +91,9 @@ def test_norm_gate_and_residual_are_folded_in(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["outputs", "one", "blocks"])
-@pytest.mark.parametrize(("input_size", "outputs"), [(64, 24), (400, 200), (2560, 12), (4096, 12)])
+@pytest.mark.parametrize(
+    ("input_size", "outputs"), [(32, 300), (64, 24), (400, 200), (1001, 12), (2560, 12), (4096, 12)]
+)
 @pytest.mark.parametrize("gated", [False, True])
 def test_fp8_weights_are_scaled(device, generator, dtype, kind, input_size, outputs, gated):
     x, _, bias, norm_weight = random_product(generator, device, dtype, 3, input_size, outputs)
@@ -101,7 +104,7 @@ def test_fp8_weights_are_scaled(device, generator, dtype, kind, input_size, outp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("input_size", [400, 2560, 4096])
+@pytest.mark.parametrize("input_size", [400, 1001, 2560, 4096])
 def test_int8_weights_are_scaled(device, generator, dtype, input_size):
     x, _, _, _ = random_product(generator, device, dtype, 3, input_size, 24)
     weight = torch.randint(-128, 128, (24, input_size), generator=generator, dtype=torch.int8).to(device)
@@ -111,10 +114,19 @@ def test_int8_weights_are_scaled(device, generator, dtype, input_size):
 
 @pytest.mark.parametrize(
     ("input_size", "parts"),
-    [(100, (128, 1)), (3072, (4096, 1)), (5120, (1024, 5)), (11_008, (1024, 11)), (12_288, (16_384, 1))],
+    [
+        (100, (128, 1)),
+        (1100, (2048, 1)),
+        (2560, (512, 5)),
+        (3072, (4096, 1)),
+        (5120, (1024, 5)),
+        (11_008, (2048, 6)),
+        (12_288, (16_384, 1)),
+    ],
 )
-def test_a_row_has_parts_where_much_of_a_power_of_two_would_be_empty(input_size, parts):
-    assert module._choose_parts(input_size) == parts
+def test_a_row_of_bytes_has_parts_where_much_of_its_block_would_be_empty(input_size, parts):
+    assert module._choose_parts(input_size, itemsize=1) == parts
+    assert module._choose_parts(input_size, itemsize=2) == (next_power_of_2(input_size), 1)
 
 
 def test_a_scale_belongs_to_128_outputs_and_128_inputs():
