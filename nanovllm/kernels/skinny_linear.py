@@ -36,7 +36,7 @@ _MAX_TOKENS = 4  # with more, the BLAS is faster
 _MAX_EXTRA_PRODUCTS = 1 << 25  # multiplications for the tokens after the first; more would cost more than is saved
 # The shape of a program, as measured: one warp handles rows of up to 1024 inputs and waits for no other.
 _MAX_COLUMNS_OF_ONE_WARP = 1024
-_MIN_COLUMNS_OF_PARTS = 4096
+_MIN_COLUMNS_OF_PARTS = 8192  # warps read 512 to 2048 inputs at once, and parts should not be much smaller
 _MAX_EMPTY = 3 / 8  # of the inputs, by which a row of one part may be longer
 _WEIGHTS_OF_ONE_WARP = 4096
 _WEIGHTS_OF_FOUR_WARPS = 8192

@@ -92,7 +92,7 @@ def test_norm_gate_and_residual_are_folded_in(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["outputs", "one", "blocks"])
 @pytest.mark.parametrize(
-    ("input_size", "outputs"), [(32, 300), (64, 24), (400, 200), (1001, 12), (2560, 12), (4096, 12)]
+    ("input_size", "outputs"), [(32, 300), (64, 24), (400, 200), (1001, 12), (4096, 12), (5120, 12)]
 )
 @pytest.mark.parametrize("gated", [False, True])
 def test_fp8_weights_are_scaled(device, generator, dtype, kind, input_size, outputs, gated):
@@ -104,7 +104,7 @@ def test_fp8_weights_are_scaled(device, generator, dtype, kind, input_size, outp
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("input_size", [400, 1001, 2560, 4096])
+@pytest.mark.parametrize("input_size", [400, 1001, 4096, 5120])
 def test_int8_weights_are_scaled(device, generator, dtype, input_size):
     x, _, _, _ = random_product(generator, device, dtype, 3, input_size, 24)
     weight = torch.randint(-128, 128, (24, input_size), generator=generator, dtype=torch.int8).to(device)
@@ -117,7 +117,7 @@ def test_int8_weights_are_scaled(device, generator, dtype, input_size):
     [
         (100, (128, 1)),
         (1100, (2048, 1)),
-        (2560, (512, 5)),
+        (2560, (4096, 1)),
         (3072, (4096, 1)),
         (5120, (1024, 5)),
         (11_008, (2048, 6)),
