@@ -210,6 +210,8 @@ def _skinny_linear_kernel(
         if PARTS > 1:
             products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
             up_products = products
+        # Gate and up side by side, and so are their loads: one after the other, rows of five parts in FP8 need up to
+        # 255 registers instead of 168, which leave room for fewer programs.
         for part in tl.static_range(PARTS):
             x = xs[part] * norm_weights[part] if HAS_NORM else xs[part]
             gate_x = x * block_scales[part] if HAS_BLOCK_SCALE else x
@@ -269,14 +271,14 @@ def _choose_tile(num_tokens: int, weight: torch.Tensor, gated: bool) -> tuple[in
     weights = _WEIGHTS_OF_ONE_WARP if num_warps == 1 else _WEIGHTS_OF_FOUR_WARPS
     if weight.itemsize == 1:
         weights *= 2 if num_warps == 1 else 4
-    rows = max(next_power_of_2(weights // num_columns + 1) // 2, 1 + gated)
+    most_rows = weights // num_columns
     if num_tokens == 1 and num_warps > 1 and weight.itemsize in _WEIGHTS_OF_ONE_TOKEN:
         num_warps = 4 if input_size * weight.itemsize <= _MAX_ROW_BYTES_OF_FOUR_WARPS else 8
-        more_rows = min(
-            _WEIGHTS_OF_ONE_TOKEN[weight.itemsize] * num_warps // 4 // input_size, num_rows // _MIN_PROGRAMS
-        )
-        while 2 * rows <= more_rows:
-            rows *= 2
+        weights = _WEIGHTS_OF_ONE_TOKEN[weight.itemsize] * num_warps // 4
+        most_rows = max(most_rows, min(weights // input_size, num_rows // _MIN_PROGRAMS))
+    rows = 1 + gated
+    while 2 * rows <= most_rows:
+        rows *= 2
     return rows // (1 + gated), num_warps
 
 
