@@ -2,7 +2,8 @@
 
 It has slices, moments and arrows on named tracks, and counters.
 
-The file is a JSON array of events. Every write leaves it complete, so it can be read even if the process is killed.
+The file is a JSON array of events, each on a line of its own, and every write leaves it complete. SIGKILL may cut a
+write short: viewers open such a file up to the last whole event, as the format's closing bracket is optional.
 Nothing here raises while the engine runs: what a full disk does not take is lost, and so is what exceeds the limit.
 Format: Google, "Trace Event Format", 2016, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU.
 """

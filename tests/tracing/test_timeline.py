@@ -36,7 +36,17 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def read(path: Path) -> list[Event]:
     """The events, checked: every slice has an end and lies beside or within others; tracks are named."""
-    events: list[Event] = json.loads(path.read_text("utf-8"))
+    return checked(json.loads(path.read_text("utf-8")))
+
+
+def read_whole_events(path: Path) -> list[Event]:
+    """The events, as Perfetto reads a file that lacks its end: up to the last whole one. An event is one line."""
+    lines = path.read_text("utf-8").splitlines()
+    assert lines[0] == "["
+    return [json.loads(line[:-1]) for line in lines[1:] if line.endswith("},")]
+
+
+def checked(events: list[Event]) -> list[Event]:
     named = {(event["pid"], event["tid"]) for event in events if event["name"] == "thread_name"}
     slices = defaultdict(list)
     counters = defaultdict(list)
@@ -169,15 +179,15 @@ def test_what_a_failed_step_lost_and_what_never_ended_is_there(path: Path) -> No
     assert named(events, "waiting (unfinished)")
 
 
-@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 1), (signal.SIGKILL, -signal.SIGKILL)])
-def test_the_file_is_valid_after_ctrl_c_and_kill(path: Path, sent: signal.Signals, status: int) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
+def test_the_file_can_be_read_after_ctrl_c_and_kill(path: Path, sent: signal.Signals) -> None:
     process = start_python("-c", ENDLESS, NANOVLLM_TRACE_FILE=str(path), NANOVLLM_LOG_LEVEL="WARNING")
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    assert until(lambda: len(json.loads(path.read_text("utf-8"))) >= 1000)
+    assert until(lambda: len(read_whole_events(path)) >= 1000)  # it may be half written just now
     process.send_signal(sent)
     process.wait(WATCHDOG)
-    events = read(path)
+    events = read(path) if sent == signal.SIGINT else checked(read_whole_events(path))
     assert len(named(events, "decode")) > 100
     if sent == signal.SIGINT:
         assert len(named(events, "generate-")) == 8
