@@ -1,10 +1,13 @@
-"""Matrix products of one row with 4-bit weights, in integers.
+"""Matrix products of one row with 4-bit weights, in integers, in Gluon.
 
 With four bits a weight there is time for three instructions from one weight to the next, and converting a weight to
 multiply it as a float takes that many. So the input is converted instead: each 128 inputs share a scale and become
 integers of 16 bits, which is more exact than bf16, and an instruction multiplies four weights by four halves of such
-integers. A program converts the input once and then takes one group of outputs after another; it loads the next
-group's weights while it multiplies. Otherwise as in `skinny_linear`.
+integers.
+
+A program converts the input once, into shared memory, and then takes one group of outputs after another. Each warp
+computes outputs of its own, so that warps wait for each other once, when the input is converted, and no sum crosses
+them. A warp loads the next weights while it multiplies. Otherwise as in `skinny_linear`.
 """
 
 from __future__ import annotations
@@ -13,57 +16,60 @@ import torch
 
 from nanovllm.kernels.int4_packing import BLOCK_SIZE, NUM_PLANES, PLANE_SIZE
 from nanovllm.kernels.triton_support import (
-    INTERPRETED,
+    HAS_GLUON,
+    block_barrier,
     constant,
-    jit,
-    let_next_kernel_start,
+    gdc_launch_dependents,
+    gdc_wait,
+    gl,
+    gluon_jit,
     multiprocessor_count,
     next_power_of_2,
     pdl_options,
-    tl,
-    wait_for_previous_kernel,
 )
 
-_MAX_TOKENS = 1
-_BLOCK_SIZE = constant(BLOCK_SIZE)
-_PLANE_SIZE = constant(PLANE_SIZE)
+_MAX_INPUTS = 65536  # whose integers fit in shared memory
+_BLOCK = constant(BLOCK_SIZE)
 _WORDS = constant(BLOCK_SIZE // 8)  # of 32 bits in a block: each has two neighbouring inputs of each plane
+_PLANE = constant(PLANE_SIZE // 2)  # words of two inputs in a plane
+_BLOCKS_A_CHUNK = 8  # that a warp reads at once, 16 bytes a lane: four lanes have a block
+_CHUNK = constant(_BLOCKS_A_CHUNK)
 _LARGEST = constant(32512.0)  # the largest integer whose upper byte, rounded, is a signed byte
 _MAGIC = constant(12582912.0)  # 1.5 · 2²³: the sum with a small number has the nearest integer in its lowest bits
-_IS_INTERPRETED = constant(INTERPRETED)
+_ADD_PRODUCTS = constant("dp4a.s32.s32 $0, $1, $2, $3;")
 
 
-@jit
-def _add_products(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
+@gluon_jit()
+def _add_products(a: gl.tensor, b: gl.tensor, acc: gl.tensor) -> gl.tensor:
     """Returns acc + the sum of the products of a's and b's four signed bytes."""
-    if _IS_INTERPRETED:
-        for byte in tl.static_range(4):
-            acc += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
-    else:
-        acc = tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, acc], dtype=tl.int32, is_pure=True, pack=1
-        )
-    return acc
+    return gl.inline_asm_elementwise(_ADD_PRODUCTS, "=r,r,r,r", [a, b, acc], dtype=gl.int32, is_pure=True, pack=1)
 
 
-@jit
-def _load_pair(ptr: tl.tensor, mask: tl.tensor, dtype: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """Loads two neighbouring 16-bit numbers as one word. Returns them in float32."""
-    pair = tl.load(ptr, mask=mask, other=0)
-    first = (pair & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-    second = (pair >> 16).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
-    return first, second
+@gluon_jit()
+def _load_numbers(ptr: gl.tensor, pair: gl.tensor, INPUT_SIZE: gl.constexpr, dtype: gl.constexpr) -> gl.tuple:
+    """Loads eight 16-bit numbers, a pair of neighbours from each plane, in float32. ptr is that of words."""
+    numbers: gl.tuple = ()
+    for plane in gl.static_range(4):
+        place = pair + plane * _PLANE
+        word = gl.load(ptr + place, mask=place < INPUT_SIZE // 2, other=0)
+        first = (word & 0xFFFF).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
+        second = (word >> 16).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
+        numbers = numbers + (first, second)
+    return numbers
 
 
-@jit
-def _to_bytes(
-    x_0: tl.tensor, x_1: tl.tensor, x_2: tl.tensor, x_3: tl.tensor, inverse: tl.tensor
-) -> tuple[tl.tensor, tl.tensor]:
+@gluon_jit()
+def _sum_eight(x: gl.tuple) -> gl.tensor:
+    return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]))
+
+
+@gluon_jit()
+def _to_bytes(x_0: gl.tensor, x_1: gl.tensor, x_2: gl.tensor, x_3: gl.tensor, inverse: gl.tensor) -> gl.tuple:
     """Rounds four numbers times `inverse` to integers. Returns words of their lower and of their upper bytes."""
-    n_0 = (x_0 * inverse + _MAGIC).to(tl.int32, bitcast=True)
-    n_1 = (x_1 * inverse + _MAGIC).to(tl.int32, bitcast=True)
-    n_2 = (x_2 * inverse + _MAGIC).to(tl.int32, bitcast=True)
-    n_3 = (x_3 * inverse + _MAGIC).to(tl.int32, bitcast=True)
+    n_0 = (x_0 * inverse + _MAGIC).to(gl.int32, bitcast=True)
+    n_1 = (x_1 * inverse + _MAGIC).to(gl.int32, bitcast=True)
+    n_2 = (x_2 * inverse + _MAGIC).to(gl.int32, bitcast=True)
+    n_3 = (x_3 * inverse + _MAGIC).to(gl.int32, bitcast=True)
     lower = (n_0 & 255) | ((n_1 & 255) << 8) | ((n_2 & 255) << 16) | (n_3 << 24)
     # The lower byte is signed, so that the upper one is rounded.
     n_0, n_1, n_2, n_3 = n_0 + 128, n_1 + 128, n_2 + 128, n_3 + 128
@@ -71,192 +77,242 @@ def _to_bytes(
     return lower, upper
 
 
-@jit
-def _load_rows(
-    weight_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    zero_ptr: tl.tensor,
-    row: tl.tensor,
-    row_mask: tl.tensor,
-    row_stride: tl.tensor,
-    group_stride: tl.tensor,
-    HAS_ZEROS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    NUM_BLOCKS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Loads the words [rows, blocks, words] of whole rows, and each block's scale and zero point [rows, blocks]."""
-    block = tl.arange(0, BLOCKS)
-    word = block[:, None] * _WORDS + tl.arange(0, _WORDS)[None, :]
-    mask = row_mask[:, None, None] & (block < NUM_BLOCKS)[None, :, None]
-    first_word = row.to(tl.int64) * (NUM_BLOCKS * _WORDS)
-    words = tl.load(weight_ptr + first_word[:, None, None] + word[None, :, :], mask=mask, other=0)
-    position = row[:, None] * row_stride + (block * _BLOCK_SIZE // GROUP_SIZE)[None, :] * group_stride
-    mask = row_mask[:, None] & (block < NUM_BLOCKS)[None, :]
-    scale = tl.load(scale_ptr + position, mask=mask, other=0.0)
-    zero = tl.load(zero_ptr + position, mask=mask, other=0.0) if HAS_ZEROS else tl.full([1, 1], 8.0, tl.float32)
-    return words, scale, zero
+@gluon_jit()
+def _convert_input(
+    x: gl.tuple, norm_weight: gl.tuple, words: gl.tuple, sums: gl.tuple,
+    HAS_NORM: gl.constexpr,
+) -> None:  # fmt: skip
+    """Stores the input as integers.
 
-
-@jit
-def _sum_products(
-    words: tl.tensor,
-    scale: tl.tensor,
-    zero: tl.tensor,
-    lower_a: tl.tensor,
-    upper_a: tl.tensor,
-    lower_b: tl.tensor,
-    upper_b: tl.tensor,
-    total: tl.tensor,
-    x_scale: tl.tensor,
-) -> tl.tensor:
-    """Returns the products of rows of the weight with the input: [rows].
-
-    a: the inputs of the words' lower halves of bytes, b: of the upper ones. total, x_scale [blocks]: the sum of a
-    block's inputs, and their scale.
+    words, each [blocks · 16]: the lower and upper bytes that belong to the lower four bits of a byte of weights, then
+    those that belong to the upper four. sums, each [blocks]: a lane's share of the sum, the scale, the sum of squares.
     """
-    low, high = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
-    zeros = tl.zeros_like(words)
-    upper = _add_products(high, upper_b[None, :, :], _add_products(low, upper_a[None, :, :], zeros))
-    lower = _add_products(high, lower_b[None, :, :], _add_products(low, lower_a[None, :, :], zeros))
-    dot = tl.sum(upper * 256 + lower, axis=2).to(tl.float32)  # [rows, blocks]
-    return tl.sum((dot - zero * total[None, :]) * (scale * x_scale[None, :]), axis=1)
-
-
-@jit
-def _int4_skinny_linear_kernel(
-    x_ptr: tl.tensor,
-    weight_ptr: tl.tensor,
-    scale_ptr: tl.tensor,
-    zero_ptr: tl.tensor,
-    bias_ptr: tl.tensor,
-    norm_weight_ptr: tl.tensor,
-    residual_ptr: tl.tensor,
-    out_ptr: tl.tensor,
-    x_stride: tl.tensor,
-    residual_stride: tl.tensor,
-    scale_row_stride: tl.tensor,
-    scale_group_stride: tl.tensor,
-    eps: tl.tensor,
-    HAS_ZEROS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    IS_GATED: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    OUTPUT_SIZE: tl.constexpr,
-    INPUT_SIZE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    NUM_PROGRAMS: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
-    """Program (index, token): every NUM_PROGRAMS-th group of BLOCK_N outputs of a token.
-
-    x and the norm's weight are read as words of two numbers; x_stride counts words.
-    """
-    NUM_BLOCKS: tl.constexpr = (INPUT_SIZE + _BLOCK_SIZE - 1) // _BLOCK_SIZE
-    NUM_GROUPS: tl.constexpr = (OUTPUT_SIZE + BLOCK_N - 1) // BLOCK_N
-    let_next_kernel_start(PDL)
-    first_group = tl.program_id(0)
-    next_output = first_group * BLOCK_N + tl.arange(0, BLOCK_N)
-    next_words, next_scale, next_zero = _load_rows(
-        weight_ptr, scale_ptr, zero_ptr, next_output, next_output < OUTPUT_SIZE, scale_row_stride, scale_group_stride,
-        HAS_ZEROS, GROUP_SIZE, NUM_BLOCKS, BLOCKS,
-    )  # fmt: skip
-    if IS_GATED:
-        next_up_words, next_up_scale, next_up_zero = _load_rows(
-            weight_ptr, scale_ptr, zero_ptr, OUTPUT_SIZE + next_output, next_output < OUTPUT_SIZE,
-            scale_row_stride, scale_group_stride, HAS_ZEROS, GROUP_SIZE, NUM_BLOCKS, BLOCKS,
-        )  # fmt: skip
-    wait_for_previous_kernel(PDL)
-
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    token = tl.program_id(1).to(tl.int64)
-    # Pairs of inputs: the first plane's, a plane is PLANE pairs further.
-    pair = tl.arange(0, BLOCKS)[:, None] * (_BLOCK_SIZE // 2) + tl.arange(0, _WORDS)[None, :]
-    PLANE: tl.constexpr = _PLANE_SIZE // 2
-    mask_0 = pair < INPUT_SIZE // 2
-    mask_1 = pair + PLANE < INPUT_SIZE // 2
-    mask_2 = pair + 2 * PLANE < INPUT_SIZE // 2
-    mask_3 = pair + 3 * PLANE < INPUT_SIZE // 2
-    row_ptr = x_ptr + token * x_stride + pair
-    x_0, x_1 = _load_pair(row_ptr, mask_0, dtype)
-    x_2, x_3 = _load_pair(row_ptr + PLANE, mask_1, dtype)
-    x_4, x_5 = _load_pair(row_ptr + 2 * PLANE, mask_2, dtype)
-    x_6, x_7 = _load_pair(row_ptr + 3 * PLANE, mask_3, dtype)
     if HAS_NORM:
-        squares = (x_0 * x_0 + x_1 * x_1) + (x_2 * x_2 + x_3 * x_3)
-        squares += (x_4 * x_4 + x_5 * x_5) + (x_6 * x_6 + x_7 * x_7)
-        mean_square = tl.sum(tl.sum(squares, axis=1), axis=0) / INPUT_SIZE
-        w_0, w_1 = _load_pair(norm_weight_ptr + pair, mask_0, dtype)
-        w_2, w_3 = _load_pair(norm_weight_ptr + pair + PLANE, mask_1, dtype)
-        w_4, w_5 = _load_pair(norm_weight_ptr + pair + 2 * PLANE, mask_2, dtype)
-        w_6, w_7 = _load_pair(norm_weight_ptr + pair + 3 * PLANE, mask_3, dtype)
-        x_0, x_1, x_2, x_3 = x_0 * w_0, x_1 * w_1, x_2 * w_2, x_3 * w_3
-        x_4, x_5, x_6, x_7 = x_4 * w_4, x_5 * w_5, x_6 * w_6, x_7 * w_7
-    largest = tl.maximum(tl.maximum(tl.abs(x_0), tl.abs(x_1)), tl.maximum(tl.abs(x_2), tl.abs(x_3)))
-    largest = tl.maximum(largest, tl.maximum(tl.abs(x_4), tl.abs(x_5)))
-    largest = tl.maximum(largest, tl.maximum(tl.abs(x_6), tl.abs(x_7)))
-    largest = tl.maximum(tl.max(largest, axis=1), 1e-30)  # [BLOCKS]
-    inverse = (1.0 / largest * _LARGEST)[:, None]
+        squares: gl.tuple = ()
+        normed: gl.tuple = ()
+        for index in gl.static_range(8):
+            squares = squares + (x[index] * x[index],)
+            normed = normed + (x[index] * norm_weight[index],)
+        sums[2].store(gl.sum(_sum_eight(squares), axis=1))
+        x = normed
+    largest = gl.abs(x[0])
+    for index in gl.static_range(1, 8):
+        largest = gl.maximum(largest, gl.abs(x[index]))
+    largest = gl.maximum(gl.max(largest, axis=1), 1e-30)  # [blocks]
+    inverse = gl.expand_dims(1.0 / largest * _LARGEST, 1)
     # A word's bytes, from the lowest: planes 0 and 1, planes 2 and 3, and both for the next input.
-    lower_a, upper_a = _to_bytes(x_0, x_4, x_1, x_5, inverse)
-    lower_b, upper_b = _to_bytes(x_2, x_6, x_3, x_7, inverse)
-    ones = tl.full([1, 1], 0x01010101, tl.int32)
-    upper = _add_products(upper_b, ones, _add_products(upper_a, ones, tl.zeros_like(lower_a)))
-    lower = _add_products(lower_b, ones, _add_products(lower_a, ones, tl.zeros_like(lower_a)))
-    total = tl.sum(upper * 256 + lower, axis=1).to(tl.float32)  # [BLOCKS]
-    x_scale = largest / _LARGEST
-    if HAS_NORM:
-        x_scale *= 1.0 / tl.sqrt(mean_square + eps)
-    else:  # NaN and infinity, which integers lose and the mean square keeps
-        x_scale += 0.0 * tl.sum(((x_0 + x_1) + (x_2 + x_3)) + ((x_4 + x_5) + (x_6 + x_7)), axis=1)
+    lower_a, upper_a = _to_bytes(x[0], x[4], x[1], x[5], inverse)
+    lower_b, upper_b = _to_bytes(x[2], x[6], x[3], x[7], inverse)
+    ones = gl.full_like(lower_a, 0x01010101)
+    upper = _add_products(upper_b, ones, _add_products(upper_a, ones, gl.zeros_like(ones)))
+    lower = _add_products(lower_b, ones, _add_products(lower_a, ones, gl.zeros_like(ones)))
+    total = gl.sum(upper * 256 + lower, axis=1).to(gl.float32)
+    scale = largest / _LARGEST
+    if not HAS_NORM:  # NaN and infinity, which integers lose and the sum of squares keeps
+        scale += 0.0 * gl.sum(_sum_eight(x), axis=1)
+    SIZE: gl.constexpr = words[0].shape[0]
+    words[0].store(gl.reshape(lower_a, [SIZE]))
+    words[1].store(gl.reshape(upper_a, [SIZE]))
+    words[2].store(gl.reshape(lower_b, [SIZE]))
+    words[3].store(gl.reshape(upper_b, [SIZE]))
+    sums[0].store(total * 0.25)  # of which each of a block's four lanes subtracts one: exact
+    sums[1].store(scale)
 
-    for group in tl.range(first_group, NUM_GROUPS, NUM_PROGRAMS):
-        output = group * BLOCK_N + tl.arange(0, BLOCK_N)
+
+@gluon_jit()
+def _load_piece(
+    weight: gl.tuple,
+    first_row: gl.tensor,
+    first_chunk: gl.constexpr,
+    IS_GATED: gl.constexpr,
+    OUTPUT_SIZE: gl.constexpr,
+    NUM_BLOCKS: gl.constexpr,
+    PIECE: gl.constexpr,
+    WORDS: gl.constexpr,
+    LANES: gl.constexpr,
+    ROWS: gl.constexpr,
+) -> gl.tuple:
+    """Loads PIECE chunks of rows, and then of the up rows: of each, words [rows, 128], scale and zero [rows, lanes]."""
+    weight_ptr, scale_ptr, zero_ptr, row_stride, group_stride, HAS_ZEROS, GROUP_SIZE = weight
+    row = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, WORDS)), 1)
+    word = gl.expand_dims(gl.arange(0, _CHUNK * _WORDS, gl.SliceLayout(0, WORDS)), 0)
+    lane_row = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, LANES)), 1)
+    lane = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, LANES)), 0)
+    loaded: gl.tuple = ()
+    for side in gl.static_range(1 + IS_GATED):
+        for chunk in gl.static_range(first_chunk, first_chunk + PIECE):
+            place = chunk * _CHUNK * _WORDS + word
+            block = chunk * _CHUNK + lane // 4
+            mask, lane_mask = row < OUTPUT_SIZE, lane_row < OUTPUT_SIZE
+            if (chunk + 1) * _CHUNK > NUM_BLOCKS:
+                mask, lane_mask = mask & (place < NUM_BLOCKS * _WORDS), lane_mask & (block < NUM_BLOCKS)
+            row_ptr = weight_ptr + (side * OUTPUT_SIZE + row).to(gl.int64) * (NUM_BLOCKS * _WORDS)
+            words = gl.load(row_ptr + place, mask=mask, other=0)
+            position = (side * OUTPUT_SIZE + lane_row) * row_stride + (block * _BLOCK // GROUP_SIZE) * group_stride
+            scale = gl.load(scale_ptr + position, mask=lane_mask, other=0.0)
+            zero = gl.full_like(scale, 8.0)
+            if HAS_ZEROS:
+                zero = gl.load(zero_ptr + position, mask=lane_mask, other=0.0)
+            loaded = loaded + ((words, scale, zero),)
+    return loaded
+
+
+@gluon_jit()
+def _load_inputs(
+    words: gl.tuple,
+    sums: gl.tuple,
+    chunk: gl.constexpr,
+    WORDS: gl.constexpr,
+    LANES: gl.constexpr,
+) -> gl.tuple:
+    """Loads what `_convert_input` has stored of a chunk: four tensors [1, 128], and a lane's sum and scale [1, 32]."""
+    OF_BLOCKS: gl.constexpr = gl.BlockedLayout([1, 1], [_CHUNK, 4], [gl.num_warps(), 1], [1, 0])
+    SIZE: gl.constexpr = _CHUNK * _WORDS
+    loaded: gl.tuple = ()
+    for part in gl.static_range(4):
+        values = words[part].slice(chunk * SIZE, SIZE).load(gl.SliceLayout(0, WORDS))
+        loaded = loaded + (gl.expand_dims(values, 0),)
+    for part in gl.static_range(2):
+        values = sums[part].slice(chunk * _CHUNK, _CHUNK).load(gl.SliceLayout(1, OF_BLOCKS))
+        values = gl.reshape(gl.expand_dims(values, 1).broadcast_to([_CHUNK, 4]), [32])
+        values = gl.convert_layout(values, gl.SliceLayout(0, LANES), assert_trivial=True)
+        loaded = loaded + (gl.expand_dims(values, 0),)
+    return loaded
+
+
+@gluon_jit()
+def _multiply(weights: gl.tuple, inputs: gl.tuple, LANES: gl.constexpr) -> gl.tensor:
+    """Returns each lane's part of the products of a chunk [rows, lanes]."""
+    words, scale, zero = weights
+    lower_a, upper_a, lower_b, upper_b, total, x_scale = inputs
+    low, high = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
+    upper = _add_products(high, upper_b, _add_products(low, upper_a, gl.zeros_like(words)))
+    lower = _add_products(high, lower_b, _add_products(low, lower_a, gl.zeros_like(words)))
+    dot = gl.sum(gl.reshape(upper * 256 + lower, [words.shape[0], 32, 4]), axis=2)
+    dot = gl.convert_layout(dot, LANES, assert_trivial=True).to(gl.float32)
+    return (dot - zero * total) * (scale * x_scale)
+
+
+@gluon_jit()
+def _int4_skinny_linear_kernel(
+    x_ptr: gl.tensor,
+    weight_ptr: gl.tensor,
+    scale_ptr: gl.tensor,
+    zero_ptr: gl.tensor,
+    bias_ptr: gl.tensor,
+    norm_weight_ptr: gl.tensor,
+    residual_ptr: gl.tensor,
+    out_ptr: gl.tensor,
+    scale_row_stride: gl.tensor,
+    scale_group_stride: gl.tensor,
+    eps: gl.tensor,
+    HAS_ZEROS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_NORM: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    IS_GATED: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
+    OUTPUT_SIZE: gl.constexpr,
+    INPUT_SIZE: gl.constexpr,
+    WARP_ROWS: gl.constexpr,
+    PIECE: gl.constexpr,
+    BLOCKS: gl.constexpr,
+    PDL: gl.constexpr,
+) -> None:
+    """A program takes groups of WARP_ROWS outputs for each warp, and of each output PIECE chunks at a time.
+
+    x and the norm's weight are read as words of two numbers. BLOCKS: a power of two, ≥ 8.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    ROWS: gl.constexpr = WARPS * WARP_ROWS
+    NUM_BLOCKS: gl.constexpr = (INPUT_SIZE + _BLOCK - 1) // _BLOCK
+    PIECES: gl.constexpr = (NUM_BLOCKS + PIECE * _CHUNK - 1) // (PIECE * _CHUNK)
+    NUM_GROUPS: gl.constexpr = (OUTPUT_SIZE + ROWS - 1) // ROWS
+    WORDS: gl.constexpr = gl.BlockedLayout([WARP_ROWS, 4], [1, 32], [WARPS, 1], [1, 0])
+    LANES: gl.constexpr = gl.BlockedLayout([WARP_ROWS, 1], [1, 32], [WARPS, 1], [1, 0])
+    # Of the input that is converted: a block's words lie in one warp.
+    SIZE: gl.constexpr = max(1, min(4, BLOCKS * _WORDS // (32 * WARPS)))
+    INPUT: gl.constexpr = gl.BlockedLayout([1, SIZE], [32 * SIZE // _WORDS, _WORDS // SIZE], [WARPS, 1], [1, 0])
+    ALL_BLOCKS: gl.constexpr = gl.BlockedLayout([1, max(1, BLOCKS // 32)], [1, 32], [WARPS, 1], [1, 0])
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    dtype: gl.constexpr = out_ptr.type.element_ty
+    if PDL:
+        gdc_launch_dependents()
+    # Buffers of their own: the compiler puts a barrier between stores to parts of one.
+    words: gl.tuple = ()
+    for _part in gl.static_range(4):
+        words = words + (gl.allocate_shared_memory(gl.int32, [BLOCKS * _WORDS], PLAIN),)
+    sums: gl.tuple = ()
+    for _part in gl.static_range(3):
+        sums = sums + (gl.allocate_shared_memory(gl.float32, [BLOCKS], PLAIN),)
+    weight = (weight_ptr, scale_ptr, zero_ptr, scale_row_stride, scale_group_stride, HAS_ZEROS, GROUP_SIZE)
+    first_group = gl.program_id(0)
+    next_piece = _load_piece(
+        weight, first_group * ROWS, 0, IS_GATED, OUTPUT_SIZE, NUM_BLOCKS, PIECE, WORDS, LANES, ROWS
+    )
+    block = gl.expand_dims(gl.arange(0, BLOCKS, gl.SliceLayout(1, INPUT)), 1)
+    pair = block * (_BLOCK // 2) + gl.expand_dims(gl.arange(0, _WORDS, gl.SliceLayout(0, INPUT)), 0)
+    norm_weight: gl.tuple = ()
+    if HAS_NORM:
+        norm_weight = _load_numbers(norm_weight_ptr, pair, INPUT_SIZE, dtype)
+    if PDL:
+        gdc_wait()
+    _convert_input(_load_numbers(x_ptr, pair, INPUT_SIZE, dtype), norm_weight, words, sums, HAS_NORM)
+    block_barrier()
+    factor = 1.0
+    if HAS_NORM:  # every warp adds up all
+        square_sum = gl.sum(sums[2].load(gl.SliceLayout(0, ALL_BLOCKS)), axis=0)
+        factor = 1.0 / gl.sqrt(square_sum / INPUT_SIZE + eps)
+
+    for group in range(first_group, NUM_GROUPS, gl.num_programs(0)):
+        output = group * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LANES))
         mask = output < OUTPUT_SIZE
-        words, scale, zero = next_words, next_scale, next_zero
-        next_output = output + NUM_PROGRAMS * BLOCK_N
-        next_words, next_scale, next_zero = _load_rows(
-            weight_ptr, scale_ptr, zero_ptr, next_output, next_output < OUTPUT_SIZE,
-            scale_row_stride, scale_group_stride, HAS_ZEROS, GROUP_SIZE, NUM_BLOCKS, BLOCKS,
-        )  # fmt: skip
-        if IS_GATED:
-            up_words, up_scale, up_zero = next_up_words, next_up_scale, next_up_zero
-            next_up_words, next_up_scale, next_up_zero = _load_rows(
-                weight_ptr, scale_ptr, zero_ptr, OUTPUT_SIZE + next_output, next_output < OUTPUT_SIZE,
-                scale_row_stride, scale_group_stride, HAS_ZEROS, GROUP_SIZE, NUM_BLOCKS, BLOCKS,
-            )  # fmt: skip
-        out = _sum_products(words, scale, zero, lower_a, upper_a, lower_b, upper_b, total, x_scale)
-        if HAS_BIAS:
-            out += tl.load(bias_ptr + output, mask=mask, other=0.0).to(tl.float32)
-        if IS_GATED:
-            up = _sum_products(up_words, up_scale, up_zero, lower_a, upper_a, lower_b, upper_b, total, x_scale)
-            if HAS_BIAS:
-                up += tl.load(bias_ptr + OUTPUT_SIZE + output, mask=mask, other=0.0).to(tl.float32)
-            out = out / (1.0 + tl.exp(-out)) * up
+        addend = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LANES))
         if HAS_RESIDUAL:
-            out += tl.load(residual_ptr + token * residual_stride + output, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + token * OUTPUT_SIZE + output, out.to(dtype), mask=mask)
+            addend = gl.load(residual_ptr + output, mask=mask, other=0.0).to(gl.float32)
+        lane_sum = gl.zeros([ROWS, 32], gl.float32, LANES)
+        up_sum = lane_sum
+        for piece in gl.static_range(PIECES):
+            weights = next_piece
+            next_group = group
+            if piece + 1 == PIECES:
+                next_group = group + gl.num_programs(0)
+            next_piece = _load_piece(
+                weight, next_group * ROWS, (piece + 1) % PIECES * PIECE, IS_GATED, OUTPUT_SIZE, NUM_BLOCKS, PIECE,
+                WORDS, LANES, ROWS,
+            )  # fmt: skip
+            for index in gl.static_range(PIECE):
+                inputs = _load_inputs(words, sums, piece * PIECE + index, WORDS, LANES)
+                lane_sum += _multiply(weights[index], inputs, LANES)
+                if IS_GATED:
+                    up_sum += _multiply(weights[PIECE + index], inputs, LANES)
+        out = gl.sum(lane_sum, axis=1) * factor
+        if HAS_BIAS:
+            out += gl.load(bias_ptr + output, mask=mask, other=0.0).to(gl.float32)
+        if IS_GATED:
+            up = gl.sum(up_sum, axis=1) * factor
+            if HAS_BIAS:
+                up += gl.load(bias_ptr + OUTPUT_SIZE + output, mask=mask, other=0.0).to(gl.float32)
+            out = out / (1.0 + gl.exp(-out)) * up
+        gl.store(out_ptr + output, (out + addend).to(dtype), mask=mask)
 
 
 def suits_int4_skinny_linear(x: torch.Tensor, group_size: int) -> bool:
-    """Returns whether `int4_skinny_linear` can multiply x [num_tokens, inputs]: pairs of numbers, groups of blocks."""
+    """Returns whether `int4_skinny_linear` can multiply x [num_tokens, inputs]: one token, groups of blocks."""
     num_tokens, input_size = x.shape
-    whole = group_size % BLOCK_SIZE == 0 or group_size >= input_size
-    return num_tokens <= _MAX_TOKENS and input_size % 2 == 0 and x.stride(0) % 2 == 0 and whole
+    has_pairs = input_size % 2 == 0 and x.stride(0) % 2 == 0
+    has_blocks = group_size % BLOCK_SIZE == 0 or group_size >= input_size
+    return HAS_GLUON and num_tokens == 1 and has_pairs and has_blocks and input_size <= _MAX_INPUTS
 
 
-def _choose_tile(num_blocks: int, gated: bool) -> tuple[int, int, int]:
-    """Returns (outputs of a group, warps of a program, programs of a multiprocessor), as measured."""
-    if num_blocks < 32:
-        return 4 if gated else 16, 4, 3
-    if num_blocks == 32:
-        return 4 if gated else 8, 8, 2
-    if num_blocks <= 64:
-        return 4, 8, 2
-    return 2 if gated else 4, 16, 1
+def _choose_tile(num_chunks: int, gated: bool) -> tuple[int, int, int, int]:
+    """Returns (outputs of a warp, chunks of a piece, warps, programs of a multiprocessor), as measured."""
+    if gated:
+        return (2, 1, 8, 2) if num_chunks <= 4 else (2, 1, 16, 1)
+    piece = next(size for size in (2, 5, 3, 1) if num_chunks % size == 0)
+    if piece == 5:
+        return (2, piece, 4, 3) if num_chunks == 5 else (2, piece, 8, 1)
+    return 4 if num_chunks == 1 else 2, piece, 16, 1
 
 
 def int4_skinny_linear(
@@ -272,21 +328,19 @@ def int4_skinny_linear(
     gated: bool = False,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Returns act(rms_norm(x) · weightᵀ + bias) + residual for few tokens; x bf16 or fp16.
+    """Returns act(rms_norm(x) · weightᵀ + bias) + residual for one token; x [1, inputs] bf16 or fp16.
 
     weight [outputs, words] of `pack_int4`; scale and zeros [outputs, groups] float32, of any strides, the same for
-    both. → [num_tokens, outputs or half as many], of x's dtype.
+    both. → [1, outputs or half as many], of x's dtype.
     """
-    num_tokens, input_size = x.shape
+    input_size = x.shape[1]
     output_size = weight.shape[0] // (1 + gated)
-    out = torch.empty(num_tokens, output_size, dtype=x.dtype, device=x.device)  # [num_tokens, output_size]
-    if num_tokens == 0:
-        return out
+    out = torch.empty(1, output_size, dtype=x.dtype, device=x.device)  # [1, output_size]
     num_blocks = weight.shape[1] * NUM_PLANES // BLOCK_SIZE
-    block_n, num_warps, programs = _choose_tile(num_blocks, gated)
-    num_programs = min(programs * multiprocessor_count(x.device), -(-output_size // block_n))
+    warp_rows, piece, num_warps, programs = _choose_tile(-(-num_blocks // _BLOCKS_A_CHUNK), gated)
+    num_groups = -(-output_size // (warp_rows * num_warps))
     words = x.view(torch.int32)
-    _int4_skinny_linear_kernel[(num_programs, num_tokens)](
+    _int4_skinny_linear_kernel[(min(programs * multiprocessor_count(x.device), num_groups),)](
         x_ptr=words,
         weight_ptr=weight.view(torch.int32),
         scale_ptr=scale,
@@ -295,8 +349,6 @@ def int4_skinny_linear(
         norm_weight_ptr=words if norm_weight is None else norm_weight.view(torch.int32),
         residual_ptr=x if residual is None else residual,
         out_ptr=out,
-        x_stride=words.stride(0),
-        residual_stride=0 if residual is None else residual.stride(0),
         scale_row_stride=scale.stride(0),
         scale_group_stride=scale.stride(1),
         eps=eps,
@@ -308,11 +360,10 @@ def int4_skinny_linear(
         GROUP_SIZE=max(group_size, BLOCK_SIZE),
         OUTPUT_SIZE=output_size,
         INPUT_SIZE=input_size,
-        BLOCK_N=block_n,
-        BLOCKS=next_power_of_2(num_blocks),
-        NUM_PROGRAMS=num_programs,
+        WARP_ROWS=warp_rows,
+        PIECE=piece,
+        BLOCKS=max(next_power_of_2(num_blocks), _BLOCKS_A_CHUNK),
         num_warps=num_warps,
-        num_stages=1,
         **pdl_options(x.device),
     )
     return out

@@ -31,7 +31,6 @@ _ALIGNMENT = 16  # bytes, of a row that the tensor memory accelerator reads
 _MAX_SKINNY_TOKENS = 4
 _MAX_EXTRA_PRODUCTS = 1 << 23  # multiplications for the tokens after the first
 _MAX_ROW = 32768
-_MAX_INT4_ROW = 16384  # inputs of one token; longer ones are for `mixed_matmul`, where it can
 _TORCH_SCALES_BLOCKS = torch.version.cuda is not None and tuple(map(int, torch.version.cuda.split("."))) >= (12, 9)
 # With more, the BLAS gains more than one conversion of the whole weight costs.
 _MAX_INT8_TOKENS = 128
@@ -202,9 +201,7 @@ def int4_product(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """`int4_linear` where `suits_fused`."""
-    suits_mixed = suits_mixed_matmul(hidden, weight, scale, group_size=group_size, gated=gated)
-    is_long = suits_mixed and hidden.shape[1] > _MAX_INT4_ROW
-    if suits_int4_skinny_linear(hidden, group_size) and not is_long:
+    if suits_int4_skinny_linear(hidden, group_size):
         return int4_skinny_linear(
             hidden,
             weight,
@@ -217,6 +214,7 @@ def int4_product(
             gated=gated,
             residual=residual,
         )
+    suits_mixed = suits_mixed_matmul(hidden, weight, scale, group_size=group_size, gated=gated)
     if suits_mixed and len(hidden) <= _MAX_HOPPER_INT4_TOKENS:
         return mixed_matmul(
             _normed(hidden, norm_weight, eps),

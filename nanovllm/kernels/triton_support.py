@@ -44,8 +44,10 @@ try:
 
     # Experimental: enabled for the releases with which our kernel was tested.
     HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7.")) and not INTERPRETED
+    block_barrier: Any = getattr(gl, "thread_barrier", None) or getattr(gl, "barrier", None)  # in 3.6, in 3.7
 except ImportError:
-    gl = fence_async_shared = mbarrier = tma = warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
+    gl = block_barrier = fence_async_shared = mbarrier = tma = None
+    warpgroup_mma = warpgroup_mma_wait = TensorDescriptor = None
     HAS_GLUON = False
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "LOG2_E",
     "HostDescriptor",
     "TensorDescriptor",
+    "block_barrier",
     "constant",
     "fence_async_shared",
     "gdc_launch_dependents",

@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.runtime import driver
 
-from nanovllm.kernels import dense_matmul, mixed_matmul, paged_prefill_hopper
+from nanovllm.kernels import dense_matmul, int4_skinny_linear, mixed_matmul, paged_prefill_hopper
 from nanovllm.kernels.attention_inputs import LayerKVCache, PrefillMetadata
 from nanovllm.kernels.dense_tiles import DenseTile
 from nanovllm.kernels.triton_support import HAS_GLUON
@@ -64,6 +64,21 @@ def compile_mixed_matmul(
     )
 
 
+def compile_int4_skinny_linear(dtype: torch.dtype, input_size: int, has_zeros: bool, gated: bool) -> None:
+    outputs = 256
+    scale = torch.empty(input_size // 128, outputs).T
+    int4_skinny_linear.int4_skinny_linear(
+        torch.empty(1, input_size, dtype=dtype),
+        torch.empty(outputs, input_size // 4, dtype=torch.int16),
+        scale,
+        zeros=scale if has_zeros else None,
+        group_size=128,
+        norm_weight=torch.empty(input_size, dtype=dtype) if gated else None,
+        gated=gated,
+        residual=None if gated else torch.empty(1, outputs, dtype=dtype),
+    )
+
+
 def compile_dense_matmul(kind: str, gated: bool, tile: DenseTile) -> None:
     """kind: bf16, fp8, or blocks (FP8 with scales of 128 inputs)."""
     num_tokens, input_size, outputs = 32, 2048, 256
@@ -107,6 +122,13 @@ CASES = [
     (compile_mixed_matmul, (torch.bfloat16, 32, 32, True, False, 2, 3)),
     (compile_mixed_matmul, (torch.bfloat16, 16, 0, False, True, 2, 3)),
     (compile_mixed_matmul, (torch.bfloat16, 128, 0, False, True, 1, 3)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 1024, False, True)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 4096, True, True)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 5120, True, True)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 5120, True, False)),
+    (compile_int4_skinny_linear, (torch.float16, 8960, True, False)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 12288, True, False)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 25600, True, False)),
     (compile_dense_matmul, ("bf16", False, DenseTile(32, 9, parts=2))),
     (compile_dense_matmul, ("bf16", True, DenseTile(128, 5, warpgroups=3))),
     (compile_dense_matmul, ("bf16", False, DenseTile(256, 4, warpgroups=2))),
@@ -131,6 +153,7 @@ def main() -> None:
     compile_launches_of(paged_prefill_hopper._paged_prefill_hopper_kernel)
     compile_launches_of(mixed_matmul._mixed_matmul_kernel, PDL=True, launch_pdl=True)
     compile_launches_of(dense_matmul._dense_matmul_kernel, PDL=True, launch_pdl=True)
+    compile_launches_of(int4_skinny_linear._int4_skinny_linear_kernel, PDL=True, launch_pdl=True)
     for compile_case, arguments in CASES:
         with redirect_stdout(StringIO()) as printed:
             try:

@@ -1,14 +1,38 @@
+"""The kernel runs on a GPU, and on a CPU in the emulator."""
+
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
 
+from nanovllm.kernels import int4_skinny_linear as module
 from nanovllm.kernels.int4_packing import pack_int4
-from nanovllm.kernels.int4_skinny_linear import int4_skinny_linear, suits_int4_skinny_linear
-from tests.kernels.inputs import DTYPES, check_close
+from nanovllm.kernels.int4_skinny_linear import _choose_tile, int4_skinny_linear, suits_int4_skinny_linear
+from tests.kernels.gluon_emulator import emulate
+from tests.kernels.inputs import check_close
 from tests.kernels.test_skinny_linear import oracle, random_product
 
-HALF_TYPES = [dtype for dtype in DTYPES if dtype is not torch.float32]
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def add_products(a: torch.Tensor, b: torch.Tensor, acc: torch.Tensor) -> torch.Tensor:
+    """What dp4a does."""
+
+    def signed(words: torch.Tensor) -> torch.Tensor:
+        return words.broadcast_to(acc.shape).contiguous().view(torch.int8).unflatten(-1, (-1, 4)).int()
+
+    return acc + (signed(a) * signed(b)).sum(-1, dtype=torch.int32)
+
+
+@pytest.fixture
+def multiply(device: torch.device) -> Callable[..., torch.Tensor]:
+    """`int4_skinny_linear`, on a CPU that of a device with three multiprocessors."""
+    if device.type == "cuda":
+        return int4_skinny_linear
+    assembly = {module._ADD_PRODUCTS.value: add_products}
+    return emulate(int4_skinny_linear, assembly=assembly, multiprocessor_count=lambda device: 3)  # type: ignore[no-any-return]
 
 
 def random_int4_weight(generator, device, outputs, input_size, group_size, has_zeros):
@@ -21,56 +45,77 @@ def random_int4_weight(generator, device, outputs, input_size, group_size, has_z
     return weight.to(device), pack_int4(values).to(device), scale.to(device), packed_zeros
 
 
-@pytest.mark.parametrize("dtype", HALF_TYPES)
-@pytest.mark.parametrize("num_tokens", [1, 6])
-@pytest.mark.parametrize(("input_size", "group_size"), [(384, 128), (512, 256), (100, 100)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("input_size", "group_size"), [(384, 128), (512, 256), (100, 100), (1280, 128), (5120, 5120)])
 @pytest.mark.parametrize("has_zeros", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-def test_the_product_with_all_parts(device, generator, dtype, num_tokens, input_size, group_size, has_zeros, gated):
-    outputs = 10
-    x, _, bias, norm_weight = random_product(generator, device, dtype, num_tokens, input_size, outputs)
-    residual = torch.randn(num_tokens, outputs // (1 + gated), generator=generator).to(device, dtype)
+def test_the_product_with_all_parts(multiply, device, generator, dtype, input_size, group_size, has_zeros, gated):
+    outputs = 70
+    x, _, bias, norm_weight = random_product(generator, device, dtype, 1, input_size, outputs)
+    residual = torch.randn(1, outputs // (1 + gated), generator=generator).to(device, dtype)
     weight, words, scale, zeros = random_int4_weight(generator, device, outputs, input_size, group_size, has_zeros)
     around = {"norm_weight": norm_weight, "eps": 0.1, "gated": gated, "residual": residual}
-    got = int4_skinny_linear(x, words, scale, bias, zeros=zeros, group_size=group_size, **around)
+    got = multiply(x, words, scale, bias, zeros=zeros, group_size=group_size, **around)
     check_close(got, oracle(x, weight, bias, **around), dtype)
 
 
-@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("input_size", [1024, 2048, 3072, 4096, 5120, 8192, 12288, 25600, 28672, 65536])
+@pytest.mark.parametrize("gated", [False, True])
+def test_rows_of_models(generator, dtype, input_size, gated):
+    """As many outputs as the programs of a GPU take in several turns; scales as the engine keeps them."""
+    outputs, device = 2 * 8200, torch.device("cuda")
+    x, _, _, norm_weight = random_product(generator, device, dtype, 1, input_size, 2)
+    weight, words, scale, zeros = random_int4_weight(generator, device, outputs, input_size, 128, has_zeros=True)
+    scale, zeros = scale.T.contiguous().T, zeros.T.contiguous().T
+    around = {"norm_weight": norm_weight, "eps": 0.1, "gated": gated}
+    got = int4_skinny_linear(x, words, scale, zeros=zeros, group_size=128, **around)
+    check_close(got, oracle(x, weight, **around), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("magnitude", [1e-6, 1e4])
-def test_inputs_of_any_magnitude(device, generator, dtype, magnitude):
+def test_inputs_of_any_magnitude(multiply, device, generator, dtype, magnitude):
     """An input a thousand times its neighbours leaves them as exact as bf16 would, beside the sum that it dominates."""
     x = torch.randn(1, 256, generator=generator)
     x[0, 7] *= 1000
     x = (x * magnitude if dtype is torch.bfloat16 else x).to(device, dtype)
     weight, words, scale, _ = random_int4_weight(generator, device, 16, 256, 128, has_zeros=False)
-    check_close(int4_skinny_linear(x, words, scale, group_size=128), oracle(x, weight), dtype)
+    check_close(multiply(x, words, scale, group_size=128), oracle(x, weight), dtype)
 
 
-@pytest.mark.parametrize("dtype", HALF_TYPES)
-def test_a_row_does_not_depend_on_its_neighbours(device, generator, dtype):
-    x = torch.randn(6, 128, generator=generator).to(device, dtype)
-    _, words, scale, _ = random_int4_weight(generator, device, 16, 128, 128, has_zeros=False)
-    alone = int4_skinny_linear(x, words, scale, group_size=128)
-    x[3, 5] = torch.nan
-    beside = int4_skinny_linear(x, words, scale, group_size=128)
-    assert torch.equal(torch.cat((alone[:3], alone[4:])), torch.cat((beside[:3], beside[4:])))
-    assert bool(beside[3].isnan().all())
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_shows(multiply, device, generator, dtype, has_norm, bad):
+    x = torch.randn(1, 256, generator=generator).to(device, dtype)
+    x[0, 5] = bad
+    _, words, scale, _ = random_int4_weight(generator, device, 16, 256, 128, has_zeros=False)
+    norm_weight = torch.ones(256, dtype=dtype, device=device) if has_norm else None
+    got = multiply(x, words, scale, group_size=128, norm_weight=norm_weight, eps=1e-6)
+    assert not bool(got.isfinite().any())
 
 
-def test_zero_inputs_give_zero(device, generator):
+def test_zero_inputs_give_zero(multiply, device, generator):
     _, words, scale, _ = random_int4_weight(generator, device, 16, 128, 128, has_zeros=False)
     x = torch.zeros(1, 128, dtype=torch.float16, device=device)
-    assert not int4_skinny_linear(x, words, scale, group_size=128).any()
+    assert not multiply(x, words, scale, group_size=128).any()
 
 
-def test_small_groups_and_many_tokens_do_not_suit():
+def test_what_suits(monkeypatch):
+    monkeypatch.setattr(module, "HAS_GLUON", True)
     assert suits_int4_skinny_linear(torch.empty(1, 256), 128)
+    assert suits_int4_skinny_linear(torch.empty(1, 100), 100)
     assert not suits_int4_skinny_linear(torch.empty(1, 256), 64)
-    assert not suits_int4_skinny_linear(torch.empty(9, 256), 128)
+    assert not suits_int4_skinny_linear(torch.empty(2, 256), 128)
+    assert not suits_int4_skinny_linear(torch.empty(0, 256), 128)
+    assert not suits_int4_skinny_linear(torch.empty(1, 65536 + 128), 128)
+    monkeypatch.setattr(module, "HAS_GLUON", False)
+    assert not suits_int4_skinny_linear(torch.empty(1, 256), 128)
 
 
-def test_no_tokens_give_no_rows(device, generator):
-    _, words, scale, _ = random_int4_weight(generator, device, 16, 128, 128, has_zeros=False)
-    x = torch.empty(0, 128, dtype=torch.float16, device=device)
-    assert int4_skinny_linear(x, words, scale, group_size=128).shape == (0, 16)
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_row_has_whole_pieces(gated):
+    for num_chunks in range(1, 65):
+        assert num_chunks % _choose_tile(num_chunks, gated)[1] == 0

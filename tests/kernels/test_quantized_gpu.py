@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from nanovllm.kernels import quantized_gpu
+from nanovllm.kernels import int4_skinny_linear, quantized_gpu
 from nanovllm.kernels.quantized_linear import fp8_linear, int4_linear, int8_linear, pack_int4, suits_fused
 from tests.kernels.inputs import relative_error
 from tests.kernels.test_skinny_linear import random_fp8_weight, random_product
@@ -71,16 +71,16 @@ def test_which_kernel_multiplies_by_int8(monkeypatch, num_tokens, is_hopper, qua
     assert chosen == kernel
 
 
-LAST_ROW, LAST_HOPPER_INT4 = quantized_gpu._MAX_INT4_ROW, quantized_gpu._MAX_HOPPER_INT4_TOKENS
-LAST_OTHER_INT4 = quantized_gpu._MAX_INT4_TOKENS
+LAST_HOPPER_INT4 = quantized_gpu._MAX_HOPPER_INT4_TOKENS
+LAST_OTHER_INT4, LAST_INT4_ROW = quantized_gpu._MAX_INT4_TOKENS, int4_skinny_linear._MAX_INPUTS
 
 
 @pytest.mark.parametrize(
     ("num_tokens", "input_size", "is_hopper", "kernel"),
     [
-        (1, LAST_ROW, True, "int4_skinny_linear"),
-        (1, LAST_ROW + 128, True, "mixed_matmul"),
-        (1, LAST_ROW + 128, False, "int4_skinny_linear"),
+        (1, LAST_INT4_ROW, True, "int4_skinny_linear"),
+        (1, LAST_INT4_ROW + 128, True, "mixed_matmul"),
+        (1, LAST_INT4_ROW + 128, False, "quantized_matmul"),
         (2, 4096, True, "mixed_matmul"),
         (LAST_HOPPER_INT4, 4096, True, "mixed_matmul"),
         (LAST_HOPPER_INT4 + 1, 4096, True, "_dense_product"),
@@ -91,6 +91,7 @@ LAST_OTHER_INT4 = quantized_gpu._MAX_INT4_TOKENS
 def test_which_kernel_multiplies_by_int4(monkeypatch, num_tokens, input_size, is_hopper, kernel):
     for name in ("int4_skinny_linear", "mixed_matmul", "quantized_matmul", "_dense_product"):
         monkeypatch.setattr(quantized_gpu, name, lambda *given, name=name, **named: name)
+    monkeypatch.setattr(int4_skinny_linear, "HAS_GLUON", True)
     monkeypatch.setattr(quantized_gpu, "suits_mixed_matmul", lambda *given, **named: is_hopper)
     monkeypatch.setattr(quantized_gpu, "dequantize_weight", lambda *given, **named: None)
     chosen = quantized_gpu.int4_product(

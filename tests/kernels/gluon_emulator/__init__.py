@@ -97,6 +97,7 @@ class _Emulation:
             "warpgroup_mma": memory.warpgroup_mma,
             "warpgroup_mma_wait": memory.warpgroup_mma_wait,
             "fence_async_shared": memory.fence_async_shared,
+            "block_barrier": lambda: machine().pause(),
             "TensorDescriptor": memory.TensorDescriptor,
             "range": _range,
             **replacements,
