@@ -309,10 +309,14 @@ def _choose_tile(num_chunks: int, gated: bool) -> tuple[int, int, int, int]:
     """Returns (outputs of a warp, chunks of a piece, warps, programs of a multiprocessor), as measured."""
     if gated:
         return (2, 1, 8, 2) if num_chunks <= 4 else (2, 1, 16, 1)
+    if num_chunks == 1:
+        return 4, 1, 16, 1
     piece = next(size for size in (2, 5, 3, 1) if num_chunks % size == 0)
     if piece == 5:
-        return (2, piece, 4, 3) if num_chunks == 5 else (2, piece, 8, 1)
-    return 4 if num_chunks == 1 else 2, piece, 16, 1
+        return (2, 5, 4, 3) if num_chunks == 5 else (2, 5, 8, 1)
+    if num_chunks <= 8:
+        return (2, piece, 8, 2) if num_chunks < 8 else (4, piece, 8, 2)
+    return 2, piece, 16, 1
 
 
 def int4_skinny_linear(
