@@ -124,6 +124,8 @@ def _load_piece(
     weight: gl.tuple,
     first_row: gl.tensor,
     first_chunk: gl.constexpr,
+    HAS_ZEROS: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
     IS_GATED: gl.constexpr,
     OUTPUT_SIZE: gl.constexpr,
     NUM_BLOCKS: gl.constexpr,
@@ -133,7 +135,7 @@ def _load_piece(
     ROWS: gl.constexpr,
 ) -> gl.tuple:
     """Loads PIECE chunks of rows, and then of the up rows: of each, words [rows, 128], scale and zero [rows, lanes]."""
-    weight_ptr, scale_ptr, zero_ptr, row_stride, group_stride, HAS_ZEROS, GROUP_SIZE = weight
+    weight_ptr, scale_ptr, zero_ptr, row_stride, group_stride = weight
     row = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, WORDS)), 1)
     word = gl.expand_dims(gl.arange(0, _CHUNK * _WORDS, gl.SliceLayout(0, WORDS)), 0)
     lane_row = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, LANES)), 1)
@@ -245,11 +247,12 @@ def _int4_skinny_linear_kernel(
     sums: gl.tuple = ()
     for _part in gl.static_range(3):
         sums = sums + (gl.allocate_shared_memory(gl.float32, [BLOCKS], PLAIN),)
-    weight = (weight_ptr, scale_ptr, zero_ptr, scale_row_stride, scale_group_stride, HAS_ZEROS, GROUP_SIZE)
+    weight = (weight_ptr, scale_ptr, zero_ptr, scale_row_stride, scale_group_stride)
     first_group = gl.program_id(0)
     next_piece = _load_piece(
-        weight, first_group * ROWS, 0, IS_GATED, OUTPUT_SIZE, NUM_BLOCKS, PIECE, WORDS, LANES, ROWS
-    )
+        weight, first_group * ROWS, 0, HAS_ZEROS, GROUP_SIZE, IS_GATED, OUTPUT_SIZE, NUM_BLOCKS, PIECE,
+        WORDS, LANES, ROWS,
+    )  # fmt: skip
     block = gl.expand_dims(gl.arange(0, BLOCKS, gl.SliceLayout(1, INPUT)), 1)
     pair = block * (_BLOCK // 2) + gl.expand_dims(gl.arange(0, _WORDS, gl.SliceLayout(0, INPUT)), 0)
     norm_weight: gl.tuple = ()
@@ -278,8 +281,8 @@ def _int4_skinny_linear_kernel(
             if piece + 1 == PIECES:
                 next_group = group + gl.num_programs(0)
             next_piece = _load_piece(
-                weight, next_group * ROWS, (piece + 1) % PIECES * PIECE, IS_GATED, OUTPUT_SIZE, NUM_BLOCKS, PIECE,
-                WORDS, LANES, ROWS,
+                weight, next_group * ROWS, (piece + 1) % PIECES * PIECE, HAS_ZEROS, GROUP_SIZE, IS_GATED,
+                OUTPUT_SIZE, NUM_BLOCKS, PIECE, WORDS, LANES, ROWS,
             )  # fmt: skip
             for index in gl.static_range(PIECE):
                 inputs = _load_inputs(words, sums, piece * PIECE + index, WORDS, LANES)

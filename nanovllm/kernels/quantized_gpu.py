@@ -3,9 +3,9 @@
 - One token, FP8 and INT8: `skinny_linear` converts the weight in registers.
 - More tokens: `quantize_rows` brings activations to 8 bits, with the norm folded in, and `quantized_matmul` multiplies.
   On Hopper GPUs, `dense_matmul` multiplies FP8 with up to 512 tokens, or 128 with block scales.
-- INT4, and INT8 with 16-bit activations: with few tokens, `int4_skinny_linear` or `skinny_linear`; with some, and with
-  one and very long rows of INT4, `mixed_matmul` on Hopper GPUs, or `quantized_matmul`, converts the weight block by
-  block; with many, the weight is converted once, for the BLAS.
+- INT4, and INT8 with 16-bit activations: with few tokens, `int4_skinny_linear` or `skinny_linear`; with some,
+  `mixed_matmul` on Hopper GPUs, or `quantized_matmul`, converts the weight block by block; with many, the weight is
+  converted once, for the BLAS.
 """
 
 from __future__ import annotations
