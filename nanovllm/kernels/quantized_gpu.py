@@ -3,9 +3,9 @@
 - One token, FP8 and INT8: `skinny_linear` converts the weight in registers.
 - More tokens: `quantize_rows` brings activations to 8 bits, with the norm folded in, and `quantized_matmul` multiplies.
   On Hopper GPUs, `dense_matmul` multiplies FP8 with up to 512 tokens, or 128 with block scales.
-- INT4, and INT8 with 16-bit activations: with few tokens, `int4_skinny_linear` or `skinny_linear`; with some,
-  `mixed_matmul` on Hopper GPUs, or `quantized_matmul`, converts the weight block by block; with many, the weight is
-  converted once, for the BLAS.
+- INT4, and INT8 with 16-bit activations: with one token `int4_skinny_linear`, with few `skinny_linear`; with some, and
+  with one and very long rows of INT4, `mixed_matmul` on Hopper GPUs, or `quantized_matmul`, converts the weight block
+  by block; with many, the weight is converted once, for the BLAS.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _TORCH_SCALES_BLOCKS = torch.version.cuda is not None and tuple(map(int, torch.v
 _MAX_INT8_TOKENS = 128
 _MAX_HOPPER_INT8_TOKENS = 512
 _MAX_INT4_TOKENS = 256
+_MAX_INT4_ROW = 25600  # inputs of one token; longer ones are for `mixed_matmul`, where it can
 _MAX_HOPPER_INT4_TOKENS = 1536
 _MAX_DENSE_TOKENS = 512
 _MAX_DENSE_BLOCK_TOKENS = 128
@@ -201,7 +202,9 @@ def int4_product(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """`int4_linear` where `suits_fused`."""
-    if suits_int4_skinny_linear(hidden, group_size):
+    suits_mixed = suits_mixed_matmul(hidden, weight, scale, group_size=group_size, gated=gated)
+    is_long = suits_mixed and hidden.shape[1] > _MAX_INT4_ROW
+    if suits_int4_skinny_linear(hidden, group_size) and not is_long:
         return int4_skinny_linear(
             hidden,
             weight,
@@ -214,7 +217,6 @@ def int4_product(
             gated=gated,
             residual=residual,
         )
-    suits_mixed = suits_mixed_matmul(hidden, weight, scale, group_size=group_size, gated=gated)
     if suits_mixed and len(hidden) <= _MAX_HOPPER_INT4_TOKENS:
         return mixed_matmul(
             _normed(hidden, norm_weight, eps),

@@ -42,7 +42,7 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    # Experimental: enabled for the releases with which our kernel was tested.
+    # Experimental: enabled for the releases with which our kernels were tested.
     HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7.")) and not INTERPRETED
     block_barrier: Any = getattr(gl, "thread_barrier", None) or getattr(gl, "barrier", None)  # in 3.6, in 3.7
 except ImportError:
@@ -174,7 +174,7 @@ def multiprocessor_count(device: torch.device) -> int:
 
 @cache
 def is_hopper(device: torch.device) -> bool:
-    """Returns whether `device` is one of the GPUs for which our kernels in Gluon are written."""
+    """Returns whether `device` is one of the GPUs for whose tensor cores our kernels in Gluon are written."""
     return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
 
 

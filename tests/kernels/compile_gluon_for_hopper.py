@@ -64,18 +64,21 @@ def compile_mixed_matmul(
     )
 
 
-def compile_int4_skinny_linear(dtype: torch.dtype, input_size: int, has_zeros: bool, gated: bool) -> None:
+def compile_int4_skinny_linear(
+    dtype: torch.dtype, input_size: int, has_zeros: bool, gated: bool, has_norm: bool
+) -> None:
     outputs = 256
     scale = torch.empty(input_size // 128, outputs).T
     int4_skinny_linear.int4_skinny_linear(
         torch.empty(1, input_size, dtype=dtype),
-        torch.empty(outputs, input_size // 4, dtype=torch.int16),
+        torch.empty(outputs, -(-input_size // 128) * 32, dtype=torch.int16),
         scale,
+        torch.empty(outputs, dtype=dtype) if has_norm else None,
         zeros=scale if has_zeros else None,
         group_size=128,
-        norm_weight=torch.empty(input_size, dtype=dtype) if gated else None,
+        norm_weight=torch.empty(input_size, dtype=dtype) if has_norm else None,
         gated=gated,
-        residual=None if gated else torch.empty(1, outputs, dtype=dtype),
+        residual=None if has_norm else torch.empty(1, outputs, dtype=dtype),
     )
 
 
@@ -122,13 +125,19 @@ CASES = [
     (compile_mixed_matmul, (torch.bfloat16, 32, 32, True, False, 2, 3)),
     (compile_mixed_matmul, (torch.bfloat16, 16, 0, False, True, 2, 3)),
     (compile_mixed_matmul, (torch.bfloat16, 128, 0, False, True, 1, 3)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 1024, False, True)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 4096, True, True)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 5120, True, True)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 5120, True, False)),
-    (compile_int4_skinny_linear, (torch.float16, 8960, True, False)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 12288, True, False)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 25600, True, False)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 1024, True, False, True)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 1024, False, True, True)),
+    (compile_int4_skinny_linear, (torch.float16, 3072, True, False, False)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 4096, True, False, True)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 4096, True, True, True)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 5120, True, False, True)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 5120, True, True, True)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 8192, True, False, False)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 8192, True, True, True)),
+    (compile_int4_skinny_linear, (torch.float16, 8960, True, False, False)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 12288, True, False, False)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 16384, True, True, True)),
+    (compile_int4_skinny_linear, (torch.bfloat16, 25600, True, False, False)),
     (compile_dense_matmul, ("bf16", False, DenseTile(32, 9, parts=2))),
     (compile_dense_matmul, ("bf16", True, DenseTile(128, 5, warpgroups=3))),
     (compile_dense_matmul, ("bf16", False, DenseTile(256, 4, warpgroups=2))),

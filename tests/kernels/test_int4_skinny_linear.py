@@ -36,17 +36,20 @@ def multiply(device: torch.device) -> Callable[..., torch.Tensor]:
 
 
 def random_int4_weight(generator, device, outputs, input_size, group_size, has_zeros):
-    """The weight, and as the kernel takes it: words, scale and zeros."""
+    """The weight, and as the kernel takes it: words, scale and zeros, of which the engine keeps outputs together."""
     values = torch.randint(0, 16, (outputs, input_size), generator=generator)
     scale = torch.rand(outputs, input_size // group_size, generator=generator) * 0.2 * input_size**-0.5
     zeros = torch.randint(0, 17, scale.shape, generator=generator) if has_zeros else torch.full(scale.shape, 8)
     weight = (values - zeros.repeat_interleave(group_size, 1)) * scale.repeat_interleave(group_size, 1)
-    packed_zeros = zeros.float().to(device) if has_zeros else None
-    return weight.to(device), pack_int4(values).to(device), scale.to(device), packed_zeros
+    packed_zeros = zeros.float().T.to(device).contiguous().T if has_zeros else None
+    return weight.to(device), pack_int4(values).to(device), scale.T.to(device).contiguous().T, packed_zeros
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("input_size", "group_size"), [(384, 128), (512, 256), (100, 100), (1280, 128), (5120, 5120)])
+@pytest.mark.parametrize(
+    ("input_size", "group_size"),
+    [(34, 34), (100, 100), (384, 128), (512, 256), (1280, 128), (3072, 512), (3968, 128), (5120, 5120)],
+)
 @pytest.mark.parametrize("has_zeros", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 def test_the_product_with_all_parts(multiply, device, generator, dtype, input_size, group_size, has_zeros, gated):
@@ -61,14 +64,13 @@ def test_the_product_with_all_parts(multiply, device, generator, dtype, input_si
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("input_size", [1024, 2048, 3072, 4096, 5120, 8192, 12288, 25600, 28672, 65536])
+@pytest.mark.parametrize("input_size", [1024, 2048, 3072, 4096, 5120, 8192, 12288, 16384, 25600, 32768])
 @pytest.mark.parametrize("gated", [False, True])
 def test_rows_of_models(generator, dtype, input_size, gated):
-    """As many outputs as programs take in several turns, of short rows; scales as the engine keeps them."""
+    """As many outputs as programs take in several turns, of short rows."""
     outputs, device = 17000 if input_size <= 4096 else 300, torch.device("cuda")
     x, _, _, norm_weight = random_product(generator, device, dtype, 1, input_size, 2)
     weight, words, scale, zeros = random_int4_weight(generator, device, outputs, input_size, 128, has_zeros=True)
-    scale, zeros = scale.T.contiguous().T, zeros.T.contiguous().T
     around = {"norm_weight": norm_weight, "eps": 0.1, "gated": gated}
     got = int4_skinny_linear(x, words, scale, zeros=zeros, group_size=128, **around)
     check_close(got, oracle(x, weight, **around), dtype)
@@ -92,7 +94,7 @@ def test_what_is_not_finite_shows(multiply, device, generator, dtype, has_norm, 
     x = torch.randn(1, 256, generator=generator).to(device, dtype)
     x[0, 5] = bad
     _, words, scale, _ = random_int4_weight(generator, device, 16, 256, 128, has_zeros=False)
-    norm_weight = torch.ones(256, dtype=dtype, device=device) if has_norm else None
+    norm_weight = torch.arange(256, device=device).ne(5).to(dtype) if has_norm else None  # 0 there
     got = multiply(x, words, scale, group_size=128, norm_weight=norm_weight, eps=1e-6)
     assert not bool(got.isfinite().any())
 
@@ -103,14 +105,53 @@ def test_zero_inputs_give_zero(multiply, device, generator):
     assert not multiply(x, words, scale, group_size=128).any()
 
 
+def test_no_tokens_give_no_rows(generator):
+    _, words, scale, _ = random_int4_weight(generator, "cpu", 16, 128, 128, has_zeros=False)
+    x = torch.empty(0, 128, dtype=torch.float16)
+    assert int4_skinny_linear(x, words, scale, group_size=128).shape == (0, 16)
+
+
+@pytest.mark.gpu
+def test_chained_kernels_in_a_graph_see_what_the_ones_before_wrote(generator):
+    """Each product starts before the one ahead has ended, and buffers are reused: the replays must give one result."""
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    layers = [random_int4_weight(generator, device, 1024, 1024, 128, has_zeros=True) for _ in range(20)]
+    x, _, _, norm_weight = random_product(generator, device, dtype, 1, 1024, 2)
+    around = {"norm_weight": norm_weight, "eps": 1e-6}
+
+    def run():
+        hidden = x
+        for _, words, scale, zeros in layers:
+            hidden = int4_skinny_linear(hidden, words, scale, zeros=zeros, group_size=128, residual=hidden, **around)
+        return hidden
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    results = []
+    for _ in range(100):
+        graph.replay()
+        results.append(out.clone())
+    assert all(torch.equal(result, results[0]) for result in results)
+    expected = x
+    for weight, *_ in layers:
+        expected = oracle(expected, weight, residual=expected, **around)
+    assert (results[0].double() - expected).norm() / expected.norm() < 2e-2
+
+
 def test_what_suits(monkeypatch):
     monkeypatch.setattr(module, "HAS_GLUON", True)
     assert suits_int4_skinny_linear(torch.empty(1, 256), 128)
     assert suits_int4_skinny_linear(torch.empty(1, 100), 100)
+    assert suits_int4_skinny_linear(torch.empty(0, 256), 128)
     assert not suits_int4_skinny_linear(torch.empty(1, 256), 64)
     assert not suits_int4_skinny_linear(torch.empty(2, 256), 128)
-    assert not suits_int4_skinny_linear(torch.empty(0, 256), 128)
-    assert not suits_int4_skinny_linear(torch.empty(1, 65536 + 128), 128)
+    assert not suits_int4_skinny_linear(torch.empty(1, 255), 255)
+    assert not suits_int4_skinny_linear(torch.empty(256)[1:].view(1, 255)[:, :254], 256)
+    assert not suits_int4_skinny_linear(torch.empty(1, 512)[:, ::2], 128)
+    assert not suits_int4_skinny_linear(torch.empty(1, 32768 + 128), 128)
     monkeypatch.setattr(module, "HAS_GLUON", False)
     assert not suits_int4_skinny_linear(torch.empty(1, 256), 128)
 

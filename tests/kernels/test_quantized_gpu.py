@@ -72,7 +72,7 @@ def test_which_kernel_multiplies_by_int8(monkeypatch, num_tokens, is_hopper, qua
 
 
 LAST_HOPPER_INT4 = quantized_gpu._MAX_HOPPER_INT4_TOKENS
-LAST_OTHER_INT4, LAST_INT4_ROW = quantized_gpu._MAX_INT4_TOKENS, int4_skinny_linear._MAX_INPUTS
+LAST_OTHER_INT4, LAST_INT4_ROW = quantized_gpu._MAX_INT4_TOKENS, quantized_gpu._MAX_INT4_ROW
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,9 @@ LAST_OTHER_INT4, LAST_INT4_ROW = quantized_gpu._MAX_INT4_TOKENS, int4_skinny_lin
     [
         (1, LAST_INT4_ROW, True, "int4_skinny_linear"),
         (1, LAST_INT4_ROW + 128, True, "mixed_matmul"),
-        (1, LAST_INT4_ROW + 128, False, "quantized_matmul"),
+        (1, LAST_INT4_ROW + 128, False, "int4_skinny_linear"),
+        (1, int4_skinny_linear._MAX_INPUTS + 128, False, "quantized_matmul"),
+        (0, 4096, False, "int4_skinny_linear"),
         (2, 4096, True, "mixed_matmul"),
         (LAST_HOPPER_INT4, 4096, True, "mixed_matmul"),
         (LAST_HOPPER_INT4 + 1, 4096, True, "_dense_product"),

@@ -126,8 +126,9 @@ class _Emulation:
         return value
 
     def launch(self, kernel: _Function, grid: Any, *arguments: Any, **named: Any) -> None:
-        """Runs a program for each number of the grid, in random order. Options of the compiler are ignored."""
+        """Runs a program for each number of the grid, in random order. Of the compiler's options, num_warps counts."""
         known = {name: value for name, value in named.items() if name in kernel.signature.parameters}
+        self.replacements["gl"].num_warps = lambda: named.get("num_warps", 4)
         bound = kernel.signature.bind(*arguments, **known)
         bound.apply_defaults()
         for name, value in bound.arguments.items():
@@ -180,7 +181,6 @@ class _Language:
         self.allocate_shared_memory = memory.allocate_shared_memory
         self.static_range = range
         self.constexpr = lambda value: value
-        self.num_warps = lambda: 4
         self.num_ctas = lambda: 1
         self.barrier = lambda **ignored: machine().pause()
         self.assume = self.static_print = self.device_print = lambda *ignored: None
