@@ -9,51 +9,24 @@ warp, chunks of a piece, warps, programs of a multiprocessor).
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "experiments")]
+
+from shapes import MODELS, Shape, compile_with_all_cores  # noqa: E402
 
 from nanovllm.kernels import row_linear as module  # noqa: E402
 from nanovllm.kernels.skinny_linear import skinny_linear  # noqa: E402
 from tools.bench_quantized_linear import time_calls  # noqa: E402
 
 Tile = tuple[int, int, int, int]
-
-
-class Shape(NamedTuple):
-    name: str
-    inputs: int
-    outputs: int
-
-    @property
-    def gated(self) -> bool:
-        return self.name == "gate_up"
-
-
-def shapes(hidden: int, attention: int, qkv: int, intermediate: int) -> list[Shape]:
-    return [
-        Shape("qkv", hidden, qkv),
-        Shape("o", attention, hidden),
-        Shape("gate_up", hidden, intermediate),
-        Shape("down", intermediate, hidden),
-    ]
-
-
-MODELS = {
-    "0.6": shapes(1024, 2048, 4096, 3072),
-    "8": shapes(4096, 4096, 6144, 12288),
-    "32": shapes(5120, 8192, 10240, 25600),
-}
 
 
 def arguments(kind: str, shape: Shape, copies: int) -> tuple[torch.Tensor, list[torch.Tensor], dict[str, Any]]:
@@ -102,8 +75,7 @@ def main() -> None:
         for kind in ("fp8", "int8")
         for tile in tiles(shape)
     ]
-    with ProcessPoolExecutor((os.cpu_count() or 2) - 1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        print(*filter(None, pool.map(compile_tile, *zip(*jobs, strict=True))), sep="\n")
+    compile_with_all_cores(compile_tile, jobs)
     for kind, shape in dict.fromkeys((kind, shape) for kind, shape, _ in jobs):
         measure(kind, shape)
 
