@@ -10,6 +10,8 @@ from nanovllm.kernels.attention_inputs import LayerKVCache
 
 # Triton's interpreter neither rounds bf16 to nearest nor multiplies bf16 matrices: that type is for the GPU.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+HALF_TYPES = DTYPES[1:]
+EMULATED_TYPES = [torch.bfloat16, torch.float16]  # of kernels in Gluon, whose emulator has both
 
 # Largest error against a float32 reference, relative to the reference's norm: rounding of the output alone.
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}

@@ -38,6 +38,7 @@ def run_beside_the_kernel_ahead(
         seed,
         1,
         finishing_arguments=finishing_with_pdl,
+        pdl_options=lambda device: {"PDL": True},
         gdc_launch_dependents=lambda: None,
         gdc_wait=wait_for_previous_kernel,
     )

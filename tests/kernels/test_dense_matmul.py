@@ -18,14 +18,13 @@ from nanovllm.kernels.skinny_linear import scaled_weight
 from nanovllm.kernels.triton_support import is_hopper
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.gluon_emulator.memory import TensorDescriptor
-from tests.kernels.inputs import check_close
+from tests.kernels.inputs import EMULATED_TYPES, check_close
 from tests.kernels.kernel_ahead import run_beside_the_kernel_ahead
 from tests.kernels.test_mixed_matmul import needs_hopper
 from tests.kernels.test_skinny_linear import oracle
 from tests.runner.test_warm_up import steps_of
 
 pytestmark = pytest.mark.usefixtures("new_memory_is_nan")
-HALF_TYPES = [torch.bfloat16, torch.float16]
 FP8 = torch.float8_e4m3fn
 BLOCKS = "fp8 blocks"  # with scales of 128 inputs
 SMALL_TILES = [
@@ -99,12 +98,12 @@ def test_numbers_of_tokens(generator, num_tokens, gated, kind):
         check(generator, num_tokens, 256, 72, kind, tile, seed=num_tokens, gated=gated)
 
 
-@pytest.mark.parametrize("kind", [*HALF_TYPES, FP8, BLOCKS])
+@pytest.mark.parametrize("kind", [*EMULATED_TYPES, FP8, BLOCKS])
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("warpgroups", [1, 2, 3])
 def test_bias_and_residual(generator, kind, full, gated, warpgroups):
-    input_size = 5 * (64 if kind in HALF_TYPES else 128)
+    input_size = 5 * (64 if kind in EMULATED_TYPES else 128)
     check(generator, 18, input_size, 136, kind, DenseTile(32, 3, 1, warpgroups), gated=gated, full=full)
 
 
@@ -305,7 +304,7 @@ GPU_TILES = [
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("kind", [*HALF_TYPES, FP8, BLOCKS])
+@pytest.mark.parametrize("kind", [*EMULATED_TYPES, FP8, BLOCKS])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("tile", [None, *GPU_TILES], ids=str)
 def test_a_layer_on_a_gpu(generator, kind, gated, tile):

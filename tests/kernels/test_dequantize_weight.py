@@ -6,10 +6,8 @@ import torch
 from nanovllm.kernels.dequantize_weight import dequantize_weight
 from nanovllm.kernels.int4_packing import pack_int4
 from nanovllm.kernels.skinny_linear import scaled_weight
-from tests.kernels.inputs import DTYPES, check_close
+from tests.kernels.inputs import HALF_TYPES, check_close
 from tests.kernels.test_skinny_linear import random_fp8_weight
-
-HALF_TYPES = [dtype for dtype in DTYPES if dtype is not torch.float32]
 
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)

@@ -8,6 +8,7 @@ from nanovllm.kernels.expert_routing import route
 from nanovllm.kernels.experts import experts_mlp, experts_mlp_reference
 from nanovllm.kernels.grouped_experts import grouped_experts
 from nanovllm.kernels.rms_norm import rms_norm_reference
+from tests.kernels.graphs import capture
 from tests.kernels.inputs import DTYPES, TOLERANCES, relative_error
 
 KERNELS = [chosen_experts, grouped_experts]
@@ -136,11 +137,7 @@ def test_a_graph_follows_the_router(generator, num_tokens):
             hidden = experts_mlp(hidden, gate_up, down, route(logits, 4, True), hidden)
         return hidden
 
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
+    graph, out = capture(run)
     for _ in range(20):
         logits.copy_(torch.randn(num_tokens, 32, generator=generator))
         graph.replay()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from nanovllm.kernels import int4_skinny_linear as module
 from nanovllm.kernels.int4_packing import pack_int4
 from nanovllm.kernels.int4_skinny_linear import _choose_tile, int4_skinny_linear, suits_int4_skinny_linear
 from tests.kernels.gluon_emulator import emulate
-from tests.kernels.inputs import check_close
+from tests.kernels.graphs import same_of_replays
+from tests.kernels.inputs import EMULATED_TYPES, check_close
+from tests.kernels.kernel_ahead import run_beside_the_kernel_ahead
 from tests.kernels.test_skinny_linear import oracle, random_product
-
-DTYPES = [torch.bfloat16, torch.float16]
 
 
 def add_products(a: torch.Tensor, b: torch.Tensor, acc: torch.Tensor) -> torch.Tensor:
@@ -26,13 +27,20 @@ def add_products(a: torch.Tensor, b: torch.Tensor, acc: torch.Tensor) -> torch.T
     return acc + (signed(a) * signed(b)).sum(-1, dtype=torch.int32)
 
 
+def emulated(seed: int, programs: int, **replacements: Any) -> Callable[..., torch.Tensor]:
+    """`int4_skinny_linear` on a GPU of so many multiprocessors, in the emulator."""
+    return emulate(  # type: ignore[no-any-return]
+        int4_skinny_linear,
+        seed,
+        assembly={module._ADD_PRODUCTS.value: add_products},
+        multiprocessor_count=lambda device: programs,
+        **replacements,
+    )
+
+
 @pytest.fixture
 def multiply(device: torch.device) -> Callable[..., torch.Tensor]:
-    """`int4_skinny_linear`, on a CPU that of a device with three multiprocessors."""
-    if device.type == "cuda":
-        return int4_skinny_linear
-    assembly = {module._ADD_PRODUCTS.value: add_products}
-    return emulate(int4_skinny_linear, assembly=assembly, multiprocessor_count=lambda device: 3)  # type: ignore[no-any-return]
+    return int4_skinny_linear if device.type == "cuda" else emulated(0, 3)
 
 
 def random_int4_weight(generator, device, outputs, input_size, group_size, has_zeros):
@@ -45,7 +53,7 @@ def random_int4_weight(generator, device, outputs, input_size, group_size, has_z
     return weight.to(device), pack_int4(values).to(device), scale.T.to(device).contiguous().T, packed_zeros
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EMULATED_TYPES)
 @pytest.mark.parametrize(
     ("input_size", "group_size"),
     [(34, 34), (100, 100), (384, 128), (512, 256), (1280, 128), (3072, 512), (3968, 128), (5120, 5120)],
@@ -63,7 +71,7 @@ def test_the_product_with_all_parts(multiply, device, generator, dtype, input_si
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EMULATED_TYPES)
 @pytest.mark.parametrize("input_size", [1024, 2048, 3072, 4096, 5120, 8192, 12288, 16384, 25600, 32768])
 @pytest.mark.parametrize("gated", [False, True])
 def test_rows_of_models(generator, dtype, input_size, gated):
@@ -76,7 +84,7 @@ def test_rows_of_models(generator, dtype, input_size, gated):
     check_close(got, oracle(x, weight, **around), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EMULATED_TYPES)
 @pytest.mark.parametrize("magnitude", [1e-6, 1e4])
 def test_inputs_of_any_magnitude(multiply, device, generator, dtype, magnitude):
     """An input a thousand times its neighbours leaves them as exact as bf16 would, beside the sum that it dominates."""
@@ -87,7 +95,7 @@ def test_inputs_of_any_magnitude(multiply, device, generator, dtype, magnitude):
     check_close(multiply(x, words, scale, group_size=128), oracle(x, weight), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", EMULATED_TYPES)
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_shows(multiply, device, generator, dtype, has_norm, bad):
@@ -111,6 +119,19 @@ def test_no_tokens_give_no_rows(generator):
     assert int4_skinny_linear(x, words, scale, group_size=128).shape == (0, 16)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_input_and_residual_are_read_after_the_kernel_ahead_has_ended(generator, seed):
+    x, _, _, norm_weight = random_product(generator, "cpu", torch.bfloat16, 1, 384, 2)
+    residual = torch.randn(1, 30, generator=generator).bfloat16()
+    weight, words, scale, _ = random_int4_weight(generator, "cpu", 30, 384, 128, has_zeros=False)
+    around = {"norm_weight": norm_weight, "eps": 0.1, "residual": residual}
+    expected = oracle(x, weight, **around)
+    written = [x, residual]
+    got, waiting = run_beside_the_kernel_ahead(emulated, seed, written, 1, x, words, scale, group_size=128, **around)
+    check_close(got, expected, torch.bfloat16)
+    assert len(waiting) == 1
+
+
 @pytest.mark.gpu
 def test_chained_kernels_in_a_graph_see_what_the_ones_before_wrote(generator):
     """Each product starts before the one ahead has ended, and buffers are reused: the replays must give one result."""
@@ -125,20 +146,11 @@ def test_chained_kernels_in_a_graph_see_what_the_ones_before_wrote(generator):
             hidden = int4_skinny_linear(hidden, words, scale, zeros=zeros, group_size=128, residual=hidden, **around)
         return hidden
 
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run()
-    results = []
-    for _ in range(100):
-        graph.replay()
-        results.append(out.clone())
-    assert all(torch.equal(result, results[0]) for result in results)
+    got = same_of_replays(run, 100).double()
     expected = x
     for weight, *_ in layers:
         expected = oracle(expected, weight, residual=expected, **around)
-    assert (results[0].double() - expected).norm() / expected.norm() < 2e-2
+    assert (got - expected).norm() / expected.norm() < 2e-2
 
 
 def test_what_suits(monkeypatch):

@@ -21,13 +21,12 @@ from nanovllm.kernels.mixed_matmul import (
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.triton_support import shared_memory
 from tests.kernels.gluon_emulator import emulate
-from tests.kernels.inputs import check_close
+from tests.kernels.inputs import EMULATED_TYPES, check_close
 from tests.kernels.kernel_ahead import run_beside_the_kernel_ahead
 from tests.kernels.test_skinny_linear import oracle
 from tests.runner.test_warm_up import steps_of
 
 pytestmark = pytest.mark.usefixtures("new_memory_is_nan")
-HALF_TYPES = [torch.bfloat16, torch.float16]
 
 
 def unpacked(dtype: torch.dtype) -> Callable[..., tuple[torch.Tensor, ...]]:
@@ -154,7 +153,7 @@ def test_numbers_of_tokens(generator, num_tokens, gated, group_size):
         check(generator, num_tokens, 256, 72, torch.bfloat16, tile, seed=num_tokens, **parts)
 
 
-@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("dtype", EMULATED_TYPES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, 384, 640])
 @pytest.mark.parametrize("zeros", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
@@ -164,7 +163,7 @@ def test_groups(generator, dtype, group_size, zeros, gated, warpgroups):
     check(generator, 19, 640, 104, dtype, MixedTile(16, 3, 1, warpgroups), seed=group_size, **parts)
 
 
-@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("dtype", EMULATED_TYPES)
 @pytest.mark.parametrize("has_one_scale", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("splits", [1, 2])
@@ -174,7 +173,7 @@ def test_int8(generator, dtype, has_one_scale, gated, splits, warpgroups):
     check(generator, 19, 640, 104, dtype, MixedTile(16, 3, splits, warpgroups), seed=splits, **parts)
 
 
-@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("dtype", EMULATED_TYPES)
 def test_every_int8_is_exact(dtype):
     weight = torch.arange(-128, 128, dtype=torch.int8).repeat(16, 1)
     product = emulated(0, 1)(torch.eye(256, dtype=dtype), weight, torch.ones(1, 1))
@@ -328,7 +327,7 @@ def test_a_layer_on_a_gpu(generator, dtype, parts, gated):
 
 @pytest.mark.gpu
 @needs_hopper
-@pytest.mark.parametrize("dtype", HALF_TYPES)
+@pytest.mark.parametrize("dtype", EMULATED_TYPES)
 def test_every_int8_is_exact_on_a_gpu(dtype):
     weight = torch.arange(-128, 128, dtype=torch.int8, device="cuda").repeat(16, 1)
     product = mixed_matmul(torch.eye(256, dtype=dtype, device="cuda"), weight, torch.ones(1, 1, device="cuda"))

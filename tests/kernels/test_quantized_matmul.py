@@ -7,10 +7,9 @@ from nanovllm.kernels.int4_packing import pack_int4, unpack_int4
 from nanovllm.kernels.quantize_rows import quantize_rows
 from nanovllm.kernels.quantized_matmul import Tile, quantized_matmul
 from nanovllm.kernels.skinny_linear import scaled_weight
-from tests.kernels.inputs import DTYPES, check_close
+from tests.kernels.inputs import HALF_TYPES, check_close
 from tests.kernels.test_skinny_linear import oracle, random_fp8_weight
 
-HALF_TYPES = [dtype for dtype in DTYPES if dtype is not torch.float32]
 TILES = [Tile(64, 16), Tile(64, 32, splits=2), Tile(128, 64, splits=4)]
 
 

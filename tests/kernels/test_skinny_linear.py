@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from nanovllm.kernels import skinny_linear as module
 from nanovllm.kernels.rms_norm import rms_norm_reference
 from nanovllm.kernels.skinny_linear import scaled_weight, skinny_linear, suits_skinny_linear
 from nanovllm.kernels.triton_support import next_power_of_2
+from tests.kernels.graphs import same_of_replays
 from tests.kernels.inputs import DTYPES, check_close
 
 
@@ -190,15 +193,6 @@ def test_chained_kernels_in_a_graph_see_what_the_ones_before_wrote(generator, nu
             hidden = skinny_linear(hidden, weight, bias, **arguments, use_triton=use_triton)
         return hidden
 
-    run(True)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = run(True)
-    results = []
-    for _ in range(100):
-        graph.replay()
-        results.append(out.clone())
-    assert all(torch.equal(result, results[0]) for result in results)
+    got = same_of_replays(partial(run, True), 100).double()
     expected = run(False).double()
-    assert (results[0].double() - expected).norm() / expected.norm() < 2e-2
+    assert (got - expected).norm() / expected.norm() < 2e-2
