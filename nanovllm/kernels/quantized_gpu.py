@@ -1,11 +1,12 @@
 """Products with quantised weights on a GPU: which kernel computes one, by its number of tokens.
 
-- One token, FP8 and INT8: `skinny_linear` converts the weight in registers.
+- One token: `row_linear`. Where it cannot, and for two to four tokens with a small weight, 8 bits are for
+  `skinny_linear`.
 - More tokens: `quantize_rows` brings activations to 8 bits, with the norm folded in, and `quantized_matmul` multiplies.
   On Hopper GPUs, `dense_matmul` multiplies FP8 with up to 512 tokens, or 128 with block scales.
-- INT4, and INT8 with 16-bit activations: with one token `int4_skinny_linear`, with few `skinny_linear`; with some, and
-  with one and very long rows of INT4, `mixed_matmul` on Hopper GPUs, or `quantized_matmul`, converts the weight block
-  by block; with many, the weight is converted once, for the BLAS.
+- INT4, and INT8 with 16-bit activations: with some tokens, and with one and very long rows of INT4, `mixed_matmul` on
+  Hopper GPUs, or `quantized_matmul`, converts the weight block by block; with many, the weight is converted once, for
+  the BLAS.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch.nn.functional as F
 
 from nanovllm.kernels.dense_matmul import dense_matmul, suits_dense_matmul
 from nanovllm.kernels.dequantize_weight import dequantize_weight
-from nanovllm.kernels.int4_skinny_linear import int4_skinny_linear, suits_int4_skinny_linear
 from nanovllm.kernels.mixed_matmul import mixed_matmul, suits_mixed_matmul
 from nanovllm.kernels.quantize_rows import GROUP_SIZE, quantize_rows
 from nanovllm.kernels.quantized_matmul import Tile, quantized_matmul
 from nanovllm.kernels.rms_norm import rms_norm
+from nanovllm.kernels.row_linear import row_linear, suits_row_linear
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.kernels.skinny_linear import scales_blocks, skinny_linear
 from nanovllm.kernels.triton_support import HAS_TRITON, multiprocessor_count, next_power_of_2
@@ -83,8 +84,8 @@ def fp8_product(
 ) -> torch.Tensor:
     """`fp8_linear` where `suits_fused`."""
     if _is_skinny(hidden, weight):
-        return skinny_linear(
-            hidden, weight, bias, scale=scale, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
+        return _skinny_product(
+            hidden, weight, scale, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
         )
     has_blocks = scales_blocks(scale, weight)
     most = _MAX_DENSE_BLOCK_TOKENS if has_blocks else _MAX_DENSE_TOKENS
@@ -162,8 +163,8 @@ def int8_product(
 ) -> torch.Tensor:
     """`int8_linear` where `suits_fused`."""
     if _is_skinny(hidden, weight):
-        return skinny_linear(
-            hidden, weight, bias, scale=scale, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
+        return _skinny_product(
+            hidden, weight, scale, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual
         )
     has_some = len(hidden) <= _MAX_HOPPER_INT8_TOKENS
     if quantize_input:
@@ -204,8 +205,8 @@ def int4_product(
     """`int4_linear` where `suits_fused`."""
     suits_mixed = suits_mixed_matmul(hidden, weight, scale, group_size=group_size, gated=gated)
     is_long = suits_mixed and hidden.shape[1] > _MAX_INT4_ROW
-    if suits_int4_skinny_linear(hidden, group_size) and not is_long:
-        return int4_skinny_linear(
+    if suits_row_linear(hidden, group_size) and not is_long:
+        return row_linear(
             hidden,
             weight,
             scale,
@@ -280,10 +281,19 @@ def _finished(
 
 
 def _is_skinny(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Returns whether `skinny_linear` is faster than two kernels, of which one quantises the activations."""
+    """Returns whether `_skinny_product` is faster than two kernels, of which one quantises the activations."""
     num_tokens, input_size = hidden.shape
     extra_products = (num_tokens - 1) * weight.numel()
     return num_tokens <= _MAX_SKINNY_TOKENS and extra_products <= _MAX_EXTRA_PRODUCTS and input_size <= _MAX_ROW
+
+
+def _skinny_product(
+    hidden: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, **around: Any
+) -> torch.Tensor:
+    """Returns the product of few tokens with 8-bit weights, which become floats in registers."""
+    if suits_row_linear(hidden):
+        return row_linear(hidden, weight, scale, bias, **around)
+    return skinny_linear(hidden, weight, bias, scale=scale, **around)
 
 
 def _choose_tile(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool, inputs: int = GROUP_SIZE) -> Tile:

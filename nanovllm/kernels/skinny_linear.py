@@ -49,7 +49,7 @@ _SCALE_BLOCK = constant(SCALE_BLOCK)
 _IS_INTERPRETED = constant(INTERPRETED)
 
 # prmt takes the weight's byte 0 … 3 and the bytes 00 00 4B: the number 2²³ + u, of which u = v + 128 becomes v.
-_INT8_TO_FLOAT = constant(
+INT8_TO_FLOAT = constant(
     "{\n.reg .b32 bytes, number;\nxor.b32 bytes, $4, 0x80808080;\n"
     + "".join(
         f"prmt.b32 number, bytes, 0x4B000000, 0x744{byte};\nsub.rn.f32 ${byte}, number, 0f4B000080;\n"
@@ -80,7 +80,7 @@ def _to_float(weight: tl.tensor, KEEP: tl.constexpr) -> tl.tensor:
     """
     if weight.dtype == tl.int8 and not _IS_INTERPRETED:
         numbers = tl.inline_asm_elementwise(
-            _INT8_TO_FLOAT, "=&f,=&f,=&f,=&f,r", [weight], dtype=tl.float32, is_pure=KEEP, pack=4
+            INT8_TO_FLOAT, "=&f,=&f,=&f,=&f,r", [weight], dtype=tl.float32, is_pure=KEEP, pack=4
         )
     else:
         numbers = weight.to(tl.float32)

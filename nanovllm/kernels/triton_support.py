@@ -42,8 +42,8 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    # Experimental: enabled for the releases with which our kernels were tested.
-    HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7.")) and not INTERPRETED
+    # Experimental: enabled for the releases with which our kernels were tested, on NVIDIA GPUs.
+    HAS_GLUON = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None and not INTERPRETED
     block_barrier: Any = getattr(gl, "thread_barrier", None) or getattr(gl, "barrier", None)  # in 3.6, in 3.7
 except ImportError:
     gl = block_barrier = fence_async_shared = mbarrier = tma = None

@@ -16,7 +16,7 @@ import torch
 import triton
 from triton.runtime import driver
 
-from nanovllm.kernels import dense_matmul, int4_skinny_linear, mixed_matmul, paged_prefill_hopper
+from nanovllm.kernels import dense_matmul, mixed_matmul, paged_prefill_hopper, row_linear
 from nanovllm.kernels.attention_inputs import LayerKVCache, PrefillMetadata
 from nanovllm.kernels.dense_tiles import DenseTile
 from nanovllm.kernels.triton_support import HAS_GLUON
@@ -64,21 +64,39 @@ def compile_mixed_matmul(
     )
 
 
-def compile_int4_skinny_linear(
-    dtype: torch.dtype, input_size: int, has_zeros: bool, gated: bool, has_norm: bool
+def compile_row_linear(
+    kind: str, dtype: torch.dtype, input_size: int, gated: bool, has_norm: bool, outputs: int = 8
 ) -> None:
-    outputs = 256
-    scale = torch.empty(input_size // 128, outputs).T
-    int4_skinny_linear.int4_skinny_linear(
+    """kind: int4, int8, fp8 or blocks (FP8 with scales of 128 inputs). Bias comes with a norm, residual without.
+
+    outputs: of a multiprocessor, of which the device that is compiled for has one.
+    """
+    outputs *= 1 + gated
+    blocks = -(-input_size // 128)
+    given: dict[str, Any] = {
+        "int4": {
+            "weight": torch.empty(outputs, blocks * 32, dtype=torch.int16),
+            "scale": torch.empty(blocks, outputs).T,
+            "zeros": torch.empty(blocks, outputs).T,
+            "group_size": 128,
+        },
+        "int8": {"weight": torch.empty(outputs, input_size, dtype=torch.int8), "scale": torch.empty(outputs, 1)},
+        "fp8": {
+            "weight": torch.empty(outputs, input_size, dtype=torch.float8_e4m3fn),
+            "scale": torch.empty(outputs, 1),
+        },
+        "blocks": {
+            "weight": torch.empty(outputs, input_size, dtype=torch.float8_e4m3fn),
+            "scale": torch.empty(-(-outputs // 128), blocks),
+        },
+    }[kind]
+    row_linear.row_linear(
         torch.empty(1, input_size, dtype=dtype),
-        torch.empty(outputs, -(-input_size // 128) * 32, dtype=torch.int16),
-        scale,
-        torch.empty(outputs, dtype=dtype) if has_norm else None,
-        zeros=scale if has_zeros else None,
-        group_size=128,
+        bias=torch.empty(outputs, dtype=dtype) if has_norm else None,
         norm_weight=torch.empty(input_size, dtype=dtype) if has_norm else None,
         gated=gated,
         residual=None if has_norm else torch.empty(1, outputs, dtype=dtype),
+        **given,
     )
 
 
@@ -125,19 +143,30 @@ CASES = [
     (compile_mixed_matmul, (torch.bfloat16, 32, 32, True, False, 2, 3)),
     (compile_mixed_matmul, (torch.bfloat16, 16, 0, False, True, 2, 3)),
     (compile_mixed_matmul, (torch.bfloat16, 128, 0, False, True, 1, 3)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 1024, True, False, True)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 1024, False, True, True)),
-    (compile_int4_skinny_linear, (torch.float16, 3072, True, False, False)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 4096, True, False, True)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 4096, True, True, True)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 5120, True, False, True)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 5120, True, True, True)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 8192, True, False, False)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 8192, True, True, True)),
-    (compile_int4_skinny_linear, (torch.float16, 8960, True, False, False)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 12288, True, False, False)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 16384, True, True, True)),
-    (compile_int4_skinny_linear, (torch.bfloat16, 25600, True, False, False)),
+    (compile_row_linear, ("int4", torch.bfloat16, 1024, False, True)),
+    (compile_row_linear, ("int4", torch.bfloat16, 1024, True, True)),
+    (compile_row_linear, ("int4", torch.float16, 3072, False, False)),
+    (compile_row_linear, ("int4", torch.bfloat16, 4096, False, True)),
+    (compile_row_linear, ("int4", torch.bfloat16, 4096, True, True)),
+    (compile_row_linear, ("int4", torch.bfloat16, 5120, False, True)),
+    (compile_row_linear, ("int4", torch.bfloat16, 5120, True, True)),
+    (compile_row_linear, ("int4", torch.bfloat16, 8192, False, False)),
+    (compile_row_linear, ("int4", torch.bfloat16, 8192, True, True)),
+    (compile_row_linear, ("int4", torch.float16, 8960, False, False)),
+    (compile_row_linear, ("int4", torch.bfloat16, 12288, False, False)),
+    (compile_row_linear, ("int4", torch.bfloat16, 16384, True, True)),
+    (compile_row_linear, ("int4", torch.bfloat16, 25600, False, False)),
+    (compile_row_linear, ("fp8", torch.bfloat16, 1024, True, True, 23)),
+    (compile_row_linear, ("fp8", torch.bfloat16, 4096, True, True, 93)),
+    (compile_row_linear, ("fp8", torch.bfloat16, 5120, False, True, 77)),
+    (compile_row_linear, ("fp8", torch.float16, 8192, False, False, 39)),
+    (compile_row_linear, ("fp8", torch.float16, 12288, False, False, 31)),
+    (compile_row_linear, ("blocks", torch.bfloat16, 4096, True, True, 93)),
+    (compile_row_linear, ("blocks", torch.bfloat16, 4096, False, False, 31)),
+    (compile_row_linear, ("blocks", torch.bfloat16, 12288, False, False, 31)),
+    (compile_row_linear, ("int8", torch.bfloat16, 5120, True, True, 194)),
+    (compile_row_linear, ("int8", torch.float16, 8192, False, False, 39)),
+    (compile_row_linear, ("int8", torch.bfloat16, 25600, False, False, 39)),
     (compile_dense_matmul, ("bf16", False, DenseTile(32, 9, parts=2))),
     (compile_dense_matmul, ("bf16", True, DenseTile(128, 5, warpgroups=3))),
     (compile_dense_matmul, ("bf16", False, DenseTile(256, 4, warpgroups=2))),
@@ -162,7 +191,7 @@ def main() -> None:
     compile_launches_of(paged_prefill_hopper._paged_prefill_hopper_kernel)
     compile_launches_of(mixed_matmul._mixed_matmul_kernel, PDL=True, launch_pdl=True)
     compile_launches_of(dense_matmul._dense_matmul_kernel, PDL=True, launch_pdl=True)
-    compile_launches_of(int4_skinny_linear._int4_skinny_linear_kernel, PDL=True, launch_pdl=True)
+    compile_launches_of(row_linear._row_linear_kernel, PDL=True, launch_pdl=True)
     for compile_case, arguments in CASES:
         with redirect_stdout(StringIO()) as printed:
             try:

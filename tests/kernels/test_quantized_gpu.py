@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from nanovllm.kernels import int4_skinny_linear, quantized_gpu
+from nanovllm.kernels import quantized_gpu, row_linear
 from nanovllm.kernels.quantized_linear import fp8_linear, int4_linear, int8_linear, pack_int4, suits_fused
 from tests.kernels.graphs import same_of_replays
 from tests.kernels.inputs import relative_error
@@ -39,10 +39,21 @@ def random_quantized_product(generator, device, kind, outputs):
 LAST_HOPPER, LAST_OTHER = quantized_gpu._MAX_HOPPER_INT8_TOKENS, quantized_gpu._MAX_INT8_TOKENS
 
 
+@pytest.mark.parametrize("has_gluon", [False, True])
+def test_which_kernel_multiplies_one_row_by_8_bits(monkeypatch, has_gluon):
+    for name in ("row_linear", "skinny_linear"):
+        monkeypatch.setattr(quantized_gpu, name, lambda *given, name=name, **named: name)
+    monkeypatch.setattr(row_linear, "HAS_GLUON", has_gluon)
+    hidden = torch.empty(1, 4096, dtype=torch.bfloat16)
+    chosen = quantized_gpu._skinny_product(hidden, torch.empty(256, 4096).char(), torch.empty(256, 1), None)
+    assert chosen == ("row_linear" if has_gluon else "skinny_linear")
+
+
 @pytest.mark.parametrize(
     ("num_tokens", "is_hopper", "quantize_input", "kernel"),
     [
-        (1, True, False, "skinny_linear"),
+        (1, True, False, "row_linear"),
+        (1, True, True, "row_linear"),
         (2, True, False, "mixed_matmul"),
         (LAST_HOPPER, True, False, "mixed_matmul"),
         (LAST_HOPPER + 1, True, False, "_dense_product"),
@@ -53,8 +64,9 @@ LAST_HOPPER, LAST_OTHER = quantized_gpu._MAX_HOPPER_INT8_TOKENS, quantized_gpu._
     ],
 )
 def test_which_kernel_multiplies_by_int8(monkeypatch, num_tokens, is_hopper, quantize_input, kernel):
-    for name in ("skinny_linear", "mixed_matmul", "quantized_matmul", "_dense_product"):
+    for name in ("row_linear", "mixed_matmul", "quantized_matmul", "_dense_product"):
         monkeypatch.setattr(quantized_gpu, name, lambda *given, name=name, **named: name)
+    monkeypatch.setattr(row_linear, "HAS_GLUON", True)
     monkeypatch.setattr(quantized_gpu, "suits_mixed_matmul", lambda *given, **named: is_hopper)
     monkeypatch.setattr(quantized_gpu, "dequantize_weight", lambda *given, **named: None)
     monkeypatch.setattr(quantized_gpu, "quantize_rows", lambda *given, **named: (None, None))
@@ -79,11 +91,11 @@ LAST_OTHER_INT4, LAST_INT4_ROW = quantized_gpu._MAX_INT4_TOKENS, quantized_gpu._
 @pytest.mark.parametrize(
     ("num_tokens", "input_size", "is_hopper", "kernel"),
     [
-        (1, LAST_INT4_ROW, True, "int4_skinny_linear"),
+        (1, LAST_INT4_ROW, True, "row_linear"),
         (1, LAST_INT4_ROW + 128, True, "mixed_matmul"),
-        (1, LAST_INT4_ROW + 128, False, "int4_skinny_linear"),
-        (1, int4_skinny_linear._MAX_INPUTS + 128, False, "quantized_matmul"),
-        (0, 4096, False, "int4_skinny_linear"),
+        (1, LAST_INT4_ROW + 128, False, "row_linear"),
+        (1, row_linear._MAX_INPUTS + 128, False, "quantized_matmul"),
+        (0, 4096, False, "row_linear"),
         (2, 4096, True, "mixed_matmul"),
         (LAST_HOPPER_INT4, 4096, True, "mixed_matmul"),
         (LAST_HOPPER_INT4 + 1, 4096, True, "_dense_product"),
@@ -92,9 +104,9 @@ LAST_OTHER_INT4, LAST_INT4_ROW = quantized_gpu._MAX_INT4_TOKENS, quantized_gpu._
     ],
 )
 def test_which_kernel_multiplies_by_int4(monkeypatch, num_tokens, input_size, is_hopper, kernel):
-    for name in ("int4_skinny_linear", "mixed_matmul", "quantized_matmul", "_dense_product"):
+    for name in ("row_linear", "mixed_matmul", "quantized_matmul", "_dense_product"):
         monkeypatch.setattr(quantized_gpu, name, lambda *given, name=name, **named: name)
-    monkeypatch.setattr(int4_skinny_linear, "HAS_GLUON", True)
+    monkeypatch.setattr(row_linear, "HAS_GLUON", True)
     monkeypatch.setattr(quantized_gpu, "suits_mixed_matmul", lambda *given, **named: is_hopper)
     monkeypatch.setattr(quantized_gpu, "dequantize_weight", lambda *given, **named: None)
     chosen = quantized_gpu.int4_product(
@@ -119,12 +131,12 @@ LAST_BLOCK, LAST_GATED_BLOCK = quantized_gpu._MAX_BLOCK_TOKENS, quantized_gpu._M
 @pytest.mark.parametrize(
     ("has_blocks", "num_tokens", "is_hopper", "kernel", "gated"),
     [
-        (False, 1, True, "skinny_linear", False),
+        (False, 1, True, "row_linear", False),
         (False, 5, True, "dense_matmul", False),
         (False, LAST_DENSE, True, "dense_matmul", False),
         (False, LAST_DENSE + 1, True, "quantized_matmul", False),
         (False, LAST_BLOCK, False, "quantized_matmul", False),
-        (True, 1, True, "skinny_linear", False),
+        (True, 1, True, "row_linear", False),
         (True, 5, True, "dense_matmul", False),
         (True, LAST_DENSE_BLOCK, True, "dense_matmul", False),
         (True, LAST_DENSE_BLOCK + 1, True, "_many_rows_block_product", False),
@@ -142,8 +154,9 @@ def test_which_kernel_multiplies_by_fp8(monkeypatch, has_blocks, num_tokens, is_
         given["rows"] = num_rows or len(hidden)
         return torch.empty(given["rows"], hidden.shape[1]), None
 
-    for name in ("skinny_linear", "quantized_matmul", "dense_matmul", "_many_rows_block_product"):
+    for name in ("row_linear", "quantized_matmul", "dense_matmul", "_many_rows_block_product"):
         monkeypatch.setattr(quantized_gpu, name, lambda *given, name=name, **named: (name, given[0].shape[0]))
+    monkeypatch.setattr(row_linear, "HAS_GLUON", True)
     monkeypatch.setattr(quantized_gpu, "suits_dense_matmul", lambda *given, gated: is_hopper)
     monkeypatch.setattr(quantized_gpu, "quantize_rows", quantized)
     chosen, rows = quantized_gpu.fp8_product(

@@ -1,0 +1,477 @@
+"""Matrix products of one row with weights of 8 or 4 bits, in Gluon.
+
+Such a product takes the time to read the weight, so nothing else should. A program brings the input into shared memory
+once, and then takes one band of outputs after another. Each warp computes outputs of its own, so that warps wait for
+each other once, when the input is there, and no sum crosses them. A warp loads the next weights while it multiplies.
+What is fused, and what precedes the end of the kernel ahead, is as in `skinny_linear`.
+
+Weights of 8 bits are converted to float32 in registers. With 4 bits, memory delivers a weight in the time of three
+instructions, and converting it takes that many. So the input is converted instead: each 128 inputs share a scale and
+become integers of 16 bits, which is more exact than bf16, and an instruction multiplies four weights by the upper or
+lower bytes of four such integers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nanovllm.kernels.int4_packing import BLOCK_SIZE, PLANE_SIZE
+from nanovllm.kernels.row_tiles import RowTile, choose_row_tile
+from nanovllm.kernels.skinny_linear import INT8_TO_FLOAT, SCALE_BLOCK, scales_blocks
+from nanovllm.kernels.triton_support import (
+    HAS_GLUON,
+    block_barrier,
+    constant,
+    gdc_launch_dependents,
+    gdc_wait,
+    gl,
+    gluon_jit,
+    multiprocessor_count,
+    next_power_of_2,
+    pdl_options,
+    shared_memory,
+)
+
+_MAX_INPUTS = 32768  # more were not tried
+_SUMS_BYTES = 4096  # of shared memory beside the input, at most
+_BLOCK = constant(BLOCK_SIZE)  # inputs: of a scale, and in INT4 of what is packed together
+_PLANE = constant(PLANE_SIZE // 2)  # words of two inputs in a plane of such a block
+_CHUNK_BYTES = 512  # of a row that a warp reads at once, 16 a lane
+_CHUNK_WORDS = constant(_CHUNK_BYTES // 4)
+_MIN_BLOCKS = 8  # of a chunk in INT4; in 8 bits it has four
+_LARGEST = constant(32512.0)  # the largest integer whose upper byte, rounded, is a signed byte
+_MAGIC = constant(12582912.0)  # 1.5 · 2²³: the sum with a small number has the nearest integer in its lowest bits
+_ADD_PRODUCTS = constant("dp4a.s32.s32 $0, $1, $2, $3;")
+_FP8_TO_FLOAT = constant(
+    """{
+.reg .b16 low, high, h0, h1, h2, h3;
+.reg .b32 pair;
+mov.b32 {low, high}, $4;
+cvt.rn.f16x2.e4m3x2 pair, low;
+mov.b32 {h0, h1}, pair;
+cvt.rn.f16x2.e4m3x2 pair, high;
+mov.b32 {h2, h3}, pair;
+cvt.f32.f16 $0, h0;
+cvt.f32.f16 $1, h1;
+cvt.f32.f16 $2, h2;
+cvt.f32.f16 $3, h3;
+}"""
+)
+
+
+@gluon_jit()
+def _load_numbers(
+    ptr: gl.tensor, place: gl.tensor, COUNT: gl.constexpr, INPUT_SIZE: gl.constexpr, dtype: gl.constexpr
+) -> gl.tuple:
+    """Loads COUNT neighbouring 16-bit numbers, of which ptr takes COUNT as one word. Returns them in float32."""
+    word = gl.load(ptr + place, mask=place < INPUT_SIZE // COUNT, other=0)
+    numbers: gl.tuple = ()
+    for index in gl.static_range(COUNT):
+        number = ((word >> (16 * index)) & 0xFFFF).to(gl.int16).to(dtype, bitcast=True).to(gl.float32)
+        numbers = numbers + (number,)
+    return numbers
+
+
+@gluon_jit()
+def _load_row(
+    ptr: gl.tensor,
+    block: gl.tensor,
+    word: gl.tensor,
+    IS_INT4: gl.constexpr,
+    INPUT_SIZE: gl.constexpr,
+    dtype: gl.constexpr,
+) -> gl.tuple:
+    """Loads the inputs that belong to words of the weight: of 8 bits four neighbours, of INT4 a pair of each plane."""
+    numbers: gl.tuple = ()
+    if IS_INT4:
+        for plane in gl.static_range(4):
+            place = block * (_BLOCK // 2) + plane * _PLANE + word
+            numbers = numbers + _load_numbers(ptr, place, 2, INPUT_SIZE, dtype)
+    else:
+        numbers = _load_numbers(ptr, block * (_BLOCK // 4) + word, 4, INPUT_SIZE, dtype)
+    return numbers
+
+
+@gluon_jit()
+def _add_products(a: gl.tensor, b: gl.tensor, acc: gl.tensor) -> gl.tensor:
+    """Returns acc + the sum of the products of a's and b's four signed bytes."""
+    return gl.inline_asm_elementwise(_ADD_PRODUCTS, "=r,r,r,r", [a, b, acc], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon_jit()
+def _sum_eight(x: gl.tuple) -> gl.tensor:
+    return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]))
+
+
+@gluon_jit()
+def _to_bytes(x_0: gl.tensor, x_1: gl.tensor, x_2: gl.tensor, x_3: gl.tensor, inverse: gl.tensor) -> gl.tuple:
+    """Rounds four numbers times `inverse` to integers. Returns words of their lower and of their upper bytes."""
+    n_0 = (x_0 * inverse + _MAGIC).to(gl.int32, bitcast=True)
+    n_1 = (x_1 * inverse + _MAGIC).to(gl.int32, bitcast=True)
+    n_2 = (x_2 * inverse + _MAGIC).to(gl.int32, bitcast=True)
+    n_3 = (x_3 * inverse + _MAGIC).to(gl.int32, bitcast=True)
+    lower = (n_0 & 255) | ((n_1 & 255) << 8) | ((n_2 & 255) << 16) | (n_3 << 24)
+    # The lower byte is signed, so that the upper one is rounded.
+    n_0, n_1, n_2, n_3 = n_0 + 128, n_1 + 128, n_2 + 128, n_3 + 128
+    upper = ((n_0 >> 8) & 255) | (n_1 & 0xFF00) | ((n_2 & 0xFF00) << 8) | ((n_3 & 0xFF00) << 16)
+    return lower, upper
+
+
+@gluon_jit()
+def _to_integers(x: gl.tuple, total: gl.tensor, x_scale: gl.tensor, HAS_NORM: gl.constexpr) -> gl.tuple:
+    """Converts the input to integers, for INT4. x: eight tensors [blocks, 16], a pair of each plane.
+
+    Returns the lower and upper bytes that belong to the lower four bits of a byte of weights, then those that belong to
+    the upper four. Stores a quarter of each block's sum, and its scale, in `total` and `x_scale` [blocks].
+    """
+    largest = gl.abs(x[0])
+    for index in gl.static_range(1, 8):
+        largest = gl.maximum(largest, gl.abs(x[index]))
+    largest = gl.maximum(gl.max(largest, axis=1), 1e-30)  # [blocks]; more than 0, which has no inverse
+    inverse = gl.expand_dims(1.0 / largest * _LARGEST, 1)
+    # A word's bytes, from the lowest: planes 0 and 1, planes 2 and 3, and both for the next input.
+    lower_a, upper_a = _to_bytes(x[0], x[4], x[1], x[5], inverse)
+    lower_b, upper_b = _to_bytes(x[2], x[6], x[3], x[7], inverse)
+    ones = gl.full_like(lower_a, 0x01010101)
+    upper = _add_products(upper_b, ones, _add_products(upper_a, ones, gl.zeros_like(ones)))
+    lower = _add_products(lower_b, ones, _add_products(lower_a, ones, gl.zeros_like(ones)))
+    scale = largest / _LARGEST
+    if not HAS_NORM:  # NaN and infinity, which integers lose and the sum of squares keeps
+        scale += 0.0 * gl.sum(_sum_eight(x), axis=1)
+    total.store(gl.sum(upper * 256 + lower, axis=1).to(gl.float32) * 0.25)  # each of four lanes subtracts it; exact
+    x_scale.store(scale)
+    return lower_a, upper_a, lower_b, upper_b
+
+
+@gluon_jit()
+def _load_piece(
+    weight: gl.tuple,
+    first_row: gl.tensor,
+    first_chunk: gl.constexpr,
+    HAS_GROUP_SCALE: gl.constexpr,
+    HAS_ZEROS: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
+    SCALE_ROWS: gl.constexpr,
+    IS_GATED: gl.constexpr,
+    OUTPUT_SIZE: gl.constexpr,
+    NUM_WORDS: gl.constexpr,
+    BLOCK_WORDS: gl.constexpr,
+    PIECE_CHUNKS: gl.constexpr,
+    WORD_LAYOUT: gl.constexpr,
+    LANE_LAYOUT: gl.constexpr,
+    ROWS: gl.constexpr,
+) -> gl.tuple:
+    """Loads PIECE_CHUNKS chunks of rows, and then of up rows: of each, words [rows, 128] and what scales them.
+
+    weight: the pointers of words, scales and zeros, and the scales' strides. With scales of groups, a lane has the
+    scale and zero of its words [rows, 32].
+    """
+    weight_ptr, scale_ptr, zero_ptr, row_stride, group_stride = weight
+    CHUNK_BLOCKS: gl.constexpr = _CHUNK_WORDS // BLOCK_WORDS
+    NUM_BLOCKS: gl.constexpr = (NUM_WORDS + BLOCK_WORDS - 1) // BLOCK_WORDS
+    row = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, WORD_LAYOUT)), 1)
+    word = gl.expand_dims(gl.arange(0, _CHUNK_WORDS, gl.SliceLayout(0, WORD_LAYOUT)), 0)
+    lane_row = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, LANE_LAYOUT)), 1)
+    lane = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, LANE_LAYOUT)), 0)
+    loaded: gl.tuple = ()
+    for side in gl.static_range(1 + IS_GATED):
+        for chunk in gl.static_range(first_chunk, first_chunk + PIECE_CHUNKS):
+            place = chunk * _CHUNK_WORDS + word
+            block = chunk * CHUNK_BLOCKS + lane // (32 // CHUNK_BLOCKS)
+            mask, lane_mask = row < OUTPUT_SIZE, lane_row < OUTPUT_SIZE
+            if (chunk + 1) * _CHUNK_WORDS > NUM_WORDS:
+                mask, lane_mask = mask & (place < NUM_WORDS), lane_mask & (block < NUM_BLOCKS)
+            row_ptr = weight_ptr + (side * OUTPUT_SIZE + row).to(gl.int64) * NUM_WORDS
+            words = gl.load(row_ptr + place, mask=mask, other=0)
+            if HAS_GROUP_SCALE:
+                position = (side * OUTPUT_SIZE + lane_row) // SCALE_ROWS * row_stride
+                position = position + (block * _BLOCK // GROUP_SIZE) * group_stride
+                scale = gl.load(scale_ptr + position, mask=lane_mask, other=0.0)
+                zero = gl.full_like(scale, 8.0)
+                if HAS_ZEROS:
+                    zero = gl.load(zero_ptr + position, mask=lane_mask, other=0.0)
+                loaded = loaded + ((words, scale, zero),)
+            else:
+                loaded = loaded + ((words,),)
+    return loaded
+
+
+@gluon_jit()
+def _load_inputs(
+    inputs: gl.tuple,
+    sums: gl.tuple,
+    chunk: gl.constexpr,
+    IS_INT4: gl.constexpr,
+    WORD_LAYOUT: gl.constexpr,
+    LANE_LAYOUT: gl.constexpr,
+) -> gl.tuple:
+    """Loads a chunk of the input from shared memory: four tensors [1, 128]; of INT4 a lane's sum and scale [1, 32]."""
+    loaded: gl.tuple = ()
+    for part in gl.static_range(4):
+        values = inputs[part].slice(chunk * _CHUNK_WORDS, _CHUNK_WORDS).load(gl.SliceLayout(0, WORD_LAYOUT))
+        loaded = loaded + (gl.expand_dims(values, 0),)
+    if IS_INT4:
+        OF_BLOCKS: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [gl.num_warps(), 1], [1, 0])
+        for part in gl.static_range(2):
+            values = sums[part].slice(chunk * 8, 8).load(gl.SliceLayout(1, OF_BLOCKS))
+            values = gl.reshape(gl.expand_dims(values, 1).broadcast_to([8, 4]), [32])
+            values = gl.convert_layout(values, gl.SliceLayout(0, LANE_LAYOUT), assert_trivial=True)
+            loaded = loaded + (gl.expand_dims(values, 0),)
+    return loaded
+
+
+@gluon_jit()
+def _to_floats(words: gl.tensor, IS_INT8: gl.constexpr) -> gl.tuple:
+    """Returns a word's four weights of 8 bits, from the lowest byte, in float32."""
+    FLOATS: gl.constexpr = (gl.float32, gl.float32, gl.float32, gl.float32)
+    if IS_INT8:
+        numbers = gl.inline_asm_elementwise(
+            INT8_TO_FLOAT, "=&f,=&f,=&f,=&f,r", [words], dtype=FLOATS, is_pure=True, pack=1
+        )
+    else:
+        numbers = gl.inline_asm_elementwise(
+            _FP8_TO_FLOAT, "=&f,=&f,=&f,=&f,r", [words], dtype=FLOATS, is_pure=True, pack=1
+        )
+    return numbers
+
+
+@gluon_jit()
+def _multiply(
+    weights: gl.tuple,
+    inputs: gl.tuple,
+    KIND: gl.constexpr,
+    HAS_GROUP_SCALE: gl.constexpr,
+    LANE_LAYOUT: gl.constexpr,
+) -> gl.tensor:
+    """Returns each lane's part of the products of a chunk [rows, 32]."""
+    words = weights[0]
+    if KIND == "int4":
+        lower_a, upper_a, lower_b, upper_b, total, x_scale = inputs
+        low, high = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
+        upper = _add_products(high, upper_b, _add_products(low, upper_a, gl.zeros_like(words)))
+        lower = _add_products(high, lower_b, _add_products(low, lower_a, gl.zeros_like(words)))
+        products = upper * 256 + lower
+    else:
+        numbers = _to_floats(words, KIND == "int8")
+        products = numbers[0] * inputs[0] + numbers[1] * inputs[1] + (numbers[2] * inputs[2] + numbers[3] * inputs[3])
+    dot = gl.sum(gl.reshape(products, [words.shape[0], 32, 4]), axis=2)
+    dot = gl.convert_layout(dot, LANE_LAYOUT, assert_trivial=True)
+    if KIND == "int4":
+        dot = (dot.to(gl.float32) - weights[2] * total) * (weights[1] * x_scale)
+    elif HAS_GROUP_SCALE:
+        dot = dot * weights[1]
+    return dot
+
+
+@gluon_jit()
+def _row_linear_kernel(
+    x_ptr: gl.tensor,
+    weight_ptr: gl.tensor,
+    scale_ptr: gl.tensor,
+    zero_ptr: gl.tensor,
+    bias_ptr: gl.tensor,
+    norm_weight_ptr: gl.tensor,
+    residual_ptr: gl.tensor,
+    out_ptr: gl.tensor,
+    scale_row_stride: gl.tensor,
+    scale_group_stride: gl.tensor,
+    eps: gl.tensor,
+    KIND: gl.constexpr,
+    HAS_GROUP_SCALE: gl.constexpr,
+    HAS_ZEROS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    HAS_NORM: gl.constexpr,
+    HAS_RESIDUAL: gl.constexpr,
+    IS_GATED: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
+    SCALE_ROWS: gl.constexpr,
+    OUTPUT_SIZE: gl.constexpr,
+    INPUT_SIZE: gl.constexpr,
+    NUM_WORDS: gl.constexpr,
+    WARP_ROWS: gl.constexpr,
+    PIECE_CHUNKS: gl.constexpr,
+    PADDED_BLOCKS: gl.constexpr,
+    PDL: gl.constexpr,
+) -> None:
+    """A program takes bands of outputs, WARP_ROWS for each warp, and of each output PIECE_CHUNKS chunks at a time.
+
+    KIND: of the weight, whose rows have NUM_WORDS words of 32 bits. x and the norm's weight are read as words of four
+    numbers, with INT4 of two. PADDED_BLOCKS: a power of two, ≥ 8.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    ROWS: gl.constexpr = WARPS * WARP_ROWS
+    IS_INT4: gl.constexpr = KIND == "int4"
+    BLOCK_WORDS: gl.constexpr = _BLOCK // 8 if IS_INT4 else _BLOCK // 4
+    PIECES: gl.constexpr = (NUM_WORDS + PIECE_CHUNKS * _CHUNK_WORDS - 1) // (PIECE_CHUNKS * _CHUNK_WORDS)
+    NUM_BANDS: gl.constexpr = (OUTPUT_SIZE + ROWS - 1) // ROWS
+    WORD_LAYOUT: gl.constexpr = gl.BlockedLayout([WARP_ROWS, 4], [1, 32], [WARPS, 1], [1, 0])
+    LANE_LAYOUT: gl.constexpr = gl.BlockedLayout([WARP_ROWS, 1], [1, 32], [WARPS, 1], [1, 0])
+    # Of the input on its way to shared memory: a block's words lie in one warp.
+    EACH: gl.constexpr = max(1, min(4, PADDED_BLOCKS * BLOCK_WORDS // (32 * WARPS)))
+    BLOCK_LANES: gl.constexpr = BLOCK_WORDS // EACH
+    INPUT: gl.constexpr = gl.BlockedLayout([1, EACH], [32 // BLOCK_LANES, BLOCK_LANES], [WARPS, 1], [1, 0])
+    ALL_BLOCKS: gl.constexpr = gl.BlockedLayout([1, max(1, PADDED_BLOCKS // 32)], [1, 32], [WARPS, 1], [1, 0])
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    INPUT_TYPE: gl.constexpr = gl.int32 if IS_INT4 else gl.float32
+    dtype: gl.constexpr = out_ptr.type.element_ty
+    if PDL:
+        gdc_launch_dependents()
+    # Buffers of their own: the compiler puts a barrier between stores to parts of one. For each word of the weight a
+    # buffer has a word: one of the four inputs, or in INT4 the upper or lower bytes of four.
+    inputs: gl.tuple = ()
+    for _part in gl.static_range(4):
+        inputs = inputs + (gl.allocate_shared_memory(INPUT_TYPE, [PADDED_BLOCKS * BLOCK_WORDS], PLAIN),)
+    sums: gl.tuple = ()  # of blocks: the sum and the scale of integers, the sum of squares
+    for _part in gl.static_range(3):
+        sums = sums + (gl.allocate_shared_memory(gl.float32, [PADDED_BLOCKS], PLAIN),)
+    weight = (weight_ptr, scale_ptr, zero_ptr, scale_row_stride, scale_group_stride)
+    first_band = gl.program_id(0)
+    next_piece = _load_piece(
+        weight, first_band * ROWS, 0, HAS_GROUP_SCALE, HAS_ZEROS, GROUP_SIZE, SCALE_ROWS, IS_GATED, OUTPUT_SIZE,
+        NUM_WORDS, BLOCK_WORDS, PIECE_CHUNKS, WORD_LAYOUT, LANE_LAYOUT, ROWS,
+    )  # fmt: skip
+    block = gl.expand_dims(gl.arange(0, PADDED_BLOCKS, gl.SliceLayout(1, INPUT)), 1)
+    word = gl.expand_dims(gl.arange(0, BLOCK_WORDS, gl.SliceLayout(0, INPUT)), 0)
+    norm_weight: gl.tuple = ()
+    if HAS_NORM:
+        norm_weight = _load_row(norm_weight_ptr, block, word, IS_INT4, INPUT_SIZE, dtype)
+    if PDL:
+        gdc_wait()
+    x = _load_row(x_ptr, block, word, IS_INT4, INPUT_SIZE, dtype)
+    if HAS_NORM:
+        squares = x[0] * x[0]
+        normed: gl.tuple = (x[0] * norm_weight[0],)
+        for index in gl.static_range(1, 8 if IS_INT4 else 4):
+            squares += x[index] * x[index]
+            normed = normed + (x[index] * norm_weight[index],)
+        sums[2].store(gl.sum(squares, axis=1))
+        x = normed
+    if IS_INT4:
+        x = _to_integers(x, sums[0], sums[1], HAS_NORM)
+    for part in gl.static_range(4):
+        inputs[part].store(gl.reshape(x[part], [PADDED_BLOCKS * BLOCK_WORDS]))
+    block_barrier()  # the compiler's own may lie in the main loop
+    factor = 1.0
+    if HAS_NORM:  # every warp adds up all
+        square_sum = gl.sum(sums[2].load(gl.SliceLayout(0, ALL_BLOCKS)), axis=0)
+        factor = 1.0 / gl.sqrt(square_sum / INPUT_SIZE + eps)
+
+    for band in range(first_band, NUM_BANDS, gl.num_programs(0)):
+        output = band * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LANE_LAYOUT))
+        mask = output < OUTPUT_SIZE
+        zero = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LANE_LAYOUT))
+        bias, up_bias, addend = zero, zero, zero
+        scale = zero + factor
+        up_scale = scale
+        if HAS_BIAS:
+            bias = gl.load(bias_ptr + output, mask=mask, other=0.0).to(gl.float32)
+            if IS_GATED:
+                up_bias = gl.load(bias_ptr + OUTPUT_SIZE + output, mask=mask, other=0.0).to(gl.float32)
+        if HAS_RESIDUAL:
+            addend = gl.load(residual_ptr + output, mask=mask, other=0.0).to(gl.float32)
+        if not HAS_GROUP_SCALE:
+            scale *= gl.load(scale_ptr + output * scale_row_stride, mask=mask, other=0.0)
+            if IS_GATED:
+                up_scale *= gl.load(scale_ptr + (OUTPUT_SIZE + output) * scale_row_stride, mask=mask, other=0.0)
+        lane_sum = gl.zeros([ROWS, 32], gl.float32, LANE_LAYOUT)
+        up_sum = lane_sum
+        for piece in gl.static_range(PIECES):
+            weights = next_piece
+            next_band = band
+            if piece + 1 == PIECES:
+                next_band = band + gl.num_programs(0)
+            next_piece = _load_piece(
+                weight, next_band * ROWS, (piece + 1) % PIECES * PIECE_CHUNKS, HAS_GROUP_SCALE, HAS_ZEROS, GROUP_SIZE,
+                SCALE_ROWS, IS_GATED, OUTPUT_SIZE, NUM_WORDS, BLOCK_WORDS, PIECE_CHUNKS, WORD_LAYOUT, LANE_LAYOUT, ROWS,
+            )  # fmt: skip
+            for index in gl.static_range(PIECE_CHUNKS):
+                of_chunk = _load_inputs(inputs, sums, piece * PIECE_CHUNKS + index, IS_INT4, WORD_LAYOUT, LANE_LAYOUT)
+                lane_sum += _multiply(weights[index], of_chunk, KIND, HAS_GROUP_SCALE, LANE_LAYOUT)
+                if IS_GATED:
+                    up_sum += _multiply(weights[PIECE_CHUNKS + index], of_chunk, KIND, HAS_GROUP_SCALE, LANE_LAYOUT)
+        out = gl.sum(lane_sum, axis=1) * scale + bias
+        if IS_GATED:
+            up = gl.sum(up_sum, axis=1) * up_scale + up_bias
+            out = out / (1.0 + gl.exp(-out)) * up
+        gl.store(out_ptr + output, (out + addend).to(dtype), mask=mask)
+
+
+def suits_row_linear(x: torch.Tensor, group_size: int = 0) -> bool:
+    """Returns whether `row_linear` can multiply x [num_tokens, inputs]: one token, whole words, groups of blocks."""
+    if not HAS_GLUON:
+        return False
+    num_tokens, input_size = x.shape
+    count = 2 if group_size else 4  # inputs that are read as one word
+    has_words = x.is_contiguous() and input_size % count == x.stride(0) % count == x.storage_offset() % count == 0
+    has_blocks = group_size % BLOCK_SIZE == 0 or group_size >= input_size
+    has_room = next_power_of_2(input_size) * (2 if group_size else 4) + _SUMS_BYTES <= shared_memory(x.device)
+    return num_tokens <= 1 and x.itemsize == 2 and has_words and has_blocks and has_room and input_size <= _MAX_INPUTS
+
+
+def row_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    zeros: torch.Tensor | None = None,
+    group_size: int = 0,
+    norm_weight: torch.Tensor | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+    tile: RowTile | None = None,
+) -> torch.Tensor:
+    """Returns act(rms_norm(x) · weightᵀ + bias) + residual for one token, or none; x [num_tokens, inputs] bf16 or fp16.
+
+    weight [outputs, inputs] FP8 or INT8 with a scale as in `skinny_linear`; or INT4 [outputs, words] of `pack_int4`,
+    with scale and zeros [outputs, groups] float32, of any strides, the same for both, and their group_size. The weight
+    is contiguous, and bias, norm_weight and residual have x's dtype.
+    → [num_tokens, outputs or half as many], of x's dtype. Needs `suits_row_linear`.
+    """
+    num_tokens, input_size = x.shape
+    output_size = weight.shape[0] // (1 + gated)
+    out = torch.empty(num_tokens, output_size, dtype=x.dtype, device=x.device)  # [num_tokens, output_size]
+    if num_tokens == 0:
+        return out
+    is_int4 = group_size > 0
+    has_blocks = not is_int4 and scales_blocks(scale, weight)
+    num_words, num_multiprocessors = weight.shape[1] * weight.itemsize // 4, multiprocessor_count(x.device)
+    if tile is None:
+        num_chunks, outputs = -(-4 * num_words // _CHUNK_BYTES), -(-output_size // num_multiprocessors)
+        is_plain = not gated and not has_blocks and norm_weight is None
+        tile = choose_row_tile(num_chunks, outputs, is_int4=is_int4, gated=gated, is_plain=is_plain)
+    words = x.view(torch.int32 if is_int4 else torch.int64)
+    grid = min(tile.programs * num_multiprocessors, -(-output_size // (tile.rows * tile.warps)))
+    _row_linear_kernel[(grid,)](
+        x_ptr=words,
+        weight_ptr=weight.view(torch.int32),
+        scale_ptr=scale,
+        zero_ptr=scale if zeros is None else zeros,  # parts that are left out are not read
+        bias_ptr=x if bias is None else bias,
+        norm_weight_ptr=words if norm_weight is None else norm_weight.view(words.dtype),
+        residual_ptr=x if residual is None else residual,
+        out_ptr=out,
+        scale_row_stride=0 if len(scale) == 1 else scale.stride(0),
+        scale_group_stride=scale.stride(1),
+        eps=eps,
+        KIND="int4" if is_int4 else "int8" if weight.dtype == torch.int8 else "fp8",
+        HAS_GROUP_SCALE=is_int4 or has_blocks,
+        HAS_ZEROS=zeros is not None,
+        HAS_BIAS=bias is not None,
+        HAS_NORM=norm_weight is not None,
+        HAS_RESIDUAL=residual is not None,
+        IS_GATED=gated,
+        GROUP_SIZE=group_size if is_int4 else SCALE_BLOCK,
+        SCALE_ROWS=SCALE_BLOCK if has_blocks else 1,
+        OUTPUT_SIZE=output_size,
+        INPUT_SIZE=input_size,
+        NUM_WORDS=num_words,
+        WARP_ROWS=tile.rows,
+        PIECE_CHUNKS=tile.chunks,
+        PADDED_BLOCKS=max(next_power_of_2(-(-input_size // BLOCK_SIZE)), _MIN_BLOCKS),
+        num_warps=tile.warps,
+        maxnreg=tile.max_registers,
+        **pdl_options(x.device),
+    )
+    return out

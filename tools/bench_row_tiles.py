@@ -1,0 +1,140 @@
+"""Times the tiles of `row_linear` at the products of a decoder layer: needs a GPU.
+
+    python tools/bench_row_tiles.py --model qwen3-8b --kinds fp8 int8 int4
+
+Tiles are first compiled by many processes. A product includes the norm before it, the gate or the addition to the
+residual stream, and is timed over copies of the weight that together exceed the cache. A line has the largest relative
+difference of a tile's result from the first one's, the tile that the engine takes, and the fastest ones, in
+microseconds: outputs of a warp, chunks that it loads together, warps of a program, programs of a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nanovllm.kernels.int4_packing import pack_int4
+from nanovllm.kernels.row_linear import row_linear
+from nanovllm.kernels.row_tiles import RowTile
+from nanovllm.kernels.triton_support import next_power_of_2, shared_memory
+from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
+from tools.bench_quantized_linear import CACHE_BYTES, GROUP_SIZE, layer_products, time_calls
+
+KINDS = {"fp8": 8, "fp8-blocks": 8, "int8": 8, "int4": 4}  # bits
+BUSY_SECONDS = 0.008  # for which a tile is repeated before it is timed
+SUMS_BYTES = 1024  # of shared memory, beside the input
+OTHER_REGISTERS = 24  # of a thread, beside weights
+SHOWN = 8
+
+
+class Shape(NamedTuple):
+    kind: str
+    name: str
+    outputs: int  # rows of the weight
+    inputs: int
+
+    @property
+    def gated(self) -> bool:
+        return self.name == "gate_up"
+
+    def tiles(self, memory: int) -> Iterator[RowTile]:
+        """Returns the tiles that registers, and `memory` bytes of shared memory, have room for."""
+        num_chunks = -(-self.inputs * KINDS[self.kind] // 4096)
+        memory_of_program = next_power_of_2(self.inputs) * KINDS[self.kind] // 2 + SUMS_BYTES
+        words = 6 if self.kind == "int4" else 4  # of a chunk, in a lane; in INT4 with scale and zero
+        for rows, chunks in product((1, 2, 4), (1, 2, 3, 4, 5, 7, 8, 10)):
+            registers = 2 * words * rows * chunks * (1 + self.gated) + OTHER_REGISTERS
+            for warps, programs in ((4, 3), (4, 4), (4, 5), (8, 1), (8, 2), (16, 1)):
+                tile = RowTile(rows, chunks, warps, programs)
+                has_room = registers <= tile.max_registers and programs * memory_of_program <= memory
+                if num_chunks % chunks == 0 and has_room:
+                    yield tile
+
+    def weight(self) -> dict[str, torch.Tensor]:
+        size = (self.outputs, self.inputs)
+        if self.kind == "int4":
+            return {"weight": pack_int4(torch.randint(0, 16, size, dtype=torch.int8, device="cuda"))}
+        numbers = torch.randint(-120, 120, size, dtype=torch.int8, device="cuda")
+        return {"weight": numbers if self.kind == "int8" else numbers.half().to(torch.float8_e4m3fn)}
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of `row_linear` but for the weight."""
+        half: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+        given: dict[str, Any] = {"x": torch.randn(1, self.inputs, **half), "gated": self.gated}
+        if self.kind == "int4":
+            groups = (self.inputs // GROUP_SIZE, self.outputs)
+            given["scale"] = torch.rand(groups, device="cuda").T * 0.1 * self.inputs**-0.5
+            given |= {"zeros": torch.randint(0, 16, groups, device="cuda").float().T, "group_size": GROUP_SIZE}
+        elif self.kind == "fp8-blocks":
+            blocks = (-(-self.outputs // 128), -(-self.inputs // 128))
+            given["scale"] = torch.rand(blocks, device="cuda") * 0.01 * self.inputs**-0.5
+        else:
+            given["scale"] = torch.rand(self.outputs, 1, device="cuda") * 0.01 * self.inputs**-0.5
+        if self.name in ("qkv", "gate_up"):
+            return given | {"norm_weight": torch.ones(self.inputs, **half), "eps": 1e-6}
+        return given | {"residual": torch.randn(1, self.outputs, **half)}
+
+
+def compile_tile(shape: Shape, tile: RowTile) -> str | None:
+    """Compiles a kernel into Triton's cache. Returns what went wrong."""
+    try:
+        row_linear(**shape.weight(), **shape.arguments(), tile=tile)
+    except Exception as error:
+        return f"{shape} {tile}: {type(error).__name__}: {error}"
+    return None
+
+
+def compile_all(jobs: list[tuple[Shape, RowTile]]) -> None:
+    with ProcessPoolExecutor((os.cpu_count() or 2) - 1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for error in filter(None, pool.map(compile_tile, *zip(*jobs, strict=True))):
+            print("not compiled:", error)
+
+
+def time_shape(shape: Shape, memory: int) -> None:
+    """Prints the line of a shape."""
+    copies = max(2, CACHE_BYTES * 8 // (shape.outputs * shape.inputs * KINDS[shape.kind]) + 1)
+    weights, given = [shape.weight() for _ in range(copies)], shape.arguments()
+
+    def timed(tile: RowTile | None) -> float:
+        return time_calls([partial(row_linear, **weight, **given, tile=tile) for weight in weights], BUSY_SECONDS)
+
+    expected = row_linear(**weights[0], **given).float()
+    found, worst = [], 0.0
+    for tile in shape.tiles(memory):
+        got = row_linear(**weights[0], **given, tile=tile).float()
+        worst = max(worst, float((got - expected).norm() / expected.norm()))
+        found.append((timed(tile), tile))
+    fastest = "  ".join(f"{time:.2f} {'·'.join(map(str, tile))}" for time, tile in sorted(found)[:SHOWN])
+    print(
+        f"{shape.kind:11}{shape.name:8}{shape.inputs:6}  {worst:.5f}  chosen {timed(None):.2f}   {fastest}", flush=True
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(BUILTIN_SHAPES), default="qwen3-8b")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    args = parser.parse_args()
+    memory = shared_memory(torch.device("cuda", torch.cuda.current_device()))
+    sizes = layer_products(BUILTIN_SHAPES[args.model])
+    shapes = [Shape(kind, name, *size) for kind in args.kinds for name, size in sizes.items()]
+    compile_all([(shape, tile) for shape in shapes for tile in shape.tiles(memory)])
+    print(f"{args.model} on {torch.cuda.get_device_name()}, microseconds")
+    for shape in shapes:
+        time_shape(shape, memory)
+
+
+if __name__ == "__main__":
+    main()
