@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -182,7 +182,7 @@ class ScheduledBatch:
     """One step's work. Build it with `ScheduledBatch.build`, or from received bytes with `from_buffer`."""
 
     buffer: IntArray
-    sections: dict[str, Section]
+    sections: Mapping[str, Section]
     blocks: RecordArray  # [num_blocks], a view of its section, as are the next two
     chunks: RecordArray  # [num_chunks]
     computed_rows: IntArray  # [num_decode_rows + num_drafts], decode rows, then draft rows
@@ -243,13 +243,13 @@ class ScheduledBatch:
         """Reads a batch from its bytes without copying. Raises ValueError for a buffer of another version or size."""
         if len(buffer) < _HEADER_SIZE or buffer[0] != VERSION:
             raise ValueError(f"not a scheduled batch of version {VERSION}: {buffer[:_HEADER_SIZE].tolist()}")
-        sections = _layout(buffer[_COUNTS].tolist())
+        sections = _layout(tuple(buffer[_COUNTS].tolist()))
         if len(buffer) != sections["decode_rows"].end:
             raise ValueError(f"a scheduled batch of {sections['decode_rows'].end} words came as {len(buffer)}")
         return cls._over(buffer, sections)
 
     @classmethod
-    def _over(cls, buffer: IntArray, sections: dict[str, Section]) -> ScheduledBatch:
+    def _over(cls, buffer: IntArray, sections: Mapping[str, Section]) -> ScheduledBatch:
         computed_rows, num_drafts = sections["decode_rows"].view(buffer), len(sections["drafts"].view(buffer))
         return cls(
             buffer=buffer,
@@ -350,7 +350,13 @@ class StepHandle(Protocol):
         ...
 
 
-def _layout(counts: Seq[int]) -> dict[str, Section]:
+def same_work(buffer: IntArray, other: IntArray) -> bool:
+    """Returns whether two buffers differ in the number of the step alone, as those of decode steps mostly do."""
+    return np.array_equal(buffer[_STEP + 1 :], other[_STEP + 1 :])
+
+
+@lru_cache(maxsize=16)
+def _layout(counts: tuple[int, ...]) -> Mapping[str, Section]:
     """Returns the sections of a buffer. counts: the number of items of each."""
     sections = {}
     offset = _HEADER_SIZE

@@ -16,11 +16,11 @@ import torch
 
 from nanovllm.attention.interface import LayerKVCache
 from nanovllm.config import EngineConfig
-from nanovllm.engine.batch import IntArray, ScheduledBatch, StepNeeds
+from nanovllm.engine.batch import ScheduledBatch, StepNeeds
 from nanovllm.kernels.logprobs import SampledTokens, TokenLogprobs
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.runner.cuda_graph import DecodeGraphs
-from nanovllm.runner.device_batch import DeviceBatch
+from nanovllm.runner.device_batch import BatchUploads, DeviceBatch
 from nanovllm.runner.device_rows import DeviceRows, ModelInputs
 from nanovllm.runner.draft_model import DraftSteps
 from nanovllm.runner.mixed_graphs import MixedGraphs, PaddedStep, missing_graphs
@@ -59,6 +59,7 @@ class ModelRunner:
         self._mixed_graphs: MixedGraphs | None = None
         self._log = StepLog(self.parallel, self.device)
         self._events = EventPool(self.device)
+        self._uploads = BatchUploads(self.device)
         self._has_timeline = env.trace_file() is not None
         with torch.inference_mode(), self._on_device():
             self.model = startup.build_model()
@@ -120,6 +121,7 @@ class ModelRunner:
         with suppress(RuntimeError):  # a CUDA error, which a step's handle has raised already
             self.synchronize()
         del self.model, self.rows, self.kv_caches, self._graphs, self._mixed_graphs, self._missing_graphs, self._drafts
+        del self._uploads
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -131,7 +133,7 @@ class ModelRunner:
         needs = batch.needs if self._query_group is not None else replace(batch.needs, shares_prefix=False)
         with torch.inference_mode(), self._on_device():
             began = self._events.record(with_time=True) if self._has_timeline or self._log.is_timed else None
-            uploaded = DeviceBatch(batch, self._upload(batch.buffer))
+            uploaded = self._uploads.upload(batch)
             self.rows.apply(uploaded)
             self._log.preparing(batch)
             with self._log.forward(batch):
@@ -217,14 +219,6 @@ class ModelRunner:
     def _on_device(self) -> AbstractContextManager[object]:
         """Returns a context in which the runner's device is torch's current one, on which Triton launches kernels."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-
-    def _upload(self, buffer: IntArray) -> torch.Tensor:
-        """Returns the buffer on the device, [num_words] int32."""
-        words = torch.from_numpy(buffer)
-        if self.device.type == "cpu":
-            return words
-        # torch's host allocator does not reuse pinned memory before the copy that reads it has completed.
-        return words.pin_memory().to(self.device, non_blocking=True)
 
     def _download(self, sampled: SampledTokens, began: torch.cuda.Event | None) -> DeviceStepHandle:
         """Starts to copy the tokens to the host. Returns a handle that waits for them."""

@@ -152,8 +152,7 @@ class Scheduler:
 
     def _schedule_decode(self, plan: _StepPlan) -> RowArray:
         """Returns the rows that decode in this step, each with a block for its next token."""
-        rows = self._make_room()
-        full = self._rows_without_room(rows)
+        rows, full = self._make_room()
         if len(full):
             by_arrival = full[np.argsort(self.rows.seq_id[full])]
             granted = by_arrival[: self.block_manager.num_free_blocks]
@@ -171,9 +170,10 @@ class Scheduler:
         full: RowArray = rows[blocks_filled >= self.rows.num_blocks[rows]]
         return full
 
-    def _make_room(self) -> RowArray:
-        """Preempts the youngest sequences until enough blocks are free for the decoding rows, and returns these rows.
+    def _make_room(self) -> tuple[RowArray, RowArray]:
+        """Preempts the youngest sequences until enough blocks are free for the decoding rows.
 
+        Returns these rows, and those of them that need a block.
         `coming` counts the blocks that become free later, since a step in flight still writes them. No further sequence
         is preempted in their place: the rows that need them skip this step.
         """
@@ -182,12 +182,12 @@ class Scheduler:
             rows = self.rows.schedulable_decode_rows()
             full, free = self._rows_without_room(rows), self.block_manager.num_free_blocks
             if len(full) <= free + coming:
-                return rows
+                return rows, full
             candidates = [
                 s for s in self.rows.running() if s.status in (SequenceStatus.PREFILLING, SequenceStatus.DECODING)
             ]
             if len(candidates) < 2:
-                return rows
+                return rows, full
             oldest = self.rows.sequence(int(full[self.rows.seq_id[full].argmin()]))
             shortage = Shortage(self._step, oldest, len(full), free)
             coming += self._preempt(max(candidates, key=lambda sequence: sequence.seq_id), shortage)

@@ -84,18 +84,29 @@ class DecodeGraphs:
         self._null_row = null_row
         self.sizes = graph_sizes(max_num_rows)
         self._rows = torch.full((max_num_rows,), null_row, dtype=torch.int32, device=pool.device)  # the graphs' input
+        self._held: torch.Tensor | None = None  # the rows that were copied there last
         self._captured: dict[tuple[int, StepNeeds], _Captured] = {}
 
     def replay(self, rows: torch.Tensor, needs: StepNeeds) -> SampledTokens:
-        """Decodes `rows` [num_rows] int32. Returns a token for each; the tensors are valid until the next replay."""
+        """Decodes `rows` [num_rows] int32, to which nothing writes later.
+
+        Returns a token for each; the tensors are valid until the next replay.
+        """
         size = self.sizes[bisect.bisect_left(self.sizes, len(rows))]
         captured = self._captured.get((size, needs))
         if captured is None:
             captured = self.capture(size, needs)
-        self._rows[: len(rows)] = rows
-        self._rows[len(rows) : size] = self._null_row
+        if not self._holds(rows):
+            self._rows[: len(rows)] = rows
+            self._rows[len(rows) : size] = self._null_row
+            self._held = rows
         captured.graph.replay()
         return captured.sampled.first(len(rows))
+
+    def _holds(self, rows: torch.Tensor) -> bool:
+        """Returns whether `rows` are those of the last replay: the same memory, which `_held` keeps."""
+        held = self._held
+        return held is not None and held.data_ptr() == rows.data_ptr() and len(held) == len(rows)
 
     def capture_missing(self, needs: StepNeeds) -> Iterator[None]:
         """Captures the graphs that are missing, one for each item. The largest is first: others share its memory."""
@@ -109,6 +120,7 @@ class DecodeGraphs:
         started = time.perf_counter()
         rows = self._rows[:size]
         rows.fill_(self._null_row)
+        self._held = None
         captured = self._captured[size, needs] = _Captured(*self.pool.capture(lambda: self._decode_step(rows, needs)))
         elapsed_ms = (time.perf_counter() - started) * 1e3
         events.graph_captured.log(logger, size=size, elapsed_ms=elapsed_ms, **asdict(needs), **self.pool.step.fields)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nanovllm.engine.batch import ScheduledBatch
+from nanovllm.engine.batch import ScheduledBatch, same_work
 from nanovllm.kernels.columns import num_words
 
 
@@ -42,3 +42,20 @@ class DeviceBatch:
     def records(self, section: str) -> torch.Tensor:
         """Returns the section's items as words, [num_items, num_words] int32, as a view."""
         return self.values(section).view(-1, num_words(self.host.sections[section].record))
+
+
+class BatchUploads:
+    """Copies batches to the device, those of a steady decode once for many steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._host: torch.Tensor | None = None  # what was copied last, in pinned memory on a GPU
+        self._words: torch.Tensor | None = None  # the copy, to which nothing writes
+
+    def upload(self, batch: ScheduledBatch) -> DeviceBatch:
+        """Returns the batch on the device. Where it is the same work as the last one, no word is copied."""
+        if self._host is None or self._words is None or not same_work(batch.buffer, self._host.numpy()):
+            words = torch.from_numpy(batch.buffer)
+            self._host = words.clone() if self._device.type == "cpu" else words.pin_memory()
+            self._words = self._host.to(self._device, non_blocking=True)
+        return DeviceBatch(batch, self._words)

@@ -14,11 +14,13 @@ from nanovllm.engine.batch import (
     SECTIONS,
     VERSION,
     Chunk,
+    IntArray,
     LogitEdits,
     OpenedRow,
     PromptLogprobs,
     ScheduledBatch,
     StepNeeds,
+    same_work,
 )
 
 IN_ORDER = [
@@ -182,6 +184,17 @@ def test_needs_stand_apart(
     assert needs.all_logits is (truncates or edits_logits or num_logprobs is not None)
     assert ScheduledBatch.build(1, needs=needs).needs == needs
     assert ScheduledBatch.build(1).needs == StepNeeds()
+
+
+def test_steps_that_differ_in_their_number_alone_are_the_same_work() -> None:
+    def buffer(step: int, **contents: Any) -> IntArray:
+        return ScheduledBatch.build(step, **{"decode_rows": [0, 3], **contents}).buffer
+
+    assert same_work(buffer(1), buffer(2))
+    assert same_work(buffer(1, closed=[4]), buffer(2, closed=[4]))
+    others = [{"decode_rows": [0, 2]}, {"decode_rows": [0]}, {"closed": [4]}, {"needs": StepNeeds(truncates=True)}]
+    assert not any(same_work(buffer(1), buffer(1, **contents)) for contents in others)
+    assert not same_work(buffer(1, closed=[4], decode_rows=[]), buffer(1, decode_rows=[4]))
 
 
 def test_reading_copies_nothing() -> None:

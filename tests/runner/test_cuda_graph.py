@@ -109,6 +109,20 @@ def test_tables_are_fixed_in_width_and_cleared_on_reuse(load: GraphLoader) -> No
     assert tokens[0][0] == tokens[0][2]
 
 
+def test_steps_of_the_same_rows_are_copied_to_the_device_once(load: GraphLoader) -> None:
+    """Until another sequence joins, or ends. With so long blocks no step has a new one."""
+    with load(use_graphs=True, max_num_seqs=4, kvcache_block_size=128) as llm:
+        engine = llm.llm_engine
+        engine.add_request("long", [1, 2, 3], greedy(20))
+        for _ in range(8):
+            engine.step()
+        engine.add_request("short", [4, 5], greedy(30))
+        while engine.has_unfinished_requests():
+            engine.step()
+    places = [(rows.data_ptr(), len(rows)) for rows, _ in load.replays]
+    assert [number for _, number in dict.fromkeys(places)] == [1, 2, 1, 1]  # the third closes a row
+
+
 def test_padding_leaves_the_rows_of_ended_sequences_alone(load: GraphLoader) -> None:
     """Three of five go on, in the graph for four: the fourth place must not still be the fourth sequence's."""
     params = [greedy(num_tokens) for num_tokens in (9, 9, 9, 3, 3)]
