@@ -19,11 +19,12 @@ from tests.end_to_end.test_oracle import random_prompts
 HELD_OUT = json.loads((Path(__file__).parents[1] / "data" / "heldout_additions.json").read_text(encoding="utf-8"))
 CHATS = [[{"role": "user", "content": item["prompt"]}] for item in HELD_OUT]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+NUM_BLOCKS = 1000  # so that other tests find memory on the same GPU
 
 
 def answers(device: str, kv_cache_dtype: str) -> list[tuple[str, list[int]]]:
     """Greedy (text, tokens) of each chat."""
-    with LLM("tiny", device=device, kv_cache_dtype=kv_cache_dtype) as llm:
+    with LLM("tiny", device=device, kv_cache_dtype=kv_cache_dtype, num_kvcache_blocks=NUM_BLOCKS) as llm:
         outputs = llm.chat(CHATS, SamplingParams(temperature=0, max_tokens=50), use_tqdm=False)
     return [(output["text"], output["token_ids"]) for output in outputs]
 
@@ -42,7 +43,8 @@ def logits_and_tokens(device: str, prompts: list[list[int]], **settings: Any) ->
     """Greedy decoding, one prompt after another: ([prompt, 32 steps, vocab_size] float32, [prompt, 32 steps])."""
     recorded: list[torch.Tensor] = []
     params = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
-    arguments = {"device": device, "skip_tokenizer_init": True, "enforce_eager": True, "max_num_seqs": 1}
+    arguments: dict[str, Any] = {"skip_tokenizer_init": True, "enforce_eager": True, "max_num_seqs": 1}
+    arguments |= {"device": device, "num_kvcache_blocks": NUM_BLOCKS}
     with LLM("tiny", **arguments, **settings) as llm:
         model = llm.llm_engine.executor._runner.model
         compute_logits = model.compute_logits
