@@ -4,7 +4,7 @@
 
 Tiles are first compiled by many processes. A product includes the norm before it, the gate or the addition to the
 residual stream, and is timed over copies of the weight that together exceed the cache. A line has the largest relative
-difference of a tile's result from the first one's, the tile that the engine takes, and the fastest ones, in
+difference of a tile's result from that of the engine's tile, the time of the engine's tile, and the fastest tiles, in
 microseconds: outputs of a warp, chunks that it loads together, warps of a program, programs of a multiprocessor.
 """
 
@@ -26,7 +26,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanovllm.kernels.int4_packing import pack_int4
-from nanovllm.kernels.row_linear import row_linear
+from nanovllm.kernels.row_linear import _SUMS_BYTES, row_linear
 from nanovllm.kernels.row_tiles import RowTile
 from nanovllm.kernels.triton_support import next_power_of_2, shared_memory
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
@@ -34,7 +34,6 @@ from tools.bench_quantized_linear import CACHE_BYTES, GROUP_SIZE, layer_products
 
 KINDS = {"fp8": 8, "fp8-blocks": 8, "int8": 8, "int4": 4}  # bits
 BUSY_SECONDS = 0.008  # for which a tile is repeated before it is timed
-SUMS_BYTES = 1024  # of shared memory, beside the input
 OTHER_REGISTERS = 24  # of a thread, beside weights
 SHOWN = 8
 
@@ -52,7 +51,7 @@ class Shape(NamedTuple):
     def tiles(self, memory: int) -> Iterator[RowTile]:
         """Returns the tiles that registers, and `memory` bytes of shared memory, have room for."""
         num_chunks = -(-self.inputs * KINDS[self.kind] // 4096)
-        memory_of_program = next_power_of_2(self.inputs) * KINDS[self.kind] // 2 + SUMS_BYTES
+        memory_of_program = next_power_of_2(self.inputs) * KINDS[self.kind] // 2 + _SUMS_BYTES
         words = 6 if self.kind == "int4" else 4  # of a chunk, in a lane; in INT4 with scale and zero
         for rows, chunks in product((1, 2, 4), (1, 2, 3, 4, 5, 7, 8, 10)):
             registers = 2 * words * rows * chunks * (1 + self.gated) + OTHER_REGISTERS
@@ -97,6 +96,7 @@ def compile_tile(shape: Shape, tile: RowTile) -> str | None:
 
 
 def compile_all(jobs: list[tuple[Shape, RowTile]]) -> None:
+    """Prints what does not compile. It is timed nevertheless, and ends the run."""
     with ProcessPoolExecutor((os.cpu_count() or 2) - 1, mp_context=multiprocessing.get_context("spawn")) as pool:
         for error in filter(None, pool.map(compile_tile, *zip(*jobs, strict=True))):
             print("not compiled:", error)

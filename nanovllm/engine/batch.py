@@ -311,7 +311,12 @@ class ScheduledBatch:
             return self.decode_rows
         return np.concatenate([self.decode_rows, self.final_chunks["row"]])
 
-    @property
+    @cached_property
+    def scheduled_rows(self) -> IntArray:
+        """The rows of sequences for which this step computes something: decode rows, then those of chunks."""
+        return np.concatenate([self.decode_rows, self.chunks["row"]]) if len(self.chunks) else self.decode_rows
+
+    @cached_property
     def num_prefill_tokens(self) -> int:
         return int(self.chunks["length"].sum())
 
@@ -351,7 +356,7 @@ class StepHandle(Protocol):
 
 
 def same_work(buffer: IntArray, other: IntArray) -> bool:
-    """Returns whether two buffers differ in the number of the step alone, as those of decode steps mostly do."""
+    """Returns whether two buffers are equal but for the step's number, as those of two decode steps mostly are."""
     return np.array_equal(buffer[_STEP + 1 :], other[_STEP + 1 :])
 
 

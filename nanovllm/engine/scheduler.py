@@ -126,7 +126,7 @@ class Scheduler:
         drafts = self.speculation.draft(self.rows, decode_rows, plan.chunks, self.block_manager, room)
         # Only the last chunk can stop before the end of its prompt, so the final ones come first, as batches need.
         final_rows = [chunk.row for chunk in plan.chunks if self.rows.decoding[chunk.row]]
-        sampled = np.append(decode_rows, np.array(final_rows, dtype=np.intp))
+        sampled = np.append(decode_rows, np.array(final_rows, dtype=np.intp)) if final_rows else decode_rows
         self.last_step += 1
         batch = ScheduledBatch.build(
             self.last_step,
@@ -143,8 +143,7 @@ class Scheduler:
             needs=self.rows.needs(sampled, shares_prefix=shares_prefix, skips_draft_model=drafts.skips_draft_model),
         )
         self._closed = []
-        self.rows.steps_in_flight[decode_rows] += 1
-        self.rows.steps_in_flight[batch.chunks["row"]] += 1
+        self.rows.steps_in_flight[batch.scheduled_rows] += 1
         self.rows.num_pending[sampled] += 1
         self.policy.step_planned(batch, self.rows, self.now)
         self._observer.batch_scheduled(batch, self.rows)
@@ -173,7 +172,8 @@ class Scheduler:
     def _make_room(self) -> tuple[RowArray, RowArray]:
         """Preempts the youngest sequences until enough blocks are free for the decoding rows.
 
-        Returns these rows, and those of them that need a block.
+        Returns these rows, and those of them that need a block for their next token.
+
         `coming` counts the blocks that become free later, since a step in flight still writes them. No further sequence
         is preempted in their place: the rows that need them skip this step.
         """
@@ -307,8 +307,7 @@ class Scheduler:
         now = self.now = self._clock()
         self._step = batch.step
         self.policy.step_collected(now, result.gpu_ms)
-        rows.steps_in_flight[batch.decode_rows] -= 1
-        rows.steps_in_flight[batch.chunks["row"]] -= 1
+        rows.steps_in_flight[batch.scheduled_rows] -= 1
         rows.num_pending[batch.sampled_rows] -= 1
         for planned, logprobs in zip(batch.prompt_logprobs, result.prompt_logprobs, strict=True):
             if not rows.stopped[planned.row]:

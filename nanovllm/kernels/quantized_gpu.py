@@ -1,12 +1,12 @@
 """Products with quantised weights on a GPU: which kernel computes one, by its number of tokens.
 
-- One token: `row_linear`. Where it cannot, and for two to four tokens with a small weight, 8 bits are for
-  `skinny_linear`.
+- One token: `row_linear`. `skinny_linear` multiplies by 8 bits where that cannot, and with two to four tokens if the
+  weight is small.
 - More tokens: `quantize_rows` brings activations to 8 bits, with the norm folded in, and `quantized_matmul` multiplies.
   On Hopper GPUs, `dense_matmul` multiplies FP8 with up to 512 tokens, or 128 with block scales.
-- INT4, and INT8 with 16-bit activations: with some tokens, and with one and very long rows of INT4, `mixed_matmul` on
-  Hopper GPUs, or `quantized_matmul`, converts the weight block by block; with many, the weight is converted once, for
-  the BLAS.
+- INT4, and INT8 with 16-bit activations: with some tokens, and with one token and very long rows of INT4,
+  `mixed_matmul` on Hopper GPUs, or `quantized_matmul`, converts the weight block by block; with many, the weight is
+  converted once, for the BLAS.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ _BLOCK = constant(BLOCK_SIZE)  # inputs: of a scale, and in INT4 of what is pack
 _PLANE = constant(PLANE_SIZE // 2)  # words of two inputs in a plane of such a block
 _CHUNK_BYTES = 512  # of a row that a warp reads at once, 16 a lane
 _CHUNK_WORDS = constant(_CHUNK_BYTES // 4)
-_MIN_BLOCKS = 8  # of a chunk in INT4; in 8 bits it has four
+_MIN_BLOCKS = 8  # of the padded input: one chunk in INT4, two in 8 bits
 _LARGEST = constant(32512.0)  # the largest integer whose upper byte, rounded, is a signed byte
 _MAGIC = constant(12582912.0)  # 1.5 · 2²³: the sum with a small number has the nearest integer in its lowest bits
 _ADD_PRODUCTS = constant("dp4a.s32.s32 $0, $1, $2, $3;")
@@ -316,8 +316,8 @@ def _row_linear_kernel(
     dtype: gl.constexpr = out_ptr.type.element_ty
     if PDL:
         gdc_launch_dependents()
-    # Buffers of their own: the compiler puts a barrier between stores to parts of one. For each word of the weight a
-    # buffer has a word: one of the four inputs, or in INT4 the upper or lower bytes of four.
+    # Separate buffers: between stores to parts of one buffer the compiler puts a barrier. A buffer has a word for each
+    # word of the weight: one of its four inputs, or in INT4 the upper or lower bytes of four.
     inputs: gl.tuple = ()
     for _part in gl.static_range(4):
         inputs = inputs + (gl.allocate_shared_memory(INPUT_TYPE, [PADDED_BLOCKS * BLOCK_WORDS], PLAIN),)
@@ -397,7 +397,7 @@ def _row_linear_kernel(
 
 
 def suits_row_linear(x: torch.Tensor, group_size: int = 0) -> bool:
-    """Returns whether `row_linear` can multiply x [num_tokens, inputs]: one token, whole words, groups of blocks."""
+    """Returns whether `row_linear` can multiply x [num_tokens, inputs]: at most one token, whole words and blocks."""
     if not HAS_GLUON:
         return False
     num_tokens, input_size = x.shape
@@ -422,7 +422,7 @@ def row_linear(
     residual: torch.Tensor | None = None,
     tile: RowTile | None = None,
 ) -> torch.Tensor:
-    """Returns act(rms_norm(x) · weightᵀ + bias) + residual for one token, or none; x [num_tokens, inputs] bf16 or fp16.
+    """Returns act(rms_norm(x) · weightᵀ + bias) + residual for at most one token; x [num_tokens, inputs] bf16 or fp16.
 
     weight [outputs, inputs] FP8 or INT8 with a scale as in `skinny_linear`; or INT4 [outputs, words] of `pack_int4`,
     with scale and zeros [outputs, groups] float32, of any strides, the same for both, and their group_size. The weight
@@ -438,11 +438,11 @@ def row_linear(
     has_blocks = not is_int4 and scales_blocks(scale, weight)
     num_words, num_multiprocessors = weight.shape[1] * weight.itemsize // 4, multiprocessor_count(x.device)
     if tile is None:
-        num_chunks, outputs = -(-4 * num_words // _CHUNK_BYTES), -(-output_size // num_multiprocessors)
+        num_chunks, num_outputs = -(-4 * num_words // _CHUNK_BYTES), -(-output_size // num_multiprocessors)
         is_plain = not gated and not has_blocks and norm_weight is None
-        tile = choose_row_tile(num_chunks, outputs, is_int4=is_int4, gated=gated, is_plain=is_plain)
+        tile = choose_row_tile(num_chunks, num_outputs, is_int4=is_int4, gated=gated, is_plain=is_plain)
     words = x.view(torch.int32 if is_int4 else torch.int64)
-    grid = min(tile.programs * num_multiprocessors, -(-output_size // (tile.rows * tile.warps)))
+    grid = min(tile.programs * num_multiprocessors, -(-output_size // (tile.outputs * tile.warps)))
     _row_linear_kernel[(grid,)](
         x_ptr=words,
         weight_ptr=weight.view(torch.int32),
@@ -467,7 +467,7 @@ def row_linear(
         OUTPUT_SIZE=output_size,
         INPUT_SIZE=input_size,
         NUM_WORDS=num_words,
-        WARP_ROWS=tile.rows,
+        WARP_ROWS=tile.outputs,
         PIECE_CHUNKS=tile.chunks,
         PADDED_BLOCKS=max(next_power_of_2(-(-input_size // BLOCK_SIZE)), _MIN_BLOCKS),
         num_warps=tile.warps,

@@ -97,6 +97,7 @@ class DecodeGraphs:
         if captured is None:
             captured = self.capture(size, needs)
         if not self._holds(rows):
+            self._held = None
             self._rows[: len(rows)] = rows
             self._rows[len(rows) : size] = self._null_row
             self._held = rows
@@ -104,7 +105,7 @@ class DecodeGraphs:
         return captured.sampled.first(len(rows))
 
     def _holds(self, rows: torch.Tensor) -> bool:
-        """Returns whether `rows` are those of the last replay: the same memory, which `_held` keeps."""
+        """Returns whether `_rows` still has `rows`: the same memory, which is not reused while `_held` refers to it."""
         held = self._held
         return held is not None and held.data_ptr() == rows.data_ptr() and len(held) == len(rows)
 
@@ -119,8 +120,8 @@ class DecodeGraphs:
         """Captures the step for `size` rows. It runs on the null row only, so that no sequence changes."""
         started = time.perf_counter()
         rows = self._rows[:size]
-        rows.fill_(self._null_row)
         self._held = None
+        rows.fill_(self._null_row)
         captured = self._captured[size, needs] = _Captured(*self.pool.capture(lambda: self._decode_step(rows, needs)))
         elapsed_ms = (time.perf_counter() - started) * 1e3
         events.graph_captured.log(logger, size=size, elapsed_ms=elapsed_ms, **asdict(needs), **self.pool.step.fields)

@@ -17,7 +17,7 @@ class DeviceBatch:
 
     def __init__(self, host: ScheduledBatch, words: torch.Tensor) -> None:
         self.host = host
-        self._words = words
+        self.words = words
 
     def has(self, section: str) -> bool:
         """Returns whether the section has any items."""
@@ -27,7 +27,7 @@ class DeviceBatch:
     def values(self, section: str) -> torch.Tensor:
         """Returns a section of plain integers, [num_items] int32, as a view."""
         place = self.host.sections[section]
-        return self._words[place.offset : place.end]
+        return self.words[place.offset : place.end]
 
     def columns(self, section: str, contiguous: bool = False) -> dict[str, torch.Tensor]:
         """Returns the fields of a section whose records have only integers, each [num_items] int32.
@@ -45,17 +45,20 @@ class DeviceBatch:
 
 
 class BatchUploads:
-    """Copies batches to the device, those of a steady decode once for many steps."""
+    """Copies batches to the device, and keeps the last one for steps of the same work."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._host: torch.Tensor | None = None  # what was copied last, in pinned memory on a GPU
-        self._words: torch.Tensor | None = None  # the copy, to which nothing writes
+        self._last: DeviceBatch | None = None  # to whose words nothing writes
 
     def upload(self, batch: ScheduledBatch) -> DeviceBatch:
-        """Returns the batch on the device. Where it is the same work as the last one, no word is copied."""
-        if self._host is None or self._words is None or not same_work(batch.buffer, self._host.numpy()):
-            words = torch.from_numpy(batch.buffer)
-            self._host = words.clone() if self._device.type == "cpu" else words.pin_memory()
-            self._words = self._host.to(self._device, non_blocking=True)
-        return DeviceBatch(batch, self._words)
+        """Returns the batch on the device. If it is the same work as the last one, nothing is copied."""
+        last = self._last
+        if last is not None and same_work(batch.buffer, last.host.buffer):
+            return DeviceBatch(batch, last.words)
+        words = torch.from_numpy(batch.buffer)
+        if self._device.type != "cpu":
+            # torch's host allocator does not reuse pinned memory before the copy that reads it has completed.
+            words = words.pin_memory().to(self._device, non_blocking=True)
+        self._last = DeviceBatch(batch, words)
+        return self._last

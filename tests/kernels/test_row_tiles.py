@@ -14,7 +14,7 @@ def choose(
 
 
 def in_round(tile: RowTile) -> int:
-    return tile.rows * tile.warps * tile.programs
+    return tile.outputs * tile.warps * tile.programs
 
 
 @pytest.mark.parametrize("is_int4", [False, True])
@@ -29,12 +29,12 @@ def test_rows_have_whole_pieces(is_int4: bool, gated: bool) -> None:
     ("num_chunks", "outputs", "expected"),
     [
         (8, 8, 16),
-        (8, 20, 32),  # as are 16, which would be two rounds
+        (8, 20, 32),  # a tie with two rounds of 16
         (8, 39, 40),
         (16, 39, 40),
         (17, 39, 16),  # five programs have no room for so many inputs
         (8, 47, 16),
-        (10, 78, 16),  # 80, as with 40
+        (10, 78, 16),  # 80 places, a tie with two rounds of 40
     ],
 )
 def test_the_last_round_of_outputs_is_as_full_as_can_be(num_chunks: int, outputs: int, expected: int) -> None:

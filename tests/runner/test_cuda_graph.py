@@ -110,8 +110,8 @@ def test_tables_are_fixed_in_width_and_cleared_on_reuse(load: GraphLoader) -> No
 
 
 def test_steps_of_the_same_rows_are_copied_to_the_device_once(load: GraphLoader) -> None:
-    """Until another sequence joins, or ends. With so long blocks no step has a new one."""
-    with load(use_graphs=True, max_num_seqs=4, kvcache_block_size=128) as llm:
+    """Until another sequence joins or one ends. Blocks are so long that no step needs a new one."""
+    with load(use_graphs=True, max_num_seqs=4, kvcache_block_size=128, pipeline_depth=1) as llm:
         engine = llm.llm_engine
         engine.add_request("long", [1, 2, 3], greedy(20))
         for _ in range(8):
@@ -120,7 +120,7 @@ def test_steps_of_the_same_rows_are_copied_to_the_device_once(load: GraphLoader)
         while engine.has_unfinished_requests():
             engine.step()
     places = [(rows.data_ptr(), len(rows)) for rows, _ in load.replays]
-    assert [number for _, number in dict.fromkeys(places)] == [1, 2, 1, 1]  # the third closes a row
+    assert [number for _, number in dict.fromkeys(places)] == [1, 2, 1, 1]  # one, both, one while a row closes, one
 
 
 def test_padding_leaves_the_rows_of_ended_sequences_alone(load: GraphLoader) -> None:
