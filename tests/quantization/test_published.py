@@ -33,7 +33,9 @@ from tests.quantization.published import (
 )
 
 NUM_TOKENS = 24
-MOST_DIFFERENT = 4  # of 64 prompts, where activations are rounded; without the rounding 63 are
+# Of 64 prompts, where activations are rounded; without the rounding 63 are. A sum's last bit, by which a value falls to
+# one side or the other, is the CPU's own: 0 to 5 were seen.
+MOST_DIFFERENT = 8
 
 
 @dataclass(frozen=True)
