@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 # A worker for each core. A file's tests stay together, since they share its engines; tests/conftest.py orders the files.
-PYTEST := python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+# A worker that dies ends the run: pytest-xdist may wait for ever for what is left of its file.
+PYTEST := python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 .PHONY: help demo serve test test-heavy check format lint types unit heavy gpu-test count wheel clean
 
