@@ -56,6 +56,7 @@ class EngineClient:
         self._connection = connection
         self._outbox = Outbox(connection)
         self._asking = threading.Lock()  # one question at a time
+        self._closing = threading.Lock()
         self._metrics = MetricsSnapshot()
         self._answered = threading.Event()
         self._receive: Callable[[Event], None] = lambda event: None
@@ -108,7 +109,8 @@ class EngineClient:
 
     def stop(self, wait: bool = True) -> None:
         if self._reader.is_alive():
-            with suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as ours:
+            # Locked: the number of a descriptor that the reader closes may be another socket's at once.
+            with self._closing, suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as ours:
                 ours.shutdown(socket.SHUT_RDWR)  # which the reader notices
             self._join(wait)
 
@@ -154,4 +156,5 @@ class EngineClient:
         """Frees what belongs to the connection."""
         if self._grammars is not None:
             self._grammars.shutdown()
-        self._outbox.close()
+        with self._closing:
+            self._outbox.close()

@@ -166,12 +166,10 @@ class _Child:
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C is for the engine alone
         )
-        for target, arguments in (
-            (self._send, (start, make_vocabulary)),
-            (self._receive, (on_answer, on_end)),
-            (self._log, ()),
-        ):
-            threading.Thread(target=target, args=arguments, name="nanovllm-grammar", daemon=True).start()
+        self._sender = _thread(self._send, start, make_vocabulary)
+        self._sender.start()
+        _thread(self._receive, on_answer, on_end).start()
+        _thread(self._log).start()
 
     def end(self) -> None:
         """Ends the process."""
@@ -208,6 +206,7 @@ class _Child:
         self._process.wait()
         self.outbox.put(None)
         on_end(self, self._failure or f"exit code {self._process.returncode}")
+        self._sender.join()  # else it might write to what has got the number of the closed descriptor
         self._connection.close()
 
     def _log(self) -> None:
@@ -215,3 +214,7 @@ class _Child:
         with self._process.stderr as lines:
             for line in lines:
                 events.grammar_output.log(logger, stderr=line.decode(errors="replace").rstrip())
+
+
+def _thread(target: Callable[..., object], *arguments: object) -> threading.Thread:
+    return threading.Thread(target=target, args=arguments, name="nanovllm-grammar", daemon=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from nanovllm import StructuredOutputsParams
 from nanovllm.errors import EngineDeadError
 from nanovllm.requests import grammar_process
 from nanovllm.requests.grammar_process import GrammarJob, GrammarLimits, GrammarProcess
+from tests.processes import WATCHDOG, until
 
 
 class Child:
@@ -103,3 +106,21 @@ def test_closing_ends_both_processes_and_fails_what_waits(process: GrammarProces
     assert all(child.is_ended for child in Child.made)
     with pytest.raises(EngineDeadError):
         Asked(process, 2, None)
+
+
+def test_a_connection_is_open_as_long_as_something_may_be_sent() -> None:
+    """Closed earlier, its descriptor's number might be another process's, which would read this one's messages."""
+    goes_on, ended = threading.Event(), threading.Event()
+
+    def make_vocabulary() -> str:
+        assert goes_on.wait(WATCHDOG)
+        return ""
+
+    child = grammar_process._Child({}, make_vocabulary, lambda *answer: None, lambda *why: ended.set())
+    child.end()
+    assert ended.wait(WATCHDOG)
+    time.sleep(0.2)
+    assert not child._connection.closed
+    goes_on.set()
+    assert until(lambda: child._connection.closed)
+    assert not child._sender.is_alive()
