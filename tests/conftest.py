@@ -8,8 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -95,9 +97,14 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any) -> None:
-    """Every worker collects all tests, so the counts of one are those of the run."""
+def pytest_testnodedown(node: Any, error: object | None) -> None:
+    """Every worker collects all tests, so the counts of one are those of the run. One that dies leaves its status."""
     node.config.stash[LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
+    if error:
+        process = node.gateway._io.popen
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        print(f"\nworker {node.gateway.id}: exit status {process.returncode} (negative: a signal; None: it runs on)")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
