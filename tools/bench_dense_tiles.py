@@ -110,21 +110,32 @@ def _prepare_compiling() -> None:
     compile_launches_of(dense._dense_matmul_kernel, PDL=True, launch_pdl=True)
 
 
-def compile_tile(shape: Shape, tile: DenseTile) -> str | None:
-    """Compiles a kernel into Triton's cache. Returns what went wrong."""
-    try:
-        (x, weight), named = shape.arguments(16, "cpu")
-        dense.dense_matmul(x, weight, **named, tile=tile)
-    except Exception as error:
-        return f"{shape.name} {tile}: {type(error).__name__}: {error}"
-    return None
+def compile_tile(shape: Shape, tile: DenseTile) -> None:
+    """Compiles a kernel into Triton's cache."""
+    (x, weight), named = shape.arguments(16, "cpu")
+    dense.dense_matmul(x, weight, **named, tile=tile)
 
 
-def compile_all(jobs: Sequence[tuple[Shape, DenseTile]]) -> None:
+def compile_all(
+    compile_one: Callable[..., None], jobs: Sequence[tuple[Any, ...]], prepare: Callable[[], None] | None = None
+) -> None:
+    """Calls `compile_one` for each of `jobs`, in as many processes as there are cores, and prints what goes wrong.
+
+    prepare: what each process calls first.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=context, initializer=_prepare_compiling) as pool:
-        for error in filter(None, pool.map(compile_tile, *zip(*jobs, strict=True))):
+    with ProcessPoolExecutor(os.cpu_count() or 1, mp_context=context, initializer=prepare) as pool:
+        for error in filter(None, pool.map(partial(_error_of, compile_one), jobs)):
             print("not compiled:", error)
+
+
+def _error_of(compile_one: Callable[..., None], job: tuple[Any, ...]) -> str | None:
+    """Compiles. Returns what went wrong as text, since not every error of the compiler can be pickled."""
+    try:
+        compile_one(*job)
+    except Exception as error:
+        return f"{' '.join(map(str, job))}: {type(error).__name__}: {error}"
+    return None
 
 
 def without_dense(shape: Shape, x: torch.Tensor, named: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
@@ -217,7 +228,9 @@ def main() -> None:
         if name in (args.products or sizes)
     ]
     compile_all(
-        [(shape, tile) for shape in shapes for tile in sorted({t for n in args.rows for t in shape.tiles(n)}, key=str)]
+        compile_tile,
+        [(shape, tile) for shape in shapes for tile in sorted({t for n in args.rows for t in shape.tiles(n)}, key=str)],
+        _prepare_compiling,
     )
     print(f"{args.model} on {torch.cuda.get_device_name()}, microseconds")
     everything: list[dict[str, Any]] = []

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -71,14 +72,17 @@ def time_product(kind: str, name: str, outputs: int, inputs: int, all_rows: Sequ
     times = []
     for rows in all_rows:
         hidden = torch.randn(rows, inputs, dtype=torch.bfloat16, device="cuda")
-        around: dict[str, object] = {}
-        if name in ("qkv", "gate_up"):
-            norm_weight = torch.ones(inputs, dtype=torch.bfloat16, device="cuda")
-            around = {"norm_weight": norm_weight, "eps": 1e-6, "gated": name == "gate_up"}
-        else:
-            around["residual"] = torch.randn(rows, outputs, dtype=torch.bfloat16, device="cuda")
+        around = surroundings(name, hidden, outputs)
         times.append(time_calls([partial(product, hidden, **around) for product in products]))
     return times
+
+
+def surroundings(name: str, hidden: torch.Tensor, outputs: int) -> dict[str, Any]:
+    """Returns what a decoder layer computes together with the product `name` of hidden [rows, inputs]."""
+    rows, inputs = hidden.shape
+    if name in ("qkv", "gate_up"):
+        return {"norm_weight": hidden.new_ones(inputs), "eps": 1e-6, "gated": name == "gate_up"}
+    return {"residual": torch.randn(rows, outputs, dtype=hidden.dtype, device=hidden.device)}
 
 
 def time_calls(calls: Sequence[Callable[[], torch.Tensor]], busy_seconds: float = 0.0) -> float:

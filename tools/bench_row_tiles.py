@@ -2,20 +2,18 @@
 
     python tools/bench_row_tiles.py --model qwen3-8b --kinds fp8 int8 int4
 
-Tiles are first compiled by many processes. A product includes the norm before it, the gate or the addition to the
-residual stream, and is timed over copies of the weight that together exceed the cache. A line has the largest relative
-difference of a tile's result from that of the engine's tile, the time of the engine's tile, and the fastest tiles, in
-microseconds: outputs of a warp, chunks that it loads together, warps of a program, programs of a multiprocessor.
+Tiles are first compiled by many processes; one that does not compile ends the run when it is timed. A product includes
+the norm before it, the gate or the addition to the residual stream, and is timed over copies of the weight that
+together exceed the cache. A line has the largest relative difference of a tile's result from that of the engine's tile,
+the time of the engine's tile, and the fastest tiles, in microseconds: outputs of a warp, chunks that it loads together,
+warps of a program, programs of a multiprocessor.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -30,7 +28,8 @@ from nanovllm.kernels.row_linear import _SUMS_BYTES, row_linear
 from nanovllm.kernels.row_tiles import RowTile
 from nanovllm.kernels.triton_support import next_power_of_2, shared_memory
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
-from tools.bench_quantized_linear import CACHE_BYTES, GROUP_SIZE, layer_products, time_calls
+from tools.bench_dense_tiles import compile_all
+from tools.bench_quantized_linear import CACHE_BYTES, GROUP_SIZE, layer_products, surroundings, time_calls
 
 KINDS = {"fp8": 8, "fp8-blocks": 8, "int8": 8, "int4": 4}  # bits
 BUSY_SECONDS = 0.008  # for which a tile is repeated before it is timed
@@ -53,10 +52,10 @@ class Shape(NamedTuple):
         num_chunks = -(-self.inputs * KINDS[self.kind] // 4096)
         memory_of_program = next_power_of_2(self.inputs) * KINDS[self.kind] // 2 + _SUMS_BYTES
         words = 6 if self.kind == "int4" else 4  # of a chunk, in a lane; in INT4 with scale and zero
-        for rows, chunks in product((1, 2, 4), (1, 2, 3, 4, 5, 7, 8, 10)):
-            registers = 2 * words * rows * chunks * (1 + self.gated) + OTHER_REGISTERS
+        for outputs, chunks in product((1, 2, 4), (1, 2, 3, 4, 5, 7, 8, 10)):
+            registers = 2 * words * outputs * chunks * (1 + self.gated) + OTHER_REGISTERS
             for warps, programs in ((4, 3), (4, 4), (4, 5), (8, 1), (8, 2), (16, 1)):
-                tile = RowTile(rows, chunks, warps, programs)
+                tile = RowTile(outputs, chunks, warps, programs)
                 has_room = registers <= tile.max_registers and programs * memory_of_program <= memory
                 if num_chunks % chunks == 0 and has_room:
                     yield tile
@@ -70,8 +69,8 @@ class Shape(NamedTuple):
 
     def arguments(self) -> dict[str, Any]:
         """Returns the arguments of `row_linear` but for the weight."""
-        half: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
-        given: dict[str, Any] = {"x": torch.randn(1, self.inputs, **half), "gated": self.gated}
+        x = torch.randn(1, self.inputs, dtype=torch.bfloat16, device="cuda")
+        given: dict[str, Any] = {"x": x, **surroundings(self.name, x, self.outputs)}
         if self.kind == "int4":
             groups = (self.inputs // GROUP_SIZE, self.outputs)
             given["scale"] = torch.rand(groups, device="cuda").T * 0.1 * self.inputs**-0.5
@@ -81,25 +80,12 @@ class Shape(NamedTuple):
             given["scale"] = torch.rand(blocks, device="cuda") * 0.01 * self.inputs**-0.5
         else:
             given["scale"] = torch.rand(self.outputs, 1, device="cuda") * 0.01 * self.inputs**-0.5
-        if self.name in ("qkv", "gate_up"):
-            return given | {"norm_weight": torch.ones(self.inputs, **half), "eps": 1e-6}
-        return given | {"residual": torch.randn(1, self.outputs, **half)}
+        return given
 
 
-def compile_tile(shape: Shape, tile: RowTile) -> str | None:
-    """Compiles a kernel into Triton's cache. Returns what went wrong."""
-    try:
-        row_linear(**shape.weight(), **shape.arguments(), tile=tile)
-    except Exception as error:
-        return f"{shape} {tile}: {type(error).__name__}: {error}"
-    return None
-
-
-def compile_all(jobs: list[tuple[Shape, RowTile]]) -> None:
-    """Prints what does not compile. It is timed nevertheless, and ends the run."""
-    with ProcessPoolExecutor((os.cpu_count() or 2) - 1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for error in filter(None, pool.map(compile_tile, *zip(*jobs, strict=True))):
-            print("not compiled:", error)
+def compile_tile(shape: Shape, tile: RowTile) -> None:
+    """Compiles a kernel into Triton's cache."""
+    row_linear(**shape.weight(), **shape.arguments(), tile=tile)
 
 
 def time_shape(shape: Shape, memory: int) -> None:
@@ -130,7 +116,7 @@ def main() -> None:
     memory = shared_memory(torch.device("cuda", torch.cuda.current_device()))
     sizes = layer_products(BUILTIN_SHAPES[args.model])
     shapes = [Shape(kind, name, *size) for kind in args.kinds for name, size in sizes.items()]
-    compile_all([(shape, tile) for shape in shapes for tile in shape.tiles(memory)])
+    compile_all(compile_tile, [(shape, tile) for shape in shapes for tile in shape.tiles(memory)])
     print(f"{args.model} on {torch.cuda.get_device_name()}, microseconds")
     for shape in shapes:
         time_shape(shape, memory)

@@ -126,7 +126,7 @@ class Scheduler:
         drafts = self.speculation.draft(self.rows, decode_rows, plan.chunks, self.block_manager, room)
         # Only the last chunk can stop before the end of its prompt, so the final ones come first, as batches need.
         final_rows = [chunk.row for chunk in plan.chunks if self.rows.decoding[chunk.row]]
-        sampled = np.append(decode_rows, np.array(final_rows, dtype=np.intp)) if final_rows else decode_rows
+        sampled = np.append(decode_rows, final_rows) if final_rows else decode_rows
         self.last_step += 1
         batch = ScheduledBatch.build(
             self.last_step,

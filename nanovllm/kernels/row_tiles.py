@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-_MAX_CHUNKS_OF_FIVE_PROGRAMS = (
-    16  # whose inputs, padded to a power of two, fit five times in the shared memory of an H200
-)
+_MAX_CHUNKS_OF_FIVE_PROGRAMS = 16  # whose inputs, padded to a power of two, an H200's shared memory holds five times
 _MAX_CHUNKS_OF_GATED_PAIRS = 4  # with more, two gates and two ups leave registers for few weights ahead
 _MAX_CHUNKS_OF_TWO_PROGRAMS = 8  # with more, each program converting the input costs more than it gains
 _MOST_CHUNKS = {(1, False): 5, (2, False): 4, (1, True): 2, (2, True): 1}  # of a piece, by outputs of a warp and gated

@@ -67,32 +67,26 @@ def compile_mixed_matmul(
 def compile_row_linear(
     kind: str, dtype: torch.dtype, input_size: int, gated: bool, has_norm: bool, outputs: int = 8
 ) -> None:
-    """kind: int4, int8, fp8 or blocks (FP8 with scales of 128 inputs). Bias comes with a norm, residual without.
+    """kind: int4, symmetric (INT4 without zeros), int8, fp8 or blocks (FP8 with scales of 128 inputs).
 
-    outputs: of a multiprocessor, of which the device that is compiled for has one.
+    Bias comes with a norm, residual without. outputs: of a multiprocessor, of which the device that is compiled for has
+    one.
     """
     outputs *= 1 + gated
     blocks = -(-input_size // 128)
-    given: dict[str, Any] = {
-        "int4": {
-            "weight": torch.empty(outputs, blocks * 32, dtype=torch.int16),
-            "scale": torch.empty(blocks, outputs).T,
-            "zeros": torch.empty(blocks, outputs).T,
-            "group_size": 128,
-        },
-        "int8": {"weight": torch.empty(outputs, input_size, dtype=torch.int8), "scale": torch.empty(outputs, 1)},
-        "fp8": {
-            "weight": torch.empty(outputs, input_size, dtype=torch.float8_e4m3fn),
-            "scale": torch.empty(outputs, 1),
-        },
-        "blocks": {
-            "weight": torch.empty(outputs, input_size, dtype=torch.float8_e4m3fn),
-            "scale": torch.empty(-(-outputs // 128), blocks),
-        },
-    }[kind]
+    if kind in ("int4", "symmetric"):
+        scale = torch.empty(blocks, outputs).T
+        weight = torch.empty(outputs, blocks * 32, dtype=torch.int16)
+        given: dict[str, Any] = {"zeros": scale if kind == "int4" else None, "group_size": 128}
+    else:
+        scale = torch.empty(-(-outputs // 128), blocks) if kind == "blocks" else torch.empty(outputs, 1)
+        weight = torch.empty(outputs, input_size, dtype=torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+        given = {}
     row_linear.row_linear(
         torch.empty(1, input_size, dtype=dtype),
-        bias=torch.empty(outputs, dtype=dtype) if has_norm else None,
+        weight,
+        scale,
+        torch.empty(outputs, dtype=dtype) if has_norm else None,
         norm_weight=torch.empty(input_size, dtype=dtype) if has_norm else None,
         gated=gated,
         residual=None if has_norm else torch.empty(1, outputs, dtype=dtype),
@@ -144,7 +138,7 @@ CASES = [
     (compile_mixed_matmul, (torch.bfloat16, 16, 0, False, True, 2, 3)),
     (compile_mixed_matmul, (torch.bfloat16, 128, 0, False, True, 1, 3)),
     (compile_row_linear, ("int4", torch.bfloat16, 1024, False, True)),
-    (compile_row_linear, ("int4", torch.bfloat16, 1024, True, True)),
+    (compile_row_linear, ("symmetric", torch.bfloat16, 1024, True, True)),
     (compile_row_linear, ("int4", torch.float16, 3072, False, False)),
     (compile_row_linear, ("int4", torch.bfloat16, 4096, False, True)),
     (compile_row_linear, ("int4", torch.bfloat16, 4096, True, True)),
