@@ -51,6 +51,7 @@ def main() -> int:
         parser.error(str(error))
 
     ray.init(include_dashboard=False)
+    # It shuts down when Python exits. Done earlier, a thread that still reads ahead would end the process with status 1.
     ray.data.DataContext.get_current().enable_progress_bars = False  # there is one for all rows
     num_errors = 0
     try:
@@ -75,8 +76,6 @@ def main() -> int:
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from here.", file=sys.stderr)
         return 130
-    finally:
-        ray.shutdown()
     print(f"{len(lines)} rows, with errors in {num_errors}: {args.output / OUTPUT}", file=sys.stderr)
     return min(num_errors, 1)
 
