@@ -231,8 +231,7 @@ class ScheduledBatch:
         counts = tuple(map(len, contents.values()))
         sections = _layout(counts)
         buffer: IntArray = np.empty(sections["decode_rows"].end, dtype=np.int32)
-        header = (VERSION, step, num_final_chunks, (needs or StepNeeds()).record(), counts)
-        buffer[:_HEADER_SIZE].view(_HEADER)[0] = header
+        buffer[:_HEADER_SIZE] = VERSION, step, num_final_chunks, *(needs or StepNeeds()).record(), *counts
         for name, items in contents.items():
             if len(items):
                 sections[name].view(buffer)[:] = items
@@ -305,16 +304,19 @@ class ScheduledBatch:
         return tokens
 
     @cached_property
-    def sampled_rows(self) -> IntArray:
-        """The rows of sequences that get a token in this step, [num_sampled_rows]: decode rows, then final chunks."""
-        if not self.num_final_chunks:
-            return self.decode_rows
-        return np.concatenate([self.decode_rows, self.final_chunks["row"]])
+    def sampled_rows(self) -> npt.NDArray[np.intp]:
+        """The rows of sequences that get a token in this step, [num_sampled_rows]: decode rows, then final chunks.
+
+        In the type in which NumPy takes indices fastest, as is the next.
+        """
+        return np.concatenate([self.decode_rows, self.final_chunks["row"]], dtype=np.intp)
 
     @cached_property
-    def scheduled_rows(self) -> IntArray:
+    def scheduled_rows(self) -> npt.NDArray[np.intp]:
         """The rows of sequences for which this step computes something: decode rows, then those of chunks."""
-        return np.concatenate([self.decode_rows, self.chunks["row"]]) if len(self.chunks) else self.decode_rows
+        if not len(self.chunks):
+            return self.sampled_rows
+        return np.concatenate([self.decode_rows, self.chunks["row"]], dtype=np.intp)
 
     @cached_property
     def num_prefill_tokens(self) -> int:

@@ -59,7 +59,7 @@ class DistributionCounter:
 
     def observe_all(self, values: npt.NDArray[np.float64]) -> None:
         """Counts each of `values`, which are often equal."""
-        if len(values) and (values == values[0]).all():
+        if len(values) and not np.count_nonzero(values != values[0]):
             self.counts[bisect.bisect_left(self._bounds, values[0])] += len(values)
             self.sum += float(values[0]) * len(values)
             return

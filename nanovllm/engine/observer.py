@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from nanovllm.config import EngineConfig, ResolvedConfig
-from nanovllm.engine.batch import IntArray, ScheduledBatch
+from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.prefill_policy import PrefillBudget
 from nanovllm.engine.request_end import RequestEnd
-from nanovllm.engine.row_table import RowTable
+from nanovllm.engine.row_table import RowArray, RowTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.engine.statistics import EngineStatistics, Load
 from nanovllm.logs.records import current_engine
@@ -69,7 +69,7 @@ class SampledStep:
 
     batch: ScheduledBatch
     rows: RowTable  # before it has the new tokens
-    sampled: IntArray  # rows that get a token
+    sampled: RowArray  # rows that get a token
     gaps: npt.NDArray[np.float64]  # for each of them, seconds since its previous token; -inf for its first
     now: float  # seconds of the engine's clock
     gpu_ms: float | None  # time on the GPU; None if it was not measured

@@ -151,9 +151,9 @@ class RowTable:
             num_logprobs = MAX_LOGPROBS
         return StepNeeds(
             shares_prefix=shares_prefix,
-            truncates=bool(self.truncates[sampled].any()),
+            truncates=bool(np.count_nonzero(self.truncates[sampled])),
             num_logprobs=None if num_logprobs == NO_LOGPROBS else num_logprobs,
-            edits_logits=bool(self.edits_logits[sampled].any()),
+            edits_logits=bool(np.count_nonzero(self.edits_logits[sampled])),
             skips_draft_model=skips_draft_model,
         )
 
@@ -169,8 +169,10 @@ class RowTable:
         drafts whose last token is not read yet.
         """
         waits = (self.has_grammar | self.speculates) & (self.num_pending > 0)
-        waits[[row for row in np.flatnonzero(self.has_grammar).tolist() if self.sequence(row).waits_for_grammar]] = True
-        return np.flatnonzero(self.decoding & ~waits & (self.num_tokens + self.num_pending < self.max_num_tokens))
+        for row in self.has_grammar.nonzero()[0].tolist():
+            waits[row] |= self.sequence(row).waits_for_grammar
+        is_short = self.num_tokens + self.num_pending < self.max_num_tokens
+        return (self.decoding & ~waits & is_short).nonzero()[0]
 
 
 # The declarations leave the class: Python reads an attribute of an instance faster if the class has none of that name.

@@ -23,7 +23,6 @@ from nanovllm.config import MIN_SHARED_PREFIX, ResolvedConfig
 from nanovllm.engine.batch import (
     NO_LOGPROBS,
     Chunk,
-    IntArray,
     OpenedRow,
     PromptLogprobs,
     RecordArray,
@@ -318,7 +317,7 @@ class Scheduler:
         return ended
 
     def _take_tokens(
-        self, batch: ScheduledBatch, result: StepResult, sampled: IntArray, tokens: RowArray, drafted: bool = False
+        self, batch: ScheduledBatch, result: StepResult, sampled: RowArray, tokens: RowArray, drafted: bool = False
     ) -> list[Sequence]:
         """Appends a token to each row of `sampled`. Returns the sequences that end there.
 
@@ -326,9 +325,10 @@ class Scheduler:
         """
         rows, now = self.rows, self.now
         token_ids = result.token_ids[tokens]
-        invalid = sampled[~rows.stopped[sampled] & (token_ids == INVALID_TOKEN)]
+        live, is_invalid = ~rows.stopped[sampled], token_ids == INVALID_TOKEN
+        invalid = sampled[live & is_invalid]
         rows.stopped[invalid] = True
-        live = ~rows.stopped[sampled]  # the tokens of all others are dropped
+        live &= ~is_invalid  # the tokens of all others are dropped
         sampled, tokens, token_ids = sampled[live], tokens[live], token_ids[live]
         self._record_logprobs(sampled, tokens, result)
         if drafted:
@@ -336,8 +336,9 @@ class Scheduler:
         else:
             gaps = now - rows.last_token[sampled]
             self._observer.tokens_sampled(SampledStep(batch, rows, sampled, gaps, now, result.gpu_ms, self.load))
-        rows.token_ids[sampled, rows.num_tokens[sampled]] = token_ids
-        rows.num_tokens[sampled] += 1
+        num_before = rows.num_tokens[sampled]
+        rows.token_ids[sampled, num_before] = token_ids
+        rows.num_tokens[sampled] = num_before + 1
         rows.last_token[sampled] = now
         for row in () if drafted else batch.final_chunks["row"].tolist():
             if not rows.stopped[row] and rows.sequence(row).first_token is None:
@@ -345,14 +346,13 @@ class Scheduler:
                 self._observer.first_token(rows.sequence(row))
 
         # The new token's own key and value are not written yet: a block is full one token later.
-        filled = sampled[(rows.num_tokens[sampled] - 1) % self.block_manager.block_size == 0]
+        filled = sampled[num_before % self.block_manager.block_size == 0]
         for row in filled.tolist():
             self.block_manager.register(rows.sequence(row).block_table, rows.known_tokens(row)[:-1])
 
         at_eos = self._is_eos[token_ids] & ~rows.ignore_eos[sampled]
-        at_limit = rows.num_tokens[sampled] >= rows.max_num_tokens[sampled]
-        at_end = at_eos | at_limit
-        for index in np.flatnonzero(rows.watched[sampled] & ~at_eos).tolist():
+        at_end = at_eos | (num_before + 1 >= rows.max_num_tokens[sampled])
+        for index in (rows.watched[sampled] & ~at_eos).nonzero()[0].tolist():
             at_end[index] |= rows.sequence(int(sampled[index])).stops_at(int(token_ids[index]))
         ended = [rows.sequence(row) for row in sampled[at_end].tolist()]
         for sequence, eos in zip(ended, at_eos[at_end].tolist(), strict=True):
@@ -364,7 +364,7 @@ class Scheduler:
         self._release_leaving()
         return ended
 
-    def _record_logprobs(self, sampled: IntArray, tokens: RowArray, result: StepResult) -> None:
+    def _record_logprobs(self, sampled: RowArray, tokens: RowArray, result: StepResult) -> None:
         """Appends the log-probabilities of `tokens` in the result to the sequences of `sampled` that asked for them."""
         if result.logprobs is not None:
             num_top = self.rows.num_logprobs[sampled]

@@ -7,7 +7,7 @@ from collections.abc import Sequence as Seq
 from typing import NamedTuple
 
 from nanovllm.config import EngineConfig, ResolvedConfig
-from nanovllm.engine.batch import Chunk, IntArray, RecordArray, ScheduledBatch, StepResult
+from nanovllm.engine.batch import Chunk, RecordArray, ScheduledBatch, StepResult
 from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.observer import EngineObserver
 from nanovllm.engine.row_table import RowArray, RowTable
@@ -50,7 +50,7 @@ class Speculation:
         """Returns drafts of the rows of a step. num_tokens: how many drafted tokens the step may compute."""
         return NO_DRAFTS
 
-    def rounds(self, batch: ScheduledBatch, result: StepResult, rows: RowTable) -> Iterable[tuple[IntArray, RowArray]]:
+    def rounds(self, batch: ScheduledBatch, result: StepResult, rows: RowTable) -> Iterable[tuple[RowArray, RowArray]]:
         """Yields the rows that get a token of a step, and where in the result it is; then those that get another one.
 
         The caller appends the tokens before it takes the next item, so that a row that ends gets no more.

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from nanovllm.engine.batch import IntArray, ScheduledBatch
+from nanovllm.engine.batch import ScheduledBatch
 from nanovllm.engine.observer import (
     CollectedStep,
     Delay,
@@ -19,7 +19,7 @@ from nanovllm.engine.observer import (
     SampledStep,
 )
 from nanovllm.engine.request_end import Stall, StallCause
-from nanovllm.engine.row_table import RowTable
+from nanovllm.engine.row_table import RowArray, RowTable
 from nanovllm.engine.sequence import Sequence
 from nanovllm.utils import env
 
@@ -89,7 +89,7 @@ class Stalls(EngineObserver):
             for index in np.flatnonzero(self._seq_ids[sampled] != rows.seq_id[sampled]).tolist():
                 self._take_row(rows, int(sampled[index]), float(gaps[index]), step.batch.step)
         longer = gaps > self._longest[sampled]
-        any_longer = bool(longer.any())
+        any_longer = bool(np.count_nonzero(longer))
         if any_longer:
             stalled = sampled[longer]
             self._longest[stalled] = gaps[longer]
@@ -148,7 +148,7 @@ class Stalls(EngineObserver):
         if seconds > self._slow_seconds:
             self._listener.delayed(Delay(kind, seconds, step.batch.step, name, reason.text, step.now))
 
-    def _explain_skipped(self, rows: RowTable, skipped: IntArray, step: int) -> None:
+    def _explain_skipped(self, rows: RowTable, skipped: RowArray, step: int) -> None:
         """Sets the reasons of rows that took no part in the previous step."""
         with_grammar = rows.has_grammar[skipped]
         if with_grammar.any():

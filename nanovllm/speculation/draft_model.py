@@ -126,7 +126,7 @@ class ModelDrafter(Drafter):
         proposals.sort(key=lambda proposal: -proposal[1])
         return StepDrafts(drafts.tokens, new_blocks, proposals)
 
-    def rounds(self, batch: ScheduledBatch, result: StepResult, rows: RowTable) -> Iterator[tuple[IntArray, RowArray]]:
+    def rounds(self, batch: ScheduledBatch, result: StepResult, rows: RowTable) -> Iterator[tuple[RowArray, RowArray]]:
         yield from super().rounds(batch, result, rows)
         proposals = batch.section("proposals").tolist()
         if result.drafts is None:

@@ -174,7 +174,7 @@ class Drafter(Speculation):
             new_blocks.append(items)
         return int(rows.num_blocks[row]) * blocks.block_size
 
-    def rounds(self, batch: ScheduledBatch, result: StepResult, rows: RowTable) -> Iterator[tuple[IntArray, RowArray]]:
+    def rounds(self, batch: ScheduledBatch, result: StepResult, rows: RowTable) -> Iterator[tuple[RowArray, RowArray]]:
         verified = _verify(batch, result.token_ids, rows)
         for row, one in verified.items():
             self._in_flight[row] = False
@@ -189,7 +189,7 @@ class Drafter(Speculation):
             for row, one in taking.items()
             if one.num_taken < len(one.right) and rows.sequences[row] is not None and not rows.stopped[row]
         }:
-            yield np.array([*taking], dtype=np.int32), np.array([one.right[one.num_taken] for one in taking.values()])
+            yield np.array([*taking]), np.array([one.right[one.num_taken] for one in taking.values()])
             for one in taking.values():
                 one.num_taken += 1
         if verified:
