@@ -101,10 +101,11 @@ class Section(NamedTuple):
     offset: int
     end: int
     record: np.dtype[Any]
+    no_items: npt.NDArray[Any]  # [0], since most sections of most steps are empty, and a view of records takes long
 
     def view(self, buffer: IntArray) -> npt.NDArray[Any]:
         """Returns the section's items as a view of the buffer, [num_items]."""
-        return buffer[self.offset : self.end].view(self.record)
+        return buffer[self.offset : self.end].view(self.record) if self.offset < self.end else self.no_items
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,8 @@ class ScheduledBatch:
 
         In the type in which NumPy takes indices fastest, as is the next.
         """
-        return np.concatenate([self.decode_rows, self.final_chunks["row"]], dtype=np.intp)
+        rows = np.concatenate([self.decode_rows, self.final_chunks["row"]]) if self.num_final_chunks else self.decode_rows
+        return rows.astype(np.intp)
 
     @cached_property
     def scheduled_rows(self) -> npt.NDArray[np.intp]:
@@ -320,7 +322,7 @@ class ScheduledBatch:
 
     @cached_property
     def num_prefill_tokens(self) -> int:
-        return int(self.chunks["length"].sum())
+        return int(self.chunks["length"].sum()) if len(self.chunks) else 0
 
     @property
     def num_tokens(self) -> int:
@@ -369,6 +371,6 @@ def _layout(counts: tuple[int, ...]) -> Mapping[str, Section]:
     offset = _HEADER_SIZE
     for (name, record), count in zip(SECTIONS.items(), counts, strict=True):
         end = offset + count * record.itemsize // WORD_BYTES
-        sections[name] = Section(offset, end, record)
+        sections[name] = Section(offset, end, record, np.empty(0, record))
         offset = end
     return sections

@@ -340,7 +340,7 @@ class Scheduler:
         rows.token_ids[sampled, num_before] = token_ids
         rows.num_tokens[sampled] = num_before + 1
         rows.last_token[sampled] = now
-        for row in () if drafted else batch.final_chunks["row"].tolist():
+        for row in () if drafted else batch.sampled_rows[len(batch.decode_rows) :].tolist():
             if not rows.stopped[row] and rows.sequence(row).first_token is None:
                 rows.sequence(row).first_token = now
                 self._observer.first_token(rows.sequence(row))
