@@ -51,7 +51,8 @@ def main() -> int:
         parser.error(str(error))
 
     ray.init(include_dashboard=False)
-    # It shuts down when Python exits. Done earlier, a thread that still reads ahead would end the process with status 1.
+    # Ray shuts down when Python exits. If it did so earlier, a thread that still reads ahead would end the process with
+    # status 1.
     ray.data.DataContext.get_current().enable_progress_bars = False  # there is one for all rows
     num_errors = 0
     try:

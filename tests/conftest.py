@@ -99,8 +99,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object | None) -> None:
     """Every worker collects all tests, so the counts of one are those of the run. One that dies leaves its status."""
-    node.config.stash[LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
-    if error:
+    if not error:
+        node.config.stash[LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out", {}))
+    else:
         process = node.gateway._io.popen
         with suppress(subprocess.TimeoutExpired):
             process.wait(10)

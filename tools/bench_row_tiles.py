@@ -2,11 +2,11 @@
 
     python tools/bench_row_tiles.py --model qwen3-8b --kinds fp8 int8 int4
 
-Tiles are first compiled by many processes; one that does not compile ends the run when it is timed. A product includes
-the norm before it, the gate or the addition to the residual stream, and is timed over copies of the weight that
-together exceed the cache. A line has the largest relative difference of a tile's result from that of the engine's tile,
-the time of the engine's tile, and the fastest tiles, in microseconds: outputs of a warp, chunks that it loads together,
-warps of a program, programs of a multiprocessor.
+Tiles are first compiled by many processes; a tile that does not compile ends the run when it is timed. A product
+includes the norm before it, the gate or the addition to the residual stream, and is timed over copies of the weight
+that together exceed the cache. A line has the largest relative difference of a tile's result from that of the engine's
+tile, the time of the engine's tile, and the fastest tiles, in microseconds: outputs of a warp, chunks that it loads
+together, warps of a program, programs of a multiprocessor.
 """
 
 from __future__ import annotations

@@ -6,11 +6,8 @@ reports at once when the other side has ended.
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
@@ -56,7 +53,6 @@ class EngineClient:
         self._connection = connection
         self._outbox = Outbox(connection)
         self._asking = threading.Lock()  # one question at a time
-        self._closing = threading.Lock()
         self._metrics = MetricsSnapshot()
         self._answered = threading.Event()
         self._receive: Callable[[Event], None] = lambda event: None
@@ -109,9 +105,7 @@ class EngineClient:
 
     def stop(self, wait: bool = True) -> None:
         if self._reader.is_alive():
-            # Locked: the number of a descriptor that the reader closes may be another socket's at once.
-            with self._closing, suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as ours:
-                ours.shutdown(socket.SHUT_RDWR)  # which the reader notices
+            self._outbox.shut_down()  # which the reader notices
             self._join(wait)
 
     def _join(self, wait: bool) -> None:
@@ -156,5 +150,4 @@ class EngineClient:
         """Frees what belongs to the connection."""
         if self._grammars is not None:
             self._grammars.shutdown()
-        with self._closing:
-            self._outbox.close()
+        self._outbox.close()

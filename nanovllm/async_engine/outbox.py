@@ -29,6 +29,7 @@ class Outbox:
         self._connection = connection
         self._messages: deque[tuple[bytes, Connection | None]] = deque()
         self._lock = threading.Lock()  # of sending
+        self._closing = threading.RLock()  # a garbage collection within `close` may call `shut_down`
 
     def send(self, message: bytes, passed: Connection | None = None) -> None:
         """Sends a message. passed: a connection that the other side gets after it, and that is closed here."""
@@ -46,8 +47,14 @@ class Outbox:
 
     def close(self) -> None:
         """Closes the connection. Later messages are dropped."""
-        with self._lock:
+        with self._lock, self._closing:
             self._connection.close()
+
+    def shut_down(self) -> None:
+        """Ends the connection for both sides, also while a thread waits in it. It must be closed afterwards."""
+        # The number of a descriptor that another thread has closed may at once be another socket's.
+        with self._closing, suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as ours:
+            ours.shutdown(socket.SHUT_RDWR)
 
     def _send_all(self) -> None:
         while self._messages:

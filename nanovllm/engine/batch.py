@@ -308,9 +308,11 @@ class ScheduledBatch:
     def sampled_rows(self) -> npt.NDArray[np.intp]:
         """The rows of sequences that get a token in this step, [num_sampled_rows]: decode rows, then final chunks.
 
-        In the type in which NumPy takes indices fastest, as is the next.
+        NumPy takes indices of this type fastest; `scheduled_rows` has it, too.
         """
-        rows = np.concatenate([self.decode_rows, self.final_chunks["row"]]) if self.num_final_chunks else self.decode_rows
+        rows = (
+            np.concatenate([self.decode_rows, self.final_chunks["row"]]) if self.num_final_chunks else self.decode_rows
+        )
         return rows.astype(np.intp)
 
     @cached_property

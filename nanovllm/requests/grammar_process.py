@@ -74,7 +74,7 @@ class GrammarProcess:
         self._limits = limits
         self._start = dataclasses.asdict(limits) | {"vocab_size": vocab_size}
         self._make_vocabulary = make_vocabulary
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection may call `close`
         # Guarded by the lock:
         self._child: _Child | None = None
         self._spare: _Child | None = None  # takes over at once; started when a job is slow
@@ -106,7 +106,10 @@ class GrammarProcess:
         self._child.outbox.put(job.message(self._child))
 
     def _new_child(self) -> _Child:
-        return _Child(self._start, self._make_vocabulary, self._on_answer, self._on_end)
+        child = _Child(self._start, self._make_vocabulary, self._on_answer, self._on_end)
+        if self._is_closed:  # meanwhile, by a garbage collection
+            child.end()
+        return child
 
     def _on_answer(self, child: _Child, answer: dict[str, Any], mask: bytes) -> None:
         with self._lock:
@@ -135,7 +138,7 @@ class GrammarProcess:
                 except OSError as error:  # no other process can be started
                     failed, why = [*failed, job], str(error)
             for job in failed:
-                del self._unanswered[job.number]
+                self._unanswered.pop(job.number, None)
         limits = self._limits
         hint = f"NANOVLLM_GRAMMAR_MEMORY_GB={limits.gigabytes:g} or NANOVLLM_GRAMMAR_SECONDS={limits.seconds:g}"
         for job in failed:
@@ -206,7 +209,7 @@ class _Child:
         self._process.wait()
         self.outbox.put(None)
         on_end(self, self._failure or f"exit code {self._process.returncode}")
-        self._sender.join()  # else it might write to what has got the number of the closed descriptor
+        self._sender.join()  # else it might write to whatever has the closed descriptor's number by then
         self._connection.close()
 
     def _log(self) -> None:

@@ -62,6 +62,38 @@ def test_a_message_that_is_sent_in_the_middle_of_another() -> None:
     assert connection.sent == [b"first", b"second"]
 
 
+def test_a_thread_that_waits_for_the_other_side_does_not_hold_up_the_end() -> None:
+    ours, theirs = Pipe()
+    outbox = Outbox(ours)
+    sends = threading.Thread(target=outbox.send, args=(bytes(10_000_000),), daemon=True)
+    sends.start()
+    assert until(lambda: theirs.poll(0))
+    closes = threading.Thread(target=outbox.close, daemon=True)  # waits for the message
+    closes.start()
+    outbox.shut_down()
+    sends.join(WATCHDOG)
+    closes.join(WATCHDOG)
+    assert not sends.is_alive()
+    assert ours.closed
+    outbox.shut_down()  # does nothing
+    theirs.close()
+
+
+def test_a_garbage_collection_while_it_closes_may_end_it() -> None:
+    class Collected:
+        def close(self) -> None:
+            outbox.shut_down()
+
+        def fileno(self) -> int:
+            raise OSError("handle is closed")
+
+    connection: Any = Collected()
+    outbox = Outbox(connection)
+    closes = threading.Thread(target=outbox.close, daemon=True)
+    closes.start()
+    assert until(lambda: not closes.is_alive())
+
+
 # ---- records of the log, and a process that writes it and is suspended
 
 

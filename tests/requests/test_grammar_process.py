@@ -108,15 +108,32 @@ def test_closing_ends_both_processes_and_fails_what_waits(process: GrammarProces
         Asked(process, 2, None)
 
 
+def test_a_garbage_collection_while_a_process_starts_may_close_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Collecting(Child):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            process.close()
+
+    monkeypatch.setattr(grammar_process, "_Child", Collecting)
+    Child.made = []
+    process = GrammarProcess(GrammarLimits(seconds=3, gigabytes=2), 32, lambda: "")
+    asks = threading.Thread(target=Asked, args=(process, 1, None), daemon=True)
+    asks.start()
+    assert until(lambda: not asks.is_alive())
+    assert [child.is_ended for child in Child.made] == [True]
+
+
 def test_a_connection_is_open_as_long_as_something_may_be_sent() -> None:
-    """Closed earlier, its descriptor's number might be another process's, which would read this one's messages."""
-    goes_on, ended = threading.Event(), threading.Event()
+    """If it were closed earlier, another process's connection might have its number, and get this one's messages."""
+    has_sent, goes_on, ended = threading.Event(), threading.Event(), threading.Event()
 
     def make_vocabulary() -> str:
+        has_sent.set()
         assert goes_on.wait(WATCHDOG)
         return ""
 
     child = grammar_process._Child({}, make_vocabulary, lambda *answer: None, lambda *why: ended.set())
+    assert has_sent.wait(WATCHDOG)
     child.end()
     assert ended.wait(WATCHDOG)
     time.sleep(0.2)
