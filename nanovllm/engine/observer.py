@@ -207,17 +207,17 @@ class Observers(EngineObserver):
         ends = name in ("engine_started", "engine_failed")
 
         def call(*arguments: object, **named: object) -> None:
-            before = current_engine.get()
+            before = current_engine.number
             if before != number:
-                current_engine.set(number)
+                current_engine.number = number
             try:
                 for function in functions:
                     function(*arguments, **named)
             finally:
                 if ends or (is_phase and arguments[0] == "idle"):
-                    current_engine.set(None)
+                    current_engine.number = None
                 elif before != number and not begins:
-                    current_engine.set(before)
+                    current_engine.number = before
 
         return call if functions or begins or ends else _ignore
 

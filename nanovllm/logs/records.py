@@ -11,10 +11,10 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, TypeVar
@@ -34,12 +34,22 @@ __all__ = [
 T = TypeVar("T")
 MAX_ITEMS = 16  # of a list, in a sentence and in a field
 Place = tuple[str, int, str]  # file, line, function of the code that logs
-
-# The engine that this thread runs: `nanovllm.engine.observer` sets it, since most code that logs knows no engine.
-current_engine: ContextVar[int | None] = ContextVar("current_engine", default=None)
 # Control characters, separators and marks that change the direction of text, and halves of surrogate pairs.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _UNSAFE_BUT_NEWLINES = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+class _CurrentEngine(threading.local):
+    """The engine that this thread runs: `nanovllm.engine.observer` sets it, since most code that logs knows no engine.
+
+    Not a ContextVar. Up to Python 3.11, setting one may run a garbage collection. If that ends an engine, which sets
+    the variable, too, the interpreter reads memory that it has freed.
+    """
+
+    number: int | None = None
+
+
+current_engine = _CurrentEngine()
 
 
 def log_event(logger: logging.Logger, level: int, event: str, message: str, **fields: Any) -> None:
@@ -114,7 +124,7 @@ def emit(
     filename, line, function = place
     record = logger.makeRecord(logger.name, level, filename, line, sentence, (), None, function)
     record.event, record.fields, record.mono = event, fields, time.monotonic()
-    record.in_summary, record.engine_id = in_summary, current_engine.get()
+    record.in_summary, record.engine_id = in_summary, current_engine.number
     with suppress(OSError, ValueError):  # a handler's stream is closed, and so is the one that would say it
         logger.handle(record)
 
@@ -122,18 +132,18 @@ def emit(
 @contextmanager
 def in_engine(number: int | None) -> Iterator[None]:
     """Marks the records that this thread makes in the block as those of an engine."""
-    token = current_engine.set(number)
+    before, current_engine.number = current_engine.number, number
     try:
         yield
     finally:
-        current_engine.reset(token)
+        current_engine.number = before
 
 
 def add_missing_attributes(record: logging.LogRecord) -> bool:
     """A filter that passes all records and adds the attributes that a plain `logger.info(...)` does not set."""
     if not hasattr(record, "event"):
         record.event, record.fields, record.mono = "", {}, time.monotonic()
-        record.in_summary, record.engine_id = True, current_engine.get()
+        record.in_summary, record.engine_id = True, current_engine.number
     return True
 
 
