@@ -310,10 +310,9 @@ class ScheduledBatch:
 
         NumPy takes indices of this type fastest; `scheduled_rows` has it, too.
         """
-        rows = (
-            np.concatenate([self.decode_rows, self.final_chunks["row"]]) if self.num_final_chunks else self.decode_rows
-        )
-        return rows.astype(np.intp)
+        if not self.num_final_chunks:
+            return self.decode_rows.astype(np.intp)
+        return np.concatenate([self.decode_rows, self.final_chunks["row"]], dtype=np.intp)
 
     @cached_property
     def scheduled_rows(self) -> npt.NDArray[np.intp]:
