@@ -19,9 +19,16 @@ import torch
 
 from nanovllm.kernels.attend_keys import arguments_of_any_cache
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
-from nanovllm.kernels.online_softmax import softmax_weights
+from nanovllm.kernels.online_softmax import seen, softmax_weights
 from nanovllm.kernels.page_slots import page_slots
-from nanovllm.kernels.triton_support import INTERPRETED, constant, jit, next_power_of_2, tl
+from nanovllm.kernels.triton_support import (
+    INTERPRETED,
+    constant,
+    jit,
+    next_power_of_2,
+    tl,
+    wait_for_previous_kernel,
+)
 
 BLOCK_KEYS = 16  # keys a program reads at a time
 PROGRAMS_EACH = 16  # programs of one warp that keep a multiprocessor busy
@@ -60,6 +67,70 @@ def _unpack(words: tl.tensor, INTERPRETED: tl.constexpr) -> tuple[tl.tensor, tl.
 
 
 @jit
+def _load_block(
+    key_base: tl.tensor,
+    value_base: tl.tensor,
+    key_scale_base: tl.tensor,
+    value_scale_base: tl.tensor,
+    table_ptr: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    valid: tl.tensor,
+    page_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    scale_page_stride: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Loads what is stored at positions `first` on, zeros where not `valid` [keys].
+
+    Keys [keys, BLOCK_DIM], words of two values [BLOCK_DIM / 2, keys], and the scales of both [keys]. What is not valid
+    is not read: past the context, the cache may hold NaN.
+    """
+    dim = tl.arange(0, BLOCK_DIM)
+    pair = tl.arange(0, BLOCK_DIM // 2)  # dimensions 2 · pair and 2 · pair + 1
+    slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
+    key_mask, value_mask = valid[:, None] & (dim < HEAD_DIM)[None, :], (pair < HEAD_DIM // 2)[:, None] & valid[None, :]
+    key = tl.load(key_base + slot[:, None] + dim[None, :], mask=key_mask, other=0.0)
+    value_words = tl.load(value_base + (slot >> 1)[None, :] + pair[:, None], mask=value_mask, other=0)
+    scale_at = page_slots(table_ptr, first, end, scale_page_stride, 1, BLOCK_SIZE, BLOCK_KEYS)
+    key_scale = tl.load(key_scale_base + scale_at, mask=valid, other=0.0)
+    value_scale = tl.load(value_scale_base + scale_at, mask=valid, other=0.0)
+    return key, value_words, key_scale, value_scale
+
+
+@jit
+def _attend_block(
+    query: tl.tensor,
+    key: tl.tensor,
+    value_words: tl.tensor,
+    key_scale: tl.tensor,
+    value_scale: tl.tensor,
+    valid: tl.tensor,
+    scale_log2: tl.tensor,
+    best: tl.tensor,
+    totals: tl.tensor,
+    even: tl.tensor,
+    odd: tl.tensor,
+    COMPUTE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """Returns (best, totals, even, odd) of query [BLOCK_DIM, BLOCK_GROUP] after the keys of `_load_block`."""
+    scores = tl.dot(key.to(tl.float16).to(COMPUTE), query, input_precision=PRECISION)  # [keys, BLOCK_GROUP]
+    scores = tl.where(valid[:, None], scores * (key_scale * scale_log2)[:, None], -float("inf"))
+    weights, shrink, best = softmax_weights(scores, best, 1.0, AXIS=0)
+    totals = totals * shrink[None, :] + weights
+    weights = (weights * (value_scale * _RAISE)[:, None]).to(COMPUTE)
+    even_values, odd_values = _unpack(value_words, INTERPRETED)
+    even = tl.dot(even_values.to(COMPUTE), weights, even * shrink[None, :], input_precision=PRECISION)
+    odd = tl.dot(odd_values.to(COMPUTE), weights, odd * shrink[None, :], input_precision=PRECISION)
+    return best, totals, even, odd
+
+
+@jit
 def attend_keys_fp8(
     query_ptr: tl.tensor,
     key_ptr: tl.tensor,
@@ -90,55 +161,57 @@ def attend_keys_fp8(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    PDL: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Returns a row's attention to its keys at positions start … end, for the queries that share `kv_head`.
 
     Its even dimensions and its odd ones, [BLOCK_DIM / 2, BLOCK_GROUP] each, and `lse` (see partials.py). seq: int64.
-    `start` is a multiple of BLOCK_KEYS, and before `end`.
+    `start` is a multiple of BLOCK_KEYS, and before `end`. PDL: as in `attend_keys`.
     """
     dim = tl.arange(0, BLOCK_DIM)
-    pair = tl.arange(0, BLOCK_DIM // 2)  # dimensions 2 · pair and 2 · pair + 1
     group = tl.arange(0, BLOCK_GROUP)
-    dim_mask = dim < HEAD_DIM
-    pair_mask = pair < HEAD_DIM // 2
+    key_base, value_base = key_ptr + kv_head * kv_head_stride, value_words_ptr + kv_head * (kv_head_stride // 2)
+    key_scale_base, value_scale_base = key_scale_ptr + kv_head * BLOCK_SIZE, value_scale_ptr + kv_head * BLOCK_SIZE
+    table_ptr = block_tables_ptr + seq * block_table_stride
+    first_seen = context_len - WINDOW
+    if PDL:
+        valid = seen(start, end, first_seen, BLOCK_KEYS, WINDOW > 0)
+        is_old = start + BLOCK_KEYS < context_len
+        key, value_words, key_scale, value_scale = _load_block(
+            key_base, value_base, key_scale_base, value_scale_base, table_ptr, start, end, valid & is_old, page_stride,
+            slot_stride, scale_page_stride, BLOCK_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
+        )  # fmt: skip
+        wait_for_previous_kernel(PDL)
+        if not is_old:
+            key, value_words, key_scale, value_scale = _load_block(
+                key_base, value_base, key_scale_base, value_scale_base, table_ptr, start, end, valid, page_stride,
+                slot_stride, scale_page_stride, BLOCK_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
+            )  # fmt: skip
     query = tl.load(
         query_ptr + seq * query_seq_stride + (kv_head * GROUP + group)[None, :] * query_head_stride + dim[:, None],
-        mask=dim_mask[:, None] & (group < GROUP)[None, :],
+        mask=(dim < HEAD_DIM)[:, None] & (group < GROUP)[None, :],
         other=0.0,
     ).to(COMPUTE)  # [BLOCK_DIM, BLOCK_GROUP]
-    key_base = key_ptr + kv_head * kv_head_stride
-    value_base = value_words_ptr + kv_head * (kv_head_stride // 2)
-    table_ptr = block_tables_ptr + seq * block_table_stride
-
     best = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
     totals = tl.zeros([BLOCK_KEYS, BLOCK_GROUP], tl.float32)  # summed over keys after the loop
     even = tl.zeros([BLOCK_DIM // 2, BLOCK_GROUP], tl.float32)
     odd = tl.zeros([BLOCK_DIM // 2, BLOCK_GROUP], tl.float32)
+    if PDL:
+        best, totals, even, odd = _attend_block(
+            query, key, value_words, key_scale, value_scale, valid, scale_log2, best, totals, even, odd, COMPUTE,
+            PRECISION, INTERPRETED,
+        )  # fmt: skip
+        start += BLOCK_KEYS
     for first in range(start, end, BLOCK_KEYS):
-        position = first + tl.arange(0, BLOCK_KEYS)
-        valid = position < end
-        if WINDOW:
-            valid &= position >= context_len - WINDOW
-        slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
-        # Rows past the context are read as zeros: the cache may hold NaN there.
-        key = tl.load(
-            key_base + slot[:, None] + dim[None, :], mask=valid[:, None] & dim_mask[None, :], other=0.0
-        )  # [BLOCK_KEYS, BLOCK_DIM]
-        value_words = tl.load(
-            value_base + (slot >> 1)[None, :] + pair[:, None], mask=pair_mask[:, None] & valid[None, :], other=0
-        )  # [BLOCK_DIM / 2, BLOCK_KEYS]
-        scale_at = page_slots(table_ptr, first, end, scale_page_stride, 1, BLOCK_SIZE, BLOCK_KEYS)
-        scale_at += kv_head * BLOCK_SIZE
-        key_scale = tl.load(key_scale_ptr + scale_at, mask=valid, other=0.0)
-        value_scale = tl.load(value_scale_ptr + scale_at, mask=valid, other=0.0)
-        scores = tl.dot(key.to(tl.float16).to(COMPUTE), query, input_precision=PRECISION)  # [BLOCK_KEYS, BLOCK_GROUP]
-        scores = tl.where(valid[:, None], scores * (key_scale * scale_log2)[:, None], -float("inf"))
-        weights, shrink, best = softmax_weights(scores, best, 1.0, AXIS=0)
-        totals = totals * shrink[None, :] + weights
-        weights = (weights * (value_scale * _RAISE)[:, None]).to(COMPUTE)
-        even_values, odd_values = _unpack(value_words, INTERPRETED)
-        even = tl.dot(even_values.to(COMPUTE), weights, even * shrink[None, :], input_precision=PRECISION)
-        odd = tl.dot(odd_values.to(COMPUTE), weights, odd * shrink[None, :], input_precision=PRECISION)
+        valid = seen(first, end, first_seen, BLOCK_KEYS, WINDOW > 0)
+        key, value_words, key_scale, value_scale = _load_block(
+            key_base, value_base, key_scale_base, value_scale_base, table_ptr, first, end, valid, page_stride,
+            slot_stride, scale_page_stride, BLOCK_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
+        )  # fmt: skip
+        best, totals, even, odd = _attend_block(
+            query, key, value_words, key_scale, value_scale, valid, scale_log2, best, totals, even, odd, COMPUTE,
+            PRECISION, INTERPRETED,
+        )  # fmt: skip
 
     total = tl.sum(totals, axis=0)
     even = even / (total * _RAISE)[None, :]

@@ -53,6 +53,71 @@ def accumulate(
 
 
 @jit
+def no_keys(ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Returns (best, total, out) before the first key."""
+    best = tl.full([ROWS], -float("inf"), tl.float32)
+    return best, tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+
+
+@jit
+def seen(
+    first: tl.tensor, end: tl.tensor, first_seen: tl.tensor, BLOCK_KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr
+) -> tl.tensor:
+    """Returns which keys at positions `first` on lie before `end` and, with a window, not before `first_seen`."""
+    position = first + tl.arange(0, BLOCK_KEYS)
+    valid = position < end
+    if HAS_WINDOW:
+        valid &= position >= first_seen
+    return valid
+
+
+@jit
+def load_block(
+    key_base: tl.tensor,
+    value_base: tl.tensor,
+    table_ptr: tl.tensor,
+    first: tl.tensor,
+    end: tl.tensor,
+    valid: tl.tensor,
+    page_stride: tl.tensor,
+    slot_stride: tl.tensor,
+    BLOCK_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """Loads the keys and values [keys, BLOCK_DIM] at positions `first` on, zeros where not `valid` [keys].
+
+    What is not valid is not read: past the context, the cache may hold NaN.
+    """
+    dim = tl.arange(0, BLOCK_DIM)
+    slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
+    mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
+    key = tl.load(key_base + slot[:, None] + dim[None, :], mask=mask, other=0.0)
+    value = tl.load(value_base + slot[:, None] + dim[None, :], mask=mask, other=0.0)
+    return key, value
+
+
+@jit
+def attend_block(
+    query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    valid: tl.tensor,
+    scale_log2: tl.tensor,
+    best: tl.tensor,
+    total: tl.tensor,
+    out: tl.tensor,
+    PRECISION: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Returns (best, total, out) of query [rows, dims] after a block of keys and values [keys, dims]."""
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [rows, keys]
+    scores = tl.where(valid[None, :], scores, -float("inf"))
+    best, total, out = accumulate(scores, value, scale_log2, best, total, out, PRECISION)
+    return best, total, out
+
+
+@jit
 def attend(
     query: tl.tensor,
     key_base: tl.tensor,
@@ -64,33 +129,24 @@ def attend(
     scale_log2: tl.tensor,
     page_stride: tl.tensor,
     slot_stride: tl.tensor,
+    best: tl.tensor,
+    total: tl.tensor,
+    out: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Returns (best, total, out) of query [rows, dims] over keys at positions start … end, which all rows attend to.
+    """Returns (best, total, out) of query [rows, dims] after keys at positions start … end, which all rows attend to.
 
     HAS_WINDOW: not to those before `first_seen`, which lies in the first block or before it.
     """
-    ROWS: tl.constexpr = query.shape[0]
-    BLOCK_DIM: tl.constexpr = query.shape[1]
-    dim = tl.arange(0, BLOCK_DIM)
-    best = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    out = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
     for first in range(start, end, BLOCK_KEYS):
-        position = first + tl.arange(0, BLOCK_KEYS)
-        valid = position < end
-        if HAS_WINDOW:
-            valid &= position >= first_seen
-        slot = page_slots(table_ptr, first, end, page_stride, slot_stride, BLOCK_SIZE, BLOCK_KEYS)
-        # Rows past the context are read as zeros: the cache may hold NaN there.
-        kv_mask = valid[:, None] & (dim < HEAD_DIM)[None, :]
-        key = tl.load(key_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)  # [BLOCK_KEYS, BLOCK_DIM]
-        value = tl.load(value_base + slot[:, None] + dim[None, :], mask=kv_mask, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)  # [ROWS, BLOCK_KEYS]
-        scores = tl.where(valid[None, :], scores, -float("inf"))
-        best, total, out = accumulate(scores, value, scale_log2, best, total, out, PRECISION)
+        valid = seen(first, end, first_seen, BLOCK_KEYS, HAS_WINDOW)
+        key, value = load_block(
+            key_base, value_base, table_ptr, first, end, valid, page_stride, slot_stride, BLOCK_SIZE, HEAD_DIM,
+            query.shape[1], BLOCK_KEYS,
+        )  # fmt: skip
+        best, total, out = attend_block(query, key, value, valid, scale_log2, best, total, out, PRECISION)
     return best, total, out

@@ -25,10 +25,13 @@ from nanovllm.kernels.triton_support import (
     pdl_options,
     runs_triton,
     tl,
-    wait_for_previous_kernel,
 )
 
-_MAX_SPLITS = 32
+# Long contexts need many parts, which delay short ones: most then have no keys. So there are as many as give each part
+# of the longest possible context four blocks of keys, but not fewer than 32.
+_MIN_BLOCKS_EACH = 4
+_MANY_SPLITS = 32
+_MAX_SPLITS = 128
 # Programs that start while the kernel ahead still runs are placed wherever it leaves room. Many of them would be spread
 # unevenly over the device, which costs more than the hidden launch.
 MAX_DEPENDENT_SEQS = 4
@@ -80,8 +83,6 @@ def _paged_decode_kernel(
     end = tl.minimum(start + split_len, context_len)
     if start >= end:
         return  # without a wait, but the programs of each row's first keys wait, and no row is empty
-    wait_for_previous_kernel(PDL)
-
     out, lse = attend_keys(
         query_ptr,
         key_ptr,
@@ -107,6 +108,7 @@ def _paged_decode_kernel(
         BLOCK_KEYS=BLOCK_KEYS,
         WINDOW=WINDOW,
         PRECISION=PRECISION,
+        PDL=PDL,
     )
     group = tl.arange(0, BLOCK_GROUP)
     row = seq * num_heads + kv_head * GROUP + group
@@ -142,17 +144,24 @@ def keys_read(max_context_len: int, window: int | None, block_keys: int) -> int:
 
 
 def choose_num_splits(
-    num_seqs: int, num_kv_heads: int, max_context_len: int, num_multiprocessors: int, programs_each: int = PROGRAMS_EACH
+    num_seqs: int,
+    num_kv_heads: int,
+    max_context_len: int,
+    num_multiprocessors: int,
+    programs_each: int = PROGRAMS_EACH,
+    block_keys: int = BLOCK_KEYS,
 ) -> int:
     """Returns how many parts each context is split into. No tensor's values decide it: a captured graph fixes it.
 
     `programs_each` programs on each multiprocessor fill the device. With that many sequences, the longest first,
-    splitting only adds cost.
+    splitting only adds cost. block_keys: that a program reads at a time.
     """
     programs, filling = num_seqs * num_kv_heads, programs_each * num_multiprocessors
     if programs >= filling:
         return 1
-    return min(max(round(filling / programs), 2), -(-max_context_len // BLOCK_KEYS), _MAX_SPLITS)
+    num_blocks = -(-max_context_len // block_keys)
+    most = min(max(num_blocks // _MIN_BLOCKS_EACH, _MANY_SPLITS), _MAX_SPLITS)
+    return min(max(round(filling / programs), 2), num_blocks, most)
 
 
 def paged_decode(

@@ -21,7 +21,6 @@ from nanovllm.kernels.triton_support import (
     pdl_options,
     runs_triton,
     tl,
-    wait_for_previous_kernel,
 )
 
 
@@ -72,8 +71,6 @@ def _paged_decode_fp8_kernel(
     end = tl.minimum(start + split_len, context_len)
     if start >= end:
         return  # without a wait, but the programs of each row's first keys wait, and no row is empty
-    wait_for_previous_kernel(PDL)
-
     even, odd, lse = attend_keys_fp8(
         query_ptr,
         key_ptr,
@@ -104,6 +101,7 @@ def _paged_decode_fp8_kernel(
         COMPUTE=COMPUTE,
         PRECISION=PRECISION,
         INTERPRETED=INTERPRETED,
+        PDL=PDL,
     )
     group = tl.arange(0, BLOCK_GROUP)
     row = seq * num_heads + kv_head * GROUP + group
@@ -152,7 +150,7 @@ def paged_decode_fp8(
     if num_splits is None:
         processors = multiprocessor_count(query.device)
         most_keys = keys_read(metadata.max_context_len, window, BLOCK_KEYS)
-        num_splits = choose_num_splits(num_seqs, num_kv_heads, most_keys, processors, PROGRAMS_EACH)
+        num_splits = choose_num_splits(num_seqs, num_kv_heads, most_keys, processors, PROGRAMS_EACH, BLOCK_KEYS)
     partials = empty_partials(out, num_splits)
     _paged_decode_fp8_kernel[(num_kv_heads, num_splits, num_seqs)](
         out_ptr=out,

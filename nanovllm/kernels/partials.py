@@ -15,9 +15,11 @@ import torch
 
 from nanovllm.kernels.attention_inputs import DecodeMetadata
 from nanovllm.kernels.triton_support import (
+    constant,
     jit,
     jit_with_varying,
     let_next_kernel_start,
+    multiprocessor_count,
     next_power_of_2,
     pdl_options,
     tl,
@@ -26,6 +28,10 @@ from nanovllm.kernels.triton_support import (
 
 PREFIX_BLOCK_KEYS = 64  # keys of a shared prefix that a program reads at a time: its parts are multiples of them
 _BLOCK_MERGED = 8  # partial outputs that a program merges at a time
+# With few heads the parts are merged at once, by several programs, so that loads wait for each other once.
+_FEW_BLOCK_MERGED = 32
+_FEW_BLOCK_DIM = 32
+_NO_LSE = constant(-1e30)  # less than any; not -inf, whose difference from itself is NaN
 
 
 @dataclass(frozen=True)
@@ -73,24 +79,6 @@ def first_own_key(
     return tl.maximum(context_len - WINDOW, 0) // BLOCK_KEYS * BLOCK_KEYS if WINDOW else shared_len
 
 
-@jit
-def _load_lse(
-    partial_lse_ptr: tl.tensor,
-    index: tl.tensor,
-    own_len: tl.tensor,
-    split_len: tl.tensor,
-    shared_len: tl.tensor,
-    prefix_len: tl.tensor,
-    num_prefix_splits: tl.tensor,
-    num_splits: tl.tensor,
-) -> tl.tensor:
-    """Loads a row's `lse`; -inf for the parts without keys, which are never written."""
-    split = index - num_prefix_splits
-    used = (split >= 0) & (split < num_splits) & (split * split_len < own_len)
-    used |= (split < 0) & (index * prefix_len < shared_len)
-    return tl.load(partial_lse_ptr + index, mask=used, other=-float("inf"))
-
-
 @jit_with_varying("num_prefix_splits", "num_splits")
 def _merge_partials_kernel(
     partial_out_ptr: tl.tensor,
@@ -102,7 +90,6 @@ def _merge_partials_kernel(
     num_splits: tl.tensor,
     HAS_SHARED: tl.constexpr,
     WINDOW: tl.constexpr,
-    BLOCK_PARTIALS: tl.constexpr,
     BLOCK_MERGED: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -110,7 +97,7 @@ def _merge_partials_kernel(
     PREFIX_BLOCK_KEYS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """Program (head, sequence): the partial outputs, weighted by their shares of the softmax's denominator."""
+    """Program (head, sequence, dims): the partial outputs, weighted by their shares of the softmax's denominator."""
     let_next_kernel_start(PDL)
     head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
@@ -123,22 +110,26 @@ def _merge_partials_kernel(
     if HAS_SHARED:
         prefix_len = keys_per_split(shared_len, num_prefix_splits, PREFIX_BLOCK_KEYS)
     first_partial = row * (num_prefix_splits + num_splits)
-    lse_ptr = partial_lse_ptr + first_partial
-    dim = tl.arange(0, BLOCK_DIM)
-    wait_for_previous_kernel(PDL)
-    every = tl.arange(0, BLOCK_PARTIALS)
-    lse = _load_lse(lse_ptr, every, own_len, split_len, shared_len, prefix_len, num_prefix_splits, num_splits)
-    best = tl.max(lse, axis=0)
+    dim = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    best = _NO_LSE
+    total = 0.0
     out = tl.zeros([BLOCK_DIM], tl.float32)
+    wait_for_previous_kernel(PDL)
     for first in range(0, num_prefix_splits + tl.cdiv(own_len, split_len), BLOCK_MERGED):
         index = first + tl.arange(0, BLOCK_MERGED)
-        part_lse = _load_lse(lse_ptr, index, own_len, split_len, shared_len, prefix_len, num_prefix_splits, num_splits)
-        mask = (part_lse > -float("inf"))[:, None] & (dim < HEAD_DIM)[None, :]
+        split = index - num_prefix_splits
+        used = (split >= 0) & (split < num_splits) & (split * split_len < own_len)  # others are never written
+        used |= (split < 0) & (index * prefix_len < shared_len)
+        lse = tl.load(partial_lse_ptr + first_partial + index, mask=used, other=-float("inf"))
         part_ptrs = partial_out_ptr + (first_partial + index)[:, None] * HEAD_DIM + dim[None, :]
-        part_out = tl.load(part_ptrs, mask=mask, other=0.0)  # [BLOCK_MERGED, BLOCK_DIM]
-        out += tl.sum(part_out * tl.exp2(part_lse - best)[:, None], axis=0)
-    out = out / tl.sum(tl.exp2(lse - best), axis=0)
-    tl.store(out_ptr + row * HEAD_DIM + dim, out.to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
+        part_out = tl.load(part_ptrs, mask=used[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+        new_best = tl.maximum(best, tl.max(lse, axis=0))
+        weights = tl.exp2(lse - new_best)
+        shrink = tl.exp2(best - new_best)
+        out = out * shrink + tl.sum(part_out * weights[:, None], axis=0)
+        total = total * shrink + tl.sum(weights, axis=0)
+        best = new_best
+    tl.store(out_ptr + row * HEAD_DIM + dim, (out / total).to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
 
 
 def merge_partials(
@@ -152,7 +143,9 @@ def merge_partials(
         return
     num_seqs, num_heads, head_dim = out.shape
     shared = metadata.shared if partials.num_prefix_splits else None
-    _merge_partials_kernel[(num_heads, num_seqs)](
+    few = num_seqs * num_heads <= multiprocessor_count(out.device)
+    block_dim = _FEW_BLOCK_DIM if few else max(next_power_of_2(head_dim), 16)
+    _merge_partials_kernel[(num_heads, num_seqs, -(-head_dim // block_dim))](
         partial_out_ptr=partials.out,
         partial_lse_ptr=partials.lse,
         context_lens_ptr=metadata.context_lens,
@@ -162,10 +155,9 @@ def merge_partials(
         num_splits=partials.num_splits,
         HAS_SHARED=shared is not None,
         WINDOW=window or 0,
-        BLOCK_PARTIALS=next_power_of_2(partials.num_prefix_splits + partials.num_splits),
-        BLOCK_MERGED=_BLOCK_MERGED,
+        BLOCK_MERGED=_FEW_BLOCK_MERGED if few else _BLOCK_MERGED,
         HEAD_DIM=head_dim,
-        BLOCK_DIM=max(next_power_of_2(head_dim), 16),
+        BLOCK_DIM=block_dim,
         BLOCK_KEYS=block_keys,
         PREFIX_BLOCK_KEYS=PREFIX_BLOCK_KEYS,
         num_warps=1,  # each lane adds up its own dimensions: no warp waits for another

@@ -12,7 +12,7 @@ import torch
 
 from nanovllm.config import MIN_SHARED_PREFIX
 from nanovllm.kernels.attention_inputs import LayerKVCache, SharedPrefixes
-from nanovllm.kernels.online_softmax import attend
+from nanovllm.kernels.online_softmax import attend, no_keys
 from nanovllm.kernels.partials import PREFIX_BLOCK_KEYS, Partials, keys_per_split
 from nanovllm.kernels.triton_support import (
     LOG2_E,
@@ -228,6 +228,7 @@ def _prefix_attention_kernel(
         key_base = key_ptr + kv_head * kv_head_stride
         value_base = value_ptr + kv_head * kv_head_stride
 
+        best, total, out = no_keys(TILE_ROWS * BLOCK_GROUP, BLOCK_DIM)
         best, total, out = attend(
             query,
             key_base,
@@ -239,6 +240,9 @@ def _prefix_attention_kernel(
             scale_log2,
             page_stride,
             slot_stride,
+            best,
+            total,
+            out,
             BLOCK_SIZE=BLOCK_SIZE,
             HEAD_DIM=HEAD_DIM,
             BLOCK_KEYS=BLOCK_KEYS,

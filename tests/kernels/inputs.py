@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanovllm.kernels.attention_inputs import LayerKVCache
+from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
 
 # Triton's interpreter neither rounds bf16 to nearest nor multiplies bf16 matrices: that type is for the GPU.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
@@ -148,3 +148,15 @@ def attention_oracle(
                 heads.append(weights @ value[first:visible, head // group].double())
             rows.append(torch.stack(heads))
     return torch.stack(rows)
+
+
+def last_keys_and_values(kv_cache: LayerKVCache, metadata: DecodeMetadata) -> list[torch.Tensor]:
+    """Returns views of what the cache holds of each row's last token."""
+    block_size = kv_cache.key.shape[1]
+    views: list[torch.Tensor] = []
+    for context_len, table in zip(metadata.context_lens.tolist(), metadata.block_tables, strict=True):
+        page, offset = int(table[(context_len - 1) // block_size]), (context_len - 1) % block_size
+        views += [kv_cache.key[page, offset], kv_cache.value[page, offset]]
+        if kv_cache.key_scale is not None and kv_cache.value_scale is not None:
+            views += [kv_cache.key_scale[page, :, offset], kv_cache.value_scale[page, :, offset]]
+    return views

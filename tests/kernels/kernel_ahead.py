@@ -1,12 +1,14 @@
-"""The kernel ahead of one that is launched as its dependent: what it writes is NaN until all who touch that wait."""
+"""The kernel ahead of one that is launched as its dependent: what it writes is NaN until those who touch that wait."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 
+from nanovllm.kernels import triton_support
 from nanovllm.kernels.add_splits import finishing_arguments
 from tests.kernels.gluon_emulator.machine import machine
 
@@ -43,3 +45,23 @@ def run_beside_the_kernel_ahead(
         gdc_wait=wait_for_previous_kernel,
     )
     return product(*given, **arguments), waiting
+
+
+def put_a_kernel_ahead(monkeypatch: pytest.MonkeyPatch, module: Any, written: Sequence[torch.Tensor]) -> None:
+    """Lets each program of `module`'s kernels begin before the kernel ahead has written anything; for the interpreter.
+
+    written: views of what that writes. They are NaN from a program's first line to its wait.
+    """
+    values = [tensor.clone() for tensor in written]
+
+    def begin() -> None:
+        for tensor in written:
+            tensor.fill_(torch.nan)
+
+    def end() -> None:
+        for tensor, value in zip(written, values, strict=True):
+            tensor.copy_(value)
+
+    monkeypatch.setattr(module, "pdl_options", lambda device, wanted: {"PDL": wanted})
+    monkeypatch.setattr(triton_support, "gdc_launch_dependents", begin)
+    monkeypatch.setattr(triton_support, "gdc_wait", end)

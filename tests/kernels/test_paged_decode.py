@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from nanovllm.kernels import paged_decode as module
+from nanovllm.kernels import partials
 from nanovllm.kernels.attention_inputs import DecodeMetadata
 from nanovllm.kernels.paged_decode import choose_num_splits, paged_decode, paged_decode_reference
-from tests.kernels.inputs import DTYPES, attention_oracle, check_close, paged_sequences
+from tests.kernels.inputs import DTYPES, attention_oracle, check_close, last_keys_and_values, paged_sequences
+from tests.kernels.kernel_ahead import put_a_kernel_ahead
 
 LENGTHS = [1, 15, 16, 17, 64, 65, 130]
 
@@ -68,10 +70,15 @@ def test_number_of_splits():
     assert choose_num_splits(256, 8, 40960, 132) == 1  # enough programs already
     assert choose_num_splits(1, 8, 32, 132) == 1  # one block of keys is never split
     assert choose_num_splits(1, 8, 400, 132) == 13  # no more parts than blocks of keys
-    assert choose_num_splits(1, 8, 40960, 132) == 32  # more cost more to merge than they gain
-    assert choose_num_splits(32, 8, 8100, 132) == 2  # four programs a multiprocessor
+    assert choose_num_splits(1, 8, 4096, 132) == 32  # more would delay short contexts
+    assert choose_num_splits(1, 8, 6400, 132) == 50  # four blocks of keys in each part
+    assert choose_num_splits(1, 8, 40960, 132) == 66  # four programs a multiprocessor
+    assert choose_num_splits(1, 2, 40960, 132) == 128  # more cost more to merge than they gain
+    assert choose_num_splits(32, 8, 8100, 132) == 2
     assert choose_num_splits(64, 8, 8100, 132) == 2  # nearly enough is not enough
     assert choose_num_splits(16, 8, 8100, 132, programs_each=16) == 16  # smaller programs: more of them
+    assert choose_num_splits(1, 8, 4096, 132, programs_each=16, block_keys=16) == 64
+    assert choose_num_splits(1, 8, 400, 132, programs_each=16, block_keys=16) == 25
 
 
 @pytest.mark.parametrize(
@@ -101,6 +108,21 @@ def test_the_shape_decides_how_keys_are_divided(
 def test_many_rows(device, generator):
     arguments, oracle = decode_case(device, generator, torch.float32, 16, 8, 8, 64, [200, *[1] * 47])
     check_close(paged_decode(*arguments, use_triton=True), oracle, torch.float32)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("block_size", [4, 256])
+def test_the_query_and_the_last_key_are_read_when_the_kernel_ahead_has_ended(
+    generator, monkeypatch, block_size, window
+):
+    lengths = [1, 32, 65, 130]
+    arguments, oracle = decode_case("cpu", generator, torch.float32, block_size, 4, 2, 64, lengths, window)
+    query, kv_cache, metadata, _ = arguments
+    put_a_kernel_ahead(monkeypatch, module, [query, *last_keys_and_values(kv_cache, metadata)])
+    monkeypatch.setattr(partials, "multiprocessor_count", lambda device: len(lengths) * 4)  # few heads
+    for num_splits in (2, 7):
+        got = paged_decode(*arguments, num_splits=num_splits, window=window, use_triton=True)
+        check_close(got, oracle, torch.float32)
 
 
 @pytest.mark.gpu
