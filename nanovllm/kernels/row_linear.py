@@ -13,10 +13,12 @@ lower bytes of four such integers.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from nanovllm.kernels.int4_packing import BLOCK_SIZE, PLANE_SIZE
-from nanovllm.kernels.row_tiles import RowTile, choose_row_tile
+from nanovllm.kernels.row_tiles import CHUNK_BYTES, RowShape, RowTile
 from nanovllm.kernels.skinny_linear import INT8_TO_FLOAT, SCALE_BLOCK, scales_blocks
 from nanovllm.kernels.triton_support import (
     HAS_GLUON,
@@ -36,9 +38,7 @@ _MAX_INPUTS = 32768  # more were not tried
 _SUMS_BYTES = 4096  # of shared memory beside the input, at most
 _BLOCK = constant(BLOCK_SIZE)  # inputs: of a scale, and in INT4 of what is packed together
 _PLANE = constant(PLANE_SIZE // 2)  # words of two inputs in a plane of such a block
-_CHUNK_BYTES = 512  # of a row that a warp reads at once, 16 a lane
-_CHUNK_WORDS = constant(_CHUNK_BYTES // 4)
-_MIN_BLOCKS = 8  # of the padded input: one chunk in INT4, two in 8 bits
+_CHUNK_WORDS = constant(CHUNK_BYTES // 4)
 _LARGEST = constant(32512.0)  # the largest integer whose upper byte, rounded, is a signed byte
 _MAGIC = constant(12582912.0)  # 1.5 · 2²³: the sum with a small number has the nearest integer in its lowest bits
 _ADD_PRODUCTS = constant("dp4a.s32.s32 $0, $1, $2, $3;")
@@ -59,6 +59,22 @@ cvt.f32.f16 $3, h3;
 )
 
 
+class RowTensors(NamedTuple):
+    """What the kernel reads and writes. A tensor that the shape does not have is some other one, and is not read."""
+
+    x: torch.Tensor  # as is norm_weight: words of four numbers, with INT4 of two
+    weight: torch.Tensor  # words of 32 bits
+    scale: torch.Tensor
+    zeros: torch.Tensor
+    bias: torch.Tensor
+    norm_weight: torch.Tensor
+    residual: torch.Tensor
+    out: torch.Tensor
+    scale_row_stride: int
+    scale_group_stride: int
+    eps: float
+
+
 @gluon_jit()
 def _load_numbers(
     ptr: gl.tensor, place: gl.tensor, COUNT: gl.constexpr, INPUT_SIZE: gl.constexpr, dtype: gl.constexpr
@@ -77,18 +93,17 @@ def _load_row(
     ptr: gl.tensor,
     block: gl.tensor,
     word: gl.tensor,
-    IS_INT4: gl.constexpr,
-    INPUT_SIZE: gl.constexpr,
+    SHAPE: gl.constexpr,
     dtype: gl.constexpr,
 ) -> gl.tuple:
     """Loads the inputs that belong to words of the weight: of 8 bits four neighbours, of INT4 a pair of each plane."""
     numbers: gl.tuple = ()
-    if IS_INT4:
+    if SHAPE.is_int4:
         for plane in gl.static_range(4):
             place = block * (_BLOCK // 2) + plane * _PLANE + word
-            numbers = numbers + _load_numbers(ptr, place, 2, INPUT_SIZE, dtype)
+            numbers = numbers + _load_numbers(ptr, place, 2, SHAPE.input_size, dtype)
     else:
-        numbers = _load_numbers(ptr, block * (_BLOCK // 4) + word, 4, INPUT_SIZE, dtype)
+        numbers = _load_numbers(ptr, block * (_BLOCK // 4) + word, 4, SHAPE.input_size, dtype)
     return numbers
 
 
@@ -145,51 +160,43 @@ def _to_integers(x: gl.tuple, total: gl.tensor, x_scale: gl.tensor, HAS_NORM: gl
 
 @gluon_jit()
 def _load_piece(
-    weight: gl.tuple,
+    given: gl.tuple,
     first_row: gl.tensor,
     first_chunk: gl.constexpr,
-    HAS_GROUP_SCALE: gl.constexpr,
-    HAS_ZEROS: gl.constexpr,
-    GROUP_SIZE: gl.constexpr,
-    SCALE_ROWS: gl.constexpr,
-    IS_GATED: gl.constexpr,
-    OUTPUT_SIZE: gl.constexpr,
-    NUM_WORDS: gl.constexpr,
-    BLOCK_WORDS: gl.constexpr,
-    PIECE_CHUNKS: gl.constexpr,
+    SHAPE: gl.constexpr,
+    TILE: gl.constexpr,
     WORD_LAYOUT: gl.constexpr,
     LANE_LAYOUT: gl.constexpr,
-    ROWS: gl.constexpr,
 ) -> gl.tuple:
-    """Loads PIECE_CHUNKS chunks of rows, and then of up rows: of each, words [rows, 128] and what scales them.
+    """Loads a tile's chunks of rows, and then of up rows: of each, words [rows, 128] and what scales them.
 
-    weight: the pointers of words, scales and zeros, and the scales' strides. With scales of groups, a lane has the
-    scale and zero of its words [rows, 32].
+    With scales of groups, a lane has the scale and zero of its words [rows, 32].
     """
-    weight_ptr, scale_ptr, zero_ptr, row_stride, group_stride = weight
-    CHUNK_BLOCKS: gl.constexpr = _CHUNK_WORDS // BLOCK_WORDS
-    NUM_BLOCKS: gl.constexpr = (NUM_WORDS + BLOCK_WORDS - 1) // BLOCK_WORDS
+    ROWS: gl.constexpr = gl.num_warps() * TILE.outputs
+    SIDES: gl.constexpr = 1 + SHAPE.is_gated
+    END: gl.constexpr = first_chunk + TILE.chunks
+    CHUNK_BLOCKS: gl.constexpr = _CHUNK_WORDS // SHAPE.block_words
     row = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, WORD_LAYOUT)), 1)
     word = gl.expand_dims(gl.arange(0, _CHUNK_WORDS, gl.SliceLayout(0, WORD_LAYOUT)), 0)
     lane_row = gl.expand_dims(first_row + gl.arange(0, ROWS, gl.SliceLayout(1, LANE_LAYOUT)), 1)
     lane = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, LANE_LAYOUT)), 0)
     loaded: gl.tuple = ()
-    for side in gl.static_range(1 + IS_GATED):
-        for chunk in gl.static_range(first_chunk, first_chunk + PIECE_CHUNKS):
+    for side in gl.static_range(SIDES):
+        for chunk in gl.static_range(first_chunk, END):
             place = chunk * _CHUNK_WORDS + word
             block = chunk * CHUNK_BLOCKS + lane // (32 // CHUNK_BLOCKS)
-            mask, lane_mask = row < OUTPUT_SIZE, lane_row < OUTPUT_SIZE
-            if (chunk + 1) * _CHUNK_WORDS > NUM_WORDS:
-                mask, lane_mask = mask & (place < NUM_WORDS), lane_mask & (block < NUM_BLOCKS)
-            row_ptr = weight_ptr + (side * OUTPUT_SIZE + row).to(gl.int64) * NUM_WORDS
+            mask, lane_mask = row < SHAPE.output_size, lane_row < SHAPE.output_size
+            if (chunk + 1) * _CHUNK_WORDS > SHAPE.num_words:
+                mask, lane_mask = mask & (place < SHAPE.num_words), lane_mask & (block * _BLOCK < SHAPE.input_size)
+            row_ptr = given.weight + (side * SHAPE.output_size + row).to(gl.int64) * SHAPE.num_words
             words = gl.load(row_ptr + place, mask=mask, other=0)
-            if HAS_GROUP_SCALE:
-                position = (side * OUTPUT_SIZE + lane_row) // SCALE_ROWS * row_stride
-                position = position + (block * _BLOCK // GROUP_SIZE) * group_stride
-                scale = gl.load(scale_ptr + position, mask=lane_mask, other=0.0)
+            if SHAPE.has_group_scale:
+                position = (side * SHAPE.output_size + lane_row) // SHAPE.scale_rows * given.scale_row_stride
+                position = position + (block * _BLOCK // SHAPE.group_size) * given.scale_group_stride
+                scale = gl.load(given.scale + position, mask=lane_mask, other=0.0)
                 zero = gl.full_like(scale, 8.0)
-                if HAS_ZEROS:
-                    zero = gl.load(zero_ptr + position, mask=lane_mask, other=0.0)
+                if SHAPE.has_zeros:
+                    zero = gl.load(given.zeros + position, mask=lane_mask, other=0.0)
                 loaded = loaded + ((words, scale, zero),)
             else:
                 loaded = loaded + ((words,),)
@@ -201,7 +208,7 @@ def _load_inputs(
     inputs: gl.tuple,
     sums: gl.tuple,
     chunk: gl.constexpr,
-    IS_INT4: gl.constexpr,
+    SHAPE: gl.constexpr,
     WORD_LAYOUT: gl.constexpr,
     LANE_LAYOUT: gl.constexpr,
 ) -> gl.tuple:
@@ -210,7 +217,7 @@ def _load_inputs(
     for part in gl.static_range(4):
         values = inputs[part].slice(chunk * _CHUNK_WORDS, _CHUNK_WORDS).load(gl.SliceLayout(0, WORD_LAYOUT))
         loaded = loaded + (gl.expand_dims(values, 0),)
-    if IS_INT4:
+    if SHAPE.is_int4:
         OF_BLOCKS: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [gl.num_warps(), 1], [1, 0])
         for part in gl.static_range(2):
             values = sums[part].slice(chunk * 8, 8).load(gl.SliceLayout(1, OF_BLOCKS))
@@ -221,10 +228,10 @@ def _load_inputs(
 
 
 @gluon_jit()
-def _to_floats(words: gl.tensor, IS_INT8: gl.constexpr) -> gl.tuple:
+def _to_floats(words: gl.tensor, SHAPE: gl.constexpr) -> gl.tuple:
     """Returns a word's four weights of 8 bits, from the lowest byte, in float32."""
     FLOATS: gl.constexpr = (gl.float32, gl.float32, gl.float32, gl.float32)
-    if IS_INT8:
+    if SHAPE.kind == "int8":
         numbers = gl.inline_asm_elementwise(
             INT8_TO_FLOAT, "=&f,=&f,=&f,=&f,r", [words], dtype=FLOATS, is_pure=True, pack=1
         )
@@ -236,74 +243,41 @@ def _to_floats(words: gl.tensor, IS_INT8: gl.constexpr) -> gl.tuple:
 
 
 @gluon_jit()
-def _multiply(
-    weights: gl.tuple,
-    inputs: gl.tuple,
-    KIND: gl.constexpr,
-    HAS_GROUP_SCALE: gl.constexpr,
-    LANE_LAYOUT: gl.constexpr,
-) -> gl.tensor:
+def _multiply(weights: gl.tuple, inputs: gl.tuple, SHAPE: gl.constexpr, LANE_LAYOUT: gl.constexpr) -> gl.tensor:
     """Returns each lane's part of the products of a chunk [rows, 32]."""
     words = weights[0]
-    if KIND == "int4":
+    if SHAPE.is_int4:
         lower_a, upper_a, lower_b, upper_b, total, x_scale = inputs
         low, high = words & 0x0F0F0F0F, (words >> 4) & 0x0F0F0F0F
         upper = _add_products(high, upper_b, _add_products(low, upper_a, gl.zeros_like(words)))
         lower = _add_products(high, lower_b, _add_products(low, lower_a, gl.zeros_like(words)))
         products = upper * 256 + lower
     else:
-        numbers = _to_floats(words, KIND == "int8")
+        numbers = _to_floats(words, SHAPE)
         products = numbers[0] * inputs[0] + numbers[1] * inputs[1] + (numbers[2] * inputs[2] + numbers[3] * inputs[3])
     dot = gl.sum(gl.reshape(products, [words.shape[0], 32, 4]), axis=2)
     dot = gl.convert_layout(dot, LANE_LAYOUT, assert_trivial=True)
-    if KIND == "int4":
+    if SHAPE.is_int4:
         dot = (dot.to(gl.float32) - weights[2] * total) * (weights[1] * x_scale)
-    elif HAS_GROUP_SCALE:
+    elif SHAPE.has_group_scale:
         dot = dot * weights[1]
     return dot
 
 
 @gluon_jit()
-def _row_linear_kernel(
-    x_ptr: gl.tensor,
-    weight_ptr: gl.tensor,
-    scale_ptr: gl.tensor,
-    zero_ptr: gl.tensor,
-    bias_ptr: gl.tensor,
-    norm_weight_ptr: gl.tensor,
-    residual_ptr: gl.tensor,
-    out_ptr: gl.tensor,
-    scale_row_stride: gl.tensor,
-    scale_group_stride: gl.tensor,
-    eps: gl.tensor,
-    KIND: gl.constexpr,
-    HAS_GROUP_SCALE: gl.constexpr,
-    HAS_ZEROS: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
-    HAS_NORM: gl.constexpr,
-    HAS_RESIDUAL: gl.constexpr,
-    IS_GATED: gl.constexpr,
-    GROUP_SIZE: gl.constexpr,
-    SCALE_ROWS: gl.constexpr,
-    OUTPUT_SIZE: gl.constexpr,
-    INPUT_SIZE: gl.constexpr,
-    NUM_WORDS: gl.constexpr,
-    WARP_ROWS: gl.constexpr,
-    PIECE_CHUNKS: gl.constexpr,
-    PADDED_BLOCKS: gl.constexpr,
-    PDL: gl.constexpr,
-) -> None:
-    """A program takes bands of outputs, WARP_ROWS for each warp, and of each output PIECE_CHUNKS chunks at a time.
+def _row_linear_kernel(given: gl.tuple, SHAPE: gl.constexpr, TILE: gl.constexpr, PDL: gl.constexpr) -> None:
+    """A program takes bands of outputs, some for each warp, and of each output some chunks at a time.
 
-    KIND: of the weight, whose rows have NUM_WORDS words of 32 bits. x and the norm's weight are read as words of four
-    numbers, with INT4 of two. PADDED_BLOCKS: a power of two, ≥ 8.
+    given: RowTensors; SHAPE: RowShape; TILE: RowTile.
     """
     WARPS: gl.constexpr = gl.num_warps()
+    WARP_ROWS: gl.constexpr = TILE.outputs
+    PIECE_CHUNKS: gl.constexpr = TILE.chunks
+    PIECES: gl.constexpr = (SHAPE.num_chunks + PIECE_CHUNKS - 1) // PIECE_CHUNKS
     ROWS: gl.constexpr = WARPS * WARP_ROWS
-    IS_INT4: gl.constexpr = KIND == "int4"
-    BLOCK_WORDS: gl.constexpr = _BLOCK // 8 if IS_INT4 else _BLOCK // 4
-    PIECES: gl.constexpr = (NUM_WORDS + PIECE_CHUNKS * _CHUNK_WORDS - 1) // (PIECE_CHUNKS * _CHUNK_WORDS)
-    NUM_BANDS: gl.constexpr = (OUTPUT_SIZE + ROWS - 1) // ROWS
+    NUM_BANDS: gl.constexpr = (SHAPE.output_size + ROWS - 1) // ROWS
+    PADDED_BLOCKS: gl.constexpr = SHAPE.padded_blocks
+    BLOCK_WORDS: gl.constexpr = SHAPE.block_words
     WORD_LAYOUT: gl.constexpr = gl.BlockedLayout([WARP_ROWS, 4], [1, 32], [WARPS, 1], [1, 0])
     LANE_LAYOUT: gl.constexpr = gl.BlockedLayout([WARP_ROWS, 1], [1, 32], [WARPS, 1], [1, 0])
     # Of the input on its way to shared memory: a block's words lie in one warp.
@@ -312,8 +286,8 @@ def _row_linear_kernel(
     INPUT: gl.constexpr = gl.BlockedLayout([1, EACH], [32 // BLOCK_LANES, BLOCK_LANES], [WARPS, 1], [1, 0])
     ALL_BLOCKS: gl.constexpr = gl.BlockedLayout([1, max(1, PADDED_BLOCKS // 32)], [1, 32], [WARPS, 1], [1, 0])
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    INPUT_TYPE: gl.constexpr = gl.int32 if IS_INT4 else gl.float32
-    dtype: gl.constexpr = out_ptr.type.element_ty
+    INPUT_TYPE: gl.constexpr = gl.int32 if SHAPE.is_int4 else gl.float32
+    dtype: gl.constexpr = given.out.type.element_ty
     if PDL:
         gdc_launch_dependents()
     # Separate buffers: between stores to parts of one buffer the compiler puts a barrier. A buffer has a word for each
@@ -324,55 +298,52 @@ def _row_linear_kernel(
     sums: gl.tuple = ()  # of blocks: the sum and the scale of integers, the sum of squares
     for _part in gl.static_range(3):
         sums = sums + (gl.allocate_shared_memory(gl.float32, [PADDED_BLOCKS], PLAIN),)
-    weight = (weight_ptr, scale_ptr, zero_ptr, scale_row_stride, scale_group_stride)
     first_band = gl.program_id(0)
-    next_piece = _load_piece(
-        weight, first_band * ROWS, 0, HAS_GROUP_SCALE, HAS_ZEROS, GROUP_SIZE, SCALE_ROWS, IS_GATED, OUTPUT_SIZE,
-        NUM_WORDS, BLOCK_WORDS, PIECE_CHUNKS, WORD_LAYOUT, LANE_LAYOUT, ROWS,
-    )  # fmt: skip
+    next_piece = _load_piece(given, first_band * ROWS, 0, SHAPE, TILE, WORD_LAYOUT, LANE_LAYOUT)
     block = gl.expand_dims(gl.arange(0, PADDED_BLOCKS, gl.SliceLayout(1, INPUT)), 1)
     word = gl.expand_dims(gl.arange(0, BLOCK_WORDS, gl.SliceLayout(0, INPUT)), 0)
     norm_weight: gl.tuple = ()
-    if HAS_NORM:
-        norm_weight = _load_row(norm_weight_ptr, block, word, IS_INT4, INPUT_SIZE, dtype)
+    if SHAPE.has_norm:
+        norm_weight = _load_row(given.norm_weight, block, word, SHAPE, dtype)
     if PDL:
         gdc_wait()
-    x = _load_row(x_ptr, block, word, IS_INT4, INPUT_SIZE, dtype)
-    if HAS_NORM:
+    x = _load_row(given.x, block, word, SHAPE, dtype)
+    if SHAPE.has_norm:
         squares = x[0] * x[0]
         normed: gl.tuple = (x[0] * norm_weight[0],)
-        for index in gl.static_range(1, 8 if IS_INT4 else 4):
+        for index in gl.static_range(1, len(x)):
             squares += x[index] * x[index]
             normed = normed + (x[index] * norm_weight[index],)
         sums[2].store(gl.sum(squares, axis=1))
         x = normed
-    if IS_INT4:
-        x = _to_integers(x, sums[0], sums[1], HAS_NORM)
+    if SHAPE.is_int4:
+        x = _to_integers(x, sums[0], sums[1], SHAPE.has_norm)
     for part in gl.static_range(4):
         inputs[part].store(gl.reshape(x[part], [PADDED_BLOCKS * BLOCK_WORDS]))
     block_barrier()  # the compiler's own may lie in the main loop
     factor = 1.0
-    if HAS_NORM:  # every warp adds up all
+    if SHAPE.has_norm:  # every warp adds up all
         square_sum = gl.sum(sums[2].load(gl.SliceLayout(0, ALL_BLOCKS)), axis=0)
-        factor = 1.0 / gl.sqrt(square_sum / INPUT_SIZE + eps)
+        factor = 1.0 / gl.sqrt(square_sum / SHAPE.input_size + given.eps)
 
     for band in range(first_band, NUM_BANDS, gl.num_programs(0)):
         output = band * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, LANE_LAYOUT))
-        mask = output < OUTPUT_SIZE
+        up_output = SHAPE.output_size + output
+        mask = output < SHAPE.output_size
         zero = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LANE_LAYOUT))
         bias, up_bias, addend = zero, zero, zero
         scale = zero + factor
         up_scale = scale
-        if HAS_BIAS:
-            bias = gl.load(bias_ptr + output, mask=mask, other=0.0).to(gl.float32)
-            if IS_GATED:
-                up_bias = gl.load(bias_ptr + OUTPUT_SIZE + output, mask=mask, other=0.0).to(gl.float32)
-        if HAS_RESIDUAL:
-            addend = gl.load(residual_ptr + output, mask=mask, other=0.0).to(gl.float32)
-        if not HAS_GROUP_SCALE:
-            scale *= gl.load(scale_ptr + output * scale_row_stride, mask=mask, other=0.0)
-            if IS_GATED:
-                up_scale *= gl.load(scale_ptr + (OUTPUT_SIZE + output) * scale_row_stride, mask=mask, other=0.0)
+        if SHAPE.has_bias:
+            bias = gl.load(given.bias + output, mask=mask, other=0.0).to(gl.float32)
+            if SHAPE.is_gated:
+                up_bias = gl.load(given.bias + up_output, mask=mask, other=0.0).to(gl.float32)
+        if SHAPE.has_residual:
+            addend = gl.load(given.residual + output, mask=mask, other=0.0).to(gl.float32)
+        if not SHAPE.has_group_scale:
+            scale *= gl.load(given.scale + output * given.scale_row_stride, mask=mask, other=0.0)
+            if SHAPE.is_gated:
+                up_scale *= gl.load(given.scale + up_output * given.scale_row_stride, mask=mask, other=0.0)
         lane_sum = gl.zeros([ROWS, 32], gl.float32, LANE_LAYOUT)
         up_sum = lane_sum
         for piece in gl.static_range(PIECES):
@@ -381,19 +352,18 @@ def _row_linear_kernel(
             if piece + 1 == PIECES:
                 next_band = band + gl.num_programs(0)
             next_piece = _load_piece(
-                weight, next_band * ROWS, (piece + 1) % PIECES * PIECE_CHUNKS, HAS_GROUP_SCALE, HAS_ZEROS, GROUP_SIZE,
-                SCALE_ROWS, IS_GATED, OUTPUT_SIZE, NUM_WORDS, BLOCK_WORDS, PIECE_CHUNKS, WORD_LAYOUT, LANE_LAYOUT, ROWS,
-            )  # fmt: skip
+                given, next_band * ROWS, (piece + 1) % PIECES * PIECE_CHUNKS, SHAPE, TILE, WORD_LAYOUT, LANE_LAYOUT
+            )
             for index in gl.static_range(PIECE_CHUNKS):
-                of_chunk = _load_inputs(inputs, sums, piece * PIECE_CHUNKS + index, IS_INT4, WORD_LAYOUT, LANE_LAYOUT)
-                lane_sum += _multiply(weights[index], of_chunk, KIND, HAS_GROUP_SCALE, LANE_LAYOUT)
-                if IS_GATED:
-                    up_sum += _multiply(weights[PIECE_CHUNKS + index], of_chunk, KIND, HAS_GROUP_SCALE, LANE_LAYOUT)
+                of_chunk = _load_inputs(inputs, sums, piece * PIECE_CHUNKS + index, SHAPE, WORD_LAYOUT, LANE_LAYOUT)
+                lane_sum += _multiply(weights[index], of_chunk, SHAPE, LANE_LAYOUT)
+                if SHAPE.is_gated:
+                    up_sum += _multiply(weights[PIECE_CHUNKS + index], of_chunk, SHAPE, LANE_LAYOUT)
         out = gl.sum(lane_sum, axis=1) * scale + bias
-        if IS_GATED:
+        if SHAPE.is_gated:
             up = gl.sum(up_sum, axis=1) * up_scale + up_bias
             out = out / (1.0 + gl.exp(-out)) * up
-        gl.store(out_ptr + output, (out + addend).to(dtype), mask=mask)
+        gl.store(given.out + output, (out + addend).to(dtype), mask=mask)
 
 
 def suits_row_linear(x: torch.Tensor, group_size: int = 0) -> bool:
@@ -436,42 +406,37 @@ def row_linear(
         return out
     is_int4 = group_size > 0
     has_blocks = not is_int4 and scales_blocks(scale, weight)
-    num_words, num_multiprocessors = weight.shape[1] * weight.itemsize // 4, multiprocessor_count(x.device)
-    if tile is None:
-        num_chunks, num_outputs = -(-4 * num_words // _CHUNK_BYTES), -(-output_size // num_multiprocessors)
-        is_plain = not gated and not has_blocks and norm_weight is None
-        tile = choose_row_tile(num_chunks, num_outputs, is_int4=is_int4, gated=gated, is_plain=is_plain)
-    words = x.view(torch.int32 if is_int4 else torch.int64)
-    grid = min(tile.programs * num_multiprocessors, -(-output_size // (tile.outputs * tile.warps)))
-    _row_linear_kernel[(grid,)](
-        x_ptr=words,
-        weight_ptr=weight.view(torch.int32),
-        scale_ptr=scale,
-        zero_ptr=scale if zeros is None else zeros,  # parts that are left out are not read
-        bias_ptr=x if bias is None else bias,
-        norm_weight_ptr=words if norm_weight is None else norm_weight.view(words.dtype),
-        residual_ptr=x if residual is None else residual,
-        out_ptr=out,
+    words, weight_words = x.view(torch.int32 if is_int4 else torch.int64), weight.view(torch.int32)
+    given = RowTensors(
+        words,
+        weight_words,
+        scale,
+        scale if zeros is None else zeros,
+        x if bias is None else bias,
+        words if norm_weight is None else norm_weight.view(words.dtype),
+        x if residual is None else residual,
+        out,
         scale_row_stride=0 if len(scale) == 1 else scale.stride(0),
         scale_group_stride=scale.stride(1),
         eps=eps,
-        KIND="int4" if is_int4 else "int8" if weight.dtype == torch.int8 else "fp8",
-        HAS_GROUP_SCALE=is_int4 or has_blocks,
-        HAS_ZEROS=zeros is not None,
-        HAS_BIAS=bias is not None,
-        HAS_NORM=norm_weight is not None,
-        HAS_RESIDUAL=residual is not None,
-        IS_GATED=gated,
-        GROUP_SIZE=group_size if is_int4 else SCALE_BLOCK,
-        SCALE_ROWS=SCALE_BLOCK if has_blocks else 1,
-        OUTPUT_SIZE=output_size,
-        INPUT_SIZE=input_size,
-        NUM_WORDS=num_words,
-        WARP_ROWS=tile.outputs,
-        PIECE_CHUNKS=tile.chunks,
-        PADDED_BLOCKS=max(next_power_of_2(-(-input_size // BLOCK_SIZE)), _MIN_BLOCKS),
-        num_warps=tile.warps,
-        maxnreg=tile.max_registers,
-        **pdl_options(x.device),
     )
+    num_multiprocessors = multiprocessor_count(x.device)
+    shape = RowShape(
+        kind="int4" if is_int4 else "int8" if weight.dtype == torch.int8 else "fp8",
+        has_group_scale=is_int4 or has_blocks,
+        has_zeros=zeros is not None,
+        has_bias=bias is not None,
+        has_norm=norm_weight is not None,
+        has_residual=residual is not None,
+        is_gated=gated,
+        group_size=group_size if is_int4 else SCALE_BLOCK,
+        scale_rows=SCALE_BLOCK if has_blocks else 1,
+        output_size=output_size,
+        input_size=input_size,
+        num_words=weight_words.shape[1],
+    )
+    tile = tile or shape.choose_tile(num_multiprocessors)
+    grid = min(tile.programs * num_multiprocessors, -(-output_size // (tile.outputs * tile.warps)))
+    options = {"num_warps": tile.warps, "maxnreg": tile.max_registers, **pdl_options(x.device)}
+    _row_linear_kernel[(grid,)](given=given, SHAPE=shape, TILE=tile, **options)
     return out

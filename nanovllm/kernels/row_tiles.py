@@ -1,8 +1,18 @@
-"""How `row_linear` divides a product among warps, as measured on an H200 with `tools/bench_row_tiles.py`."""
+"""What a product of `row_linear` looks like, and how it is divided among warps.
+
+The choice was measured on an H200 with `tools/bench_row_tiles.py`.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
+
+from nanovllm.kernels.int4_packing import BLOCK_SIZE
+from nanovllm.kernels.triton_support import next_power_of_2
+
+CHUNK_BYTES = 512  # of a row that a warp reads at once, 16 a lane
+_MIN_BLOCKS = 8  # of the padded input: one chunk in INT4, two in 8 bits
 
 _MAX_CHUNKS_OF_FIVE_PROGRAMS = 16  # whose inputs, padded to a power of two, an H200's shared memory holds five times
 _MAX_CHUNKS_OF_GATED_PAIRS = 4  # with more, two gates and two ups leave registers for few weights ahead
@@ -24,6 +34,51 @@ class RowTile(NamedTuple):
     def max_registers(self) -> int:
         """The registers of a thread with which so many programs fit."""
         return min(_REGISTERS // (32 * self.warps * self.programs) // 8 * 8, _MAX_REGISTERS)
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """A product, as the kernel is compiled for it."""
+
+    kind: str  # of the weight: int8, fp8 or int4
+    has_group_scale: bool  # of inputs, in INT4 and FP8 blocks
+    has_zeros: bool
+    has_bias: bool
+    has_norm: bool
+    has_residual: bool
+    is_gated: bool
+    group_size: int  # inputs that share a scale
+    scale_rows: int  # outputs that share a scale
+    output_size: int  # half as many as the weight has if gated
+    input_size: int
+    num_words: int  # of 32 bits, in a row of the weight
+
+    @property
+    def is_int4(self) -> bool:
+        return self.kind == "int4"
+
+    @property
+    def block_words(self) -> int:
+        """Words of a row that have BLOCK_SIZE inputs."""
+        return BLOCK_SIZE // (8 if self.is_int4 else 4)
+
+    @property
+    def padded_blocks(self) -> int:
+        """Of the input: a power of two, ≥ 8."""
+        return max(next_power_of_2(-(-self.input_size // BLOCK_SIZE)), _MIN_BLOCKS)
+
+    @property
+    def num_chunks(self) -> int:
+        """Of a row of the weight."""
+        return -(-4 * self.num_words // CHUNK_BYTES)
+
+    def choose_tile(self, num_multiprocessors: int) -> RowTile:
+        """Returns the tile for a GPU of so many multiprocessors."""
+        is_plain = not (self.is_gated or self.has_norm or self.has_group_scale)
+        num_outputs = -(-self.output_size // num_multiprocessors)
+        return choose_row_tile(
+            self.num_chunks, num_outputs, is_int4=self.is_int4, gated=self.is_gated, is_plain=is_plain
+        )
 
 
 def choose_row_tile(num_chunks: int, num_outputs: int, *, is_int4: bool, gated: bool, is_plain: bool) -> RowTile:

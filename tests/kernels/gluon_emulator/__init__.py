@@ -160,7 +160,8 @@ def _on_device(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return Pointer.to_tensor(value)
     if isinstance(value, tuple | list):
-        return tuple(_on_device(item) for item in value)
+        items = [_on_device(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return as_tensor(value) if isinstance(value, bool | int | float) else value
 
 
