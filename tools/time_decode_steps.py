@@ -3,7 +3,8 @@
     python tools/time_decode_steps.py --model qwen3-8b --rows 24 64 128 256 [--quantization fp8 --kv-cache-dtype fp8]
     python tools/time_decode_steps.py --model qwen3-0.6b --rows 1 2 4 --prompt-tokens 64 500 4000 16000
 
-With short prompts products weigh most, with long ones attention.
+With short prompts products weigh most, with long ones attention. The longest one decides how long contexts may become,
+and so into how many parts attention divides all of them.
 
 Two versions of a kernel that are equally fast alone may differ in a whole step, where weights are read once and other
 kernels run before and after. To compare two trees, run the script of each on one card. Figures are milliseconds

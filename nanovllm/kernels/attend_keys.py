@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
-from nanovllm.kernels.online_softmax import attend, attend_block, load_block, no_keys, seen
+from nanovllm.kernels.online_softmax import attend, attend_block, is_seen, load_block, no_keys
 from nanovllm.kernels.triton_support import LOG2_E, jit, next_power_of_2, tl, wait_for_previous_kernel
 
 BLOCK_KEYS = 32  # keys a program reads at a time
@@ -45,39 +45,36 @@ def attend_keys(
     BLOCK_KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
     PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
+    WAITS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Returns a row's attention to its keys at positions start … end, for the queries that share `kv_head`.
 
     [BLOCK_GROUP, BLOCK_DIM] float32, and `lse` [BLOCK_GROUP] (see partials.py). seq: int64. `start` lies before `end`.
-    PDL: waits for the kernel ahead, which computes the query and stores the context's last key and value. The first
-    block of keys and values is read before that, unless the last is among them.
+    WAITS: for the kernel ahead, which computes the queries and stores the step's own keys and values. The first block
+    of keys and values is read before that, unless some of it may be the step's own.
     """
     group = tl.arange(0, BLOCK_GROUP)
     dim = tl.arange(0, BLOCK_DIM)
     key_base, value_base = key_ptr + kv_head * kv_head_stride, value_ptr + kv_head * kv_head_stride
     table_ptr = block_tables_ptr + seq * block_table_stride
     first_seen = context_len - WINDOW
-    if PDL:
-        valid = seen(start, end, first_seen, BLOCK_KEYS, WINDOW > 0)
-        is_old = start + BLOCK_KEYS < context_len
+    if WAITS:
+        # A row of the step stores one token, and drafts are rows of their own: the last num_programs(2) may be new.
+        if start + BLOCK_KEYS > context_len - tl.num_programs(2):
+            wait_for_previous_kernel(WAITS)
+        valid = is_seen(start, end, first_seen, BLOCK_KEYS, WINDOW > 0)
         key, value = load_block(
-            key_base, value_base, table_ptr, start, end, valid & is_old, page_stride, slot_stride, BLOCK_SIZE, HEAD_DIM,
+            key_base, value_base, table_ptr, start, end, valid, page_stride, slot_stride, BLOCK_SIZE, HEAD_DIM,
             BLOCK_DIM, BLOCK_KEYS,
         )  # fmt: skip
-        wait_for_previous_kernel(PDL)
-        if not is_old:
-            key, value = load_block(
-                key_base, value_base, table_ptr, start, end, valid, page_stride, slot_stride, BLOCK_SIZE, HEAD_DIM,
-                BLOCK_DIM, BLOCK_KEYS,
-            )  # fmt: skip
+        wait_for_previous_kernel(WAITS)
     query = tl.load(
         query_ptr + seq * query_seq_stride + (kv_head * GROUP + group)[:, None] * query_head_stride + dim[None, :],
         mask=(group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :],
         other=0.0,
     )  # [BLOCK_GROUP, BLOCK_DIM]
     best, total, out = no_keys(BLOCK_GROUP, BLOCK_DIM)
-    if PDL:
+    if WAITS:
         best, total, out = attend_block(query, key, value, valid, scale_log2, best, total, out, PRECISION)
         start += BLOCK_KEYS
     best, total, out = attend(

@@ -19,7 +19,7 @@ import torch
 
 from nanovllm.kernels.attend_keys import arguments_of_any_cache
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
-from nanovllm.kernels.online_softmax import seen, softmax_weights
+from nanovllm.kernels.online_softmax import is_seen, softmax_weights
 from nanovllm.kernels.page_slots import page_slots
 from nanovllm.kernels.triton_support import (
     INTERPRETED,
@@ -161,12 +161,12 @@ def attend_keys_fp8(
     COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
-    PDL: tl.constexpr,
+    WAITS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Returns a row's attention to its keys at positions start … end, for the queries that share `kv_head`.
 
     Its even dimensions and its odd ones, [BLOCK_DIM / 2, BLOCK_GROUP] each, and `lse` (see partials.py). seq: int64.
-    `start` is a multiple of BLOCK_KEYS, and before `end`. PDL: as in `attend_keys`.
+    `start` is a multiple of BLOCK_KEYS, and before `end`. WAITS: as in `attend_keys`.
     """
     dim = tl.arange(0, BLOCK_DIM)
     group = tl.arange(0, BLOCK_GROUP)
@@ -174,19 +174,15 @@ def attend_keys_fp8(
     key_scale_base, value_scale_base = key_scale_ptr + kv_head * BLOCK_SIZE, value_scale_ptr + kv_head * BLOCK_SIZE
     table_ptr = block_tables_ptr + seq * block_table_stride
     first_seen = context_len - WINDOW
-    if PDL:
-        valid = seen(start, end, first_seen, BLOCK_KEYS, WINDOW > 0)
-        is_old = start + BLOCK_KEYS < context_len
+    if WAITS:
+        if start + BLOCK_KEYS > context_len - tl.num_programs(2):
+            wait_for_previous_kernel(WAITS)
+        valid = is_seen(start, end, first_seen, BLOCK_KEYS, WINDOW > 0)
         key, value_words, key_scale, value_scale = _load_block(
-            key_base, value_base, key_scale_base, value_scale_base, table_ptr, start, end, valid & is_old, page_stride,
+            key_base, value_base, key_scale_base, value_scale_base, table_ptr, start, end, valid, page_stride,
             slot_stride, scale_page_stride, BLOCK_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
         )  # fmt: skip
-        wait_for_previous_kernel(PDL)
-        if not is_old:
-            key, value_words, key_scale, value_scale = _load_block(
-                key_base, value_base, key_scale_base, value_scale_base, table_ptr, start, end, valid, page_stride,
-                slot_stride, scale_page_stride, BLOCK_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,
-            )  # fmt: skip
+        wait_for_previous_kernel(WAITS)
     query = tl.load(
         query_ptr + seq * query_seq_stride + (kv_head * GROUP + group)[None, :] * query_head_stride + dim[:, None],
         mask=(dim < HEAD_DIM)[:, None] & (group < GROUP)[None, :],
@@ -196,14 +192,14 @@ def attend_keys_fp8(
     totals = tl.zeros([BLOCK_KEYS, BLOCK_GROUP], tl.float32)  # summed over keys after the loop
     even = tl.zeros([BLOCK_DIM // 2, BLOCK_GROUP], tl.float32)
     odd = tl.zeros([BLOCK_DIM // 2, BLOCK_GROUP], tl.float32)
-    if PDL:
+    if WAITS:
         best, totals, even, odd = _attend_block(
             query, key, value_words, key_scale, value_scale, valid, scale_log2, best, totals, even, odd, COMPUTE,
             PRECISION, INTERPRETED,
         )  # fmt: skip
         start += BLOCK_KEYS
     for first in range(start, end, BLOCK_KEYS):
-        valid = seen(first, end, first_seen, BLOCK_KEYS, WINDOW > 0)
+        valid = is_seen(first, end, first_seen, BLOCK_KEYS, WINDOW > 0)
         key, value_words, key_scale, value_scale = _load_block(
             key_base, value_base, key_scale_base, value_scale_base, table_ptr, first, end, valid, page_stride,
             slot_stride, scale_page_stride, BLOCK_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS,

@@ -86,7 +86,7 @@ def _balanced_decode_kernel(
                 BLOCK_KEYS=BLOCK_KEYS,
                 WINDOW=WINDOW,
                 PRECISION=PRECISION,
-                PDL=False,
+                WAITS=False,
             )
             group = tl.arange(0, BLOCK_GROUP)
             head = kv_head * GROUP + group

@@ -96,7 +96,7 @@ def _balanced_decode_fp8_kernel(
                 COMPUTE=COMPUTE,
                 PRECISION=PRECISION,
                 INTERPRETED=INTERPRETED,
-                PDL=False,
+                WAITS=False,
             )
             group = tl.arange(0, BLOCK_GROUP)
             head = kv_head * GROUP + group

@@ -60,7 +60,7 @@ def no_keys(ROWS: tl.constexpr, BLOCK_DIM: tl.constexpr) -> tuple[tl.tensor, tl.
 
 
 @jit
-def seen(
+def is_seen(
     first: tl.tensor, end: tl.tensor, first_seen: tl.tensor, BLOCK_KEYS: tl.constexpr, HAS_WINDOW: tl.constexpr
 ) -> tl.tensor:
     """Returns which keys at positions `first` on lie before `end` and, with a window, not before `first_seen`."""
@@ -143,7 +143,7 @@ def attend(
     HAS_WINDOW: not to those before `first_seen`, which lies in the first block or before it.
     """
     for first in range(start, end, BLOCK_KEYS):
-        valid = seen(first, end, first_seen, BLOCK_KEYS, HAS_WINDOW)
+        valid = is_seen(first, end, first_seen, BLOCK_KEYS, HAS_WINDOW)
         key, value = load_block(
             key_base, value_base, table_ptr, first, end, valid, page_stride, slot_stride, BLOCK_SIZE, HEAD_DIM,
             query.shape[1], BLOCK_KEYS,

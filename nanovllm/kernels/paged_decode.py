@@ -27,10 +27,10 @@ from nanovllm.kernels.triton_support import (
     tl,
 )
 
-# Long contexts need many parts, which delay short ones: most then have no keys. So there are as many as give each part
-# of the longest possible context four blocks of keys, but not fewer than 32.
+# A long context needs many parts. They delay a short one, most of whose parts have no keys. So 32 are always allowed,
+# and more only while each part of the longest possible context has four blocks of keys.
+_ALLOWED_SPLITS = 32
 _MIN_BLOCKS_EACH = 4
-_MANY_SPLITS = 32
 _MAX_SPLITS = 128
 # Programs that start while the kernel ahead still runs are placed wherever it leaves room. Many of them would be spread
 # unevenly over the device, which costs more than the hidden launch.
@@ -108,7 +108,7 @@ def _paged_decode_kernel(
         BLOCK_KEYS=BLOCK_KEYS,
         WINDOW=WINDOW,
         PRECISION=PRECISION,
-        PDL=PDL,
+        WAITS=PDL,
     )
     group = tl.arange(0, BLOCK_GROUP)
     row = seq * num_heads + kv_head * GROUP + group
@@ -154,13 +154,13 @@ def choose_num_splits(
     """Returns how many parts each context is split into. No tensor's values decide it: a captured graph fixes it.
 
     `programs_each` programs on each multiprocessor fill the device. With that many sequences, the longest first,
-    splitting only adds cost. block_keys: that a program reads at a time.
+    splitting only adds cost. block_keys: how many keys a program reads at a time.
     """
     programs, filling = num_seqs * num_kv_heads, programs_each * num_multiprocessors
     if programs >= filling:
         return 1
     num_blocks = -(-max_context_len // block_keys)
-    most = min(max(num_blocks // _MIN_BLOCKS_EACH, _MANY_SPLITS), _MAX_SPLITS)
+    most = min(max(num_blocks // _MIN_BLOCKS_EACH, _ALLOWED_SPLITS), _MAX_SPLITS)
     return min(max(round(filling / programs), 2), num_blocks, most)
 
 

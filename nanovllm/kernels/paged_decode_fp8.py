@@ -101,7 +101,7 @@ def _paged_decode_fp8_kernel(
         COMPUTE=COMPUTE,
         PRECISION=PRECISION,
         INTERPRETED=INTERPRETED,
-        PDL=PDL,
+        WAITS=PDL,
     )
     group = tl.arange(0, BLOCK_GROUP)
     row = seq * num_heads + kv_head * GROUP + group

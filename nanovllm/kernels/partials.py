@@ -28,10 +28,11 @@ from nanovllm.kernels.triton_support import (
 
 PREFIX_BLOCK_KEYS = 64  # keys of a shared prefix that a program reads at a time: its parts are multiples of them
 _BLOCK_MERGED = 8  # partial outputs that a program merges at a time
-# With few heads the parts are merged at once, by several programs, so that loads wait for each other once.
-_FEW_BLOCK_MERGED = 32
-_FEW_BLOCK_DIM = 32
-_NO_LSE = constant(-1e30)  # less than any; not -inf, whose difference from itself is NaN
+# Of many parts of few heads a program merges 32 at a time, but 32 dimensions alone: loads wait for each other less.
+_BLOCK_OF_MANY = 32
+_BLOCK_DIM_OF_MANY = 32
+_MAX_HEADS_EACH = 8  # for each multiprocessor, so that all these programs run at once
+_NO_LSE = constant(-1e30)  # below every lse; -inf - -inf would be NaN, where the first parts are unused
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ def _merge_partials_kernel(
     for first in range(0, num_prefix_splits + tl.cdiv(own_len, split_len), BLOCK_MERGED):
         index = first + tl.arange(0, BLOCK_MERGED)
         split = index - num_prefix_splits
-        used = (split >= 0) & (split < num_splits) & (split * split_len < own_len)  # others are never written
-        used |= (split < 0) & (index * prefix_len < shared_len)
+        # Others are never written.
+        used = tl.where(split < 0, index * prefix_len < shared_len, split * split_len < own_len)
         lse = tl.load(partial_lse_ptr + first_partial + index, mask=used, other=-float("inf"))
         part_ptrs = partial_out_ptr + (first_partial + index)[:, None] * HEAD_DIM + dim[None, :]
         part_out = tl.load(part_ptrs, mask=used[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
@@ -143,8 +144,9 @@ def merge_partials(
         return
     num_seqs, num_heads, head_dim = out.shape
     shared = metadata.shared if partials.num_prefix_splits else None
-    few = num_seqs * num_heads <= multiprocessor_count(out.device)
-    block_dim = _FEW_BLOCK_DIM if few else max(next_power_of_2(head_dim), 16)
+    is_long = partials.num_prefix_splits + partials.num_splits > _BLOCK_MERGED
+    divides = is_long and num_seqs * num_heads <= _MAX_HEADS_EACH * multiprocessor_count(out.device)
+    block_dim = _BLOCK_DIM_OF_MANY if divides else max(next_power_of_2(head_dim), 16)
     _merge_partials_kernel[(num_heads, num_seqs, -(-head_dim // block_dim))](
         partial_out_ptr=partials.out,
         partial_lse_ptr=partials.lse,
@@ -155,7 +157,7 @@ def merge_partials(
         num_splits=partials.num_splits,
         HAS_SHARED=shared is not None,
         WINDOW=window or 0,
-        BLOCK_MERGED=_FEW_BLOCK_MERGED if few else _BLOCK_MERGED,
+        BLOCK_MERGED=_BLOCK_OF_MANY if divides else _BLOCK_MERGED,
         HEAD_DIM=head_dim,
         BLOCK_DIM=block_dim,
         BLOCK_KEYS=block_keys,

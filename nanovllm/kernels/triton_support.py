@@ -194,9 +194,10 @@ def pdl_options(device: torch.device, wanted: bool = True) -> dict[str, bool]:
     Such a kernel may start while the kernel ahead of it on the stream still runs. That hides its launch, and its work
     before `wait_for_previous_kernel`. Its programs must call that before they touch memory that another kernel reads
     or writes: the wait covers the kernel ahead, and through that kernel's own wait all before it. Three things may be
-    read earlier: weights, a step's metadata (positions, lengths, slots), and the keys and values that steps before it
-    stored. The embedding's kernel lies between the kernels that write these and the layers; it is launched as usual and
-    so waits for all before it.
+    read earlier: weights, a step's metadata (positions, lengths, slots), and the keys and values that earlier steps
+    stored, which are not all but the last of a row's: drafts are rows of their own, over tokens of the same step. The
+    embedding's kernel lies between the kernels that write the last two and the layers; it is launched as usual and so
+    waits for all before it.
     """
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     if not (wanted and is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)):

@@ -160,3 +160,18 @@ def last_keys_and_values(kv_cache: LayerKVCache, metadata: DecodeMetadata) -> li
         if kv_cache.key_scale is not None and kv_cache.value_scale is not None:
             views += [kv_cache.key_scale[page, :, offset], kv_cache.value_scale[page, :, offset]]
     return views
+
+
+def drafts_of_one_row(
+    num_known: int, num_drafts: int, is_quantized: bool, generator: torch.Generator
+) -> tuple[tuple[torch.Tensor, LayerKVCache, DecodeMetadata, float], torch.Tensor]:
+    """(arguments of decode attention for a row of so many tokens and for its drafts, what float64 says)."""
+    lengths, scale = [num_known + draft for draft in range(num_drafts + 1)], 0.125
+    pages = paged_sequences(lengths[-1:], 16, 2, 64, torch.float32, torch.device("cpu"), generator)
+    cache = quantized(pages) if is_quantized else pages
+    query = torch.randn(len(lengths), 4, 64, generator=generator)
+    keys, values = ([of_all[0][:length] for length in lengths] for of_all in (cache.keys, cache.values))
+    oracle = attention_oracle([row.unsqueeze(0) for row in query], keys, values, scale)
+    tables = pages.block_tables.expand(len(lengths), -1).contiguous()
+    context_lens = torch.tensor(lengths, dtype=torch.int32)
+    return (query, cache.kv_cache, DecodeMetadata(context_lens, tables, lengths[-1]), scale), oracle

@@ -1,4 +1,4 @@
-"""The kernel ahead of one that is launched as its dependent: what it writes is NaN until those who touch that wait."""
+"""The kernel ahead of one that is launched as its dependent: what it writes is NaN until its readers have waited."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from nanovllm.kernels.paged_decode_fp8 import paged_decode_fp8
 from tests.kernels.inputs import (
     DTYPES,
     attention_oracle,
+    drafts_of_one_row,
     last_keys_and_values,
     paged_sequences,
     quantized,
@@ -68,6 +69,16 @@ def test_head_dims(device, generator, dtype, head_dim):
 def test_any_number_of_splits_merges_to_the_same(device, generator, num_splits):
     arguments, oracle = decode_case(device, generator, torch.float32, 16, 4, 2, 64, [1, 64, 65, 300])
     check(paged_decode_fp8(*arguments, num_splits=num_splits, use_triton=True), oracle, torch.float32)
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3])
+@pytest.mark.parametrize("num_known", [30, 31, 32, 62, 63, 64])
+def test_drafts_are_read_when_the_kernel_ahead_has_stored_them(generator, monkeypatch, num_known, num_drafts):
+    arguments, oracle = drafts_of_one_row(num_known, num_drafts, True, generator)
+    query, kv_cache, metadata, _ = arguments
+    put_a_kernel_ahead(monkeypatch, module, [query, *last_keys_and_values(kv_cache, metadata)])
+    got = paged_decode_fp8(*arguments, num_splits=2, use_triton=True)
+    check(got, oracle, torch.float32)
 
 
 @pytest.mark.parametrize("window", [None, 20])
