@@ -1,7 +1,8 @@
 # These do everything, set-up included: `make demo`, `make serve`, `make test` and `make test-heavy`.
 
 PYTHON ?= python3
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+# A relative path, since pip takes a space in it for the end of the path.
+export PIP_CONSTRAINT := constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients

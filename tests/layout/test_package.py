@@ -134,3 +134,15 @@ def test_an_installed_wheel_has_the_command(wheel: Path, tmp_path: Path) -> None
         )
         assert done.returncode == 0, done.stderr
         assert "nanovllm" in done.stdout
+
+
+def test_pip_finds_the_constraints_of_a_checkout_whose_path_has_spaces(tmp_path: Path) -> None:
+    checkout = tmp_path / "two words"
+    checkout.mkdir()
+    for name in ("Makefile", "constraints.txt"):
+        shutil.copy(ROOT / name, checkout)
+    probe = "probe: ; $(PYTHON) -m pip install --dry-run --no-index numpy"  # which is installed
+    done = subprocess.run(
+        ["make", f"PYTHON={sys.executable}", "--eval", probe, "probe"], cwd=checkout, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
