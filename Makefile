@@ -91,7 +91,7 @@ $(VENV)/.chromium: $(VENV)/.dev
 SITE := -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 $(CLIENTS)/.ready: tests/clients/requirements.txt $(VENV)/.dev
 	test -x $(CLIENTS)/bin/python || $(BIN)/python -m venv $(CLIENTS)
-	$(abspath $(BIN)/python) $(SITE) > "$$($(CLIENTS)/bin/python $(SITE))/engine.pth"
+	"$(CURDIR)/$(BIN)/python" $(SITE) > "$$($(CLIENTS)/bin/python $(SITE))/engine.pth"
 	PIP_CONSTRAINT= $(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
