@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -41,7 +42,8 @@ def test_a_reader_that_leaves_gets_no_traceback(arguments: str, unbuffered: str)
 
 
 def test_closed_streams_end_nothing() -> None:
-    done = subprocess.run(["sh", "-c", f"{sys.executable} -m nanovllm version >&- 2>&-"], cwd=ROOT, timeout=120)
+    command = f"{shlex.quote(sys.executable)} -m nanovllm version >&- 2>&-"
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, timeout=120)
     assert done.returncode == 0
 
 

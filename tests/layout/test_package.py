@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -143,6 +144,9 @@ def test_pip_finds_the_constraints_of_a_checkout_whose_path_has_spaces(tmp_path:
         shutil.copy(ROOT / name, checkout)
     probe = "probe: ; $(PYTHON) -m pip install --dry-run --no-index numpy"  # which is installed
     done = subprocess.run(
-        ["make", f"PYTHON={sys.executable}", "--eval", probe, "probe"], cwd=checkout, capture_output=True, text=True
+        ["make", f"PYTHON={shlex.quote(sys.executable)}", "--eval", probe, "probe"],
+        cwd=checkout,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
