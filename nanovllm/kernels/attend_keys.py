@@ -20,6 +20,17 @@ _BYTES_IN_FLIGHT = 1280  # of one key, summed over the blocks in flight: several
 
 
 @jit
+def wait_for_new_keys(start: tl.tensor, context_len: tl.tensor, BLOCK_KEYS: tl.constexpr) -> None:
+    """Waits for the kernel ahead if it may store keys of the block at position `start`.
+
+    It stores one token for each row, of which the kernel has num_programs(2). Drafts are rows of their own, so all of
+    these tokens may be the last ones of one context.
+    """
+    if start + BLOCK_KEYS > context_len - tl.num_programs(2):
+        wait_for_previous_kernel(True)
+
+
+@jit
 def attend_keys(
     query_ptr: tl.tensor,
     key_ptr: tl.tensor,
@@ -59,9 +70,7 @@ def attend_keys(
     table_ptr = block_tables_ptr + seq * block_table_stride
     first_seen = context_len - WINDOW
     if WAITS:
-        # A row of the step stores one token, and drafts are rows of their own: the last num_programs(2) may be new.
-        if start + BLOCK_KEYS > context_len - tl.num_programs(2):
-            wait_for_previous_kernel(WAITS)
+        wait_for_new_keys(start, context_len, BLOCK_KEYS)
         valid = is_seen(start, end, first_seen, BLOCK_KEYS, WINDOW > 0)
         key, value = load_block(
             key_base, value_base, table_ptr, start, end, valid, page_stride, slot_stride, BLOCK_SIZE, HEAD_DIM,

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.kernels.attend_keys import arguments_of_any_cache
+from nanovllm.kernels.attend_keys import arguments_of_any_cache, wait_for_new_keys
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
 from nanovllm.kernels.online_softmax import is_seen, softmax_weights
 from nanovllm.kernels.page_slots import page_slots
@@ -175,8 +175,7 @@ def attend_keys_fp8(
     table_ptr = block_tables_ptr + seq * block_table_stride
     first_seen = context_len - WINDOW
     if WAITS:
-        if start + BLOCK_KEYS > context_len - tl.num_programs(2):
-            wait_for_previous_kernel(WAITS)
+        wait_for_new_keys(start, context_len, BLOCK_KEYS)
         valid = is_seen(start, end, first_seen, BLOCK_KEYS, WINDOW > 0)
         key, value_words, key_scale, value_scale = _load_block(
             key_base, value_base, key_scale_base, value_scale_base, table_ptr, start, end, valid, page_stride,

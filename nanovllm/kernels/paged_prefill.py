@@ -15,7 +15,7 @@ import torch
 
 from nanovllm.kernels.attention_inputs import LayerKVCache, PrefillMetadata
 from nanovllm.kernels.dequantize_pages import dequantized
-from nanovllm.kernels.online_softmax import accumulate
+from nanovllm.kernels.online_softmax import accumulate, no_keys
 from nanovllm.kernels.page_slots import page_slots
 from nanovllm.kernels.paged_prefill_hopper import can_run_on_hopper, paged_prefill_hopper
 from nanovllm.kernels.triton_support import LOG2_E, constant, jit, next_power_of_2, runs_triton, tl
@@ -149,9 +149,7 @@ def _paged_prefill_kernel(
     value_scale_base = value_scale_ptr + kv_head * BLOCK_SIZE
     table_ptr = block_tables_ptr + seq * block_table_stride
 
-    best = tl.full([BLOCK_ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    out = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
+    best, total, out = no_keys(BLOCK_ROWS, BLOCK_DIM)
     query_position = cached_len + token
     end = tl.minimum(cached_len + first_token + TILE_TOKENS, context_len)
     # Keys up to the first query's position are seen by all rows: whole blocks of them need no mask.

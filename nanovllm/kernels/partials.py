@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.kernels.attention_inputs import DecodeMetadata
+from nanovllm.kernels.online_softmax import softmax_weights
 from nanovllm.kernels.triton_support import (
     constant,
     jit,
@@ -124,12 +125,9 @@ def _merge_partials_kernel(
         lse = tl.load(partial_lse_ptr + first_partial + index, mask=used, other=-float("inf"))
         part_ptrs = partial_out_ptr + (first_partial + index)[:, None] * HEAD_DIM + dim[None, :]
         part_out = tl.load(part_ptrs, mask=used[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-        new_best = tl.maximum(best, tl.max(lse, axis=0))
-        weights = tl.exp2(lse - new_best)
-        shrink = tl.exp2(best - new_best)
-        out = out * shrink + tl.sum(part_out * weights[:, None], axis=0)
+        weights, shrink, best = softmax_weights(lse, best, 1.0, AXIS=0)
         total = total * shrink + tl.sum(weights, axis=0)
-        best = new_best
+        out = out * shrink + tl.sum(part_out * weights[:, None], axis=0)
     tl.store(out_ptr + row * HEAD_DIM + dim, (out / total).to(out_ptr.dtype.element_ty), mask=dim < HEAD_DIM)
 
 

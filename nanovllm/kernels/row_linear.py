@@ -405,7 +405,6 @@ def row_linear(
     if num_tokens == 0:
         return out
     is_int4 = group_size > 0
-    has_blocks = not is_int4 and scales_blocks(scale, weight)
     words, weight_words = x.view(torch.int32 if is_int4 else torch.int64), weight.view(torch.int32)
     given = RowTensors(
         words,
@@ -423,14 +422,13 @@ def row_linear(
     num_multiprocessors = multiprocessor_count(x.device)
     shape = RowShape(
         kind="int4" if is_int4 else "int8" if weight.dtype == torch.int8 else "fp8",
-        has_group_scale=is_int4 or has_blocks,
         has_zeros=zeros is not None,
         has_bias=bias is not None,
         has_norm=norm_weight is not None,
         has_residual=residual is not None,
         is_gated=gated,
         group_size=group_size if is_int4 else SCALE_BLOCK,
-        scale_rows=SCALE_BLOCK if has_blocks else 1,
+        scale_rows=SCALE_BLOCK if not is_int4 and scales_blocks(scale, weight) else 1,
         output_size=output_size,
         input_size=input_size,
         num_words=weight_words.shape[1],

@@ -41,7 +41,6 @@ class RowShape:
     """A product, as the kernel is compiled for it."""
 
     kind: str  # of the weight: int8, fp8 or int4
-    has_group_scale: bool  # of inputs, in INT4 and FP8 blocks
     has_zeros: bool
     has_bias: bool
     has_norm: bool
@@ -56,6 +55,11 @@ class RowShape:
     @property
     def is_int4(self) -> bool:
         return self.kind == "int4"
+
+    @property
+    def has_group_scale(self) -> bool:
+        """True if a scale is of some inputs: in INT4 and FP8 blocks."""
+        return self.is_int4 or self.scale_rows > 1
 
     @property
     def block_words(self) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from nanovllm.kernels.online_softmax import softmax_weights
+from nanovllm.kernels.online_softmax import no_keys, softmax_weights
 from nanovllm.kernels.partials import first_own_key
 from nanovllm.kernels.triton_support import (
     constant,
@@ -140,9 +140,7 @@ def _merge_pieces_kernel(
     dim = tl.arange(0, BLOCK_DIM)
     head = tl.program_id(0) * GROUP + group
     mask = (group < GROUP)[:, None] & (dim < HEAD_DIM)[None, :]
-    best = tl.full([BLOCK_GROUP], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK_GROUP], tl.float32)
-    out = tl.zeros([BLOCK_GROUP, BLOCK_DIM], tl.float32)
+    best, total, out = no_keys(BLOCK_GROUP, BLOCK_DIM)
     for begin in range(first, last + 1, BLOCK_MERGED):
         stretch = begin + tl.arange(0, BLOCK_MERGED)
         piece = (stretch + row)[:, None] * num_heads + head[None, :]  # [BLOCK_MERGED, BLOCK_GROUP]

@@ -13,6 +13,22 @@ from nanovllm.kernels.add_splits import finishing_arguments
 from tests.kernels.gluon_emulator.machine import machine
 
 
+class Unwritten:
+    """What the kernel ahead has yet to write: NaN at first."""
+
+    def __init__(self, written: Sequence[torch.Tensor]) -> None:
+        self.written, self.values = written, [tensor.clone() for tensor in written]
+        self.hide()
+
+    def hide(self) -> None:
+        for tensor in self.written:
+            tensor.fill_(torch.nan)
+
+    def write(self) -> None:
+        for tensor, value in zip(self.written, self.values, strict=True):
+            tensor.copy_(value)
+
+
 def run_beside_the_kernel_ahead(
     emulated: Callable[..., Callable[..., torch.Tensor]],
     seed: int,
@@ -22,20 +38,17 @@ def run_beside_the_kernel_ahead(
     **arguments: Any,
 ) -> tuple[torch.Tensor, set[str]]:
     """Returns the product, and which partitions have waited. The kernel ahead ends once `num_waiting` do."""
-    values = [tensor.clone() for tensor in written]
+    unwritten = Unwritten(written)
     waiting: set[str] = set()
 
     def wait_for_previous_kernel() -> None:
         waiting.add(machine().running.name.partition(" of ")[0])
         machine().pause(lambda: len(waiting) == num_waiting, "the kernel ahead")
-        for tensor, value in zip(written, values, strict=True):
-            tensor.copy_(value)
+        unwritten.write()
 
     def finishing_with_pdl(*given: Any, **options: Any) -> dict[str, Any]:
         return finishing_arguments(*given, **options) | {"PDL": True}
 
-    for tensor in written:
-        tensor.fill_(torch.nan)
     product = emulated(
         seed,
         1,
@@ -52,16 +65,7 @@ def put_a_kernel_ahead(monkeypatch: pytest.MonkeyPatch, module: Any, written: Se
 
     written: views of what that writes. They are NaN from a program's first line to its wait.
     """
-    values = [tensor.clone() for tensor in written]
-
-    def begin() -> None:
-        for tensor in written:
-            tensor.fill_(torch.nan)
-
-    def end() -> None:
-        for tensor, value in zip(written, values, strict=True):
-            tensor.copy_(value)
-
+    unwritten = Unwritten(written)
     monkeypatch.setattr(module, "pdl_options", lambda device, wanted: {"PDL": wanted})
-    monkeypatch.setattr(triton_support, "gdc_launch_dependents", begin)
-    monkeypatch.setattr(triton_support, "gdc_wait", end)
+    monkeypatch.setattr(triton_support, "gdc_launch_dependents", unwritten.hide)
+    monkeypatch.setattr(triton_support, "gdc_wait", unwritten.write)

@@ -31,7 +31,8 @@ def test_every_kernel_compiles_for_hopper(tmp_path: Path) -> None:
     environment = {**compiler_environment(tmp_path), "COMPILED": str(outcome)}
     plugins = ["-p", "tests.kernels.compile_for_hopper", "-p", "no:xdist", "-p", "no:cacheprovider"]
     emulated = ["test_gluon_emulator.py", "test_paged_prefill_hopper.py"]  # launch nothing
-    left_out = [f"--ignore={Path(__file__).with_name(name)}" for name in [Path(__file__).name, *emulated]]
+    replaced = "test_early_keys.py"  # has kernels call Python, as in the interpreter
+    left_out = [f"--ignore={Path(__file__).with_name(name)}" for name in [Path(__file__).name, *emulated, replaced]]
     command = [sys.executable, "-m", "pytest", *plugins, "-q", "--tb=no", *left_out, "tests/kernels"]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert outcome.exists(), run.stdout[-2000:] + run.stderr[-2000:]

@@ -12,11 +12,8 @@ from tests.kernels.inputs import (
     DTYPES,
     attention_oracle,
     check_close,
-    drafts_of_one_row,
-    last_keys_and_values,
     paged_sequences,
 )
-from tests.kernels.kernel_ahead import put_a_kernel_ahead
 
 LENGTHS = [1, 15, 16, 17, 64, 65, 130]
 
@@ -114,30 +111,6 @@ def test_the_shape_decides_how_keys_are_divided(
 def test_many_rows(device, generator):
     arguments, oracle = decode_case(device, generator, torch.float32, 16, 8, 8, 64, [200, *[1] * 47])
     check_close(paged_decode(*arguments, use_triton=True), oracle, torch.float32)
-
-
-@pytest.mark.parametrize("num_drafts", [1, 3])
-@pytest.mark.parametrize("num_known", [30, 31, 32, 62, 63, 64])
-def test_drafts_are_read_when_the_kernel_ahead_has_stored_them(generator, monkeypatch, num_known, num_drafts):
-    arguments, oracle = drafts_of_one_row(num_known, num_drafts, False, generator)
-    query, kv_cache, metadata, _ = arguments
-    put_a_kernel_ahead(monkeypatch, module, [query, *last_keys_and_values(kv_cache, metadata)])
-    got = paged_decode(*arguments, num_splits=2, use_triton=True)
-    check_close(got, oracle, torch.float32)
-
-
-@pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("block_size", [4, 256])
-def test_the_query_and_the_last_key_are_read_when_the_kernel_ahead_has_ended(
-    generator, monkeypatch, block_size, window
-):
-    lengths = [1, 32, 65, 130]
-    arguments, oracle = decode_case("cpu", generator, torch.float32, block_size, 4, 2, 64, lengths, window)
-    query, kv_cache, metadata, _ = arguments
-    put_a_kernel_ahead(monkeypatch, module, [query, *last_keys_and_values(kv_cache, metadata)])
-    for num_splits in (2, 7):
-        got = paged_decode(*arguments, num_splits=num_splits, window=window, use_triton=True)
-        check_close(got, oracle, torch.float32)
 
 
 @pytest.mark.gpu

@@ -11,13 +11,10 @@ from nanovllm.kernels.paged_decode_fp8 import paged_decode_fp8
 from tests.kernels.inputs import (
     DTYPES,
     attention_oracle,
-    drafts_of_one_row,
-    last_keys_and_values,
     paged_sequences,
     quantized,
     relative_error,
 )
-from tests.kernels.kernel_ahead import put_a_kernel_ahead
 
 LENGTHS = [1, 15, 16, 17, 64, 65, 130]
 # Queries and weights are rounded to fp16 on their way, whatever is finer than that.
@@ -69,30 +66,6 @@ def test_head_dims(device, generator, dtype, head_dim):
 def test_any_number_of_splits_merges_to_the_same(device, generator, num_splits):
     arguments, oracle = decode_case(device, generator, torch.float32, 16, 4, 2, 64, [1, 64, 65, 300])
     check(paged_decode_fp8(*arguments, num_splits=num_splits, use_triton=True), oracle, torch.float32)
-
-
-@pytest.mark.parametrize("num_drafts", [1, 3])
-@pytest.mark.parametrize("num_known", [30, 31, 32, 62, 63, 64])
-def test_drafts_are_read_when_the_kernel_ahead_has_stored_them(generator, monkeypatch, num_known, num_drafts):
-    arguments, oracle = drafts_of_one_row(num_known, num_drafts, True, generator)
-    query, kv_cache, metadata, _ = arguments
-    put_a_kernel_ahead(monkeypatch, module, [query, *last_keys_and_values(kv_cache, metadata)])
-    got = paged_decode_fp8(*arguments, num_splits=2, use_triton=True)
-    check(got, oracle, torch.float32)
-
-
-@pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("block_size", [4, 256])
-def test_the_query_and_the_last_key_are_read_when_the_kernel_ahead_has_ended(
-    generator, monkeypatch, block_size, window
-):
-    lengths = [1, 16, 65, 130]
-    arguments, oracle = decode_case("cpu", generator, torch.float32, block_size, 4, 2, 64, lengths, window)
-    query, kv_cache, metadata, _ = arguments
-    put_a_kernel_ahead(monkeypatch, module, [query, *last_keys_and_values(kv_cache, metadata)])
-    for num_splits in (2, 7):
-        got = paged_decode_fp8(*arguments, num_splits=num_splits, window=window, use_triton=True)
-        check(got, oracle, torch.float32)
 
 
 def test_many_small_weights_of_small_values_count(device, generator):

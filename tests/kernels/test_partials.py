@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from nanovllm.kernels.attention_inputs import DecodeMetadata, SharedPrefixes
-from nanovllm.kernels.partials import empty_partials, merge_partials
+from nanovllm.kernels.partials import PREFIX_BLOCK_KEYS, empty_partials, merge_partials
 from tests.kernels.inputs import check_close
 
-BLOCK_KEYS, PREFIX_BLOCK_KEYS = 16, 64
+BLOCK_KEYS = 16
 
 
 @pytest.mark.parametrize("head_dim", [40, 128])

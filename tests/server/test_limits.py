@@ -180,14 +180,15 @@ def test_the_id_of_a_request(server: RunningServer, caplog: pytest.LogCaptureFix
     )
     assert own.headers["X-Request-Id"] == own.json()["id"]
     assert given.headers["X-Request-Id"] == "order 66"
-    clients_ids = {own.json()["id"]: None, given.json()["id"]: "order 66"}
 
     def lines() -> list[dict[str, Any]]:
         """A line follows its answer, so those of the test before may come now."""
-        return [log for log in requests_of(caplog) if log["request_id"] in clients_ids]
+        return [log for log in requests_of(caplog) if log["request_id"] in (own.json()["id"], given.json()["id"])]
 
     assert until(lambda: len(lines()) == 2)
-    assert {log["request_id"]: log["client_request_id"] for log in lines()} == clients_ids
+    first, second = lines()
+    assert (first["request_id"], first["client_request_id"]) == (own.json()["id"], None)
+    assert (second["request_id"], second["client_request_id"]) == (given.json()["id"], "order 66")
     ends = [record.fields for record in caplog.records if getattr(record, "event", "") == "request.finished"]
     assert [end["request_id"] for end in ends] == [own.json()["id"], given.json()["id"]]
     assert [end.get("client_request_id") for end in ends] == [None, "order 66"]
