@@ -36,6 +36,8 @@ def _compile(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **opti
     _tried[name] += 1
     if _tried[name] > _VARIANTS:
         return
+    if "PDL" in options:  # as there; a device that is a CPU has no dependent launch
+        options |= {"PDL": True, "launch_pdl": True}
     try:
         _launch(self, *args, grid=grid, warmup=True, **options)
     except Exception as error:
