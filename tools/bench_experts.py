@@ -87,6 +87,7 @@ def quantized_matrices(
         limits = torch.iinfo(dtype)
         weight = torch.randint(limits.min, limits.max, (experts, outputs, width), dtype=dtype, device="cuda")
     scale = torch.rand(experts, -(-inputs // columns), outputs // rows, device="cuda").transpose(1, 2) * 1e-3
+    scale = scale.half() if dtype is torch.int16 else scale
     zeros = torch.full_like(scale, 8.0) if dtype is torch.int16 else None
     return ExpertMatrices(weight, scale, zeros, inputs, (rows, columns), pieces)
 

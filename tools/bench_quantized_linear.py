@@ -148,8 +148,8 @@ def int8_product(outputs: int, inputs: int, *, quantize_input: bool = False) -> 
 
 def int4_product(outputs: int, inputs: int) -> Product:
     weight = pack_int4(torch.randint(0, 16, (outputs, inputs), dtype=torch.int8, device="cuda"))
-    scale = torch.rand(inputs // GROUP_SIZE, outputs, device="cuda").T / 8 * inputs**-0.5
-    zeros = torch.randint(0, 16, (inputs // GROUP_SIZE, outputs), device="cuda").float().T
+    scale = (torch.rand(inputs // GROUP_SIZE, outputs, device="cuda") / 8 * inputs**-0.5).half().T
+    zeros = torch.randint(0, 16, (inputs // GROUP_SIZE, outputs), device="cuda").half().T
     return lambda hidden, **around: int4_linear(hidden, weight, scale, zeros, group_size=GROUP_SIZE, **around)
 
 

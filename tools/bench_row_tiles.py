@@ -73,8 +73,8 @@ class Shape(NamedTuple):
         given: dict[str, Any] = {"x": x, **surroundings(self.name, x, self.outputs)}
         if self.kind == "int4":
             groups = (self.inputs // GROUP_SIZE, self.outputs)
-            given["scale"] = torch.rand(groups, device="cuda").T * 0.1 * self.inputs**-0.5
-            given |= {"zeros": torch.randint(0, 16, groups, device="cuda").float().T, "group_size": GROUP_SIZE}
+            given["scale"] = (torch.rand(groups, device="cuda") * 0.1 * self.inputs**-0.5).half().T
+            given |= {"zeros": torch.randint(0, 16, groups, device="cuda").half().T, "group_size": GROUP_SIZE}
         elif self.kind == "fp8-blocks":
             blocks = (-(-self.outputs // 128), -(-self.inputs // 128))
             given["scale"] = torch.rand(blocks, device="cuda") * 0.01 * self.inputs**-0.5

@@ -115,7 +115,7 @@ def load_weights(
     BOX_ROWS: gl.constexpr = weights.shape[1]
     COLUMNS: gl.constexpr = weights.shape[2]
     ROWS: gl.constexpr = BOXES * BOX_ROWS
-    SCALE_BYTES: gl.constexpr = scales.shape[0] // STAGES * scales.shape[1] * 4 if HAS_GROUPS else 0
+    SCALE_BYTES: gl.constexpr = scales.shape[0] // STAGES * scales.shape[1] * scales.dtype.itemsize if HAS_GROUPS else 0
     WEIGHT_BYTES: gl.constexpr = PARTS * ROWS * COLUMNS * weights.dtype.itemsize
     BYTES: gl.constexpr = WEIGHT_BYTES + SCALE_BYTES * (2 if HAS_ZEROS else 1)
     num_loaded = 0
@@ -346,12 +346,13 @@ def describe_scales(scale: torch.Tensor, box_rows: int, groups: int, gated: bool
     """Returns the same for scale [rows, all groups], of `groups` groups in a block."""
     rows, all_groups = scale.shape
     stride = scale.stride(1) if all_groups > 1 else rows
+    bits = 8 * scale.itemsize
     if not gated:
-        return TensorDescriptor(scale, [all_groups, rows], [stride, 1], [groups, box_rows], swizzle(0, 32))
+        return TensorDescriptor(scale, [all_groups, rows], [stride, 1], [groups, box_rows], swizzle(0, bits))
     shape = [all_groups, rows // 2 // _INTERLEAVED, 2, _INTERLEAVED]
     strides = [stride, _INTERLEAVED, rows // 2, 1]
     box = [groups, box_rows // 2 // _INTERLEAVED, 2, _INTERLEAVED]
-    return TensorDescriptor(scale, shape, strides, box, swizzle(0, 32, 4))
+    return TensorDescriptor(scale, shape, strides, box, swizzle(0, bits, 4))
 
 
 def describe_activations(x: torch.Tensor, tile_tokens: int) -> dict[str, TensorDescriptor]:

@@ -49,7 +49,8 @@ from nanovllm.kernels.triton_support import (
 )
 
 _ROWS = constant(WARPGROUP_ROWS)
-_ALIGNED_SCALES = 4  # rows: their float32 scales are 16 bytes, of which the accelerator's strides are multiples
+_SCALE_BYTES = 2
+_ALIGNED_SCALES = 8  # rows: their scales are 16 bytes, of which the accelerator's strides are multiples
 _MIN_TOKENS = 16
 _MAX_STAGES = 8
 _MAX_SPLITS = 8
@@ -130,9 +131,9 @@ def _mixed_matmul_kernel(
     zeros = weights
     if not HAS_SCALE:
         GROUPS: gl.constexpr = STAGES * scale_desc.block_type.shape[0]
-        scales = gl.allocate_shared_memory(gl.float32, [GROUPS, SCALE_ROWS], PLAIN)
+        scales = gl.allocate_shared_memory(scale_desc.dtype, [GROUPS, SCALE_ROWS], PLAIN)
         if HAS_ZEROS:
-            zeros = gl.allocate_shared_memory(gl.float32, [GROUPS, SCALE_ROWS], PLAIN)
+            zeros = gl.allocate_shared_memory(zero_desc.dtype, [GROUPS, SCALE_ROWS], PLAIN)
     x = gl.allocate_shared_memory(x_desc.dtype, [STAGES * PARTS, TOKENS, COLUMNS], x_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -261,7 +262,7 @@ def _largest_tile(warpgroups: int, num_tokens: int, group_size: int, memory: int
     tokens = min(max(next_power_of_2(num_tokens), _MIN_TOKENS), most if groups < 4 else most // 2)
     tile = MixedTile(tokens, 1, warpgroups=warpgroups)
     weight_bytes = tile.rows * BLOCK_SIZE // (2 if groups else 1)
-    stage = weight_bytes + 2 * tokens * BLOCK_SIZE + 2 * groups * tile.scale_rows * 4
+    stage = weight_bytes + 2 * tokens * BLOCK_SIZE + 2 * groups * tile.scale_rows * _SCALE_BYTES
     left = memory - RESERVED_BYTES - warpgroups * FINISHING_BYTES
     return replace(tile, stages=min(left // stage, _MAX_STAGES))
 
@@ -281,7 +282,7 @@ def mixed_matmul(
     """Returns act(x · weightᵀ + bias) + residual: [num_tokens, outputs or half as many], of x's dtype.
 
     x [num_tokens, inputs] bf16 or fp16; weight [outputs, words] of `pack_int4`, with scale and zeros [outputs, groups]
-    float32, transposed in memory; or [outputs, inputs] int8, with scale [outputs, 1] or [1, 1] and group_size 0. Needs
+    float16, transposed in memory; or [outputs, inputs] int8, with scale [outputs, 1] or [1, 1] and group_size 0. Needs
     `suits_mixed_matmul`. tile: that of `choose_mixed_tile`, if none is given.
     """
     num_tokens, input_size = x.shape

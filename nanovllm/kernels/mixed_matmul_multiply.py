@@ -92,9 +92,9 @@ def _convert_int8(words: gl.tensor, dtype: gl.constexpr) -> gl.tensor:
 def _load_column(
     rows: gl.shared_memory_descriptor, warpgroup: gl.constexpr, index: gl.tensor, layout: gl.constexpr
 ) -> gl.tensor:
-    """Loads what belongs to a warpgroup's rows, [64, 1], from rows [groups of all stages, a tile's]."""
+    """Loads what belongs to a warpgroup's rows, [64, 1] float32, from rows [groups of all stages, a tile's]."""
     ours = rows.index(index).slice(warpgroup * _ROWS, _ROWS)
-    return gl.expand_dims(ours.load(gl.SliceLayout(1, layout)), 1)
+    return gl.expand_dims(ours.load(gl.SliceLayout(1, layout)).to(gl.float32), 1)
 
 
 @gluon_jit()

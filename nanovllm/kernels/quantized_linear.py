@@ -145,8 +145,9 @@ def int4_linear(
 ) -> torch.Tensor:
     """Returns act(rms_norm(hidden) · ((weight − zeros) · scale)ᵀ + bias) + residual.
 
-    weight: from `pack_int4`. scale [outputs, inputs / group_size] float32, zeros of the same shape and dtype, from 0
-    to 16; None: 8. On a GPU both are read fastest where outputs are side by side in memory. group_size −1: all inputs.
+    weight: from `pack_int4`. scale [outputs, inputs / group_size] float16, or float32 where hidden is. zeros: as scale,
+    from 0 to 16; None: 8. On a GPU both are read fastest where outputs are side by side in memory. group_size −1: all
+    inputs.
     → [num_tokens, outputs, or half as many if gated], of hidden's dtype.
     """
     inputs = hidden.shape[1]

@@ -258,7 +258,7 @@ def _multiply(weights: gl.tuple, inputs: gl.tuple, SHAPE: gl.constexpr, LANE_LAY
     dot = gl.sum(gl.reshape(products, [words.shape[0], 32, 4]), axis=2)
     dot = gl.convert_layout(dot, LANE_LAYOUT, assert_trivial=True)
     if SHAPE.is_int4:
-        dot = (dot.to(gl.float32) - weights[2] * total) * (weights[1] * x_scale)
+        dot = (dot.to(gl.float32) - weights[2].to(gl.float32) * total) * (weights[1].to(gl.float32) * x_scale)
     elif SHAPE.has_group_scale:
         dot = dot * weights[1]
     return dot
@@ -395,7 +395,7 @@ def row_linear(
     """Returns act(rms_norm(x) · weightᵀ + bias) + residual for at most one token; x [num_tokens, inputs] bf16 or fp16.
 
     weight [outputs, inputs] FP8 or INT8 with a scale as in `skinny_linear`; or INT4 [outputs, words] of `pack_int4`,
-    with scale and zeros [outputs, groups] float32, of any strides, the same for both, and their group_size. The weight
+    with scale and zeros [outputs, groups] float16, of any strides, the same for both, and their group_size. The weight
     is contiguous, and bias, norm_weight and residual have x's dtype.
     → [num_tokens, outputs or half as many], of x's dtype. Needs `suits_row_linear`.
     """

@@ -25,14 +25,16 @@ class Int4Linear(QuantizedLinear):
     """Parameters: `weight` from `pack_int4`, `weight_scale` [groups, outputs], and `weight_zeros` unless all are 8.
 
     group_size: inputs that share a scale, or WHOLE_ROW. Where groups are not neighbouring inputs, the buffer
-    `input_order` says which input each column of the weight belongs to.
+    `input_order` says which input each column of the weight belongs to. Scales and zero points are in float16, which
+    holds those of checkpoints, and their bfloat16 from 8e-6 on; in a float32 model they are in float32.
     """
 
     kept_as = "int4"
     scale_dims = (1, 0)
 
-    def __init__(self, formats: Sequence[Format], group_size: int, *, has_zeros: bool) -> None:
+    def __init__(self, layer: LinearLayer, formats: Sequence[Format], group_size: int, *, has_zeros: bool) -> None:
         super().__init__(formats)
+        self.scale_dtype = torch.float32 if layer.dtype is torch.float32 else torch.float16
         self.group_size = group_size
         self.has_zeros = has_zeros
 
@@ -41,8 +43,8 @@ class Int4Linear(QuantizedLinear):
         row = pack_int4(torch.zeros(1, inputs, dtype=torch.int8))  # on a meta tensor it would import much of torch
         layer.weight = empty_parameter(outputs, row.shape[1], dtype=row.dtype)
         shape = (1 if self.group_size == WHOLE_ROW else inputs // self.group_size, outputs)
-        layer.weight_scale = empty_parameter(*shape, dtype=torch.float32)
-        zeros = empty_parameter(*shape, dtype=torch.float32) if self.has_zeros else None
+        layer.weight_scale = empty_parameter(*shape, dtype=self.scale_dtype)
+        zeros = empty_parameter(*shape, dtype=self.scale_dtype) if self.has_zeros else None
         layer.register_parameter("weight_zeros", zeros)
         layer.register_buffer("input_order", None, persistent=False)
 
@@ -57,13 +59,17 @@ class Int4Linear(QuantizedLinear):
         groups = weight.view(outputs, -1, size)
         if self.has_zeros:
             low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)  # [outputs, groups]
-            scale = nonzero((high - low) / _LARGEST)
-            zeros = (-low / scale).round_()
+            scale = self._kept((high - low) / _LARGEST)
+            zeros = (-low / scale).round_().clamp_(max=_LARGEST)  # a scale near the smallest is rounded
         else:
-            scale = nonzero(groups.abs().amax(-1) / 7)
+            scale = self._kept(groups.abs().amax(-1) / 7)
             zeros = torch.full_like(scale, 8.0)
         values = ((groups / scale.unsqueeze(-1)).round_() + zeros.unsqueeze(-1)).clamp_(0, _LARGEST)
         return QuantizedMatrix(values.flatten(1).to(torch.int8), scale, (1, size), zeros.to(torch.uint8))
+
+    def _kept(self, scale: torch.Tensor) -> torch.Tensor:
+        """Returns the scale as it is kept, in float32. Values are rounded to steps of it."""
+        return nonzero(scale.to(self.scale_dtype).float())
 
     def fill(self, layer: LinearLayer, matrices: Sequence[QuantizedMatrix]) -> None:
         layer.weight.copy_(pack_int4(torch.cat([each.values for each in matrices])))
@@ -95,7 +101,7 @@ class Int4Linear(QuantizedLinear):
 
 def make_int4(layer: LinearLayer, formats: Sequence[Format]) -> Int4Linear:
     """Returns the method of a layer whose unquantised weight becomes INT4: groups of 128, or what the inputs allow."""
-    return int4_method(layer, formats, _GROUP, has_zeros=True) or Int4Linear(formats, WHOLE_ROW, has_zeros=True)
+    return int4_method(layer, formats, _GROUP, has_zeros=True) or Int4Linear(layer, formats, WHOLE_ROW, has_zeros=True)
 
 
 def int4_method(
@@ -108,8 +114,8 @@ def int4_method(
     inputs = layer.inputs
     size = math.gcd(group_size, inputs.start, inputs.size)
     if size == inputs.size:
-        return Int4Linear(formats, WHOLE_ROW, has_zeros=has_zeros)
-    return Int4Linear(formats, size, has_zeros=has_zeros) if size >= MIN_GROUP else None
+        return Int4Linear(layer, formats, WHOLE_ROW, has_zeros=has_zeros)
+    return Int4Linear(layer, formats, size, has_zeros=has_zeros) if size >= MIN_GROUP else None
 
 
 def _order(layer: LinearLayer) -> torch.Tensor | None:

@@ -47,7 +47,7 @@ def compile_mixed_matmul(
     tile = mixed_matmul._largest_tile(warpgroups, num_tokens, group_size, memory=227 << 10)
     if group_size:
         weight = torch.empty(outputs, input_size // 4, dtype=torch.int16)
-        scale = torch.empty(input_size // group_size, outputs).T
+        scale = torch.empty(input_size // group_size, outputs, dtype=torch.float16).T
     else:
         weight = torch.empty(outputs, input_size, dtype=torch.int8)
         scale = torch.empty(outputs, 1)
@@ -75,7 +75,7 @@ def compile_row_linear(
     outputs *= 1 + gated
     blocks = -(-input_size // 128)
     if kind in ("int4", "symmetric"):
-        scale = torch.empty(blocks, outputs).T
+        scale = torch.empty(blocks, outputs, dtype=torch.float16).T
         weight = torch.empty(outputs, blocks * 32, dtype=torch.int16)
         given: dict[str, Any] = {"zeros": scale if kind == "int4" else None, "group_size": 128}
     else:
@@ -141,6 +141,7 @@ CASES = [
     (compile_row_linear, ("symmetric", torch.bfloat16, 1024, True, True)),
     (compile_row_linear, ("int4", torch.float16, 3072, False, False)),
     (compile_row_linear, ("int4", torch.bfloat16, 4096, False, True)),
+    (compile_row_linear, ("int4", torch.bfloat16, 4096, False, True, 6144)),
     (compile_row_linear, ("int4", torch.bfloat16, 4096, True, True)),
     (compile_row_linear, ("int4", torch.bfloat16, 5120, False, True)),
     (compile_row_linear, ("int4", torch.bfloat16, 5120, True, True)),

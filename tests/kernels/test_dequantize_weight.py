@@ -30,7 +30,7 @@ def test_int8(device, generator, dtype):
 @pytest.mark.parametrize("has_zeros", [False, True])
 def test_int4(device, generator, dtype, input_size, group_size, has_zeros):
     values = torch.randint(0, 16, (40, input_size), generator=generator)
-    scale = torch.rand(40, input_size // group_size, generator=generator)
+    scale = torch.rand(40, input_size // group_size, generator=generator).half()
     zeros = torch.randint(0, 17, scale.shape, generator=generator) if has_zeros else torch.full(scale.shape, 8)
     expected = (values - zeros.repeat_interleave(group_size, 1)) * scale.to(dtype).repeat_interleave(group_size, 1)
     got = dequantize_weight(
@@ -38,7 +38,7 @@ def test_int4(device, generator, dtype, input_size, group_size, has_zeros):
         scale.to(device),
         dtype,
         input_size=input_size,
-        zeros=zeros.float().to(device) if has_zeros else None,
+        zeros=zeros.half().to(device) if has_zeros else None,
         group_size=group_size,
     )
     check_close(got, expected.to(device), dtype)

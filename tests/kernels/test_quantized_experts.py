@@ -55,7 +55,8 @@ def random_matrices(generator, device, scheme, outputs, inputs, block, num_piece
     rows = num_pieces * -(-outputs // num_pieces // block[0])
     shape = (NUM_EXPERTS, -(-inputs // block[1]), rows)  # as INT4 has it in memory: outputs side by side
     scale = (torch.rand(shape, generator=generator) + 0.5) * inputs**-0.5 / spread
-    zeros = torch.randint(0, 16, shape, generator=generator).float() if "zeros" in scheme else None
+    scale = scale.half() if scheme.startswith("int4") else scale
+    zeros = torch.randint(0, 16, shape, generator=generator).half() if "zeros" in scheme else None
     return ExpertMatrices(
         values.to(device),
         scale.to(device).transpose(1, 2),

@@ -31,8 +31,8 @@ def random_quantized_product(generator, device, kind, outputs):
         return partial(int8_linear, weight=weight, scale=scale, quantize_input=kind == "int8-w8a8")
     group_size = 32 if kind == "int4-32" else 128
     values = torch.randint(0, 16, (outputs, INPUTS), generator=generator)
-    scale = (torch.rand(INPUTS // group_size, outputs, generator=generator) * 1e-2).to(device).T
-    zeros = torch.randint(0, 16, (INPUTS // group_size, outputs), generator=generator).float().to(device).T
+    scale = (torch.rand(INPUTS // group_size, outputs, generator=generator) * 1e-2).half().to(device).T
+    zeros = torch.randint(0, 16, (INPUTS // group_size, outputs), generator=generator).half().to(device).T
     return partial(int4_linear, weight=pack_int4(values).to(device), scale=scale, zeros=zeros, group_size=group_size)
 
 

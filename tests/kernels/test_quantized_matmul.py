@@ -74,16 +74,16 @@ def test_int4(device, generator, dtype, group_size, num_tokens, has_zeros, gated
     x = torch.randn(num_tokens, input_size, generator=generator).to(device, dtype)
     values = torch.randint(0, 16, (outputs, input_size), generator=generator)
     # Powers of two, so that a scaled weight is not rounded.
-    scale = 2.0 ** -torch.randint(4, 8, (outputs, input_size // group_size), generator=generator).float()
+    scale = 2.0 ** -torch.randint(4, 8, (outputs, input_size // group_size), generator=generator).half()
     zeros = torch.randint(0, 17, scale.shape, generator=generator) if has_zeros else torch.full(scale.shape, 8)
-    weight = (values - zeros.repeat_interleave(group_size, 1)) * scale.repeat_interleave(group_size, 1)
+    weight = (values - zeros.repeat_interleave(group_size, 1)) * scale.float().repeat_interleave(group_size, 1)
     bias, around = parts_around(generator, device, dtype, num_tokens, outputs, gated)
     got = quantized_matmul(
         x,
         pack_int4(values).to(device),
         scale.to(device),
         bias,
-        zeros=zeros.float().to(device) if has_zeros else None,
+        zeros=zeros.half().to(device) if has_zeros else None,
         group_size=group_size,
         dtype=dtype,
         tile=tile,

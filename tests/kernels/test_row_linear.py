@@ -57,10 +57,10 @@ def multiply(device: torch.device) -> Callable[..., torch.Tensor]:
 def random_int4_weight(generator, device, outputs, input_size, group_size, has_zeros):
     """The weight, and as the kernel takes it: words, scale and zeros, of which the engine keeps outputs together."""
     values = torch.randint(0, 16, (outputs, input_size), generator=generator)
-    scale = torch.rand(outputs, input_size // group_size, generator=generator) * 0.2 * input_size**-0.5
+    scale = (torch.rand(outputs, input_size // group_size, generator=generator) * 0.2 * input_size**-0.5).half()
     zeros = torch.randint(0, 17, scale.shape, generator=generator) if has_zeros else torch.full(scale.shape, 8)
-    weight = (values - zeros.repeat_interleave(group_size, 1)) * scale.repeat_interleave(group_size, 1)
-    packed_zeros = zeros.float().T.to(device).contiguous().T if has_zeros else None
+    weight = (values - zeros.repeat_interleave(group_size, 1)) * scale.float().repeat_interleave(group_size, 1)
+    packed_zeros = zeros.half().T.to(device).contiguous().T if has_zeros else None
     return weight.to(device), pack_int4(values).to(device), scale.T.to(device).contiguous().T, packed_zeros
 
 

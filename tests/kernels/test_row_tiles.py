@@ -56,6 +56,12 @@ def test_short_rows_have_two_programs() -> None:
     assert choose(10, 31) == RowTile(2, 2, warps=16, programs=1)
 
 
+def test_int4_takes_all_outputs_of_qkv_in_one_round() -> None:
+    """A multiprocessor has 47 outputs of Qwen3-8B's qkv, and 32 of its o, which two outputs a warp take at once."""
+    assert in_round(choose(4, 47, is_int4=True)) == 64
+    assert in_round(choose(4, 32, is_int4=True)) == 32
+
+
 def test_programs_share_the_registers_of_a_multiprocessor() -> None:
     assert RowTile(1, 1, warps=16, programs=1).max_registers == 128
     assert RowTile(1, 1, warps=4, programs=5).max_registers == 96

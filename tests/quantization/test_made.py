@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.kernels.int4_packing import unpack_int4
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear_method import LinearLayer, UnquantizedLinear
 from nanovllm.layers.parallel import Shard
@@ -31,11 +32,13 @@ from tests.quantization.published import fp8_rows, int8_channels
 from tests.quantization.test_published import NUM_TOKENS
 
 
-def quantized_layer(outputs: int, weight: torch.Tensor, quantization: str) -> tuple[LinearLayer, torch.Tensor]:
+def quantized_layer(
+    outputs: int, weight: torch.Tensor, quantization: str, dtype: torch.dtype = torch.float32
+) -> tuple[LinearLayer, torch.Tensor]:
     """A layer of two matrices with a bias, and the weight that its parameters stand for."""
     inputs = weight.shape[1]
     pieces = {"one": Shard.whole(outputs), "two": Shard.whole(len(weight) - outputs)}
-    layer = LinearLayer(pieces, Shard.whole(inputs), method=UnquantizedLinear(), dtype=torch.float32, bias=True)
+    layer = LinearLayer(pieces, Shard.whole(inputs), method=UnquantizedLinear(), dtype=dtype, bias=True)
     layer.method = method = MADE[quantization](layer, [])
     method.create_weights(layer)
     materialise(nn.ModuleList([layer]), CPU)
@@ -83,6 +86,20 @@ def test_weights_are_rounded_to_the_nearest_value(seed: int) -> None:
         if quantization == "fp8":  # three bits after the leading one; the smallest numbers are 2⁻⁹ apart
             step = torch.maximum(weight.abs() / 8, step / 512)
         assert bool(((matrix.dequantized() - weight).abs() <= step * 0.5001).all()), quantization
+
+
+def test_int4_scales_of_a_model_of_16_bits_have_16_bits() -> None:
+    """Values are rounded to steps of the scale that is kept."""
+    weight = torch.randn(16, 384, generator=torch.Generator().manual_seed(5)) * 0.03
+    weight[0], weight[1, 7] = -1e-6, 3.0  # the first has a scale of one or two units of the smallest number
+    layer, dense = quantized_layer(6, weight, "int4", torch.bfloat16)
+    scale, zeros = layer.weight_scale, layer.weight_zeros
+    assert scale.dtype is zeros.dtype is torch.float16
+    assert int(zeros.max()) <= 15
+    differences = unpack_int4(layer.weight, 384) - zeros.T.float().repeat_interleave(128, 1)
+    assert torch.equal(differences * scale.T.float().repeat_interleave(128, 1), dense)
+    step = scale.T.float().repeat_interleave(128, 1)
+    assert bool(((dense - weight).abs() <= step * 0.51)[1:].all())
 
 
 def test_zeros_and_single_values_stay() -> None:
