@@ -123,13 +123,13 @@ def _int4_tile(num_chunks: int, num_outputs: int, gated: bool) -> RowTile:
         return RowTile(2 if num_chunks <= 8 else 1, 1, warps=16, programs=1)
     if num_chunks == 1:
         return RowTile(4, 1, warps=16, programs=1)
-    if num_chunks == 4 and num_outputs > 32:  # one round instead of two
+    if num_chunks == 4 and 32 < num_outputs <= 64:  # one round instead of two
         return RowTile(4, 2, warps=8, programs=2)
     if num_chunks == 5:
         return RowTile(2, 5, warps=4, programs=3)
     if num_chunks == 8:
         return RowTile(2, 4, warps=8, programs=2)
     chunks = next(size for size in (2, 3, 1) if num_chunks % size == 0)
-    if num_chunks < 8 or (num_chunks % 5 == 0 and chunks != 2):
+    if num_chunks < 8 or num_chunks == 25:
         return RowTile(2, chunks, warps=8, programs=2)
     return RowTile(2, chunks, warps=16, programs=1)

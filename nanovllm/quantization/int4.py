@@ -59,21 +59,27 @@ class Int4Linear(QuantizedLinear):
         groups = weight.view(outputs, -1, size)
         if self.has_zeros:
             low, high = groups.amin(-1).clamp_(max=0), groups.amax(-1).clamp_(min=0)  # [outputs, groups]
-            scale = self._kept((high - low) / _LARGEST)
+            scale = nonzero(self._kept((high - low) / _LARGEST))
             zeros = (-low / scale).round_().clamp_(max=_LARGEST)  # a scale near the smallest is rounded
         else:
-            scale = self._kept(groups.abs().amax(-1) / 7)
+            scale = nonzero(self._kept(groups.abs().amax(-1) / 7))
             zeros = torch.full_like(scale, 8.0)
         values = ((groups / scale.unsqueeze(-1)).round_() + zeros.unsqueeze(-1)).clamp_(0, _LARGEST)
         return QuantizedMatrix(values.flatten(1).to(torch.int8), scale, (1, size), zeros.to(torch.uint8))
 
     def _kept(self, scale: torch.Tensor) -> torch.Tensor:
-        """Returns the scale as it is kept, in float32. Values are rounded to steps of it."""
-        return nonzero(scale.to(self.scale_dtype).float())
+        """Returns the scale as it is kept, in float32."""
+        kept = scale.to(self.scale_dtype).float()
+        if bool((kept.isinf() & scale.isfinite()).any()):
+            raise ModelLoadError(
+                f"INT4 weights have a scale of {scale.max().item():.6g}, and float16, in which it is kept, ends at "
+                '65504. Load the model with dtype="float32", or without quantization.'
+            )
+        return kept
 
     def fill(self, layer: LinearLayer, matrices: Sequence[QuantizedMatrix]) -> None:
         layer.weight.copy_(pack_int4(torch.cat([each.values for each in matrices])))
-        cast(torch.Tensor, layer.weight_scale).copy_(torch.cat([each.scale for each in matrices]).T)
+        cast(torch.Tensor, layer.weight_scale).copy_(self._kept(torch.cat([each.scale for each in matrices])).T)
         if self.has_zeros:
             zeros = torch.cat([cast(torch.Tensor, each.zeros) for each in matrices])
             cast(torch.Tensor, layer.weight_zeros).copy_(zeros.T)

@@ -141,7 +141,7 @@ CASES = [
     (compile_row_linear, ("symmetric", torch.bfloat16, 1024, True, True)),
     (compile_row_linear, ("int4", torch.float16, 3072, False, False)),
     (compile_row_linear, ("int4", torch.bfloat16, 4096, False, True)),
-    (compile_row_linear, ("int4", torch.bfloat16, 4096, False, True, 6144)),
+    (compile_row_linear, ("int4", torch.bfloat16, 4096, False, True, 64)),
     (compile_row_linear, ("int4", torch.bfloat16, 4096, True, True)),
     (compile_row_linear, ("int4", torch.bfloat16, 5120, False, True)),
     (compile_row_linear, ("int4", torch.bfloat16, 5120, True, True)),

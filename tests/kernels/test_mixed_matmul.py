@@ -209,6 +209,15 @@ def test_rows_of_whole_multiples_of_eight_do(generator, group_size, warpgroups):
     check(generator, 5, 256, 72, torch.bfloat16, MixedTile(16, 2, 1, warpgroups), group_size=group_size)
 
 
+def test_rows_whose_scales_cannot_be_copied_are_refused(generator, monkeypatch):
+    """A copy of scales begins at a multiple of 16 bytes: the second group's after 72 scales, and not after 68."""
+    monkeypatch.setattr("nanovllm.kernels.mixed_matmul.is_hopper", lambda device: True)
+    monkeypatch.setattr("nanovllm.kernels.mixed_matmul.HAS_GLUON", True)
+    for outputs, suits in ((72, True), (68, False)):
+        given, arguments, _ = problem(generator, 5, 256, outputs, torch.bfloat16)
+        assert suits_mixed_matmul(*given, group_size=arguments["group_size"], gated=False) is suits
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("programs", [1, 5])
 @pytest.mark.parametrize("group_size", [0, 128])

@@ -41,7 +41,7 @@ SIZES = {  # hidden and inner
 }
 
 
-def random_matrices(generator, device, scheme, outputs, inputs, block, num_pieces):
+def random_matrices(generator, device, dtype, scheme, outputs, inputs, block, num_pieces):
     block = (block[0], block[1] or inputs)
     if scheme.startswith("fp8"):
         values = torch.randn(NUM_EXPERTS, outputs, inputs, generator=generator).to(torch.float8_e4m3fn)
@@ -55,8 +55,8 @@ def random_matrices(generator, device, scheme, outputs, inputs, block, num_piece
     rows = num_pieces * -(-outputs // num_pieces // block[0])
     shape = (NUM_EXPERTS, -(-inputs // block[1]), rows)  # as INT4 has it in memory: outputs side by side
     scale = (torch.rand(shape, generator=generator) + 0.5) * inputs**-0.5 / spread
-    scale = scale.half() if scheme.startswith("int4") else scale
-    zeros = torch.randint(0, 16, shape, generator=generator).half() if "zeros" in scheme else None
+    scale = scale.half() if scheme.startswith("int4") and dtype is not torch.float32 else scale  # as the engine has it
+    zeros = torch.randint(0, 16, shape, generator=generator).to(scale.dtype) if "zeros" in scheme else None
     return ExpertMatrices(
         values.to(device),
         scale.to(device).transpose(1, 2),
@@ -71,8 +71,8 @@ def random_layer(generator, device, dtype, scheme, num_tokens):
     hidden_size, inner_size = SIZES[scheme]
     x, residual = (torch.randn(num_tokens, hidden_size, generator=generator).to(device, dtype) for _ in range(2))
     blocks = BLOCKS[scheme]
-    gate_up = random_matrices(generator, device, scheme, 2 * inner_size, hidden_size, blocks[0], 2)
-    down = random_matrices(generator, device, scheme, hidden_size, inner_size, blocks[1], 1)
+    gate_up = random_matrices(generator, device, dtype, scheme, 2 * inner_size, hidden_size, blocks[0], 2)
+    down = random_matrices(generator, device, dtype, scheme, hidden_size, inner_size, blocks[1], 1)
     routing = route(torch.randn(num_tokens, NUM_EXPERTS, generator=generator).to(device), TOP_K, True, use_triton=True)
     return x, gate_up, down, routing, residual
 

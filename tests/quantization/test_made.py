@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanovllm import LLM, SamplingParams
+from nanovllm.errors import ModelLoadError
 from nanovllm.kernels.int4_packing import unpack_int4
 from nanovllm.layers.layernorm import RMSNorm
 from nanovllm.layers.linear_method import LinearLayer, UnquantizedLinear
@@ -96,10 +97,18 @@ def test_int4_scales_of_a_model_of_16_bits_have_16_bits() -> None:
     scale, zeros = layer.weight_scale, layer.weight_zeros
     assert scale.dtype is zeros.dtype is torch.float16
     assert int(zeros.max()) <= 15
-    differences = unpack_int4(layer.weight, 384) - zeros.T.float().repeat_interleave(128, 1)
+    values = unpack_int4(layer.weight, 384)
+    differences = values - zeros.T.float().repeat_interleave(128, 1)
     assert torch.equal(differences * scale.T.float().repeat_interleave(128, 1), dense)
-    step = scale.T.float().repeat_interleave(128, 1)
-    assert bool(((dense - weight).abs() <= step * 0.51)[1:].all())
+    step, offset = (entries.T.float().repeat_interleave(128, 1) for entries in (scale, zeros))
+    assert torch.equal(values.float(), ((weight / step).round() + offset).clamp(0, 15))
+
+
+def test_an_int4_scale_that_float16_cannot_hold_is_an_error() -> None:
+    weight = torch.full((4, 64), 1e6)
+    with pytest.raises(ModelLoadError, match=r"a scale of 66666\.7, and float16, in which it is kept, ends at 65504"):
+        quantized_layer(2, weight, "int4", torch.bfloat16)
+    assert torch.allclose(quantized_layer(2, weight, "int4")[1], weight)
 
 
 def test_zeros_and_single_values_stay() -> None:
