@@ -95,8 +95,9 @@ class Shape:
         return silu_and_mul(out) if self.gated else out
 
     def tiles(self, rows: int) -> list[DenseTile]:
-        found = possible_tiles(rows, MEMORY, self.has_groups)
-        return [tile for tile in found if rows <= 8 * tile.tokens]
+        found = list(possible_tiles(rows, MEMORY, self.has_groups))
+        most = max(tile.tokens for tile in found)
+        return [tile for tile in found if min(rows, 8 * most) <= 8 * tile.tokens]
 
 
 def _prepare_compiling() -> None:
