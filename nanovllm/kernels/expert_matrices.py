@@ -21,7 +21,7 @@ class ExpertMatrices:
     """
 
     weight: torch.Tensor  # [experts, outputs, num_inputs] float8_e4m3fn or int8, or [experts, outputs, words] INT4
-    scale: torch.Tensor  # [experts, blocks of outputs, blocks of inputs] float32, or in INT4 float16
+    scale: torch.Tensor  # [experts, blocks of outputs, blocks of inputs] float32, INT4 also float16; any strides
     zeros: torch.Tensor | None  # as scale, with the same strides
     num_inputs: int
     block: tuple[int, int]  # outputs and inputs that share a scale

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nanovllm.kernels.attention_inputs import DecodeMetadata, LayerKVCache
+from nanovllm.kernels.int4_packing import pack_int4
 
 # Triton's interpreter neither rounds bf16 to nearest nor multiplies bf16 matrices: that type is for the GPU.
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
@@ -27,6 +28,27 @@ def check_close(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -
     assert got.shape == expected.shape
     assert got.dtype == dtype
     assert relative_error(got, expected) <= TOLERANCES[dtype]
+
+
+def random_int4_weight(
+    generator: torch.Generator,
+    device: torch.device,
+    outputs: int,
+    input_size: int,
+    group_size: int,
+    has_zeros: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The weight in float32, exactly, and as kernels take it: words, scale and zeros [outputs, groups] float16.
+
+    Outputs are side by side in memory, as the engine keeps them. A group larger than the input is all of it.
+    """
+    values = torch.randint(0, 16, (outputs, input_size), generator=generator)
+    scale = (torch.rand(outputs, -(-input_size // group_size), generator=generator) * 0.2 * input_size**-0.5).half()
+    zeros = torch.randint(0, 17, scale.shape, generator=generator) if has_zeros else torch.full(scale.shape, 8)
+    each_scale, each_zero = (part.repeat_interleave(group_size, 1)[:, :input_size] for part in (scale.float(), zeros))
+    kept_zeros = zeros.half().T.to(device).contiguous().T if has_zeros else None
+    weight = (values - each_zero) * each_scale
+    return weight.to(device), pack_int4(values).to(device), scale.T.to(device).contiguous().T, kept_zeros
 
 
 @dataclass(frozen=True)

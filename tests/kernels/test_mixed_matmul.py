@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from nanovllm.kernels import mixed_matmul_multiply
-from nanovllm.kernels.int4_packing import pack_int4
 from nanovllm.kernels.mixed_matmul import (
     MixedTile,
     _largest_tile,
@@ -21,7 +20,7 @@ from nanovllm.kernels.mixed_matmul import (
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.triton_support import shared_memory
 from tests.kernels.gluon_emulator import emulate
-from tests.kernels.inputs import EMULATED_TYPES, check_close
+from tests.kernels.inputs import EMULATED_TYPES, check_close, random_int4_weight
 from tests.kernels.kernel_ahead import run_beside_the_kernel_ahead
 from tests.kernels.test_skinny_linear import oracle
 from tests.runner.test_warm_up import steps_of
@@ -88,18 +87,6 @@ def emulated(seed: int, programs: int, **replacements: Any) -> Callable[..., tor
     )
 
 
-def int4_weight(generator, rows, input_size, group_size, has_zeros):
-    """Returns (weight, scale, zeros, what they stand for in float64)."""
-    values = torch.randint(0, 16, (rows, input_size), generator=generator)
-    groups = -(-input_size // group_size)
-    scale = (torch.rand(groups, rows, generator=generator) * 0.1).half().T
-    zero = torch.randint(0, 17, (groups, rows), generator=generator).T if has_zeros else torch.full((rows, groups), 8)
-    each = group_size if groups > 1 else input_size
-    exact = (values - zero.repeat_interleave(each, 1)[:, :input_size]).double()
-    exact *= scale.double().repeat_interleave(each, 1)[:, :input_size]
-    return pack_int4(values), scale, zero.half().T.contiguous().T if has_zeros else None, exact
-
-
 def int8_weight(generator, rows, input_size, has_one_scale):
     """Returns (weight, scale, no zeros, what they stand for in float64)."""
     values = torch.randint(-128, 128, (rows, input_size), generator=generator, dtype=torch.int8)
@@ -127,7 +114,7 @@ def problem(
     x = around[1 : num_tokens + 1, :input_size]
     x.copy_(torch.randn(num_tokens, input_size, generator=generator))
     if group_size:
-        weight, scale, zero, exact = int4_weight(generator, rows, input_size, group_size, zeros)
+        exact, weight, scale, zero = random_int4_weight(generator, x.device, rows, input_size, group_size, zeros)
     else:
         weight, scale, zero, exact = int8_weight(generator, rows, input_size, has_one_scale)
     bias = torch.randn(rows, generator=generator).to(dtype) if full else None
@@ -135,7 +122,7 @@ def problem(
     residual.copy_(torch.randn(num_tokens, outputs, generator=generator))
     parts = {"gated": gated, "residual": residual if full else None}
     arguments = {"bias": bias, "zeros": zero, "group_size": group_size, **parts}
-    return (x, weight, scale), arguments, oracle(x.double(), exact, bias, **parts)
+    return (x, weight, scale), arguments, oracle(x.double(), exact.double(), bias, **parts)
 
 
 def check(generator, num_tokens, input_size, outputs, dtype, tile, seed=0, programs=3, **parts):

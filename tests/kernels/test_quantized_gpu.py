@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from nanovllm.kernels import quantized_gpu, row_linear
-from nanovllm.kernels.quantized_linear import fp8_linear, int4_linear, int8_linear, pack_int4, suits_fused
+from nanovllm.kernels.quantized_linear import fp8_linear, int4_linear, int8_linear, suits_fused
 from tests.kernels.graphs import same_of_replays
-from tests.kernels.inputs import relative_error
+from tests.kernels.inputs import random_int4_weight, relative_error
 from tests.kernels.test_skinny_linear import random_fp8_weight, random_product
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -30,10 +30,8 @@ def random_quantized_product(generator, device, kind, outputs):
         scale = (torch.rand(outputs, 1, generator=generator) * 1e-3).to(device)
         return partial(int8_linear, weight=weight, scale=scale, quantize_input=kind == "int8-w8a8")
     group_size = 32 if kind == "int4-32" else 128
-    values = torch.randint(0, 16, (outputs, INPUTS), generator=generator)
-    scale = (torch.rand(INPUTS // group_size, outputs, generator=generator) * 1e-2).half().to(device).T
-    zeros = torch.randint(0, 16, (INPUTS // group_size, outputs), generator=generator).half().to(device).T
-    return partial(int4_linear, weight=pack_int4(values).to(device), scale=scale, zeros=zeros, group_size=group_size)
+    _, words, scale, zeros = random_int4_weight(generator, device, outputs, INPUTS, group_size, has_zeros=True)
+    return partial(int4_linear, weight=words, scale=scale, zeros=zeros, group_size=group_size)
 
 
 LAST_HOPPER, LAST_OTHER = quantized_gpu._MAX_HOPPER_INT8_TOKENS, quantized_gpu._MAX_INT8_TOKENS

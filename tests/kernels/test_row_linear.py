@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from nanovllm.kernels import row_linear as module
-from nanovllm.kernels.int4_packing import pack_int4
 from nanovllm.kernels.row_linear import row_linear, suits_row_linear
 from nanovllm.kernels.skinny_linear import scaled_weight
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.graphs import same_of_replays
-from tests.kernels.inputs import EMULATED_TYPES, check_close
+from tests.kernels.inputs import EMULATED_TYPES, check_close, random_int4_weight
 from tests.kernels.kernel_ahead import run_beside_the_kernel_ahead
 from tests.kernels.test_skinny_linear import oracle, random_fp8_weight, random_product
 
@@ -52,16 +51,6 @@ def emulated(seed: int, programs: int, **replacements: Any) -> Callable[..., tor
 @pytest.fixture
 def multiply(device: torch.device) -> Callable[..., torch.Tensor]:
     return row_linear if device.type == "cuda" else emulated(0, 3)
-
-
-def random_int4_weight(generator, device, outputs, input_size, group_size, has_zeros):
-    """The weight, and as the kernel takes it: words, scale and zeros, of which the engine keeps outputs together."""
-    values = torch.randint(0, 16, (outputs, input_size), generator=generator)
-    scale = (torch.rand(outputs, input_size // group_size, generator=generator) * 0.2 * input_size**-0.5).half()
-    zeros = torch.randint(0, 17, scale.shape, generator=generator) if has_zeros else torch.full(scale.shape, 8)
-    weight = (values - zeros.repeat_interleave(group_size, 1)) * scale.float().repeat_interleave(group_size, 1)
-    packed_zeros = zeros.half().T.to(device).contiguous().T if has_zeros else None
-    return weight.to(device), pack_int4(values).to(device), scale.T.to(device).contiguous().T, packed_zeros
 
 
 def random_weight(generator, device, outputs, input_size, kind):
