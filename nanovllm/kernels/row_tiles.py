@@ -90,9 +90,7 @@ def choose_row_tile(num_chunks: int, num_outputs: int, *, is_int4: bool, gated: 
 
     is_plain: neither gated nor normed, and an output has one scale.
     """
-    if is_int4:
-        return _int4_tile(num_chunks, num_outputs, gated)
-    return _byte_tile(num_chunks, num_outputs, gated, is_plain)
+    return _int4_tile(num_chunks, gated) if is_int4 else _byte_tile(num_chunks, num_outputs, gated, is_plain)
 
 
 def _byte_tile(num_chunks: int, num_outputs: int, gated: bool, is_plain: bool) -> RowTile:
@@ -115,21 +113,19 @@ def _byte_tile(num_chunks: int, num_outputs: int, gated: bool, is_plain: bool) -
     return RowTile(outputs, chunks, warps=16, programs=1)
 
 
-def _int4_tile(num_chunks: int, num_outputs: int, gated: bool) -> RowTile:
-    """A chunk has 1,024 inputs. Measured with 1, 4 and 5 chunks if gated, otherwise with 1 to 5, 8, 12, 14 and 25."""
+def _int4_tile(num_chunks: int, gated: bool) -> RowTile:
+    """A chunk has 1,024 inputs. Measured with 1, 4 and 5 chunks if gated, otherwise with 1 to 5, 8, 12 and 25."""
     if gated:
-        if num_chunks <= 5:
+        if num_chunks <= 4:
             return RowTile(2, 1, warps=8, programs=2)
         return RowTile(2 if num_chunks <= 8 else 1, 1, warps=16, programs=1)
     if num_chunks == 1:
         return RowTile(4, 1, warps=16, programs=1)
-    if num_chunks == 4 and 32 < num_outputs <= 64:  # one round instead of two
-        return RowTile(4, 2, warps=8, programs=2)
-    if num_chunks == 5:
-        return RowTile(2, 5, warps=4, programs=3)
     if num_chunks == 8:
         return RowTile(2, 4, warps=8, programs=2)
-    chunks = next(size for size in (2, 3, 1) if num_chunks % size == 0)
-    if num_chunks < 8 or num_chunks == 25:
+    chunks = next(size for size in (2, 5, 3, 1) if num_chunks % size == 0)
+    if chunks == 5:
+        return RowTile(2, 5, warps=4, programs=3) if num_chunks == 5 else RowTile(2, 5, warps=8, programs=1)
+    if num_chunks < 8:
         return RowTile(2, chunks, warps=8, programs=2)
     return RowTile(2, chunks, warps=16, programs=1)
