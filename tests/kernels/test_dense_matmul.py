@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from nanovllm.kernels import dense_matmul as dense_module
+from nanovllm.kernels import matmul_units
 from nanovllm.kernels.dense_matmul import dense_matmul, suits_dense_matmul
 from nanovllm.kernels.dense_tiles import DenseTile, choose_dense_tile, possible_tiles
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.skinny_linear import scaled_weight
-from nanovllm.kernels.triton_support import is_hopper
+from nanovllm.kernels.triton_support import constant, is_hopper
 from tests.kernels.gluon_emulator import emulate
 from tests.kernels.gluon_emulator.memory import TensorDescriptor
 from tests.kernels.inputs import EMULATED_TYPES, check_close
@@ -96,6 +97,14 @@ def test_numbers_of_tokens(generator, num_tokens, gated, kind):
     """With the tile that is chosen for them, and others."""
     for tile in (None, *small_tiles(kind)):
         check(generator, num_tokens, 256, 72, kind, tile, seed=num_tokens, gated=gated)
+
+
+@pytest.mark.parametrize("num_tokens", [64, 65, 90, 127, 130])
+@pytest.mark.parametrize("gated", [False, True])
+def test_bands_of_tokens(monkeypatch, generator, num_tokens, gated):
+    """Two tiles a band: the last one is full, has a single tile, or ends with tokens of the tile before."""
+    monkeypatch.setattr(matmul_units, "_BAND_TOKENS", constant(32))
+    check(generator, num_tokens, 128, 200, torch.bfloat16, DenseTile(16, 3), seed=num_tokens, gated=gated)
 
 
 @pytest.mark.parametrize("kind", [*EMULATED_TYPES, FP8, BLOCKS])
