@@ -1,4 +1,4 @@
-"""Products in the model's dtype with what surrounds them, for the tokens of a decode step: by which kernel."""
+"""Products in the model's dtype with what surrounds them: by which kernel."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.skinny_linear import skinny_linear, suits_skinny_linear
 from nanovllm.kernels.triton_support import next_power_of_2
 
-# As measured in whole decode steps on an H200 (docs/performance.md): more tokens are left to the BLAS.
+# As measured in whole steps on an H200 (docs/performance.md): more tokens are left to the BLAS.
 _MAX_TOKENS = 64
 _MAX_GATED_TOKENS = 128
 _MAX_TOKENS_OF_SMALL_WEIGHT = 256
 _SMALL_WEIGHT = 2**23
+# Of a prompt step: what kernels for the gate, or for the addition, would read and write again takes longer there.
+_MIN_GATED_PROMPT_TOKENS = 1024
+_MIN_ADDED_PROMPT_TOKENS = 4096
 _MIN_WEIGHT = 2**20  # smaller ones, such as a router's, have too few rows to keep the multiprocessors busy
 _MAX_EXTRA_PRODUCTS_BESIDE_DENSE = 2**23  # of tokens after the first, which `skinny_linear` computes one by one
 
 
-def suits_fused_linear(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool) -> bool:
-    """Returns whether `fused_linear` beats the BLAS, and kernels for the rest, on hidden [num_tokens, inputs]."""
-    return _choose(hidden, weight, gated) is not None
+def suits_fused_linear(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool, adds: bool) -> bool:
+    """Returns whether `fused_linear` beats the BLAS, and kernels for the rest, on hidden [num_tokens, inputs].
+
+    adds: a residual, and no bias.
+    """
+    return _choose(hidden, weight, gated, adds) is not None
 
 
-def _choose(hidden: torch.Tensor, weight: torch.Tensor, gated: bool) -> Literal["skinny", "dense"] | None:
+def _choose(
+    hidden: torch.Tensor, weight: torch.Tensor, gated: bool, adds: bool
+) -> Literal["skinny", "dense", "blas"] | None:
     num_tokens, num_weights = len(hidden), weight.numel()
     is_skinny = suits_skinny_linear(hidden, weight)
     num_extra = next_power_of_2(num_tokens) - 1  # by powers of two, as kernels are compiled when the engine starts
@@ -34,9 +42,16 @@ def _choose(hidden: torch.Tensor, weight: torch.Tensor, gated: bool) -> Literal[
     most = _MAX_GATED_TOKENS if gated else _MAX_TOKENS
     if num_weights <= _SMALL_WEIGHT:
         most = _MAX_TOKENS_OF_SMALL_WEIGHT
-    is_worth_it = num_weights >= _MIN_WEIGHT and num_tokens <= most
-    if is_worth_it and weight.dtype is hidden.dtype and suits_dense_matmul(hidden, weight, gated=gated):
+    is_worth_it = num_tokens <= most or (gated and num_tokens >= _MIN_GATED_PROMPT_TOKENS)
+    if (
+        num_weights >= _MIN_WEIGHT
+        and is_worth_it
+        and weight.dtype is hidden.dtype
+        and suits_dense_matmul(hidden, weight, gated=gated)
+    ):
         return "dense"
+    if adds and num_tokens >= _MIN_ADDED_PROMPT_TOKENS and hidden.is_cuda and hidden.itemsize == 2:
+        return "blas"
     return "skinny" if is_skinny else None
 
 
@@ -53,12 +68,15 @@ def fused_linear(
     """Returns act(rms_norm(hidden) · weightᵀ + bias) + residual: [num_tokens, outputs or half as many].
 
     hidden [num_tokens, inputs], weight [outputs, inputs], and the rest, are as in `skinny_linear`, which computes it
-    for a token or a few. Needs `suits_fused_linear`.
+    for a token or a few. The result may be residual's own memory. Needs `suits_fused_linear`.
     """
-    kernel = _choose(hidden, weight, gated)
+    kernel = _choose(hidden, weight, gated, adds=residual is not None and bias is None)
     assert kernel is not None, "suits_fused_linear"
     if kernel == "skinny":
         return skinny_linear(hidden, weight, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
     # In a product's kernel every program norms all tokens, which is no faster with 32 of them and slower with more.
     normed = hidden if norm_weight is None else rms_norm(hidden, norm_weight, eps)
-    return dense_matmul(normed, weight, bias, gated=gated, residual=residual)
+    if kernel == "dense":
+        return dense_matmul(normed, weight, bias, gated=gated, residual=residual)
+    assert residual is not None, "the BLAS alone fuses nothing else"
+    return residual.addmm_(normed, weight.t())

@@ -134,8 +134,9 @@ class RowParallelLinear(LinearLayer):
         """
         if norm is not None:
             return norm(self(hidden, None)[0])[0], residual
-        fuses = self.method.fuses(self, hidden)
-        if self.parallel.size > 1:
+        is_alone = self.parallel.size == 1
+        fuses = self.method.fuses(self, hidden, adds=is_alone and residual is not None and self.bias is None)
+        if not is_alone:
             product = (self.method.multiply_fused if fuses else self.method.multiply)(self, hidden)
             if fuses and self.bias is None:  # as below: the next product includes its norm and reads the sum
                 return self.parallel.all_reduce(product, residual), None

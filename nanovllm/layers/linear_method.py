@@ -101,10 +101,10 @@ class LinearMethod(Protocol):
         """Converts the loaded parameters to the layout that `multiply` reads; may replace them."""
         ...
 
-    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False) -> bool:
+    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False, adds: bool = False) -> bool:
         """Returns whether `multiply_fused` is faster than separate kernels. False: the layer calls `multiply` alone.
 
-        hidden [num_tokens, inputs of this rank]. gated: as in `multiply_fused`.
+        hidden [num_tokens, inputs of this rank]. gated: as in `multiply_fused`. adds: a residual, and no bias.
         """
         ...
 
@@ -125,7 +125,7 @@ class LinearMethod(Protocol):
         """Returns act(norm(hidden) · weightᵀ + bias) + residual. Called only where `fuses` says so.
 
         gated: the outputs are gates followed by as many ups, and act is silu(gate) · up; otherwise act does nothing.
-        → [num_tokens, layer.num_outputs, or half as many if gated].
+        → [num_tokens, layer.num_outputs, or half as many if gated], perhaps in residual's memory.
         """
         ...
 
@@ -140,7 +140,7 @@ class UnquantizedLinear:
     """Stores the weight unquantised: [num_outputs, inputs] in the model's dtype.
 
     For the tokens of a decode step on a GPU it uses our own kernels, which fuse gate, addition and, for a few tokens,
-    the norm; for more tokens, the BLAS. On a CPU, float32 weights are packed for oneDNN.
+    the norm; for more tokens the BLAS, but where many are gated. On a CPU, float32 weights are packed for oneDNN.
     """
 
     def create_weights(self, layer: LinearLayer) -> None:
@@ -167,8 +167,8 @@ class UnquantizedLinear:
         if packed is not layer.weight:
             layer.weight = nn.Parameter(packed, requires_grad=False)
 
-    def fuses(self, layer: HasWeight, hidden: torch.Tensor, *, gated: bool = False) -> bool:
-        return suits_fused_linear(hidden, layer.weight, gated=gated)
+    def fuses(self, layer: HasWeight, hidden: torch.Tensor, *, gated: bool = False, adds: bool = False) -> bool:
+        return suits_fused_linear(hidden, layer.weight, gated=gated, adds=adds)
 
     def multiply(self, layer: HasWeight, hidden: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return linear(hidden, layer.weight, bias)

@@ -12,7 +12,7 @@ from tests.kernels.test_mixed_matmul import needs_hopper
 from tests.kernels.test_skinny_linear import oracle, random_product
 
 LAST, LAST_GATED, LAST_OF_SMALL = module._MAX_TOKENS, module._MAX_GATED_TOKENS, module._MAX_TOKENS_OF_SMALL_WEIGHT
-
+FIRST_GATED, FIRST_ADDED = module._MIN_GATED_PROMPT_TOKENS, module._MIN_ADDED_PROMPT_TOKENS
 
 TINY, SMALL, LARGE = module._MIN_WEIGHT - 64, module._SMALL_WEIGHT, module._SMALL_WEIGHT + 64
 
@@ -35,6 +35,12 @@ TINY, SMALL, LARGE = module._MIN_WEIGHT - 64, module._SMALL_WEIGHT, module._SMAL
         (LAST_GATED + 1, LARGE, True, None),
         (LAST_OF_SMALL, SMALL, False, "dense_matmul"),
         (LAST_OF_SMALL + 1, SMALL, True, None),
+        (FIRST_GATED - 1, LARGE, True, None),
+        (FIRST_GATED, LARGE, True, "dense_matmul"),
+        (FIRST_GATED, SMALL, True, "dense_matmul"),
+        (FIRST_GATED, LARGE, False, None),
+        (FIRST_GATED, TINY, True, None),
+        (FIRST_ADDED, LARGE, False, None),
     ],
 )
 def test_which_kernel_multiplies(monkeypatch, num_tokens, weights, gated, kernel):
@@ -49,10 +55,39 @@ def test_which_kernel_multiplies(monkeypatch, num_tokens, weights, gated, kernel
     monkeypatch.setattr(module, "suits_skinny_linear", lambda hidden, weight: len(hidden) <= 4)
     monkeypatch.setattr(module, "suits_dense_matmul", lambda hidden, weight, gated: True)
     hidden, weight = torch.empty(num_tokens, 64), torch.empty(weights // 64, 64)
-    assert suits_fused_linear(hidden, weight, gated=gated) == (kernel is not None)
+    assert suits_fused_linear(hidden, weight, gated=gated, adds=False) == (kernel is not None)
     if kernel is not None:
         fused_linear(hidden, weight, norm_weight=torch.ones(64), gated=gated)
         assert calls == [(kernel, True)] if kernel == "skinny_linear" else [("rms_norm", False), (kernel, False)]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "dtype", "on_gpu", "adds", "is_taken"),
+    [
+        (FIRST_ADDED, torch.bfloat16, True, True, True),
+        (FIRST_ADDED, torch.float16, True, True, True),
+        (FIRST_ADDED - 1, torch.bfloat16, True, True, False),
+        (FIRST_ADDED, torch.float32, True, True, False),
+        (FIRST_ADDED, torch.bfloat16, False, True, False),
+        (FIRST_ADDED, torch.bfloat16, True, False, False),
+    ],
+)
+def test_where_the_blas_adds_the_residual(monkeypatch, num_tokens, dtype, on_gpu, adds, is_taken):
+    monkeypatch.setattr(module, "suits_skinny_linear", lambda hidden, weight: False)
+    hidden, weight = torch.empty(num_tokens, 64, dtype=dtype), torch.empty(64, 64, dtype=dtype)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", on_gpu)
+    assert suits_fused_linear(hidden, weight, gated=False, adds=adds) == is_taken
+
+
+def test_the_blas_adds_to_the_residual_in_its_place(monkeypatch, generator):
+    monkeypatch.setattr(module, "_choose", lambda *given, **named: "blas")
+    x, weight, _, norm_weight = random_product(generator, "cpu", torch.float32, 5, 64, 32)
+    residual = torch.randn(5, 32, generator=generator)
+    around = {"norm_weight": norm_weight, "eps": 0.1, "residual": residual}
+    expected = oracle(x, weight, None, **around)
+    out = fused_linear(x, weight, **around)
+    check_close(out, expected, torch.float32)
+    assert out.data_ptr() == residual.data_ptr()
 
 
 @pytest.mark.gpu
@@ -64,5 +99,22 @@ def test_every_number_of_rows(generator, dtype, gated, num_tokens):
     x, weight, bias, norm_weight = random_product(generator, "cuda", dtype, num_tokens, 2048, 512)
     residual = torch.randn(num_tokens, 512 // (1 + gated), generator=generator).to("cuda", dtype)
     around = {"norm_weight": norm_weight, "eps": 0.1, "gated": gated, "residual": residual}
-    assert suits_fused_linear(x, weight, gated=gated)
+    assert suits_fused_linear(x, weight, gated=gated, adds=False)
     check_close(fused_linear(x, weight, bias, **around), oracle(x, weight, bias, **around), dtype)
+
+
+@pytest.mark.gpu
+@needs_hopper
+@pytest.mark.parametrize("num_tokens", [FIRST_GATED, FIRST_ADDED, FIRST_ADDED + 1, 9001])
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_prompt_step(generator, gated, num_tokens):
+    """Tokens of several bands, the last of which is not full: gated, or added to the residual stream."""
+    dtype = torch.bfloat16
+    x, weight, _, norm_weight = random_product(generator, "cuda", dtype, num_tokens, 1024, 3072)
+    around = {"norm_weight": norm_weight, "eps": 0.1, "gated": gated}
+    if not gated:
+        around["residual"] = torch.randn(num_tokens, 3072, generator=generator).to("cuda", dtype)
+    assert suits_fused_linear(x, weight, gated=gated, adds=not gated) == (gated or num_tokens >= FIRST_ADDED)
+    if gated or num_tokens >= FIRST_ADDED:
+        expected = oracle(x, weight, None, **around)
+        check_close(fused_linear(x, weight, **around), expected, dtype)

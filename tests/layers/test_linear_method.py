@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanovllm.kernels.silu_and_mul import silu_and_mul
+from nanovllm.layers.context import LayerContext
 from nanovllm.layers.layernorm import RMSNorm
+from nanovllm.layers.linear import RowParallelLinear
 from nanovllm.layers.linear_method import LinearLayer, UnquantizedLinear, finish_loading
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.layers.parameter import WeightPart, empty_parameter
@@ -54,7 +56,7 @@ class GroupScaled(UnquantizedLinear):
         layer.quantized = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
         del layer.weight
 
-    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False) -> bool:
+    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False, adds: bool = False) -> bool:
         return self.folds and hidden.shape[0] <= 4
 
     def multiply(self, layer: LinearLayer, hidden: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -109,6 +111,29 @@ def test_a_scheme_with_scales_gives_the_logits_of_the_weights_it_stands_for(fold
     for work in (PROMPTS, {0: [9], 1: [7]}):  # prefill, then few rows
         for seq, logits in expected.step(work).items():
             torch.testing.assert_close(ours.step({seq: work[seq]})[seq], logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "bias", "has_residual", "adds"),
+    [(1, False, True, True), (1, True, True, False), (1, False, False, False), (2, False, True, False)],
+)
+def test_a_product_adds_the_stream_where_nothing_comes_between(
+    size: int, bias: bool, has_residual: bool, adds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sum over the ranks, or a bias, would."""
+    asked: list[bool] = []
+
+    def fuses(method: object, layer: object, hidden: torch.Tensor, *, gated: bool = False, adds: bool = False) -> bool:
+        asked.append(adds)
+        return False
+
+    monkeypatch.setattr(UnquantizedLinear, "fuses", fuses)
+    monkeypatch.setattr(TensorParallel, "all_reduce", lambda parallel, tensor: tensor)
+    context = LayerContext(parallel=TensorParallel(0, size), dtype=torch.float32)
+    layer = RowParallelLinear(context, 8, 4, bias=bias)
+    layer.to_empty(device=CPU)
+    layer(torch.ones(2, 8 // size), torch.ones(2, 4) if has_residual else None)
+    assert asked == [adds]
 
 
 @pytest.mark.parametrize("size", [2, 4])

@@ -20,6 +20,7 @@ from tests.models.paged_model import TORCH_BACKENDS, PagedModel, load_model
 from tests.models.ranks import logits_of_ranks
 from tests.models.test_qwen3 import (
     TOLERANCE,
+    add_in_place,
     fold_in,
     in_one_prefill,
     in_two_chunks,
@@ -47,7 +48,9 @@ def test_logits_equal_transformers(family: str, variant: str, tmp_path: Path, mo
         difference = largest_difference(schedule(PagedModel(model, config), tokens), expected)
         print(f"{family}, {variant}, {schedule.__name__}: largest logit difference {difference:.2e}")
         assert difference < TOLERANCE
-    fold_in(monkeypatch)  # what few tokens on a GPU take
+    add_in_place(monkeypatch)  # what many tokens on a GPU take
+    assert largest_difference(in_two_chunks(PagedModel(load_model(folder), config), tokens), expected) < TOLERANCE
+    fold_in(monkeypatch)  # and few
     assert largest_difference(one_token_at_a_time(PagedModel(load_model(folder), config), tokens), expected) < TOLERANCE
 
 

@@ -78,13 +78,22 @@ def fold_in(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Every product takes the kernel for few tokens, here its reference. Returns a list that grows with each."""
     calls: list[bool] = []
 
-    def choose(hidden: torch.Tensor, weight: torch.Tensor, gated: bool) -> str:
+    def choose(hidden: torch.Tensor, weight: torch.Tensor, gated: bool, adds: bool) -> str:
         calls.append(True)
         return "skinny"
 
     monkeypatch.setattr("nanovllm.kernels.fused_linear._choose", choose)
     monkeypatch.setattr("nanovllm.experts.experts_method.suits_chosen_experts", lambda hidden: True)
     return calls
+
+
+def add_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product after which the residual stream is added stores the sum in the stream's place."""
+
+    def choose(hidden: torch.Tensor, weight: torch.Tensor, gated: bool, adds: bool) -> str | None:
+        return "blas" if adds else None
+
+    monkeypatch.setattr("nanovllm.kernels.fused_linear._choose", choose)
 
 
 @pytest.mark.parametrize("variant", ["tied", "rope_yarn"])
