@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from nanovllm.kernels.dense_matmul import dense_matmul, suits_dense_matmul
 from nanovllm.kernels.dequantize_weight import dequantize_weight
+from nanovllm.kernels.fused_linear import fused_linear, suits_fused_linear
 from nanovllm.kernels.mixed_matmul import mixed_matmul, suits_mixed_matmul
 from nanovllm.kernels.quantize_rows import GROUP_SIZE, quantize_rows
 from nanovllm.kernels.quantized_matmul import Tile, quantized_matmul
@@ -262,7 +263,10 @@ def _dense_product(
     gated: bool,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Returns act(rms_norm(hidden) · weightᵀ + bias) + residual, the product by the BLAS."""
+    """Returns act(rms_norm(hidden) · weightᵀ + bias) + residual, with a weight in hidden's dtype."""
+    adds = residual is not None and bias is None
+    if suits_fused_linear(hidden, weight, gated=gated, adds=adds):
+        return fused_linear(hidden, weight, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
     x = _normed(hidden, norm_weight, eps)
     if residual is not None and bias is None and not gated:
         return torch.addmm(residual, x, weight.T)

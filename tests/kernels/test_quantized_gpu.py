@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from nanovllm.kernels import quantized_gpu, row_linear
+from nanovllm.kernels import fused_linear, quantized_gpu, row_linear
 from nanovllm.kernels.quantized_linear import fp8_linear, int4_linear, int8_linear, suits_fused
 from tests.kernels.graphs import same_of_replays
 from tests.kernels.inputs import random_int4_weight, relative_error
-from tests.kernels.test_skinny_linear import random_fp8_weight, random_product
+from tests.kernels.test_skinny_linear import oracle, random_fp8_weight, random_product
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 INPUTS = 512
@@ -19,18 +19,18 @@ INPUTS = 512
 TOLERANCES = {"fp8": 4e-2, "fp8-blocks": 4e-2, "int8-w8a16": 1e-2, "int8-w8a8": 2e-2, "int4": 1e-2, "int4-32": 1e-2}
 
 
-def random_quantized_product(generator, device, kind, outputs):
+def random_quantized_product(generator, device, kind, outputs, inputs=INPUTS):
     """A product of the input and what surrounds it, on a device."""
     if kind.startswith("fp8"):
         shape = "blocks" if kind == "fp8-blocks" else "outputs"
-        weight, scale = random_fp8_weight(generator, device, outputs, INPUTS, shape)
+        weight, scale = random_fp8_weight(generator, device, outputs, inputs, shape)
         return partial(fp8_linear, weight=weight, scale=scale)
     if kind.startswith("int8"):
-        weight = torch.randint(-127, 128, (outputs, INPUTS), generator=generator, dtype=torch.int8).to(device)
+        weight = torch.randint(-127, 128, (outputs, inputs), generator=generator, dtype=torch.int8).to(device)
         scale = (torch.rand(outputs, 1, generator=generator) * 1e-3).to(device)
         return partial(int8_linear, weight=weight, scale=scale, quantize_input=kind == "int8-w8a8")
     group_size = 32 if kind == "int4-32" else 128
-    _, words, scale, zeros = random_int4_weight(generator, device, outputs, INPUTS, group_size, has_zeros=True)
+    _, words, scale, zeros = random_int4_weight(generator, device, outputs, inputs, group_size, has_zeros=True)
     return partial(int4_linear, weight=words, scale=scale, zeros=zeros, group_size=group_size)
 
 
@@ -194,6 +194,35 @@ def test_every_number_of_rows(generator, dtype, kind, num_tokens, outputs, gated
     )
     assert suits_fused(x.cuda(), product.keywords["weight"])
     assert got.dtype == dtype
+    assert relative_error(got.cpu(), expected) < TOLERANCES[kind]
+
+
+@pytest.mark.parametrize("taken", [None, "blas"])
+def test_a_dequantized_weight_is_multiplied_as_any_other(monkeypatch, generator, taken):
+    monkeypatch.setattr(fused_linear, "_choose", lambda *given, **named: taken)
+    x, weight, _, norm_weight = random_product(generator, "cpu", torch.float32, 5, 64, 32)
+    residual = torch.randn(5, 32, generator=generator)
+    around = {"norm_weight": norm_weight, "eps": 0.1, "residual": residual}
+    expected = oracle(x, weight, None, **around)
+    out = quantized_gpu._dense_product(x, weight, None, gated=False, **around)
+    assert relative_error(out, expected) < 1e-5
+    assert (out.data_ptr() == residual.data_ptr()) == (taken is not None)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("kind", TOLERANCES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_prompt_step(generator, kind, gated):
+    """Without a bias, and with a weight so large that gate and addition are part of the product."""
+    num_tokens, inputs, outputs = 4100, 1024, 2048
+    x = torch.randn(num_tokens, inputs, generator=generator).bfloat16()
+    residual = None if gated else torch.randn(num_tokens, outputs, generator=generator).bfloat16()
+    state = generator.get_state()
+    expected = random_quantized_product(generator, "cpu", kind, outputs, inputs)(x, gated=gated, residual=residual)
+    generator.set_state(state)
+    product = random_quantized_product(generator, "cuda", kind, outputs, inputs)
+    got = product(x.cuda(), gated=gated, residual=None if residual is None else residual.cuda())
     assert relative_error(got.cpu(), expected) < TOLERANCES[kind]
 
 
