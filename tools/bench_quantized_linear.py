@@ -122,7 +122,7 @@ def bfloat16_product(outputs: int, inputs: int) -> Product:
         gated: bool = False,
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if suits_fused_linear(hidden, weight, gated=gated, adds=residual is not None):
+        if suits_fused_linear(hidden, weight, gated=gated, only_adds=residual is not None):
             around = {"norm_weight": norm_weight, "eps": eps, "gated": gated, "residual": residual}
             return fused_linear(hidden, weight, **around)
         # The addition after a product is part of the next norm.

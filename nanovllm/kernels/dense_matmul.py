@@ -1,8 +1,9 @@
 """Products y = x · Wᵀ whose factors the tensor cores take as they are, for Hopper GPUs: 16 bits, or FP8 on both sides.
 
-For the tens to hundreds of tokens of a decode step. Such a product costs little more than reading the weight, so much
-of it is the time until the first weights arrive and the last sums are stored. Here the first stages are copied before
-the kernel ahead has ended, and where registers allow it the residual is loaded with the first activations.
+For the tens to hundreds of tokens of a decode step, and for the gate of a prompt step. A decode step's product costs
+little more than reading the weight, so much of it is the time until the first weights arrive and the last sums are
+stored. Here the first stages are copied before the kernel ahead has ended, and where registers allow it the residual is
+loaded with the first activations.
 
 Warps divide the work as in mixed_matmul.py: two copy weights and activations into a ring of stages, and one to three
 warpgroups, with 64 rows of the weight each, multiply.

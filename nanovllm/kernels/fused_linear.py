@@ -16,23 +16,32 @@ _MAX_TOKENS = 64
 _MAX_GATED_TOKENS = 128
 _MAX_TOKENS_OF_SMALL_WEIGHT = 256
 _SMALL_WEIGHT = 2**23
-# Of a prompt step: what kernels for the gate, or for the addition, would read and write again takes longer there.
-_MIN_GATED_PROMPT_TOKENS = 1024
+# From here on, as in prompt steps, what fusing need not read and write again outweighs the BLAS's faster product.
+_MIN_GATED_PROMPT_TOKENS = 1280
 _MIN_ADDED_PROMPT_TOKENS = 4096
 _MIN_WEIGHT = 2**20  # smaller ones, such as a router's, have too few rows to keep the multiprocessors busy
 _MAX_EXTRA_PRODUCTS_BESIDE_DENSE = 2**23  # of tokens after the first, which `skinny_linear` computes one by one
 
 
-def suits_fused_linear(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool, adds: bool) -> bool:
+def largest_prompt_sizes(max_tokens: int) -> list[int]:
+    """Returns the tokens of those prompt steps, of up to `max_tokens`, that may take most memory.
+
+    Just below where gates, or additions, begin to be fused, a step stores more for each token than above.
+    """
+    firsts = (_MIN_GATED_PROMPT_TOKENS, _MIN_ADDED_PROMPT_TOKENS)
+    return [*(first - 1 for first in firsts if first <= max_tokens), max_tokens]
+
+
+def suits_fused_linear(hidden: torch.Tensor, weight: torch.Tensor, *, gated: bool, only_adds: bool) -> bool:
     """Returns whether `fused_linear` beats the BLAS, and kernels for the rest, on hidden [num_tokens, inputs].
 
-    adds: a residual, and no bias.
+    only_adds: all that follows is an addition: a residual is given, and no bias.
     """
-    return _choose(hidden, weight, gated, adds) is not None
+    return _choose(hidden, weight, gated, only_adds) is not None
 
 
 def _choose(
-    hidden: torch.Tensor, weight: torch.Tensor, gated: bool, adds: bool
+    hidden: torch.Tensor, weight: torch.Tensor, gated: bool, only_adds: bool
 ) -> Literal["skinny", "dense", "blas"] | None:
     num_tokens, num_weights = len(hidden), weight.numel()
     is_skinny = suits_skinny_linear(hidden, weight)
@@ -42,15 +51,12 @@ def _choose(
     most = _MAX_GATED_TOKENS if gated else _MAX_TOKENS
     if num_weights <= _SMALL_WEIGHT:
         most = _MAX_TOKENS_OF_SMALL_WEIGHT
-    is_worth_it = num_tokens <= most or (gated and num_tokens >= _MIN_GATED_PROMPT_TOKENS)
-    if (
-        num_weights >= _MIN_WEIGHT
-        and is_worth_it
-        and weight.dtype is hidden.dtype
-        and suits_dense_matmul(hidden, weight, gated=gated)
-    ):
+    is_worth_it = num_weights >= _MIN_WEIGHT and (
+        num_tokens <= most or (gated and num_tokens >= _MIN_GATED_PROMPT_TOKENS)
+    )
+    if is_worth_it and weight.dtype is hidden.dtype and suits_dense_matmul(hidden, weight, gated=gated):
         return "dense"
-    if adds and num_tokens >= _MIN_ADDED_PROMPT_TOKENS and hidden.is_cuda and hidden.itemsize == 2:
+    if only_adds and not gated and num_tokens >= _MIN_ADDED_PROMPT_TOKENS and hidden.is_cuda and hidden.itemsize == 2:
         return "blas"
     return "skinny" if is_skinny else None
 
@@ -68,9 +74,9 @@ def fused_linear(
     """Returns act(rms_norm(hidden) · weightᵀ + bias) + residual: [num_tokens, outputs or half as many].
 
     hidden [num_tokens, inputs], weight [outputs, inputs], and the rest, are as in `skinny_linear`, which computes it
-    for a token or a few. The result may be residual's own memory. Needs `suits_fused_linear`.
+    for a token or a few. The result may overwrite residual. Needs `suits_fused_linear`.
     """
-    kernel = _choose(hidden, weight, gated, adds=residual is not None and bias is None)
+    kernel = _choose(hidden, weight, gated, only_adds=residual is not None and bias is None)
     assert kernel is not None, "suits_fused_linear"
     if kernel == "skinny":
         return skinny_linear(hidden, weight, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
@@ -78,5 +84,5 @@ def fused_linear(
     normed = hidden if norm_weight is None else rms_norm(hidden, norm_weight, eps)
     if kernel == "dense":
         return dense_matmul(normed, weight, bias, gated=gated, residual=residual)
-    assert residual is not None, "the BLAS alone fuses nothing else"
+    assert residual is not None, "the BLAS fuses nothing else"
     return residual.addmm_(normed, weight.t())

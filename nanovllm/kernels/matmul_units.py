@@ -33,7 +33,7 @@ _MIN_COPIED_TOKENS = 8  # whose places in shared memory are swizzled together
 _ALIGNED_TOKENS = constant(8)
 _ROWS = constant(WARPGROUP_ROWS)
 _TOKENS_AT_ONCE = constant(64)  # whose sums are finished together
-_BAND_TOKENS = constant(2048)  # whose activations, of up to 12,288 inputs, stay in the L2 cache beside weights
+_BAND_TOKENS = constant(2048)  # at most; their activations, of 8 KB a token at 8B, are a third of an H200's L2 cache
 
 
 def counted_tokens(num_tokens: int) -> int:
@@ -51,25 +51,28 @@ def counted_tokens(num_tokens: int) -> int:
 def find_unit(
     unit: gl.tensor, num_tokens: gl.tensor, TOKENS: gl.constexpr, NUM_OUTPUT_TILES: gl.constexpr
 ) -> tuple[gl.tensor, gl.tensor, gl.tensor]:
-    """Returns (first token, tile of outputs, split).
+    """Returns (first token, tile of outputs, split). Neighbouring programs share a weight, which L2 then holds.
 
-    Neighbouring programs share a weight, and those that run at once the activations of a band of tokens, so that the L2
-    cache holds both.
+    Many tokens are taken in equal bands, so that it also holds the activations of programs that run at the same time.
 
     The last tile of tokens ends with the last token, or up to 7 after it, since scales of 4 bytes are copied from a
     multiple of 16 bytes on. So it overlaps the tile before, and both store the same results: the accelerator needs much
     longer for tokens that do not exist.
     """
-    BAND_TILES: gl.constexpr = _BAND_TOKENS // TOKENS
-    num_token_tiles = (num_tokens + TOKENS - 1) // TOKENS
-    split = unit // (num_token_tiles * NUM_OUTPUT_TILES)
-    rest = unit % (num_token_tiles * NUM_OUTPUT_TILES)
-    first_tile = rest // (BAND_TILES * NUM_OUTPUT_TILES) * BAND_TILES
-    rest %= BAND_TILES * NUM_OUTPUT_TILES
-    num_tiles = gl.minimum(num_token_tiles - first_tile, BAND_TILES)
+    MOST_TILES: gl.constexpr = _BAND_TOKENS // TOKENS
+    num_tiles = (num_tokens + TOKENS - 1) // TOKENS
+    rest = unit // num_tiles
+    tile, output_tile, split = unit % num_tiles, rest % NUM_OUTPUT_TILES, rest // NUM_OUTPUT_TILES
+    if num_tiles > MOST_TILES:
+        num_bands = (num_tiles + MOST_TILES - 1) // MOST_TILES
+        band_tiles = (num_tiles + num_bands - 1) // num_bands
+        place = output_tile * num_tiles + tile
+        first_tile = place // (band_tiles * NUM_OUTPUT_TILES) * band_tiles
+        place -= first_tile * NUM_OUTPUT_TILES
+        band_tiles = gl.minimum(band_tiles, num_tiles - first_tile)
+        tile, output_tile = first_tile + place % band_tiles, place // band_tiles
     last = gl.maximum((num_tokens - TOKENS + _ALIGNED_TOKENS - 1) // _ALIGNED_TOKENS * _ALIGNED_TOKENS, 0)
-    first_token = gl.minimum((first_tile + rest % num_tiles) * TOKENS, last)
-    return first_token, rest // num_tiles, split
+    return gl.minimum(tile * TOKENS, last), output_tile, split
 
 
 @gluon_jit()

@@ -264,8 +264,8 @@ def _dense_product(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """Returns act(rms_norm(hidden) · weightᵀ + bias) + residual, with a weight in hidden's dtype."""
-    adds = residual is not None and bias is None
-    if suits_fused_linear(hidden, weight, gated=gated, adds=adds):
+    only_adds = residual is not None and bias is None
+    if suits_fused_linear(hidden, weight, gated=gated, only_adds=only_adds):
         return fused_linear(hidden, weight, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
     x = _normed(hidden, norm_weight, eps)
     if residual is not None and bias is None and not gated:

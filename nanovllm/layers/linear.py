@@ -5,7 +5,8 @@ its inputs and sums the ranks' results: one all-reduce per pair. Products of the
 checkpoint tensors become row ranges of one weight.
 
 The residual stream passes through as a pair (hidden, residual) that stands for its sum; residual None: `hidden` is all
-of it. With few tokens, the product's kernel includes the norm before it and the addition after it.
+of it. With few tokens, the product's kernel includes the norm before it and the addition after it; with very many, the
+addition.
 """
 
 from __future__ import annotations
@@ -130,12 +131,12 @@ class RowParallelLinear(LinearLayer):
         """Returns the residual stream with the product, normed by `norm`, added to it, the same on every rank.
 
         hidden [num_tokens, share of input_size], residual [num_tokens, output_size] → a pair of residual's shape:
-        the sum and None, or the product and the residual, which the next norm adds.
+        the sum and None, or the product and the residual, which the next norm adds. The sum may overwrite `residual`.
         """
         if norm is not None:
             return norm(self(hidden, None)[0])[0], residual
         is_alone = self.parallel.size == 1
-        fuses = self.method.fuses(self, hidden, adds=is_alone and residual is not None and self.bias is None)
+        fuses = self.method.fuses(self, hidden, only_adds=is_alone and residual is not None and self.bias is None)
         if not is_alone:
             product = (self.method.multiply_fused if fuses else self.method.multiply)(self, hidden)
             if fuses and self.bias is None:  # as below: the next product includes its norm and reads the sum

@@ -101,10 +101,11 @@ class LinearMethod(Protocol):
         """Converts the loaded parameters to the layout that `multiply` reads; may replace them."""
         ...
 
-    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False, adds: bool = False) -> bool:
+    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False, only_adds: bool = False) -> bool:
         """Returns whether `multiply_fused` is faster than separate kernels. False: the layer calls `multiply` alone.
 
-        hidden [num_tokens, inputs of this rank]. gated: as in `multiply_fused`. adds: a residual, and no bias.
+        hidden [num_tokens, inputs of this rank]. gated: as in `multiply_fused`. only_adds: all that follows is an
+        addition: there is a residual, and neither a bias nor a sum over ranks comes before it.
         """
         ...
 
@@ -125,7 +126,7 @@ class LinearMethod(Protocol):
         """Returns act(norm(hidden) · weightᵀ + bias) + residual. Called only where `fuses` says so.
 
         gated: the outputs are gates followed by as many ups, and act is silu(gate) · up; otherwise act does nothing.
-        → [num_tokens, layer.num_outputs, or half as many if gated], perhaps in residual's memory.
+        → [num_tokens, layer.num_outputs, or half as many if gated]. It may overwrite residual.
         """
         ...
 
@@ -140,7 +141,8 @@ class UnquantizedLinear:
     """Stores the weight unquantised: [num_outputs, inputs] in the model's dtype.
 
     For the tokens of a decode step on a GPU it uses our own kernels, which fuse gate, addition and, for a few tokens,
-    the norm; for more tokens the BLAS, but where many are gated. On a CPU, float32 weights are packed for oneDNN.
+    the norm. For more tokens it uses the BLAS, but fuses the gate of more than a thousand tokens, and stores the
+    addition of more than four thousand in the residual's place. On a CPU, float32 weights are packed for oneDNN.
     """
 
     def create_weights(self, layer: LinearLayer) -> None:
@@ -167,8 +169,8 @@ class UnquantizedLinear:
         if packed is not layer.weight:
             layer.weight = nn.Parameter(packed, requires_grad=False)
 
-    def fuses(self, layer: HasWeight, hidden: torch.Tensor, *, gated: bool = False, adds: bool = False) -> bool:
-        return suits_fused_linear(hidden, layer.weight, gated=gated, adds=adds)
+    def fuses(self, layer: HasWeight, hidden: torch.Tensor, *, gated: bool = False, only_adds: bool = False) -> bool:
+        return suits_fused_linear(hidden, layer.weight, gated=gated, only_adds=only_adds)
 
     def multiply(self, layer: HasWeight, hidden: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         return linear(hidden, layer.weight, bias)

@@ -92,8 +92,8 @@ class Int4Linear(QuantizedLinear):
                 )
         layer.register_buffer("input_order", order, persistent=False)
 
-    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False, adds: bool = False) -> bool:
-        return _order(layer) is None and super().fuses(layer, hidden, gated=gated, adds=adds)
+    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False, only_adds: bool = False) -> bool:
+        return _order(layer) is None and super().fuses(layer, hidden, gated=gated, only_adds=only_adds)
 
     def product(
         self, layer: LinearLayer, hidden: torch.Tensor, bias: torch.Tensor | None, **fused: Any

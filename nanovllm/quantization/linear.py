@@ -83,7 +83,7 @@ class QuantizedLinear(_FromFormats, ABC):
     def finish_loading(self, layer: LinearLayer) -> None:
         """The weights are in their final layout already."""
 
-    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False, adds: bool = False) -> bool:
+    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False, only_adds: bool = False) -> bool:
         return suits_fused(hidden, layer.weight)
 
     def multiply(self, layer: LinearLayer, hidden: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -18,6 +18,7 @@ from nanovllm.config import EngineConfig, ResolvedConfig
 from nanovllm.engine.batch import Chunk, OpenedRow, ScheduledBatch, StepHandle, StepNeeds
 from nanovllm.errors import OutOfMemoryError
 from nanovllm.experts.experts_method import finish_loading_experts
+from nanovllm.kernels.fused_linear import largest_prompt_sizes
 from nanovllm.layers.linear_method import finish_loading
 from nanovllm.layers.parallel import TensorParallel
 from nanovllm.logs import events
@@ -246,15 +247,13 @@ class Startup:
         """Runs the largest possible steps, on a cache of the null block alone, and measures the memory they take."""
         self._set_rows_and_cache(runner, 0, self.plan.max_model_len)
         weights = torch.cuda.memory_allocated(self.device)
-        activations = 0
-        for batch in self._largest_steps():  # summed: CUDA graphs keep their memory during other steps
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(self.device)
-            runner.launch(batch).wait()
-            peak = torch.cuda.max_memory_allocated(self.device) - weights
-            activations += peak
-            if len(batch.chunks) and self._has_mixed_graphs:  # a graph of such a step takes as much for each token
-                activations += peak * self._max_graph_tokens() // batch.num_tokens
+        prompts = self._largest_prompt_steps()
+        peaks = {size: self._peak_memory(runner, batch) - weights for size, batch in prompts.items()}
+        # Summed, since CUDA graphs keep their memory during other steps.
+        activations = max(peaks.values()) + self._peak_memory(runner, self._largest_decode_step()) - weights
+        if self._has_mixed_graphs:  # a graph of prompts takes as much for each token
+            most = self._max_graph_tokens()
+            activations += max(peak * min(most, size) // prompts[size].num_tokens for size, peak in peaks.items())
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(self.device)
         return GPUMemory(
@@ -265,21 +264,33 @@ class Startup:
             free=free,
         )
 
-    def _largest_steps(self) -> list[ScheduledBatch]:
-        """Returns the largest prefill step and the largest decode step."""
-        config = self._config
-        num_rows = min(config.max_num_rows, config.max_num_batched_tokens)
-        num_seqs = min(config.max_num_seqs, num_rows)
-        each, rest = divmod(config.max_num_batched_tokens, num_seqs)
+    def _peak_memory(self, runner: StartingRunner, batch: ScheduledBatch) -> int:
+        """Returns how many bytes are allocated at most while a step runs."""
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        runner.launch(batch).wait()
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def _largest_decode_step(self) -> ScheduledBatch:
+        num_rows = min(self._config.max_num_rows, self._config.max_num_batched_tokens)
+        return ScheduledBatch.build(0, decode_rows=range(num_rows))
+
+    def _largest_prompt_steps(self) -> dict[int, ScheduledBatch]:
+        """Returns the prefill steps that may take most memory, by their sizes; the largest is the last one."""
+        return {size: self._prompt_step(size) for size in largest_prompt_sizes(self._config.max_num_batched_tokens)}
+
+    def _prompt_step(self, num_tokens: int) -> ScheduledBatch:
+        """Returns a step of so many tokens, or of fewer if prompts of all sequences cannot have as many."""
+        num_seqs = min(self._config.max_num_seqs, num_tokens)
+        each, rest = divmod(num_tokens, num_seqs)
         lengths = [min(each + (row < rest), self.plan.max_model_len - 1) for row in range(num_seqs)]
         tokens = np.zeros(max(lengths), dtype=np.int32)  # [longest]
-        prefill = ScheduledBatch.build(
+        return ScheduledBatch.build(
             0,
             opened=[OpenedRow(row, tokens[:length], temperature=1.0, seed=0) for row, length in enumerate(lengths)],
             chunks=[Chunk(row=row, start=0, length=length) for row, length in enumerate(lengths)],
             num_final_chunks=num_seqs,
         )
-        return [prefill, ScheduledBatch.build(0, decode_rows=range(num_rows))]
 
     def allocate(self, runner: StartingRunner, num_blocks: int) -> int:
         """Allocates the runner's rows and cache. Returns max_model_len, at most as many tokens as the cache holds."""
@@ -296,7 +307,8 @@ class Startup:
         events.kv_cache_allocated.log(logger, num_blocks=num_blocks, total_gb=total_gb)
         self._set_rows_and_cache(runner, num_blocks, max_model_len)
         if self.device.type == "cuda" and not self._starts_fast:
-            for batch in self._largest_steps():  # torch keeps the memory that they need
+            for batch in (*self._largest_prompt_steps().values(), self._largest_decode_step()):
+                # torch keeps the memory that it needs
                 runner.launch(batch).wait()
         self._stopwatch.lap("KV cache")
         return max_model_len

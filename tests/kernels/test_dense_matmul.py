@@ -251,6 +251,7 @@ def test_tiles_are_compiled_when_the_engine_starts(rows, has_groups):
 
     compiled = {tile(len(step.decode_rows)) for step in steps_of(max_num_rows=512) if len(step.decode_rows)}
     assert {tile(num_tokens) for num_tokens in range(1, 513)} == compiled
+    assert len({tile(num_tokens) for num_tokens in range(513, 20000, 7)}) == 1  # that of the largest step
 
 
 def is_taken(monkeypatch, *, hidden=None, weight=None, gated=False, capability=(9, 0)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nanovllm.kernels import fused_linear as module
-from nanovllm.kernels.fused_linear import fused_linear, suits_fused_linear
+from nanovllm.kernels.fused_linear import fused_linear, largest_prompt_sizes, suits_fused_linear
 from tests.kernels.inputs import check_close
 from tests.kernels.test_mixed_matmul import needs_hopper
 from tests.kernels.test_skinny_linear import oracle, random_product
@@ -55,14 +55,14 @@ def test_which_kernel_multiplies(monkeypatch, num_tokens, weights, gated, kernel
     monkeypatch.setattr(module, "suits_skinny_linear", lambda hidden, weight: len(hidden) <= 4)
     monkeypatch.setattr(module, "suits_dense_matmul", lambda hidden, weight, gated: True)
     hidden, weight = torch.empty(num_tokens, 64), torch.empty(weights // 64, 64)
-    assert suits_fused_linear(hidden, weight, gated=gated, adds=False) == (kernel is not None)
+    assert suits_fused_linear(hidden, weight, gated=gated, only_adds=False) == (kernel is not None)
     if kernel is not None:
         fused_linear(hidden, weight, norm_weight=torch.ones(64), gated=gated)
         assert calls == [(kernel, True)] if kernel == "skinny_linear" else [("rms_norm", False), (kernel, False)]
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "dtype", "on_gpu", "adds", "is_taken"),
+    ("num_tokens", "dtype", "on_gpu", "only_adds", "is_taken"),
     [
         (FIRST_ADDED, torch.bfloat16, True, True, True),
         (FIRST_ADDED, torch.float16, True, True, True),
@@ -72,11 +72,34 @@ def test_which_kernel_multiplies(monkeypatch, num_tokens, weights, gated, kernel
         (FIRST_ADDED, torch.bfloat16, True, False, False),
     ],
 )
-def test_where_the_blas_adds_the_residual(monkeypatch, num_tokens, dtype, on_gpu, adds, is_taken):
+def test_where_the_blas_adds_the_residual(monkeypatch, num_tokens, dtype, on_gpu, only_adds, is_taken):
     monkeypatch.setattr(module, "suits_skinny_linear", lambda hidden, weight: False)
     hidden, weight = torch.empty(num_tokens, 64, dtype=dtype), torch.empty(64, 64, dtype=dtype)
     monkeypatch.setattr(torch.Tensor, "is_cuda", on_gpu)
-    assert suits_fused_linear(hidden, weight, gated=False, adds=adds) == is_taken
+    assert suits_fused_linear(hidden, weight, gated=False, only_adds=only_adds) == is_taken
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "expected"),
+    [
+        (FIRST_GATED - 1, [FIRST_GATED - 1]),
+        (FIRST_GATED, [FIRST_GATED - 1, FIRST_GATED]),
+        (9000, [FIRST_GATED - 1, FIRST_ADDED - 1, 9000]),
+    ],
+)
+def test_prompt_steps_that_may_take_most_memory(max_tokens, expected):
+    assert largest_prompt_sizes(max_tokens) == expected
+
+
+def test_a_bias_is_not_left_out(monkeypatch, generator):
+    """The BLAS would add the residual or the bias."""
+    x, weight, bias, _ = random_product(generator, "cpu", torch.float32, 5, 64, 32)
+    asked = []
+    monkeypatch.setattr(module, "_choose", lambda *given, **named: asked.append(named) or "skinny")
+    fused_linear(x, weight, bias, residual=torch.zeros(5, 32))
+    fused_linear(x, weight, residual=torch.zeros(5, 32))
+    fused_linear(x, weight)
+    assert asked == [{"only_adds": False}, {"only_adds": True}, {"only_adds": False}]
 
 
 def test_the_blas_adds_to_the_residual_in_its_place(monkeypatch, generator):
@@ -99,7 +122,7 @@ def test_every_number_of_rows(generator, dtype, gated, num_tokens):
     x, weight, bias, norm_weight = random_product(generator, "cuda", dtype, num_tokens, 2048, 512)
     residual = torch.randn(num_tokens, 512 // (1 + gated), generator=generator).to("cuda", dtype)
     around = {"norm_weight": norm_weight, "eps": 0.1, "gated": gated, "residual": residual}
-    assert suits_fused_linear(x, weight, gated=gated, adds=False)
+    assert suits_fused_linear(x, weight, gated=gated, only_adds=False)
     check_close(fused_linear(x, weight, bias, **around), oracle(x, weight, bias, **around), dtype)
 
 
@@ -114,7 +137,7 @@ def test_a_prompt_step(generator, gated, num_tokens):
     around = {"norm_weight": norm_weight, "eps": 0.1, "gated": gated}
     if not gated:
         around["residual"] = torch.randn(num_tokens, 3072, generator=generator).to("cuda", dtype)
-    assert suits_fused_linear(x, weight, gated=gated, adds=not gated) == (gated or num_tokens >= FIRST_ADDED)
+    assert suits_fused_linear(x, weight, gated=gated, only_adds=not gated) == (gated or num_tokens >= FIRST_ADDED)
     if gated or num_tokens >= FIRST_ADDED:
         expected = oracle(x, weight, None, **around)
         check_close(fused_linear(x, weight, **around), expected, dtype)

@@ -56,7 +56,7 @@ class GroupScaled(UnquantizedLinear):
         layer.quantized = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
         del layer.weight
 
-    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False, adds: bool = False) -> bool:
+    def fuses(self, layer: LinearLayer, hidden: torch.Tensor, *, gated: bool = False, only_adds: bool = False) -> bool:
         return self.folds and hidden.shape[0] <= 4
 
     def multiply(self, layer: LinearLayer, hidden: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -114,17 +114,19 @@ def test_a_scheme_with_scales_gives_the_logits_of_the_weights_it_stands_for(fold
 
 
 @pytest.mark.parametrize(
-    ("size", "bias", "has_residual", "adds"),
+    ("size", "bias", "has_residual", "only_adds"),
     [(1, False, True, True), (1, True, True, False), (1, False, False, False), (2, False, True, False)],
 )
 def test_a_product_adds_the_stream_where_nothing_comes_between(
-    size: int, bias: bool, has_residual: bool, adds: bool, monkeypatch: pytest.MonkeyPatch
+    size: int, bias: bool, has_residual: bool, only_adds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The sum over the ranks, or a bias, would."""
     asked: list[bool] = []
 
-    def fuses(method: object, layer: object, hidden: torch.Tensor, *, gated: bool = False, adds: bool = False) -> bool:
-        asked.append(adds)
+    def fuses(
+        method: object, layer: object, hidden: torch.Tensor, *, gated: bool = False, only_adds: bool = False
+    ) -> bool:
+        asked.append(only_adds)
         return False
 
     monkeypatch.setattr(UnquantizedLinear, "fuses", fuses)
@@ -133,7 +135,7 @@ def test_a_product_adds_the_stream_where_nothing_comes_between(
     layer = RowParallelLinear(context, 8, 4, bias=bias)
     layer.to_empty(device=CPU)
     layer(torch.ones(2, 8 // size), torch.ones(2, 4) if has_residual else None)
-    assert asked == [adds]
+    assert asked == [only_adds]
 
 
 @pytest.mark.parametrize("size", [2, 4])

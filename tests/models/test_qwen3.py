@@ -78,7 +78,7 @@ def fold_in(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Every product takes the kernel for few tokens, here its reference. Returns a list that grows with each."""
     calls: list[bool] = []
 
-    def choose(hidden: torch.Tensor, weight: torch.Tensor, gated: bool, adds: bool) -> str:
+    def choose(hidden: torch.Tensor, weight: torch.Tensor, gated: bool, only_adds: bool) -> str:
         calls.append(True)
         return "skinny"
 
@@ -90,8 +90,8 @@ def fold_in(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 def add_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every product after which the residual stream is added stores the sum in the stream's place."""
 
-    def choose(hidden: torch.Tensor, weight: torch.Tensor, gated: bool, adds: bool) -> str | None:
-        return "blas" if adds else None
+    def choose(hidden: torch.Tensor, weight: torch.Tensor, gated: bool, only_adds: bool) -> str | None:
+        return "blas" if only_adds else None
 
     monkeypatch.setattr("nanovllm.kernels.fused_linear._choose", choose)
 
