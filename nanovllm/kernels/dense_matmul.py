@@ -118,7 +118,7 @@ def _dense_matmul_kernel(
                 load_activations,
                 (
                     x_desc, few_desc, x_scale_desc, num_tokens, num_units, x, x_scales, ready, free, NUM_GROUPS > 0,
-                    NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS, PDL,
+                    NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS, True, PDL,
                 ),
             ),
             (
@@ -126,6 +126,7 @@ def _dense_matmul_kernel(
                 (
                     weight_desc, weight_desc, weight_desc, num_tokens, num_units, weights, weights, weights, ready,
                     free, TOKENS, PARTS, False, False, IS_GATED, BLOCK, 0, NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS,
+                    True,
                 ),
             ),
             (multiply, (1,) + given + SHAPE),

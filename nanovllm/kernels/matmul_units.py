@@ -49,11 +49,16 @@ def counted_tokens(num_tokens: int) -> int:
 
 @gluon_jit()
 def find_unit(
-    unit: gl.tensor, num_tokens: gl.tensor, TOKENS: gl.constexpr, NUM_OUTPUT_TILES: gl.constexpr
+    unit: gl.tensor,
+    num_tokens: gl.tensor,
+    TOKENS: gl.constexpr,
+    NUM_OUTPUT_TILES: gl.constexpr,
+    HAS_BANDS: gl.constexpr,
 ) -> tuple[gl.tensor, gl.tensor, gl.tensor]:
     """Returns (first token, tile of outputs, split). Neighbouring programs share a weight, which L2 then holds.
 
-    Many tokens are taken in equal bands, so that it also holds the activations of programs that run at the same time.
+    HAS_BANDS: many tokens are taken in equal bands, so that it also holds the activations of programs that run at the
+    same time.
 
     The last tile of tokens ends with the last token, or up to 7 after it, since scales of 4 bytes are copied from a
     multiple of 16 bytes on. So it overlaps the tile before, and both store the same results: the accelerator needs much
@@ -63,7 +68,7 @@ def find_unit(
     num_tiles = (num_tokens + TOKENS - 1) // TOKENS
     rest = unit // num_tiles
     tile, output_tile, split = unit % num_tiles, rest % NUM_OUTPUT_TILES, rest // NUM_OUTPUT_TILES
-    if num_tiles > MOST_TILES:
+    if HAS_BANDS and num_tiles > MOST_TILES:
         num_bands = (num_tiles + MOST_TILES - 1) // MOST_TILES
         band_tiles = (num_tiles + num_bands - 1) // num_bands
         place = output_tile * num_tiles + tile
@@ -117,6 +122,7 @@ def load_weights(
     NUM_OUTPUT_TILES: gl.constexpr,
     NUM_BLOCKS: gl.constexpr,
     BLOCKS_A_SPLIT: gl.constexpr,
+    HAS_BANDS: gl.constexpr,
 ) -> None:
     """Copies the weights of all of the program's units, as far ahead as there are stages.
 
@@ -132,7 +138,7 @@ def load_weights(
     BYTES: gl.constexpr = WEIGHT_BYTES + SCALE_BYTES * (2 if HAS_ZEROS else 1)
     num_loaded = 0
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        _first_token, output_tile, split = find_unit(unit, num_tokens, TOKENS, NUM_OUTPUT_TILES)
+        _first_token, output_tile, split = find_unit(unit, num_tokens, TOKENS, NUM_OUTPUT_TILES, HAS_BANDS)
         first_row = output_tile * ROWS
         first = split * BLOCKS_A_SPLIT
         for block in range(first, gl.minimum(first + BLOCKS_A_SPLIT, NUM_BLOCKS)):
@@ -173,6 +179,7 @@ def load_activations(
     NUM_OUTPUT_TILES: gl.constexpr,
     NUM_BLOCKS: gl.constexpr,
     BLOCKS_A_SPLIT: gl.constexpr,
+    HAS_BANDS: gl.constexpr,
     PDL: gl.constexpr,
 ) -> None:
     """Copies the activations. What lies behind the inputs becomes 0.
@@ -193,7 +200,7 @@ def load_activations(
         gdc_wait()
     num_loaded = 0
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        first_token, _output_tile, split = find_unit(unit, num_tokens, TOKENS, NUM_OUTPUT_TILES)
+        first_token, _output_tile, split = find_unit(unit, num_tokens, TOKENS, NUM_OUTPUT_TILES, HAS_BANDS)
         first = split * BLOCKS_A_SPLIT
         for block in range(first, gl.minimum(first + BLOCKS_A_SPLIT, NUM_BLOCKS)):
             stage = num_loaded % STAGES

@@ -159,7 +159,7 @@ def _mixed_matmul_kernel(
                 load_activations,
                 (
                     x_desc, few_desc, x_desc, num_tokens, num_units, x, x, ready, free, False, NUM_OUTPUT_TILES,
-                    NUM_BLOCKS, BLOCKS_A_SPLIT, PDL,
+                    NUM_BLOCKS, BLOCKS_A_SPLIT, False, PDL,
                 ),
             ),
             (
@@ -167,7 +167,7 @@ def _mixed_matmul_kernel(
                 (
                     weight_desc, scale_desc, zero_desc, num_tokens, num_units, weights, scales, zeros, ready, free,
                     TOKENS, 1, not HAS_SCALE, HAS_ZEROS, IS_GATED, _BLOCK, GROUP_SIZE, NUM_OUTPUT_TILES, NUM_BLOCKS,
-                    BLOCKS_A_SPLIT,
+                    BLOCKS_A_SPLIT, False,
                 ),
             ),
             (multiply, (2,) + given + SHAPE),

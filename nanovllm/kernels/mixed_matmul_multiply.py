@@ -224,7 +224,7 @@ def multiply(
         gdc_wait()
     num_seen = 0
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        first_token, output_tile, split = find_unit(unit, num_tokens, TOKENS, NUM_OUTPUT_TILES)
+        first_token, output_tile, split = find_unit(unit, num_tokens, TOKENS, NUM_OUTPUT_TILES, False)
         acc = gl.zeros([_ROWS, TOKENS], gl.float32, ACC)
         first_block = split * BLOCKS_A_SPLIT
         for _block in range(first_block, gl.minimum(first_block + BLOCKS_A_SPLIT, NUM_BLOCKS)):
