@@ -9,6 +9,7 @@ from itertools import product
 
 from nanovllm.kernels.matmul_units import (
     FINISHING_BYTES,
+    MAX_COUNTED_TOKENS,
     RESERVED_BYTES,
     SWIZZLE_BYTES,
     WARPGROUP_ROWS,
@@ -18,7 +19,7 @@ from nanovllm.kernels.triton_support import next_power_of_2
 
 _MIN_TOKENS = 16
 _MIN_GROUPED_TOKENS = 32  # a copy of scales goes to a multiple of 128 bytes
-_MAX_DECODE_TOKENS, _MANY_TOKENS = 512, 16384  # more than the first count as the second
+_MANY_TOKENS = 16384  # what more than `MAX_COUNTED_TOKENS` count as
 _MAX_GROUPED_TOKENS = 64  # with scales of 128 inputs, more are slower
 _MAX_TOKENS = {1: 256, 2: 256, 3: 128}  # by computing warpgroups: their sums fit in registers
 _MIN_STAGES, _MAX_STAGES = 3, 12
@@ -86,7 +87,7 @@ def choose_dense_tile(
     It is that of `counted_tokens`. All prompt steps have the same one, which the largest step compiles when the engine
     starts. has_groups: of inputs, with scales. memory: bytes of shared memory that a program may use.
     """
-    num_tokens = counted_tokens(num_tokens) if num_tokens <= _MAX_DECODE_TOKENS else _MANY_TOKENS
+    num_tokens = counted_tokens(num_tokens) if num_tokens <= MAX_COUNTED_TOKENS else _MANY_TOKENS
     math = _GROUPED_MATH if has_groups else _MATH
     return min(
         possible_tiles(num_tokens, memory, has_groups),

@@ -28,7 +28,7 @@ RESERVED_BYTES = 1024  # of shared memory, for barriers and alignment
 FINISHING_BYTES = 2048  # of it, through which a warpgroup's sums go to the threads that store them
 _INTERLEAVED = 8  # rows of a gate, and then as many of its up: rows 8 apart are in the same thread
 _ALIGNED_BYTES = 16  # where the accelerator may begin to read
-_COUNTED_TOKENS, _MAX_COUNTED_TOKENS = 64, 512
+_COUNTED_TOKENS, MAX_COUNTED_TOKENS = 64, 512  # multiples of the first count up to the second
 _MIN_COPIED_TOKENS = 8  # whose places in shared memory are swizzled together
 _ALIGNED_TOKENS = constant(8)
 _ROWS = constant(WARPGROUP_ROWS)
@@ -42,7 +42,7 @@ def counted_tokens(num_tokens: int) -> int:
     They are few numbers, so that few variants are compiled, and those of decode steps when the engine starts. Between
     two multiples of 64, a product has as many tiles of 64, 128 or 256 tokens.
     """
-    if _COUNTED_TOKENS < num_tokens <= _MAX_COUNTED_TOKENS:
+    if _COUNTED_TOKENS < num_tokens <= MAX_COUNTED_TOKENS:
         return -(-num_tokens // _COUNTED_TOKENS) * _COUNTED_TOKENS
     return next_power_of_2(num_tokens)
 
