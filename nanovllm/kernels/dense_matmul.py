@@ -17,6 +17,7 @@ from nanovllm.kernels.add_splits import finishing_arguments
 from nanovllm.kernels.dense_matmul_multiply import GROUP_SIZE, multiply
 from nanovllm.kernels.dense_tiles import DenseTile, choose_dense_tile
 from nanovllm.kernels.matmul_units import (
+    MAX_COUNTED_TOKENS,
     SWIZZLE_BYTES,
     WARPGROUP_ROWS,
     can_copy_activations,
@@ -75,12 +76,13 @@ def _dense_matmul_kernel(
     STAGES: gl.constexpr,
     WARPGROUPS: gl.constexpr,
     REGISTERS: gl.constexpr,
+    HAS_BANDS: gl.constexpr,
     PDL: gl.constexpr,
 ) -> None:
     """Allocates a ring of stages, and starts the warps.
 
     NUM_GROUPS: of 128 inputs, which have a scale for each token, and with 128 outputs one of the weight; 0 without
-    them. REGISTERS: of a thread of the second and third warpgroup.
+    them. REGISTERS: of a thread of the second and third warpgroup. HAS_BANDS: as in `find_unit`.
     """
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
@@ -108,7 +110,7 @@ def _dense_matmul_kernel(
     )  # fmt: skip
     SHAPE: gl.constexpr = (
         NUM_GROUPS, HAS_X_SCALE, HAS_SCALE, SCALE_STRIDE, HAS_BIAS, HAS_RESIDUAL, IS_GATED, OUTPUT_SIZE,
-        NUM_OUTPUT_TILES, NUM_BLOCKS, PDL,
+        NUM_OUTPUT_TILES, NUM_BLOCKS, HAS_BANDS, PDL,
     )  # fmt: skip
     # Further computing warpgroups stand last, where a tile without them leaves them out.
     gl.warp_specialize(
@@ -118,7 +120,7 @@ def _dense_matmul_kernel(
                 load_activations,
                 (
                     x_desc, few_desc, x_scale_desc, num_tokens, num_units, x, x_scales, ready, free, NUM_GROUPS > 0,
-                    NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS, True, PDL,
+                    NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS, HAS_BANDS, PDL,
                 ),
             ),
             (
@@ -126,7 +128,7 @@ def _dense_matmul_kernel(
                 (
                     weight_desc, weight_desc, weight_desc, num_tokens, num_units, weights, weights, weights, ready,
                     free, TOKENS, PARTS, False, False, IS_GATED, BLOCK, 0, NUM_OUTPUT_TILES, NUM_BLOCKS, NUM_BLOCKS,
-                    True,
+                    HAS_BANDS,
                 ),
             ),
             (multiply, (1,) + given + SHAPE),
@@ -209,6 +211,7 @@ def dense_matmul(
         STAGES=tile.stages,
         WARPGROUPS=tile.warpgroups,
         REGISTERS=tile.computing_registers,
+        HAS_BANDS=num_tokens > MAX_COUNTED_TOKENS,
         num_warps=4,
         maxnreg=tile.registers,
         **descriptors,

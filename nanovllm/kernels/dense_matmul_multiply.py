@@ -124,6 +124,7 @@ def multiply(
     OUTPUT_SIZE: gl.constexpr,
     NUM_OUTPUT_TILES: gl.constexpr,
     NUM_BLOCKS: gl.constexpr,
+    HAS_BANDS: gl.constexpr,
     PDL: gl.constexpr,
 ) -> None:
     """A computing warpgroup: rows warpgroup · 64 … of every tile."""
@@ -135,7 +136,7 @@ def multiply(
         gdc_wait()
     num_seen = 0
     for unit in range(gl.program_id(0), num_units, gl.num_programs(0)):
-        first_token, output_tile, _split = find_unit(unit, num_tokens, TOKENS, NUM_OUTPUT_TILES, True)
+        first_token, output_tile, _split = find_unit(unit, num_tokens, TOKENS, NUM_OUTPUT_TILES, HAS_BANDS)
         first_row = (output_tile * WARPGROUPS + warpgroup) * _ROWS
         acc = gl.zeros([_ROWS, TOKENS], gl.float32, ACC)
         residual = acc

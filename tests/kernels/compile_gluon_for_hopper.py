@@ -96,7 +96,8 @@ def compile_row_linear(
 
 def compile_dense_matmul(kind: str, gated: bool, tile: DenseTile) -> None:
     """kind: bf16, fp8, or blocks (FP8 with scales of 128 inputs)."""
-    num_tokens, input_size, outputs = 32, 2048, 256
+    num_tokens = 1024 if tile.tokens == 256 else 32  # a prompt step or a decode step
+    input_size, outputs = 2048, 256
     groups = input_size // dense_matmul.GROUP_SIZE
     dtype = torch.bfloat16 if kind == "bf16" else torch.float8_e4m3fn
     around: dict[str, Any] = {
@@ -153,10 +154,13 @@ CASES = [
     (compile_row_linear, ("int4", torch.bfloat16, 25600, False, False)),
     (compile_row_linear, ("fp8", torch.bfloat16, 1024, True, True, 24)),
     (compile_row_linear, ("fp8", torch.bfloat16, 4096, True, True, 94)),
+    (compile_row_linear, ("fp8", torch.bfloat16, 4096, False, True, 47)),
+    (compile_row_linear, ("fp8", torch.bfloat16, 4096, False, False, 32)),
     (compile_row_linear, ("fp8", torch.bfloat16, 5120, False, True, 78)),
     (compile_row_linear, ("fp8", torch.float16, 8192, False, False, 39)),
     (compile_row_linear, ("fp8", torch.float16, 12288, False, False, 32)),
     (compile_row_linear, ("blocks", torch.bfloat16, 4096, True, True, 94)),
+    (compile_row_linear, ("blocks", torch.bfloat16, 4096, False, True, 47)),
     (compile_row_linear, ("blocks", torch.bfloat16, 4096, False, False, 32)),
     (compile_row_linear, ("blocks", torch.bfloat16, 12288, False, False, 32)),
     (compile_row_linear, ("int8", torch.bfloat16, 5120, True, True, 194)),
@@ -165,6 +169,7 @@ CASES = [
     (compile_dense_matmul, ("bf16", False, DenseTile(32, 9, parts=2))),
     (compile_dense_matmul, ("bf16", True, DenseTile(128, 5, warpgroups=3))),
     (compile_dense_matmul, ("bf16", False, DenseTile(256, 4, warpgroups=2))),
+    (compile_dense_matmul, ("bf16", True, DenseTile(256, 4, warpgroups=2))),
     (compile_dense_matmul, ("fp8", False, DenseTile(256, 4, warpgroups=2))),
     (compile_dense_matmul, ("fp8", True, DenseTile(64, 6, warpgroups=3))),
     (compile_dense_matmul, ("blocks", True, DenseTile(64, 6, parts=2))),
