@@ -7,6 +7,11 @@ copies of the weight that together exceed the cache, as the median over replays 
 it prints the fastest tiles, the one that `choose_dense_tile` takes, and, to compare, what the engine would take without
 `dense_matmul`: the BLAS, with SiLU · mul after it but without the residual, which the next norm adds; or
 `quantized_matmul`. With FP8 weights that have a scale for each output, it also prints torch's product, as the BLAS's.
+
+With --steps, each tile is then given to one product of all layers in an engine with random weights, between steps with
+the engine's tile; and the fastest two of each product to all of them. Choose by that (step_timer.py says why). A line
+has the median microseconds of a step with the engine's tiles, and by how many one with each other tile is longer (+) or
+shorter. The same tiles captured twice differ by up to 10.
 """
 
 from __future__ import annotations
@@ -18,10 +23,12 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -30,12 +37,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanovllm.kernels import dense_matmul as dense
 from nanovllm.kernels.dense_tiles import DenseTile, choose_dense_tile, possible_tiles
 from nanovllm.kernels.linear import linear
+from nanovllm.kernels.matmul_units import MAX_COUNTED_TOKENS
 from nanovllm.kernels.quantized_gpu import _INPUTS, _MAX_BLOCK_TOKENS, _MAX_GATED_BLOCK_TOKENS, GROUP_SIZE, _choose_tile
 from nanovllm.kernels.quantized_matmul import quantized_matmul
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.kernels.triton_support import multiprocessor_count, shared_memory
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from tools.bench_quantized_linear import CACHE_BYTES, layer_products, time_calls
+from tools.step_timer import StepTimer, make_engine
 
 KINDS = ("bfloat16", "fp8", "fp8-blocks")
 FP8 = torch.float8_e4m3fn
@@ -53,6 +62,9 @@ class Shape:
     outputs: int  # rows of the weight
     inputs: int
     kind: str  # of KINDS
+
+    def __str__(self) -> str:
+        return f"{self.kind:13}{self.name:8}"
 
     @property
     def is_fp8(self) -> bool:
@@ -111,10 +123,25 @@ def _prepare_compiling() -> None:
     compile_launches_of(dense._dense_matmul_kernel, PDL=True, launch_pdl=True)
 
 
-def compile_tile(shape: Shape, tile: DenseTile) -> None:
+def compile_tile(shape: Shape, tile: DenseTile, rows: int) -> None:
     """Compiles a kernel into Triton's cache."""
-    (x, weight), named = shape.arguments(16, "cpu")
+    (x, weight), named = shape.arguments(rows, "cpu")
     dense.dense_matmul(x, weight, **named, tile=tile)
+
+
+def _compiled_rows(rows: int) -> int:
+    """Returns a number of rows for which the same variant is compiled, and not for each."""
+    return 16 if rows <= MAX_COUNTED_TOKENS else 2 * MAX_COUNTED_TOKENS
+
+
+def choosing(tiles: Mapping[Shape, DenseTile]) -> AbstractContextManager[object]:
+    """Returns a context in which `dense_matmul` takes these tiles."""
+    of_sizes = {(shape.outputs, shape.inputs * (1 if shape.is_fp8 else 2)): tile for shape, tile in tiles.items()}
+
+    def choose(num_tokens: int, rows: int, row_bytes: int, **others: Any) -> DenseTile:
+        return of_sizes.get((rows, row_bytes)) or choose_dense_tile(num_tokens, rows, row_bytes, **others)
+
+    return mock.patch.object(dense, "choose_dense_tile", choose)
 
 
 def compile_all(
@@ -218,6 +245,7 @@ def main() -> None:
     parser.add_argument(
         "--busy", type=float, default=0.0, help="seconds for which a tile is repeated before it is timed"
     )
+    parser.add_argument("--steps", action="store_true", help="time tiles in decode steps too")
     parser.add_argument("--json", type=Path, help="where to write all times")
     args = parser.parse_args()
     config = BUILTIN_SHAPES[args.model]
@@ -230,7 +258,10 @@ def main() -> None:
     ]
     compile_all(
         compile_tile,
-        [(shape, tile) for shape in shapes for tile in sorted({t for n in args.rows for t in shape.tiles(n)}, key=str)],
+        sorted(
+            {(shape, tile, _compiled_rows(n)) for shape in shapes for n in args.rows for tile in shape.tiles(n)},
+            key=str,
+        ),
         _prepare_compiling,
     )
     print(f"{args.model} on {torch.cuda.get_device_name()}, microseconds")
@@ -242,6 +273,12 @@ def main() -> None:
                 f"{shape.kind:13} {shape.name:8}{rows:>5}  " + "   ".join(f"{time:6.1f} {name}" for time, name in shown)
             )
             everything.append({**asdict(shape), "rows": rows, "times": [*times, *others]})
+    for kind in args.kinds if args.steps else ():
+        with make_engine(args.model, None if kind == "bfloat16" else kind) as llm:
+            for rows in args.rows:
+                print(f"{kind}, steps of {rows} rows")
+                tiles = {shape: shape.tiles(rows) for shape in shapes if shape.kind == kind}
+                StepTimer(llm, rows, choosing, describe).time_all(tiles)
     if args.json is not None:
         args.json.write_text(json.dumps(everything))
 

@@ -1,23 +1,30 @@
-"""Times the tiles of `row_linear` at the products of a decoder layer: needs a GPU.
+"""Times the tiles of `row_linear` at the products of a decoder layer, alone and in decode steps: needs a GPU.
 
-    python tools/bench_row_tiles.py --model qwen3-8b --kinds fp8 int8 int4
+    python tools/bench_row_tiles.py --model qwen3-8b --kinds fp8 int8 int4 --steps 12
 
 Tiles are first compiled by many processes; a tile that does not compile ends the run when it is timed. A product
 includes the norm before it, the gate or the addition to the residual stream, and is timed over copies of the weight
 that together exceed the cache. A line has the largest relative difference of a tile's result from that of the engine's
 tile, the time of the engine's tile, and the fastest tiles, in microseconds: outputs of a warp, chunks that it loads
 together, warps of a program, programs of a multiprocessor.
+
+With --steps, so many tiles that are fastest alone are then given to the product in an engine with random weights, one
+after another, between steps with the engine's tile; and the fastest two of each product to all of them. Choose by that
+(step_timer.py says why). A line has the median microseconds of a step with the engine's tiles, and by how many one with
+each other tile is longer (+) or shorter. The same tiles captured twice differ by up to 10.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -25,11 +32,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from nanovllm.kernels.int4_packing import pack_int4
 from nanovllm.kernels.row_linear import _SUMS_BYTES, row_linear
-from nanovllm.kernels.row_tiles import RowTile
+from nanovllm.kernels.row_tiles import RowShape, RowTile
 from nanovllm.kernels.triton_support import next_power_of_2, shared_memory
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from tools.bench_dense_tiles import compile_all
 from tools.bench_quantized_linear import CACHE_BYTES, GROUP_SIZE, layer_products, surroundings, time_calls
+from tools.step_timer import StepTimer, make_engine
 
 KINDS = {"fp8": 8, "fp8-blocks": 8, "int8": 8, "int4": 4}  # bits
 BUSY_SECONDS = 0.008  # for which a tile is repeated before it is timed
@@ -42,6 +50,9 @@ class Shape(NamedTuple):
     name: str
     outputs: int  # rows of the weight
     inputs: int
+
+    def __str__(self) -> str:
+        return f"{self.kind:11}{self.name:8}{self.inputs:6}"
 
     @property
     def gated(self) -> bool:
@@ -88,8 +99,8 @@ def compile_tile(shape: Shape, tile: RowTile) -> None:
     row_linear(**shape.weight(), **shape.arguments(), tile=tile)
 
 
-def time_shape(shape: Shape, memory: int) -> None:
-    """Prints the line of a shape."""
+def time_alone(shape: Shape, memory: int) -> list[RowTile]:
+    """Prints the line of a product alone. Returns its tiles, from the fastest."""
     copies = max(2, CACHE_BYTES * 8 // (shape.outputs * shape.inputs * KINDS[shape.kind]) + 1)
     weights, given = [shape.weight() for _ in range(copies)], shape.arguments()
 
@@ -102,24 +113,44 @@ def time_shape(shape: Shape, memory: int) -> None:
         got = row_linear(**weights[0], **given, tile=tile).float()
         worst = max(worst, float((got - expected).norm() / expected.norm()))
         found.append((timed(tile), tile))
-    fastest = "  ".join(f"{time:.2f} {'·'.join(map(str, tile))}" for time, tile in sorted(found)[:SHOWN])
-    print(
-        f"{shape.kind:11}{shape.name:8}{shape.inputs:6}  {worst:.5f}  chosen {timed(None):.2f}   {fastest}", flush=True
-    )
+    found.sort()
+    fastest = "  ".join(f"{time_us:.2f} {_text(tile)}" for time_us, tile in found[:SHOWN])
+    print(f"{shape}  {worst:.5f}  chosen {timed(None):.2f}   {fastest}", flush=True)
+    return [tile for _, tile in found]
+
+
+def choosing(tiles: Mapping[Shape, RowTile]) -> AbstractContextManager[object]:
+    """Returns a context in which `row_linear` takes these tiles."""
+    of_sizes = {(shape.outputs, shape.inputs): tile for shape, tile in tiles.items()}
+    choose_tile = RowShape.choose_tile
+
+    def choose(shape: RowShape, num_multiprocessors: int) -> RowTile:
+        given = of_sizes.get((shape.output_size * (1 + shape.is_gated), shape.input_size))
+        return given or choose_tile(shape, num_multiprocessors)
+
+    return mock.patch.object(RowShape, "choose_tile", choose)
+
+
+def _text(tile: RowTile) -> str:
+    return "·".join(map(str, tile))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(BUILTIN_SHAPES), default="qwen3-8b")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--steps", type=int, default=0, metavar="TILES", help="that are timed in decode steps")
     args = parser.parse_args()
     memory = shared_memory(torch.device("cuda", torch.cuda.current_device()))
     sizes = layer_products(BUILTIN_SHAPES[args.model])
     shapes = [Shape(kind, name, *size) for kind in args.kinds for name, size in sizes.items()]
     compile_all(compile_tile, [(shape, tile) for shape in shapes for tile in shape.tiles(memory)])
     print(f"{args.model} on {torch.cuda.get_device_name()}, microseconds")
-    for shape in shapes:
-        time_shape(shape, memory)
+    tiles = {shape: time_alone(shape, memory)[: args.steps] for shape in shapes}
+    for kind in args.kinds if args.steps else ():
+        with make_engine(args.model, kind) as llm:
+            of_kind = {shape: some for shape, some in tiles.items() if shape.kind == kind}
+            StepTimer(llm, 1, choosing, _text).time_all(of_kind)
 
 
 if __name__ == "__main__":

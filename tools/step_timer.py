@@ -1,0 +1,124 @@
+"""StepTimer: times decode steps in which products have other tiles than the engine's. Needs a GPU.
+
+The tile of a product that is fastest in a step is often not the one that is fastest alone: how soon its programs leave
+their multiprocessors decides when those of the next kernel begin to read. At Qwen3-8B in FP8, another tile for one
+product of four, which alone was level, made a step 5 % shorter.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from itertools import product
+from operator import itemgetter
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any, Generic, TypeVar
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nanovllm import LLM, SamplingParams
+from nanovllm.engine.batch import StepNeeds
+from nanovllm.engine.in_process_executor import InProcessExecutor
+from nanovllm.models.builtin_shapes import PUBLISHED
+
+PROMPT_TOKENS = 64
+COMBINED = 2  # tiles of each product that are timed together with those of the others
+GROUPS, STEPS, UNCOUNTED_STEPS = 7, 12, 3
+
+Shape = TypeVar("Shape")
+Tile = TypeVar("Tile")
+
+
+class StepTimer(Generic[Shape, Tile]):
+    """Times decode steps of some rows with the engine's tiles and with others, in turns."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        rows: int,
+        choosing: Callable[[Mapping[Shape, Tile]], AbstractContextManager[object]],
+        describe: Callable[[Tile], str],
+    ) -> None:
+        """choosing: returns a context in which the engine takes these tiles for these products."""
+        self._engine = llm.llm_engine
+        self._rows, self._choosing, self._describe = rows, choosing, describe
+        executor = self._engine.executor
+        assert isinstance(executor, InProcessExecutor)
+        assert executor._runner is not None
+        assert executor._runner._graphs is not None, "decode steps are captured on a GPU alone"
+        self._graphs = executor._runner._graphs
+        self._size = self._graphs.sizes[bisect.bisect_left(self._graphs.sizes, rows)]
+        self._engine_step = self._capture()
+
+    def time_all(self, tiles: Mapping[Shape, Sequence[Tile]]) -> None:
+        """Prints a line for each product, and one for the fastest tiles of each together."""
+        fastest = [
+            self._time_line([{shape: tile} for tile in some], str(shape))[:COMBINED] for shape, some in tiles.items()
+        ]
+        together = [{shape: tile for one in some for shape, tile in one.items()} for some in product(*fastest)]
+        self._time_line(together, "together")
+
+    def _time_line(self, tiles: Sequence[Mapping[Shape, Tile]], label: str) -> list[Mapping[Shape, Tile]]:
+        """Prints the microseconds of a step, and by how many one with each of `tiles` is longer.
+
+        Returns `tiles`, from the fastest.
+        """
+        times = [self._time(some) for some in tiles]
+        found = sorted(zip((theirs - ours for ours, theirs in times), tiles, strict=True), key=itemgetter(0))
+        fastest = "   ".join(
+            f"{difference:+.1f} {' '.join(map(self._describe, some.values()))}" for difference, some in found
+        )
+        print(f"{label:32} step {median(ours for ours, _ in times):8.1f}   {fastest}", flush=True)
+        return [some for _, some in found]
+
+    def _time(self, tiles: Mapping[Shape, Tile]) -> tuple[float, float]:
+        """Returns the microseconds of a step with the engine's tiles and with `tiles`: medians of groups, in turns."""
+        with self._choosing(tiles):
+            other_step = self._capture()
+        endless = SamplingParams(temperature=0.6, max_tokens=None, ignore_eos=True)
+        prompts = [[row, *range(PROMPT_TOKENS - 1)] for row in range(self._rows)]  # that share no prefix
+        ids = [self._engine.add_request(str(row), prompt, endless) for row, prompt in enumerate(prompts)]
+        while self._engine.num_waiting_tokens:
+            self._engine.step()
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(GROUPS):
+            for step, of_step in zip((self._engine_step, other_step), times, strict=True):
+                self._graphs._captured[self._size, StepNeeds()] = step
+                for _ in range(UNCOUNTED_STEPS):
+                    self._engine.step()
+                started = time.perf_counter()
+                for _ in range(STEPS):
+                    self._engine.step()
+                of_step.append((time.perf_counter() - started) / STEPS * 1e6)
+        self._engine.discard_requests(ids)
+        while self._engine.has_unfinished_requests():
+            self._engine.step()
+        return median(times[0]), median(times[1])
+
+    def _capture(self) -> Any:
+        """Returns the decode step, captured with the tiles that are now chosen."""
+        torch.cuda.synchronize()
+        with torch.inference_mode():
+            return self._graphs.capture(self._size, StepNeeds())
+
+
+def make_engine(model: str, kind: str | None) -> LLM:
+    """Returns an engine with random weights of a built-in shape.
+
+    kind: what `quantization` takes, or fp8-blocks: FP8 with a scale for each block of 128 × 128, as in checkpoints.
+    """
+    options = {"load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 1024}
+    if kind != "fp8-blocks":
+        return LLM(model, quantization=kind, **options)
+    blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps({**PUBLISHED[model], "quantization_config": blocks}))
+        return LLM(folder, **options)
