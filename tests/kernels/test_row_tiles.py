@@ -4,25 +4,38 @@ from __future__ import annotations
 
 import pytest
 
-from nanovllm.kernels.row_tiles import RowTile, choose_row_tile
+from nanovllm.kernels.row_tiles import CHUNK_BYTES, RowShape, RowTile
 
 
-def choose(
-    num_chunks: int, outputs: int, *, is_int4: bool = False, gated: bool = False, is_plain: bool = True
-) -> RowTile:
-    return choose_row_tile(num_chunks, outputs, is_int4=is_int4, gated=gated, is_plain=is_plain and not gated)
+def choose(num_chunks: int, outputs: int, kind: str = "int8", *, gated: bool = False, normed: bool = False) -> RowTile:
+    """outputs: of a multiprocessor."""
+    shape = RowShape(
+        kind,
+        has_zeros=False,
+        has_bias=False,
+        has_norm=normed,
+        has_residual=False,
+        is_gated=gated,
+        group_size=128,
+        scale_rows=1,
+        output_size=outputs,
+        input_size=num_chunks * CHUNK_BYTES * (2 if kind == "int4" else 1),
+        num_words=num_chunks * CHUNK_BYTES // 4,
+    )
+    return shape.choose_tile(1)
 
 
 def in_round(tile: RowTile) -> int:
     return tile.outputs * tile.warps * tile.programs
 
 
-@pytest.mark.parametrize("is_int4", [False, True])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize("gated", [False, True])
-def test_rows_have_whole_pieces(is_int4: bool, gated: bool) -> None:
+@pytest.mark.parametrize("normed", [False, True])
+def test_rows_have_whole_pieces(kind: str, gated: bool, normed: bool) -> None:
     for num_chunks in range(1, 65):
         for outputs in range(1, 50):
-            assert num_chunks % choose(num_chunks, outputs, is_int4=is_int4, gated=gated).chunks == 0
+            assert num_chunks % choose(num_chunks, outputs, kind, gated=gated, normed=normed).chunks == 0
 
 
 @pytest.mark.parametrize(
@@ -42,7 +55,7 @@ def test_the_last_round_of_outputs_is_as_full_as_can_be(num_chunks: int, outputs
 
 
 def test_five_programs_are_for_plain_products() -> None:
-    assert in_round(choose(8, 39, is_plain=False)) == 16
+    assert in_round(choose(8, 39, normed=True)) == 16
     assert in_round(choose(4, 39, gated=True)) == 16
 
 
@@ -56,11 +69,28 @@ def test_short_rows_have_two_programs() -> None:
     assert choose(10, 31) == RowTile(2, 2, warps=16, programs=1)
 
 
+def test_fp8_tiles_of_qwen3_8b() -> None:
+    """Those that were fastest in whole steps, here and below. Chunks of qkv, o, and gate and up: 8, of down: 24."""
+    assert choose(8, 47, "fp8", normed=True) == RowTile(1, 2, warps=16, programs=1)
+    assert choose(8, 47, "int8", normed=True) == RowTile(1, 4, warps=16, programs=1)
+    assert choose(8, 32, "fp8") == RowTile(2, 4, warps=8, programs=2)
+    assert choose(8, 94, "fp8", gated=True, normed=True) == RowTile(1, 2, warps=16, programs=1)
+    assert choose(24, 32, "fp8") == RowTile(2, 4, warps=16, programs=1)
+
+
+def test_int4_tiles_of_qwen3_8b() -> None:
+    """Chunks of qkv and o: 4, of down: 12."""
+    assert choose(4, 47, "int4", normed=True) == RowTile(4, 2, warps=8, programs=2)
+    assert choose(4, 32, "int4") == RowTile(2, 2, warps=8, programs=2)
+    assert choose(12, 32, "int4") == RowTile(2, 3, warps=16, programs=1)
+
+
 def test_int4_tiles_of_qwen3_32b() -> None:
-    """Those that were fastest in whole steps. Chunks of o: 8, of gate and up: 5, of down: 25."""
-    assert choose(8, 39, is_int4=True) == RowTile(2, 4, warps=8, programs=2)
-    assert choose(5, 194, is_int4=True, gated=True) == RowTile(2, 1, warps=16, programs=1)
-    assert choose(25, 39, is_int4=True) == RowTile(2, 5, warps=8, programs=1)
+    """Chunks of qkv and of gate and up: 5, of o: 8, of down: 25."""
+    assert choose(5, 78, "int4", normed=True) == RowTile(2, 5, warps=4, programs=3)
+    assert choose(8, 39, "int4") == RowTile(2, 2, warps=8, programs=2)
+    assert choose(5, 194, "int4", gated=True) == RowTile(2, 1, warps=16, programs=1)
+    assert choose(25, 39, "int4") == RowTile(2, 5, warps=8, programs=1)
 
 
 def test_programs_share_the_registers_of_a_multiprocessor() -> None:
