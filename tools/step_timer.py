@@ -30,8 +30,9 @@ from nanovllm.engine.in_process_executor import InProcessExecutor
 from nanovllm.models.builtin_shapes import PUBLISHED
 
 PROMPT_TOKENS = 64
-COMBINED = 2  # tiles of each product that are timed together with those of the others
-GROUPS, STEPS, UNCOUNTED_STEPS = 7, 12, 3
+BRIEF_GROUPS, GROUPS, STEPS, UNCOUNTED_STEPS = 2, 7, 12, 3
+TIMED_AGAIN = 10  # of a product's tiles, after all were timed briefly
+COMBINED = 2  # of them, that are timed together with those of the other products
 
 Shape = TypeVar("Shape")
 Tile = TypeVar("Tile")
@@ -59,7 +60,10 @@ class StepTimer(Generic[Shape, Tile]):
         self._engine_step = self._capture()
 
     def time_all(self, tiles: Mapping[Shape, Sequence[Tile]]) -> None:
-        """Prints a line for each product, and one for the fastest tiles of each together."""
+        """Prints a line for each product, and one for the fastest tiles of each together.
+
+        Of a product with more than ten tiles, all are timed briefly, and the fastest ten again.
+        """
         fastest = [
             self._time_line([{shape: tile} for tile in some], str(shape))[:COMBINED] for shape, some in tiles.items()
         ]
@@ -71,16 +75,26 @@ class StepTimer(Generic[Shape, Tile]):
 
         Returns `tiles`, from the fastest.
         """
-        times = [self._time(some) for some in tiles]
-        found = sorted(zip((theirs - ours for ours, theirs in times), tiles, strict=True), key=itemgetter(0))
+        if len(tiles) > TIMED_AGAIN:
+            tiles = [some for _, _, some in self._sorted(tiles, BRIEF_GROUPS)][:TIMED_AGAIN]
+        found = self._sorted(tiles, GROUPS)
         fastest = "   ".join(
-            f"{difference:+.1f} {' '.join(map(self._describe, some.values()))}" for difference, some in found
+            f"{longer:+.1f} {' '.join(map(self._describe, some.values()))}" for longer, _, some in found
         )
-        print(f"{label:32} step {median(ours for ours, _ in times):8.1f}   {fastest}", flush=True)
-        return [some for _, some in found]
+        print(f"{label:32} step {median(ours for _, ours, _ in found):8.1f}   {fastest}", flush=True)
+        return [some for _, _, some in found]
 
-    def _time(self, tiles: Mapping[Shape, Tile]) -> tuple[float, float]:
-        """Returns the microseconds of a step with the engine's tiles and with `tiles`: medians of groups, in turns."""
+    def _sorted(
+        self, tiles: Sequence[Mapping[Shape, Tile]], groups: int
+    ) -> list[tuple[float, float, Mapping[Shape, Tile]]]:
+        """Returns (by how much a step with these tiles is longer, a step with the engine's, these) from the fastest."""
+        return sorted(((*self._time(some, groups), some) for some in tiles), key=itemgetter(0))
+
+    def _time(self, tiles: Mapping[Shape, Tile], groups: int) -> tuple[float, float]:
+        """Returns by how many microseconds a step with `tiles` is longer than one with the engine's, and that one's.
+
+        Both are medians of as many groups of steps, which take turns.
+        """
         with self._choosing(tiles):
             other_step = self._capture()
         endless = SamplingParams(temperature=0.6, max_tokens=None, ignore_eos=True)
@@ -89,7 +103,7 @@ class StepTimer(Generic[Shape, Tile]):
         while self._engine.num_waiting_tokens:
             self._engine.step()
         times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(GROUPS):
+        for _ in range(groups):
             for step, of_step in zip((self._engine_step, other_step), times, strict=True):
                 self._graphs._captured[self._size, StepNeeds()] = step
                 for _ in range(UNCOUNTED_STEPS):
@@ -101,7 +115,8 @@ class StepTimer(Generic[Shape, Tile]):
         self._engine.discard_requests(ids)
         while self._engine.has_unfinished_requests():
             self._engine.step()
-        return median(times[0]), median(times[1])
+        ours, theirs = map(median, times)
+        return theirs - ours, ours
 
     def _capture(self) -> Any:
         """Returns the decode step, captured with the tiles that are now chosen."""
