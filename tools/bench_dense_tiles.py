@@ -9,9 +9,7 @@ it prints the fastest tiles, the one that `choose_dense_tile` takes, and, to com
 `quantized_matmul`. With FP8 weights that have a scale for each output, it also prints torch's product, as the BLAS's.
 
 With --steps, each tile is then given to one product of all layers in an engine with random weights, between steps with
-the engine's tile; and the fastest two of each product to all of them. Choose by that (step_timer.py says why). A line
-has the median microseconds of a step with the engine's tiles, and by how many one with each other tile is longer (+) or
-shorter. The same tiles captured twice differ by up to 10.
+the engine's tile. Choose by that: step_timer.py says why, and what is printed.
 """
 
 from __future__ import annotations
@@ -21,9 +19,9 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -134,14 +132,21 @@ def _compiled_rows(rows: int) -> int:
     return 16 if rows <= MAX_COUNTED_TOKENS else 2 * MAX_COUNTED_TOKENS
 
 
-def choosing(tiles: Mapping[Shape, DenseTile]) -> AbstractContextManager[object]:
-    """Returns a context in which `dense_matmul` takes these tiles."""
-    of_sizes = {(shape.outputs, shape.inputs * (1 if shape.is_fp8 else 2)): tile for shape, tile in tiles.items()}
+@contextmanager
+def choosing(tiles: Mapping[Shape, DenseTile]) -> Iterator[set[Shape]]:
+    """A context in which `dense_matmul` takes these tiles. Adds the products that did to its set."""
+    of_sizes = {(shape.outputs, shape.inputs * (1 if shape.is_fp8 else 2)): shape for shape in tiles}
+    taken: set[Shape] = set()
 
     def choose(num_tokens: int, rows: int, row_bytes: int, **others: Any) -> DenseTile:
-        return of_sizes.get((rows, row_bytes)) or choose_dense_tile(num_tokens, rows, row_bytes, **others)
+        shape = of_sizes.get((rows, row_bytes))
+        if shape is None:
+            return choose_dense_tile(num_tokens, rows, row_bytes, **others)
+        taken.add(shape)
+        return tiles[shape]
 
-    return mock.patch.object(dense, "choose_dense_tile", choose)
+    with mock.patch.object(dense, "choose_dense_tile", choose):
+        yield taken
 
 
 def compile_all(
@@ -246,7 +251,7 @@ def main() -> None:
         "--busy", type=float, default=0.0, help="seconds for which a tile is repeated before it is timed"
     )
     parser.add_argument("--steps", action="store_true", help="time tiles in decode steps too")
-    parser.add_argument("--json", type=Path, help="where to write all times")
+    parser.add_argument("--json", type=Path, help="where to write all times of products alone")
     args = parser.parse_args()
     config = BUILTIN_SHAPES[args.model]
     sizes = layer_products(config) | {"head": (config.vocab_size, config.hidden_size)}
@@ -273,14 +278,14 @@ def main() -> None:
                 f"{shape.kind:13} {shape.name:8}{rows:>5}  " + "   ".join(f"{time:6.1f} {name}" for time, name in shown)
             )
             everything.append({**asdict(shape), "rows": rows, "times": [*times, *others]})
+    if args.json is not None:
+        args.json.write_text(json.dumps(everything))
     for kind in args.kinds if args.steps else ():
-        with make_engine(args.model, None if kind == "bfloat16" else kind) as llm:
+        with make_engine(args.model, None if kind == "bfloat16" else kind, max(args.rows)) as llm:
             for rows in args.rows:
                 print(f"{kind}, steps of {rows} rows")
                 tiles = {shape: shape.tiles(rows) for shape in shapes if shape.kind == kind}
                 StepTimer(llm, rows, choosing, describe).time_all(tiles)
-    if args.json is not None:
-        args.json.write_text(json.dumps(everything))
 
 
 if __name__ == "__main__":

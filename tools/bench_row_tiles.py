@@ -1,6 +1,6 @@
 """Times the tiles of `row_linear` at the products of a decoder layer, alone and in decode steps: needs a GPU.
 
-    python tools/bench_row_tiles.py --model qwen3-8b --kinds fp8 int8 int4 --steps 12
+    python tools/bench_row_tiles.py --model qwen3-8b --kinds fp8 int8 int4 --steps
 
 Tiles are first compiled by many processes; a tile that does not compile ends the run when it is timed. A product
 includes the norm before it, the gate or the addition to the residual stream, and is timed over copies of the weight
@@ -8,18 +8,16 @@ that together exceed the cache. A line has the largest relative difference of a 
 tile, the time of the engine's tile, and the fastest tiles, in microseconds: outputs of a warp, chunks that it loads
 together, warps of a program, programs of a multiprocessor.
 
-With --steps, so many tiles that are fastest alone are then given to the product in an engine with random weights, one
-after another, between steps with the engine's tile; and the fastest two of each product to all of them. Choose by that
-(step_timer.py says why). A line has the median microseconds of a step with the engine's tiles, and by how many one with
-each other tile is longer (+) or shorter. The same tiles captured twice differ by up to 10.
+With --steps, each tile is then given to one product of all layers in an engine with random weights, between steps with
+the engine's tile. Choose by that: step_timer.py says why, and what is printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -99,8 +97,8 @@ def compile_tile(shape: Shape, tile: RowTile) -> None:
     row_linear(**shape.weight(), **shape.arguments(), tile=tile)
 
 
-def time_alone(shape: Shape, memory: int) -> list[RowTile]:
-    """Prints the line of a product alone. Returns its tiles, from the fastest."""
+def time_alone(shape: Shape, tiles: Sequence[RowTile]) -> None:
+    """Prints the line of a product alone."""
     copies = max(2, CACHE_BYTES * 8 // (shape.outputs * shape.inputs * KINDS[shape.kind]) + 1)
     weights, given = [shape.weight() for _ in range(copies)], shape.arguments()
 
@@ -109,26 +107,31 @@ def time_alone(shape: Shape, memory: int) -> list[RowTile]:
 
     expected = row_linear(**weights[0], **given).float()
     found, worst = [], 0.0
-    for tile in shape.tiles(memory):
+    for tile in tiles:
         got = row_linear(**weights[0], **given, tile=tile).float()
         worst = max(worst, float((got - expected).norm() / expected.norm()))
         found.append((timed(tile), tile))
     found.sort()
     fastest = "  ".join(f"{time_us:.2f} {_text(tile)}" for time_us, tile in found[:SHOWN])
     print(f"{shape}  {worst:.5f}  chosen {timed(None):.2f}   {fastest}", flush=True)
-    return [tile for _, tile in found]
 
 
-def choosing(tiles: Mapping[Shape, RowTile]) -> AbstractContextManager[object]:
-    """Returns a context in which `row_linear` takes these tiles."""
-    of_sizes = {(shape.outputs, shape.inputs): tile for shape, tile in tiles.items()}
+@contextmanager
+def choosing(tiles: Mapping[Shape, RowTile]) -> Iterator[set[Shape]]:
+    """A context in which `row_linear` takes these tiles. Adds the products that did to its set."""
+    of_sizes = {(shape.outputs, shape.inputs): shape for shape in tiles}
+    taken: set[Shape] = set()
     choose_tile = RowShape.choose_tile
 
-    def choose(shape: RowShape, num_multiprocessors: int) -> RowTile:
-        given = of_sizes.get((shape.output_size * (1 + shape.is_gated), shape.input_size))
-        return given or choose_tile(shape, num_multiprocessors)
+    def choose(row_shape: RowShape, num_multiprocessors: int) -> RowTile:
+        shape = of_sizes.get((row_shape.output_size * (1 + row_shape.is_gated), row_shape.input_size))
+        if shape is None:
+            return choose_tile(row_shape, num_multiprocessors)
+        taken.add(shape)
+        return tiles[shape]
 
-    return mock.patch.object(RowShape, "choose_tile", choose)
+    with mock.patch.object(RowShape, "choose_tile", choose):
+        yield taken
 
 
 def _text(tile: RowTile) -> str:
@@ -139,14 +142,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(BUILTIN_SHAPES), default="qwen3-8b")
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
-    parser.add_argument("--steps", type=int, default=0, metavar="TILES", help="that are timed in decode steps")
+    parser.add_argument("--steps", action="store_true", help="time tiles in decode steps too")
     args = parser.parse_args()
     memory = shared_memory(torch.device("cuda", torch.cuda.current_device()))
     sizes = layer_products(BUILTIN_SHAPES[args.model])
     shapes = [Shape(kind, name, *size) for kind in args.kinds for name, size in sizes.items()]
-    compile_all(compile_tile, [(shape, tile) for shape in shapes for tile in shape.tiles(memory)])
+    tiles = {shape: list(shape.tiles(memory)) for shape in shapes}
+    compile_all(compile_tile, [(shape, tile) for shape, some in tiles.items() for tile in some])
     print(f"{args.model} on {torch.cuda.get_device_name()}, microseconds")
-    tiles = {shape: time_alone(shape, memory)[: args.steps] for shape in shapes}
+    for shape, some in tiles.items():
+        time_alone(shape, some)
     for kind in args.kinds if args.steps else ():
         with make_engine(args.model, kind) as llm:
             of_kind = {shape: some for shape, some in tiles.items() if shape.kind == kind}

@@ -1,8 +1,11 @@
 """StepTimer: times decode steps in which products have other tiles than the engine's. Needs a GPU.
 
-The tile of a product that is fastest in a step is often not the one that is fastest alone: how soon its programs leave
-their multiprocessors decides when those of the next kernel begin to read. At Qwen3-8B in FP8, another tile for one
-product of four, which alone was level, made a step 5 % shorter.
+The tile of a product that is fastest in a step is often not the one that is fastest alone, probably because it also
+decides when programs of the next kernel find room on a multiprocessor and begin to read. At Qwen3-8B in FP8, another
+tile for one product of four, not among the eight that were fastest alone, made a step 5 % shorter.
+
+Steps are timed by the clock of the host, so they must take the device longer than the host. The same tiles captured
+twice differ by up to 13 microseconds.
 """
 
 from __future__ import annotations
@@ -45,10 +48,10 @@ class StepTimer(Generic[Shape, Tile]):
         self,
         llm: LLM,
         rows: int,
-        choosing: Callable[[Mapping[Shape, Tile]], AbstractContextManager[object]],
+        choosing: Callable[[Mapping[Shape, Tile]], AbstractContextManager[set[Shape]]],
         describe: Callable[[Tile], str],
     ) -> None:
-        """choosing: returns a context in which the engine takes these tiles for these products."""
+        """choosing: returns a context in which the engine takes these tiles; it adds the products that did to a set."""
         self._engine = llm.llm_engine
         self._rows, self._choosing, self._describe = rows, choosing, describe
         executor = self._engine.executor
@@ -60,21 +63,25 @@ class StepTimer(Generic[Shape, Tile]):
         self._engine_step = self._capture()
 
     def time_all(self, tiles: Mapping[Shape, Sequence[Tile]]) -> None:
-        """Prints a line for each product, and one for the fastest tiles of each together.
+        """Prints a line for each product, and one for all combinations of each one's two fastest tiles.
 
-        Of a product with more than ten tiles, all are timed briefly, and the fastest ten again.
+        Of a product with more than ten tiles, all are timed briefly, and the fastest ten again. A line has the median
+        microseconds of a step with the engine's tiles, and by how many one with other tiles is longer (+) or shorter.
         """
-        fastest = [
-            self._time_line([{shape: tile} for tile in some], str(shape))[:COMBINED] for shape, some in tiles.items()
-        ]
-        together = [{shape: tile for one in some for shape, tile in one.items()} for some in product(*fastest)]
-        self._time_line(together, "together")
+        fastest = []
+        for shape, some in tiles.items():
+            with self._choosing({shape: some[0]}) as taken:
+                self._capture()
+            if taken:
+                fastest.append(self._time_line([{shape: tile} for tile in some], str(shape))[:COMBINED])
+            else:
+                print(f"{shape!s:32} not computed by this kernel")
+        if fastest:
+            together = [{shape: tile for one in some for shape, tile in one.items()} for some in product(*fastest)]
+            self._time_line(together, "together")
 
     def _time_line(self, tiles: Sequence[Mapping[Shape, Tile]], label: str) -> list[Mapping[Shape, Tile]]:
-        """Prints the microseconds of a step, and by how many one with each of `tiles` is longer.
-
-        Returns `tiles`, from the fastest.
-        """
+        """Prints a line. Returns `tiles`, from the fastest, without those that were only timed briefly."""
         if len(tiles) > TIMED_AGAIN:
             tiles = [some for _, _, some in self._sorted(tiles, BRIEF_GROUPS)][:TIMED_AGAIN]
         found = self._sorted(tiles, GROUPS)
@@ -125,12 +132,18 @@ class StepTimer(Generic[Shape, Tile]):
             return self._graphs.capture(self._size, StepNeeds())
 
 
-def make_engine(model: str, kind: str | None) -> LLM:
-    """Returns an engine with random weights of a built-in shape.
+def make_engine(model: str, kind: str | None, rows: int = 1) -> LLM:
+    """Returns an engine with random weights of a built-in shape, for up to so many rows.
 
-    kind: what `quantization` takes, or fp8-blocks: FP8 with a scale for each block of 128 × 128, as in checkpoints.
+    kind: None, for 16-bit weights; what `quantization` takes; or fp8-blocks: FP8 with a scale for each block of
+    128 × 128, as in checkpoints.
     """
-    options = {"load_format": "dummy", "skip_tokenizer_init": True, "max_model_len": 1024}
+    options = {
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": 1024,
+        "max_num_seqs": max(rows, 512),
+    }
     if kind != "fp8-blocks":
         return LLM(model, quantization=kind, **options)
     blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}

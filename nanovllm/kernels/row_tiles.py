@@ -1,7 +1,7 @@
 """What a product of `row_linear` looks like, and how it is divided among warps.
 
-The choice was measured on an H200 with `tools/bench_row_tiles.py`, and for Qwen3-8B, and INT4 weights of 32B, in decode
-steps, where the fastest tile is often not the one that is fastest alone.
+Tiles were chosen on an H200 with `tools/bench_row_tiles.py`: by products alone, and for Qwen3-8B, and 32B in INT4, by
+whole decode steps, where another tile is often fastest.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _byte_tile(shape: RowShape, num_outputs: int) -> RowTile:
     outputs = 1 if in_round == 16 else 2
     most_chunks = _MOST_CHUNKS[outputs, gated]
     if shape.kind == "fp8" and shape.has_norm and not shape.has_group_scale and num_chunks == 8 and outputs == 1:
-        most_chunks = 2  # qkv of 8B, with which a whole step takes 5 % longer with 4
+        most_chunks = 2  # qkv of 8B: with 4, a whole step takes 5 % longer
     chunks = next(size for size in range(most_chunks, 0, -1) if num_chunks % size == 0)
     if in_round == 40:
         return RowTile(outputs, chunks, warps=4, programs=5)
@@ -117,9 +117,11 @@ def _int4_tile(shape: RowShape, num_outputs: int) -> RowTile:
         return RowTile(2 if num_chunks <= 8 else 1, 1, warps=16, programs=1)
     if num_chunks == 1:
         return RowTile(4, 1, warps=16, programs=1)
-    if num_chunks == 4 and num_outputs > 32:
+    # Masks of inputs or outputs would need more registers than there are.
+    is_whole = shape.input_size % (2 * CHUNK_BYTES) == 0 and shape.output_size % 32 == 0
+    if num_chunks == 4 and num_outputs > 32 and is_whole:
         return RowTile(4, 2, warps=8, programs=2)
-    chunks = next(size for size in (3, 2, 5, 1) if num_chunks % size == 0)
+    chunks = 3 if num_chunks == 12 else next(size for size in (2, 5, 3, 1) if num_chunks % size == 0)
     if chunks == 5:
         return RowTile(2, 5, warps=4, programs=3) if num_chunks == 5 else RowTile(2, 5, warps=8, programs=1)
     if num_chunks <= 8:

@@ -247,8 +247,7 @@ class Startup:
         """Runs the largest possible steps, on a cache of the null block alone, and measures the memory they take."""
         self._set_rows_and_cache(runner, 0, self.plan.max_model_len)
         weights = torch.cuda.memory_allocated(self.device)
-        sizes = largest_prompt_sizes(self._config.max_num_batched_tokens)
-        prompts = {size: self._prompt_step(size) for size in sizes}
+        prompts = self._largest_prompt_steps()
         peaks = {size: self._peak_memory(runner, batch) - weights for size, batch in prompts.items()}
         # Summed, since CUDA graphs keep their memory during other steps.
         activations = max(peaks.values()) + self._peak_memory(runner, self._largest_decode_step()) - weights
@@ -275,6 +274,10 @@ class Startup:
     def _largest_decode_step(self) -> ScheduledBatch:
         num_rows = min(self._config.max_num_rows, self._config.max_num_batched_tokens)
         return ScheduledBatch.build(0, decode_rows=range(num_rows))
+
+    def _largest_prompt_steps(self) -> dict[int, ScheduledBatch]:
+        """Returns the prefill steps that may take most memory, by their sizes; the largest is the last one."""
+        return {size: self._prompt_step(size) for size in largest_prompt_sizes(self._config.max_num_batched_tokens)}
 
     def _prompt_step(self, num_tokens: int) -> ScheduledBatch:
         """Returns a step of so many tokens, or of fewer if prompts of all sequences cannot have as many."""
@@ -304,8 +307,8 @@ class Startup:
         events.kv_cache_allocated.log(logger, num_blocks=num_blocks, total_gb=total_gb)
         self._set_rows_and_cache(runner, num_blocks, max_model_len)
         if self.device.type == "cuda" and not self._starts_fast:
-            largest_prompts = self._prompt_step(self._config.max_num_batched_tokens)
-            for batch in (largest_prompts, self._largest_decode_step()):  # torch keeps the memory that they need
+            for batch in (*self._largest_prompt_steps().values(), self._largest_decode_step()):
+                # torch keeps the memory that it needs
                 runner.launch(batch).wait()
         self._stopwatch.lap("KV cache")
         return max_model_len

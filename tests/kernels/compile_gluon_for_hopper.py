@@ -94,9 +94,8 @@ def compile_row_linear(
     )
 
 
-def compile_dense_matmul(kind: str, gated: bool, tile: DenseTile) -> None:
+def compile_dense_matmul(kind: str, gated: bool, tile: DenseTile, num_tokens: int = 32) -> None:
     """kind: bf16, fp8, or blocks (FP8 with scales of 128 inputs)."""
-    num_tokens = 1024 if tile.tokens == 256 else 32  # a prompt step or a decode step
     input_size, outputs = 2048, 256
     groups = input_size // dense_matmul.GROUP_SIZE
     dtype = torch.bfloat16 if kind == "bf16" else torch.float8_e4m3fn
@@ -143,6 +142,7 @@ CASES = [
     (compile_row_linear, ("int4", torch.float16, 3072, False, False)),
     (compile_row_linear, ("int4", torch.bfloat16, 4096, False, True)),
     (compile_row_linear, ("int4", torch.bfloat16, 4096, False, True, 64)),
+    (compile_row_linear, ("int4", torch.bfloat16, 3584, False, True, 64)),
     (compile_row_linear, ("int4", torch.bfloat16, 4096, True, True)),
     (compile_row_linear, ("int4", torch.bfloat16, 5120, False, True)),
     (compile_row_linear, ("int4", torch.bfloat16, 5120, True, True)),
@@ -169,8 +169,8 @@ CASES = [
     (compile_dense_matmul, ("bf16", False, DenseTile(32, 9, parts=2))),
     (compile_dense_matmul, ("bf16", True, DenseTile(128, 5, warpgroups=3))),
     (compile_dense_matmul, ("bf16", False, DenseTile(256, 4, warpgroups=2))),
-    (compile_dense_matmul, ("bf16", True, DenseTile(256, 4, warpgroups=2))),
-    (compile_dense_matmul, ("fp8", False, DenseTile(256, 4, warpgroups=2))),
+    (compile_dense_matmul, ("bf16", True, DenseTile(256, 4, warpgroups=2), 2048)),
+    (compile_dense_matmul, ("fp8", True, DenseTile(256, 4, warpgroups=2), 512)),
     (compile_dense_matmul, ("fp8", True, DenseTile(64, 6, warpgroups=3))),
     (compile_dense_matmul, ("blocks", True, DenseTile(64, 6, parts=2))),
     (compile_dense_matmul, ("blocks", False, DenseTile(64, 6, warpgroups=3))),

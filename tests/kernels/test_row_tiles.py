@@ -7,8 +7,17 @@ import pytest
 from nanovllm.kernels.row_tiles import CHUNK_BYTES, RowShape, RowTile
 
 
-def choose(num_chunks: int, outputs: int, kind: str = "int8", *, gated: bool = False, normed: bool = False) -> RowTile:
-    """outputs: of a multiprocessor."""
+def choose(
+    num_chunks: int,
+    outputs: int,
+    kind: str = "int8",
+    *,
+    gated: bool = False,
+    normed: bool = False,
+    num_multiprocessors: int = 1,
+    missing_inputs: int = 0,
+) -> RowTile:
+    """outputs: of a multiprocessor. missing_inputs: of the last chunk."""
     shape = RowShape(
         kind,
         has_zeros=False,
@@ -18,11 +27,11 @@ def choose(num_chunks: int, outputs: int, kind: str = "int8", *, gated: bool = F
         is_gated=gated,
         group_size=128,
         scale_rows=1,
-        output_size=outputs,
-        input_size=num_chunks * CHUNK_BYTES * (2 if kind == "int4" else 1),
+        output_size=outputs * num_multiprocessors,
+        input_size=num_chunks * CHUNK_BYTES * (2 if kind == "int4" else 1) - missing_inputs,
         num_words=num_chunks * CHUNK_BYTES // 4,
     )
-    return shape.choose_tile(1)
+    return shape.choose_tile(num_multiprocessors)
 
 
 def in_round(tile: RowTile) -> int:
@@ -79,8 +88,10 @@ def test_fp8_tiles_of_qwen3_8b() -> None:
 
 
 def test_int4_tiles_of_qwen3_8b() -> None:
-    """Chunks of qkv and o: 4, of down: 12."""
-    assert choose(4, 47, "int4", normed=True) == RowTile(4, 2, warps=8, programs=2)
+    """Chunks of qkv and o: 4, of down: 12. Qkv without masks."""
+    assert choose(4, 48, "int4", normed=True, num_multiprocessors=2) == RowTile(4, 2, warps=8, programs=2)
+    assert choose(4, 47, "int4", normed=True) == RowTile(2, 2, warps=8, programs=2)
+    assert choose(4, 48, "int4", normed=True, num_multiprocessors=2, missing_inputs=512) == RowTile(2, 2, 8, 2)
     assert choose(4, 32, "int4") == RowTile(2, 2, warps=8, programs=2)
     assert choose(12, 32, "int4") == RowTile(2, 3, warps=16, programs=1)
 
