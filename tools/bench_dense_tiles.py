@@ -19,14 +19,12 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -41,8 +39,8 @@ from nanovllm.kernels.quantized_matmul import quantized_matmul
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.kernels.triton_support import multiprocessor_count, shared_memory
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
-from tools.bench_quantized_linear import CACHE_BYTES, layer_products, time_calls
-from tools.step_timer import StepTimer, make_engine
+from tools.bench_quantized_linear import CACHE_BYTES, LayerProduct, layer_products, time_calls
+from tools.step_timer import Chooser, StepTimer, make_engine
 
 KINDS = ("bfloat16", "fp8", "fp8-blocks")
 FP8 = torch.float8_e4m3fn
@@ -53,12 +51,7 @@ Times = list[tuple[float, str]]  # microseconds, and what took them
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A product of the layer."""
-
-    name: str
-    outputs: int  # rows of the weight
-    inputs: int
+class Shape(LayerProduct):
     kind: str  # of KINDS
 
     def __str__(self) -> str:
@@ -71,10 +64,6 @@ class Shape:
     @property
     def has_groups(self) -> bool:
         return self.kind == "fp8-blocks"
-
-    @property
-    def gated(self) -> bool:
-        return self.name == "gate_up"
 
     @property
     def has_residual(self) -> bool:
@@ -132,21 +121,9 @@ def _compiled_rows(rows: int) -> int:
     return 16 if rows <= MAX_COUNTED_TOKENS else 2 * MAX_COUNTED_TOKENS
 
 
-@contextmanager
-def choosing(tiles: Mapping[Shape, DenseTile]) -> Iterator[set[Shape]]:
-    """A context in which `dense_matmul` takes these tiles. Adds the products that did to its set."""
-    of_sizes = {(shape.outputs, shape.inputs * (1 if shape.is_fp8 else 2)): shape for shape in tiles}
-    taken: set[Shape] = set()
-
-    def choose(num_tokens: int, rows: int, row_bytes: int, **others: Any) -> DenseTile:
-        shape = of_sizes.get((rows, row_bytes))
-        if shape is None:
-            return choose_dense_tile(num_tokens, rows, row_bytes, **others)
-        taken.add(shape)
-        return tiles[shape]
-
-    with mock.patch.object(dense, "choose_dense_tile", choose):
-        yield taken
+def _sizes(itemsize: int, num_tokens: int, rows: int, row_bytes: int, **others: object) -> tuple[int, int]:
+    """Returns the weight's (outputs, inputs), from what `choose_dense_tile` takes."""
+    return rows, row_bytes // itemsize
 
 
 def compile_all(
@@ -281,11 +258,12 @@ def main() -> None:
     if args.json is not None:
         args.json.write_text(json.dumps(everything))
     for kind in args.kinds if args.steps else ():
+        chooser = Chooser(dense, "choose_dense_tile", partial(_sizes, 2 if kind == "bfloat16" else 1))
         with make_engine(args.model, None if kind == "bfloat16" else kind, max(args.rows)) as llm:
             for rows in args.rows:
                 print(f"{kind}, steps of {rows} rows")
                 tiles = {shape: shape.tiles(rows) for shape in shapes if shape.kind == kind}
-                StepTimer(llm, rows, choosing, describe).time_all(tiles)
+                StepTimer(llm, rows, chooser, describe).time_all(tiles)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -52,6 +53,19 @@ def main() -> None:
         for index, rows in enumerate(args.rows):
             row = [times[name][index] for name in sizes]
             print(f"{kind:12}{rows:>6}" + "".join(f"{time:>10.1f}" for time in [*row, sum(row)]))
+
+
+@dataclass(frozen=True)
+class LayerProduct:
+    """A product of a decoder layer, or the LM head."""
+
+    name: str  # as in `layer_products`, or head
+    outputs: int  # rows of the weight
+    inputs: int
+
+    @property
+    def gated(self) -> bool:
+        return self.name == "gate_up"
 
 
 def layer_products(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import torch
 
@@ -34,27 +33,24 @@ from nanovllm.kernels.row_tiles import RowShape, RowTile
 from nanovllm.kernels.triton_support import next_power_of_2, shared_memory
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from tools.bench_dense_tiles import compile_all
-from tools.bench_quantized_linear import CACHE_BYTES, GROUP_SIZE, layer_products, surroundings, time_calls
-from tools.step_timer import StepTimer, make_engine
+from tools.bench_quantized_linear import CACHE_BYTES, GROUP_SIZE, LayerProduct, layer_products, surroundings, time_calls
+from tools.step_timer import Chooser, StepTimer, dotted, make_engine
 
 KINDS = {"fp8": 8, "fp8-blocks": 8, "int8": 8, "int4": 4}  # bits
 BUSY_SECONDS = 0.008  # for which a tile is repeated before it is timed
 OTHER_REGISTERS = 24  # of a thread, beside weights
 SHOWN = 8
+CHOOSER = Chooser(
+    RowShape, "choose_tile", lambda shape, _: (shape.output_size * (1 + shape.is_gated), shape.input_size)
+)
 
 
-class Shape(NamedTuple):
-    kind: str
-    name: str
-    outputs: int  # rows of the weight
-    inputs: int
+@dataclass(frozen=True)
+class Shape(LayerProduct):
+    kind: str  # of KINDS
 
     def __str__(self) -> str:
         return f"{self.kind:11}{self.name:8}{self.inputs:6}"
-
-    @property
-    def gated(self) -> bool:
-        return self.name == "gate_up"
 
     def tiles(self, memory: int) -> Iterator[RowTile]:
         """Returns the tiles that registers, and `memory` bytes of shared memory, have room for."""
@@ -112,30 +108,8 @@ def time_alone(shape: Shape, tiles: Sequence[RowTile]) -> None:
         worst = max(worst, float((got - expected).norm() / expected.norm()))
         found.append((timed(tile), tile))
     found.sort()
-    fastest = "  ".join(f"{time_us:.2f} {_text(tile)}" for time_us, tile in found[:SHOWN])
+    fastest = "  ".join(f"{time_us:.2f} {dotted(tile)}" for time_us, tile in found[:SHOWN])
     print(f"{shape}  {worst:.5f}  chosen {timed(None):.2f}   {fastest}", flush=True)
-
-
-@contextmanager
-def choosing(tiles: Mapping[Shape, RowTile]) -> Iterator[set[Shape]]:
-    """A context in which `row_linear` takes these tiles. Adds the products that did to its set."""
-    of_sizes = {(shape.outputs, shape.inputs): shape for shape in tiles}
-    taken: set[Shape] = set()
-    choose_tile = RowShape.choose_tile
-
-    def choose(row_shape: RowShape, num_multiprocessors: int) -> RowTile:
-        shape = of_sizes.get((row_shape.output_size * (1 + row_shape.is_gated), row_shape.input_size))
-        if shape is None:
-            return choose_tile(row_shape, num_multiprocessors)
-        taken.add(shape)
-        return tiles[shape]
-
-    with mock.patch.object(RowShape, "choose_tile", choose):
-        yield taken
-
-
-def _text(tile: RowTile) -> str:
-    return "·".join(map(str, tile))
 
 
 def main() -> None:
@@ -146,7 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     memory = shared_memory(torch.device("cuda", torch.cuda.current_device()))
     sizes = layer_products(BUILTIN_SHAPES[args.model])
-    shapes = [Shape(kind, name, *size) for kind in args.kinds for name, size in sizes.items()]
+    shapes = [Shape(name, *size, kind) for kind in args.kinds for name, size in sizes.items()]
     tiles = {shape: list(shape.tiles(memory)) for shape in shapes}
     compile_all(compile_tile, [(shape, tile) for shape, some in tiles.items() for tile in some])
     print(f"{args.model} on {torch.cuda.get_device_name()}, microseconds")
@@ -155,7 +129,7 @@ def main() -> None:
     for kind in args.kinds if args.steps else ():
         with make_engine(args.model, kind) as llm:
             of_kind = {shape: some for shape, some in tiles.items() if shape.kind == kind}
-            StepTimer(llm, 1, choosing, _text).time_all(of_kind)
+            StepTimer(llm, 1, CHOOSER, dotted).time_all(of_kind)
 
 
 if __name__ == "__main__":

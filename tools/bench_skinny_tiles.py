@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 
@@ -25,11 +24,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanovllm.kernels import skinny_linear as skinny
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from tools.bench_dense_tiles import compile_all
-from tools.bench_quantized_linear import layer_products, surroundings
-from tools.step_timer import StepTimer, make_engine
+from tools.bench_quantized_linear import LayerProduct, layer_products, surroundings
+from tools.step_timer import Chooser, StepTimer, choosing, dotted, make_engine
 
 BYTES_OF_THREAD = (32, 512)  # of the weight: with fewer, it reads 16 less than twice; more do not fit in registers
 MIN_PROGRAMS = 132
+CHOOSER = Chooser(skinny, "_choose_tile", lambda num_tokens, weight, gated: tuple(weight.shape))
 
 
 class SkinnyTile(NamedTuple):
@@ -37,17 +37,10 @@ class SkinnyTile(NamedTuple):
     warps: int  # of a program
 
 
-class Shape(NamedTuple):
-    name: str
-    outputs: int  # rows of the weight
-    inputs: int
-
+@dataclass(frozen=True)
+class Shape(LayerProduct):
     def __str__(self) -> str:
         return f"{self.name:8}{self.outputs:7}{self.inputs:6}"
-
-    @property
-    def gated(self) -> bool:
-        return self.name == "gate_up"
 
     def tiles(self) -> Iterator[SkinnyTile]:
         """Returns the tiles that registers have room for, and that leave no multiprocessor without a program."""
@@ -60,30 +53,12 @@ class Shape(NamedTuple):
                 yield SkinnyTile(outputs, warps)
 
 
-@contextmanager
-def choosing(tiles: Mapping[Shape, SkinnyTile]) -> Iterator[set[Shape]]:
-    """A context in which `skinny_linear` takes these tiles. Adds the products that did to its set."""
-    of_sizes = {(shape.outputs, shape.inputs): shape for shape in tiles}
-    taken: set[Shape] = set()
-    choose_tile = skinny._choose_tile
-
-    def choose(num_tokens: int, weight: torch.Tensor, gated: bool) -> tuple[int, int]:
-        shape = of_sizes.get((weight.shape[0], weight.shape[1]))
-        if shape is None:
-            return choose_tile(num_tokens, weight, gated)
-        taken.add(shape)
-        return tiles[shape]
-
-    with mock.patch.object(skinny, "_choose_tile", choose):
-        yield taken
-
-
 def compile_tile(shape: Shape, tile: SkinnyTile) -> None:
     """Compiles a kernel into Triton's cache."""
     hidden = torch.randn(1, shape.inputs, dtype=torch.bfloat16, device="cuda")
     weight = torch.empty(shape.outputs, shape.inputs, dtype=torch.bfloat16, device="cuda")
     around: dict[str, Any] = {} if shape.name == "head" else surroundings(shape.name, hidden, shape.outputs)
-    with choosing({shape: tile}):
+    with choosing(CHOOSER, {shape: tile}):
         skinny.skinny_linear(hidden, weight, **around)
 
 
@@ -97,7 +72,7 @@ def main() -> None:
     compile_all(compile_tile, [(shape, tile) for shape, some in tiles.items() for tile in some])
     print(f"{args.model} on {torch.cuda.get_device_name()}, microseconds")
     with make_engine(args.model, None) as llm:
-        StepTimer(llm, 1, choosing, lambda tile: "·".join(map(str, tile))).time_all(tiles)
+        StepTimer(llm, 1, CHOOSER, dotted).time_all(tiles)
 
 
 if __name__ == "__main__":

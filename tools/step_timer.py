@@ -13,47 +13,72 @@ from __future__ import annotations
 import bisect
 import json
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import product
 from operator import itemgetter
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
+from unittest import mock
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nanovllm import LLM, SamplingParams
+from nanovllm import LLM
 from nanovllm.engine.batch import StepNeeds
 from nanovllm.engine.in_process_executor import InProcessExecutor
 from nanovllm.models.builtin_shapes import PUBLISHED
+from tools.bench_quantized_linear import LayerProduct
+from tools.time_decode_steps import decoding, time_group
 
 PROMPT_TOKENS = 64
 BRIEF_GROUPS, GROUPS, STEPS, UNCOUNTED_STEPS = 2, 7, 12, 3
 TIMED_AGAIN = 10  # of a product's tiles, after all were timed briefly
 COMBINED = 2  # of them, that are timed together with those of the other products
 
-Shape = TypeVar("Shape")
+Shape = TypeVar("Shape", bound=LayerProduct)
 Tile = TypeVar("Tile")
+
+
+class Chooser(NamedTuple):
+    """The function, or method, that chooses a kernel's tiles."""
+
+    owner: object  # the module or class that has it
+    name: str
+    sizes: Callable[..., tuple[int, int]]  # takes its arguments, and returns the weight's (outputs, inputs)
+
+
+@contextmanager
+def choosing(chooser: Chooser, tiles: Mapping[Shape, Tile]) -> Iterator[set[Shape]]:
+    """A context in which a kernel takes these tiles. Adds the products that did to its set."""
+    of_sizes = {(shape.outputs, shape.inputs): shape for shape in tiles}
+    taken: set[Shape] = set()
+    choose_tile = getattr(chooser.owner, chooser.name)
+
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        shape = of_sizes.get(chooser.sizes(*args, **kwargs))
+        if shape is None:
+            return choose_tile(*args, **kwargs)
+        taken.add(shape)
+        return tiles[shape]
+
+    with mock.patch.object(chooser.owner, chooser.name, choose):
+        yield taken
+
+
+def dotted(tile: tuple[int, ...]) -> str:
+    return "·".join(map(str, tile))
 
 
 class StepTimer(Generic[Shape, Tile]):
     """Times decode steps of some rows with the engine's tiles and with others, in turns."""
 
-    def __init__(
-        self,
-        llm: LLM,
-        rows: int,
-        choosing: Callable[[Mapping[Shape, Tile]], AbstractContextManager[set[Shape]]],
-        describe: Callable[[Tile], str],
-    ) -> None:
-        """choosing: returns a context in which the engine takes these tiles; it adds the products that did to a set."""
+    def __init__(self, llm: LLM, rows: int, chooser: Chooser, describe: Callable[[Tile], str]) -> None:
         self._engine = llm.llm_engine
-        self._rows, self._choosing, self._describe = rows, choosing, describe
+        self._rows, self._chooser, self._describe = rows, chooser, describe
         executor = self._engine.executor
         assert isinstance(executor, InProcessExecutor)
         assert executor._runner is not None
@@ -70,7 +95,7 @@ class StepTimer(Generic[Shape, Tile]):
         """
         fastest = []
         for shape, some in tiles.items():
-            with self._choosing({shape: some[0]}) as taken:
+            with choosing(self._chooser, {shape: some[0]}) as taken:
                 self._capture()
             if taken:
                 fastest.append(self._time_line([{shape: tile} for tile in some], str(shape))[:COMBINED])
@@ -102,26 +127,14 @@ class StepTimer(Generic[Shape, Tile]):
 
         Both are medians of as many groups of steps, which take turns.
         """
-        with self._choosing(tiles):
+        with choosing(self._chooser, tiles):
             other_step = self._capture()
-        endless = SamplingParams(temperature=0.6, max_tokens=None, ignore_eos=True)
-        prompts = [[row, *range(PROMPT_TOKENS - 1)] for row in range(self._rows)]  # that share no prefix
-        ids = [self._engine.add_request(str(row), prompt, endless) for row, prompt in enumerate(prompts)]
-        while self._engine.num_waiting_tokens:
-            self._engine.step()
         times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(groups):
-            for step, of_step in zip((self._engine_step, other_step), times, strict=True):
-                self._graphs._captured[self._size, StepNeeds()] = step
-                for _ in range(UNCOUNTED_STEPS):
-                    self._engine.step()
-                started = time.perf_counter()
-                for _ in range(STEPS):
-                    self._engine.step()
-                of_step.append((time.perf_counter() - started) / STEPS * 1e6)
-        self._engine.discard_requests(ids)
-        while self._engine.has_unfinished_requests():
-            self._engine.step()
+        with decoding(self._engine, self._rows, PROMPT_TOKENS):
+            for _ in range(groups):
+                for step, of_step in zip((self._engine_step, other_step), times, strict=True):
+                    self._graphs._captured[self._size, StepNeeds()] = step
+                    of_step.append(time_group(self._engine, UNCOUNTED_STEPS, STEPS) * 1e3)
         ours, theirs = map(median, times)
         return theirs - ours, ours
 

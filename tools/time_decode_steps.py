@@ -17,6 +17,8 @@ import argparse
 import random
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -30,8 +32,9 @@ GROUPS, STEPS = 5, 14
 UNCOUNTED_STEPS = 6  # captures graphs
 
 
-def time_steps(engine: LLMEngine, rows: int, prompt_tokens: int) -> float:
-    """Returns the milliseconds of a step in which `rows` requests with prompts of `prompt_tokens` decode."""
+@contextmanager
+def decoding(engine: LLMEngine, rows: int, prompt_tokens: int) -> Iterator[None]:
+    """A context in which `rows` requests with random prompts of `prompt_tokens` decode without end."""
     rng = random.Random(rows)
     endless = SamplingParams(temperature=0.6, max_tokens=None, ignore_eos=True)
     vocab_size = engine.resolved.vocab_size
@@ -42,18 +45,26 @@ def time_steps(engine: LLMEngine, rows: int, prompt_tokens: int) -> float:
     ]
     while engine.num_waiting_tokens:
         engine.step()
-    for _ in range(UNCOUNTED_STEPS):
-        engine.step()
-    times = []
-    for _ in range(GROUPS):
-        started = time.perf_counter()
-        for _ in range(STEPS):
-            engine.step()
-        times.append((time.perf_counter() - started) / STEPS * 1e3)
+    yield
     engine.discard_requests(ids)
     while engine.has_unfinished_requests():
         engine.step()
-    return median(times)
+
+
+def time_group(engine: LLMEngine, uncounted: int, steps: int) -> float:
+    """Returns the milliseconds of a step, over `steps` of them, after some that do not count."""
+    for _ in range(uncounted):
+        engine.step()
+    started = time.perf_counter()
+    for _ in range(steps):
+        engine.step()
+    return (time.perf_counter() - started) / steps * 1e3
+
+
+def time_steps(engine: LLMEngine, rows: int, prompt_tokens: int) -> float:
+    """Returns the milliseconds of a step in which `rows` requests with prompts of `prompt_tokens` decode."""
+    with decoding(engine, rows, prompt_tokens):
+        return median(time_group(engine, 0 if group else UNCOUNTED_STEPS, STEPS) for group in range(GROUPS))
 
 
 def main() -> None:
