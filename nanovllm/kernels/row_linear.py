@@ -1,14 +1,14 @@
-"""Matrix products of one row with weights of 8 or 4 bits, in Gluon.
+"""Matrix products of one row with weights of 16, 8 or 4 bits, in Gluon.
 
 Such a product takes the time to read the weight, so nothing else should. A program brings the input into shared memory
 once, and then takes one band of outputs after another. Each warp computes outputs of its own, so that warps wait for
 each other once, when the input is there, and no sum crosses them. A warp loads the next weights while it multiplies.
 What is fused, and what precedes the end of the kernel ahead, is as in `skinny_linear`.
 
-Weights of 8 bits are converted to float32 in registers. With 4 bits, memory delivers a weight in the time of three
-instructions, and converting it takes that many. So the input is converted instead: each 128 inputs share a scale and
-become integers of 16 bits, which is more exact than bf16, and an instruction multiplies four weights by the upper or
-lower bytes of four such integers.
+Weights of 16 and 8 bits are converted to float32 in registers. With 4 bits, memory delivers a weight in the time of
+three instructions, and converting it takes that many. So the input is converted instead: each 128 inputs share a scale
+and become integers of 16 bits, which is more exact than bf16, and an instruction multiplies four weights by the upper
+or lower bytes of four such integers.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from nanovllm.kernels.triton_support import (
     shared_memory,
 )
 
+_KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8", torch.int8: "int8"}
 _MAX_INPUTS = 32768  # more were not tried
 _SUMS_BYTES = 4096  # of shared memory beside the input, at most
 _BLOCK = constant(BLOCK_SIZE)  # inputs: of a scale, and in INT4 of what is packed together
@@ -62,7 +63,7 @@ cvt.f32.f16 $3, h3;
 class RowTensors(NamedTuple):
     """What the kernel reads and writes. A tensor that the shape does not have is some other one, and is not read."""
 
-    x: torch.Tensor  # as is norm_weight: words of four numbers, with INT4 of two
+    x: torch.Tensor  # as is norm_weight: words of four numbers, but of two with weights of 16 bits or INT4
     weight: torch.Tensor  # words of 32 bits
     scale: torch.Tensor
     zeros: torch.Tensor
@@ -96,14 +97,15 @@ def _load_row(
     SHAPE: gl.constexpr,
     dtype: gl.constexpr,
 ) -> gl.tuple:
-    """Loads the inputs that belong to words of the weight: of 8 bits four neighbours, of INT4 a pair of each plane."""
+    """Loads the inputs that belong to words of the weight: two or four neighbours, or of INT4 a pair of each plane."""
     numbers: gl.tuple = ()
     if SHAPE.is_int4:
         for plane in gl.static_range(4):
             place = block * (_BLOCK // 2) + plane * _PLANE + word
             numbers = numbers + _load_numbers(ptr, place, 2, SHAPE.input_size, dtype)
     else:
-        numbers = _load_numbers(ptr, block * (_BLOCK // 4) + word, 4, SHAPE.input_size, dtype)
+        COUNT: gl.constexpr = SHAPE.num_parts
+        numbers = _load_numbers(ptr, block * (_BLOCK // COUNT) + word, COUNT, SHAPE.input_size, dtype)
     return numbers
 
 
@@ -212,9 +214,9 @@ def _load_inputs(
     WORD_LAYOUT: gl.constexpr,
     LANE_LAYOUT: gl.constexpr,
 ) -> gl.tuple:
-    """Loads a chunk of the input from shared memory: four tensors [1, 128]; of INT4 a lane's sum and scale [1, 32]."""
+    """Loads a chunk of the input from shared memory: tensors [1, 128]; of INT4 a lane's sum and scale [1, 32]."""
     loaded: gl.tuple = ()
-    for part in gl.static_range(4):
+    for part in gl.static_range(len(inputs)):
         values = inputs[part].slice(chunk * _CHUNK_WORDS, _CHUNK_WORDS).load(gl.SliceLayout(0, WORD_LAYOUT))
         loaded = loaded + (gl.expand_dims(values, 0),)
     if SHAPE.is_int4:
@@ -229,9 +231,14 @@ def _load_inputs(
 
 @gluon_jit()
 def _to_floats(words: gl.tensor, SHAPE: gl.constexpr) -> gl.tuple:
-    """Returns a word's four weights of 8 bits, from the lowest byte, in float32."""
+    """Returns a word's two or four weights, from the lowest bits, in float32."""
     FLOATS: gl.constexpr = (gl.float32, gl.float32, gl.float32, gl.float32)
-    if SHAPE.kind == "int8":
+    if SHAPE.kind == "bf16":
+        numbers = ((words << 16).to(gl.float32, bitcast=True), (words & -65536).to(gl.float32, bitcast=True))
+    elif SHAPE.kind == "fp16":
+        low, high = words.to(gl.int16), (words >> 16).to(gl.int16)
+        numbers = (low.to(gl.float16, bitcast=True).to(gl.float32), high.to(gl.float16, bitcast=True).to(gl.float32))
+    elif SHAPE.kind == "int8":
         numbers = gl.inline_asm_elementwise(
             INT8_TO_FLOAT, "=&f,=&f,=&f,=&f,r", [words], dtype=FLOATS, is_pure=True, pack=1
         )
@@ -254,7 +261,9 @@ def _multiply(weights: gl.tuple, inputs: gl.tuple, SHAPE: gl.constexpr, LANE_LAY
         products = upper * 256 + lower
     else:
         numbers = _to_floats(words, SHAPE)
-        products = numbers[0] * inputs[0] + numbers[1] * inputs[1] + (numbers[2] * inputs[2] + numbers[3] * inputs[3])
+        products = numbers[0] * inputs[0] + numbers[1] * inputs[1]
+        if not SHAPE.is_half:
+            products += numbers[2] * inputs[2] + numbers[3] * inputs[3]
     dot = gl.sum(gl.reshape(products, [words.shape[0], 32, 4]), axis=2)
     dot = gl.convert_layout(dot, LANE_LAYOUT, assert_trivial=True)
     if SHAPE.is_int4:
@@ -281,7 +290,7 @@ def _row_linear_kernel(given: gl.tuple, SHAPE: gl.constexpr, TILE: gl.constexpr,
     WORD_LAYOUT: gl.constexpr = gl.BlockedLayout([WARP_ROWS, 4], [1, 32], [WARPS, 1], [1, 0])
     LANE_LAYOUT: gl.constexpr = gl.BlockedLayout([WARP_ROWS, 1], [1, 32], [WARPS, 1], [1, 0])
     # Of the input on its way to shared memory: a block's words lie in one warp.
-    EACH: gl.constexpr = max(1, min(4, PADDED_BLOCKS * BLOCK_WORDS // (32 * WARPS)))
+    EACH: gl.constexpr = max(max(1, BLOCK_WORDS // 32), min(4, PADDED_BLOCKS * BLOCK_WORDS // (32 * WARPS)))
     BLOCK_LANES: gl.constexpr = BLOCK_WORDS // EACH
     INPUT: gl.constexpr = gl.BlockedLayout([1, EACH], [32 // BLOCK_LANES, BLOCK_LANES], [WARPS, 1], [1, 0])
     ALL_BLOCKS: gl.constexpr = gl.BlockedLayout([1, max(1, PADDED_BLOCKS // 32)], [1, 32], [WARPS, 1], [1, 0])
@@ -291,9 +300,10 @@ def _row_linear_kernel(given: gl.tuple, SHAPE: gl.constexpr, TILE: gl.constexpr,
     if PDL:
         gdc_launch_dependents()
     # Separate buffers: between stores to parts of one buffer the compiler puts a barrier. A buffer has a word for each
-    # word of the weight: one of its four inputs, or in INT4 the upper or lower bytes of four.
+    # word of the weight: one of its inputs, or in INT4 the upper or lower bytes of four.
     inputs: gl.tuple = ()
-    for _part in gl.static_range(4):
+    NUM_PARTS: gl.constexpr = SHAPE.num_parts
+    for _part in gl.static_range(NUM_PARTS):
         inputs = inputs + (gl.allocate_shared_memory(INPUT_TYPE, [PADDED_BLOCKS * BLOCK_WORDS], PLAIN),)
     sums: gl.tuple = ()  # of blocks: the sum and the scale of integers, the sum of squares
     for _part in gl.static_range(3):
@@ -318,7 +328,7 @@ def _row_linear_kernel(given: gl.tuple, SHAPE: gl.constexpr, TILE: gl.constexpr,
         x = normed
     if SHAPE.is_int4:
         x = _to_integers(x, sums[0], sums[1], SHAPE.has_norm)
-    for part in gl.static_range(4):
+    for part in gl.static_range(NUM_PARTS):
         inputs[part].store(gl.reshape(x[part], [PADDED_BLOCKS * BLOCK_WORDS]))
     block_barrier()  # the compiler's own may lie in the main loop
     factor = 1.0
@@ -340,7 +350,7 @@ def _row_linear_kernel(given: gl.tuple, SHAPE: gl.constexpr, TILE: gl.constexpr,
                 up_bias = gl.load(given.bias + up_output, mask=mask, other=0.0).to(gl.float32)
         if SHAPE.has_residual:
             addend = gl.load(given.residual + output, mask=mask, other=0.0).to(gl.float32)
-        if not SHAPE.has_group_scale:
+        if not (SHAPE.has_group_scale or SHAPE.is_half):
             scale *= gl.load(given.scale + output * given.scale_row_stride, mask=mask, other=0.0)
             if SHAPE.is_gated:
                 up_scale *= gl.load(given.scale + up_output * given.scale_row_stride, mask=mask, other=0.0)
@@ -381,7 +391,7 @@ def suits_row_linear(x: torch.Tensor, group_size: int = 0) -> bool:
 def row_linear(
     x: torch.Tensor,
     weight: torch.Tensor,
-    scale: torch.Tensor,
+    scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     *,
     zeros: torch.Tensor | None = None,
@@ -394,9 +404,9 @@ def row_linear(
 ) -> torch.Tensor:
     """Returns act(rms_norm(x) · weightᵀ + bias) + residual for at most one token; x [num_tokens, inputs] bf16 or fp16.
 
-    weight [outputs, inputs] FP8 or INT8 with a scale as in `skinny_linear`; or INT4 [outputs, words] of `pack_int4`,
-    with scale and zeros [outputs, groups] float16, of any strides, the same for both, and their group_size. The weight
-    is contiguous, and bias, norm_weight and residual have x's dtype.
+    weight [outputs, inputs] of x's dtype; or FP8 or INT8 with a scale as in `skinny_linear`; or INT4 [outputs, words]
+    of `pack_int4`, with scale and zeros [outputs, groups] float16, of any strides, the same for both, and their
+    group_size. The weight is contiguous, and bias, norm_weight and residual have x's dtype.
     → [num_tokens, outputs or half as many], of x's dtype. Needs `suits_row_linear`.
     """
     num_tokens, input_size = x.shape
@@ -404,8 +414,10 @@ def row_linear(
     out = torch.empty(num_tokens, output_size, dtype=x.dtype, device=x.device)  # [num_tokens, output_size]
     if num_tokens == 0:
         return out
-    is_int4 = group_size > 0
-    words, weight_words = x.view(torch.int32 if is_int4 else torch.int64), weight.view(torch.int32)
+    is_int4, has_half = group_size > 0, weight.dtype == x.dtype
+    words, weight_words = x.view(torch.int32 if is_int4 or has_half else torch.int64), weight.view(torch.int32)
+    has_blocks = scale is not None and not is_int4 and scales_blocks(scale, weight)
+    scale = weight_words if scale is None else scale
     given = RowTensors(
         words,
         weight_words,
@@ -421,14 +433,14 @@ def row_linear(
     )
     num_multiprocessors = multiprocessor_count(x.device)
     shape = RowShape(
-        kind="int4" if is_int4 else "int8" if weight.dtype == torch.int8 else "fp8",
+        kind="int4" if is_int4 else _KINDS[weight.dtype],
         has_zeros=zeros is not None,
         has_bias=bias is not None,
         has_norm=norm_weight is not None,
         has_residual=residual is not None,
         is_gated=gated,
         group_size=group_size if is_int4 else SCALE_BLOCK,
-        scale_rows=SCALE_BLOCK if not is_int4 and scales_blocks(scale, weight) else 1,
+        scale_rows=SCALE_BLOCK if has_blocks else 1,
         output_size=output_size,
         input_size=input_size,
         num_words=weight_words.shape[1],

@@ -41,7 +41,7 @@ class RowTile(NamedTuple):
 class RowShape:
     """A product, as the kernel is compiled for it."""
 
-    kind: str  # of the weight: int8, fp8 or int4
+    kind: str  # of the weight: bf16, fp16, fp8, int8 or int4
     has_zeros: bool
     has_bias: bool
     has_norm: bool
@@ -58,6 +58,16 @@ class RowShape:
         return self.kind == "int4"
 
     @property
+    def is_half(self) -> bool:
+        """True if a weight has 16 bits. Such a weight has no scale."""
+        return self.kind in ("bf16", "fp16")
+
+    @property
+    def num_parts(self) -> int:
+        """Buffers of the input: each has a word for each word of the weight."""
+        return 2 if self.is_half else 4
+
+    @property
     def has_group_scale(self) -> bool:
         """True if a scale is of some inputs: in INT4 and FP8 blocks."""
         return self.is_int4 or self.scale_rows > 1
@@ -65,7 +75,7 @@ class RowShape:
     @property
     def block_words(self) -> int:
         """Words of a row that have BLOCK_SIZE inputs."""
-        return BLOCK_SIZE // (8 if self.is_int4 else 4)
+        return BLOCK_SIZE // (8 if self.is_int4 else self.num_parts)
 
     @property
     def padded_blocks(self) -> int:
@@ -80,7 +90,15 @@ class RowShape:
     def choose_tile(self, num_multiprocessors: int) -> RowTile:
         """Returns the tile for a GPU of so many multiprocessors."""
         num_outputs = -(-self.output_size // num_multiprocessors)
+        if self.is_half:
+            return _half_tile(self)
         return _int4_tile(self, num_outputs) if self.is_int4 else _byte_tile(self, num_outputs)
+
+
+def _half_tile(shape: RowShape) -> RowTile:
+    """A chunk has 256 inputs. Measured with 16 chunks, as many outputs, and neither norm nor gate."""
+    chunks = next(size for size in (4, 2, 1) if shape.num_chunks % size == 0)
+    return RowTile(2 // (1 + shape.is_gated), chunks, warps=16, programs=1)
 
 
 def _byte_tile(shape: RowShape, num_outputs: int) -> RowTile:

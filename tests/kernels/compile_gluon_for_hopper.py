@@ -67,7 +67,7 @@ def compile_mixed_matmul(
 def compile_row_linear(
     kind: str, dtype: torch.dtype, input_size: int, gated: bool, has_norm: bool, outputs: int = 8
 ) -> None:
-    """kind: int4, symmetric (INT4 without zeros), int8, fp8 or blocks (FP8 with scales of 128 inputs).
+    """kind: half (of dtype), int4, symmetric (INT4 without zeros), int8, fp8 or blocks (with scales of 128 inputs).
 
     Bias comes with a norm, residual without. outputs: of a multiprocessor, of which the device that is compiled for has
     one.
@@ -80,12 +80,13 @@ def compile_row_linear(
         given: dict[str, Any] = {"zeros": scale if kind == "int4" else None, "group_size": 128}
     else:
         scale = torch.empty(-(-outputs // 128), blocks) if kind == "blocks" else torch.empty(outputs, 1)
-        weight = torch.empty(outputs, input_size, dtype=torch.int8 if kind == "int8" else torch.float8_e4m3fn)
+        weight_dtype = {"half": dtype, "int8": torch.int8}.get(kind, torch.float8_e4m3fn)
+        weight = torch.empty(outputs, input_size, dtype=weight_dtype)
         given = {}
     row_linear.row_linear(
         torch.empty(1, input_size, dtype=dtype),
         weight,
-        scale,
+        None if kind == "half" else scale,
         torch.empty(outputs, dtype=dtype) if has_norm else None,
         norm_weight=torch.empty(input_size, dtype=dtype) if has_norm else None,
         gated=gated,
@@ -137,6 +138,9 @@ CASES = [
     (compile_mixed_matmul, (torch.bfloat16, 32, 32, True, False, 2, 3)),
     (compile_mixed_matmul, (torch.bfloat16, 16, 0, False, True, 2, 3)),
     (compile_mixed_matmul, (torch.bfloat16, 128, 0, False, True, 1, 3)),
+    (compile_row_linear, ("half", torch.bfloat16, 4096, False, False, 32)),
+    (compile_row_linear, ("half", torch.float16, 4096, False, False, 32)),
+    (compile_row_linear, ("half", torch.bfloat16, 1024, True, True)),
     (compile_row_linear, ("int4", torch.bfloat16, 1024, False, True)),
     (compile_row_linear, ("symmetric", torch.bfloat16, 1024, True, True)),
     (compile_row_linear, ("int4", torch.float16, 3072, False, False)),

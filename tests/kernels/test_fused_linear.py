@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nanovllm.kernels import fused_linear as module
+from nanovllm.kernels import row_linear
 from nanovllm.kernels.fused_linear import fused_linear, largest_prompt_sizes, suits_fused_linear
 from tests.kernels.inputs import check_close
 from tests.kernels.test_mixed_matmul import needs_hopper
@@ -14,6 +15,7 @@ from tests.kernels.test_skinny_linear import oracle, random_product
 LAST, LAST_GATED, LAST_OF_SMALL = module._MAX_TOKENS, module._MAX_GATED_TOKENS, module._MAX_TOKENS_OF_SMALL_WEIGHT
 FIRST_GATED, FIRST_ADDED = module._MIN_GATED_PROMPT_TOKENS, module._MIN_ADDED_PROMPT_TOKENS
 
+ROW_INPUTS, MAX_ROW = module._ROW_INPUTS, module._MAX_ROW_WEIGHT
 TINY, SMALL, LARGE = module._MIN_WEIGHT - 64, module._SMALL_WEIGHT, module._SMALL_WEIGHT + 64
 
 
@@ -59,6 +61,34 @@ def test_which_kernel_multiplies(monkeypatch, num_tokens, weights, gated, kernel
     if kernel is not None:
         fused_linear(hidden, weight, norm_weight=torch.ones(64), gated=gated)
         assert calls == [(kernel, True)] if kernel == "skinny_linear" else [("rms_norm", False), (kernel, False)]
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "inputs", "weights", "dtype", "around", "kernel"),
+    [
+        (1, ROW_INPUTS, MAX_ROW, torch.bfloat16, {}, "row_linear"),
+        (1, ROW_INPUTS, MAX_ROW, torch.float16, {}, "row_linear"),
+        (1, ROW_INPUTS, MAX_ROW, torch.float32, {}, "skinny_linear"),
+        (1, ROW_INPUTS, MAX_ROW + ROW_INPUTS, torch.bfloat16, {}, "skinny_linear"),
+        (1, 2 * ROW_INPUTS, MAX_ROW, torch.bfloat16, {}, "skinny_linear"),
+        (1, ROW_INPUTS, MAX_ROW, torch.bfloat16, {"norm_weight": torch.ones(ROW_INPUTS)}, "skinny_linear"),
+        (1, ROW_INPUTS, MAX_ROW, torch.bfloat16, {"gated": True}, "skinny_linear"),
+        (2, ROW_INPUTS, 64 * ROW_INPUTS, torch.bfloat16, {}, "skinny_linear"),
+    ],
+)
+def test_where_one_row_has_a_kernel_of_its_own(monkeypatch, num_tokens, inputs, weights, dtype, around, kernel):
+    calls = []
+    for name in ("skinny_linear", "row_linear"):
+        monkeypatch.setattr(module, name, lambda *given, name=name, **named: calls.append((name, given, named)))
+    monkeypatch.setattr(row_linear, "HAS_GLUON", True)
+    monkeypatch.setattr(module, "suits_skinny_linear", lambda hidden, weight: True)
+    hidden, weight = (torch.empty(rows, inputs, dtype=dtype) for rows in (num_tokens, weights // inputs))
+    bias, residual = torch.ones(2), torch.zeros(2)
+    fused_linear(hidden, weight, bias, residual=residual, **around)
+    ((name, given, named),) = calls
+    assert name == kernel
+    assert named["residual"] is residual
+    assert bias in (*given[2:], named.get("bias"))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from tests.kernels.inputs import EMULATED_TYPES, check_close, random_int4_weight
 from tests.kernels.kernel_ahead import run_beside_the_kernel_ahead
 from tests.kernels.test_skinny_linear import oracle, random_fp8_weight, random_product
 
-KINDS = ["outputs", "blocks", "int8", "int4"]
+KINDS = ["half", "outputs", "blocks", "int8", "int4"]
 
 
 def add_products(a: torch.Tensor, b: torch.Tensor, acc: torch.Tensor) -> torch.Tensor:
@@ -53,8 +53,11 @@ def multiply(device: torch.device) -> Callable[..., torch.Tensor]:
     return row_linear if device.type == "cuda" else emulated(0, 3)
 
 
-def random_weight(generator, device, outputs, input_size, kind):
-    """The weight, and what `row_linear` takes for it. kind: int4, int8, or of `random_fp8_weight`."""
+def random_weight(generator, device, outputs, input_size, kind, dtype=torch.bfloat16):
+    """The weight, and what `row_linear` takes for it. kind: half (of dtype), int4, int8, or of `random_fp8_weight`."""
+    if kind == "half":
+        weight = (torch.randn(outputs, input_size, generator=generator) * input_size**-0.5).to(device, dtype)
+        return weight, {"weight": weight}
     if kind == "int4":
         weight, words, scale, zeros = random_int4_weight(generator, device, outputs, input_size, 128, has_zeros=True)
         return weight, {"weight": words, "scale": scale, "zeros": zeros, "group_size": 128}
@@ -85,13 +88,13 @@ def test_int4_with_all_parts(multiply, device, generator, dtype, input_size, gro
 
 @pytest.mark.parametrize("dtype", EMULATED_TYPES)
 @pytest.mark.parametrize("input_size", [100, 512, 1100, 2560])
-@pytest.mark.parametrize("kind", ["outputs", "one", "blocks", "int8"])
+@pytest.mark.parametrize("kind", ["half", "outputs", "one", "blocks", "int8"])
 @pytest.mark.parametrize("gated", [False, True])
-def test_8_bits_with_all_parts(multiply, device, generator, dtype, input_size, kind, gated):
+def test_8_and_16_bits_with_all_parts(multiply, device, generator, dtype, input_size, kind, gated):
     outputs = 300
     x, _, bias, norm_weight = random_product(generator, device, dtype, 1, input_size, outputs)
     residual = torch.randn(1, outputs // (1 + gated), generator=generator).to(device, dtype)
-    weight, given = random_weight(generator, device, outputs, input_size, kind)
+    weight, given = random_weight(generator, device, outputs, input_size, kind, dtype)
     around = {"norm_weight": norm_weight, "eps": 0.1, "gated": gated, "residual": residual}
     check_close(multiply(x, bias=bias, **given, **around), oracle(x, weight, bias, **around), dtype)
 
@@ -112,7 +115,7 @@ def test_rows_of_models(generator, dtype, input_size, kind, gated):
     """As many outputs as programs take in several turns, of short rows."""
     outputs, device = 17000 if input_size <= 4096 else 300, torch.device("cuda")
     x, _, _, norm_weight = random_product(generator, device, dtype, 1, input_size, 2)
-    weight, given = random_weight(generator, device, outputs, input_size, kind)
+    weight, given = random_weight(generator, device, outputs, input_size, kind, dtype)
     around = {"norm_weight": norm_weight, "eps": 0.1, "gated": gated}
     check_close(row_linear(x, **given, **around), oracle(x, weight, **around), dtype)
 
@@ -135,20 +138,20 @@ def test_int4_with_inputs_of_any_magnitude(multiply, device, generator, dtype, m
 def test_what_is_not_finite_shows(multiply, device, generator, dtype, kind, has_norm, bad):
     x = torch.randn(1, 256, generator=generator).to(device, dtype)
     x[0, 5] = bad
-    _, given = random_weight(generator, device, 16, 256, kind)
+    _, given = random_weight(generator, device, 16, 256, kind, dtype)
     norm_weight = torch.ones(256, dtype=dtype, device=device) if has_norm else None
     assert not bool(multiply(x, norm_weight=norm_weight, eps=1e-6, **given).isfinite().any())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_inputs_give_zero(multiply, device, generator, kind):
-    _, given = random_weight(generator, device, 16, 128, kind)
+    _, given = random_weight(generator, device, 16, 128, kind, torch.float16)
     assert not multiply(torch.zeros(1, 128, dtype=torch.float16, device=device), **given).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_tokens_give_no_rows(generator, kind):
-    _, given = random_weight(generator, "cpu", 16, 128, kind)
+    _, given = random_weight(generator, "cpu", 16, 128, kind, torch.float16)
     assert row_linear(torch.empty(0, 128, dtype=torch.float16), **given).shape == (0, 16)
 
 
