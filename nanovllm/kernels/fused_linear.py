@@ -21,7 +21,7 @@ _SMALL_WEIGHT = 2**23
 _MIN_GATED_PROMPT_TOKENS = 1280
 _MIN_ADDED_PROMPT_TOKENS = 4096
 _MIN_WEIGHT = 2**20  # smaller ones, such as a router's, have too few rows to keep the multiprocessors busy
-_ROW_INPUTS, _MAX_ROW_WEIGHT = 4096, 2**24  # where `row_linear` is faster without norm and gate, as in o of 8B
+_ROW_WEIGHT = (4096, 4096)  # o of 8B, where `row_linear` is faster; beside a norm or a gate it is not
 _MAX_EXTRA_PRODUCTS_BESIDE_DENSE = 2**23  # of tokens after the first, which `skinny_linear` computes one by one
 
 
@@ -63,11 +63,6 @@ def _choose(
     return "skinny" if is_skinny else None
 
 
-def _suits_row(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    has_size = weight.shape[1] == _ROW_INPUTS and weight.numel() <= _MAX_ROW_WEIGHT
-    return has_size and weight.dtype is hidden.dtype and suits_row_linear(hidden)
-
-
 def fused_linear(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -85,9 +80,10 @@ def fused_linear(
     """
     kernel = _choose(hidden, weight, gated, only_adds=residual is not None and bias is None)
     assert kernel is not None, "suits_fused_linear"
-    if kernel == "skinny" and norm_weight is None and not gated and _suits_row(hidden, weight):
-        return row_linear(hidden, weight, bias=bias, residual=residual)
     if kernel == "skinny":
+        is_plain = norm_weight is None and not gated
+        if is_plain and weight.shape == _ROW_WEIGHT and weight.dtype is hidden.dtype and suits_row_linear(hidden):
+            return row_linear(hidden, weight, bias=bias, residual=residual)
         return skinny_linear(hidden, weight, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
     # In a product's kernel every program norms all tokens, which is no faster with 32 of them and slower with more.
     normed = hidden if norm_weight is None else rms_norm(hidden, norm_weight, eps)

@@ -96,7 +96,7 @@ class RowShape:
 
 
 def _half_tile(shape: RowShape) -> RowTile:
-    """A chunk has 256 inputs. Measured with 16 chunks, as many outputs, and neither norm nor gate."""
+    """A chunk has 256 inputs. Measured with 16 chunks, 4,096 outputs, and neither norm nor gate."""
     chunks = next(size for size in (4, 2, 1) if shape.num_chunks % size == 0)
     return RowTile(2 // (1 + shape.is_gated), chunks, warps=16, programs=1)
 

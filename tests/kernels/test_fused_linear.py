@@ -15,7 +15,7 @@ from tests.kernels.test_skinny_linear import oracle, random_product
 LAST, LAST_GATED, LAST_OF_SMALL = module._MAX_TOKENS, module._MAX_GATED_TOKENS, module._MAX_TOKENS_OF_SMALL_WEIGHT
 FIRST_GATED, FIRST_ADDED = module._MIN_GATED_PROMPT_TOKENS, module._MIN_ADDED_PROMPT_TOKENS
 
-ROW_INPUTS, MAX_ROW = module._ROW_INPUTS, module._MAX_ROW_WEIGHT
+ROW_WEIGHT = module._ROW_WEIGHT
 TINY, SMALL, LARGE = module._MIN_WEIGHT - 64, module._SMALL_WEIGHT, module._SMALL_WEIGHT + 64
 
 
@@ -64,25 +64,25 @@ def test_which_kernel_multiplies(monkeypatch, num_tokens, weights, gated, kernel
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "inputs", "weights", "dtype", "around", "kernel"),
+    ("num_tokens", "outputs", "inputs", "dtype", "around", "kernel"),
     [
-        (1, ROW_INPUTS, MAX_ROW, torch.bfloat16, {}, "row_linear"),
-        (1, ROW_INPUTS, MAX_ROW, torch.float16, {}, "row_linear"),
-        (1, ROW_INPUTS, MAX_ROW, torch.float32, {}, "skinny_linear"),
-        (1, ROW_INPUTS, MAX_ROW + ROW_INPUTS, torch.bfloat16, {}, "skinny_linear"),
-        (1, 2 * ROW_INPUTS, MAX_ROW, torch.bfloat16, {}, "skinny_linear"),
-        (1, ROW_INPUTS, MAX_ROW, torch.bfloat16, {"norm_weight": torch.ones(ROW_INPUTS)}, "skinny_linear"),
-        (1, ROW_INPUTS, MAX_ROW, torch.bfloat16, {"gated": True}, "skinny_linear"),
-        (2, ROW_INPUTS, 64 * ROW_INPUTS, torch.bfloat16, {}, "skinny_linear"),
+        (1, *ROW_WEIGHT, torch.bfloat16, {}, "row_linear"),
+        (1, *ROW_WEIGHT, torch.float16, {}, "row_linear"),
+        (1, *ROW_WEIGHT, torch.float32, {}, "skinny_linear"),
+        (2, *ROW_WEIGHT, torch.bfloat16, {}, "skinny_linear"),
+        (1, ROW_WEIGHT[0] + 2, ROW_WEIGHT[1], torch.bfloat16, {}, "skinny_linear"),
+        (1, ROW_WEIGHT[0], ROW_WEIGHT[1] // 2, torch.bfloat16, {}, "skinny_linear"),
+        (1, *ROW_WEIGHT, torch.bfloat16, {"norm_weight": torch.ones(ROW_WEIGHT[1])}, "skinny_linear"),
+        (1, *ROW_WEIGHT, torch.bfloat16, {"gated": True}, "skinny_linear"),
     ],
 )
-def test_where_one_row_has_a_kernel_of_its_own(monkeypatch, num_tokens, inputs, weights, dtype, around, kernel):
+def test_where_one_row_has_a_kernel_of_its_own(monkeypatch, num_tokens, outputs, inputs, dtype, around, kernel):
     calls = []
     for name in ("skinny_linear", "row_linear"):
         monkeypatch.setattr(module, name, lambda *given, name=name, **named: calls.append((name, given, named)))
     monkeypatch.setattr(row_linear, "HAS_GLUON", True)
     monkeypatch.setattr(module, "suits_skinny_linear", lambda hidden, weight: True)
-    hidden, weight = (torch.empty(rows, inputs, dtype=dtype) for rows in (num_tokens, weights // inputs))
+    hidden, weight = (torch.empty(rows, inputs, dtype=dtype) for rows in (num_tokens, outputs))
     bias, residual = torch.ones(2), torch.zeros(2)
     fused_linear(hidden, weight, bias, residual=residual, **around)
     ((name, given, named),) = calls
