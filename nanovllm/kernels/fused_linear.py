@@ -10,7 +10,7 @@ from nanovllm.kernels.dense_matmul import dense_matmul, suits_dense_matmul
 from nanovllm.kernels.rms_norm import rms_norm
 from nanovllm.kernels.row_linear import row_linear, suits_row_linear
 from nanovllm.kernels.skinny_linear import skinny_linear, suits_skinny_linear
-from nanovllm.kernels.triton_support import next_power_of_2
+from nanovllm.kernels.triton_support import multiprocessor_count, next_power_of_2
 
 # As measured in whole steps on an H200 (docs/performance.md): more tokens are left to the BLAS.
 _MAX_TOKENS = 64
@@ -21,7 +21,8 @@ _SMALL_WEIGHT = 2**23
 _MIN_GATED_PROMPT_TOKENS = 1280
 _MIN_ADDED_PROMPT_TOKENS = 4096
 _MIN_WEIGHT = 2**20  # smaller ones, such as a router's, have too few rows to keep the multiprocessors busy
-_ROW_WEIGHT = (4096, 4096)  # o of 8B, where `row_linear` is faster; beside a norm or a gate it is not
+_ROW_WEIGHT = (4096, 4096)  # o of 8B, where `row_linear` is faster; measured without norm and gate
+_MIN_ROW_MULTIPROCESSORS = 128  # one for each of its programs
 _MAX_EXTRA_PRODUCTS_BESIDE_DENSE = 2**23  # of tokens after the first, which `skinny_linear` computes one by one
 
 
@@ -76,13 +77,15 @@ def fused_linear(
     """Returns act(rms_norm(hidden) · weightᵀ + bias) + residual: [num_tokens, outputs or half as many].
 
     hidden [num_tokens, inputs], weight [outputs, inputs], and the rest, are as in `skinny_linear`, which computes it
-    for a token or a few. The result may overwrite residual. Needs `suits_fused_linear`.
+    for a token or a few (one row of o of 8B: `row_linear`). The result may overwrite residual. Needs
+    `suits_fused_linear`.
     """
     kernel = _choose(hidden, weight, gated, only_adds=residual is not None and bias is None)
     assert kernel is not None, "suits_fused_linear"
     if kernel == "skinny":
-        is_plain = norm_weight is None and not gated
-        if is_plain and weight.shape == _ROW_WEIGHT and weight.dtype is hidden.dtype and suits_row_linear(hidden):
+        is_measured = weight.shape == _ROW_WEIGHT and norm_weight is None and not gated
+        has_room = multiprocessor_count(hidden.device) >= _MIN_ROW_MULTIPROCESSORS
+        if is_measured and has_room and suits_row_linear(hidden):
             return row_linear(hidden, weight, bias=bias, residual=residual)
         return skinny_linear(hidden, weight, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
     # In a product's kernel every program norms all tokens, which is no faster with 32 of them and slower with more.

@@ -414,8 +414,9 @@ def row_linear(
     out = torch.empty(num_tokens, output_size, dtype=x.dtype, device=x.device)  # [num_tokens, output_size]
     if num_tokens == 0:
         return out
-    is_int4, has_half = group_size > 0, weight.dtype == x.dtype
-    words, weight_words = x.view(torch.int32 if is_int4 or has_half else torch.int64), weight.view(torch.int32)
+    is_int4, is_half = group_size > 0, weight.dtype == x.dtype
+    assert is_half == (scale is None), "weights of 8 and 4 bits have a scale"
+    words, weight_words = x.view(torch.int32 if is_int4 or is_half else torch.int64), weight.view(torch.int32)
     has_blocks = scale is not None and not is_int4 and scales_blocks(scale, weight)
     scale = weight_words if scale is None else scale
     given = RowTensors(

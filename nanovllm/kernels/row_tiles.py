@@ -13,7 +13,7 @@ from nanovllm.kernels.int4_packing import BLOCK_SIZE
 from nanovllm.kernels.triton_support import next_power_of_2
 
 CHUNK_BYTES = 512  # of a row that a warp reads at once, 16 a lane
-_MIN_BLOCKS = 8  # of the padded input: one chunk in INT4, two in 8 bits
+_MIN_BLOCKS = 8  # of the padded input: one chunk in INT4, two in 8 bits, four in 16
 
 _MAX_CHUNKS_OF_FIVE_PROGRAMS = 16  # whose inputs, padded to a power of two, an H200's shared memory holds five times
 _MAX_CHUNKS_OF_GATED_PAIRS = 4  # with more, two gates and two ups leave registers for few weights ahead

@@ -67,7 +67,8 @@ def compile_mixed_matmul(
 def compile_row_linear(
     kind: str, dtype: torch.dtype, input_size: int, gated: bool, has_norm: bool, outputs: int = 8
 ) -> None:
-    """kind: half (of dtype), int4, symmetric (INT4 without zeros), int8, fp8 or blocks (with scales of 128 inputs).
+    """kind: half (of dtype), int4, symmetric (INT4 without zeros), int8, fp8, or blocks (FP8 with scales of 128
+    inputs).
 
     Bias comes with a norm, residual without. outputs: of a multiprocessor, of which the device that is compiled for has
     one.

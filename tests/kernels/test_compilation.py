@@ -47,7 +47,7 @@ def is_lossless(report: str) -> bool:
     return spilled is not None and int(spilled[1]) <= 32 and "serialized" not in report
 
 
-@pytest.mark.heavy("compiles kernels of many instructions, forty times")
+@pytest.mark.heavy("compiles kernels of many instructions, sixty times")
 def test_the_kernels_in_gluon_compile_for_hopper_without_loss(tmp_path: Path) -> None:
     """ptxas spills no registers in a loop and does not make matrix instructions wait for one another."""
     command = [sys.executable, "-m", "tests.kernels.compile_gluon_for_hopper"]

@@ -64,29 +64,36 @@ def test_which_kernel_multiplies(monkeypatch, num_tokens, weights, gated, kernel
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "outputs", "inputs", "dtype", "around", "kernel"),
+    ("num_tokens", "outputs", "inputs", "dtype", "around", "multiprocessors", "kernel"),
     [
-        (1, *ROW_WEIGHT, torch.bfloat16, {}, "row_linear"),
-        (1, *ROW_WEIGHT, torch.float16, {}, "row_linear"),
-        (1, *ROW_WEIGHT, torch.float32, {}, "skinny_linear"),
-        (2, *ROW_WEIGHT, torch.bfloat16, {}, "skinny_linear"),
-        (1, ROW_WEIGHT[0] + 2, ROW_WEIGHT[1], torch.bfloat16, {}, "skinny_linear"),
-        (1, ROW_WEIGHT[0], ROW_WEIGHT[1] // 2, torch.bfloat16, {}, "skinny_linear"),
-        (1, *ROW_WEIGHT, torch.bfloat16, {"norm_weight": torch.ones(ROW_WEIGHT[1])}, "skinny_linear"),
-        (1, *ROW_WEIGHT, torch.bfloat16, {"gated": True}, "skinny_linear"),
+        (1, *ROW_WEIGHT, torch.bfloat16, {}, 132, "row_linear"),
+        (1, *ROW_WEIGHT, torch.float16, {}, 132, "row_linear"),
+        (1, *ROW_WEIGHT, torch.float32, {}, 132, "skinny_linear"),
+        (2, *ROW_WEIGHT, torch.bfloat16, {}, 132, "skinny_linear"),
+        (1, ROW_WEIGHT[0] + 2, ROW_WEIGHT[1], torch.bfloat16, {}, 132, "skinny_linear"),
+        (1, ROW_WEIGHT[0], ROW_WEIGHT[1] // 2, torch.bfloat16, {}, 132, "skinny_linear"),
+        (1, *ROW_WEIGHT, torch.bfloat16, {"norm_weight": torch.ones(ROW_WEIGHT[1])}, 132, "skinny_linear"),
+        (1, *ROW_WEIGHT, torch.bfloat16, {"gated": True}, 132, "skinny_linear"),
+        (1, *ROW_WEIGHT, torch.bfloat16, {}, 114, "skinny_linear"),
     ],
 )
-def test_where_one_row_has_a_kernel_of_its_own(monkeypatch, num_tokens, outputs, inputs, dtype, around, kernel):
+def test_where_one_row_has_a_kernel_of_its_own(
+    monkeypatch, num_tokens, outputs, inputs, dtype, around, multiprocessors, kernel
+):
     calls = []
     for name in ("skinny_linear", "row_linear"):
         monkeypatch.setattr(module, name, lambda *given, name=name, **named: calls.append((name, given, named)))
     monkeypatch.setattr(row_linear, "HAS_GLUON", True)
+    monkeypatch.setattr(module, "multiprocessor_count", lambda device: multiprocessors)
+    monkeypatch.setattr(module, "suits_dense_matmul", lambda hidden, weight, gated: False)
     monkeypatch.setattr(module, "suits_skinny_linear", lambda hidden, weight: True)
     hidden, weight = (torch.empty(rows, inputs, dtype=dtype) for rows in (num_tokens, outputs))
     bias, residual = torch.ones(2), torch.zeros(2)
     fused_linear(hidden, weight, bias, residual=residual, **around)
     ((name, given, named),) = calls
     assert name == kernel
+    assert given[0] is hidden
+    assert given[1] is weight
     assert named["residual"] is residual
     assert bias in (*given[2:], named.get("bias"))
 
@@ -154,6 +161,17 @@ def test_every_number_of_rows(generator, dtype, gated, num_tokens):
     around = {"norm_weight": norm_weight, "eps": 0.1, "gated": gated, "residual": residual}
     assert suits_fused_linear(x, weight, gated=gated, only_adds=False)
     check_close(fused_linear(x, weight, bias, **around), oracle(x, weight, bias, **around), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_one_row_of_attentions_output(generator, dtype, has_bias):
+    outputs, inputs = ROW_WEIGHT
+    x, weight, bias, _ = random_product(generator, "cuda", dtype, 1, inputs, outputs)
+    residual = torch.randn(1, outputs, generator=generator).to("cuda", dtype)
+    got = fused_linear(x, weight, bias if has_bias else None, residual=residual)
+    check_close(got, oracle(x, weight, bias if has_bias else None, residual=residual), dtype)
 
 
 @pytest.mark.gpu

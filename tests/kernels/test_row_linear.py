@@ -106,6 +106,16 @@ def test_the_product_alone(multiply, device, generator, kind):
     check_close(multiply(x, **given), oracle(x, weight), torch.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", EMULATED_TYPES)
+@pytest.mark.parametrize("index", [0, 1, 127, 1023, 1024, 3001, 4095])
+def test_one_input_of_16_bits_gives_its_column_exactly(multiply, device, generator, dtype, index):
+    """As many inputs as the engine multiplies by this kernel, in pieces of several chunks."""
+    x = torch.zeros(1, 4096, dtype=dtype, device=device)
+    x[0, index] = 1
+    weight = torch.randn(40, 4096, generator=generator).to(device, dtype)
+    torch.testing.assert_close(multiply(x, weight), weight[:, index].unsqueeze(0), rtol=0, atol=0)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", EMULATED_TYPES)
 @pytest.mark.parametrize("input_size", [1024, 2048, 3072, 4096, 5120, 8192, 11008, 12288, 16384, 25600, 32768])

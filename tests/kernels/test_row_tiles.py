@@ -6,6 +6,8 @@ import pytest
 
 from nanovllm.kernels.row_tiles import CHUNK_BYTES, RowShape, RowTile
 
+BITS = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4}
+
 
 def choose(
     num_chunks: int,
@@ -28,7 +30,7 @@ def choose(
         group_size=128,
         scale_rows=1,
         output_size=outputs * num_multiprocessors,
-        input_size=num_chunks * CHUNK_BYTES * (2 if kind == "int4" else 1) - missing_inputs,
+        input_size=num_chunks * CHUNK_BYTES * 8 // BITS[kind] - missing_inputs,
         num_words=num_chunks * CHUNK_BYTES // 4,
     )
     return shape.choose_tile(num_multiprocessors)
@@ -38,7 +40,7 @@ def in_round(tile: RowTile) -> int:
     return tile.outputs * tile.warps * tile.programs
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("kind", ["bf16", "int8", "fp8", "int4"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("normed", [False, True])
 def test_rows_have_whole_pieces(kind: str, gated: bool, normed: bool) -> None:
@@ -61,6 +63,10 @@ def test_rows_have_whole_pieces(kind: str, gated: bool, normed: bool) -> None:
 )
 def test_the_last_round_of_outputs_is_as_full_as_can_be(num_chunks: int, outputs: int, expected: int) -> None:
     assert in_round(choose(num_chunks, outputs)) == expected
+
+
+def test_weights_of_16_bits_take_what_was_measured() -> None:
+    assert choose(16, 32, "bf16") == RowTile(2, 4, warps=16, programs=1)
 
 
 def test_five_programs_are_for_plain_products() -> None:
