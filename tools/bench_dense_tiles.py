@@ -39,7 +39,7 @@ from nanovllm.kernels.quantized_matmul import quantized_matmul
 from nanovllm.kernels.silu_and_mul import silu_and_mul
 from nanovllm.kernels.triton_support import multiprocessor_count, shared_memory
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
-from tools.bench_quantized_linear import CACHE_BYTES, LayerProduct, layer_products, time_calls
+from tools.bench_quantized_linear import CACHE_BYTES, LayerProduct, all_products, time_calls
 from tools.step_timer import Chooser, StepTimer, make_engine
 
 KINDS = ("bfloat16", "fp8", "fp8-blocks")
@@ -230,8 +230,7 @@ def main() -> None:
     parser.add_argument("--steps", action="store_true", help="time tiles in decode steps too")
     parser.add_argument("--json", type=Path, help="where to write all times of products alone")
     args = parser.parse_args()
-    config = BUILTIN_SHAPES[args.model]
-    sizes = layer_products(config) | {"head": (config.vocab_size, config.hidden_size)}
+    sizes = all_products(BUILTIN_SHAPES[args.model])
     shapes = [
         Shape(name, *size, kind)
         for kind in args.kinds
@@ -259,7 +258,7 @@ def main() -> None:
         args.json.write_text(json.dumps(everything))
     for kind in args.kinds if args.steps else ():
         chooser = Chooser(dense, "choose_dense_tile", partial(_sizes, 2 if kind == "bfloat16" else 1))
-        with make_engine(args.model, None if kind == "bfloat16" else kind, max(args.rows)) as llm:
+        with make_engine(args.model, kind, max(args.rows)) as llm:
             for rows in args.rows:
                 print(f"{kind}, steps of {rows} rows")
                 tiles = {shape: shape.tiles(rows) for shape in shapes if shape.kind == kind}

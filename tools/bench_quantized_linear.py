@@ -79,6 +79,11 @@ def layer_products(config: ModelConfig) -> dict[str, tuple[int, int]]:
     }
 
 
+def all_products(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Returns those of `layer_products`, and the LM head's."""
+    return layer_products(config) | {"head": (config.vocab_size, config.hidden_size)}
+
+
 def time_product(kind: str, name: str, outputs: int, inputs: int, all_rows: Sequence[int]) -> list[float]:
     """Returns the microseconds of a product for each number of rows."""
     copies = max(2, CACHE_BYTES // (outputs * inputs) + 1)

@@ -37,7 +37,7 @@ from tools.bench_dense_tiles import compile_all
 from tools.bench_quantized_linear import CACHE_BYTES, GROUP_SIZE, LayerProduct, layer_products, surroundings, time_calls
 from tools.step_timer import Chooser, StepTimer, dotted, make_engine
 
-KINDS = {"bf16": 16, "fp8": 8, "fp8-blocks": 8, "int8": 8, "int4": 4}  # bits
+KINDS = {"bfloat16": 16, "fp8": 8, "fp8-blocks": 8, "int8": 8, "int4": 4}  # bits
 BUSY_SECONDS = 0.008  # for which a tile is repeated before it is timed
 OTHER_REGISTERS = 24  # of a thread, beside weights
 SHOWN = 8
@@ -70,7 +70,7 @@ class Shape(LayerProduct):
         size = (self.outputs, self.inputs)
         if self.kind == "int4":
             return {"weight": pack_int4(torch.randint(0, 16, size, dtype=torch.int8, device="cuda"))}
-        if self.kind == "bf16":
+        if self.kind == "bfloat16":
             return {"weight": torch.randn(size, dtype=torch.bfloat16, device="cuda") * self.inputs**-0.5}
         numbers = torch.randint(-120, 120, size, dtype=torch.int8, device="cuda")
         return {"weight": numbers if self.kind == "int8" else numbers.half().to(torch.float8_e4m3fn)}
@@ -86,7 +86,7 @@ class Shape(LayerProduct):
         elif self.kind == "fp8-blocks":
             blocks = (-(-self.outputs // 128), -(-self.inputs // 128))
             given["scale"] = torch.rand(blocks, device="cuda") * 0.01 * self.inputs**-0.5
-        elif self.kind != "bf16":
+        elif self.kind != "bfloat16":
             given["scale"] = torch.rand(self.outputs, 1, device="cuda") * 0.01 * self.inputs**-0.5
         return given
 
@@ -130,7 +130,7 @@ def main() -> None:
     for shape, some in tiles.items():
         time_alone(shape, some)
     for kind in args.kinds if args.steps else ():
-        with make_engine(args.model, None if kind == "bf16" else kind) as llm:
+        with make_engine(args.model, kind) as llm:
             of_kind = {shape: some for shape, some in tiles.items() if shape.kind == kind}
             StepTimer(llm, 1, CHOOSER, dotted).time_all(of_kind)
 

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from nanovllm.kernels import skinny_linear as skinny
 from nanovllm.models.builtin_shapes import BUILTIN_SHAPES
 from tools.bench_dense_tiles import compile_all
-from tools.bench_quantized_linear import LayerProduct, layer_products, surroundings
+from tools.bench_quantized_linear import LayerProduct, all_products, surroundings
 from tools.step_timer import Chooser, StepTimer, choosing, dotted, make_engine
 
 BYTES_OF_THREAD = (32, 512)  # of the weight: with fewer, it reads 16 less than twice; more do not fit in registers
@@ -66,12 +66,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(BUILTIN_SHAPES), default="qwen3-8b")
     args = parser.parse_args()
-    config = BUILTIN_SHAPES[args.model]
-    sizes = layer_products(config) | {"head": (config.vocab_size, config.hidden_size)}
+    sizes = all_products(BUILTIN_SHAPES[args.model])
     tiles = {shape: list(shape.tiles()) for shape in (Shape(name, *size) for name, size in sizes.items())}
     compile_all(compile_tile, [(shape, tile) for shape, some in tiles.items() for tile in some])
     print(f"{args.model} on {torch.cuda.get_device_name()}, microseconds")
-    with make_engine(args.model, None) as llm:
+    with make_engine(args.model, "bfloat16") as llm:
         StepTimer(llm, 1, CHOOSER, dotted).time_all(tiles)
 
 

@@ -147,11 +147,11 @@ class StepTimer(Generic[Shape, Tile]):
             return self._graphs.capture(self._size, StepNeeds())
 
 
-def make_engine(model: str, kind: str | None, rows: int = 1) -> LLM:
+def make_engine(model: str, kind: str, rows: int = 1) -> LLM:
     """Returns an engine with random weights of a built-in shape, for up to so many rows.
 
-    kind: None, for 16-bit weights; what `quantization` takes; or fp8-blocks: FP8 with a scale for each block of
-    128 × 128, as in checkpoints.
+    kind: bfloat16; what `quantization` takes; or fp8-blocks: FP8 with a scale for each block of 128 × 128, as in
+    checkpoints.
     """
     options = {
         "load_format": "dummy",
@@ -160,7 +160,7 @@ def make_engine(model: str, kind: str | None, rows: int = 1) -> LLM:
         "max_num_seqs": max(rows, 512),
     }
     if kind != "fp8-blocks":
-        return LLM(model, quantization=kind, **options)
+        return LLM(model, quantization=None if kind == "bfloat16" else kind, **options)
     blocks = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
     with TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**PUBLISHED[model], "quantization_config": blocks}))

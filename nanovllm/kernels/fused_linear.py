@@ -84,8 +84,7 @@ def fused_linear(
     assert kernel is not None, "suits_fused_linear"
     if kernel == "skinny":
         is_measured = weight.shape == _ROW_WEIGHT and norm_weight is None and not gated
-        has_room = multiprocessor_count(hidden.device) >= _MIN_ROW_MULTIPROCESSORS
-        if is_measured and has_room and suits_row_linear(hidden):
+        if is_measured and suits_row_linear(hidden) and multiprocessor_count(hidden.device) >= _MIN_ROW_MULTIPROCESSORS:
             return row_linear(hidden, weight, bias=bias, residual=residual)
         return skinny_linear(hidden, weight, bias, norm_weight=norm_weight, eps=eps, gated=gated, residual=residual)
     # In a product's kernel every program norms all tokens, which is no faster with 32 of them and slower with more.
