@@ -1,7 +1,7 @@
 """What a product of `row_linear` looks like, and how it is divided among warps.
 
-Tiles were chosen on an H200 with `tools/bench_row_tiles.py`: by products alone, and for Qwen3-8B, and 32B in INT4, by
-whole decode steps, where another tile is often fastest.
+Tiles were chosen on an H200 with `tools/bench_row_tiles.py`: by products alone, and for Qwen3-8B, and 32B in FP8 and
+INT4, by whole decode steps, where another tile is often fastest.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def _byte_tile(shape: RowShape, num_outputs: int) -> RowTile:
     in_round = min(rounds, key=lambda size: -(-num_outputs // size) * size)
     outputs = 1 if in_round == 16 else 2
     most_chunks = _MOST_CHUNKS[outputs, gated]
-    if shape.kind == "fp8" and shape.has_norm and not shape.has_group_scale and num_chunks == 8 and outputs == 1:
-        most_chunks = 2  # qkv of 8B: with 4, single takes 4 % longer over a cache in bf16
+    if shape.kind == "fp8" and shape.has_norm and not shape.has_group_scale and num_chunks in (8, 10) and outputs == 1:
+        most_chunks = 2  # qkv of 8B and 32B: with more, single takes 4 and 1.5 % longer over a cache in bf16
     chunks = next(size for size in range(most_chunks, 0, -1) if num_chunks % size == 0)
     if in_round == 40:
         return RowTile(outputs, chunks, warps=4, programs=5)

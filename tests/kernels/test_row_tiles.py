@@ -93,6 +93,15 @@ def test_fp8_tiles_of_qwen3_8b() -> None:
     assert choose(24, 32, "fp8") == RowTile(2, 4, warps=16, programs=1)
 
 
+def test_fp8_tiles_of_qwen3_32b() -> None:
+    """Chunks of qkv, and of gate and up: 10, of o: 16, of down: 50."""
+    assert choose(10, 78, "fp8", normed=True) == RowTile(1, 2, warps=16, programs=1)
+    assert choose(10, 78, "int8", normed=True) == RowTile(1, 5, warps=16, programs=1)
+    assert choose(16, 39, "fp8") == RowTile(2, 4, warps=4, programs=5)
+    assert choose(10, 194, "fp8", gated=True, normed=True) == RowTile(1, 2, warps=16, programs=1)
+    assert choose(50, 39, "fp8") == RowTile(1, 5, warps=16, programs=1)
+
+
 def test_int4_tiles_of_qwen3_8b() -> None:
     """Chunks of qkv and o: 4, of down: 12. Qkv without masks."""
     assert choose(4, 48, "int4", normed=True, num_multiprocessors=2) == RowTile(4, 2, warps=8, programs=2)
