@@ -9,6 +9,8 @@ CLIENTS := .venv-clients
 # A worker for each core. A file's tests stay together, since they share its engines; tests/conftest.py orders the files.
 # A worker that dies ends the run: pytest-xdist may wait for ever for what is left of its file.
 PYTEST := python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart=0
+# Each is a process on the GPU. Tests that compile kernels lie together, so workers that have done theirs take others'.
+GPU_WORKERS ?= 4
 
 .PHONY: help demo serve test test-heavy check format lint types unit heavy gpu-test count wheel clean
 
@@ -54,7 +56,7 @@ heavy:
 	$(PYTEST) -m "heavy or hypothesis" --hypothesis-profile=long
 
 gpu-test:
-	python -m pytest -m gpu
+	python -m pytest -m gpu -n $(GPU_WORKERS) --dist worksteal --max-worker-restart=0
 
 count:
 	python tools/count_lines.py
